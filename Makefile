@@ -1,0 +1,48 @@
+# make frontier   the recall-memory frontier, from nothing, in minutes
+# make test       set up, then all tests          make test-full   the exhaustive set as well
+# make check      format, lint, layer fences, types
+# make bench      speed beside its ceiling; prints tables, writes results/
+PYTHON ?= python3
+VENV   ?= .venv
+BIN     = $(VENV)/bin
+JOBS   ?= 2
+
+.PHONY: frontier test test-full check bench format clean
+
+frontier: $(VENV)/installed
+	$(BIN)/holdall frontier quick
+
+test: $(VENV)/installed-dev
+	$(BIN)/pytest -q -n $(JOBS) --jaxtyping-packages=holdall,beartype.beartype -m "not compile and not full"
+	$(BIN)/pytest -q -n $(JOBS) -m "compile and not full"
+
+test-full: $(VENV)/installed-dev
+	$(BIN)/pytest -q -n $(JOBS) --jaxtyping-packages=holdall,beartype.beartype -m "not compile"
+	$(BIN)/pytest -q -n $(JOBS) -m compile
+
+check: $(VENV)/installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+format: $(VENV)/installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/installed-dev
+	$(BIN)/python -m bench
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
+	@touch $@ $(VENV)/installed
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info

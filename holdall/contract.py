@@ -1,0 +1,402 @@
+"""The one contract: a sequence mixer maps a stretch of tokens and a state to outputs and the next state.
+
+    y_BTD, state = mixer(x_BTD, state)       any T >= 1; state None means "nothing read yet"
+
+Training, prefill, one decode step and another chunk after that are this same call. A *state* is a
+value: a NamedTuple of tensors whose first dimension is the batch row, so rows can be selected, copied,
+saved and moved. tests/laws.py holds every registered mixer to the laws that follow from this.
+
+Shape letters, here and in all of Holdall: B batch row, T time, D model width, H heads, K key dim,
+V value dim, F features, N state size per channel, S slots of a cache.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar, Union
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+State = tuple[Tensor, ...]
+"""A NamedTuple of tensors, first dimension the batch row; each mixer names its own."""
+
+STATE_FORMAT = "holdall-state-1"
+"""Written into every state file; changes when a file of before can no longer be read."""
+
+
+# ---------------------------------------------------------------------------------------------- configs
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The tail of an error about an unknown name: the closest known one, then all of them."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1)
+    return (f"Did you mean '{close[0]}'? " if close else "") + f"Known: {', '.join(known)}"
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value has an annotated type; True is not an int, and an int will do as a float."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return True
+    if origin is Literal:
+        return any(value == choice and type(value) is type(choice) for choice in args)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, arg) for arg in args)
+    if origin is tuple:
+        each = args[:1] * len(value) if isinstance(value, tuple) and args[1:] == (...,) else args
+        return isinstance(value, tuple) and len(value) == len(each) and all(map(_fits, value, each))
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, origin or kind)
+
+
+C = TypeVar("C", bound="Config")  # not typing.Self, which the shape checks at test time cannot resolve
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Base of all configs: frozen, keyword-only, and picky about unknown fields and wrong types.
+
+    A subclass checks values in `validate()`, which runs after the types were found right.
+    """
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), hints[field.name]
+            if not _fits(value, kind):
+                says = str(kind).replace("typing.", "") if typing.get_origin(kind) else kind.__name__
+                raise TypeError(f"{type(self).__name__}.{field.name} = {value!r} is not of type {says}")
+        self.validate()
+
+    def validate(self) -> None:
+        """Raise ValueError, naming field and way out, if values do not fit together."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, defaults included, as plain JSON values."""
+        return {field.name: _to_plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+
+    @classmethod
+    def from_dict(cls: type[C], plain: Mapping[str, Any]) -> C:
+        """The inverse of `to_dict`; an unknown field raises TypeError with the closest known one."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        for name in plain:
+            if name not in known:
+                raise TypeError(f"{cls.__name__} has no field '{name}'. {did_you_mean(name, known)}")
+        hints = typing.get_type_hints(cls)
+        return cls(**{name: _from_plain(value, hints[name]) for name, value in plain.items()})
+
+
+def _to_plain(value: Any) -> Any:
+    if isinstance(value, Config):
+        return value.to_dict()
+    return [_to_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _from_plain(value: Any, kind: Any) -> Any:
+    if isinstance(value, list):
+        args = typing.get_args(kind)
+        each = args[:1] * len(value) if args[1:] == (...,) else args
+        return tuple(map(_from_plain, value, each))
+    if isinstance(value, Mapping) and isinstance(kind, type) and issubclass(kind, Config):
+        return kind.from_dict(value)
+    return value
+
+
+# ----------------------------------------------------------------------------------------------- mixers
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixerConfig(Config):
+    """Base of the mixers' configs: the model width, and which of a mixer's forms runs.
+
+    `form` "loop" is the definition, "parallel" the parallel or chunked form in plain PyTorch; "auto"
+    takes the fastest that the mixer has, and the built mixer's `form` says which that is.
+    """
+
+    width: int = 64
+    form: str = "auto"
+
+    name: ClassVar[str] = ""
+    """The registered name; set by `register`."""
+    forms: ClassVar[tuple[str, ...]] = ("loop", "parallel")
+    variants: ClassVar[tuple[dict[str, Any], ...]] = ({},)
+    """Options under which the laws are checked, each beside the defaults."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.width < 1:
+            raise ValueError(f"width {self.width} is not positive")
+        if self.form not in ("auto", *self.forms):
+            raise ValueError(f"{self.name} has no form '{self.form}'. {did_you_mean(self.form, self.forms)}")
+
+    @abstractmethod
+    def build(self) -> Mixer:
+        """The mixer that this config describes, freshly initialised from torch's random state."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields and the registered name, so that the dictionary alone tells which mixer it is."""
+        return {"name": self.name, **super().to_dict()}
+
+    @classmethod
+    def from_dict(cls: type[C], plain: Mapping[str, Any]) -> C:
+        """The config of the mixer that `plain["name"]` names, whichever class this is called on."""
+        options = {key: value for key, value in plain.items() if key != "name"}
+        owner = lookup(plain["name"]).config if "name" in plain else cls
+        if not issubclass(owner, cls):
+            raise TypeError(f"'{plain['name']}' is not a {cls.__name__}")
+        return super(MixerConfig, owner).from_dict(options)
+
+    def options(self) -> dict[str, Any]:
+        """The fields that differ from their defaults, without the width: what makes this one special."""
+        plain = {f.name: (getattr(self, f.name), f.default) for f in dataclasses.fields(self)}
+        return {
+            name: _to_plain(v) for name, (v, default) in plain.items() if name != "width" and v != default
+        }
+
+
+class Mixer(nn.Module):
+    """Base of all sequence mixers.
+
+    Attributes:
+        config: the config that built it.
+        form: the form that runs, resolved once, here.
+    """
+
+    state_type: ClassVar[type[State]]
+    """The NamedTuple that this mixer's state is."""
+    refusals: ClassVar[Mapping[str, str]] = {}
+    """Laws that this mixer cannot obey, by name, each with the reason."""
+    own_init: ClassVar[bool] = False
+    """Whether the published initialisation is the mixer's own; otherwise the model's is used."""
+
+    def __init__(self, config: MixerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.form = config.forms[-1] if config.form == "auto" else config.form
+
+    @abstractmethod
+    def forward(
+        self, x_BTD: Tensor, state: Any = None, *, inplace: bool = False, want_state: bool = True
+    ) -> tuple[Tensor, Any]:
+        """Read T >= 1 more tokens.
+
+        Args:
+            x_BTD: the tokens' activations.
+            state: what an earlier call returned; None if nothing was read yet.
+            inplace: the caller gives `state` away, so its memory may be reused. Not for training.
+            want_state: False if the caller will drop the state (training on whole sequences): mixers
+                need not compute it, and return None.
+
+        Returns:
+            y_BTD in the dtype of x, and the state after the last token.
+        """
+
+    @abstractmethod
+    def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None) -> State:
+        """The state that None stands for, for `batch` rows and activations of `dtype`."""
+
+    @abstractmethod
+    def state_elements(self, context_len: int) -> int:
+        """Elements of all tensors in one row's state after `context_len` tokens."""
+
+    def extra_repr(self) -> str:
+        return f"form={self.form}"
+
+
+def recurrent_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a recurrent state beside activations of `dtype`: at least fp32.
+
+    A recurrence adds thousands of small terms to one number; in bf16 its 8 bits of mantissa would drop
+    every term below 1/256 of the sum.
+    """
+    return torch.promote_types(dtype, torch.float32)
+
+
+# --------------------------------------------------------------------------------------------- registry
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paper:
+    """Where a mixer comes from; `arxiv` is the identifier, empty if there is none."""
+
+    title: str
+    authors: str
+    year: int
+    arxiv: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """What the registry knows of one mixer.
+
+    Attributes:
+        state: elements of the state of one row after N tokens, as a formula in the config's letters.
+        training, inference: cost of N tokens at once, and of one more token, in O-notation.
+        causal: whether no output sees the future.
+    """
+
+    name: str
+    summary: str
+    paper: Paper
+    state: str
+    training: str
+    inference: str
+    causal: bool
+    config: type[MixerConfig]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Each option of the mixer with its default."""
+        return {f.name: f.default for f in dataclasses.fields(self.config) if f.name != "width"}
+
+    def configure(self, **options: Any) -> MixerConfig:
+        """A config of this mixer; an unknown option raises TypeError with the closest known one."""
+        known = [field.name for field in dataclasses.fields(self.config)]
+        for option in options:
+            if option not in known:
+                raise TypeError(f"{self.name} has no option '{option}'. {did_you_mean(option, known)}")
+        return self.config(**options)
+
+    def __str__(self) -> str:
+        source = f"{self.paper.authors}, {self.paper.year}"
+        source += f", arXiv {self.paper.arxiv}" if self.paper.arxiv else ""
+        options = "".join(f"\n    {name} = {default!r}" for name, default in self.options.items())
+        return (
+            f"{self.name}: {self.summary}\n  {self.paper.title} ({source})\n"
+            f"  state elements after N tokens: {self.state}\n"
+            f"  N tokens at once: {self.training}; one more: {self.inference}; "
+            f"{'causal' if self.causal else 'not causal'}\n  options:{options}"
+        )
+
+
+_registry: dict[str, Entry] = {}
+
+
+def register(
+    name: str, *, paper: Paper, state: str, training: str, inference: str, causal: bool = True
+) -> Callable[[type[MixerConfig]], type[MixerConfig]]:
+    """Class decorator that enters a mixer's config, and with it the mixer, into the registry.
+
+    The first line of the config's docstring becomes the summary. Raises ValueError for a name that
+    another class already has.
+    """
+
+    def enter(config: type[MixerConfig]) -> type[MixerConfig]:
+        other = _registry.get(name)
+        if other is not None and other.config.__qualname__ != config.__qualname__:
+            raise ValueError(f"mixer '{name}' is already registered, by {other.config.__qualname__}")
+        config.name = name
+        _registry[name] = Entry(
+            name=name,
+            summary=(config.__doc__ or "").strip().partition("\n")[0].rstrip("."),
+            paper=paper,
+            state=state,
+            training=training,
+            inference=inference,
+            causal=causal,
+            config=config,
+        )
+        return config
+
+    return enter
+
+
+def lookup(name: str) -> Entry:
+    """The registry's entry, among the mixers whose files were imported; KeyError helps with the name."""
+    if name not in _registry:
+        raise KeyError(f"unknown mixer '{name}'. {did_you_mean(name, _registry)}")
+    return _registry[name]
+
+
+def registered() -> list[str]:
+    """The names of the mixers whose files were imported, sorted."""
+    return sorted(_registry)
+
+
+# ---------------------------------------------------------------------------------------- states as values
+
+
+S = TypeVar("S", bound=State)
+
+
+def map_state(state: S, function: Callable[[Tensor], Tensor]) -> S:
+    """The state with a function applied to each of its tensors."""
+    return type(state)(*map(function, state))
+
+
+def select_rows(state: S, rows: Sequence[int] | Tensor) -> S:
+    """The state of some batch rows, copied; rows may repeat (one prompt read once, continued often)."""
+    index = torch.as_tensor(rows, dtype=torch.long)
+    return map_state(state, lambda tensor: tensor.index_select(0, index.to(tensor.device)))
+
+
+def join_rows(states: Sequence[S]) -> S:
+    """One state of the rows of several, in order: how requests of different lengths become one batch.
+
+    A tensor that grows with the context has time as its second dimension, newest last; shorter ones get
+    zeros in front, which every mixer that carries such a tensor must take for "nothing was there".
+    """
+    joined = []
+    for tensors in zip(*states, strict=True):
+        longest = max(tensor.shape[1] if tensor.ndim > 1 else 0 for tensor in tensors)
+        fronts = [tensor.new_zeros(tensor.shape[0], longest - tensor.shape[1], *tensor.shape[2:])
+                  if tensor.ndim > 1 else None for tensor in tensors]  # fmt: skip
+        joined.append(torch.cat([tensor if front is None else torch.cat((front, tensor), dim=1)
+                                 for front, tensor in zip(fronts, tensors, strict=True)]))  # fmt: skip
+    return type(states[0])(*joined)
+
+
+def elements_per_row(state: State) -> int:
+    """Elements of all tensors in one row of a state."""
+    return sum(tensor[0].numel() for tensor in state)
+
+
+def bytes_per_row(state: State) -> int:
+    """Bytes of all tensors in one row of a state."""
+    return sum(tensor[0].numel() * tensor.element_size() for tensor in state)
+
+
+def save_states(states: Sequence[State], path: Path) -> None:
+    """Write the states of a stack of mixers, one per layer, to a safetensors file."""
+    tensors = {
+        f"{layer}.{type(state).__name__}.{field}": tensor.contiguous()
+        for layer, state in enumerate(states)
+        for field, tensor in zip(type(state)._fields, state, strict=True)  # type: ignore[attr-defined]
+    }
+    save_file(tensors, path, metadata={"format": STATE_FORMAT})
+
+
+def load_states(path: Path, mixers: Sequence[Mixer]) -> list[State]:
+    """Read what `save_states` wrote, for the mixers of the same stack.
+
+    Raises ValueError naming the first layer whose state is not of the kind that its mixer carries.
+    """
+    with safe_open(path, framework="pt") as file:
+        if (file.metadata() or {}).get("format") != STATE_FORMAT:
+            raise ValueError(f"{path} is not a state file of Holdall ({STATE_FORMAT})")
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    states: list[State] = []
+    for layer, mixer in enumerate(mixers):
+        kind = mixer.state_type
+        fields = [f"{layer}.{kind.__name__}.{field}" for field in kind._fields]  # type: ignore[attr-defined]
+        if any(name not in tensors for name in fields):
+            found = sorted(name for name in tensors if name.startswith(f"{layer}."))
+            raise ValueError(f"{path}: layer {layer} needs {fields} but the file holds {found}")
+        states.append(kind(*(tensors.pop(name) for name in fields)))
+    if tensors:
+        raise ValueError(f"{path} holds states of more than {len(mixers)} layers: {sorted(tensors)}")
+    return states

@@ -1,0 +1,332 @@
+"""Sweeps: many small models on one task, and where each lands on the recall-memory frontier.
+
+A sweep is a list of points, each a population of one architecture. Its folder holds
+
+    config.json     the whole sweep, its test segments and the command that made it
+    environment.json
+    results.jsonl   one line per model and learning rate, in the sweep's order, as models finish
+    runs/           one run folder per population
+    frontier.png, frontier.html    made from the above alone (holdall.report)
+
+Stopped in any way, the same call goes on where it was. On a CPU every member of a population is its own run,
+one thread each, as many at once as there are cores: small models gain nothing from a second thread.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import json
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from holdall import mixers, runs
+from holdall.contract import Config
+from holdall.model import ModelConfig
+from holdall.runs import RunError
+from holdall.tasks.data import MQARData
+from holdall.tasks.information import recall_bits
+from holdall.train import Progress, Stopped, TrainConfig, train
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point(Config):
+    """One architecture of a sweep. Points of one family share a colour in every figure."""
+
+    label: str
+    family: str
+    train: TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig(Config):
+    """A sweep: points that are tested on the same rows, so that they belong into one picture.
+
+    recipe: the name under which `holdall frontier` knows it. part: which of a recipe's sweeps, if several.
+    """
+
+    recipe: str
+    points: tuple[Point, ...]
+    part: str = ""
+
+    @property
+    def data(self) -> MQARData:
+        """The task of all points."""
+        return self.points[0].train.data
+
+    @property
+    def context_len(self) -> int:
+        """Tokens of the longest test row: after these a model's state is counted."""
+        return max(segment.length for segment in self.data.test)
+
+    def validate(self) -> None:
+        for point in self.points:
+            if (point.train.data.test, point.train.data.vocab) != (self.data.test, self.data.vocab):
+                raise ValueError(f"'{point.label}' is tested on other rows than '{self.points[0].label}'")
+        seen: set[str] = set()
+        for job in self.jobs(together=True):
+            if job.folder in seen:
+                raise ValueError(
+                    f"two points would share the run folder '{job.folder}': give them other labels"
+                )
+            seen.add(job.folder)
+
+    def jobs(self, *, together: bool) -> list[Job]:
+        """What is trained: each point as one population, or each of its members alone."""
+        found = []
+        for point in self.points:
+            members = [point.train] if together else [
+                dataclasses.replace(point.train, learning_rates=(rate,), seeds=(seed,))
+                for rate, seed in point.train.members
+            ]  # fmt: skip
+            found += [Job(dataclasses.replace(point, train=member), together) for member in members]
+        return found
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep."""
+
+    point: Point
+    together: bool
+
+    @property
+    def title(self) -> str:
+        """For people: the label, and the learning rate if there is one alone."""
+        rates = self.point.train.learning_rates
+        return self.point.label if self.together else f"{self.point.label}, lr {rates[0]:.2g}"
+
+    @property
+    def folder(self) -> str:
+        """Its folder's name within the sweep's `runs`."""
+        train = self.point.train
+        parts = [self.point.label, f"width {train.model.width}"]
+        if not self.together:
+            ((rate, seed),) = train.members
+            parts += [f"lr {rate:.3g}", f"seed {seed}"]
+        return re.sub(r"[^a-z0-9.+]+", "-", " ".join(parts).lower()).strip("-")
+
+
+# -------------------------------------------------------------------------------------------- one result
+
+
+def result_line(job: Job, sweep: SweepConfig, result: dict[str, Any]) -> dict[str, Any]:
+    """A line of results.jsonl: what the model is, what it carries, what it recalls.
+
+    recall_bits are those that the hardest segment proves: a state that answers one segment need not answer
+    all at once, so bits of different segments do not add up.
+    """
+    model, data = job.point.train.model, job.point.train.data
+    carried, parameters = measure(model, sweep.context_len)
+    by_pairs = result["accuracy_by_pairs"]
+    values = data.vocab - data.vocab // 2
+    bits = max((recall_bits(int(pairs), values, score) for pairs, score in by_pairs.items()), default=0.0)
+    special = model.layers[-1]
+    return {
+        "label": job.point.label,
+        "family": job.point.family,
+        "mixer": special.name,
+        "options": special.options(),
+        "width": model.width,
+        "layers": [layer.name for layer in model.layers],
+        "form": special.build().form,
+        "parameters": parameters,
+        "state_bytes": carried,
+        "context_len": sweep.context_len,
+        "accuracy": result["accuracy"],
+        "accuracy_by_pairs": by_pairs,
+        "learning_rate": result["learning_rate"],
+        "seed": result["seed"],
+        "steps": result["steps"],
+        "stopped": result["stopped"],
+        "seconds": result["seconds"],
+        "recall_bits": round(bits, 2),
+        "recall_efficiency": bits / (8 * carried),
+        "run": f"runs/{job.folder}",
+        "weights": result["weights"],
+    }
+
+
+def measure(model: ModelConfig, context_len: int) -> tuple[int, int]:
+    """Bytes of state that one row carries after `context_len` tokens, and parameters: both counted."""
+    with torch.random.fork_rng(devices=[]):
+        built = model.build()
+    return built.state_bytes(context_len), built.parameter_count()
+
+
+# -------------------------------------------------------------------------------------------- the sweep
+
+
+@dataclass(frozen=True)
+class Watcher:
+    """What a sweep tells whoever is looking; each function gets the job's index first."""
+
+    progress: Callable[[int, Progress], None] = lambda index, progress: None
+    finished: Callable[[int, list[dict[str, Any]]], None] = lambda index, lines: None
+
+
+def run_sweep(
+    sweep: SweepConfig,
+    out: Path,
+    *,
+    command: str,
+    device: str = "cpu",
+    workers: int | None = None,
+    plugins: Sequence[Path] = (),
+    watcher: Watcher | None = None,
+) -> list[dict[str, Any]]:
+    """Run a sweep, or go on with it, and return the lines of its results.jsonl.
+
+    Args:
+        out: the sweep's folder.
+        command: what the user typed, kept in config.json.
+        workers: processes that train at once; None for one per core, or one on a GPU.
+        plugins: mixer files of the user's own that the sweep's mixers come from.
+
+    Raises:
+        RunError: the folder cannot be written, is in use, or holds another sweep; or a worker died.
+        KeyboardInterrupt: after every run has written its checkpoint.
+    """
+    together = device != "cpu"
+    workers = workers or (1 if together else len(os.sched_getaffinity(0)))
+    watcher = watcher or Watcher()
+    jobs = sweep.jobs(together=together)
+    with runs.locked(out):
+        _claim(out, sweep, command, device)
+        lines: dict[int, list[dict[str, Any]]] = {}
+        with _Pool(min(workers, len(jobs)), device, plugins, watcher) as pool:
+            for index, result in pool.results([(job, out / "runs" / job.folder) for job in jobs]):
+                lines[index] = [result_line(jobs[index], sweep, member) for member in result]
+                _write_results(out, lines)
+                watcher.finished(index, lines[index])
+    return [line for index in sorted(lines) for line in lines[index]]
+
+
+def _claim(out: Path, sweep: SweepConfig, command: str, device: str) -> None:
+    """Write what this sweep is, or check that the folder holds the same one."""
+    path, plain = out / "config.json", sweep.to_dict()
+    if path.exists():
+        if json.loads(path.read_text()).get("points") != plain["points"]:
+            raise RunError(f"{out} holds another sweep ({path}); choose another folder with --out")
+        return
+    about = {
+        "recipe": " ".join(filter(None, (sweep.recipe, sweep.part))),
+        "command": command,
+        "context_len": sweep.context_len,
+        "test": [{"vocab": sweep.data.vocab, **segment.to_dict()} for segment in sweep.data.test],
+    }
+    runs.write_json(out / "environment.json", runs.environment(device, 1))
+    runs.write_json(path, {**about, "points": plain["points"]})
+
+
+def _write_results(out: Path, lines: dict[int, list[dict[str, Any]]]) -> None:
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for i in sorted(lines) for line in lines[i])
+    runs.write_atomically(out / "results.jsonl", text.encode())
+
+
+class _Pool:
+    """Processes that train, and the thread that passes on what they say."""
+
+    def __init__(self, workers: int, device: str, plugins: Sequence[Path], watcher: Watcher) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.stop, self.queue, self.watcher = context.Event(), context.Queue(), watcher
+        self.executor = concurrent.futures.ProcessPoolExecutor(
+            workers,
+            mp_context=context,
+            initializer=_start_worker,
+            initargs=(self.queue, self.stop, device, [str(path) for path in plugins]),
+        )
+        self.listener = threading.Thread(target=self._listen, daemon=True)
+
+    def __enter__(self) -> _Pool:
+        self.listener.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        self.executor.shutdown(cancel_futures=True)
+        self.queue.put(None)
+        self.listener.join()
+
+    def results(self, jobs: Sequence[tuple[Job, Path]]) -> Any:
+        """Yield (index, results) as runs finish."""
+        futures = {
+            self.executor.submit(_work, index, job.point.train.to_dict(), job.together, str(folder)): index
+            for index, (job, folder) in enumerate(jobs)
+        }
+        for future in concurrent.futures.as_completed(futures):
+            try:
+                yield futures[future], future.result()
+            except concurrent.futures.process.BrokenProcessPool:
+                raise RunError(
+                    "a training process died, most likely for want of memory; the same command goes on from "
+                    "the last checkpoints (fewer at once with --workers)"
+                ) from None
+
+    def _listen(self) -> None:
+        while (said := self.queue.get()) is not None:
+            self.watcher.progress(*said)
+
+
+_worker: dict[str, Any] = {}
+"""What a worker process was started with."""
+
+
+def _start_worker(queue: Any, stop: Any, device: str, plugins: list[str]) -> None:
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the whole group; the parent says when to stop
+    parent = multiprocessing.parent_process()
+
+    def end_with_parent() -> None:
+        if parent is not None:
+            parent.join()  # returns when the parent is gone, kill -9 included
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    for plugin in plugins:
+        mixers.load(Path(plugin))
+    _worker.update(queue=queue, stop=stop, device=device)
+
+
+def _work(index: int, plain: dict[str, Any], together: bool, folder: str) -> list[dict[str, Any]]:
+    try:
+        return train(
+            TrainConfig.from_dict(plain),
+            Path(folder),
+            device=_worker["device"],
+            together=together,
+            on_progress=lambda progress: _worker["queue"].put((index, progress)),
+            should_stop=_worker["stop"].is_set,
+        )
+    except Stopped:
+        return []
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep freed memory for the next step instead of giving it back to the system.
+
+    Every step frees and takes the same large buffers. By default glibc maps each of them anew, and the
+    kernel fills the pages with zeros first: a third of a step's time on a CPU. Elsewhere this does nothing.
+    """
+    if sys.platform != "linux":
+        return
+    import ctypes
+
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        trim_threshold, mmap_max = -1, -4  # the option numbers of malloc.h
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2**31 - 1)

@@ -1,0 +1,51 @@
+"""The zoo: one file per sequence mixer. Importing this package registers all of them.
+
+A file in this folder registers its mixer by decorating its config with `holdall.contract.register`; a
+file of a user's own does the same and is read by `load`.
+"""
+
+import importlib
+import importlib.util
+import pkgutil
+import sys
+from pathlib import Path
+
+from holdall.contract import Entry, lookup, registered
+
+for _module in pkgutil.iter_modules(__path__, __name__ + "."):
+    importlib.import_module(_module.name)
+
+
+def names() -> list[str]:
+    """The names of all registered mixers, sorted."""
+    return registered()
+
+
+def entry(name: str) -> Entry:
+    """What the registry knows of a mixer; KeyError with the closest name for an unknown one."""
+    return lookup(name)
+
+
+def load(file: Path) -> list[str]:
+    """Run a user's own mixer file and return the names that it registered, sorted.
+
+    Raises FileNotFoundError if there is no such file and ValueError if it registers nothing.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"no mixer file at {file}")
+    before, name = set(registered()), f"holdall_loaded_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses look up what annotations mean
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    # those that were there before count too if they are of this file: it may be read again
+    new = [n for n in registered() if n not in before or lookup(n).config.__module__ == name]
+    if not new:
+        raise ValueError(f"{file} registered no mixer: decorate its config with holdall.contract.register")
+    return new

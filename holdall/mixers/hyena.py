@@ -1,0 +1,157 @@
+"""Hyena: long implicit convolutions between gates.
+
+    u = shortconv_3(W_in x + b), split into x_0 .. x_{n-1}, v
+    for i = n - 1 .. 1:  v <- x_i * v;  v <- h_i conv v + d_i v
+    y = W_out (x_0 * v) + b
+    h(t) = MLP_sin([t, cos w t, -sin w t]) * exp(-t |delta|),  t from 0 to 1 over max_length tokens
+
+Poli et al., "Hyena Hierarchy", 2023, arXiv 2302.10866. Weights map onto safari's standalone HyenaOperator
+(filters ordered i slowest); Zoology's order-2 Hyena is the same with the blocks of x_0 and x_1 swapped.
+Deviations: none up to `max_length`; beyond it the filter goes on along the same functions of time. It has
+no recurrence of fixed size: the state holds the inputs of every long convolution and grows with the context.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from holdall.contract import Mixer, MixerConfig, Paper, register
+from holdall.ops import conv
+
+
+class HyenaState(NamedTuple):
+    """The last two inputs of the short convolution, and all inputs of the long ones."""
+
+    short_BPU: Tensor
+    long_BPE: Tensor
+
+
+@register(
+    "hyena",
+    paper=Paper(
+        title="Hyena Hierarchy: Towards Larger Convolutional Language Models",
+        authors="Poli et al.",
+        year=2023,
+        arxiv="2302.10866",
+    ),
+    state="(n - 1) N D + 2 (n + 1) D",
+    training="N D (log N + D)",
+    inference="N D",
+)
+@dataclass(frozen=True, kw_only=True)
+class HyenaConfig(MixerConfig):
+    """Implicit long convolutions between gates.
+
+    order: number of gates, n; max_length: tokens over which the filters' time runs from 0 to 1;
+    hidden: width of the MLP that makes the filters; bands: sines of growing frequency that it sees.
+    """
+
+    order: int = 2
+    max_length: int = 1024
+    hidden: int = 16
+    bands: int = 1
+    sine_frequency: float = 1.0
+
+    variants = ({}, {"order": 3, "max_length": 64, "bands": 2})
+
+    def validate(self) -> None:
+        if self.order < 2 or self.max_length < 2 or self.bands < 1:
+            raise ValueError(
+                f"order {self.order} and max_length {self.max_length} must be at least 2, "
+                f"bands {self.bands} at least 1"
+            )
+
+    def build(self) -> Hyena:
+        return Hyena(self)
+
+
+class HyenaFilter(nn.Module):
+    """The filters of all long convolutions, (length, channels), under a window that decays per channel."""
+
+    delta_E: Tensor
+
+    def __init__(self, channels: int, config: HyenaConfig) -> None:
+        super().__init__()
+        self.max_length, self.bands = config.max_length, config.bands
+        sizes = [1 + 2 * config.bands, config.hidden, config.hidden, config.hidden]
+        self.hidden = nn.ModuleList(nn.Linear(*pair) for pair in itertools.pairwise(sizes))
+        # one vector of frequencies for all layers, held once: a sine module listed after each layer would be
+        # one module under three names, which torch.func.functional_call does not put back as it was
+        self.frequency_H = nn.Parameter(torch.full((config.hidden,), config.sine_frequency))
+        self.last = nn.Linear(config.hidden, channels, bias=False)
+        # the window falls to 1/100 between 0.3 and 1.5 times max_length
+        self.register_buffer(
+            "delta_E", torch.linspace(math.log(1e-2) / 1.5, math.log(1e-2) / 0.3, channels).abs()
+        )
+
+    def forward(self, length: int) -> Tensor:
+        like = self.delta_E
+        token_L = torch.arange(length, device=like.device, dtype=torch.float64)
+        time_L1 = (token_L / (self.max_length - 1))[:, None]
+        band_F = torch.linspace(1e-4, self.bands - 1, self.bands, device=like.device, dtype=torch.float64)
+        turn_LF = 2 * math.pi * token_L[:, None] / self.max_length * band_F
+        z_LZ = torch.cat((time_L1, turn_LF.cos(), -turn_LF.sin()), dim=-1).to(like.dtype)
+        for layer in self.hidden:
+            z_LZ = torch.sin(self.frequency_H * layer(z_LZ))
+        return self.last(z_LZ) * torch.exp(-time_L1.to(like.dtype) * self.delta_E)
+
+
+class Hyena(Mixer):
+    config: HyenaConfig
+    state_type = HyenaState
+
+    def __init__(self, config: HyenaConfig) -> None:
+        super().__init__(config)
+        width, long_channels = config.width, (config.order - 1) * config.width
+        channels = (config.order + 1) * width
+        self.in_proj = nn.Linear(width, channels)
+        self.short_weight_UW = nn.Parameter(torch.empty(channels, 3).uniform_(-(3**-0.5), 3**-0.5))
+        self.short_bias_U = nn.Parameter(torch.empty(channels).uniform_(-(3**-0.5), 3**-0.5))
+        self.filter = HyenaFilter(long_channels, config)
+        self.skip_E = nn.Parameter(torch.randn(long_channels))
+        self.out_proj = nn.Linear(width, width)
+        loop = self.form == "loop"
+        self.short_conv = conv.short_conv_loop if loop else conv.short_conv
+        self.long_conv = conv.long_conv_loop if loop else conv.long_conv
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        state: HyenaState | None = None,
+        *,
+        inplace: bool = False,
+        want_state: bool = True,
+    ) -> tuple[Tensor, HyenaState | None]:
+        order, width = self.config.order, self.config.width
+        if state is None:
+            state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
+        u_BTU, short_BPU = self.short_conv(
+            self.in_proj(x_BTD), self.short_weight_UW, self.short_bias_U, state.short_BPU
+        )
+        *gates, v_BTD = u_BTU.split(width, dim=-1)
+        filters = self.filter(state.long_BPE.shape[1] + x_BTD.shape[1]).split(width, dim=-1)
+        pasts, skips = state.long_BPE.split(width, dim=-1), self.skip_E.split(width)
+        kept: list[Tensor] = []
+        for i in range(order - 1, 0, -1):
+            v_BTD = v_BTD * gates[i]
+            c_BTD, past = self.long_conv(v_BTD, filters[i - 1], pasts[i - 1])
+            v_BTD = c_BTD + skips[i - 1] * v_BTD
+            kept.insert(0, past)
+        after = HyenaState(short_BPU, torch.cat(kept, dim=-1)) if want_state else None
+        return self.out_proj(v_BTD * gates[0]), after
+
+    def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None) -> HyenaState:
+        width, order = self.config.width, self.config.order
+        return HyenaState(
+            torch.zeros(batch, 2, (order + 1) * width, dtype=dtype, device=device),
+            torch.zeros(batch, 0, (order - 1) * width, dtype=dtype, device=device),
+        )
+
+    def state_elements(self, context_len: int) -> int:
+        return ((self.config.order - 1) * context_len + 2 * (self.config.order + 1)) * self.config.width

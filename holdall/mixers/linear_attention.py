@@ -1,0 +1,134 @@
+"""Linear attention: softmax's exp(q . k) replaced by phi(q) . phi(k), which a state of fixed size can sum.
+
+    S_t = S_{t-1} + phi(k_t) v_t^T          z_t = z_{t-1} + phi(k_t)
+    y_t = W_o [ phi(q_t)^T S_t / (phi(q_t) . z_t + eps) ]
+
+Katharopoulos, Vyas, Pappas, Fleuret, "Transformers are RNNs", 2020, arXiv 2006.16236 (elu1); Arora et al.,
+"Simple linear attention language models balance the recall-throughput tradeoff" (Based), 2024, arXiv
+2402.18668 (taylor). Queries and keys have `feature_dim` dimensions per head before the map.
+Weights map one to one onto Zoology's and Based's proj_q, proj_k, proj_v (rows of `qkv`, in that order) and
+out_proj. Deviations: the Taylor map keeps the symmetric half of the second order (same outputs, 153 features
+and not 273 at feature_dim 16). With map "identity" the normaliser is a sum of signed numbers and can come
+near zero: `normalise=False` is the sound choice there, though Zoology divides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from holdall.contract import Mixer, MixerConfig, Paper, State, recurrent_dtype, register
+from holdall.ops.linear_attention import FEATURE_MAPS, linear_attention, linear_attention_loop
+
+
+class LinearState(NamedTuple):
+    """The sum of phi(k) v^T."""
+
+    s_BHFV: Tensor
+
+
+class NormalisedState(NamedTuple):
+    """The sum of phi(k) v^T, and the sum of phi(k) that the output is divided by."""
+
+    s_BHFV: Tensor
+    z_BHF: Tensor
+
+
+@register(
+    "linear-attention",
+    paper=Paper(
+        title="Transformers are RNNs",
+        authors="Katharopoulos, Vyas, Pappas, Fleuret",
+        year=2020,
+        arxiv="2006.16236",
+    ),
+    state="F (D + H)",
+    training="N F D",
+    inference="F D",
+)
+@dataclass(frozen=True, kw_only=True)
+class LinearAttentionConfig(MixerConfig):
+    """Linear attention with a feature map of choice: elu1, relu, square, identity, taylor (Based).
+
+    feature_dim: dimensions f of a head's queries and keys, before the map; after it there are F features,
+        1 + f + f (f + 1) / 2 for taylor and f for the others.
+    chunk: tokens whose pairs are computed at once; up to there the cost is quadratic and no state is built.
+    """
+
+    feature_map: Literal["elu1", "relu", "square", "identity", "taylor"] = "taylor"
+    feature_dim: int = 16
+    heads: int = 1
+    normalise: bool = True
+    eps: float = 1e-12
+    chunk: int = 128
+    bias: bool = False
+
+    variants = (
+        {"feature_dim": 4, "chunk": 16},
+        {"feature_map": "elu1", "heads": 2},
+        {"feature_map": "relu", "normalise": False, "chunk": 32},
+        {"feature_map": "square", "bias": True},
+        {"feature_map": "identity", "normalise": False},
+    )
+
+    def validate(self) -> None:
+        if self.heads < 1 or self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.feature_dim < 1 or self.chunk < 1:
+            raise ValueError(f"feature_dim {self.feature_dim} and chunk {self.chunk} must be positive")
+
+    def build(self) -> LinearAttention:
+        return LinearAttention(self)
+
+
+class LinearAttention(Mixer):
+    config: LinearAttentionConfig
+
+    def __init__(self, config: LinearAttentionConfig) -> None:
+        super().__init__(config)
+        self.feature_map = FEATURE_MAPS[config.feature_map]
+        self.state_type = NormalisedState if config.normalise else LinearState  # type: ignore[misc]
+        self.sizes = [config.heads * config.feature_dim] * 2 + [config.width]
+        self.qkv = nn.Linear(config.width, sum(self.sizes), bias=config.bias)
+        self.out_proj = nn.Linear(config.width, config.width, bias=config.bias)
+
+    def forward(
+        self, x_BTD: Tensor, state: State | None = None, *, inplace: bool = False, want_state: bool = True
+    ) -> tuple[Tensor, State | None]:
+        config = self.config
+        q, k, v = (u.unflatten(-1, (config.heads, -1)) for u in self.qkv(x_BTD).split(self.sizes, dim=-1))
+        if self.form == "loop":
+            state = state or self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
+            y_BTHV, *after = linear_attention_loop(
+                q, k, v, *state, feature_map=self.feature_map, eps=config.eps
+            )
+        else:
+            y_BTHV, *after = linear_attention(
+                q,
+                k,
+                v,
+                *(state or (None, None)),
+                feature_map=self.feature_map,
+                normalise=config.normalise,
+                eps=config.eps,
+                chunk=config.chunk,
+                inplace=inplace,
+                want_state=want_state,
+            )
+        kept = self.state_type(*(tensor for tensor in after if tensor is not None)) if want_state else None
+        return self.out_proj(y_BTHV.flatten(2)), kept
+
+    def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None) -> State:
+        config, dtype = self.config, recurrent_dtype(dtype)
+        features = self.feature_map.size(config.feature_dim)
+        sums = torch.zeros(
+            batch, config.heads, features, config.width // config.heads, dtype=dtype, device=device
+        )
+        return NormalisedState(sums, sums[..., 0].clone()) if config.normalise else LinearState(sums)
+
+    def state_elements(self, context_len: int) -> int:
+        features = self.feature_map.size(self.config.feature_dim)
+        return features * (self.config.width + self.config.heads * self.config.normalise)

@@ -1,0 +1,137 @@
+"""Mamba: a diagonal state space whose step size, input and output maps depend on the token.
+
+    [x | z] = W_in u          x = silu(shortconv_4(x))        [dt | B | C] = W_x x
+    dt = softplus(W_dt dt + b)      h_t = exp(dt A) h_{t-1} + dt B_t x_t      y_t = C_t . h_t + D x_t
+    out = W_out (y * silu(z))
+
+Gu, Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023, arXiv 2312.00752.
+Parameters have the names and shapes of mamba_ssm's module (conv1d.weight without its middle dimension).
+Deviations: the convolution's state holds the 3 inputs that are needed, where the official one holds 4, and
+the recurrent state is fp32 whatever the weights are.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
+from holdall.ops import conv, scan
+
+
+class MambaState(NamedTuple):
+    """The inputs that the short convolution still needs, and the state space's state."""
+
+    conv_BPE: Tensor
+    h_BEN: Tensor
+
+
+@register(
+    "mamba",
+    paper=Paper(
+        title="Mamba: Linear-Time Sequence Modeling with Selective State Spaces",
+        authors="Gu, Dao",
+        year=2023,
+        arxiv="2312.00752",
+    ),
+    state="e D (n + W - 1)",
+    training="N D (D + n)",
+    inference="D (D + n)",
+)
+@dataclass(frozen=True, kw_only=True)
+class MambaConfig(MixerConfig):
+    """Selective state space behind a short convolution.
+
+    state: state size per channel, n; expand: inner channels per model channel, e; kernel: taps of the
+    convolution, W; dt_rank: rank of the step sizes' projection, 0 for width / 16 rounded up;
+    chunk: steps of the scan that are taken one after another, all chunks side by side.
+    """
+
+    state: int = 16
+    expand: int = 2
+    kernel: int = 4
+    dt_rank: int = 0
+    chunk: int = scan.CHUNK
+
+    variants = ({}, {"state": 4, "expand": 1, "dt_rank": 3, "chunk": 16})
+
+    def validate(self) -> None:
+        if min(self.state, self.expand, self.chunk) < 1 or self.kernel < 2 or self.dt_rank < 0:
+            raise ValueError(
+                f"state {self.state}, expand {self.expand} and chunk {self.chunk} must be positive, "
+                f"kernel {self.kernel} at least 2, dt_rank {self.dt_rank} not negative"
+            )
+
+    @property
+    def rank(self) -> int:
+        return self.dt_rank or math.ceil(self.width / 16)
+
+    def build(self) -> Mamba:
+        return Mamba(self)
+
+
+class Mamba(Mixer):
+    config: MambaConfig
+    state_type = MambaState
+    own_init = True
+
+    def __init__(self, config: MambaConfig) -> None:
+        super().__init__(config)
+        inner, bound = config.expand * config.width, config.kernel**-0.5
+        self.in_proj = nn.Linear(config.width, 2 * inner, bias=False)
+        self.conv_weight_EW = nn.Parameter(torch.empty(inner, config.kernel).uniform_(-bound, bound))
+        self.conv_bias_E = nn.Parameter(torch.empty(inner).uniform_(-bound, bound))
+        self.x_proj = nn.Linear(inner, config.rank + 2 * config.state, bias=False)
+        self.dt_proj = nn.Linear(config.rank, inner)
+        self.A_log = nn.Parameter(torch.arange(1.0, config.state + 1).log().repeat(inner, 1))
+        self.D = nn.Parameter(torch.ones(inner))
+        self.out_proj = nn.Linear(inner, config.width, bias=False)
+        with torch.no_grad():
+            self.dt_proj.weight.uniform_(-(config.rank**-0.5), config.rank**-0.5)
+            # softplus(bias) is log-uniform between 0.001 and 0.1: memories of 10 to 1000 tokens
+            dt = torch.empty(inner).uniform_(math.log(1e-3), math.log(1e-1)).exp().clamp(min=1e-4)
+            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+        loop = self.form == "loop"
+        self.short_conv = conv.short_conv_loop if loop else conv.short_conv
+        self.scan = (
+            scan.selective_scan_loop if loop else functools.partial(scan.selective_scan, chunk=config.chunk)
+        )
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        state: MambaState | None = None,
+        *,
+        inplace: bool = False,
+        want_state: bool = True,
+    ) -> tuple[Tensor, MambaState | None]:
+        config = self.config
+        if state is None:
+            state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
+        x_BTE, z_BTE = self.in_proj(x_BTD).chunk(2, dim=-1)
+        x_BTE, conv_BPE = self.short_conv(x_BTE, self.conv_weight_EW, self.conv_bias_E, state.conv_BPE)
+        x_BTE = F.silu(x_BTE)
+        dt_BTR, b_BTN, c_BTN = self.x_proj(x_BTE).split([config.rank, config.state, config.state], dim=-1)
+        dtype = recurrent_dtype(x_BTD.dtype)
+        # the step sizes decide what is forgotten over thousands of tokens: not in bf16
+        dt_BTE = F.softplus(self.dt_proj(dt_BTR).to(dtype))
+        y_BTE, h_BEN = self.scan(x_BTE, dt_BTE, -self.A_log.to(dtype).exp(), b_BTN, c_BTN, state.h_BEN)
+        y_BTE = torch.addcmul(y_BTE, x_BTE, self.D.to(y_BTE.dtype))
+        return self.out_proj(y_BTE * F.silu(z_BTE)), MambaState(conv_BPE, h_BEN) if want_state else None
+
+    def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None) -> MambaState:
+        config = self.config
+        inner = config.expand * config.width
+        return MambaState(
+            torch.zeros(batch, config.kernel - 1, inner, dtype=dtype, device=device),
+            torch.zeros(batch, inner, config.state, dtype=recurrent_dtype(dtype), device=device),
+        )
+
+    def state_elements(self, context_len: int) -> int:
+        return self.config.expand * self.config.width * (self.config.state + self.config.kernel - 1)

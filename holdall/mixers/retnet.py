@@ -1,0 +1,145 @@
+"""RetNet's multi-scale retention: linear attention whose heads forget at fixed, different rates.
+
+    gamma_h = 1 - 2^(-5 - h)     S_n = gamma S_{n-1} + k_n v_n^T     o_n = q_n S_n / sqrt(sum_{j<=n} gamma^j)
+    y = W_o (silu(W_g x) * RMSNorm_head(o))
+
+with q and k turned by rotary positions (interleaved pairs, angles 10000^-linspace(0, 1, K / 2)) and k scaled
+by 1 / sqrt(K). Sun et al., "Retentive Network", 2023, arXiv 2307.08621. Weights map onto torchscale's module:
+q_proj, k_proj, v_proj, g_proj are the rows of `qkvg`, in that order.
+Deviations: torchscale's parallel form also divides each row by clamp(sum |A|, 1, 5e4), detached, and its
+recurrent form does not, so the two disagree; the norm that follows cancels any such scale up to its epsilon.
+Here all forms leave it out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
+from holdall.ops.linear_attention import linear_attention, linear_attention_loop
+from holdall.ops.rotary import rotate
+
+
+class RetNetState(NamedTuple):
+    """The decayed sum of k v^T, and how many tokens a row has read."""
+
+    s_BHKV: Tensor
+    seen_B: Tensor
+
+
+@register(
+    "retnet",
+    paper=Paper(
+        title="Retentive Network: A Successor to Transformer for Large Language Models",
+        authors="Sun et al.",
+        year=2023,
+        arxiv="2307.08621",
+    ),
+    state="r D^2 / H + 1",
+    training="N D^2 (1 + r / H)",
+    inference="D^2 (1 + r / H)",
+)
+@dataclass(frozen=True, kw_only=True)
+class RetNetConfig(MixerConfig):
+    """Multi-scale retention: linear attention with a fixed decay per head.
+
+    value_ratio: value dimensions per model dimension, r; eps: of the norm of each head's output.
+    """
+
+    heads: int = 2
+    value_ratio: int = 2
+    eps: float = 1e-6
+    chunk: int = 128
+
+    variants = ({}, {"heads": 4, "value_ratio": 1, "chunk": 16})
+
+    def validate(self) -> None:
+        if self.heads < 1 or self.width % (2 * self.heads):
+            raise ValueError(f"width {self.width} is not a multiple of twice the heads {self.heads}")
+        if self.value_ratio < 1 or self.chunk < 1:
+            raise ValueError(f"value_ratio {self.value_ratio} and chunk {self.chunk} must be positive")
+
+    def build(self) -> RetNet:
+        return RetNet(self)
+
+
+class RetNet(Mixer):
+    config: RetNetConfig
+    state_type = RetNetState
+    own_init = True
+    frequency_F: Tensor
+    log_gamma_H: Tensor
+
+    def __init__(self, config: RetNetConfig) -> None:
+        super().__init__(config)
+        width, values = config.width, config.value_ratio * config.width
+        self.sizes = [width, width, values, values]
+        self.qkvg = nn.Linear(width, sum(self.sizes), bias=False)
+        self.out_proj = nn.Linear(values, width, bias=False)
+        with torch.no_grad():
+            for rows in self.qkvg.weight.split(self.sizes):
+                nn.init.xavier_uniform_(rows, gain=2**-2.5)
+            nn.init.xavier_uniform_(self.out_proj.weight, gain=2**-1)
+        half = width // config.heads // 2
+        exponent_F = torch.linspace(
+            0, 1, half, dtype=torch.float64
+        )  # both ends included: the last angle is 1e-4
+        self.register_buffer("frequency_F", 10000.0**-exponent_F, persistent=False)
+        head_H = torch.arange(config.heads, dtype=torch.float64)
+        self.register_buffer("log_gamma_H", torch.log1p(-(2.0 ** (-5 - head_H))), persistent=False)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        state: RetNetState | None = None,
+        *,
+        inplace: bool = False,
+        want_state: bool = True,
+    ) -> tuple[Tensor, RetNetState | None]:
+        config, new = self.config, x_BTD.shape[1]
+        fresh = state is None
+        if state is None:
+            state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
+        q, k, v, gate_BTE = self.qkvg(x_BTD).split(self.sizes, dim=-1)
+        q, k, v = (u.unflatten(-1, (config.heads, -1)) for u in (q, k, v))
+        position_BT = state.seen_B[:, None] + torch.arange(new, device=x_BTD.device)
+        q = rotate(q, position_BT, self.frequency_F, interleaved=True)
+        k = rotate(k, position_BT, self.frequency_F, interleaved=True) * k.shape[-1] ** -0.5
+        log_gamma_H = self.log_gamma_H.to(recurrent_dtype(x_BTD.dtype))
+        log_decay_BTH = log_gamma_H.expand(x_BTD.shape[0], new, -1)
+        s_BHKV: Tensor | None
+        if self.form == "loop":
+            o_BTHV, s_BHKV, _ = linear_attention_loop(q, k, v, state.s_BHKV, None, log_decay_BTH)
+        else:
+            o_BTHV, s_BHKV, _ = linear_attention(
+                q, k, v, None if fresh else state.s_BHKV, None, log_decay_BTH,
+                chunk=config.chunk, inplace=inplace, want_state=want_state,
+            )  # fmt: skip
+        # sum of gamma^j over j = 0 .. n
+        total_BTH = torch.expm1((position_BT[..., None] + 1) * log_gamma_H) / torch.expm1(log_gamma_H)
+        o_BTHV = o_BTHV * total_BTH.rsqrt()[..., None].to(o_BTHV.dtype)
+        o_BTHV = F.rms_norm(o_BTHV, o_BTHV.shape[-1:], eps=config.eps)
+        after = None if s_BHKV is None or not want_state else RetNetState(s_BHKV, state.seen_B + new)
+        return self.out_proj(F.silu(gate_BTE) * o_BTHV.flatten(2)), after
+
+    def init_state(
+        self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None
+    ) -> RetNetState:
+        heads, key_dim = self.config.heads, self.config.width // self.config.heads
+        s_BHKV = torch.zeros(
+            batch,
+            heads,
+            key_dim,
+            self.config.value_ratio * key_dim,
+            dtype=recurrent_dtype(dtype),
+            device=device,
+        )
+        return RetNetState(s_BHKV, torch.zeros(batch, dtype=torch.long, device=device))
+
+    def state_elements(self, context_len: int) -> int:
+        return self.config.value_ratio * self.config.width**2 // self.config.heads + 1

@@ -1,0 +1,99 @@
+"""Sliding-window attention: softmax attention over the last w tokens.
+
+    y_t = W_o [ sum_{t - w < j <= t} softmax_j(q_t . k_j / sqrt(K)) v_j ] + b
+
+Beltagy, Peters, Cohan, "Longformer", 2020, arXiv 2004.05150. `window` counts the token itself, so the state
+holds the w - 1 tokens before it. Zoology's `block_size` b is window b + 1; the Based repository's
+`window_size` s, which its code halves, is window s / 2 + 1. Deviations: none otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from holdall.contract import Mixer, MixerConfig, Paper, register
+from holdall.mixers.attention import QKV, AttentionConfig
+from holdall.ops import attention
+from holdall.ops.attention import KeyValueCache
+
+
+@register(
+    "sliding-window",
+    paper=Paper(
+        title="Longformer: The Long-Document Transformer",
+        authors="Beltagy, Peters, Cohan",
+        year=2020,
+        arxiv="2004.05150",
+    ),
+    state="2 (w - 1) D + 1",
+    training="N w D",
+    inference="w D",
+)
+@dataclass(frozen=True, kw_only=True)
+class SlidingWindowConfig(MixerConfig):
+    """Softmax attention over the last `window` tokens.
+
+    rotary: share of each head's dimensions that rotary positions turn; 0 for none, 1 for all.
+    """
+
+    window: int = 16
+    heads: int = 1
+    rotary: float = 0.0
+    rotary_base: float = 10000.0
+    bias: bool = True
+
+    variants = ({}, {"heads": 2, "rotary": 1.0, "bias": False, "window": 5}, {"window": 65})
+
+    def validate(self) -> None:
+        AttentionConfig.validate(self)  # type: ignore[arg-type]
+        if self.window < 2:
+            raise ValueError(f"window {self.window} must be at least 2: the token itself and one before it")
+
+    def build(self) -> SlidingWindow:
+        return SlidingWindow(self)
+
+
+class SlidingWindow(Mixer):
+    config: SlidingWindowConfig
+    state_type = KeyValueCache
+
+    def __init__(self, config: SlidingWindowConfig) -> None:
+        super().__init__(config)
+        self.project = QKV(config.width, config.heads, config.rotary, config.rotary_base, config.bias)
+        self.out_proj = nn.Linear(config.width, config.width, bias=config.bias)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        state: KeyValueCache | None = None,
+        *,
+        inplace: bool = False,
+        want_state: bool = True,
+    ) -> tuple[Tensor, KeyValueCache | None]:
+        seen_B = torch.zeros(1, dtype=torch.long, device=x_BTD.device) if state is None else state.seen_B
+        q, k, v = self.project(x_BTD, seen_B)
+        window, scale = self.config.window, q.shape[-1] ** -0.5
+        after: KeyValueCache | None
+        if self.form == "loop":
+            state = state or self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
+            y_BTHV, after = attention.window_attention_loop(q, k, v, state, window=window, scale=scale)
+        else:
+            y_BTHV, after = attention.window_attention(
+                q, k, v, state, window=window, scale=scale, inplace=inplace, want_state=want_state
+            )
+        return self.out_proj(y_BTHV.flatten(2)), after if want_state else None
+
+    def init_state(
+        self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None
+    ) -> KeyValueCache:
+        config = self.config
+        head_dim = config.width // config.heads
+        return attention.empty_cache(
+            batch, config.window - 1, config.heads, head_dim, head_dim, dtype=dtype, device=device
+        )
+
+    def state_elements(self, context_len: int) -> int:
+        return 2 * (self.config.window - 1) * self.config.width + 1

@@ -1,0 +1,95 @@
+"""Causal convolutions along the sequence, one filter per channel.
+
+    short:  y_t = b + sum_{i < W} w_i x_{t - W + 1 + i}       the last tap multiplies the current token
+    long:   y_t = sum_{j <= t} h_{t - j} x_j                  the filter is as long as the context
+
+Letters: B row, T new tokens, D channels, W taps, P past tokens.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING or "jaxtyping" in sys.modules:  # pytest checks the shapes; nothing else needs jaxtyping
+    from jaxtyping import Float
+
+
+def short_conv_loop(
+    x_BTD: Float[Tensor, "b t d"],
+    weight_DW: Float[Tensor, "d w"],
+    bias_D: Float[Tensor, "d"] | None,
+    past_BPD: Float[Tensor, "b w-1 d"],
+) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b w-1 d"]]:
+    """The definition. `past_BPD` holds the W - 1 inputs before these, oldest first; zeros at the start."""
+    ys = []
+    for t in range(x_BTD.shape[1]):
+        seen_BWD = torch.cat((past_BPD, x_BTD[:, t : t + 1]), dim=1)
+        y_BD = torch.einsum("bwd,dw->bd", seen_BWD, weight_DW)
+        ys.append(y_BD if bias_D is None else y_BD + bias_D)
+        past_BPD = seen_BWD[:, 1:]
+    return torch.stack(ys, dim=1), past_BPD.clone()
+
+
+def short_conv(
+    x_BTD: Float[Tensor, "b t d"],
+    weight_DW: Float[Tensor, "d w"],
+    bias_D: Float[Tensor, "d"] | None,
+    past_BPD: Float[Tensor, "b w-1 d"],
+) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b w-1 d"]]:
+    """W shifted products: for a handful of taps cheaper than a library's convolution. O(T W).
+
+    The sum is kept in at least fp32, as libraries do: in bf16 each tap would add a rounding of its own.
+    """
+    taps, new = weight_DW.shape[1], x_BTD.shape[1]
+    dtype = torch.promote_types(x_BTD.dtype, torch.float32)
+    seen_BSD = torch.cat((past_BPD, x_BTD), dim=1)
+    wide_BSD, weight_DW = seen_BSD.to(dtype), weight_DW.to(dtype)
+    y_BTD = wide_BSD[:, taps - 1 :] * weight_DW[:, -1]
+    if bias_D is not None:
+        y_BTD = y_BTD + bias_D
+    for tap in range(taps - 1):
+        y_BTD = torch.addcmul(y_BTD, wide_BSD[:, tap : tap + new], weight_DW[:, tap])
+    # a copy: a view of the last few tokens would keep all of them in memory for as long as the state lives
+    return y_BTD.to(x_BTD.dtype), seen_BSD[:, new:].clone()
+
+
+def long_conv_loop(
+    x_BTD: Float[Tensor, "b t d"], filter_LD: Float[Tensor, "l d"], past_BPD: Float[Tensor, "b p d"]
+) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b p+t d"]]:
+    """The definition. The filter has at least P + T taps, the first for the current token."""
+    ys = []
+    for t in range(x_BTD.shape[1]):
+        past_BPD = torch.cat((past_BPD, x_BTD[:, t : t + 1]), dim=1)
+        ys.append(torch.einsum("bpd,pd->bd", past_BPD, filter_LD[: past_BPD.shape[1]].flip(0)))
+    return torch.stack(ys, dim=1), past_BPD
+
+
+def long_conv(
+    x_BTD: Float[Tensor, "b t d"], filter_LD: Float[Tensor, "l d"], past_BPD: Float[Tensor, "b p d"]
+) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b p+t d"]]:
+    """By the Fourier transform, O((P + T) log (P + T)); a single token is one dot product, O(P).
+
+    The transform is long enough that nothing wraps around. It runs in at least fp32.
+    """
+    new = x_BTD.shape[1]
+    seen_BSD = torch.cat((past_BPD, x_BTD), dim=1)
+    length = seen_BSD.shape[1]
+    filter_LD = filter_LD[:length]
+    if new == 1:
+        return torch.einsum("bsd,sd->bd", seen_BSD, filter_LD.flip(0))[:, None], seen_BSD
+    dtype = torch.promote_types(x_BTD.dtype, torch.float32)
+    size = _fast_size(2 * length - 1)
+    # channels before time: a transform along the last, contiguous dimension is the fast one
+    spectrum_BDF = torch.fft.rfft(seen_BSD.to(dtype).transpose(1, 2), n=size)
+    spectrum_DF = torch.fft.rfft(filter_LD.to(dtype).T, n=size)
+    y_BDS = torch.fft.irfft(spectrum_BDF * spectrum_DF, n=size)[:, :, length - new : length]
+    return y_BDS.transpose(1, 2).to(x_BTD.dtype), seen_BSD
+
+
+def _fast_size(least: int) -> int:
+    """The next power of two: a length that every Fourier library handles fast and evenly."""
+    return 1 << max(least - 1, 1).bit_length()

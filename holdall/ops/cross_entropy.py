@@ -1,0 +1,75 @@
+"""Cross-entropy of a linear head, without ever holding all logits.
+
+    loss_n = logsumexp_v(h_n . e_v) - h_n . e_target(n)
+
+Letters: N predictions, D model width, V vocabulary, C predictions at once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def linear_cross_entropy_loop(h_ND: Tensor, head_VD: Tensor, target_N: Tensor) -> Tensor:
+    """The definition: the losses of all predictions, in nats, (N,)."""
+    return F.cross_entropy(h_ND @ head_VD.T, target_N, reduction="none")
+
+
+def linear_cross_entropy(
+    h_ND: Tensor, head_VD: Tensor, target_N: Tensor, *, block: int = 256
+) -> tuple[Tensor, Tensor]:
+    """The mean loss and whether each prediction is right, block by block.
+
+    The gradient of softmax is made while a block of logits is still in cache, so forward and backward
+    together read each logit twice and keep only gradients of the size of `h` and `head`.
+
+    Args:
+        block: predictions whose logits exist at once.
+
+    Returns:
+        The mean loss, a scalar that carries gradients to h and head, and right_N, booleans.
+    """
+    loss, right_N, *_ = _LinearCrossEntropy.apply(h_ND, head_VD, target_N, block)
+    return loss, right_N
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        h_ND: Tensor, head_VD: Tensor, target_N: Tensor, block: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        losses, rights, grads_h, grad_head_VD = [], [], [], torch.zeros_like(head_VD)
+        count = h_ND.shape[0]
+        for start in range(0, count, block):
+            h_CD, target_C = h_ND[start : start + block], target_N[start : start + block]
+            logit_CV = h_CD @ head_VD.T
+            top_C1, guess_C1 = logit_CV.max(-1, keepdim=True)
+            picked_C1 = logit_CV.gather(1, target_C[:, None])
+            p_CV = (logit_CV - top_C1).exp_()
+            sum_C1 = p_CV.sum(-1, keepdim=True)
+            losses.append((sum_C1.log() + top_C1 - picked_C1).squeeze(1))
+            rights.append(guess_C1.squeeze(1) == target_C)
+            # d loss / d logit = softmax - one-hot, here with the mean's 1 / N; the one-hot part as gather and
+            # scatter of rows, so that p is read only by the two products
+            p_CV = p_CV * (1 / (count * sum_C1))
+            grads_h.append(p_CV @ head_VD - head_VD[target_C] / count)
+            grad_head_VD = torch.addmm(grad_head_VD, p_CV.T, h_CD)
+        grad_head_VD = grad_head_VD.index_add(0, target_N, h_ND, alpha=-1 / count)
+        return torch.cat(losses).mean(), torch.cat(rights), torch.cat(grads_h), grad_head_VD
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _, right_N, grad_h_ND, grad_head_VD = output
+        ctx.mark_non_differentiable(right_N, grad_h_ND, grad_head_VD)
+        ctx.save_for_backward(grad_h_ND, grad_head_VD)
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor, Tensor, None, None]:
+        grad_h_ND, grad_head_VD = ctx.saved_tensors
+        return grad_loss * grad_h_ND, grad_loss * grad_head_VD, None, None

@@ -1,0 +1,248 @@
+"""Linear attention with decay: a state of fixed size that softmax attention is often traded for.
+
+    S_t = a_t S_{t-1} + phi(k_t) v_t^T        y_t = phi(q_t)^T S_t
+    z_t = a_t z_{t-1} + phi(k_t)              normalised: y_t / (phi(q_t) . z_t + eps)
+
+The decay a_t is absent, one number per head (RetNet, Mamba-2) or one per key dimension (GLA). The
+feature map phi makes the family: phi(q) . phi(k) stands where softmax has exp(q . k).
+
+Letters: B row, T time, C time within a chunk, H heads, K key dim, F features of phi, V value dim.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING or "jaxtyping" in sys.modules:  # pytest checks the shapes; nothing else needs jaxtyping
+    from jaxtyping import Float
+
+# --------------------------------------------------------------------------------------- feature maps
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureMap:
+    """A feature map and the score that it induces.
+
+    Attributes:
+        features: (..., K) to (..., F).
+        size: F for a given K.
+        scores: (..., T, K), (..., S, K) to phi(q) . phi(k) of all pairs, (..., T, S); given where there is a
+            way to it that does not build the features.
+    """
+
+    features: Callable[[Tensor], Tensor]
+    size: Callable[[int], int]
+    scores: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    def pairs(
+        self, q_BHTK: Float[Tensor, "b h t k"], k_BHSK: Float[Tensor, "b h s k"]
+    ) -> Float[Tensor, "b h t s"]:
+        """phi(q_t) . phi(k_s) for all pairs, (B, H, T, S)."""
+        if self.scores is not None:
+            return self.scores(q_BHTK, k_BHSK)
+        return self.features(q_BHTK) @ self.features(k_BHSK).mT
+
+
+def taylor_features(x: Float[Tensor, "*b k"]) -> Float[Tensor, "*b f"]:
+    """Features whose dot product is 1 + s + s^2 / 2, s = q . k / sqrt(K): exp(s) to second order.
+
+    [1, x_i / K^(1/4), x_i^2 / sqrt(2 K), x_i x_j / sqrt(K) for i < j]. The full outer product has every
+    x_i x_j twice, 1 + K + K^2 features; this symmetric half, with the second copy in the weight, gives the
+    same products from 1 + K + K (K + 1) / 2: 153 instead of 273 at K = 16.
+    Arora et al., "Based", 2024, arXiv 2402.18668, equation 2.
+    """
+    dim = x.shape[-1]
+    i, j = torch.triu_indices(dim, dim, offset=1, device=x.device)
+    crosses = x[..., i] * x[..., j]
+    squares = x.square() * math.sqrt(0.5)
+    second = torch.cat((squares, crosses), dim=-1) / math.sqrt(dim)
+    return torch.cat((torch.ones_like(x[..., :1]), x / dim**0.25, second), dim=-1)
+
+
+def taylor_scores(
+    q_BHTK: Float[Tensor, "*b t k"], k_BHSK: Float[Tensor, "*b s k"]
+) -> Float[Tensor, "*b t s"]:
+    """1 + s + s^2 / 2 of all pairs, from the dot products themselves."""
+    s_BHTS = q_BHTK @ k_BHSK.mT * q_BHTK.shape[-1] ** -0.5
+    return 1 + s_BHTS + 0.5 * s_BHTS.square()
+
+
+def elu_plus_one(x: Float[Tensor, "*b k"]) -> Float[Tensor, "*b k"]:
+    """1 + x above zero, exp(x) below: all digits of the exponential, where adding 1 to F.elu drops them.
+
+    It also is what torch.compile gets right: F.elu's backward lays out its result differently from what
+    torch 2.13 expects on a CPU, and the view that follows fails.
+    """
+    return F.relu(x) + x.clamp(max=0).exp()
+
+
+FEATURE_MAPS = {
+    "identity": FeatureMap(features=lambda x: x, size=lambda dim: dim),
+    "relu": FeatureMap(features=F.relu, size=lambda dim: dim),
+    "square": FeatureMap(features=lambda x: x.square() * math.sqrt(0.5), size=lambda dim: dim),
+    "elu1": FeatureMap(features=elu_plus_one, size=lambda dim: dim),
+    "taylor": FeatureMap(
+        features=taylor_features, scores=taylor_scores, size=lambda dim: 1 + dim + dim * (dim + 1) // 2
+    ),
+}
+"""Parameter-free maps by name."""
+
+IDENTITY = FEATURE_MAPS["identity"]
+
+# ------------------------------------------------------------------------------------------- the maths
+
+
+def linear_attention_loop(
+    q_BTHK: Float[Tensor, "b t h k"],
+    k_BTHK: Float[Tensor, "b t h k"],
+    v_BTHV: Float[Tensor, "b t h v"],
+    s_BHFV: Float[Tensor, "b h f v"],
+    z_BHF: Float[Tensor, "b h f"] | None = None,
+    log_decay: Float[Tensor, "b t h"] | Float[Tensor, "b t h k"] | None = None,
+    *,
+    feature_map: FeatureMap = IDENTITY,
+    eps: float = 1e-12,
+) -> tuple[Float[Tensor, "b t h v"], Float[Tensor, "b h f v"], Float[Tensor, "b h f"] | None]:
+    """The definition; arguments and results as in `linear_attention`."""
+    dtype = s_BHFV.dtype
+    q_BTHF, k_BTHF = feature_map.features(q_BTHK.to(dtype)), feature_map.features(k_BTHK.to(dtype))
+    ys = []
+    for t in range(q_BTHK.shape[1]):
+        q_BHF, k_BHF, v_BHV = q_BTHF[:, t], k_BTHF[:, t], v_BTHV[:, t].to(dtype)
+        if log_decay is not None:
+            a_BHF = _per_feature(log_decay)[:, t].to(dtype).exp()
+            s_BHFV = a_BHF[..., None] * s_BHFV
+            z_BHF = None if z_BHF is None else a_BHF * z_BHF
+        s_BHFV = s_BHFV + k_BHF[..., :, None] * v_BHV[..., None, :]
+        y_BHV = torch.einsum("bhf,bhfv->bhv", q_BHF, s_BHFV)
+        if z_BHF is not None:
+            z_BHF = z_BHF + k_BHF
+            y_BHV = y_BHV / ((q_BHF * z_BHF).sum(-1, keepdim=True) + eps)
+        ys.append(y_BHV)
+    return torch.stack(ys, dim=1).to(v_BTHV.dtype), s_BHFV, z_BHF
+
+
+def linear_attention(
+    q_BTHK: Float[Tensor, "b t h k"],
+    k_BTHK: Float[Tensor, "b t h k"],
+    v_BTHV: Float[Tensor, "b t h v"],
+    s_BHFV: Float[Tensor, "b h f v"] | None,
+    z_BHF: Float[Tensor, "b h f"] | None = None,
+    log_decay: Float[Tensor, "b t h"] | Float[Tensor, "b t h k"] | None = None,
+    *,
+    feature_map: FeatureMap = IDENTITY,
+    normalise: bool = False,
+    eps: float = 1e-12,
+    chunk: int = 128,
+    inplace: bool = False,
+    want_state: bool = True,
+) -> tuple[Float[Tensor, "b t h v"], Float[Tensor, "b h f v"] | None, Float[Tensor, "b h f"] | None]:
+    """Chunk by chunk: all pairs within a chunk, the state for everything before it. O(T (C (K + V) + F V)).
+
+    Args:
+        s_BHFV, z_BHF: the incoming state, in the dtype to accumulate in; None if nothing was read yet
+            (z also where the output is not normalised).
+        log_decay: log a_t <= 0, (B, T, H) or, with the identity map, (B, T, H, K); None for no decay.
+        normalise: divide by phi(q) . z + eps.
+        chunk: tokens per chunk. With a decay per key dimension, pairs within a chunk cost C times as
+            much memory, so such chunks are cut to 16 tokens.
+        inplace: the incoming state may be overwritten.
+        want_state: whether the state after the last token is needed.
+
+    Returns:
+        y_BTHV in the dtype of v, and the next s and z (None where not asked for or not normalised).
+
+    Before the first state exists, and for scores that have a shorter way, no features are built.
+    """
+    dtype = torch.promote_types(v_BTHV.dtype, torch.float32)
+    q_BHTK, k_BHTK, v_BHTV = (x.transpose(1, 2).to(dtype) for x in (q_BTHK, k_BTHK, v_BTHV))
+    per_key = log_decay is not None and log_decay.ndim == 4
+    if per_key:
+        chunk = min(chunk, 16)
+    total = q_BHTK.shape[2]
+    ys = []
+    for start in range(0, total, chunk):
+        now = slice(start, min(start + chunk, total))
+        q, k, v = q_BHTK[:, :, now], k_BHTK[:, :, now], v_BHTV[:, :, now]
+        log_a_BHCF = None
+        if log_decay is not None:
+            log_a_BHCF = _per_feature(log_decay[:, now]).transpose(1, 2).to(dtype)
+        score_BHCC = _pairs_within(q, k, log_a_BHCF, feature_map)
+        y = score_BHCC @ v
+        norm = score_BHCC.sum(-1, keepdim=True) if normalise else None
+        if s_BHFV is not None:
+            q_BHCF = feature_map.features(q)
+            if log_a_BHCF is not None:
+                q_BHCF = q_BHCF * log_a_BHCF.cumsum(2).exp()
+            y = y + q_BHCF @ s_BHFV
+            if norm is not None and z_BHF is not None:
+                norm = norm + q_BHCF @ z_BHF[..., None]
+        ys.append(y if norm is None else y / (norm + eps))
+        if want_state or now.stop < total:
+            s_BHFV, z_BHF = _advance(s_BHFV, z_BHF, k, v, log_a_BHCF, feature_map, normalise, inplace)
+    y_BTHV = (ys[0] if len(ys) == 1 else torch.cat(ys, dim=2)).transpose(1, 2).to(v_BTHV.dtype)
+    return (y_BTHV, s_BHFV, z_BHF) if want_state else (y_BTHV, None, None)
+
+
+def _per_feature(log_decay: Tensor) -> Tensor:
+    """(B, T, H) to (B, T, H, 1); (B, T, H, K) stays."""
+    return log_decay[..., None] if log_decay.ndim == 3 else log_decay
+
+
+def _pairs_within(q: Tensor, k: Tensor, log_a_BHCF: Tensor | None, feature_map: FeatureMap) -> Tensor:
+    """Decayed causal scores of all pairs of a chunk, (B, H, C, C).
+
+    The decay between two tokens is the exponential of the sum of what lies between them. It is no ratio of
+    two exponentials, which overflow once a chunk forgets more than the dtype can hold, and no difference of
+    two sums from the chunk's start either, which has lost its digits behind a token that forgot a lot.
+    """
+    size = q.shape[2]
+    future_CC = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
+    if log_a_BHCF is None:
+        return feature_map.pairs(q, k).masked_fill(future_CC, 0.0)
+    if log_a_BHCF.shape[-1] == 1:
+        log_a_BHCC = log_a_BHCF.expand(-1, -1, -1, size).masked_fill(~future_CC.mT, 0.0)
+        decay_BHCC = log_a_BHCC.cumsum(2).masked_fill(future_CC, -torch.inf).exp()
+        return feature_map.pairs(q, k) * decay_BHCC
+    log_a_BHCCF = log_a_BHCF[:, :, :, None].masked_fill(~future_CC.mT[..., None], 0.0)
+    decay_BHCCF = log_a_BHCCF.cumsum(2).masked_fill(future_CC[..., None], -torch.inf).exp()
+    return torch.einsum(
+        "bhtk,bhsk,bhtsk->bhts", feature_map.features(q), feature_map.features(k), decay_BHCCF
+    )
+
+
+def _advance(
+    s_BHFV: Tensor | None,
+    z_BHF: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    log_a_BHCF: Tensor | None,
+    feature_map: FeatureMap,
+    normalise: bool,
+    inplace: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The state after a chunk."""
+    k_BHCF = feature_map.features(k)
+    keep_BHF = None
+    if log_a_BHCF is not None:
+        after_BHCF = F.pad(log_a_BHCF[:, :, 1:], (0, 0, 0, 1)).flip(2).cumsum(2).flip(2)
+        k_BHCF = k_BHCF * after_BHCF.exp()
+        keep_BHF = log_a_BHCF.sum(2).exp()
+    gain_BHFV, gain_BHF = k_BHCF.mT @ v, k_BHCF.sum(2) if normalise else None
+    if s_BHFV is None:
+        return gain_BHFV, gain_BHF
+    if keep_BHF is not None:
+        s_BHFV = s_BHFV.mul_(keep_BHF[..., None]) if inplace else s_BHFV * keep_BHF[..., None]
+        z_BHF = None if z_BHF is None else (z_BHF.mul_(keep_BHF) if inplace else z_BHF * keep_BHF)
+    s_BHFV = s_BHFV.add_(gain_BHFV) if inplace else s_BHFV + gain_BHFV
+    if z_BHF is not None and gain_BHF is not None:
+        z_BHF = z_BHF.add_(gain_BHF) if inplace else z_BHF + gain_BHF
+    return s_BHFV, z_BHF

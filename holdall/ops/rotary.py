@@ -1,0 +1,52 @@
+"""Rotary positions (Su, Lu, Pan, Murtadha, Wen, Liu, "RoFormer", 2021, arXiv 2104.09864).
+
+Each pair of features is turned by an angle proportional to the token's position, so that the product
+of a query and a key depends on their distance alone.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING or "jaxtyping" in sys.modules:  # pytest checks the shapes; nothing else needs jaxtyping
+    from jaxtyping import Float, Int
+
+
+def rotate(
+    x_BTHK: Float[Tensor, "b t h k"],
+    position_BT: Int[Tensor, "#b t"],
+    frequency_F: Float[Tensor, "f"],
+    *,
+    interleaved: bool = False,
+) -> Float[Tensor, "b t h k"]:
+    """Turn the first 2F features of each head by position * frequency; the others stay.
+
+    Args:
+        x_BTHK: queries or keys.
+        position_BT: integer positions, (B, T) or (1, T).
+        frequency_F: radians per token of each pair.
+        interleaved: pairs are (0, 1), (2, 3), ...; otherwise (0, F), (1, F + 1), ...
+
+    The angle is computed in at least fp32, since a large position times a frequency needs the bits.
+    """
+    (turns,) = frequency_F.shape
+    dtype = torch.promote_types(x_BTHK.dtype, torch.float32)
+    angle_BT1F = (position_BT[..., None].to(dtype) * frequency_F.to(dtype))[:, :, None, :]
+    cos, sin = angle_BT1F.cos().to(x_BTHK.dtype), angle_BT1F.sin().to(x_BTHK.dtype)
+    turned, rest = x_BTHK[..., : 2 * turns], x_BTHK[..., 2 * turns :]
+    if interleaved:
+        a, b = turned[..., 0::2], turned[..., 1::2]
+        turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+    else:
+        a, b = turned[..., :turns], turned[..., turns:]
+        turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+
+
+def standard_frequencies(dims: int, base: float = 10000.0) -> Float[Tensor, "f"]:
+    """The usual frequencies base^(-2i / dims) for `dims` rotated features, in fp64; shape (dims / 2,)."""
+    return base ** (-torch.arange(0, dims, 2, dtype=torch.float64) / dims)

@@ -1,0 +1,26 @@
+"""Recipes: functions that return complete configs. A variant calls another and replaces fields.
+
+A sweep recipe takes the number of seeds and returns its sweeps; `holdall frontier NAME` runs them.
+"""
+
+from collections.abc import Callable
+
+from holdall.contract import did_you_mean
+from holdall.frontier import SweepConfig
+from holdall.recipes import based_figure2, quick, zoology_figure2
+
+SWEEPS: dict[str, Callable[[int], tuple[SweepConfig, ...]]] = {
+    "quick": quick.sweeps,
+    "zoology-figure2": zoology_figure2.sweeps,
+    "based-figure2": based_figure2.sweeps,
+}
+
+
+def sweeps(name: str, seeds: int = 1) -> tuple[SweepConfig, ...]:
+    """The sweeps of a recipe by name, with that many seeds for every learning rate.
+
+    Raises KeyError for an unknown name, with the closest known one.
+    """
+    if name not in SWEEPS:
+        raise KeyError(f"unknown recipe '{name}'. {did_you_mean(name, SWEEPS)}")
+    return SWEEPS[name](seeds)

@@ -1,0 +1,81 @@
+"""Based's figure 2: recall against bytes of state, on one mixture of MQAR.
+
+Arora et al., 2024, arXiv 2402.18668, and its published configs: attention, sliding windows and Taylor linear
+attention after a short convolution; Mamba and Hyena in both layers.
+Deviations: as in zoology_figure2; Mamba-2, H3, GLA, DeltaNet, Gated DeltaNet and RWKV-7 join with their
+mixers. A published window of b sees b tokens and itself, which is `window` b + 1 here.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from holdall.contract import MixerConfig
+from holdall.frontier import Point, SweepConfig
+from holdall.mixers.attention import AttentionConfig
+from holdall.mixers.hyena import HyenaConfig
+from holdall.mixers.linear_attention import LinearAttentionConfig
+from holdall.mixers.mamba import MambaConfig
+from holdall.mixers.sliding_window import SlidingWindowConfig
+from holdall.model import ModelConfig
+from holdall.recipes.patterns import after_conv
+from holdall.tasks.data import MQARData, Segment
+from holdall.train import TrainConfig
+
+VOCAB = 8192
+RATES = tuple(float(rate) for rate in np.logspace(-3, -1.5, 4))
+LONGEST = 1024
+
+TRAIN = ((64, 4, 100_000), (128, 8, 20_000), (256, 16, 20_000), (256, 32, 20_000), (256, 64, 20_000))
+TEST = ((64, 4), (64, 8), (64, 16), (128, 32), (256, 64), (512, 128), (1024, 256))
+
+
+def data() -> MQARData:
+    """Trained up to 64 pairs, tested up to 256."""
+    return MQARData(
+        vocab=VOCAB,
+        filler="random",
+        train=tuple(Segment(length=length, pairs=pairs, rows=rows) for length, pairs, rows in TRAIN),
+        test=tuple(Segment(length=length, pairs=pairs, rows=1000) for length, pairs in TEST),
+    )
+
+
+def architectures() -> list[tuple[str, str, tuple[MixerConfig, ...]]]:
+    """(label, family, layers) of every model."""
+    found: list[tuple[str, str, tuple[MixerConfig, ...]]] = []
+    for width in (64, 128):
+        found.append(("attention", "attention", after_conv(AttentionConfig(width=width))))
+    for width in (48, 64, 128):
+        for f in (8, 16, 24):
+            taylor = LinearAttentionConfig(width=width, feature_dim=f)
+            found.append((f"Taylor, f = {f}", "Taylor", after_conv(taylor)))
+    for past in (8, 16, 32, 64, 128, 256, 512, 1024):
+        window = SlidingWindowConfig(width=128, window=past + 1)
+        found.append((f"window {past + 1}", "sliding window", after_conv(window)))
+    for width in (64, 128, 256):
+        for n in (8, 16, 24):
+            mamba = MambaConfig(width=width, state=n)
+            found.append((f"Mamba, n = {n}", "Mamba", (mamba, mamba)))
+    for width in (64, 128, 256):
+        hyena = HyenaConfig(width=width, max_length=LONGEST)
+        found.append(("Hyena", "Hyena", (hyena, hyena)))
+    return found
+
+
+def sweeps(seeds: int = 1) -> tuple[SweepConfig, ...]:
+    """Every model at four learning rates, 32 epochs of 180,000 rows."""
+    task = data()
+    points = []
+    for label, family, layers in architectures():
+        width = layers[0].width
+        train = TrainConfig(
+            model=ModelConfig(vocab=VOCAB, width=width, layers=layers),
+            data=task,
+            learning_rates=RATES,
+            seeds=tuple(range(seeds)),
+            batch=256,
+            epochs=32,
+            schedule="epoch",
+        )
+        points.append(Point(label=label, family=family, train=train))
+    return (SweepConfig(recipe="based-figure2", points=tuple(points)),)

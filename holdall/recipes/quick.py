@@ -1,0 +1,62 @@
+"""The quick frontier: a dozen two-layer models on a small MQAR, minutes on two cores.
+
+Small in every way that keeps the published picture: 256 tokens instead of 8,192, rows of 64, three
+difficulties of 4, 8 and 16 pairs, width 64. Keys never occur in the filler, so that 100% is possible.
+"""
+
+from __future__ import annotations
+
+from holdall.contract import MixerConfig
+from holdall.frontier import Point, SweepConfig
+from holdall.mixers.attention import AttentionConfig
+from holdall.mixers.base_conv import BaseConvConfig
+from holdall.mixers.linear_attention import LinearAttentionConfig
+from holdall.mixers.mamba import MambaConfig
+from holdall.mixers.sliding_window import SlidingWindowConfig
+from holdall.model import ModelConfig
+from holdall.recipes.patterns import after_conv
+from holdall.tasks.data import MQARData, Segment
+from holdall.train import TrainConfig
+
+WIDTH = 64
+RATES = (0.003, 0.01)
+
+
+def data() -> MQARData:
+    """4, 8 and 16 pairs in rows of 64 tokens."""
+    return MQARData(
+        vocab=256,
+        filler="key-free",
+        train=tuple(Segment(length=64, pairs=pairs, rows=5000) for pairs in (4, 8, 16)),
+        test=tuple(Segment(length=64, pairs=pairs, rows=500) for pairs in (4, 8, 16)),
+    )
+
+
+def point(label: str, family: str, mixer: MixerConfig, seeds: int = 1) -> Point:
+    """One architecture at the quick setting: a short convolution, then the mixer."""
+    train = TrainConfig(
+        model=ModelConfig(vocab=256, width=mixer.width, layers=after_conv(mixer)),
+        data=data(),
+        learning_rates=RATES,
+        seeds=tuple(range(seeds)),
+        batch=64,
+        epochs=3,
+        evaluate_every=100,
+    )
+    return Point(label=label, family=family, train=train)
+
+
+def sweeps(seeds: int = 1) -> tuple[SweepConfig, ...]:
+    """The dozen, the slowest first, so that two cores finish together."""
+    mixers: list[tuple[str, str, MixerConfig]] = [
+        *((f"Mamba, n = {n}", "Mamba", MambaConfig(width=WIDTH, state=n)) for n in (16, 4)),
+        *(
+            (f"Taylor, f = {f}", "Taylor", LinearAttentionConfig(width=WIDTH, feature_dim=f))
+            for f in (16, 8, 4, 2)
+        ),
+        ("ELU + 1", "ELU + 1", LinearAttentionConfig(width=WIDTH, feature_map="elu1", feature_dim=16)),
+        *((f"window {w}", "sliding window", SlidingWindowConfig(width=WIDTH, window=w)) for w in (32, 16, 8)),
+        ("BaseConv", "BaseConv", BaseConvConfig(width=WIDTH)),
+        ("attention", "attention", AttentionConfig(width=WIDTH)),
+    ]
+    return (SweepConfig(recipe="quick", points=tuple(point(*each, seeds) for each in mixers)),)

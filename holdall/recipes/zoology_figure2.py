@@ -1,0 +1,72 @@
+"""Zoology's figure 2: how wide a model must be to solve MQAR, as the sequence grows.
+
+Arora et al., 2023, arXiv 2312.04927, section 4 and its published configs. Attention solves every length at
+width 64; gated convolutions need a width that grows with the length.
+Deviations: no dropout in attention (the published configs have 0.1); a model without MLP adds nothing after
+its mixer, where Zoology's identity adds the normalised stream once more; H3 and RWKV-4 join with their
+mixers.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from holdall.contract import MixerConfig
+from holdall.frontier import Point, SweepConfig
+from holdall.mixers.attention import AttentionConfig
+from holdall.mixers.base_conv import BaseConvConfig
+from holdall.mixers.hyena import HyenaConfig
+from holdall.mixers.linear_attention import LinearAttentionConfig
+from holdall.mixers.mamba import MambaConfig
+from holdall.model import ModelConfig
+from holdall.recipes.patterns import after_conv
+from holdall.tasks.data import MQARData, Segment
+from holdall.train import TrainConfig
+
+VOCAB = 8192
+RATES = tuple(float(rate) for rate in np.logspace(-4, -2, 4))
+BATCH = {64: 512, 128: 512, 256: 256, 512: 128}
+
+
+def architectures(width: int, length: int) -> dict[str, tuple[MixerConfig, ...]]:
+    """The two layers of each architecture, by family."""
+    hyena, mamba = HyenaConfig(width=width, max_length=length), MambaConfig(width=width)
+    attention = AttentionConfig(width=width)
+    return {
+        "attention": (attention, attention),
+        "Hyena": (hyena, hyena),
+        "BaseConv": (
+            BaseConvConfig(width=width),
+            BaseConvConfig(width=width, filter="long", max_length=length),
+        ),
+        "Based": after_conv(LinearAttentionConfig(width=width, feature_dim=8)),
+        "Mamba": (mamba, mamba),
+    }
+
+
+def sweeps(seeds: int = 1) -> tuple[SweepConfig, ...]:
+    """One sweep per length: four widths, all architectures, four learning rates, 64 epochs."""
+    found = []
+    for length, pairs in ((64, 4), (128, 8), (256, 16), (512, 64)):
+        task = MQARData(
+            vocab=VOCAB,
+            filler="zero",
+            train=(Segment(length=length, pairs=pairs, rows=100_000),),
+            test=(Segment(length=length, pairs=pairs, rows=3000),),
+        )
+        points = []
+        for width in (64, 128, 256, 512):
+            for family, layers in architectures(width, length).items():
+                positions = length if family == "attention" else 0
+                train = TrainConfig(
+                    model=ModelConfig(vocab=VOCAB, width=width, layers=layers, positions=positions),
+                    data=task,
+                    learning_rates=RATES,
+                    seeds=tuple(range(seeds)),
+                    batch=BATCH[length],
+                    epochs=64,
+                    schedule="epoch",
+                )
+                points.append(Point(label=family, family=family, train=train))
+        found.append(SweepConfig(recipe="zoology-figure2", part=f"N{length}", points=tuple(points)))
+    return tuple(found)

@@ -1,0 +1,233 @@
+"""The interactive frontier: Plotly's traces and layout as plain dictionaries, and what can be pointed at.
+
+Values of keys that end in "color" may name a CSS variable ("--ink"), which the page resolves, so that one
+chart serves a light and a dark page. Plotly reads a little mark-up in texts: every label is escaped here.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from holdall.report import floor, style
+from holdall.report.data import Model, Run, Sweep, families, pareto
+
+CEILING = 1.06  # accuracy at the top edge, as in the figure
+HOVER = {"hovertemplate": "%{text}<extra></extra>"}
+SILENT = {"type": "scatter", "hoverinfo": "skip", "showlegend": False}
+
+
+class Marks:
+    """Everything that can be pointed at: a model, or a run whose learning rate does not count.
+
+    A mark is {x, y, title, detail}; its place in `all` is what the chart's points and the table's rows share.
+    """
+
+    def __init__(self) -> None:
+        self.all: list[dict[str, Any]] = []
+        self._places: dict[int, int] = {}
+
+    def model(self, model: Model) -> int:
+        return self._place(model, model, model.accuracy, model.best or model.runs)
+
+    def run(self, model: Model, run: Run) -> int:
+        return self._place(run, model, run.accuracy, [run])
+
+    def _place(self, owner: object, model: Model, accuracy: float, runs: Sequence[Run]) -> int:
+        if id(owner) not in self._places:
+            drawn = model.state_bytes > 0 and not math.isnan(accuracy)
+            x, y = (model.state_bytes, accuracy) if drawn else (None, None)
+            self._places[id(owner)] = len(self.all)
+            self.all.append({"x": x, "y": y, "title": model.label, "detail": _detail(runs, model)})
+        return self._places[id(owner)]
+
+
+def _detail(runs: Sequence[Run], model: Model) -> list[tuple[str, str]]:
+    """Every key of the runs' lines; where seeds differ, their values side by side."""
+    detail = []
+    if len(runs) > 1 and model.best:
+        spread = f"mean {model.accuracy:.2%}, from {model.low:.2%} to {model.high:.2%}"
+        detail.append((f"{len(runs)} seeds", spread))
+    for key in dict.fromkeys(key for run in runs for key in run.line):
+        values = dict.fromkeys(style.value_text(run.line.get(key)) for run in runs)
+        detail.append((key.replace("_", " "), " | ".join(values)))
+    return detail
+
+
+def traces(sweeps: Sequence[Sweep], marks: Marks) -> list[dict[str, Any]]:
+    """Plotly's traces from the back to the front. Those of models have meta "models", those of other
+    learning rates "other" (hidden at first); the last is the ring around what is selected."""
+    found = [*_floor(sweeps), _steps(sweeps)]
+    named: set[str] = set()  # a family is in the legend once, and its entry there hides it in every sweep
+    for place, sweep in enumerate(sweeps):
+        for index, family in enumerate(families(sweeps)):
+            look, suffix = style.look(index), style.FILLS[place][1]
+            shared = {
+                "type": "scatter",
+                "legendgroup": family,
+                "name": _escape(family),
+                "showlegend": family not in named,
+                "marker": {"color": look.colour, "symbol": look.symbol + suffix, "size": 10},
+                "line": {"color": look.colour, "width": 1.3, "dash": "dot" if place else "solid"},
+            }
+            members = [model for model in sweep.models if model.family == family and model.state_bytes]
+            models = _models(members, marks, shared)
+            found += models + _other_rates(members, marks, shared)
+            named |= {family} if models else set()
+    ring = {"symbol": "circle-open", "size": 20, "color": "--ink", "line": {"width": 1.6}}
+    return [*found, {**SILENT, "x": [], "y": [], "mode": "markers", "marker": ring}]
+
+
+def _floor(sweeps: Sequence[Sweep]) -> list[dict[str, Any]]:
+    low, _ = style.byte_range(sweeps, floor.bytes_for_all(sweeps[0].questions))
+    state, best = floor.curve(sweeps[0].questions, low)
+    texts = [
+        f"{style.bytes_text(count)}: no model can exceed {accuracy:.1%}"
+        for count, accuracy in zip(state, best, strict=True)
+    ]
+    shade = {
+        **SILENT,
+        "x": [*state, state[-1], low],
+        "y": [*best, CEILING, CEILING],
+        "mode": "lines",
+        "line": {"width": 0},
+        "fill": "toself",
+        "fillcolor": "--shade",
+    }
+    line = {
+        **HOVER,
+        "type": "scatter",
+        "name": "information floor",
+        "x": state,
+        "y": best,
+        "text": texts,
+        "mode": "lines",
+        "line": {"color": "--muted", "width": 1.2, "simplify": False},  # its kinks are true
+    }
+    return [shade, line]
+
+
+def _steps(sweeps: Sequence[Sweep]) -> dict[str, Any]:
+    """The frontier as a staircase, drawn on to the right edge."""
+    _, high = style.byte_range(sweeps, floor.bytes_for_all(sweeps[0].questions))
+    frontier = pareto(model for sweep in sweeps for model in sweep.models)
+    return {
+        **SILENT,
+        "showlegend": True,
+        "name": "best for its bytes",
+        "x": [*(model.state_bytes for model in frontier), *([high] if frontier else [])],
+        "y": [*(model.accuracy for model in frontier), *(model.accuracy for model in frontier[-1:])],
+        "mode": "lines",
+        "line": {"color": "--ink", "width": 1.2, "dash": "5px,3px", "shape": "hv"},
+    }
+
+
+def _models(members: Sequence[Model], marks: Marks, shared: dict[str, Any]) -> list[dict[str, Any]]:
+    drawn = sorted((m for m in members if m.drawn), key=lambda m: (m.state_bytes, m.accuracy))
+    if not drawn:
+        return []
+    spread = {
+        "type": "data",
+        "symmetric": False,
+        "array": [m.high - m.accuracy for m in drawn],
+        "arrayminus": [m.accuracy - m.low for m in drawn],
+        "visible": any(m.high > m.low for m in drawn),
+        "thickness": 1.2,
+        "width": 0,
+    }
+    return [
+        {
+            **shared,
+            **HOVER,
+            "meta": "models",
+            "x": [m.state_bytes for m in drawn],
+            "y": [m.accuracy for m in drawn],
+            "customdata": [marks.model(m) for m in drawn],
+            "text": [_hover(m.label, m.accuracy, m.state_bytes) for m in drawn],
+            "mode": "lines+markers",
+            "error_y": spread,
+        }
+    ]
+
+
+def _other_rates(members: Sequence[Model], marks: Marks, shared: dict[str, Any]) -> list[dict[str, Any]]:
+    others = [(m, run) for m in members for run in m.runs if run not in m.best and not run.diverged]
+    if not others:
+        return []
+    return [
+        {
+            **shared,
+            **HOVER,
+            "meta": "other",
+            "visible": False,
+            "showlegend": False,
+            "x": [run.state_bytes for _, run in others],
+            "y": [run.accuracy for _, run in others],
+            "customdata": [marks.run(m, run) for m, run in others],
+            "text": [
+                _hover(run.label, run.accuracy, run.state_bytes, f"<br>learning rate {run.learning_rate:g}")
+                for _, run in others
+            ],
+            "mode": "markers",
+            "marker": {**shared["marker"], "size": 6, "opacity": 0.45},
+        }
+    ]
+
+
+def _hover(label: str, accuracy: float, state_bytes: int, more: str = "") -> str:
+    return f"<b>{_escape(label)}</b><br>{accuracy:.1%} from {style.bytes_text(state_bytes)}{more}"
+
+
+def layout(sweeps: Sequence[Sweep]) -> dict[str, Any]:
+    """Plotly's layout: the same axes as the figure's."""
+    low, high = style.byte_range(sweeps, floor.bytes_for_all(sweeps[0].questions))
+    ticks = style.byte_ticks(low, high)
+    axis = {"linecolor": "--muted", "tickcolor": "--muted", "ticks": "outside", "zeroline": False}
+    impossible = {
+        "text": "<i>Impossible:<br>fewer bits<br>than the<br>answers need</i>",
+        "font": {"size": 11, "color": "--muted"},
+        "xref": "paper",
+        "yref": "paper",
+        "x": 0.01,
+        "y": 0.98,
+        "xanchor": "left",
+        "yanchor": "top",
+        "align": "left",
+        "showarrow": False,
+    }
+    return {
+        "uirevision": "the reader's own view",
+        "hovermode": "closest",
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "font": {"color": "--ink", "size": 12},
+        "hoverlabel": {"bgcolor": "--paper", "bordercolor": "--muted", "font": {"color": "--ink"}},
+        "margin": {"l": 58, "r": 16, "t": 10, "b": 48},
+        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "bgcolor": "rgba(0,0,0,0)"},
+        "annotations": [impossible],
+        "xaxis": {
+            **axis,
+            "type": "log",
+            "range": [math.log10(low), math.log10(high)],
+            "tickvals": ticks,
+            "ticktext": [style.bytes_text(tick) for tick in ticks],
+            "tickangle": 0,
+            "showgrid": False,
+            "title": {"text": f"State per sequence after {sweeps[0].context_len:,} tokens (log scale)"},
+        },
+        "yaxis": {
+            **axis,
+            "range": [0, CEILING],
+            "tickvals": [0, 0.2, 0.4, 0.6, 0.8, 1],
+            "tickformat": ".0%",
+            "gridcolor": "--line",
+            "title": {"text": "Recall accuracy"},
+        },
+    }
+
+
+def _escape(text: str) -> str:
+    """For Plotly's mark-up, which knows tags and a few entities, but not those of quotes."""
+    return html.escape(text, quote=False)

@@ -1,0 +1,286 @@
+"""Sweep folders, read into models: the best learning rate counts, and seeds make a spread.
+
+    run     one line of results.jsonl: one training, of one learning rate and one seed
+    model   the runs that share label, width and state; each seed counts with its best learning rate
+    sweep   one folder: its models, the test they all took, and what was worth saying while reading
+
+Nothing here draws. State is in bytes per sequence over all layers, accuracy lies in [0, 1].
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """One part of the test: `rows` sequences of `length` tokens with `pairs` key-value pairs each."""
+
+    vocab: int
+    length: int
+    pairs: int
+    rows: int
+
+    @property
+    def values(self) -> int:
+        """How many values an answer is chosen from."""
+        return self.vocab // 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training. `accuracy` is NaN where it diverged; `line` is the whole line it was read from."""
+
+    label: str
+    family: str
+    width: int
+    state_bytes: int
+    accuracy: float
+    by_pairs: Mapping[int, float]
+    learning_rate: float
+    seed: int
+    line: Mapping[str, Any]
+
+    @property
+    def diverged(self) -> bool:
+        return math.isnan(self.accuracy)
+
+
+@dataclass(frozen=True, eq=False)  # two models are the same only if they are the same object
+class Model:
+    """The runs of one model. `accuracy` is the mean over seeds, `low` and `high` are its extremes."""
+
+    runs: tuple[Run, ...]
+
+    @cached_property
+    def best(self) -> tuple[Run, ...]:
+        """The run that counts for each seed: its best learning rate. Empty where all diverged."""
+        chosen: dict[int, Run] = {}
+        for run in self.runs:
+            if not run.diverged and (run.seed not in chosen or run.accuracy > chosen[run.seed].accuracy):
+                chosen[run.seed] = run
+        return tuple(chosen[seed] for seed in sorted(chosen))
+
+    @property
+    def label(self) -> str:
+        return self.runs[0].label
+
+    @property
+    def family(self) -> str:
+        return self.runs[0].family
+
+    @property
+    def width(self) -> int:
+        return self.runs[0].width
+
+    @property
+    def state_bytes(self) -> int:
+        return self.runs[0].state_bytes
+
+    @cached_property
+    def accuracy(self) -> float:
+        return math.fsum(run.accuracy for run in self.best) / len(self.best) if self.best else math.nan
+
+    @property
+    def low(self) -> float:
+        return min((run.accuracy for run in self.best), default=math.nan)
+
+    @property
+    def high(self) -> float:
+        return max((run.accuracy for run in self.best), default=math.nan)
+
+    @property
+    def drawn(self) -> bool:
+        """Whether it has a place on the picture: a log axis holds no empty state, and no NaN."""
+        return bool(self.best) and self.state_bytes > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """One sweep folder. `name` tells it apart from the others that were loaded with it."""
+
+    name: str
+    folder: Path
+    command: str
+    context_len: int
+    segments: tuple[Segment, ...]
+    environment: Mapping[str, Any]
+    models: tuple[Model, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def test(self) -> tuple[int, list[tuple[int, int, int]]]:
+        """What must agree before two sweeps may share a picture."""
+        return self.context_len, sorted((s.length, s.pairs, s.vocab) for s in self.segments)
+
+    @property
+    def questions(self) -> list[tuple[int, int]]:
+        """(pairs, values) of each segment: all that the information floor depends on."""
+        return [(s.pairs, s.values) for s in self.segments]
+
+
+def load(folders: Sequence[Path]) -> tuple[Sweep, ...]:
+    """Read sweep folders that took the same test.
+
+    Raises FileNotFoundError for a missing folder or file and ValueError for a file that cannot be
+    used or for sweeps with different tests; each names the folder and the way out.
+    """
+    if not folders:
+        raise ValueError("no sweep folder was named; make one with: holdall frontier quick --out runs/quick")
+    configs = [_config(folder) for folder in folders]
+    sweeps = [
+        _sweep(folder, config, name)
+        for folder, config, name in zip(folders, configs, _names(folders, configs), strict=True)
+    ]
+    for other in sweeps[1:]:
+        if other.test != sweeps[0].test:
+            raise ValueError(
+                f"{sweeps[0].folder} and {other.folder} took different tests, so their accuracies and states "
+                "cannot share a picture; write one report for each"
+            )
+    return tuple(sweeps)
+
+
+def pareto(models: Iterable[Model]) -> list[Model]:
+    """The frontier, by rising state: each model that beats all others of as many bytes or fewer."""
+    frontier: list[Model] = []
+    for model in sorted(
+        (m for m in models if m.drawn), key=lambda m: (m.state_bytes, -m.accuracy, m.label, m.width)
+    ):
+        if not frontier or model.accuracy > frontier[-1].accuracy:
+            frontier.append(model)
+    return frontier
+
+
+def families(sweeps: Sequence[Sweep]) -> list[str]:
+    """Every family in order of appearance, so that a sweep that still grows keeps its colours."""
+    return list(dict.fromkeys(model.family for sweep in sweeps for model in sweep.models))
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"no sweep folder {folder}; make one with: holdall frontier quick --out {folder}"
+        )
+    return _json(folder / "config.json")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{path.parent} holds no {path.name}, so it is no sweep folder; name one made by holdall frontier"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); run the sweep again into a new folder") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object; run the sweep again into a new folder")
+    return content
+
+
+def _names(folders: Sequence[Path], configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The shortest name that tells the folders apart: recipe, folder name or whole path."""
+    recipes = [
+        str(config.get("recipe", folder.name)) for folder, config in zip(folders, configs, strict=True)
+    ]
+    for names in (recipes, [folder.name for folder in folders]):
+        if len(set(names)) == len(names):
+            return names
+    return [str(folder) for folder in folders]
+
+
+def _sweep(folder: Path, config: Mapping[str, Any], name: str) -> Sweep:
+    try:
+        segments = tuple(
+            Segment(**{key: int(part[key]) for key in ("vocab", "length", "pairs", "rows")})
+            for part in config["test"]
+        )
+        context_len = int(config["context_len"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{folder / 'config.json'} lacks a usable test or context_len ({error!r}); run the sweep again"
+        ) from None
+    if not segments:
+        raise ValueError(f"{folder / 'config.json'} names no test segment; run the sweep again")
+    runs, notes = _runs(folder)
+    groups: dict[tuple[str, int, int], list[Run]] = {}
+    for run in runs:
+        # the state belongs to the key: two states under one label are two models, whatever the label says
+        groups.setdefault((run.label, run.width, run.state_bytes), []).append(run)
+    models = tuple(Model(tuple(group)) for group in groups.values())
+    notes += [f"{m.label} (width {m.width}) diverged at every learning rate." for m in models if not m.best]
+    notes += [
+        f"{m.label} (width {m.width}) carries no state: a log axis has no place for it."
+        for m in models
+        if m.best and not m.state_bytes
+    ]
+    has_environment = (folder / "environment.json").exists()
+    return Sweep(
+        name=name,
+        folder=folder,
+        command=str(config.get("command", "")),
+        context_len=context_len,
+        segments=segments,
+        environment=_json(folder / "environment.json") if has_environment else {},
+        models=models,
+        notes=tuple(notes),
+    )
+
+
+def _runs(folder: Path) -> tuple[list[Run], list[str]]:
+    path = folder / "results.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no results.jsonl; the sweep has not started or this is another kind of folder"
+        )
+    # a sweep that is still writing may have cut a letter in half
+    text = path.read_bytes().decode("utf-8", errors="replace")
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    runs: dict[object, Run] = {}
+    notes = []
+    for number, line in lines:
+        try:
+            content = json.loads(line)
+        except ValueError:
+            if number == lines[-1][0]:
+                notes.append(f"Skipped line {number} of {path}: it is torn, as while a sweep is writing it.")
+                continue
+            raise ValueError(
+                f"line {number} of {path} is broken; delete that line and run the sweep again to fill the gap"
+            ) from None
+        try:
+            # a training that was run again under its old name replaces what it wrote before
+            runs[content.get("run", number)] = _run(content)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"line {number} of {path} is no result ({error!r}); delete that line and run the sweep again"
+            ) from None
+    if not runs:
+        raise ValueError(f"{folder} holds no results yet; wait for the first model to finish")
+    return list(runs.values()), notes
+
+
+def _run(line: Mapping[str, Any]) -> Run:
+    return Run(
+        label=str(line["label"]),
+        family=str(line.get("family") or line["mixer"]),
+        width=int(line["width"]),
+        state_bytes=int(line["state_bytes"]),
+        accuracy=_accuracy(line["accuracy"]),
+        by_pairs={int(k): _accuracy(v) for k, v in (line.get("accuracy_by_pairs") or {}).items()},
+        learning_rate=float(line["learning_rate"]),
+        seed=int(line["seed"]),
+        line=line,
+    )
+
+
+def _accuracy(value: float | int | None) -> float:
+    """JSON has no NaN of its own, so a diverged training may say null; infinities count as diverged too."""
+    return float(value) if value is not None and math.isfinite(value) else math.nan

@@ -1,0 +1,362 @@
+"""The recall-memory frontier as a figure for a paper: accuracy against bytes of state.
+
+Matplotlib is used through its objects alone (no pyplot), so that a figure leaves nothing behind in the
+process. Its types are `Any` here because it is imported only when a figure is drawn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from holdall.report import floor, style
+from holdall.report.data import Model, Sweep, families, pareto
+
+SIZE = (7.0, 4.5)  # inches
+DPI = 200
+INK, MUTED, SHADE = "#222222", "#6b6b6b", "#eceae4"
+CEILING = 1.06  # accuracy at the top edge: full marks need room for their labels
+
+Box = tuple[float, float, float, float]
+"""Left, bottom, right, top in pixels."""
+
+
+def save(sweeps: Sequence[Sweep], path: Path) -> None:
+    """Write the figure to `path` as PNG, with the commands that made its sweeps in its metadata."""
+    commands = "; ".join(sweep.command for sweep in sweeps if sweep.command)
+    # not savefig, which would crop or scale as a reader's own Matplotlib settings say
+    draw(sweeps).canvas.print_png(path, metadata={"Software": "Holdall", "Description": commands})
+
+
+def draw(sweeps: Sequence[Sweep]) -> Any:
+    """The figure as a matplotlib Figure. Artists carry a gid that says what they are:
+
+    floor, pareto, chance, label, and family:<name> for the line through a family's models.
+    """
+    import matplotlib
+
+    with matplotlib.rc_context(_rc()):
+        return _draw(sweeps)
+
+
+def _draw(sweeps: Sequence[Sweep]) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, NullFormatter, PercentFormatter
+
+    figure = Figure(figsize=SIZE, dpi=DPI, facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes((0.1, 0.115, 0.875, 0.765))
+    questions = sweeps[0].questions
+    low, high = style.byte_range(sweeps, floor.bytes_for_all(questions))
+
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(low, high)
+    axes.set_ylim(0, CEILING)
+    axes.xaxis.set_major_locator(FixedLocator(style.byte_ticks(low, high)))
+    axes.xaxis.set_major_formatter(lambda value, _: style.bytes_text(value))
+    axes.xaxis.set_minor_locator(FixedLocator(style.byte_ticks(low, high, most=64)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_locator(FixedLocator([0, 0.2, 0.4, 0.6, 0.8, 1]))
+    axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+    for axis in (axes.xaxis, axes.yaxis):
+        # ticks are made when first asked for: ask here, where the font is set
+        axis.get_major_ticks()
+        axis.get_minor_ticks()
+    axes.set_xlabel(f"State per sequence after {sweeps[0].context_len:,} tokens, all layers (log scale)")
+    axes.set_ylabel(f"Recall accuracy, {style.pairs_text(sweeps[0])}")
+    axes.grid(axis="y", color="#e4e4e4", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+    lines = [
+        *_draw_floor(axes, questions, low),
+        *_draw_models(axes, sweeps),
+        *_draw_pareto(axes, sweeps, high),
+    ]
+    _draw_legend(figure, axes, sweeps)
+    lines += _draw_gap(axes, sweeps, low)
+    _draw_labels(axes, sweeps, lines)
+    return figure
+
+
+def _rc() -> Any:
+    """A plain sans serif: of three faces with equal widths the first found here, else Matplotlib's own."""
+    from matplotlib.font_manager import get_font_names
+
+    present = set(get_font_names())
+    face = next((name for name in ("Helvetica", "Arial", "Liberation Sans") if name in present), None)
+    return {
+        "font.family": [face, "DejaVu Sans"] if face else ["DejaVu Sans"],
+        "font.size": 8.5,
+        "text.parse_math": False,  # a label may hold a dollar sign
+        "axes.edgecolor": MUTED,
+        "axes.labelcolor": INK,
+        "axes.linewidth": 0.7,
+        "text.color": INK,
+        "xtick.color": MUTED,
+        "ytick.color": MUTED,
+        "xtick.labelcolor": INK,
+        "ytick.labelcolor": INK,
+        "xtick.major.width": 0.7,
+        "ytick.major.width": 0.7,
+        "xtick.minor.width": 0.5,
+        "xtick.minor.size": 1.8,
+    }
+
+
+def _draw_floor(axes: Any, questions: floor.Questions, low: float) -> list[Any]:
+    """Shade what no causal model can do, and draw guessing where it can be told from zero."""
+    state, best = floor.curve(questions, low)
+    axes.fill_between(state, best, CEILING, color=SHADE, linewidth=0, zorder=0.5)
+    (line,) = axes.plot(state, best, color=MUTED, linewidth=1, zorder=1.5, gid="floor")
+    muted = {"color": MUTED, "fontsize": 7.5, "style": "italic", "gid": "floor label"}
+    text = "Impossible:\nfewer bits than\nthe answers need"
+    axes.text(0.012, 0.975, text, transform=axes.transAxes, va="top", **muted)
+    chance = floor.guessing(questions)
+    if chance < 0.02:
+        return [line]
+    guess = axes.axhline(chance, color=MUTED, linewidth=0.8, linestyle=(0, (1, 2)), gid="chance")
+    muted["gid"] = "chance label"
+    axes.text(
+        0.995, chance, "guessing", transform=axes.get_yaxis_transform(), ha="right", va="bottom", **muted
+    )
+    return [line, guess]
+
+
+def _draw_models(axes: Any, sweeps: Sequence[Sweep]) -> list[Any]:
+    """One line per family and sweep through its models by rising state, with the seeds' spread."""
+    lines = []
+    for fill, sweep in zip(style.FILLS, sweeps, strict=False):
+        for index, family in enumerate(families(sweeps)):
+            look = style.look(index)
+            members = sorted(
+                (m for m in sweep.models if m.drawn and m.family == family),
+                key=lambda m: (m.state_bytes, m.accuracy),
+            )
+            state, accuracy = [m.state_bytes for m in members], [m.accuracy for m in members]
+            for member in members:
+                if member.high > member.low:
+                    axes.plot(
+                        [member.state_bytes] * 2,
+                        [member.low, member.high],
+                        color=look.colour,
+                        linewidth=1.1,
+                        zorder=2.5,
+                        gid="spread",
+                    )
+            (line,) = axes.plot(
+                state,
+                accuracy,
+                color=look.colour,
+                linewidth=1.1,
+                alpha=0.55,
+                linestyle="-" if sweep is sweeps[0] else ":",
+                zorder=2,
+            )
+            # markers apart from their line: a line may be pale, a marker never
+            axes.plot(
+                state, accuracy, linestyle="none", zorder=3, gid=f"family:{family}", **_marker(look, fill[0])
+            )
+            lines.append(line)
+    return lines
+
+
+def _marker(look: style.Look, fill: str) -> dict[str, Any]:
+    size = {"*": 8.0, "D": 5.0, "s": 5.4, "P": 6.6, "X": 6.2}.get(look.marker, 6.0)
+    edge = look.colour if fill != "full" else "white"
+    return {
+        "marker": look.marker,
+        "markersize": size,
+        "color": look.colour,
+        "fillstyle": fill,
+        "markerfacecoloralt": "white",
+        "markeredgecolor": edge,
+        "markeredgewidth": 0.5 if fill == "full" else 1.2,
+    }
+
+
+def _draw_pareto(axes: Any, sweeps: Sequence[Sweep], high: float) -> list[Any]:
+    frontier = pareto(model for sweep in sweeps for model in sweep.models)
+    if not frontier:
+        return []
+    state = [*(model.state_bytes for model in frontier), high]
+    accuracy = [*(model.accuracy for model in frontier), frontier[-1].accuracy]
+    dashes = {"linewidth": 0.9, "linestyle": (0, (4, 2))}
+    return list(axes.step(state, accuracy, where="post", color=INK, zorder=1.8, gid="pareto", **dashes))
+
+
+def _draw_gap(axes: Any, sweeps: Sequence[Sweep], low: float) -> list[Any]:
+    """An arrow from the floor to the frontier, above every model of as few bytes: nothing else lies there."""
+    found = floor.gap(sweeps[0].questions, (model for sweep in sweeps for model in sweep.models))
+    if found is None or found[1] < 60 or found[0].state_bytes / found[1] < low:
+        return []  # too short to be drawn with its text, or it would start outside
+    model, times = found
+    ends = [model.state_bytes / times * 1.12, model.state_bytes / 1.35]
+    axes.annotate(
+        "",
+        xy=(ends[0], model.accuracy),
+        xytext=(ends[1], model.accuracy),
+        arrowprops={"arrowstyle": "<->", "color": MUTED, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 0},
+    )
+    axes.text(
+        (ends[0] * ends[1]) ** 0.5,
+        model.accuracy - 0.015,
+        f"{style.gap_text(times)} the bits that its answers need",
+        ha="center",
+        va="top",
+        fontsize=7.5,
+        color=MUTED,
+        style="italic",
+        gid="gap label",
+    )
+    return list(axes.plot(ends, [model.accuracy] * 2, alpha=0))
+
+
+def _draw_legend(figure: Any, axes: Any, sweeps: Sequence[Sweep]) -> None:
+    """Above the axes, where no point can be: families and the two lines, then which fill is which sweep."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    drawn = {model.family for sweep in sweeps for model in sweep.models if model.drawn}
+    handles: list[Any] = [
+        Line2D([], [], linewidth=1.1, label=family, **_marker(style.look(index), "full"))
+        for index, family in enumerate(families(sweeps))
+        if family in drawn
+    ]
+    handles.append(
+        Line2D([], [], color=INK, linewidth=0.9, linestyle=(0, (4, 2)), label="best for its bytes")
+    )
+    handles.append(Patch(facecolor=SHADE, edgecolor=MUTED, linewidth=0.8, label="below the floor"))
+    count = -(-len(handles) // 6)  # even rows of at most six
+    columns = -(-len(handles) // count)
+    rows = [handles[k * columns : (k + 1) * columns] for k in range(count)]
+    if len(sweeps) > 1:
+        dashes: list[Any] = ["-", ":", ":", ":"]
+        grey = style.Look(INK, *style.SHAPES[0])
+        rows.append(
+            [
+                Line2D([], [], linewidth=1.1, linestyle=dash, label=sweep.name, **_marker(grey, fill[0]))
+                for fill, dash, sweep in zip(style.FILLS, dashes, sweeps, strict=False)
+            ]
+        )
+    blank = Patch(alpha=0, label=" ")
+    columns = max(map(len, rows))
+    grid = [row + [blank] * (columns - len(row)) for row in rows]
+    legend = figure.legend(
+        handles=[row[column] for column in range(columns) for row in grid],  # Matplotlib fills by column
+        loc="upper left",
+        bbox_to_anchor=(0.092, 0.995),
+        ncol=columns,
+        frameon=False,
+        fontsize=7.8,
+        handlelength=1.9,
+        handletextpad=0.5,
+        columnspacing=1.5,
+        borderaxespad=0,
+    )
+    # the axes give way to as many rows as there are
+    bottom = legend.get_window_extent(figure.canvas.get_renderer()).y0 / figure.bbox.height
+    left, base, width, _ = axes.get_position().bounds
+    axes.set_position((left, base, width, bottom - 0.01 - base))
+
+
+def _draw_labels(axes: Any, sweeps: Sequence[Sweep], lines: Sequence[Any]) -> None:
+    """Write each model's short label beside its point where it touches nothing; else leave it out.
+
+    Tries places around the point, near before far. A place must be inside the axes and clear of points,
+    spreads and labels, nearer to its own point than to any other, and cross no line; on the frontier, where
+    a name matters most, it may cross one.
+    """
+    from matplotlib.patheffects import withStroke
+    from matplotlib.transforms import Bbox
+
+    halo = [withStroke(linewidth=1.8, foreground="white")]  # keeps a text legible on a line it must cross
+    renderer = axes.figure.canvas.get_renderer()
+    point = DPI / 72  # one typographic point in pixels
+    inside = axes.get_window_extent(renderer).padded(-2 * point)
+    paths = [line.get_transform().transform_path(line.get_path()) for line in lines]
+    taken: list[Box] = [
+        tuple(t.get_window_extent(renderer).padded(point).extents.tolist()) for t in axes.texts
+    ]
+    places: dict[Model, tuple[float, float]] = {}
+    for sweep in sweeps:
+        for model in (m for m in sweep.models if m.drawn):
+            x, y = axes.transData.transform((model.state_bytes, model.accuracy)).tolist()
+            _, bottom = axes.transData.transform((model.state_bytes, model.low)).tolist()
+            _, top = axes.transData.transform((model.state_bytes, model.high)).tolist()
+            places[model] = (x, y)
+            taken.append((x - 3.5 * point, bottom - 3.5 * point, x + 3.5 * point, top + 3.5 * point))
+
+    # the frontier speaks first, then by state from left to right
+    frontier = set(pareto(places))
+    labels = style.short_labels(sweeps)
+    for model in sorted(places, key=lambda m: (m not in frontier, m.state_bytes, -m.accuracy)):
+        if not labels.get(model):
+            continue
+        text = axes.text(
+            0,
+            0,
+            labels[model],
+            transform=None,
+            fontsize=6.8,
+            color=_darker(style.look(families(sweeps).index(model.family)).colour),
+            path_effects=halo,
+            zorder=4,
+            gid="label",
+        )
+        width, height = text.get_window_extent(renderer).size.tolist()
+        options = []
+        for order, (x, y) in enumerate(_around(*places[model], width, height, point)):
+            box = (x - point, y - point / 2, x + width + point, y + height + point / 2)
+            fits = inside.x0 <= box[0] and inside.y0 <= box[1] and box[2] <= inside.x1 and box[3] <= inside.y1
+            if not fits or any(_overlap(box, other) for other in taken):
+                continue
+            if (
+                min(places, key=lambda other: (_distance(box, places[other]), other is not model))
+                is not model
+            ):
+                continue
+            area = Bbox.from_extents(*box)
+            crossings = sum(path.intersects_bbox(area, filled=False) for path in paths)
+            if crossings <= (model in frontier):
+                options.append((crossings, order, (x, y), box))
+        if not options:
+            text.remove()
+            continue
+        _, _, (x, y), box = min(options)
+        text.set_position((x, y))
+        taken.append(box)
+
+
+def _around(x: float, y: float, width: float, height: float, point: float) -> Iterable[tuple[float, float]]:
+    """Lower left corners, in pixels, for a text of this size around (x, y), in order of preference."""
+    for gap in (5 * point, 8 * point, 11 * point):
+        slant = 0.6 * gap
+        yield x - width / 2, y + gap - point
+        yield x + gap, y - height / 2
+        yield x - width / 2, y - gap + point - height
+        yield x - gap - width, y - height / 2
+        yield x + slant, y + slant
+        yield x - slant - width, y + slant
+        yield x + slant, y - slant - height
+        yield x - slant - width, y - slant - height
+
+
+def _darker(colour: str) -> tuple[float, ...]:
+    """The same hue with a quarter less light: what carries a marker is too pale for small letters."""
+    from matplotlib.colors import to_rgb
+
+    return tuple(0.75 * part for part in to_rgb(colour))
+
+
+def _distance(box: Box, point: tuple[float, float]) -> float:
+    """From a point to the nearest place of a box."""
+    x, y = point
+    return math.hypot(max(box[0] - x, 0, x - box[2]), max(box[1] - y, 0, y - box[3]))
+
+
+def _overlap(a: Box, b: Box) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]

@@ -1,0 +1,60 @@
+"""The information floor: how little state the answers themselves need, whatever the model.
+
+Questions are (pairs, values) of each segment of a test; holdall.tasks.information holds the mathematics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from holdall.report.data import Model, pareto
+from holdall.tasks.information import answer_bits, mean_best_accuracy
+
+Questions = Sequence[tuple[int, int]]
+
+
+def accuracy_at(questions: Questions, state_bytes: float) -> float:
+    """The highest mean accuracy that any causal model with this much state can have."""
+    return mean_best_accuracy(questions, 8 * state_bytes)
+
+
+def bytes_for_all(questions: Questions) -> float:
+    """The fewest bytes that allow every answer of every segment to be right."""
+    return max(answer_bits(pairs, values) for pairs, values in questions) / 8
+
+
+def bytes_for(questions: Questions, accuracy: float) -> float:
+    """The fewest bytes that allow this mean accuracy, to a millionth; 0 where guessing reaches it."""
+    low, high = 0.0, bytes_for_all(questions)
+    if accuracy_at(questions, low) >= accuracy:
+        return 0.0
+    while high - low > 1e-6 * high:
+        middle = (low + high) / 2
+        low, high = (low, middle) if accuracy_at(questions, middle) >= accuracy else (middle, high)
+    return high
+
+
+def curve(questions: Questions, low: float) -> tuple[list[float], list[float]]:
+    """The floor from `low` bytes to where it meets 100 %: (bytes, accuracy), evenly spaced on a log axis."""
+    full, steps = bytes_for_all(questions), 240
+    state = [*(low * (full / low) ** (k / steps) for k in range(steps)), full]
+    return state, [accuracy_at(questions, count) for count in state]
+
+
+def guessing(questions: Questions) -> float:
+    """The accuracy of a model that remembers nothing."""
+    return sum(1 / values for _, values in questions) / len(questions)
+
+
+def gap(questions: Questions, models: Iterable[Model]) -> tuple[Model, float] | None:
+    """How far practice is from the floor: a model and how many times the bits of its answers it carries.
+
+    The model is the smallest on the frontier with at least 90 % of the best accuracy reached. None where
+    nothing is drawn or guessing does as well.
+    """
+    frontier = pareto(models)
+    if not frontier:
+        return None
+    model = next(m for m in frontier if m.accuracy >= 0.9 * frontier[-1].accuracy)
+    needed = bytes_for(questions, model.accuracy)
+    return (model, model.state_bytes / needed) if needed else None

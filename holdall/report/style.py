@@ -1,0 +1,132 @@
+"""What the figure and the page share: one look per family, bytes in words, ticks, short labels."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from holdall.report.data import Model, Sweep
+
+# Okabe and Ito's colours for the colour-blind, the light ones darkened to carry on white and on black.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#A8408F", "#D39200", "#4BA6E0", "#757575")
+
+# One shape each: (Matplotlib, Plotly, a letter for tables). All can be filled or open.
+SHAPES = (
+    ("o", "circle", "●"),
+    ("s", "square", "■"),
+    ("^", "triangle-up", "▲"),
+    ("D", "diamond", "◆"),
+    ("v", "triangle-down", "▼"),
+    ("P", "cross", "✚"),
+    ("X", "x", "✖"),
+    ("*", "star", "★"),
+    ("p", "pentagon", "⬟"),
+    ("h", "hexagon", "⬢"),
+    ("<", "triangle-left", "◀"),
+    (">", "triangle-right", "▶"),
+)
+
+# One fill for each sweep on the same picture: (Matplotlib, Plotly's suffix, the latter in words).
+FILLS = (
+    ("full", "", "filled"),
+    ("none", "-open", "open"),
+    ("left", "-dot", "dotted"),
+    ("top", "-open-dot", "open with a dot"),
+)
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a family is drawn, whatever the medium."""
+
+    colour: str
+    marker: str
+    symbol: str
+    glyph: str
+
+
+def look(index: int) -> Look:
+    """The look of the family at `index`: colour and shape move together, so each is a key to itself."""
+    return Look(COLOURS[index % len(COLOURS)], *SHAPES[index % len(SHAPES)])
+
+
+def bytes_text(count: float | int) -> str:
+    """A number of bytes in binary units: state sizes are products of powers of two."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1000 or unit == "GiB":
+            break
+        count /= 1024
+    return f"{count:.0f} {unit}" if count >= 100 else f"{count:.3g} {unit}"
+
+
+def byte_ticks(low: float, high: float, most: int = 10) -> list[float]:
+    """Powers of 2, 4 or 16 bytes within [low, high]: the finest of them that needs at most `most` ticks."""
+    for step in (1, 2, 4, 8):
+        first, last = math.ceil(math.log2(low) / step), math.floor(math.log2(high) / step)
+        if last - first < most:
+            break
+    return [2.0 ** (step * k) for k in range(first, last + 1)]
+
+
+def byte_range(sweeps: Sequence[Sweep], floor: float) -> tuple[float, float]:
+    """The ends of the byte axis: from where the `floor` is low to beyond the largest state."""
+    drawn = [model.state_bytes for sweep in sweeps for model in sweep.models if model.drawn]
+    powers = [round(math.log2(floor / 16)), *(math.ceil(math.log2(state)) - 2 for state in drawn)]
+    return 2.0 ** min(powers), max([floor, *drawn]) * 2.0
+
+
+def pairs_text(sweep: Sweep) -> str:
+    """The numbers of pairs that the mean accuracy is taken over, in words."""
+    pairs = sorted({segment.pairs for segment in sweep.segments})
+    if len(pairs) == 1:
+        return f"{pairs[0]} pairs"
+    if len(pairs) <= 4:
+        return f"mean over {', '.join(map(str, pairs[:-1]))} and {pairs[-1]} pairs"
+    return f"mean over {len(pairs)} tests of {pairs[0]} to {pairs[-1]} pairs"
+
+
+def short_labels(sweeps: Sequence[Sweep]) -> dict[Model, str]:
+    """What to write beside each drawn point: all that the legend's family does not already say.
+
+    "taylor, f = 16" becomes "f = 16"; a width is added where a label comes in more than one. A model
+    that an earlier sweep has too is left to that sweep: its marker says the rest.
+    """
+    labels: dict[Model, str] = {}
+    seen: set[tuple[str, int]] = set()
+    for sweep in sweeps:
+        widths = Counter(label for label, _ in {(model.label, model.width) for model in sweep.models})
+        for model in sweep.models:
+            parts = [model.label.partition(",")[2].strip()]
+            if not parts[0] and _letters(model.label) != _letters(model.family):
+                parts = [model.label]
+            if widths[model.label] > 1:
+                parts.append(f"d = {model.width}")
+            if model.drawn and (model.label, model.width) not in seen:
+                labels[model] = ", ".join(part for part in parts if part)
+        seen |= {(model.label, model.width) for model in sweep.models}
+    return labels
+
+
+def gap_text(times: float) -> str:
+    """How many times the bits that the answers need, to two digits: more would be false precision."""
+    return f"{float(f'{times:.2g}'):,.0f} ×" if times >= 10 else f"{times:.1f} ×"
+
+
+def value_text(value: Any) -> str:
+    """A value of a JSON file as a reader wants it."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} = {value_text(part)}" for key, part in value.items()) or "none"
+    if isinstance(value, list):
+        return ", ".join(map(value_text, value))
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return "none" if value is None else str(value)
+
+
+def _letters(text: str) -> str:
+    return "".join(letter for letter in text.casefold() if letter.isalnum())

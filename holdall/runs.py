@@ -1,0 +1,128 @@
+"""Run folders: everything that a run leaves, written so that a crash loses nothing.
+
+config.json         complete, defaults included
+environment.json    versions, device, threads, commit
+metrics.jsonl       one line per evaluation
+*.safetensors       checkpoints; nothing that Holdall loads is ever a pickle
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+
+class RunError(Exception):
+    """Something about a run that its user can mend; the message says how."""
+
+
+@contextlib.contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn an error of the file system into a RunError that names the path, the reason and the way out."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise RunError(
+            f"cannot write {path}: {reason}. Free some space or make the folder writable, then give the same "
+            "command again: it goes on from the last checkpoint. Or choose another folder with --out."
+        ) from error
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace a file in one step: a reader, or a crash, finds the old content or the new, nothing between."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with explained(path):
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as readable JSON, atomically."""
+    write_atomically(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def append_line(path: Path, value: Any) -> None:
+    """Append one JSON line. A crash can tear only the last line, which `read_lines` skips."""
+    with explained(path), path.open("ab") as file:
+        file.write((json.dumps(value, ensure_ascii=False) + "\n").encode())
+        file.flush()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a JSON lines file; a torn last line is left out. Empty if there is no file."""
+    if not path.exists():
+        return []
+    text = path.read_bytes()
+    return [json.loads(line) for line in text[: text.rfind(b"\n") + 1].splitlines()]
+
+
+@contextlib.contextmanager
+def locked(folder: Path, *, patience: float = 10.0) -> Iterator[None]:
+    """Hold a run folder for this process alone; it is created if needed.
+
+    The lock falls with the process, however that ends. Raises RunError if another process keeps the folder
+    for longer than `patience` seconds.
+    """
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+    with file:
+        until = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise RunError(
+                        f"{folder} is in use by another run; wait for it or choose --out"
+                    ) from None
+                time.sleep(0.1)
+        yield
+
+
+def environment(device: str, threads: int) -> dict[str, Any]:
+    """Versions, hardware and commit, as environment.json holds them."""
+    versions = {}
+    for name in ("holdall", "torch", "numpy", "triton"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return {
+        **versions,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "device": device,
+        "threads": threads,
+        "cores": os.cpu_count(),
+        "commit": commit(),
+    }
+
+
+def commit() -> str | None:
+    """The commit of the source tree that Holdall runs from, with "+" if it was changed; None outside git."""
+    where = Path(__file__).parent
+    try:
+        out = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=10", "--dirty=+", "--exclude=*"],
+            cwd=where, capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return out.stdout.strip() or None
