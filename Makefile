@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 JOBS   ?= 2
+SHAPES  = holdall,shapes.check
 
 .PHONY: frontier test test-full check bench format clean
 
@@ -13,11 +14,11 @@ frontier: $(VENV)/installed
 	$(BIN)/holdall frontier quick
 
 test: $(VENV)/installed-dev
-	$(BIN)/pytest -q -n $(JOBS) --jaxtyping-packages=holdall,beartype.beartype -m "not compile and not full"
+	$(BIN)/pytest -q -n $(JOBS) --jaxtyping-packages=$(SHAPES) -m "not compile and not full"
 	$(BIN)/pytest -q -n $(JOBS) -m "compile and not full"
 
 test-full: $(VENV)/installed-dev
-	$(BIN)/pytest -q -n $(JOBS) --jaxtyping-packages=holdall,beartype.beartype -m "not compile"
+	$(BIN)/pytest -q -n $(JOBS) --jaxtyping-packages=$(SHAPES) -m "not compile"
 	$(BIN)/pytest -q -n $(JOBS) -m compile
 
 check: $(VENV)/installed-dev

@@ -80,6 +80,8 @@ class Config:
             if not _fits(value, kind):
                 says = str(kind).replace("typing.", "") if typing.get_origin(kind) else kind.__name__
                 raise TypeError(f"{type(self).__name__}.{field.name} = {value!r} is not of type {says}")
+            if kind is float:
+                object.__setattr__(self, field.name, float(value))
         self.validate()
 
     def validate(self) -> None:
@@ -107,10 +109,15 @@ def _to_plain(value: Any) -> Any:
 
 
 def _from_plain(value: Any, kind: Any) -> Any:
+    if typing.get_origin(kind) in (Union, types.UnionType):
+        is_list = isinstance(value, list)
+        fitting = [arg for arg in typing.get_args(kind) if (typing.get_origin(arg) is tuple) == is_list]
+        return _from_plain(value, fitting[0]) if fitting else value
     if isinstance(value, list):
         args = typing.get_args(kind)
         each = args[:1] * len(value) if args[1:] == (...,) else args
-        return tuple(map(_from_plain, value, each))
+        # items beyond the last type stay, so that the check of the whole refuses them
+        return tuple(_from_plain(item, each[i] if i < len(each) else Any) for i, item in enumerate(value))
     if isinstance(value, Mapping) and isinstance(kind, type) and issubclass(kind, Config):
         return kind.from_dict(value)
     return value
@@ -296,9 +303,12 @@ def register(
     """
 
     def enter(config: type[MixerConfig]) -> type[MixerConfig]:
-        other = _registry.get(name)
-        if other is not None and other.config.__qualname__ != config.__qualname__:
-            raise ValueError(f"mixer '{name}' is already registered, by {other.config.__qualname__}")
+        other = _registry[name].config if name in _registry else config
+        if (other.__module__, other.__qualname__) != (config.__module__, config.__qualname__):
+            # the same class once more is welcome: its file was read again
+            raise ValueError(
+                f"mixer '{name}' is already registered, by {other.__module__}.{other.__qualname__}"
+            )
         config.name = name
         _registry[name] = Entry(
             name=name,
@@ -380,6 +390,20 @@ def save_states(states: Sequence[State], path: Path) -> None:
     save_file(tensors, path, metadata={"format": STATE_FORMAT})
 
 
+def _check_fits(path: Path, layer: int, state: State, mixer: Mixer) -> None:
+    """Refuse a state of other sizes than the mixer's; time, where it grows, may have any length."""
+    own_state = mixer.init_state(1, dtype=torch.float32)
+    for field, found, own in zip(type(state)._fields, state, own_state, strict=True):  # type: ignore[attr-defined]
+        grows = own.ndim > 1 and own.shape[1] == 0
+        sizes, wanted = (tuple(tensor.shape[2 if grows else 1 :]) for tensor in (found, own))
+        if sizes != wanted or found.is_floating_point() != own.is_floating_point():
+            needs = f"(rows, {'time, ' * grows}{str(wanted)[1:]}"
+            raise ValueError(
+                f"{path}: {field} of layer {layer} has shape {tuple(found.shape)}, where {mixer.config.name} "
+                f"of width {mixer.config.width} needs {needs}"
+            )
+
+
 def load_states(path: Path, mixers: Sequence[Mixer]) -> list[State]:
     """Read what `save_states` wrote, for the mixers of the same stack.
 
@@ -396,7 +420,9 @@ def load_states(path: Path, mixers: Sequence[Mixer]) -> list[State]:
         if any(name not in tensors for name in fields):
             found = sorted(name for name in tensors if name.startswith(f"{layer}."))
             raise ValueError(f"{path}: layer {layer} needs {fields} but the file holds {found}")
-        states.append(kind(*(tensors.pop(name) for name in fields)))
+        state = kind(*(tensors.pop(name) for name in fields))
+        _check_fits(path, layer, state, mixer)
+        states.append(state)
     if tensors:
         raise ValueError(f"{path} holds states of more than {len(mixers)} layers: {sorted(tensors)}")
     return states

@@ -12,6 +12,7 @@ Letters: P members that still train, B rows, N tokens, Q questions a row.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -25,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from holdall import runs
 from holdall.contract import Config
@@ -253,7 +255,10 @@ class _Run:
         weights = [dict(member.model.named_parameters()) for member in alive]
         stacked = {name: torch.stack([own[name] for own in weights]) for name in weights[0]}
         stacked_batch = Questions(*map(torch.stack, zip(*batches, strict=True)))
-        return vmap(lambda own, batch: _loss(model, own, batch))(stacked, stacked_batch)
+        # of PyTorch's attentions only this one can be batched over members on a CPU
+        attention = sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else contextlib.nullcontext()
+        with attention:
+            return vmap(lambda own, batch: _loss(model, own, batch))(stacked, stacked_batch)
 
     def _schedule(self) -> float:
         """The share of the learning rate at this step."""

@@ -55,20 +55,18 @@ class AttentionConfig(MixerConfig):
 class QKV(nn.Module):
     """Queries, keys and values of all heads from one product, turned by their positions."""
 
-    frequency_F: Tensor
-
     def __init__(self, width: int, heads: int, rotary: float, rotary_base: float, bias: bool) -> None:
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width, bias=bias)
-        turned = int(rotary * (width // heads)) // 2 * 2
-        self.register_buffer("frequency_F", standard_frequencies(turned, rotary_base), persistent=False)
+        self.turned, self.rotary_base = int(rotary * (width // heads)) // 2 * 2, rotary_base
 
     def forward(self, x_BTD: Tensor, seen_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self.qkv(x_BTD).unflatten(-1, (3, self.heads, -1)).unbind(2)
-        if self.frequency_F.numel():
+        if self.turned:
+            frequency_F = standard_frequencies(self.turned, self.rotary_base, x_BTD)
             position_BT = seen_B[:, None] + torch.arange(x_BTD.shape[1], device=x_BTD.device)
-            q, k = rotate(q, position_BT, self.frequency_F), rotate(k, position_BT, self.frequency_F)
+            q, k = rotate(q, position_BT, frequency_F), rotate(k, position_BT, frequency_F)
         return q, k, v
 
 

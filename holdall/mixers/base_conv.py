@@ -10,7 +10,6 @@ error, the filter's features go on along the same functions of time.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -70,14 +69,12 @@ class ImplicitFilter(nn.Module):
     def __init__(self, width: int, hidden: int, max_length: int) -> None:
         super().__init__()
         self.max_length = max_length
-        self.mlp = nn.Sequential(nn.Linear(3, hidden), nn.ReLU(), nn.Linear(hidden, width))
+        self.fc1, self.fc2 = nn.Linear(3, hidden), nn.Linear(hidden, width)
 
     def forward(self, length: int) -> Tensor:
-        weight = next(self.parameters())
-        t_L = torch.arange(length, device=weight.device, dtype=torch.float64)
-        turn_L = 1e-4 * 2 * math.pi * t_L / self.max_length
-        z_L3 = torch.stack((t_L / (self.max_length - 1), turn_L.cos(), -turn_L.sin()), dim=-1)
-        return self.mlp(z_L3.to(weight.dtype))
+        z_L3 = conv.filter_features(length, self.max_length, 1, self.fc1.weight)
+        hidden_LH = F.relu(F.linear(z_L3, self.fc1.weight.to(z_L3.dtype), self.fc1.bias.to(z_L3.dtype)))
+        return F.linear(hidden_LH, self.fc2.weight.to(z_L3.dtype), self.fc2.bias.to(z_L3.dtype))
 
 
 class BaseConv(Mixer):

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, register
@@ -74,8 +75,6 @@ class HyenaConfig(MixerConfig):
 class HyenaFilter(nn.Module):
     """The filters of all long convolutions, (length, channels), under a window that decays per channel."""
 
-    delta_E: Tensor
-
     def __init__(self, channels: int, config: HyenaConfig) -> None:
         super().__init__()
         self.max_length, self.bands = config.max_length, config.bands
@@ -85,21 +84,23 @@ class HyenaFilter(nn.Module):
         # one module under three names, which torch.func.functional_call does not put back as it was
         self.frequency_H = nn.Parameter(torch.full((config.hidden,), config.sine_frequency))
         self.last = nn.Linear(config.hidden, channels, bias=False)
-        # the window falls to 1/100 between 0.3 and 1.5 times max_length
-        self.register_buffer(
-            "delta_E", torch.linspace(math.log(1e-2) / 1.5, math.log(1e-2) / 0.3, channels).abs()
-        )
 
     def forward(self, length: int) -> Tensor:
-        like = self.delta_E
-        token_L = torch.arange(length, device=like.device, dtype=torch.float64)
-        time_L1 = (token_L / (self.max_length - 1))[:, None]
-        band_F = torch.linspace(1e-4, self.bands - 1, self.bands, device=like.device, dtype=torch.float64)
-        turn_LF = 2 * math.pi * token_L[:, None] / self.max_length * band_F
-        z_LZ = torch.cat((time_L1, turn_LF.cos(), -turn_LF.sin()), dim=-1).to(like.dtype)
+        z_LH = time_LZ = conv.filter_features(length, self.max_length, self.bands, self.frequency_H)
+        dtype = time_LZ.dtype
         for layer in self.hidden:
-            z_LZ = torch.sin(self.frequency_H * layer(z_LZ))
-        return self.last(z_LZ) * torch.exp(-time_L1.to(like.dtype) * self.delta_E)
+            z_LH = torch.sin(self.frequency_H.to(dtype) * _linear(layer, z_LH))
+        h_LE = _linear(self.last, z_LH)
+        # the window falls to 1/100 between 0.3 and 1.5 times max_length
+        fall = -math.log(1e-2)
+        delta_E = torch.linspace(fall / 1.5, fall / 0.3, h_LE.shape[1], dtype=dtype, device=h_LE.device)
+        return h_LE * torch.exp(-time_LZ[:, :1] * delta_E)
+
+
+def _linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """A linear layer in the dtype of its input and not of its weights."""
+    assert isinstance(layer, nn.Linear)
+    return F.linear(x, layer.weight.to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
 
 
 class Hyena(Mixer):

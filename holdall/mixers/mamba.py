@@ -120,7 +120,7 @@ class Mamba(Mixer):
         dt_BTR, b_BTN, c_BTN = self.x_proj(x_BTE).split([config.rank, config.state, config.state], dim=-1)
         dtype = recurrent_dtype(x_BTD.dtype)
         # the step sizes decide what is forgotten over thousands of tokens: not in bf16
-        dt_BTE = F.softplus(self.dt_proj(dt_BTR).to(dtype))
+        dt_BTE = F.softplus(F.linear(dt_BTR, self.dt_proj.weight).to(dtype) + self.dt_proj.bias.to(dtype))
         y_BTE, h_BEN = self.scan(x_BTE, dt_BTE, -self.A_log.to(dtype).exp(), b_BTN, c_BTN, state.h_BEN)
         y_BTE = torch.addcmul(y_BTE, x_BTE, self.D.to(y_BTE.dtype))
         return self.out_proj(y_BTE * F.silu(z_BTE)), MambaState(conv_BPE, h_BEN) if want_state else None

@@ -72,8 +72,6 @@ class RetNet(Mixer):
     config: RetNetConfig
     state_type = RetNetState
     own_init = True
-    frequency_F: Tensor
-    log_gamma_H: Tensor
 
     def __init__(self, config: RetNetConfig) -> None:
         super().__init__(config)
@@ -85,13 +83,6 @@ class RetNet(Mixer):
             for rows in self.qkvg.weight.split(self.sizes):
                 nn.init.xavier_uniform_(rows, gain=2**-2.5)
             nn.init.xavier_uniform_(self.out_proj.weight, gain=2**-1)
-        half = width // config.heads // 2
-        exponent_F = torch.linspace(
-            0, 1, half, dtype=torch.float64
-        )  # both ends included: the last angle is 1e-4
-        self.register_buffer("frequency_F", 10000.0**-exponent_F, persistent=False)
-        head_H = torch.arange(config.heads, dtype=torch.float64)
-        self.register_buffer("log_gamma_H", torch.log1p(-(2.0 ** (-5 - head_H))), persistent=False)
 
     def forward(
         self,
@@ -108,9 +99,12 @@ class RetNet(Mixer):
         q, k, v, gate_BTE = self.qkvg(x_BTD).split(self.sizes, dim=-1)
         q, k, v = (u.unflatten(-1, (config.heads, -1)) for u in (q, k, v))
         position_BT = state.seen_B[:, None] + torch.arange(new, device=x_BTD.device)
-        q = rotate(q, position_BT, self.frequency_F, interleaved=True)
-        k = rotate(k, position_BT, self.frequency_F, interleaved=True) * k.shape[-1] ** -0.5
-        log_gamma_H = self.log_gamma_H.to(recurrent_dtype(x_BTD.dtype))
+        dtype, device = recurrent_dtype(x_BTD.dtype), x_BTD.device
+        # both ends included: the last angle is 1e-4
+        frequency_F = 10000.0 ** -torch.linspace(0, 1, k.shape[-1] // 2, dtype=dtype, device=device)
+        log_gamma_H = torch.log1p(-(2.0 ** (-5 - torch.arange(config.heads, dtype=dtype, device=device))))
+        q = rotate(q, position_BT, frequency_F, interleaved=True)
+        k = rotate(k, position_BT, frequency_F, interleaved=True) * k.shape[-1] ** -0.5
         log_decay_BTH = log_gamma_H.expand(x_BTD.shape[0], new, -1)
         s_BHKV: Tensor | None
         if self.form == "loop":

@@ -141,16 +141,16 @@ BLOCK = 128
 
 
 def window_attention(
-    q_BTHK: Tensor,
-    k_BTHK: Tensor,
-    v_BTHV: Tensor,
+    q_BTHK: Float[Tensor, "b t h k"],
+    k_BTHK: Float[Tensor, "b t h k"],
+    v_BTHV: Float[Tensor, "b t h v"],
     cache: KeyValueCache | None,
     *,
     window: int,
     scale: float,
     inplace: bool = False,
     want_state: bool = True,
-) -> tuple[Tensor, KeyValueCache | None]:
+) -> tuple[Float[Tensor, "b t h v"], KeyValueCache | None]:
     """Blocks of queries, each against its own keys and the w - 1 before it. O(T (w + block)).
 
     The ring, in order of time, is put in front of the new keys; then block i of C queries sees keys

@@ -8,6 +8,7 @@ Letters: B row, T new tokens, D channels, W taps, P past tokens.
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import TYPE_CHECKING
 
@@ -57,15 +58,32 @@ def short_conv(
     return y_BTD.to(x_BTD.dtype), seen_BSD[:, new:].clone()
 
 
+def filter_features(length: int, max_length: int, bands: int, like: Tensor) -> Tensor:
+    """What an implicit filter's MLP sees of each time t: [t / (L - 1), cos w_f t, -sin w_f t], (length, Z).
+
+    w_f = 2 pi f / L for `bands` values of f from 1e-4 to bands - 1. On the device of `like`, and in at least
+    fp32: in bf16 the times of a long filter would run into each other.
+    """
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    t_L1 = torch.arange(length, device=like.device, dtype=dtype)[:, None]
+    band_F = torch.linspace(1e-4, bands - 1, bands, device=like.device, dtype=dtype)
+    turn_LF = 2 * math.pi / max_length * t_L1 * band_F
+    return torch.cat((t_L1 / (max_length - 1), turn_LF.cos(), -turn_LF.sin()), dim=-1)
+
+
 def long_conv_loop(
     x_BTD: Float[Tensor, "b t d"], filter_LD: Float[Tensor, "l d"], past_BPD: Float[Tensor, "b p d"]
 ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b p+t d"]]:
-    """The definition. The filter has at least P + T taps, the first for the current token."""
+    """The definition. The filter has at least P + T taps, the first for the current token.
+
+    Sums run in the filter's dtype, which may be wider than the tokens'.
+    """
     ys = []
     for t in range(x_BTD.shape[1]):
         past_BPD = torch.cat((past_BPD, x_BTD[:, t : t + 1]), dim=1)
-        ys.append(torch.einsum("bpd,pd->bd", past_BPD, filter_LD[: past_BPD.shape[1]].flip(0)))
-    return torch.stack(ys, dim=1), past_BPD
+        seen_BPD = past_BPD.to(filter_LD.dtype)
+        ys.append(torch.einsum("bpd,pd->bd", seen_BPD, filter_LD[: past_BPD.shape[1]].flip(0)))
+    return torch.stack(ys, dim=1).to(x_BTD.dtype), past_BPD
 
 
 def long_conv(
@@ -79,9 +97,10 @@ def long_conv(
     seen_BSD = torch.cat((past_BPD, x_BTD), dim=1)
     length = seen_BSD.shape[1]
     filter_LD = filter_LD[:length]
+    dtype = torch.promote_types(filter_LD.dtype, torch.float32)
     if new == 1:
-        return torch.einsum("bsd,sd->bd", seen_BSD, filter_LD.flip(0))[:, None], seen_BSD
-    dtype = torch.promote_types(x_BTD.dtype, torch.float32)
+        y_BD = torch.einsum("bsd,sd->bd", seen_BSD.to(dtype), filter_LD.to(dtype).flip(0))
+        return y_BD[:, None].to(x_BTD.dtype), seen_BSD
     size = _fast_size(2 * length - 1)
     # channels before time: a transform along the last, contiguous dimension is the fast one
     spectrum_BDF = torch.fft.rfft(seen_BSD.to(dtype).transpose(1, 2), n=size)

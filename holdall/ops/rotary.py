@@ -47,6 +47,11 @@ def rotate(
     return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
 
 
-def standard_frequencies(dims: int, base: float = 10000.0) -> Float[Tensor, "f"]:
-    """The usual frequencies base^(-2i / dims) for `dims` rotated features, in fp64; shape (dims / 2,)."""
-    return base ** (-torch.arange(0, dims, 2, dtype=torch.float64) / dims)
+def standard_frequencies(dims: int, base: float, like: Tensor) -> Float[Tensor, "f"]:
+    """The usual frequencies base^(-2i / dims) for `dims` rotated features, (dims / 2,).
+
+    On the device of `like` and in at least fp32. They are made when needed and not kept as a buffer, which a
+    cast of the module to bf16 would round: at position 2,048 by a third of a radian.
+    """
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return base ** (-torch.arange(0, dims, 2, dtype=dtype, device=like.device) / dims)

@@ -96,17 +96,28 @@ class TaskData:
         return sum(-(-len(segment.tokens_BN) // batch) for segment in self.train)
 
     def batch(self, seed: int, step: int, batch: int) -> Questions:
-        """The rows of one training step: a fresh shuffle of rows and batches in each epoch."""
+        """The rows of one training step: a fresh shuffle in each epoch.
+
+        Which segment a step takes does not depend on the seed: at every step all members of a population
+        have batches of one shape.
+        """
         epoch, index = divmod(step, self.steps_per_epoch(batch))
-        which, rows = self._order(seed, epoch, batch)[index]
+        which, part = self._plan(epoch, batch)[index]
+        rows = self._shuffle(seed, epoch, which)[part * batch : (part + 1) * batch]
         return Questions(*(tensor[rows.to(tensor.device)] for tensor in self.train[which]))
 
-    @functools.lru_cache(maxsize=64)  # noqa: B019 - one small entry per member of a population and epoch
-    def _order(self, seed: int, epoch: int, batch: int) -> list[tuple[int, Tensor]]:
-        rng = np.random.default_rng([seed, epoch])
-        batches = [
-            (which, rows)
+    @functools.lru_cache(maxsize=2)  # noqa: B019 - lives as long as the rows
+    def _plan(self, epoch: int, batch: int) -> list[tuple[int, int]]:
+        """(segment, which part of its rows) of each step of an epoch."""
+        steps = [
+            (which, part)
             for which, segment in enumerate(self.train)
-            for rows in torch.from_numpy(rng.permutation(len(segment.tokens_BN))).split(batch)
+            for part in range(-(-len(segment.tokens_BN) // batch))
         ]
-        return [batches[i] for i in rng.permutation(len(batches))]
+        order = np.random.default_rng([self.config.seed, epoch]).permutation(len(steps))
+        return [steps[i] for i in order]
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019 - one entry per segment and member of a population
+    def _shuffle(self, seed: int, epoch: int, which: int) -> Tensor:
+        rng = np.random.default_rng([seed, epoch, which])
+        return torch.from_numpy(rng.permutation(len(self.train[which].tokens_BN)))

@@ -1,0 +1,710 @@
+"""The page of laws: what every registered mixer obeys, in every variant that its config lists.
+
+    pytest tests/laws.py                                  # the whole registry
+    pytest tests/laws.py -k "mamba and splits"            # one mixer, one law
+    pytest tests/laws.py --load my_mixer.py               # a mixer in a file of your own
+
+A law is a plain function, `law_<name>(mixer)`: it returns if the mixer obeys and raises AssertionError if it
+does not, so it can be called on any mixer. A mixer that cannot obey a law names it in `refusals`, with the
+reason; the test then expects that the law fails, and it is an error if the law holds after all.
+tests/test_laws_go_red.py plants a fault for each law and sees it go red.
+
+Tolerances are earned, never picked. In fp32 and bf16 three answers are computed: the truth, which is the
+loop in fp64; the loop in the dtype under test; and the mixer's. The mixer may err by twice as much as the
+loop, plus two units in the last place of the largest value. In fp64, where there is no better truth, two ways
+to the same number may differ by `SPREAD` units: far more than rounding can add up to over a hundred tokens,
+far less than any wrong term.
+
+Letters: B batch row, T time, D model width.
+"""
+
+import contextlib
+import copy
+import functools
+import itertools
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import holdall
+from holdall.contract import (
+    Mixer,
+    MixerConfig,
+    State,
+    did_you_mean,
+    elements_per_row,
+    join_rows,
+    load_states,
+    map_state,
+    save_states,
+    select_rows,
+)
+
+WIDTH = 16
+LENGTHS = (1, 2, 63, 64, 65, 100)
+"""One token, two, the sizes around a chunk, and one that is no multiple of anything."""
+LONG = 300
+"""More than any chunk or block that a form cuts its work into by default."""
+SPREAD = 2.0**16
+"""Units in the last place by which two ways to the same fp64 number may differ: 1.5e-11 of the largest."""
+
+# ----------------------------------------------------------------------------------------- mixers and inputs
+
+
+@dataclass(frozen=True)
+class Case:
+    """One registered mixer in one of its variants."""
+
+    config: MixerConfig
+
+    def __str__(self) -> str:
+        options = ",".join(f"{name}={value}" for name, value in self.config.options().items())
+        return f"{self.config.name}[{options}]"
+
+    @functools.lru_cache(maxsize=8)  # noqa: B019 - the few cases live as long as the session anyway
+    def mixer(self, dtype: torch.dtype) -> Mixer:
+        """Always with the same weights; torch's global random state is left alone."""
+        return build(self.config).to(dtype)
+
+
+def cases(names: Sequence[str] | None = None) -> list[Case]:
+    """Every variant of the named mixers, of all registered ones if None."""
+    entries = [holdall.describe(name) for name in (holdall.names() if names is None else names)]
+    return [
+        Case(entry.configure(width=WIDTH, **options))
+        for entry in entries
+        for options in entry.config.variants
+    ]
+
+
+def build(config: MixerConfig) -> Mixer:
+    """A mixer whose parameters are all unlike: initial zeros and ones would hide wrong terms."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        mixer = config.build().eval()
+        with torch.no_grad():
+            for parameter in mixer.parameters():
+                parameter += 0.05 * torch.randn(parameter.shape)
+    return mixer
+
+
+def twin(mixer: Mixer, *, form: str | None = None, dtype: torch.dtype | None = None) -> Mixer:
+    """Another mixer with the same weights, built from the same config: in another form, or dtype."""
+    config = mixer.config if form is None else replace(mixer.config, form=form)
+    with torch.random.fork_rng(devices=[]):
+        other = config.build().to(dtype or dtype_of(mixer)).eval()
+    other.load_state_dict(mixer.state_dict())
+    return other
+
+
+def loop_of(mixer: Mixer, dtype: torch.dtype) -> Mixer:
+    """The definition of a mixer, with its weights."""
+    assert "loop" in mixer.config.forms, (
+        f"{mixer.config.name} has no form 'loop', so nothing says what is right"
+    )
+    return twin(mixer, form="loop", dtype=dtype)
+
+
+def dtype_of(mixer: nn.Module) -> torch.dtype:
+    return next(p.dtype for p in (*mixer.parameters(), *mixer.buffers()) if p.is_floating_point())
+
+
+def draw(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """Normal numbers, from a generator of their own; the same in every dtype, up to its rounding."""
+    real = torch.float64
+    if dtype.is_complex:
+        dtype, real = torch.complex128, torch.complex128
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=real).to(dtype)
+
+
+def tokens(mixer: Mixer, length: int, *, batch: int = 2, seed: int = 0) -> Tensor:
+    return draw(batch, length, mixer.config.width, dtype=dtype_of(mixer), seed=seed)
+
+
+def read_in_pieces(
+    mixer: Callable, x_BTD: Tensor, sizes: Sequence[int], state: Any = None
+) -> tuple[Tensor, Any]:
+    ys = []
+    # whole tokens are handed on as they are: they may be a leaf, of which torch.compile is fond
+    for piece in x_BTD.split(list(sizes), dim=1) if len(sizes) > 1 else [x_BTD]:
+        y_BTD, state = mixer(piece, state)
+        ys.append(y_BTD)
+    return torch.cat(ys, dim=1), state
+
+
+# ------------------------------------------------------------------------------------------------ tolerances
+
+
+def distance(got: Tensor, want: Tensor) -> float:
+    """The largest difference; NaN if there is one anywhere."""
+    wide = torch.promote_types(got.dtype, torch.float64)
+    return (got.to(wide) - want.to(wide)).abs().max().item() if got.numel() else 0.0
+
+
+def size(tensor: Tensor) -> float:
+    return tensor.abs().max().item() if tensor.numel() else 0.0
+
+
+def assert_close(name: str, got: Tensor, want: Tensor, bound: float | None = None) -> None:
+    """Two ways to the same numbers differ by rounding only; whole numbers do not differ at all."""
+    assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, not {tuple(want.shape)}"
+    assert got.dtype == want.dtype, f"{name}: {got.dtype}, not {want.dtype}"
+    if not differentiable(want):
+        assert torch.equal(got, want), f"{name}: {got.tolist()}, not {want.tolist()}"
+        return
+    if bound is None:
+        bound = SPREAD * torch.finfo(want.dtype).eps * size(want)
+    error = distance(got, want)
+    assert error <= bound, f"{name}: off by {error:.3g}, and rounding explains {bound:.3g}"
+
+
+def assert_bitwise(name: str, got: Tensor, want: Tensor) -> None:
+    assert got.dtype == want.dtype, f"{name}: {got.dtype}, not {want.dtype}"
+    assert torch.equal(got, want), f"{name} differs"
+
+
+def earned(plain: Tensor, truth: Tensor) -> float:
+    """How far from the truth an answer may be: twice as far as plain torch in that dtype, plus the floor."""
+    return 2 * distance(plain, truth) + 2 * torch.finfo(plain.dtype).eps * size(truth)
+
+
+def assert_as_good_as_plain(name: str, got: Tensor, plain: Tensor, truth: Tensor) -> None:
+    """`got` errs at most twice as much as `plain`, in the same dtype, both against the truth in fp64."""
+    assert got.shape == plain.shape, f"{name}: shape {tuple(got.shape)}, not {tuple(plain.shape)}"
+    assert got.dtype == plain.dtype, f"{name}: {got.dtype}, not {plain.dtype}"
+    if not differentiable(plain):
+        assert torch.equal(got, plain), f"{name}: {got.tolist()}, not {plain.tolist()}"
+        return
+    error, bound = distance(got, truth), earned(plain, truth)
+    assert error <= bound, f"{name}: errs by {error:.3g}, and twice what plain torch errs is {bound:.3g}"
+
+
+def assert_right(name: str, got: Tensor, plain: Tensor, truth: Tensor) -> None:
+    """`got` equals the loop: in fp64 itself, otherwise measured against the loop in fp64."""
+    if dtype_is_widest(got.dtype):
+        assert_close(name, got, plain)
+    else:
+        assert_as_good_as_plain(name, got, plain, truth)
+
+
+def dtype_is_widest(dtype: torch.dtype) -> bool:
+    return dtype in (torch.float64, torch.complex128)
+
+
+def widened(state: State) -> State:
+    """The same numbers in fp64."""
+    return map_state(
+        state, lambda t: t.to(torch.promote_types(t.dtype, torch.float64)) if differentiable(t) else t
+    )
+
+
+def differentiable(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def named(y_BTD: Tensor, state: State | None) -> dict[str, Tensor]:
+    """The output and the tensors of a state, by name."""
+    fields = {} if state is None else dict(zip(type(state)._fields, state, strict=True))  # type: ignore
+    return {"output": y_BTD, **{f"state.{name}": tensor for name, tensor in fields.items()}}
+
+
+def one_row(y_BTD: Tensor, state: State, row: int) -> dict[str, Tensor]:
+    return {name: tensor[row] for name, tensor in named(y_BTD, state).items()}
+
+
+class Rounding:
+    """How far apart two ways through the same tokens may end, by name of output and state tensor.
+
+    Below fp64 each way may be off by what the loop earns, so two ways may differ by twice that.
+    """
+
+    def __init__(self, mixer: Mixer, x_BTD: Tensor) -> None:
+        self.bound: dict[str, float] = {}
+        if x_BTD.dtype != torch.float64 and "loop" in mixer.config.forms:
+            with torch.no_grad():
+                plain = named(*loop_of(mixer, x_BTD.dtype)(x_BTD))
+                truth = named(*loop_of(mixer, torch.float64)(x_BTD.double()))
+            self.bound = {
+                name: 2 * earned(plain[name], truth[name]) for name in plain if differentiable(plain[name])
+            }
+
+    def check(self, name: str, got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+        assert list(got) == list(want), f"{name}: {list(got)}, not {list(want)}"
+        for part, tensor in want.items():
+            assert_close(f"{name}, {part}", got[part], tensor, self.bound.get(part))
+
+
+# --------------------------------------------------------------------------------------------------- the laws
+
+
+CUTS = ((1,) * 65, (1, 64), (64, 1), (2, 63, 35), (63, 1, 1), (100,))
+
+
+@torch.no_grad()
+def law_splits(mixer: Mixer, cuts: Sequence[Sequence[int]] = CUTS, examples: int = 6) -> None:
+    """Any split of a sequence into pieces gives the whole: outputs and final state."""
+
+    def split(sizes: Sequence[int]) -> None:
+        x_BTD = tokens(mixer, sum(sizes))
+        pieces = named(*read_in_pieces(mixer, x_BTD, sizes))
+        Rounding(mixer, x_BTD).check(f"in pieces of {tuple(sizes)}", pieces, named(*mixer(x_BTD)))
+
+    for sizes in cuts:
+        split(sizes)
+    if examples:
+        drawn = given(st.lists(st.integers(1, 66), min_size=2, max_size=4))(split)
+        settings(max_examples=examples)(drawn)()
+
+
+@torch.no_grad()
+def law_causal(mixer: Mixer, length: int = 65, firsts: Sequence[int] = (1, 2, 32, 63, 64)) -> None:
+    """Other tokens from t on change no output before t: by no more than a Fourier transform's rounding."""
+    x_BTD = tokens(mixer, length)
+    y_BTD, _ = mixer(x_BTD)
+    rounding = Rounding(mixer, x_BTD)
+    for first in firsts:
+        other_BTD = x_BTD.clone()
+        other_BTD[:, first:] = tokens(mixer, length, seed=1)[:, first:]
+        early_BTD = mixer(other_BTD)[0]
+        early_BTD[:, first:] = y_BTD[:, first:]  # rounding is relative to all of the output
+        rounding.check(f"before token {first}, where others follow", {"output": early_BTD}, {"output": y_BTD})
+
+
+@torch.no_grad()
+def law_rows(mixer: Mixer, length: int = 65, more: int = 3) -> None:
+    """Rows of a batch never see each other, and any rows of a state continue those rows."""
+    x_BTD = tokens(mixer, length + more, batch=3)
+    prompt_BTD, rest_BTD = x_BTD.split([length, more], dim=1)
+    y_BTD, state = mixer(prompt_BTD)
+    z_BTD, end = mixer(rest_BTD, state)
+    rounding = Rounding(mixer, x_BTD)
+
+    stranger_BTD = prompt_BTD.clone()
+    stranger_BTD[1] = tokens(mixer, length, seed=1)[0]
+    beside = mixer(stranger_BTD)
+    for row in (0, 2):
+        rounding.check(f"row {row} beside another", one_row(*beside, row), one_row(y_BTD, state, row))
+
+    picked = [2, 0, 0]
+    rounding.check(
+        f"rows {picked} of a state",
+        named(*mixer(rest_BTD[picked], select_rows(state, picked))),
+        named(z_BTD[picked], select_rows(end, picked)),
+    )
+
+
+@torch.no_grad()
+def law_joined_rows(mixer: Mixer, lengths: Sequence[int] = (5, 1, 66), more: int = 3) -> None:
+    """Prompts of different lengths, each read alone, then joined and continued together: each as if alone."""
+    x_BTD = tokens(mixer, max(lengths) + more, batch=len(lengths))
+    alone, states = [], []
+    for row, length in enumerate(lengths):
+        _, state = mixer(x_BTD[row : row + 1, :length])
+        states.append(state)
+        alone.append(mixer(x_BTD[row : row + 1, length : length + more], state))
+    rests = [x_BTD[row, length : length + more] for row, length in enumerate(lengths)]
+    y_BTD, _ = together = mixer(torch.stack(rests), join_rows(states))
+    last_BTD = tokens(mixer, 1, batch=len(lengths), seed=1)
+    z_BTD, _ = mixer(last_BTD, together[1])
+    rounding = Rounding(mixer, x_BTD)
+    for row in range(len(lengths)):
+        want_BTD, state = alone[row]
+        rounding.check(f"row {row} joined with others", {"output": y_BTD[row]}, {"output": want_BTD[0]})
+        want_BTD, _ = mixer(last_BTD[row : row + 1], state)
+        rounding.check(f"row {row} after that", {"output": z_BTD[row]}, {"output": want_BTD[0]})
+
+
+@torch.no_grad()
+def law_untouched(mixer: Mixer, lengths: Sequence[int] = (1, 65)) -> None:
+    """A call leaves inputs, incoming state, parameters and buffers as they were, to the bit."""
+    _, state = mixer(tokens(mixer, 6))
+    for length in lengths:
+        x_BTD = tokens(mixer, length, seed=1)
+        watched = {
+            "x": x_BTD,
+            **named(x_BTD, state),
+            **dict(mixer.named_parameters()),
+            **dict(mixer.named_buffers()),
+        }
+        before = {name: tensor.clone() for name, tensor in watched.items()}
+        y_BTD, after = mixer(x_BTD, state)
+        # what comes out is the caller's: writing there must not reach what went in
+        for tensor in (y_BTD, *after):
+            tensor.fill_(-1)
+        for name, tensor in watched.items():
+            assert_bitwise(f"{name} after {length} tokens", tensor, before[name])
+
+
+@torch.no_grad()
+def law_inplace(mixer: Mixer, lengths: Sequence[int] = (1, 6, 65)) -> None:
+    """A caller that gives its state away gets the same numbers."""
+    x_BTD = tokens(mixer, 7 + max(lengths))
+    _, state = mixer(x_BTD[:, :7])
+    rounding = Rounding(mixer, x_BTD)
+    for length in lengths:
+        now_BTD = x_BTD[:, 7 : 7 + length]
+        given_away = map_state(state, torch.clone)
+        rounding.check(
+            f"{length} tokens inplace",
+            named(*mixer(now_BTD, given_away, inplace=True)),
+            named(*mixer(now_BTD, state)),
+        )
+
+
+@torch.no_grad()
+def law_fresh(mixer: Mixer, lengths: Sequence[int] = (1, 65)) -> None:
+    """No state means init_state; and who does not want the next state gets the same outputs and None."""
+    start = mixer.init_state(2, dtype=dtype_of(mixer))
+    for length in lengths:
+        x_BTD = tokens(mixer, length)
+        rounding = Rounding(mixer, x_BTD)
+        want = mixer(x_BTD)
+        rounding.check("from init_state", named(*mixer(x_BTD, start)), named(*want))
+        for name, state in (("None", None), ("init_state", start)):
+            y_BTD, after = mixer(x_BTD, state, want_state=False)
+            assert after is None, f"want_state=False gave {type(after).__name__}"
+            rounding.check(f"want_state=False from {name}", {"output": y_BTD}, {"output": want[0]})
+
+
+@torch.no_grad()
+def law_definition(mixer: Mixer, lengths: Sequence[int] = (*LENGTHS, LONG)) -> None:
+    """The form that runs gives the loop's outputs and final state, from nothing and from a state."""
+    dtype = dtype_of(mixer)
+    loop, truth = loop_of(mixer, dtype), loop_of(mixer, torch.float64)
+    for length in lengths:
+        x_BTD = tokens(mixer, length)
+        _, state = loop(tokens(mixer, 5, seed=1))
+        for start, wide_start in ((None, None), (state, widened(state))):
+            got, plain = named(*mixer(x_BTD, start)), named(*loop(x_BTD, start))
+            assert got["output"].dtype == dtype, f"outputs are {got['output'].dtype} for {dtype} tokens"
+            true = named(*truth(x_BTD.double(), wide_start))
+            assert list(got) == list(plain), f"{list(got)}, not {list(plain)}"
+            for part, tensor in plain.items():
+                come = "nothing" if start is None else "a state"
+                assert_right(f"{length} tokens from {come}, {part}", got[part], tensor, true[part])
+
+
+def gradients(
+    mixer: Mixer, x_BTD: Tensor, state: State, sizes: Sequence[int], *, call: Callable | None = None
+) -> dict[str, Tensor]:
+    """Outputs and final state; and pulled back from both together, gradients of parameters, tokens and state.
+
+    `sizes` cuts the tokens into the pieces of as many calls, of the mixer itself if not of `call`.
+    """
+    x_BTD = x_BTD.detach().clone().requires_grad_()
+    state = map_state(state, lambda t: t.detach().clone().requires_grad_(differentiable(t)))
+    results = named(*read_in_pieces(mixer if call is None else call, x_BTD, sizes, state))
+    ends = {name: tensor for name, tensor in results.items() if differentiable(tensor)}
+    for name, end in ends.items():
+        assert end.requires_grad, f"{name} is cut off from what it was computed from"
+    # drawn by explicit shape: randn_like follows strides, and two forms may lay out their results differently
+    ups = [draw(*t.shape, dtype=t.dtype, seed=3 + i) for i, t in enumerate(ends.values())]
+    wanted = {**dict(mixer.named_parameters()), "x": x_BTD, **named(x_BTD, state)}
+    wanted = {name: t for name, t in wanted.items() if t.requires_grad and name != "output"}
+    grads = torch.autograd.grad(list(ends.values()), list(wanted.values()), ups, allow_unused=True)
+    for (name, t), grad in zip(wanted.items(), grads, strict=True):
+        results[f"gradient of {name}"] = torch.zeros_like(t) if grad is None else grad
+    return {name: tensor.detach() for name, tensor in results.items()}
+
+
+def law_gradients(mixer: Mixer, lengths: Sequence[int] = (1, 65, LONG)) -> None:
+    """Gradients of every parameter, of the tokens and of the incoming state equal the loop's."""
+    dtype = dtype_of(mixer)
+    loop, truth = loop_of(mixer, dtype), loop_of(mixer, torch.float64)
+    with torch.no_grad():
+        _, state = loop(tokens(mixer, 6, seed=1))
+    for length in lengths:
+        x_BTD = tokens(mixer, length)
+        got, plain = gradients(mixer, x_BTD, state, [length]), gradients(loop, x_BTD, state, [length])
+        true = plain if dtype == torch.float64 else gradients(truth, x_BTD.double(), widened(state), [length])
+        for name, grad in plain.items():
+            assert_right(f"{name} over {length} tokens", got[name], grad, true[name])
+
+
+def law_gradients_through_state(mixer: Mixer, sizes: Sequence[int] = (33, 1, 66)) -> None:
+    """Gradients flow through the state: over several calls they are what they are over one."""
+    dtype, length = dtype_of(mixer), sum(sizes)
+    x_BTD = tokens(mixer, length)
+    with torch.no_grad():
+        _, state = mixer(tokens(mixer, 6, seed=1))
+    whole = gradients(mixer, x_BTD, state, [length])
+    pieces = gradients(mixer, x_BTD, state, sizes)
+    if dtype == torch.float64:
+        bound = {}
+    else:
+        plain = gradients(loop_of(mixer, dtype), x_BTD, state, [length])
+        truth = gradients(loop_of(mixer, torch.float64), x_BTD.double(), widened(state), [length])
+        bound = {n: 2 * earned(plain[n], truth[n]) for n in whole if differentiable(plain[n])}
+    for name, grad in whole.items():
+        assert_close(f"{name} over calls of {tuple(sizes)}", pieces[name], grad, bound.get(name))
+
+
+@torch.no_grad()
+def law_state_size(mixer: Mixer, lengths: Sequence[int] = (*LENGTHS, LONG)) -> None:
+    """state_elements(n) counts what is really carried after n tokens, however they were cut."""
+    for length in (0, *lengths):
+        x_BTD = tokens(mixer, max(length, 1))
+        if length == 0:
+            states = [mixer.init_state(2, dtype=x_BTD.dtype)]
+        else:
+            half = length // 2
+            cuts = [[length], [half, length - half]] if half else [[length]]
+            states = [read_in_pieces(mixer, x_BTD, cut)[1] for cut in cuts]
+        for state in states:
+            assert isinstance(state, mixer.state_type), (
+                f"{type(state).__name__}, not {mixer.state_type.__name__}"
+            )
+            for name, tensor in named(x_BTD, state).items():
+                assert tensor.shape[0] == 2, f"{name} of shape {tuple(tensor.shape)} has no row for each of 2"
+            carried, claimed = elements_per_row(state), mixer.state_elements(length)
+            assert carried == claimed, f"{carried} elements are carried after {length} tokens, not {claimed}"
+            for name, tensor in zip(mixer.state_type._fields, state, strict=True):  # type: ignore[attr-defined]
+                # a view of a larger tensor would keep all of that alive: for a prompt, its activations
+                held, counted = tensor.untyped_storage().nbytes(), tensor.numel() * tensor.element_size()
+                assert held == counted, (
+                    f"state.{name} holds on to {held} bytes for {counted} after {length} tokens"
+                )
+
+
+@torch.no_grad()
+def law_state_dtype(mixer: Mixer) -> None:
+    """State tensors have the dtypes of init_state, and a recurrence is at least fp32 beside bf16 activations.
+
+    A tensor is a recurrence if its size is fixed and it still knows the first token after more tokens than
+    it has slots; any other is a cache, which has the activations' dtype or a wider one.
+    """
+    dtype = dtype_of(mixer)
+    _, short = mixer(tokens(mixer, 2))
+    longest = max((tensor.shape[1] for tensor in short if tensor.ndim > 1), default=0)
+    x_BTD = tokens(mixer, max(longest, 8) + 1)
+    other_BTD = torch.cat((tokens(mixer, 1, seed=1), x_BTD[:, 1:]), dim=1)
+    (_, state), (_, other) = mixer(x_BTD), mixer(other_BTD)
+    start = mixer.init_state(2, dtype=dtype)
+    for name, first, early, now, after in zip(
+        mixer.state_type._fields,
+        start,
+        short,
+        state,
+        other,
+        strict=True,  # type: ignore[attr-defined]
+    ):
+        assert first.dtype == now.dtype, f"state.{name} starts as {first.dtype} and goes on as {now.dtype}"
+        if not differentiable(now):
+            continue
+        least = dtype
+        if early.shape == now.shape and not torch.equal(now, after):
+            least = torch.promote_types(dtype, torch.float32)
+        real = now.real.dtype if now.is_complex() else now.dtype
+        assert torch.promote_types(real, least) == real, (
+            f"state.{name} is {now.dtype}; it should be {least} at least"
+        )
+
+
+@torch.no_grad()
+def law_saved(mixer: Mixer, lengths: Sequence[int] = (1, 65), batches: Sequence[int] = (1, 2)) -> None:
+    """A state comes back from a file to the bit, and goes on from there in another copy of the mixer."""
+    elsewhere = copy.deepcopy(mixer)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "state.safetensors"
+        for length, batch in itertools.product(lengths, batches):
+            x_BTD, more_BTD = tokens(mixer, length, batch=batch), tokens(mixer, 3, batch=batch, seed=1)
+            states = [mixer(u_BTD)[1] for u_BTD in (x_BTD, more_BTD)]
+            try:
+                save_states(states, file)
+                loaded = load_states(file, [elsewhere, elsewhere])
+            except (RuntimeError, ValueError) as error:  # RuntimeError: two tensors share their memory
+                raise AssertionError(f"a state cannot be saved and loaded: {error}") from error
+            for state, back in zip(states, loaded, strict=True):
+                for name, tensor in named(x_BTD, state).items():
+                    assert_bitwise(f"{name} from a file", named(x_BTD, back)[name], tensor)
+                got, want = named(*elsewhere(more_BTD, back)), named(*mixer(more_BTD, state))
+                for name, tensor in want.items():
+                    assert_bitwise(f"{name} after a state from a file", got[name], tensor)
+            for stack in ([elsewhere], [elsewhere] * 3):
+                with contextlib.suppress(ValueError):
+                    load_states(file, stack)
+                    raise AssertionError(f"states of two layers were taken for those of {len(stack)}")
+
+
+@torch.no_grad()
+def law_bf16(mixer: Mixer, lengths: Sequence[int] = (1, 65)) -> None:
+    """In bf16 a mixer errs at most twice as much as its loop in bf16, both against the loop in fp64."""
+    small = copy.deepcopy(mixer).to(torch.bfloat16)
+    law_definition(small, lengths)
+
+
+@torch.no_grad()
+def law_sound(mixer: Mixer, length: int = 2000) -> None:
+    """Nothing overflows or turns into NaN over a long text."""
+    for name, tensor in named(*mixer(tokens(mixer, length, batch=1))).items():
+        assert tensor.isfinite().all(), f"{name} is not finite after {length} tokens"
+
+
+def law_deterministic(mixer: Mixer, length: int = 65) -> None:
+    """The same call gives the same, to the bit: outputs, state and gradients."""
+    x_BTD, start = tokens(mixer, length), mixer.init_state(2, dtype=dtype_of(mixer))
+    first, second = (gradients(mixer, x_BTD, start, [length]) for _ in range(2))
+    for name, tensor in first.items():
+        assert_bitwise(f"{name} in a second call", second[name], tensor)
+
+
+def law_vmapped(mixer: Mixer, length: int = 65) -> None:
+    """Copies with weights of their own run as one under vmap, and learn the same: populations train so."""
+    stage, *copies = (copy.deepcopy(mixer) for _ in range(3))
+    with torch.no_grad():
+        for i, parameter in enumerate(copies[1].parameters()):
+            parameter += 0.1 * draw(*parameter.shape, dtype=parameter.dtype, seed=i)
+    x_NBTD = torch.stack([tokens(mixer, length, seed=i) for i in range(2)])
+    up_NBTD = draw(*x_NBTD.shape, dtype=x_NBTD.dtype, seed=3)
+    parameters, buffers = torch.func.stack_module_state(copies)  # type: ignore[arg-type]
+
+    def one(parameters: dict[str, Tensor], buffers: dict[str, Tensor], x_BTD: Tensor) -> Tensor:
+        return torch.func.functional_call(stage, (parameters, buffers), (x_BTD,), {"want_state": False})[0]
+
+    try:
+        # of PyTorch's attentions only this one runs side by side on a CPU; the others would be looped over
+        with sdpa_kernel(SDPBackend.MATH):
+            y_NBTD = torch.func.vmap(one)(parameters, buffers, x_NBTD)
+        grads = torch.autograd.grad(y_NBTD, list(parameters.values()), up_NBTD, allow_unused=True)
+    except RuntimeError as error:
+        raise AssertionError(f"cannot be vmapped: {error}") from error
+    # a module listed under two names is not put back as it was, and spoils whatever runs next
+    for (name, parameter), before in zip(stage.named_parameters(), mixer.parameters(), strict=True):
+        assert not torch._C._functorch.is_batchedtensor(parameter), f"{name} stays behind vmapped"
+        assert_bitwise(f"{name} after vmap", parameter, before)
+    for i, alone in enumerate(copies):
+        y_BTD, _ = alone(x_NBTD[i], want_state=False)
+        own = torch.autograd.grad(y_BTD, list(alone.parameters()), up_NBTD[i], allow_unused=True)
+        assert_close(f"output of copy {i}", y_NBTD[i], y_BTD)
+        for (name, parameter), got, want in zip(alone.named_parameters(), grads, own, strict=True):
+            want = torch.zeros_like(parameter) if want is None else want
+            assert_close(
+                f"gradient of {name} of copy {i}", torch.zeros_like(want) if got is None else got[i], want
+            )
+
+
+def law_compiled(mixer: Mixer, backend: str = "aot_eager", length: int = 20) -> None:
+    """torch.compile takes all of a mixer in one graph, from nothing and from a state, and back."""
+    torch._dynamo.reset()
+    compiled = torch.compile(mixer, fullgraph=True, backend=backend)
+    x_BTD = tokens(mixer, length)
+    with torch.no_grad():
+        _, state = mixer(tokens(mixer, 6, seed=1))
+        want = named(*mixer(x_BTD))
+    try:
+        with torch.no_grad():
+            got = named(*compiled(x_BTD))
+        trained = gradients(mixer, x_BTD, state, [length], call=compiled)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        raise AssertionError(f"cannot be compiled as one graph: {error}") from error
+    Rounding(mixer, x_BTD).check(f"compiled by {backend}", got, want)
+    for name, tensor in gradients(mixer, x_BTD, state, [length]).items():
+        assert_close(f"compiled by {backend}, {name}", trained[name], tensor)
+
+
+# -------------------------------------------------------------------------------------------------- the tests
+
+
+def hold(mixer: Mixer, law: Callable[..., None], *args: Any) -> None:
+    """Hold a mixer to a law; where it refuses the law by name, see that the law fails indeed."""
+    name = law.__name__.removeprefix("law_")
+    if name not in mixer.refusals:
+        law(mixer, *args)
+        return
+    with contextlib.suppress(AssertionError, NotImplementedError):
+        law(mixer, *args)
+        pytest.fail(f"{mixer.config.name} refuses the law '{name}' and yet obeys it: take the refusal away")
+    pytest.xfail(f"{mixer.config.name} refuses the law '{name}': {mixer.refusals[name]}")
+
+
+LAWS = {name.removeprefix("law_"): law for name, law in list(globals().items()) if name.startswith("law_")}
+DOUBLE, SINGLE, HALF = torch.float64, torch.float32, torch.bfloat16
+both = pytest.mark.parametrize("dtype", [DOUBLE, SINGLE], ids=["fp64", "fp32"])
+
+
+@both
+@pytest.mark.parametrize("law", ["splits", "causal", "rows", "joined_rows", "inplace", "fresh", "definition"])
+def test_law(case: Case, law: str, dtype: torch.dtype) -> None:
+    hold(case.mixer(dtype), LAWS[law])
+
+
+@pytest.mark.parametrize(
+    "law",
+    ["untouched", "gradients", "gradients_through_state", "state_size", "saved", "vmapped", "deterministic"],
+)
+def test_law_in_fp64(case: Case, law: str) -> None:
+    hold(case.mixer(DOUBLE), LAWS[law])
+
+
+@pytest.mark.parametrize("dtype", [SINGLE, HALF], ids=["fp32", "bf16"])
+def test_law_state_dtype(case: Case, dtype: torch.dtype) -> None:
+    hold(case.mixer(dtype), law_state_dtype)
+
+
+def test_law_bf16(case: Case) -> None:
+    hold(case.mixer(SINGLE), law_bf16)
+
+
+def test_law_sound(case: Case) -> None:
+    hold(case.mixer(SINGLE), law_sound, 2000)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("dtype", "length"), [(SINGLE, 100_000), (HALF, 16_384)], ids=["fp32", "bf16"])
+def test_law_sound_at_great_length(case: Case, dtype: torch.dtype, length: int) -> None:
+    if "N^2" in holdall.describe(case.config.name).training:
+        pytest.skip("quadratic in the length")
+    hold(case.mixer(dtype), law_sound, length)
+
+
+@pytest.mark.compile
+def test_law_compiled(case: Case) -> None:
+    hold(case.mixer(DOUBLE), law_compiled)
+
+
+@pytest.mark.compile
+@pytest.mark.full
+def test_law_compiled_over_chunks(case: Case) -> None:
+    hold(case.mixer(DOUBLE), law_compiled, "aot_eager", 130)
+
+
+@pytest.mark.compile
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="inductor needs a C++ compiler")
+# torch's own, while it imports the compiler
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("name", ["attention", "base-conv", "linear-attention", "mamba"])
+def test_law_compiled_by_inductor(name: str) -> None:
+    """One of each family: what is traced in one graph, inductor has so far always been able to compile."""
+    hold(cases([name])[0].mixer(DOUBLE), law_compiled, "inductor", 6)
+
+
+def test_the_registry_is_right_about_causality(case: Case) -> None:
+    refused = "causal" in case.mixer(DOUBLE).refusals
+    assert holdall.describe(case.config.name).causal == (not refused)
+
+
+def test_some_variant_has_chunks_that_the_laws_lengths_cross(case: Case) -> None:
+    entry = holdall.describe(case.config.name)
+    if "chunk" in entry.options:
+        chunks = [options.get("chunk", entry.options["chunk"]) for options in entry.config.variants]
+        assert min(chunks) <= 32, f"{entry.name}: no variant has a chunk of 32 or less, only {chunks}"
+
+
+def test_refusals_name_laws_and_give_reasons(case: Case) -> None:
+    for law, reason in case.mixer(DOUBLE).refusals.items():
+        assert law in LAWS, f"{case} refuses '{law}', which is no law. {did_you_mean(law, LAWS)}"
+        assert reason.strip(), f"{case} refuses '{law}' without a reason"
+
+
+def test_there_is_something_to_hold_to_the_laws() -> None:
+    assert len(cases()) > len(holdall.names()) > 0

@@ -1,0 +1,193 @@
+"""The figure for papers: right numbers in the artists, and texts that touch nothing."""
+
+import struct
+import subprocess
+import sys
+import zlib
+
+import pytest
+
+from holdall.report import figure, style
+from holdall.report.data import families, load, pareto
+from holdall.tasks.information import answer_bits, best_accuracy
+
+
+def artists(drawn, gid):
+    return [artist for artist in drawn.axes[0].get_children() if artist.get_gid() == gid]
+
+
+def boxes(drawn, gid):
+    renderer = drawn.canvas.get_renderer()
+    return [(artist, artist.get_window_extent(renderer)) for artist in artists(drawn, gid)]
+
+
+def text_of(png: bytes) -> dict[str, str]:
+    """The text chunks of a PNG, whose checksums are checked on the way."""
+    assert png[:8] == b"\x89PNG\r\n\x1a\n"
+    texts, at = {}, 8
+    while at < len(png):
+        (length,) = struct.unpack_from(">I", png, at)
+        kind, body = png[at + 4 : at + 8], png[at + 8 : at + 8 + length]
+        assert zlib.crc32(kind + body) == struct.unpack_from(">I", png, at + 8 + length)[0]
+        if kind == b"tEXt":
+            key, _, value = body.partition(b"\0")
+            texts[key.decode()] = value.decode("latin-1")
+        at += 12 + length
+    assert kind == b"IEND"
+    return texts
+
+
+@pytest.fixture
+def crowd(make_sweep, line):
+    """Eighty models of many families on a small part of the plane, three seeds each: a fight for room."""
+    lines = []
+    for k in range(80):
+        state, accuracy = 2000 + 977 * k % 30_000, 0.2 + 0.6 * ((k * 37) % 80) / 80
+        for seed in (0, 1, 2):
+            label = f"family {k % 17}, size = {k}"
+            lines.append(line(label, state, accuracy + 0.01 * seed, width=64 * (1 + k % 2), seed=seed))
+    return make_sweep("crowd", lines)
+
+
+def test_png_has_the_size_of_a_paper_column_and_says_what_made_it(sweep, tmp_path):
+    figure.save(load([sweep]), tmp_path / "a.png")
+    png = (tmp_path / "a.png").read_bytes()
+    texts = text_of(png)
+    assert struct.unpack_from(">II", png, 16) == (1400, 900)
+    assert texts["Description"] == "holdall frontier quick --out runs/sweep"
+
+
+def test_every_family_is_drawn_where_its_models_are(sweep):
+    sweeps = load([sweep])
+    drawn = figure.draw(sweeps)
+    looks = set()
+    for family in families(sweeps):
+        (points,) = artists(drawn, f"family:{family}")
+        members = sorted((m.state_bytes, m.accuracy) for m in sweeps[0].models if m.family == family)
+        assert list(zip(*points.get_data(), strict=True)) == members
+        looks.add((points.get_color(), points.get_marker()))
+    assert len(looks) == len(families(sweeps)) == 6
+    named = {text.get_text() for text in drawn.legends[0].get_texts()}
+    assert set(families(sweeps)) < named
+
+
+def test_looks_differ_for_as_many_families_as_anyone_has():
+    looks = {(style.look(k).colour, style.look(k).marker) for k in range(84)}
+    assert len(looks) == 84
+
+
+def test_floor_is_the_best_accuracy_of_any_model(sweep):
+    (line,) = artists(figure.draw(load([sweep])), "floor")
+    state, accuracy = line.get_data()
+    for count, height in list(zip(state, accuracy, strict=True))[::20]:
+        best = [best_accuracy(pairs, 256, 8 * count) for pairs in (4, 16)]
+        assert height == pytest.approx(sum(best) / 2, abs=1e-9)
+    # sixteen values of eight bits, drawn without replacement, need a little less than sixteen bytes
+    assert state[-1] == answer_bits(16, 256) / 8
+    assert 15.8 < state[-1] < 16
+    assert accuracy[-1] == pytest.approx(1)
+    assert accuracy[-2] < 1
+
+
+def test_axis_shows_floor_and_models_honestly(sweep):
+    axes = figure.draw(load([sweep])).axes[0]
+    low, high = axes.get_xlim()
+    assert axes.get_xscale() == "log"
+    assert low < 16 < 40_292 < high
+    assert axes.get_ylim()[0] == 0
+    labels = {tick: axes.xaxis.get_major_formatter()(tick) for tick in axes.get_xticks()}
+    assert labels[16] == "16 B"
+    assert labels[4096] == "4 KiB"
+
+
+def test_staircase_is_the_frontier(sweep):
+    sweeps = load([sweep])
+    drawn = figure.draw(sweeps)
+    (steps,) = artists(drawn, "pareto")
+    frontier = [(m.state_bytes, m.accuracy) for m in pareto(sweeps[0].models)]
+    assert steps.get_drawstyle() == "steps-post"
+    assert list(zip(*steps.get_data(), strict=True)) == [
+        *frontier,
+        (drawn.axes[0].get_xlim()[1], frontier[-1][1]),
+    ]
+
+
+def test_spread_of_seeds_is_a_whisker(make_sweep, line):
+    lines = [line("a", 1024, 0.4, seed=0), line("a", 1024, 0.6, seed=1), line("b", 2048, 0.7)]
+    drawn = figure.draw(load([make_sweep("s", lines)]))
+    (whisker,) = artists(drawn, "spread")
+    assert [list(part) for part in whisker.get_data()] == [[1024, 1024], [0.4, 0.6]]
+    (point,) = artists(drawn, "family:a")
+    assert list(point.get_ydata()) == [0.5]
+
+
+@pytest.mark.parametrize("chosen", ["sweep", "crowd"])
+def test_texts_touch_nothing_and_stay_inside(chosen, request):
+    sweeps = load([request.getfixturevalue(chosen)])
+    drawn = figure.draw(sweeps)
+    axes, renderer = drawn.axes[0], drawn.canvas.get_renderer()
+    texts = [pair for gid in ("label", "floor label", "gap label") for pair in boxes(drawn, gid)]
+    assert len(boxes(drawn, "label")) >= 7
+    inside = axes.get_window_extent(renderer)
+    for k, (text, box) in enumerate(texts):
+        assert inside.x0 <= box.x0 < box.x1 <= inside.x1, text
+        assert inside.y0 <= box.y0 < box.y1 <= inside.y1, text
+        for other, other_box in texts[:k]:
+            assert not box.overlaps(other_box), (text, other)
+        for model in (m for m in sweeps[0].models if m.drawn):
+            for height in (model.low, model.accuracy, model.high):
+                x, y = axes.transData.transform((model.state_bytes, height))
+                assert not box.padded(3).contains(x, y), (text, model.label)
+    lines = [part for part in axes.lines if part.get_linestyle() != "None" and part.get_gid() != "spread"]
+    paths = [part.get_transform().transform_path(part.get_path()) for part in lines]
+    for text, box in boxes(drawn, "label"):
+        assert sum(path.intersects_bbox(box, filled=False) for path in paths) <= 1, text
+    legend, page = drawn.legends[0].get_window_extent(renderer), drawn.bbox
+    assert legend.y0 > inside.y1
+    for box in (legend, axes.get_tightbbox(renderer)):
+        assert page.x0 <= box.x0 < box.x1 <= page.x1
+        assert page.y0 <= box.y0 < box.y1 <= page.y1
+
+
+def test_labels_say_what_the_legend_does_not(sweep, make_sweep, line):
+    texts = sorted(text.get_text() for text in artists(figure.draw(load([sweep])), "label"))
+    assert texts == ["N = 16", "N = 4", "f = 16", "f = 4", "w = 16", "w = 4", "w = 8"]
+    wide = [line("a, f = 2", 64 * w, w / 300, width=w) for w in (64, 128)] + [
+        line("c$x$", 512, 0.9, family="d")
+    ]
+    labels = artists(figure.draw(load([make_sweep("w", wide)])), "label")
+    assert not any(text.get_parse_math() for text in labels)
+    texts = sorted(text.get_text() for text in labels)
+    assert texts == ["c$x$", "f = 2, d = 128", "f = 2, d = 64"]
+
+
+def test_overlaid_sweeps_are_filled_and_open(sweep, make_sweep, line):
+    second = make_sweep("second", [line("Taylor, f = 4", 4412, 0.6), line("GLA", 3000, 0.5)], recipe="again")
+    drawn = figure.draw(load([sweep, second]))
+    first, other = artists(drawn, "family:Taylor")
+    assert (first.get_fillstyle(), other.get_fillstyle()) == ("full", "none")
+    assert first.get_color() == other.get_color()
+    named = [text.get_text() for text in drawn.legends[0].get_texts()]
+    assert {"quick", "again", "GLA"} < set(named)
+
+
+def test_guessing_is_drawn_where_it_can_be_seen(make_sweep, line):
+    lines = [line("a", 64, 0.5)]
+    assert not artists(figure.draw(load([make_sweep("many", lines)])), "chance")
+    few = [{"vocab": 16, "length": 16, "pairs": 2, "rows": 100}]
+    (chance,) = artists(figure.draw(load([make_sweep("few", lines, test=few)])), "chance")
+    assert list(chance.get_ydata()) == [1 / 8, 1 / 8]
+
+
+def test_nothing_to_draw_is_still_a_figure(make_sweep, line, tmp_path):
+    sweeps = load([make_sweep("s", [line("a", 64, None)])])
+    figure.save(sweeps, tmp_path / "empty.png")
+    drawn = figure.draw(sweeps)
+    assert artists(drawn, "floor")
+    assert not artists(drawn, "pareto")
+
+
+def test_importing_the_room_is_light():
+    program = "import sys, holdall.report; print([m for m in ('matplotlib', 'plotly') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

@@ -1,0 +1,291 @@
+"""Training: repeatable to the bit, resumable after any kind of end, populations equal to single runs."""
+
+import dataclasses
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from holdall import runs
+from holdall.mixers.base_conv import BaseConvConfig
+from holdall.mixers.linear_attention import LinearAttentionConfig
+from holdall.model import ModelConfig
+from holdall.runs import RunError
+from holdall.tasks.data import MQARData, Segment, TaskData
+from holdall.train import Progress, Stopped, TrainConfig, train
+
+TASK = MQARData(
+    vocab=32,
+    filler="zero",
+    train=(Segment(length=16, pairs=2, rows=100), Segment(length=24, pairs=3, rows=60)),
+    test=(Segment(length=16, pairs=2, rows=50), Segment(length=24, pairs=3, rows=50)),
+)
+
+
+def config(**changes: object) -> TrainConfig:
+    layers = (BaseConvConfig(width=16), LinearAttentionConfig(width=16, feature_dim=4))
+    base = TrainConfig(
+        model=ModelConfig(vocab=32, width=16, layers=layers),
+        data=TASK,
+        learning_rates=(0.01,),
+        batch=16,
+        epochs=3,
+        stop_at=0,
+    )
+    return dataclasses.replace(base, **changes)
+
+
+def weights(folder: Path, member: int = 0) -> dict[str, torch.Tensor]:
+    return load_file(folder / f"model-{member}.safetensors")
+
+
+def assert_same_run(a: Path, b: Path, member: int = 0) -> None:
+    for name, tensor in weights(a, member).items():
+        assert torch.equal(tensor, weights(b, member)[name]), name
+    without_time = [
+        [{k: v for k, v in line.items() if k != "seconds"} for line in runs.read_lines(f / "metrics.jsonl")]
+        for f in (a, b)
+    ]
+    assert without_time[0] == without_time[1]
+
+
+# ----------------------------------------------------------------------------------------------- batches
+
+
+def test_an_epoch_shows_every_row_once_and_never_mixes_segments() -> None:
+    data = TaskData(TASK)
+    seen = {16: [], 24: []}
+    for step in range(data.steps_per_epoch(16)):
+        tokens, at, answers = data.batch(0, step, 16)
+        assert at.shape == answers.shape == (len(tokens), {16: 2, 24: 3}[tokens.shape[1]])
+        seen[tokens.shape[1]] += [tuple(row) for row in tokens.tolist()]
+    for segment, length in zip(data.train, (16, 24), strict=True):
+        assert sorted(seen[length]) == sorted(tuple(row) for row in segment.tokens_BN.tolist())
+
+
+def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else() -> None:
+    data, again = TaskData(TASK), TaskData(TASK)
+    epoch = data.steps_per_epoch(16)
+    again.batch(3, 7, 16)  # what was asked before does not matter
+    torch.manual_seed(99)
+    assert torch.equal(data.batch(1, 5, 16).tokens_BN, again.batch(1, 5, 16).tokens_BN)
+    orders = [
+        [data.batch(seed, first + step, 16).tokens_BN.tolist() for step in range(epoch)]
+        for seed, first in ((0, 0), (1, 0), (0, epoch))
+    ]
+    assert orders[0] != orders[1]
+    assert [len(rows[0]) for rows in orders[0]] == [len(rows[0]) for rows in orders[1]]
+    assert orders[0] != orders[2]
+
+
+def test_training_and_test_rows_differ() -> None:
+    data = TaskData(dataclasses.replace(TASK, train=TASK.test))
+    assert not torch.equal(data.train[0].tokens_BN, data.test[0].tokens_BN)
+
+
+# ---------------------------------------------------------------------------------------------- the loop
+
+
+def test_it_learns(tmp_path: Path) -> None:
+    task = dataclasses.replace(TASK, train=(Segment(length=16, pairs=2, rows=2000),), test=TASK.test[:1])
+    (result,) = train(config(data=task, epochs=12, stop_at=0.95, batch=32), tmp_path / "run")
+    assert result["stopped"] == "accuracy"
+    assert result["accuracy"] >= 0.95
+    assert result["accuracy_by_pairs"] == {"2": result["accuracy"]}
+
+
+def test_the_same_config_gives_the_same_weights_whatever_the_global_random_state(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    train(config(), tmp_path / "a")
+    state = torch.random.get_rng_state()
+    train(config(), tmp_path / "b")
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_seeds_and_learning_rates_give_other_weights(tmp_path: Path) -> None:
+    train(config(learning_rates=(0.01, 0.02), seeds=(0, 1)), tmp_path / "run")
+    embeds = [weights(tmp_path / "run", member)["embed.weight"] for member in range(4)]
+    assert len({tuple(embed.flatten().tolist()) for embed in embeds}) == 4
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_member_of_a_population_ends_where_it_would_have_ended_alone(
+    tmp_path: Path, together: bool
+) -> None:
+    rates, seeds = (0.003, 0.01), (0, 1)
+    results = train(config(learning_rates=rates, seeds=seeds, epochs=2), tmp_path / "all", together=together)
+    for index, result in enumerate(results):
+        one = config(learning_rates=(result["learning_rate"],), seeds=(result["seed"],), epochs=2)
+        folder = tmp_path / f"alone-{index}"
+        (alone,) = train(one, folder)
+        assert result["accuracy"] == pytest.approx(alone["accuracy"], abs=0.02)
+        for name, tensor in weights(folder).items():
+            # AdamW divides by the root of squares, so that rounding of 1e-7 can grow to a share of the rate
+            torch.testing.assert_close(weights(tmp_path / "all", index)[name], tensor, rtol=1e-3, atol=2e-4)
+
+
+def test_a_member_that_is_done_leaves_the_others_to_go_on(tmp_path: Path) -> None:
+    task = dataclasses.replace(TASK, train=(Segment(length=16, pairs=2, rows=2000),), test=TASK.test[:1])
+    slow, fast = train(
+        config(data=task, learning_rates=(1e-6, 0.01), epochs=10, stop_at=0.9, batch=32),
+        tmp_path / "run",
+        together=True,
+    )
+    assert (slow["stopped"], fast["stopped"]) == ("end", "accuracy")
+    assert fast["steps"] < slow["steps"] == 10 * 63
+
+
+def test_divergence_is_said_and_counts_as_no_accuracy(tmp_path: Path) -> None:
+    (result,) = train(config(learning_rates=(1e30,)), tmp_path / "run")
+    assert result["stopped"] == "diverged"
+    assert result["accuracy"] is None
+    assert json.loads((tmp_path / "run" / "result.json").read_text()) == [result]
+
+
+def test_progress_is_told(tmp_path: Path) -> None:
+    told: list[Progress] = []
+    train(config(epochs=30), tmp_path / "run", on_progress=told.append)
+    assert told
+    assert all(0 < each.step <= each.steps == 30 * 11 for each in told)
+
+
+# ------------------------------------------------------------------------------------------------ resuming
+
+
+def test_stopped_anywhere_it_goes_on_to_the_bit(tmp_path: Path) -> None:
+    train(config(learning_rates=(0.003, 0.01)), tmp_path / "whole")
+    for stop_after in (1, 3, 9, 15):  # four stops in one run, one of them within its first steps
+        steps = iter(range(10**6))
+        with pytest.raises(Stopped):
+            train(
+                config(learning_rates=(0.003, 0.01)),
+                tmp_path / "cut",
+                should_stop=lambda steps=steps, last=stop_after: next(steps) == last,
+            )
+        assert not (tmp_path / "cut" / "result.json").exists()
+    train(config(learning_rates=(0.003, 0.01)), tmp_path / "cut")
+    for member in (0, 1):
+        assert_same_run(tmp_path / "whole", tmp_path / "cut", member)
+    assert not (tmp_path / "cut" / "checkpoint.safetensors").exists()
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+sys.path.insert(0, {tests!r})
+import test_train
+test_train.train(test_train.config(epochs=150), Path(sys.argv[1]), checkpoint_seconds=0.1)
+"""
+
+
+def test_killed_at_any_moment_the_same_command_gives_the_same_result(tmp_path: Path) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(textwrap.dedent(SCRIPT.format(tests=str(Path(__file__).parent))))
+    command = [sys.executable, str(script)]
+    subprocess.run([*command, str(tmp_path / "whole")], check=True)
+    kills = 0
+    while not (tmp_path / "cut" / "result.json").exists():
+        process = subprocess.Popen([*command, str(tmp_path / "cut")])
+        until = time.monotonic() + 60
+        while not (tmp_path / "cut" / "checkpoint.safetensors").exists() and time.monotonic() < until:
+            time.sleep(0.01)
+        if kills < 3:
+            time.sleep(0.05 + 0.23 * kills)
+            process.send_signal(signal.SIGKILL)
+            kills += process.wait() == -signal.SIGKILL
+        else:
+            assert process.wait(timeout=120) == 0
+    assert kills == 3
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
+    first = train(config(), tmp_path / "run")
+    again = train(config(), tmp_path / "run", should_stop=lambda: True)
+    assert first == again
+
+
+def test_another_config_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    train(config(), tmp_path / "run")
+    with pytest.raises(RunError, match=r"another config.*choose another folder"):
+        train(config(learning_rates=(0.02,)), tmp_path / "run")
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        train(config(), tmp_path / "run", should_stop=lambda: True)
+    checkpoint = tmp_path / "run" / "checkpoint.safetensors"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    with pytest.raises(RunError, match=r"checkpoint\.safetensors is damaged"):
+        train(config(), tmp_path / "run")
+
+
+def test_a_full_disk_is_a_clear_error_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(config(), tmp_path / "whole")
+    folder = tmp_path / "run"
+    steps = iter(range(100))
+    with pytest.raises(Stopped):
+        train(config(), folder, should_stop=lambda: next(steps) == 15)
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(RunError, match=r"checkpoint\.safetensors: No space left on device.*same command"):
+            train(config(), folder, checkpoint_seconds=0)
+    assert not list(folder.glob(".*.tmp"))
+    train(config(), folder)
+    assert_same_run(tmp_path / "whole", folder)
+
+
+def test_a_full_disk_is_a_clear_error_for_lines_too() -> None:
+    disk = Path("/dev/full")  # the system's own disk that is always full
+    if not disk.exists():
+        pytest.skip("this system has no /dev/full")
+    with pytest.raises(RunError, match=r"/dev/full: No space left on device"):
+        runs.append_line(disk, {"a": 1})
+
+
+def test_an_unwritable_folder_is_a_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(RunError, match=r"cannot write .*file.*: Not a directory.*--out"):
+        train(config(), tmp_path / "file" / "run")
+
+
+def test_two_processes_never_share_a_folder(tmp_path: Path) -> None:
+    used = pytest.raises(RunError, match="in use by another run")
+    with runs.locked(tmp_path / "run"), used, runs.locked(tmp_path / "run", patience=0.2):
+        pass
+    with runs.locked(tmp_path / "run", patience=0.2):
+        pass
+
+
+def test_a_torn_last_line_is_left_out_and_an_atomic_write_leaves_no_trace(tmp_path: Path) -> None:
+    (tmp_path / "lines").write_bytes(b'{"a": 1}\n{"a": 2}\n{"a"')
+    assert runs.read_lines(tmp_path / "lines") == [{"a": 1}, {"a": 2}]
+    runs.write_json(tmp_path / "value.json", {"a": 1})
+    assert sorted(os.listdir(tmp_path)) == ["lines", "value.json"]
+
+
+def test_bad_settings_name_the_numbers() -> None:
+    with pytest.raises(ValueError, match="16 positions, the task rows of 24"):
+        config(model=dataclasses.replace(config().model, positions=16))
+    with pytest.raises(ValueError, match=r"vocab 16 is smaller than the task's 32"):
+        config(model=dataclasses.replace(config().model, vocab=16))
+    with pytest.raises(ValueError, match="member occurs twice"):
+        config(learning_rates=(0.01, 0.01))
