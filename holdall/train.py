@@ -151,7 +151,7 @@ def train(
         done = folder / "result.json"
         if done.exists():
             return json.loads(done.read_text())
-        run = _Run(config, folder, device, together)
+        run = Trainer(config, folder, device, together)
         results = run.run(on_progress, should_stop, checkpoint_seconds)
         runs.write_json(done, results)
         (folder / "checkpoint.safetensors").unlink(missing_ok=True)
@@ -169,7 +169,7 @@ def _claim(folder: Path, config: TrainConfig, device: torch.device) -> None:
     runs.write_json(path, plain)
 
 
-class _Run:
+class Trainer:
     """A population in training."""
 
     def __init__(self, config: TrainConfig, folder: Path, device: torch.device, together: bool) -> None:
@@ -215,7 +215,7 @@ class _Run:
             if now - saved > checkpoint_seconds:
                 self._save()
                 saved = now
-            losses_P = self._train_step(alive)
+            losses_P = self.train_step(alive)
             self.step += 1
             if self.step % every == 0 or self.step == self.steps:
                 self._test(alive, losses_P)
@@ -228,7 +228,7 @@ class _Run:
             self._write_weights(self.folder / f"model-{index}.safetensors", member)
         return [self._result(index, member) for index, member in enumerate(self.members)]
 
-    def _train_step(self, alive: Sequence[Member]) -> Tensor:
+    def train_step(self, alive: Sequence[Member]) -> Tensor:
         """One step of every member that still trains; returns their losses, (P,)."""
         batches = [self.data.batch(member.seed, self.step, self.config.batch) for member in alive]
         for member in alive:

@@ -1,7 +1,10 @@
 """The quick frontier: a dozen two-layer models on a small MQAR, minutes on two cores.
 
-Small in every way that keeps the published picture: 256 tokens instead of 8,192, rows of 64, three
-difficulties of 4, 8 and 16 pairs, width 64. Keys never occur in the filler, so that 100% is possible.
+Small in every way that keeps the published picture: 256 tokens instead of 8,192, width 64, 4 and 8 pairs in
+rows of 64 tokens and 16 pairs in rows of 128. Keys never occur in the filler, so that 100% is possible.
+
+What makes it so fast is the learning rate: at 0.02 attention and Taylor are through in 200 to 500 steps of 64
+rows, at 0.003 they are not after 700. Mamba wants the lower one, and with 500 steps has only begun.
 """
 
 from __future__ import annotations
@@ -19,16 +22,17 @@ from holdall.tasks.data import MQARData, Segment
 from holdall.train import TrainConfig
 
 WIDTH = 64
-RATES = (0.003, 0.01)
+SEGMENTS = ((64, 4), (64, 8), (128, 16))
+RATES = (0.005, 0.02)
 
 
 def data() -> MQARData:
-    """4, 8 and 16 pairs in rows of 64 tokens."""
+    """4, 8 and 16 pairs, in rows of 64, 64 and 128 tokens."""
     return MQARData(
         vocab=256,
         filler="key-free",
-        train=tuple(Segment(length=64, pairs=pairs, rows=5000) for pairs in (4, 8, 16)),
-        test=tuple(Segment(length=64, pairs=pairs, rows=500) for pairs in (4, 8, 16)),
+        train=tuple(Segment(length=length, pairs=pairs, rows=4000) for length, pairs in SEGMENTS),
+        test=tuple(Segment(length=length, pairs=pairs, rows=500) for length, pairs in SEGMENTS),
     )
 
 

@@ -1,0 +1,259 @@
+"""Sweeps: what they leave, that they resume after Ctrl-C and kill -9, and that every recipe builds."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from holdall import recipes, runs
+from holdall.frontier import SweepConfig, Watcher, run_sweep
+from holdall.mixers.attention import AttentionConfig
+from holdall.mixers.sliding_window import SlidingWindowConfig
+from holdall.recipes import patterns, quick
+from holdall.runs import RunError
+from holdall.tasks.data import MQARData, Segment
+from holdall.tasks.information import recall_bits
+
+HOLDALL = [sys.executable, "-m", "holdall.cli"]
+
+TASK = MQARData(
+    vocab=32,
+    filler="zero",
+    train=(Segment(length=16, pairs=2, rows=64),),
+    test=(Segment(length=16, pairs=2, rows=20), Segment(length=24, pairs=3, rows=20)),
+)
+
+
+def tiny(rates: tuple[float, ...] = (0.01, 0.02), epochs: int = 1) -> SweepConfig:
+    points = []
+    for label, mixer in (
+        ("attention", AttentionConfig(width=8)),
+        ("window 4", SlidingWindowConfig(width=8, window=4)),
+    ):
+        point = quick.point(label, label.split()[0], mixer)
+        train = dataclasses.replace(
+            point.train,
+            model=dataclasses.replace(point.train.model, vocab=32),
+            data=TASK,
+            learning_rates=rates,
+            batch=16,
+            epochs=epochs,
+        )
+        points.append(dataclasses.replace(point, train=train))
+    return SweepConfig(recipe="tiny", points=tuple(points))
+
+
+def run(out: Path, sweep: SweepConfig | None = None, **options: Any) -> list[dict[str, Any]]:
+    return run_sweep(sweep or tiny(), out, command="holdall frontier tiny", workers=2, **options)
+
+
+def without_time(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+def test_a_sweep_leaves_one_line_per_model_and_learning_rate(tmp_path: Path) -> None:
+    told: list[int] = []
+    lines = run(tmp_path / "out", watcher=Watcher(finished=lambda index, lines: told.append(index)))
+    assert runs.read_lines(tmp_path / "out" / "results.jsonl") == lines
+    assert sorted(told) == [0, 1, 2, 3]
+    assert [(line["label"], line["learning_rate"]) for line in lines] == [
+        (label, rate) for label in ("attention", "window 4") for rate in (0.01, 0.02)
+    ]
+    window = lines[2]
+    # BaseConv: two inputs of width 8; window: three keys and values of width 8 in fp32, and an int64
+    assert window["state_bytes"] == 4 * (2 * 8 + 2 * 3 * 8) + 8
+    # attention: keys and values of all 24 tokens of the longest test row
+    assert lines[0]["state_bytes"] == 4 * (2 * 8 + 2 * 24 * 8) + 8
+    assert window["options"] == {"window": 4}
+    assert window["layers"] == ["base-conv", "sliding-window"]
+    assert window["form"] == "parallel"
+    assert window["steps"] == 4
+    assert set(window["accuracy_by_pairs"]) == {"2", "3"}
+    bits = max(recall_bits(int(k), 16, a) for k, a in window["accuracy_by_pairs"].items())
+    assert window["recall_bits"] == pytest.approx(bits, abs=0.01)
+    assert window["recall_efficiency"] == pytest.approx(bits / (8 * window["state_bytes"]))
+    assert (tmp_path / "out" / window["run"] / window["weights"]).exists()
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["command"] == "holdall frontier tiny"
+    assert config["context_len"] == 24
+    assert [segment["pairs"] for segment in config["test"]] == [2, 3]
+    assert SweepConfig.from_dict({"recipe": "tiny", "points": config["points"]}) == tiny()
+
+
+def test_parameters_are_counted(tmp_path: Path) -> None:
+    model = tiny().points[0].train.model
+    (line, *_) = run(tmp_path / "out")
+    assert line["parameters"] == sum(p.numel() for p in model.build().parameters())
+
+
+def test_together_or_alone_the_lines_name_the_same_models(tmp_path: Path) -> None:
+    jobs = tiny().jobs(together=True)
+    assert [job.point.train.learning_rates for job in jobs] == [(0.01, 0.02)] * 2
+    assert len({job.folder for job in tiny().jobs(together=False)}) == 4
+
+
+def test_a_finished_sweep_trains_nothing_again(tmp_path: Path) -> None:
+    first = run(tmp_path / "out")
+    weights = sorted((tmp_path / "out" / "runs").glob("*/model-0.safetensors"))
+    stamps = [path.stat().st_mtime_ns for path in weights]
+    assert run(tmp_path / "out") == first
+    assert [path.stat().st_mtime_ns for path in weights] == stamps
+
+
+def test_another_sweep_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    run(tmp_path / "out")
+    with pytest.raises(RunError, match=r"holds another sweep.*--out"):
+        run(tmp_path / "out", tiny(rates=(0.05,)))
+
+
+def test_points_of_one_sweep_share_their_test() -> None:
+    first, second = tiny().points
+    other = dataclasses.replace(TASK, test=TASK.test[:1])
+    second = dataclasses.replace(second, train=dataclasses.replace(second.train, data=other))
+    with pytest.raises(ValueError, match="'window 4' is tested on other rows than 'attention'"):
+        SweepConfig(recipe="tiny", points=(first, second))
+    with pytest.raises(ValueError, match="would share the run folder"):
+        SweepConfig(recipe="tiny", points=(first, first))
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import test_frontier
+if __name__ == "__main__":
+    try:
+        test_frontier.run(Path(sys.argv[1]), test_frontier.tiny(epochs=400))
+    except KeyboardInterrupt:
+        sys.exit(130)
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill-9"])
+def test_a_stopped_sweep_goes_on_to_the_same_results(tmp_path: Path, how: signal.Signals) -> None:
+    script = tmp_path / "sweep.py"
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
+    command = [sys.executable, str(script)]
+    cut = subprocess.Popen([*command, str(tmp_path / "cut")], start_new_session=True)
+    until = time.monotonic() + 60
+    while not list((tmp_path / "cut").glob("runs/*/metrics.jsonl")) and time.monotonic() < until:
+        time.sleep(0.02)
+    if how == signal.SIGINT:
+        os.killpg(cut.pid, how)  # a terminal's Ctrl-C goes to every process of the group
+        assert cut.wait(timeout=60) == 130
+        assert list((tmp_path / "cut").glob("runs/*/checkpoint.safetensors"))
+    else:
+        cut.send_signal(how)  # the parent alone: its workers must not live on
+        cut.wait(timeout=60)
+    subprocess.run([*command, str(tmp_path / "cut")], check=True, timeout=120)
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, timeout=120)
+    lines = [runs.read_lines(tmp_path / name / "results.jsonl") for name in ("cut", "whole")]
+    assert without_time(lines[0]) == without_time(lines[1])
+
+
+# --------------------------------------------------------------------------------------------------- recipes
+
+
+@pytest.mark.parametrize("name", recipes.SWEEPS)
+def test_every_recipe_builds_every_model(name: str) -> None:
+    for sweep in recipes.sweeps(name, seeds=2):
+        assert SweepConfig.from_dict(json.loads(json.dumps(sweep.to_dict()))) == sweep
+        for point in sweep.points:
+            assert point.train.seeds == (0, 1)
+            model = point.train.model
+            if model.width <= 128:
+                assert dataclasses.replace(model, vocab=64).build().state_bytes(32) > 0
+
+
+def test_published_recipes_are_as_published() -> None:
+    zoology = recipes.sweeps("zoology-figure2")
+    assert [(s.part, s.data.test[0].pairs, s.points[0].train.batch) for s in zoology] == [
+        ("N64", 4, 512), ("N128", 8, 512), ("N256", 16, 256), ("N512", 64, 128),
+    ]  # fmt: skip
+    train = zoology[0].points[0].train
+    assert train.learning_rates == pytest.approx((1e-4, 10**-3.3333333, 10**-2.6666667, 1e-2))
+    assert (train.epochs, train.schedule, train.weight_decay, train.stop_at) == (64, "epoch", 0.1, 0.99)
+    assert train.data.train[0].rows == 100_000
+    (based,) = recipes.sweeps("based-figure2")
+    assert sum(segment.rows for segment in based.data.train) == 180_000
+    assert based.points[0].train.learning_rates == pytest.approx((1e-3, 10**-2.5, 1e-2, 10**-1.5))
+    assert based.context_len == 1024
+
+
+def test_an_unknown_recipe_helps() -> None:
+    with pytest.raises(KeyError, match="Did you mean 'quick'"):
+        recipes.sweeps("quik")
+
+
+def test_based_is_a_pattern_of_layers() -> None:
+    names = [layer.name for layer in patterns.based(64, repeats=2)]
+    assert names == ["base-conv", "linear-attention", "sliding-window"] * 2
+
+
+# ----------------------------------------------------------------------------------------- the command line
+
+
+def holdall(*arguments: str, code: int = 0) -> str:
+    done = subprocess.run(
+        [*HOLDALL, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, "COLUMNS": "100"},
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_help_is_instant_and_names_the_commands() -> None:
+    best = 10.0
+    for _ in range(3):
+        before = time.perf_counter()
+        says = holdall("--help")
+        best = min(best, time.perf_counter() - before)
+    assert all(word in says for word in ("frontier", "report", "zoo"))
+    assert best < 1.0
+
+
+def test_zoo_lists_every_mixer_with_counted_bytes() -> None:
+    says = holdall("zoo", "--width", "64", "--context", "32")
+    for line in ("attention", "base-conv", "hyena", "linear-attention", "mamba", "retnet", "sliding-window"):
+        assert line in says
+    assert "8.01 KiB" in says  # attention: 2 x 32 x 64 numbers of bf16, and an int64
+
+
+def test_zoo_describes_one_mixer_and_helps_with_names() -> None:
+    says = holdall("zoo", "mamba")
+    assert "2312.00752" in says
+    assert "expand = 2" in says
+    assert "Did you mean 'mamba'" in holdall("zoo", "mamab", code=2)
+
+
+def test_a_wrong_command_is_one_line_and_no_traceback(tmp_path: Path) -> None:
+    for arguments in (
+        ("frontier", "quik"),
+        ("frontier", "quick", "--add", "mamba:stat=4"),
+        ("frontier", "quick", "--add", "mamba:state"),
+        ("frontier", "based-figure2", "--add", "mamba"),
+        ("frontier", "quick", "--load", str(tmp_path / "nothing.py")),
+        ("report", str(tmp_path / "nothing")),
+    ):
+        says = holdall(*arguments, code=2)
+        assert "error" in says
+        assert "Traceback" not in says
+
+
+def test_report_remakes_figure_and_page_from_the_folder_alone(tmp_path: Path) -> None:
+    run(tmp_path / "sweep")
+    says = holdall("report", str(tmp_path / "sweep"), "--out", str(tmp_path / "shown"))
+    for name in ("frontier.png", "frontier.html"):
+        assert (tmp_path / "shown" / name).stat().st_size > 10_000
+        assert name in says
