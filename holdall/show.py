@@ -20,6 +20,7 @@ from holdall import report as reports
 from holdall.contract import MixerConfig, bytes_per_row
 from holdall.frontier import Point, SweepConfig, Watcher, run_sweep
 from holdall.recipes import quick
+from holdall.report.style import bytes_text
 from holdall.runs import RunError
 from holdall.train import Progress as TrainProgress
 
@@ -32,15 +33,6 @@ def _fail(error: Exception) -> int:
     message = error.args[0] if isinstance(error, KeyError) else str(error)
     Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error[/] {message}")
     return 2
-
-
-def size(count: float) -> str:
-    """Bytes as people read them: 640 B, 39.2 kB, 1.5 MB, in powers of 1000."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB"
 
 
 # --------------------------------------------------------------------------------------------- frontier
@@ -200,7 +192,7 @@ class _FrontierView:
             self.live.update(self._picture())
         else:
             best = max(lines, key=_accuracy)
-            says = f"recall {_percent(best['accuracy'])} from {size(best['state_bytes'])}"
+            says = f"recall {_percent(best['accuracy'])} from {bytes_text(best['state_bytes'])}"
             says += f", {best['steps']} steps, {best['seconds']:.0f} s"
             console.print(f"[{self.done}/{len(self.jobs)}] {self.jobs[index].title}: {says}", markup=False)
 
@@ -225,16 +217,15 @@ class _FrontierView:
         table = Table(title="recall at the best learning rate", title_justify="left", box=box.SIMPLE_HEAD)
         table.add_column("model", no_wrap=True)
         scores = ("recall", *(f"K={k}" for k in pairs))
-        for column in (*(["width"] if widths else []), "state", *scores, "bits", "lr", "s"):
+        for column in (*(["width"] if widths else []), "state", *scores, "lr", "s"):
             table.add_column(column, justify="right", no_wrap=True)
         for line in sorted(best.values(), key=lambda line: line["state_bytes"]):
             table.add_row(
                 line["label"],
                 *([str(line["width"])] if widths else []),
-                size(line["state_bytes"]),
+                bytes_text(line["state_bytes"]),
                 f"[bold]{_percent(line['accuracy'])}[/]",
                 *(_percent(line["accuracy_by_pairs"].get(str(k))) for k in pairs),
-                f"{line['recall_bits']:.0f}",
                 f"{line['learning_rate']:.2g}",
                 f"{line['seconds']:.0f}",
             )
@@ -291,7 +282,7 @@ def zoo(name: str | None, width: int, context: int, load: Sequence[Path]) -> int
             each,
             source,
             entry.state,
-            size(_state_bytes(entry.configure(width=width), context)),
+            bytes_text(_state_bytes(entry.configure(width=width), context)),
             entry.training,
             entry.inference,
             "yes" if entry.causal else "no",

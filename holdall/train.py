@@ -12,7 +12,6 @@ Letters: P members that still train, B rows, N tokens, Q questions a row.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import time
@@ -255,9 +254,8 @@ class Trainer:
         weights = [dict(member.model.named_parameters()) for member in alive]
         stacked = {name: torch.stack([own[name] for own in weights]) for name in weights[0]}
         stacked_batch = Questions(*map(torch.stack, zip(*batches, strict=True)))
-        # of PyTorch's attentions only this one can be batched over members on a CPU
-        attention = sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else contextlib.nullcontext()
-        with attention:
+        # of PyTorch's attentions only this one can be batched over members on every device, mask included
+        with sdpa_kernel(SDPBackend.MATH):
             return vmap(lambda own, batch: _loss(model, own, batch))(stacked, stacked_batch)
 
     def _schedule(self) -> float:

@@ -1,0 +1,56 @@
+"""The pages are true: their code runs, their file tree is the tree, their links lead somewhere."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [path for path in (ROOT, ROOT / "docs", ROOT / "results") for path in path.glob("*.md")]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.M | re.S)
+
+
+def test_the_readme_s_code_runs() -> None:
+    (code,) = blocks(ROOT / "README.md", "python")
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_the_mixer_in_the_docs_obeys_every_law(tmp_path: Path) -> None:
+    (code,) = blocks(ROOT / "docs" / "add-a-mixer.md", "python")
+    (tmp_path / "leaky.py").write_text(code)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/laws.py"]
+    done = subprocess.run(
+        [*command, "--load", str(tmp_path / "leaky.py"), "-m", "not compile and not full"],
+        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert "leaky-sum" not in done.stdout  # no failure is named
+    assert re.search(r"\d\d passed", done.stdout)
+
+
+def test_the_readme_names_every_file_of_the_package() -> None:
+    (tree,) = [block for block in blocks(ROOT / "README.md", "") if "contract.py" in block]
+    named = set(re.findall(r"[a-z0-9_]+\.(?:py|html)", tree))
+    there = {path.name for path in (ROOT / "holdall").rglob("*.*") if path.suffix in (".py", ".html")}
+    assert named - {"laws.py"} == there - {"__init__.py"}
+
+
+def test_the_commands_that_the_pages_name_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    for page in PAGES:
+        for target in re.findall(r"make ([a-z-]+)", page.read_text()):
+            if target in ("sure", "a", "up"):
+                continue
+            assert target in targets, f"{page.name} names 'make {target}'"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        if not link.startswith("http"):
+            assert (page.parent / link).exists(), link
