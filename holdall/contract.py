@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
+import textwrap
 import types
 import typing
 from abc import abstractmethod
@@ -282,6 +284,8 @@ class Entry:
         source = f"{self.paper.authors}, {self.paper.year}"
         source += f", arXiv {self.paper.arxiv}" if self.paper.arxiv else ""
         options = "".join(f"\n    {name} = {default!r}" for name, default in self.options.items())
+        about = inspect.getdoc(self.config) or ""
+        options += "\n" + textwrap.indent(about.partition("\n")[2].strip("\n"), "  ")
         return (
             f"{self.name}: {self.summary}\n  {self.paper.title} ({source})\n"
             f"  state elements after N tokens: {self.state}\n"

@@ -260,27 +260,31 @@ def zoo(name: str | None, width: int, context: int, load: Sequence[Path]) -> int
         for file in load:
             mixers.load(file)
         if name is not None:
-            console.print(str(mixers.entry(name)), markup=False)
+            console.print(str(mixers.entry(name)), markup=False, soft_wrap=True)
             return 0
     except USER_ERRORS as error:
         return _fail(error)
     table = Table(
         box=box.SIMPLE_HEAD,
-        caption=f"State of one layer and one row, counted from the tensors carried after N = {context} "
-        f"tokens at width D = {width} with bf16 activations. Costs per layer, in O-notation. "
-        "`holdall zoo NAME` tells the letters, the paper and the options.",
+        pad_edge=False,
+        padding=(0, 1),
+        caption=f"State: elements that one layer carries per row, and the bytes of them, counted after N = "
+        f"{context} tokens at width D = {width} with bf16 activations. Costs of N tokens at once and of one "
+        "more, in O-notation. `holdall zoo NAME` tells the letters, the paper and the options.",
         caption_justify="left",
     )
-    table.add_column("mixer", no_wrap=True)
-    table.add_column("paper")
-    for column in ("state elements", "bytes", "training", "one token", "causal"):
-        table.add_column(column, justify="right" if column == "bytes" else "left")
+    wide = console.width >= 100
+    for column in ("mixer", *(["paper"] if wide else []), "year", "state"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("bytes", justify="right", no_wrap=True)
+    for column in ("training", "one token", "causal"):
+        table.add_column(column)
     for each in mixers.names():
         entry = mixers.entry(each)
-        source = f"{entry.paper.authors.split(',')[0].removesuffix(' et al.')} {entry.paper.year}"
         table.add_row(
             each,
-            source,
+            *([entry.paper.authors.split(",")[0]] if wide else []),
+            str(entry.paper.year),
             entry.state,
             bytes_text(_state_bytes(entry.configure(width=width), context)),
             entry.training,

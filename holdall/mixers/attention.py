@@ -24,9 +24,9 @@ from holdall.ops.rotary import rotate, standard_frequencies
 @register(
     "attention",
     paper=Paper(title="Attention Is All You Need", authors="Vaswani et al.", year=2017, arxiv="1706.03762"),
-    state="2 N D + 1",
-    training="N^2 D",
-    inference="N D",
+    state="2ND + 1",
+    training="N²D",
+    inference="ND",
 )
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig(MixerConfig):

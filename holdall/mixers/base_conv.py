@@ -35,9 +35,9 @@ class ConvState(NamedTuple):
         year=2023,
         arxiv="2312.04927",
     ),
-    state="(W - 1) D, long: N D",
-    training="N D (W + D), long: N D (log N + D)",
-    inference="D (W + D), long: N D",
+    state="(W-1)D or ND",
+    training="ND(W + D)",
+    inference="D(W + D) or ND",
 )
 @dataclass(frozen=True, kw_only=True)
 class BaseConvConfig(MixerConfig):

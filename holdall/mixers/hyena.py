@@ -41,9 +41,9 @@ class HyenaState(NamedTuple):
         year=2023,
         arxiv="2302.10866",
     ),
-    state="(n - 1) N D + 2 (n + 1) D",
-    training="N D (log N + D)",
-    inference="N D",
+    state="(n-1)ND + 2(n+1)D",
+    training="ND log N",
+    inference="ND",
 )
 @dataclass(frozen=True, kw_only=True)
 class HyenaConfig(MixerConfig):

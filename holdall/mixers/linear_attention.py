@@ -45,9 +45,9 @@ class NormalisedState(NamedTuple):
         year=2020,
         arxiv="2006.16236",
     ),
-    state="F (D + H)",
-    training="N F D",
-    inference="F D",
+    state="F(D + H)",
+    training="NFD",
+    inference="FD",
 )
 @dataclass(frozen=True, kw_only=True)
 class LinearAttentionConfig(MixerConfig):

@@ -40,9 +40,9 @@ class MambaState(NamedTuple):
         year=2023,
         arxiv="2312.00752",
     ),
-    state="e D (n + W - 1)",
-    training="N D (D + n)",
-    inference="D (D + n)",
+    state="eD(n + W - 1)",
+    training="ND(D + n)",
+    inference="D(D + n)",
 )
 @dataclass(frozen=True, kw_only=True)
 class MambaConfig(MixerConfig):

@@ -40,9 +40,9 @@ class RetNetState(NamedTuple):
         year=2023,
         arxiv="2307.08621",
     ),
-    state="r D^2 / H + 1",
-    training="N D^2 (1 + r / H)",
-    inference="D^2 (1 + r / H)",
+    state="rD²/H + 1",
+    training="ND²(1 + r/H)",
+    inference="D²(1 + r/H)",
 )
 @dataclass(frozen=True, kw_only=True)
 class RetNetConfig(MixerConfig):

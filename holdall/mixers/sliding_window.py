@@ -28,9 +28,9 @@ from holdall.ops.attention import KeyValueCache
         year=2020,
         arxiv="2004.05150",
     ),
-    state="2 (w - 1) D + 1",
-    training="N w D",
-    inference="w D",
+    state="2(w-1)D + 1",
+    training="NwD",
+    inference="wD",
 )
 @dataclass(frozen=True, kw_only=True)
 class SlidingWindowConfig(MixerConfig):

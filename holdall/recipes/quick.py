@@ -5,8 +5,8 @@ Small in every way that keeps the published picture: 256 tokens instead of 8,192
 
 What was tried and is worse at the same cost: batches of 64 or 16 rows, a learning rate of 0.02, weight decay
 of 0.1, a warm-up, filler of zeros, a vocabulary of 128, 4 pairs in rows of 32 tokens. Models then leave the
-plateau late, or by luck. Mamba is the slowest to leave it: with 900 steps it has only begun, so its points say
-how fast it learns and not how much it can recall.
+plateau late, or by luck. Mamba is the slowest to leave it: with 900 steps it has only begun, so its points
+say how fast it learns and not how much it can recall.
 """
 
 from __future__ import annotations
