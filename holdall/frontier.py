@@ -247,9 +247,12 @@ class _Pool:
             initargs=(self.queue, self.stop, device, [str(path) for path in plugins]),
         )
         self.listener = threading.Thread(target=self._listen, daemon=True)
+        self.interrupted = False
 
     def __enter__(self) -> _Pool:
         self.listener.start()
+        if threading.current_thread() is threading.main_thread():
+            self.before = signal.signal(signal.SIGINT, self._interrupt)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -257,6 +260,17 @@ class _Pool:
         self.executor.shutdown(cancel_futures=True)
         self.queue.put(None)
         self.listener.join()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self.before)
+
+    def _interrupt(self, *_: object) -> None:
+        """Ctrl-C asks the workers to stop and write their checkpoints; pressed again, it is the usual one.
+
+        Not an exception at once: that could surface anywhere, in code that swallows it too.
+        """
+        self.interrupted = True
+        self.stop.set()
+        signal.signal(signal.SIGINT, self.before)
 
     def results(self, jobs: Sequence[tuple[Job, Path]]) -> Any:
         """Yield (index, results) as runs finish."""
@@ -265,6 +279,8 @@ class _Pool:
             for index, (job, folder) in enumerate(jobs)
         }
         for future in concurrent.futures.as_completed(futures):
+            if self.interrupted:
+                raise KeyboardInterrupt
             try:
                 yield futures[future], future.result()
             except concurrent.futures.process.BrokenProcessPool:

@@ -153,6 +153,9 @@ class Model(nn.Module):
         if self.position_embed is not None:
             position = Position(tokens_BT.new_zeros(tokens_BT.shape[0])) if states is None else states[-1]  # type: ignore[assignment]
             assert position is not None
+            if states is None and tokens_BT.shape[1] > self.config.positions:
+                length, positions = tokens_BT.shape[1], self.config.positions
+                raise ValueError(f"{length} tokens, but the model has {positions} learned positions")
             index_BT = position.seen_B[:, None] + torch.arange(tokens_BT.shape[1], device=r.device)
             r = r + self.position_embed(index_BT)
         for depth, block in enumerate(self.blocks):

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from holdall import recipes, runs
+from holdall import contract, recipes, runs, show
 from holdall.frontier import SweepConfig, Watcher, run_sweep
 from holdall.mixers.attention import AttentionConfig
 from holdall.mixers.sliding_window import SlidingWindowConfig
@@ -156,6 +156,31 @@ def test_a_stopped_sweep_goes_on_to_the_same_results(tmp_path: Path, how: signal
     subprocess.run([*command, str(tmp_path / "whole")], check=True, timeout=120)
     lines = [runs.read_lines(tmp_path / name / "results.jsonl") for name in ("cut", "whole")]
     assert without_time(lines[0]) == without_time(lines[1])
+
+
+def test_a_mixer_file_of_the_user_s_own_joins_in_every_process(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "add-a-mixer.md").read_text()
+    file = tmp_path / "leaky.py"
+    file.write_text(page.partition("```python\n")[2].partition("```")[0])
+    from holdall import mixers
+
+    (name,) = mixers.load(file)
+    try:
+        point = quick.point(name, name, mixers.entry(name).configure(width=8))
+        train = dataclasses.replace(tiny().points[0].train, learning_rates=(0.01,))
+        train = dataclasses.replace(
+            train, model=dataclasses.replace(train.model, layers=point.train.model.layers)
+        )
+        sweep = SweepConfig(recipe="tiny", points=(dataclasses.replace(point, train=train),))
+        (line,) = run(tmp_path / "out", sweep, plugins=[file])
+        assert line["mixer"] == "leaky-sum"
+        assert line["state_bytes"] == 4 * (2 * 8 + 8)
+        quick_points = show._with_additions(recipes.sweeps("quick"), [f"{name}:memory=5.0"], [])[0].points
+        assert quick_points[0].label == "leaky-sum, memory = 5.0"
+        assert quick_points[0].train.model.layers[-1].options() == {"memory": 5.0}
+        assert len(quick_points) == 13
+    finally:
+        contract._registry.pop(name)  # the other tests of this process know nothing of it
 
 
 # --------------------------------------------------------------------------------------------------- recipes

@@ -1,0 +1,51 @@
+"""Cross-entropy in blocks against PyTorch's own on all logits."""
+
+import pytest
+import torch
+
+from holdall.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_loop
+
+
+def inputs(dtype: torch.dtype, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    rng = torch.Generator().manual_seed(0)
+    h_ND = torch.randn(37, 8, generator=rng, dtype=dtype) * scale
+    head_VD = torch.randn(50, 8, generator=rng, dtype=dtype)
+    return h_ND.requires_grad_(), head_VD.requires_grad_(), torch.randint(50, (37,), generator=rng)
+
+
+@pytest.mark.parametrize("block", [1, 10, 37, None])
+def test_loss_and_gradients_are_those_of_the_definition(block: int | None) -> None:
+    h, head, target = inputs(torch.float64)
+    loss, right = linear_cross_entropy(h, head, target, block=block)
+    truth = linear_cross_entropy_loop(h, head, target).mean()
+    torch.testing.assert_close(loss, truth, rtol=1e-13, atol=0)
+    assert torch.equal(right, (h @ head.T).argmax(-1) == target)
+    for got, want in zip(
+        torch.autograd.grad(3 * loss, (h, head)), torch.autograd.grad(3 * truth, (h, head)), strict=True
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
+
+
+def test_a_target_that_occurs_twice_gets_both_gradients() -> None:
+    h, head, target = inputs(torch.float64)
+    target[:] = 7
+    loss, _ = linear_cross_entropy(h, head, target)
+    (got,) = torch.autograd.grad(loss, head)
+    (want,) = torch.autograd.grad(linear_cross_entropy_loop(h, head, target).mean(), head)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
+
+
+def test_large_logits_do_not_overflow() -> None:
+    h, head, target = inputs(torch.float32, scale=1e4)
+    loss, _ = linear_cross_entropy(h, head, target)
+    truth = linear_cross_entropy_loop(h.double(), head.double(), target).mean()
+    assert float(loss) == pytest.approx(float(truth), rel=1e-5)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(loss, (h, head)))
+
+
+def test_members_of_a_population_are_batched() -> None:
+    h, head, target = (torch.stack((each, each.flip(0))).detach() for each in inputs(torch.float64))
+    losses, _ = torch.func.vmap(linear_cross_entropy)(h, head, target)
+    for member in range(2):
+        alone, _ = linear_cross_entropy(h[member], head[member], target[member])
+        torch.testing.assert_close(losses[member], alone)
