@@ -12,8 +12,10 @@ Letters: P members that still train, B rows, N tokens, Q questions a row.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -145,7 +147,7 @@ def train(
     """
     device = torch.device(device)
     together = device.type != "cpu" if together is None else together
-    with runs.locked(folder):
+    with runs.locked(folder), repeatable(device):
         _claim(folder, config, device)
         done = folder / "result.json"
         if done.exists():
@@ -155,6 +157,27 @@ def train(
         runs.write_json(done, results)
         (folder / "checkpoint.safetensors").unlink(missing_ok=True)
         return results
+
+
+@contextlib.contextmanager
+def repeatable(device: torch.device) -> Iterator[None]:
+    """On a GPU, have PyTorch add in a fixed order, so that the same run gives the same bits.
+
+    By default gathers and embeddings sum gradients in whatever order threads arrive. A CPU needs nothing.
+    """
+    if device.type == "cpu":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS promises it only with this
+    settings: Any = torch.utils.deterministic
+    before, fill = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    settings.fill_uninitialized_memory = False  # nothing here reads memory that was never written
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        settings.fill_uninitialized_memory = fill
 
 
 def _claim(folder: Path, config: TrainConfig, device: torch.device) -> None:
