@@ -198,7 +198,7 @@ def run_sweep(
         KeyboardInterrupt: after every run has written its checkpoint.
     """
     together = device != "cpu"
-    workers = workers or (1 if together else len(os.sched_getaffinity(0)))
+    workers = workers or (1 if together else runs.cores())
     watcher = watcher or Watcher()
     jobs = sweep.jobs(together=together)
     with runs.locked(out):

@@ -110,9 +110,16 @@ def environment(device: str, threads: int) -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.machine()}",
         "device": device,
         "threads": threads,
-        "cores": os.cpu_count(),
+        "cores": cores(),
         "commit": commit(),
     }
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def commit() -> str | None:

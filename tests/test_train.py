@@ -112,6 +112,14 @@ def test_the_same_config_gives_the_same_weights_whatever_the_global_random_state
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_too_the_same_config_gives_the_same_weights(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        train(config(learning_rates=(0.003, 0.01)), tmp_path / name, device="cuda")
+    for member in (0, 1):
+        assert_same_run(tmp_path / "a", tmp_path / "b", member)
+
+
 def test_seeds_and_learning_rates_give_other_weights(tmp_path: Path) -> None:
     train(config(learning_rates=(0.01, 0.02), seeds=(0, 1)), tmp_path / "run")
     embeds = [weights(tmp_path / "run", member)["embed.weight"] for member in range(4)]
