@@ -8,7 +8,6 @@ it. Each benchmark's results are appended to results/bench.jsonl, one line with 
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -34,7 +33,7 @@ def main() -> int:
     if green.returncode:
         print("the tests of what would be measured fail; no speeds", file=sys.stderr)
         return green.returncode
-    where = runs.environment("cpu", len(os.sched_getaffinity(0)))
+    where = runs.environment("cpu", runs.cores())
     for name in names:
         results = BENCHES[name].run()
         Console().print(BENCHES[name].table(results))

@@ -10,7 +10,6 @@ Letters as in holdall.tasks.mqar: N tokens of a row, K pairs.
 
 from __future__ import annotations
 
-import json
 import resource
 import statistics
 import sys
@@ -21,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
+from bench import show
 from holdall.tasks.mqar import FILLERS, MQAR
 
 SHAPES = ((64, 4), (1024, 256))
@@ -118,9 +117,7 @@ def _proc_status(name: str) -> float | None:
 
 
 def main() -> None:
-    results = run()
-    Console().print(table(results))
-    print(json.dumps({"bench": "generator", "results": results}))
+    show("generator", run(), table)
 
 
 if __name__ == "__main__":

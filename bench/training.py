@@ -19,9 +19,7 @@ Letters: B rows, N tokens, K pairs.
 
 from __future__ import annotations
 
-import json
 import multiprocessing
-import os
 import statistics
 import time
 from pathlib import Path
@@ -30,10 +28,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench import show
+from holdall import runs
 from holdall.contract import MixerConfig
 from holdall.frontier import keep_freed_memory
 from holdall.mixers.attention import AttentionConfig
@@ -116,7 +115,7 @@ def _measure(way: str, mixer: str, length: int, pairs: int, threads: int, start:
 
 def measure(way: str, mixer: str, length: int, pairs: int) -> dict[str, Any]:
     """One way to train one model; in the sweep's way, one model per core at once."""
-    cores = len(os.sched_getaffinity(0))
+    cores = runs.cores()
     processes, threads = (cores, 1) if way == "sweep" else (1, cores)
     context = multiprocessing.get_context("spawn")
     start, answers = context.Barrier(processes), context.Queue()
@@ -145,10 +144,8 @@ def measure(way: str, mixer: str, length: int, pairs: int) -> dict[str, Any]:
 
 def flops_per_row(mixer: str, length: int, pairs: int, *, everywhere: bool) -> float:
     """Operations of the matrix products of one training step, per row."""
-    run = config(mixer, length, pairs)
     with TemporaryDirectory() as folder, FlopCounterMode(display=False) as counter:
         next(_steps("plain" if everywhere else "one run", mixer, length, pairs, folder))
-    assert run.batch == BATCH
     return counter.get_total_flops() / BATCH
 
 
@@ -207,9 +204,7 @@ def table(results: list[dict[str, Any]]) -> Table:
 
 
 def main() -> None:
-    results = run()
-    Console().print(table(results))
-    print(json.dumps({"bench": "training", "results": results}))
+    show("training", run(), table)
 
 
 if __name__ == "__main__":

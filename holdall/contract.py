@@ -152,6 +152,11 @@ class MixerConfig(Config):
         if self.form not in ("auto", *self.forms):
             raise ValueError(f"{self.name} has no form '{self.form}'. {did_you_mean(self.form, self.forms)}")
 
+    @property
+    def resolved_form(self) -> str:
+        """The form that will run: the one asked for, or for "auto" the fastest that the mixer has."""
+        return self.forms[-1] if self.form == "auto" else self.form
+
     @abstractmethod
     def build(self) -> Mixer:
         """The mixer that this config describes, freshly initialised from torch's random state."""
@@ -195,7 +200,7 @@ class Mixer(nn.Module):
     def __init__(self, config: MixerConfig) -> None:
         super().__init__()
         self.config = config
-        self.form = config.forms[-1] if config.form == "auto" else config.form
+        self.form = config.resolved_form
 
     @abstractmethod
     def forward(

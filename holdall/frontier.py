@@ -139,7 +139,7 @@ def result_line(job: Job, sweep: SweepConfig, result: dict[str, Any]) -> dict[st
         "options": special.options(),
         "width": model.width,
         "layers": [layer.name for layer in model.layers],
-        "form": special.build().form,
+        "form": special.resolved_form,
         "parameters": parameters,
         "state_bytes": carried,
         "context_len": sweep.context_len,

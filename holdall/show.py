@@ -152,7 +152,7 @@ class _FrontierView:
         points = (
             f"{len(sweep.points)} models, {count} runs" if count > len(sweep.points) else f"{count} models"
         )
-        forms = sorted({layer.build().form for point in sweep.points for layer in point.train.model.layers})
+        forms = sorted({layer.resolved_form for point in sweep.points for layer in point.train.model.layers})
         self.header = (
             f"[bold]{sweep.recipe}[/]: {points} on {device_name}, form {' and '.join(forms)}, in {out}"
         )
