@@ -36,8 +36,8 @@ from holdall import runs
 from holdall.contract import MixerConfig
 from holdall.frontier import keep_freed_memory
 from holdall.mixers.attention import AttentionConfig
-from holdall.mixers.linear_attention import LinearAttentionConfig
 from holdall.mixers.mamba import MambaConfig
+from holdall.mixers.taylor import TaylorConfig
 from holdall.model import Model, ModelConfig
 from holdall.recipes.patterns import after_conv
 from holdall.tasks.data import MQARData, Segment
@@ -48,7 +48,7 @@ WIDTH, VOCAB, BATCH, SECONDS = 64, 8192, 256, 6.0
 SHAPES = ((64, 4), (256, 16))
 MIXERS: dict[str, MixerConfig] = {
     "attention": AttentionConfig(width=WIDTH),
-    "Taylor, f = 16": LinearAttentionConfig(width=WIDTH, feature_dim=16),
+    "Taylor, f = 16": TaylorConfig(width=WIDTH, feature_dim=16),
     "Mamba, n = 16": MambaConfig(width=WIDTH),
 }
 

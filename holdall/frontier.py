@@ -34,7 +34,7 @@ from holdall import mixers, runs
 from holdall.contract import Config
 from holdall.model import ModelConfig
 from holdall.runs import RunError
-from holdall.tasks.data import MQARData
+from holdall.tasks.data import DataConfig
 from holdall.tasks.information import recall_bits
 from holdall.train import Progress, Stopped, TrainConfig, train
 
@@ -60,18 +60,18 @@ class SweepConfig(Config):
     part: str = ""
 
     @property
-    def data(self) -> MQARData:
+    def data(self) -> DataConfig:
         """The task of all points."""
         return self.points[0].train.data
 
     @property
     def context_len(self) -> int:
         """Tokens of the longest test row: after these a model's state is counted."""
-        return max(segment.length for segment in self.data.test)
+        return max(self.data.row_length(segment) for segment in self.data.test)
 
     def validate(self) -> None:
         for point in self.points:
-            if (point.train.data.test, point.train.data.vocab) != (self.data.test, self.data.vocab):
+            if _test_of(point.train.data) != _test_of(self.data):
                 raise ValueError(f"'{point.label}' is tested on other rows than '{self.points[0].label}'")
         seen: set[str] = set()
         for job in self.jobs(together=True):
@@ -91,6 +91,11 @@ class SweepConfig(Config):
             ]  # fmt: skip
             found += [Job(dataclasses.replace(point, train=member), together) for member in members]
         return found
+
+
+def _test_of(data: DataConfig) -> dict[str, Any]:
+    """What decides the test rows."""
+    return {name: value for name, value in data.to_dict().items() if name not in ("train", "practise")}
 
 
 @dataclass(frozen=True)
@@ -129,8 +134,16 @@ def result_line(job: Job, sweep: SweepConfig, result: dict[str, Any]) -> dict[st
     model, data = job.point.train.model, job.point.train.data
     carried, parameters = measure(model, sweep.context_len)
     by_pairs = result["accuracy_by_pairs"]
-    values = data.vocab - data.vocab // 2
-    bits = max((recall_bits(int(pairs), values, score) for pairs, score in by_pairs.items()), default=0.0)
+    bits = max(
+        (
+            recall_bits(
+                data.questions_per_row(segment), data.task(segment).values, by_pairs[str(segment.pairs)]
+            )
+            for segment in data.test
+            if str(segment.pairs) in by_pairs
+        ),
+        default=0.0,
+    )
     special = model.layers[-1]
     return {
         "label": job.point.label,
@@ -223,7 +236,15 @@ def _claim(out: Path, sweep: SweepConfig, command: str, device: str) -> None:
         "recipe": " ".join(filter(None, (sweep.recipe, sweep.part))),
         "command": command,
         "context_len": sweep.context_len,
-        "test": [{"vocab": sweep.data.vocab, **segment.to_dict()} for segment in sweep.data.test],
+        "test": [
+            {
+                "vocab": sweep.data.vocab,
+                "values": sweep.data.task(segment).values,
+                "questions": sweep.data.questions_per_row(segment),
+                **segment.to_dict(),
+            }
+            for segment in sweep.data.test
+        ],
     }
     runs.write_json(out / "environment.json", runs.environment(device, 1))
     runs.write_json(path, {**about, "points": plain["points"]})

@@ -34,7 +34,7 @@ from holdall.contract import Config
 from holdall.model import Model, ModelConfig
 from holdall.ops.cross_entropy import linear_cross_entropy
 from holdall.runs import RunError
-from holdall.tasks.data import MQARData, Questions, TaskData
+from holdall.tasks.data import DataConfig, Questions, TaskData
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class TrainConfig(Config):
     """
 
     model: ModelConfig
-    data: MQARData
+    data: DataConfig
     learning_rates: tuple[float, ...]
     seeds: tuple[int, ...] = (0,)
     batch: int = 256

@@ -682,7 +682,7 @@ def test_law_compiled_over_chunks(case: Case) -> None:
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="inductor needs a C++ compiler")
 # torch's own, while it imports the compiler
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
-@pytest.mark.parametrize("name", ["attention", "base-conv", "linear-attention", "mamba"])
+@pytest.mark.parametrize("name", ["attention", "base-conv", "taylor", "mamba"])
 def test_law_compiled_by_inductor(name: str) -> None:
     """One of each family: what is traced in one graph, inductor has so far always been able to compile."""
     hold(cases([name])[0].mixer(DOUBLE), law_compiled, "inductor", 6)

@@ -219,7 +219,7 @@ def test_an_unknown_recipe_helps() -> None:
 
 def test_based_is_a_pattern_of_layers() -> None:
     names = [layer.name for layer in patterns.based(64, repeats=2)]
-    assert names == ["base-conv", "linear-attention", "sliding-window"] * 2
+    assert names == ["base-conv", "taylor", "sliding-window"] * 2
 
 
 # ----------------------------------------------------------------------------------------- the command line

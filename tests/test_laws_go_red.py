@@ -278,7 +278,7 @@ FAULTS: list[tuple[str, str, Callable[[], Mixer]]] = [
     ("fresh", "starts elsewhere", plant("linear-attention", init_state=start_of_ones)),
     ("fresh", "returns an unwanted state", plant("attention", forward=returns_unwanted_state)),
     ("fresh", "cheaper if unwanted", plant("retnet", forward=cheaper_if_unwanted)),
-    ("definition", "a wrong term", plant("linear-attention", options=TAYLOR, prepare=double_scores)),
+    ("definition", "a wrong term", plant("taylor", options=TAYLOR, prepare=double_scores)),
     ("definition", "a little too much", plant("mamba", forward=output(lambda y, x: y * (1 + TINY)))),
     ("definition", "a wrong final state", plant("base-conv", forward=after(
         each(lambda t: t * (1 + TINY))))),

@@ -9,8 +9,8 @@ import torch
 from holdall.contract import load_states, save_states, select_rows
 from holdall.mixers.attention import AttentionConfig
 from holdall.mixers.base_conv import BaseConvConfig
-from holdall.mixers.linear_attention import LinearAttentionConfig
 from holdall.mixers.mamba import MambaConfig
+from holdall.mixers.taylor import TaylorConfig
 from holdall.model import Model, ModelConfig
 from holdall.recipes.patterns import based
 
@@ -93,7 +93,7 @@ def test_parameters_count_the_tied_embedding_once() -> None:
 
 def test_initialisation_is_the_model_s_except_where_a_mixer_has_its_own() -> None:
     torch.manual_seed(0)
-    layers = (LinearAttentionConfig(width=64), MambaConfig(width=64))
+    layers = (TaylorConfig(width=64), MambaConfig(width=64))
     model = ModelConfig(vocab=500, width=64, layers=layers).build()
     taylor, mamba = model.mixers
     assert model.embed.weight.detach().std().item() == pytest.approx(0.02, rel=0.05)

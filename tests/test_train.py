@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from holdall import runs
 from holdall.mixers.base_conv import BaseConvConfig
-from holdall.mixers.linear_attention import LinearAttentionConfig
+from holdall.mixers.taylor import TaylorConfig
 from holdall.model import ModelConfig
 from holdall.runs import RunError
 from holdall.tasks.data import MQARData, Segment, TaskData
@@ -32,7 +32,7 @@ TASK = MQARData(
 
 
 def config(**changes: object) -> TrainConfig:
-    layers = (BaseConvConfig(width=16), LinearAttentionConfig(width=16, feature_dim=4))
+    layers = (BaseConvConfig(width=16), TaylorConfig(width=16, feature_dim=4))
     base = TrainConfig(
         model=ModelConfig(vocab=32, width=16, layers=layers),
         data=TASK,

@@ -3,25 +3,28 @@
     S_t = S_{t-1} + phi(k_t) v_t^T          z_t = z_{t-1} + phi(k_t)
     y_t = W_o [ phi(q_t)^T S_t / (phi(q_t) . z_t + eps) ]
 
-Katharopoulos, Vyas, Pappas, Fleuret, "Transformers are RNNs", 2020, arXiv 2006.16236 (elu1); Arora et al.,
-"Simple linear attention language models balance the recall-throughput tradeoff" (Based), 2024, arXiv
-2402.18668 (taylor). Queries and keys have `feature_dim` dimensions per head before the map.
-Weights map one to one onto Zoology's and Based's proj_q, proj_k, proj_v (rows of `qkv`, in that order) and
-out_proj. Deviations: the Taylor map keeps the symmetric half of the second order (same outputs, 153 features
-and not 273 at feature_dim 16). With map "identity" the normaliser is a sum of signed numbers and can come
-near zero: `normalise=False` is the sound choice there, though Zoology divides.
+Katharopoulos, Vyas, Pappas, Fleuret, "Transformers are RNNs", 2020, arXiv 2006.16236: phi(u) = elu(u) + 1.
+The other maps here are those without parameters that Zoology compares; taylor.py, performer.py, hedgehog.py
+and more have their own. Weights map one to one onto fast-transformers' query, key and value projections
+(rows of `qkv`, in that order; `bias=True`, eps 1e-6) and Zoology's proj_q, proj_k, proj_v (no bias, eps
+1e-12).
+Deviations: with map "identity" the normaliser is a sum of signed numbers and can come near zero:
+`normalise=False` is the sound choice there, though Zoology divides.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, State, recurrent_dtype, register
 from holdall.ops.linear_attention import FEATURE_MAPS, linear_attention, linear_attention_loop
+
+if TYPE_CHECKING:
+    from holdall.mixers.taylor import TaylorConfig
 
 
 class LinearState(NamedTuple):
@@ -51,14 +54,13 @@ class NormalisedState(NamedTuple):
 )
 @dataclass(frozen=True, kw_only=True)
 class LinearAttentionConfig(MixerConfig):
-    """Linear attention with a feature map of choice: elu1, relu, square, identity, taylor (Based).
+    """Linear attention with a feature map without parameters: elu1, relu, square or identity.
 
-    feature_dim: dimensions f of a head's queries and keys, before the map; after it there are F features,
-        1 + f + f (f + 1) / 2 for taylor and f for the others.
+    feature_dim: dimensions of a head's queries and keys, F.
     chunk: tokens whose pairs are computed at once; up to there the cost is quadratic and no state is built.
     """
 
-    feature_map: Literal["elu1", "relu", "square", "identity", "taylor"] = "taylor"
+    feature_map: Literal["elu1", "relu", "square", "identity"] = "elu1"
     feature_dim: int = 16
     heads: int = 1
     normalise: bool = True
@@ -67,8 +69,7 @@ class LinearAttentionConfig(MixerConfig):
     bias: bool = False
 
     variants = (
-        {"feature_dim": 4, "chunk": 16},
-        {"feature_map": "elu1", "heads": 2},
+        {"heads": 2, "chunk": 16},
         {"feature_map": "relu", "normalise": False, "chunk": 32},
         {"feature_map": "square", "bias": True},
         {"feature_map": "identity", "normalise": False},
@@ -85,9 +86,11 @@ class LinearAttentionConfig(MixerConfig):
 
 
 class LinearAttention(Mixer):
-    config: LinearAttentionConfig
+    """Built by the configs of this file and of taylor.py, which differ in the map."""
 
-    def __init__(self, config: LinearAttentionConfig) -> None:
+    config: LinearAttentionConfig | TaylorConfig
+
+    def __init__(self, config: LinearAttentionConfig | TaylorConfig) -> None:
         super().__init__(config)
         self.feature_map = FEATURE_MAPS[config.feature_map]
         self.state_type = NormalisedState if config.normalise else LinearState  # type: ignore[misc]

@@ -14,9 +14,9 @@ from holdall.contract import MixerConfig
 from holdall.frontier import Point, SweepConfig
 from holdall.mixers.attention import AttentionConfig
 from holdall.mixers.hyena import HyenaConfig
-from holdall.mixers.linear_attention import LinearAttentionConfig
 from holdall.mixers.mamba import MambaConfig
 from holdall.mixers.sliding_window import SlidingWindowConfig
+from holdall.mixers.taylor import TaylorConfig
 from holdall.model import ModelConfig
 from holdall.recipes.patterns import after_conv
 from holdall.tasks.data import MQARData, Segment
@@ -47,7 +47,7 @@ def architectures() -> list[tuple[str, str, tuple[MixerConfig, ...]]]:
         found.append(("attention", "attention", after_conv(AttentionConfig(width=width))))
     for width in (48, 64, 128):
         for f in (8, 16, 24):
-            taylor = LinearAttentionConfig(width=width, feature_dim=f)
+            taylor = TaylorConfig(width=width, feature_dim=f)
             found.append((f"Taylor, f = {f}", "Taylor", after_conv(taylor)))
     for past in (8, 16, 32, 64, 128, 256, 512, 1024):
         window = SlidingWindowConfig(width=128, window=past + 1)

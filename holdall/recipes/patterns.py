@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from holdall.contract import MixerConfig
 from holdall.mixers.base_conv import BaseConvConfig
-from holdall.mixers.linear_attention import LinearAttentionConfig
 from holdall.mixers.sliding_window import SlidingWindowConfig
+from holdall.mixers.taylor import TaylorConfig
 
 
 def after_conv(mixer: MixerConfig) -> tuple[MixerConfig, ...]:
@@ -25,6 +25,6 @@ def based(
     """
     return (
         BaseConvConfig(width=width),
-        LinearAttentionConfig(width=width, feature_dim=feature_dim, heads=heads),
+        TaylorConfig(width=width, feature_dim=feature_dim, heads=heads),
         SlidingWindowConfig(width=width, window=window, heads=heads, rotary=1.0, bias=False),
     ) * repeats

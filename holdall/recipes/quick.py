@@ -18,6 +18,7 @@ from holdall.mixers.base_conv import BaseConvConfig
 from holdall.mixers.linear_attention import LinearAttentionConfig
 from holdall.mixers.mamba import MambaConfig
 from holdall.mixers.sliding_window import SlidingWindowConfig
+from holdall.mixers.taylor import TaylorConfig
 from holdall.model import ModelConfig
 from holdall.recipes.patterns import after_conv
 from holdall.tasks.data import MQARData, Segment
@@ -57,11 +58,8 @@ def sweeps(seeds: int = 1) -> tuple[SweepConfig, ...]:
     """The dozen, the slowest first, so that two cores finish together."""
     mixers: list[tuple[str, str, MixerConfig]] = [
         *((f"Mamba, n = {n}", "Mamba", MambaConfig(width=WIDTH, state=n)) for n in (8, 4)),
-        *(
-            (f"Taylor, f = {f}", "Taylor", LinearAttentionConfig(width=WIDTH, feature_dim=f))
-            for f in (16, 8, 4, 2)
-        ),
-        ("ELU + 1", "ELU + 1", LinearAttentionConfig(width=WIDTH, feature_map="elu1", feature_dim=16)),
+        *((f"Taylor, f = {f}", "Taylor", TaylorConfig(width=WIDTH, feature_dim=f)) for f in (16, 8, 4, 2)),
+        ("ELU + 1", "ELU + 1", LinearAttentionConfig(width=WIDTH, feature_dim=16)),
         *((f"window {w}", "sliding window", SlidingWindowConfig(width=WIDTH, window=w)) for w in (32, 16, 8)),
         ("BaseConv", "BaseConv", BaseConvConfig(width=WIDTH)),
         ("attention", "attention", AttentionConfig(width=WIDTH)),

@@ -16,8 +16,8 @@ from holdall.frontier import Point, SweepConfig
 from holdall.mixers.attention import AttentionConfig
 from holdall.mixers.base_conv import BaseConvConfig
 from holdall.mixers.hyena import HyenaConfig
-from holdall.mixers.linear_attention import LinearAttentionConfig
 from holdall.mixers.mamba import MambaConfig
+from holdall.mixers.taylor import TaylorConfig
 from holdall.model import ModelConfig
 from holdall.recipes.patterns import after_conv
 from holdall.tasks.data import MQARData, Segment
@@ -39,7 +39,7 @@ def architectures(width: int, length: int) -> dict[str, tuple[MixerConfig, ...]]
             BaseConvConfig(width=width),
             BaseConvConfig(width=width, filter="long", max_length=length),
         ),
-        "Based": after_conv(LinearAttentionConfig(width=width, feature_dim=8)),
+        "Based": after_conv(TaylorConfig(width=width, feature_dim=8)),
         "Mamba": (mamba, mamba),
     }
 

@@ -20,17 +20,17 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """One part of the test: `rows` sequences of `length` tokens with `pairs` key-value pairs each."""
+    """One part of the test: `rows` sequences of `length` tokens with `pairs` key-value pairs each.
+
+    Each asks so many `questions`, whose answers are among so many `values`.
+    """
 
     vocab: int
     length: int
     pairs: int
     rows: int
-
-    @property
-    def values(self) -> int:
-        """How many values an answer is chosen from."""
-        return self.vocab // 2
+    values: int
+    questions: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,8 +121,8 @@ class Sweep:
 
     @property
     def questions(self) -> list[tuple[int, int]]:
-        """(pairs, values) of each segment: all that the information floor depends on."""
-        return [(s.pairs, s.values) for s in self.segments]
+        """(questions, values) of each segment: all that the information floor depends on."""
+        return [(s.questions, s.values) for s in self.segments]
 
 
 def load(folders: Sequence[Path]) -> tuple[Sweep, ...]:
@@ -199,7 +199,11 @@ def _names(folders: Sequence[Path], configs: Sequence[Mapping[str, Any]]) -> lis
 def _sweep(folder: Path, config: Mapping[str, Any], name: str) -> Sweep:
     try:
         segments = tuple(
-            Segment(**{key: int(part[key]) for key in ("vocab", "length", "pairs", "rows")})
+            Segment(
+                **{key: int(part[key]) for key in ("vocab", "length", "pairs", "rows")},
+                values=int(part.get("values", part["vocab"] // 2)),
+                questions=int(part.get("questions", part["pairs"])),
+            )
             for part in config["test"]
         )
         context_len = int(config["context_len"])

@@ -8,15 +8,18 @@ stopped goes on with exactly the batch that it would have seen.
 from __future__ import annotations
 
 import functools
+from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from holdall.contract import Config
+from holdall.contract import Config, did_you_mean
 from holdall.tasks.mqar import MQAR
+from holdall.tasks.single_query import AssociativeRecall, InductionHeads, SingleQuery
 
 
 class Questions(NamedTuple):
@@ -29,16 +32,23 @@ class Questions(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Segment(Config):
-    """So many rows of one length with one number of key-value pairs."""
+    """So many rows of one length with one number of key-value pairs, which is how hard they are."""
 
     length: int
     pairs: int
     rows: int
 
 
+Task = MQAR | SingleQuery
+"""What draws rows, with the positions and the answers of their questions."""
+
+D = TypeVar("D", bound="DataConfig")
+_kinds: dict[str, type[DataConfig]] = {}
+
+
 @dataclass(frozen=True, kw_only=True)
-class MQARData(Config):
-    """Multi-query associative recall: segments to train and to test on.
+class DataConfig(Config):
+    """Base of the tasks' data: segments to train and to test on.
 
     seed: of the rows; training and test rows never share a stream. All runs of a sweep see the same rows.
     """
@@ -46,15 +56,69 @@ class MQARData(Config):
     vocab: int
     train: tuple[Segment, ...]
     test: tuple[Segment, ...]
-    power: float = 0.01
-    filler: Literal["zero", "random", "key-free"] = "random"
     seed: int = 0
+
+    kind: ClassVar[str]
+    """The task's name in files."""
+
+    def __init_subclass__(cls) -> None:
+        _kinds[cls.kind] = cls
 
     def validate(self) -> None:
         if not self.train or not self.test:
             raise ValueError("both train and test need at least one segment")
         for segment in (*self.train, *self.test):
-            self.task(segment)  # raises if the pairs do not fit
+            self.task(segment)  # raises if the segment does not fit
+
+    @abstractmethod
+    def task(self, segment: Segment) -> Task:
+        """What draws this segment's rows."""
+
+    @abstractmethod
+    def questions_per_row(self, segment: Segment) -> int:
+        """How many questions a test row asks: what a state must answer for."""
+
+    def to_practise(self, rows: Questions) -> Questions:
+        """The questions that training rows are trained on: by default their own."""
+        return rows
+
+    def row_length(self, segment: Segment) -> int:
+        """Tokens that a model reads of a row of this segment."""
+        return segment.length
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row of any segment."""
+        return max(self.row_length(segment) for segment in (*self.train, *self.test))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields and the task's name, so that the dictionary alone tells which data it is."""
+        return {"kind": self.kind, **super().to_dict()}
+
+    @classmethod
+    def from_dict(cls: type[D], plain: Mapping[str, Any]) -> D:
+        """The data of the task that `plain["kind"]` names, whichever class this is called on."""
+        plain = dict(plain)
+        kind = plain.pop("kind", getattr(cls, "kind", "mqar"))
+        if kind not in _kinds:
+            raise TypeError(f"unknown task '{kind}'. {did_you_mean(kind, _kinds)}")
+        owner = _kinds[kind]
+        if not issubclass(owner, cls):
+            raise TypeError(f"'{kind}' is not a {cls.__name__}")
+        return super(DataConfig, owner).from_dict(plain)
+
+    def build(self, device: torch.device | None = None) -> TaskData:
+        return TaskData(self, device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MQARData(DataConfig):
+    """Multi-query associative recall."""
+
+    power: float = 0.01
+    filler: Literal["zero", "random", "key-free"] = "random"
+
+    kind = "mqar"
 
     def task(self, segment: Segment) -> MQAR:
         return MQAR(
@@ -65,26 +129,61 @@ class MQARData(Config):
             filler=self.filler,
         )
 
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest row of any segment."""
-        return max(segment.length for segment in (*self.train, *self.test))
+    def questions_per_row(self, segment: Segment) -> int:
+        return segment.pairs
 
-    def build(self, device: torch.device | None = None) -> TaskData:
-        return TaskData(self, device)
+
+@dataclass(frozen=True, kw_only=True)
+class SingleQueryData(DataConfig):
+    """Induction heads or associative recall: one question at the end of a row.
+
+    practise: train on the answers alone or, as published, on every next token of a row.
+
+    A segment's `length` is that of the context; its `pairs` are the pairs shown, 1 for induction heads.
+    """
+
+    task_name: Literal["induction-heads", "associative-recall"]
+    practise: Literal["answers", "every token"] = "every token"
+
+    kind = "single-query"
+
+    def task(self, segment: Segment) -> SingleQuery:
+        induction = self.task_name == "induction-heads"
+        pairs = 1 if induction else segment.length // 2
+        if segment.pairs != pairs:
+            raise ValueError(
+                f"{self.task_name} of length {segment.length} shows {pairs} pairs, not {segment.pairs}"
+            )
+        return (InductionHeads if induction else AssociativeRecall)(vocab=self.vocab, length=segment.length)
+
+    def questions_per_row(self, segment: Segment) -> int:
+        return 1
+
+    def row_length(self, segment: Segment) -> int:
+        return self.task(segment).row_length
+
+    def to_practise(self, rows: Questions) -> Questions:
+        if self.practise == "answers":
+            return rows
+        following_BN = torch.cat((rows.tokens_BN[:, 1:], rows.answer_BQ), dim=1)
+        everywhere_BN = torch.arange(following_BN.shape[1], device=following_BN.device).expand_as(
+            following_BN
+        )
+        return Questions(rows.tokens_BN, everywhere_BN.contiguous(), following_BN)
 
 
 class TaskData:
     """The rows of a task's segments, made once, on the device that trains."""
 
-    def __init__(self, config: MQARData, device: torch.device | None = None) -> None:
+    def __init__(self, config: DataConfig, device: torch.device | None = None) -> None:
         self.config = config
         streams = np.random.SeedSequence(config.seed).generate_state(len(config.train) + len(config.test))
         made = [
             self._make(segment, int(stream), device)
             for segment, stream in zip((*config.train, *config.test), streams, strict=True)
         ]
-        self.train, self.test = made[: len(config.train)], made[len(config.train) :]
+        self.train = [config.to_practise(rows) for rows in made[: len(config.train)]]
+        self.test = made[len(config.train) :]
 
     def _make(self, segment: Segment, seed: int, device: torch.device | None) -> Questions:
         batch = self.config.task(segment).generate(segment.rows, seed=seed)

@@ -13,11 +13,11 @@ def result(label: str, state_bytes: int, accuracy: float | None, **more: Any) ->
     by_pairs = None if accuracy is None else {"4": min(1.0, accuracy + 0.05), "16": max(0.0, accuracy - 0.05)}
     line = {
         "label": label,
-        "mixer": "linear-attention",
+        "mixer": "taylor",
         "family": label.partition(",")[0],
         "options": {"feature_dim": 16},
         "width": 64,
-        "layers": ["base-conv", "linear-attention"],
+        "layers": ["base-conv", "taylor"],
         "form": "parallel",
         "parameters": 560_000,
         "state_bytes": state_bytes,

@@ -159,7 +159,7 @@ def test_pointing_at_a_model_shows_all_of_it(visit, sweep):
         assert set(shown) == {key.replace("_", " ") for key in written}
         assert shown["state bytes"] == f"{model.state_bytes:,}"
         assert shown["learning rate"] == "0.003"
-        assert shown["layers"] == "base-conv, linear-attention"
+        assert shown["layers"] == "base-conv, taylor"
         assert page.locator("#chart .hoverlayer .hovertext").count() == 1
 
 
