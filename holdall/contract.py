@@ -196,6 +196,8 @@ class Mixer(nn.Module):
     """Laws that this mixer cannot obey, by name, each with the reason."""
     own_init: ClassVar[bool] = False
     """Whether the published initialisation is the mixer's own; otherwise the model's is used."""
+    reads_tokens: ClassVar[bool] = False
+    """Whether `forward` also takes the tokens' ids, as the keyword argument `tokens_BT`."""
 
     def __init__(self, config: MixerConfig) -> None:
         super().__init__()

@@ -160,7 +160,8 @@ class Model(nn.Module):
             r = r + self.position_embed(index_BT)
         for depth, block in enumerate(self.blocks):
             state = None if states is None else states[depth]
-            x, state = block.mixer(block.norm(r), state, inplace=inplace, want_state=want_states)  # type: ignore[operator]
+            ids = {"tokens_BT": tokens_BT} if block.mixer.reads_tokens else {}  # type: ignore[union-attr]
+            x, state = block.mixer(block.norm(r), state, inplace=inplace, want_state=want_states, **ids)  # type: ignore[operator]
             if at_BQ is not None and depth == len(self.blocks) - 1:
                 index_BQ1 = at_BQ[..., None].expand(-1, -1, r.shape[-1])
                 r, x = r.gather(1, index_BQ1), x.gather(1, index_BQ1)

@@ -1,7 +1,8 @@
 """Linear attention with decay: a state of fixed size that softmax attention is often traded for.
 
     S_t = a_t S_{t-1} + phi(k_t) v_t^T        y_t = phi(q_t)^T S_t
-    z_t = a_t z_{t-1} + phi(k_t)              normalised: y_t / (phi(q_t) . z_t + eps)
+    z_t = a_t z_{t-1} + phi(k_t)              normalised: y_t / (phi(q_t) . z_t + eps), or
+                                              y_t / max(phi(q_t) . z_t, floor)
 
 The decay a_t is absent, one number per head (RetNet, Mamba-2) or one per key dimension (GLA). The
 feature map phi makes the family: phi(q) . phi(k) stands where softmax has exp(q . k).
@@ -60,10 +61,7 @@ def taylor_features(x: Float[Tensor, "*b k"]) -> Float[Tensor, "*b f"]:
     Arora et al., "Based", 2024, arXiv 2402.18668, equation 2.
     """
     dim = x.shape[-1]
-    i, j = torch.triu_indices(dim, dim, offset=1, device=x.device)
-    crosses = x[..., i] * x[..., j]
-    squares = x.square() * math.sqrt(0.5)
-    second = torch.cat((squares, crosses), dim=-1) / math.sqrt(dim)
+    second = quadratic_features(x) * math.sqrt(0.5)
     return torch.cat((torch.ones_like(x[..., :1]), x / dim**0.25, second), dim=-1)
 
 
@@ -73,6 +71,23 @@ def taylor_scores(
     """1 + s + s^2 / 2 of all pairs, from the dot products themselves."""
     s_BHTS = q_BHTK @ k_BHSK.mT * q_BHTK.shape[-1] ** -0.5
     return 1 + s_BHTS + 0.5 * s_BHTS.square()
+
+
+def quadratic_features(x: Float[Tensor, "*b k"]) -> Float[Tensor, "*b f"]:
+    """Features whose dot product is s^2, s = q . k / sqrt(K): K (K + 1) / 2, as every pair counts once.
+
+    [x_i^2 / sqrt(K), x_i x_j sqrt(2 / K) for i < j].
+    """
+    dim = x.shape[-1]
+    i, j = torch.triu_indices(dim, dim, offset=1, device=x.device)
+    return torch.cat((x.square(), x[..., i] * x[..., j] * math.sqrt(2)), dim=-1) / math.sqrt(dim)
+
+
+def quadratic_scores(
+    q_BHTK: Float[Tensor, "*b t k"], k_BHSK: Float[Tensor, "*b s k"]
+) -> Float[Tensor, "*b t s"]:
+    """s^2 of all pairs, from the dot products themselves."""
+    return (q_BHTK @ k_BHSK.mT).square() / q_BHTK.shape[-1]
 
 
 def elu_plus_one(x: Float[Tensor, "*b k"]) -> Float[Tensor, "*b k"]:
@@ -89,6 +104,9 @@ FEATURE_MAPS = {
     "relu": FeatureMap(features=F.relu, size=lambda dim: dim),
     "square": FeatureMap(features=lambda x: x.square() * math.sqrt(0.5), size=lambda dim: dim),
     "elu1": FeatureMap(features=elu_plus_one, size=lambda dim: dim),
+    "quadratic": FeatureMap(
+        features=quadratic_features, scores=quadratic_scores, size=lambda dim: dim * (dim + 1) // 2
+    ),
     "taylor": FeatureMap(
         features=taylor_features, scores=taylor_scores, size=lambda dim: 1 + dim + dim * (dim + 1) // 2
     ),
@@ -110,6 +128,7 @@ def linear_attention_loop(
     *,
     feature_map: FeatureMap = IDENTITY,
     eps: float = 1e-12,
+    floor: float | None = None,
 ) -> tuple[Float[Tensor, "b t h v"], Float[Tensor, "b h f v"], Float[Tensor, "b h f"] | None]:
     """The definition; arguments and results as in `linear_attention`."""
     dtype = s_BHFV.dtype
@@ -125,7 +144,7 @@ def linear_attention_loop(
         y_BHV = torch.einsum("bhf,bhfv->bhv", q_BHF, s_BHFV)
         if z_BHF is not None:
             z_BHF = z_BHF + k_BHF
-            y_BHV = y_BHV / ((q_BHF * z_BHF).sum(-1, keepdim=True) + eps)
+            y_BHV = y_BHV / _kept_off_zero((q_BHF * z_BHF).sum(-1, keepdim=True), eps, floor)
         ys.append(y_BHV)
     return torch.stack(ys, dim=1).to(v_BTHV.dtype), s_BHFV, z_BHF
 
@@ -141,6 +160,7 @@ def linear_attention(
     feature_map: FeatureMap = IDENTITY,
     normalise: bool = False,
     eps: float = 1e-12,
+    floor: float | None = None,
     chunk: int = 128,
     inplace: bool = False,
     want_state: bool = True,
@@ -151,7 +171,7 @@ def linear_attention(
         s_BHFV, z_BHF: the incoming state, in the dtype to accumulate in; None if nothing was read yet
             (z also where the output is not normalised).
         log_decay: log a_t <= 0, (B, T, H) or, with the identity map, (B, T, H, K); None for no decay.
-        normalise: divide by phi(q) . z + eps.
+        normalise: divide by phi(q) . z + eps or, where a floor is given, by the larger of phi(q) . z and it.
         chunk: tokens per chunk. With a decay per key dimension, pairs within a chunk cost C times as
             much memory, so such chunks are cut to 16 tokens.
         inplace: the incoming state may be overwritten.
@@ -185,11 +205,56 @@ def linear_attention(
             y = y + q_BHCF @ s_BHFV
             if norm is not None and z_BHF is not None:
                 norm = norm + q_BHCF @ z_BHF[..., None]
-        ys.append(y if norm is None else y / (norm + eps))
+        ys.append(y if norm is None else y / _kept_off_zero(norm, eps, floor))
         if want_state or now.stop < total:
             s_BHFV, z_BHF = _advance(s_BHFV, z_BHF, k, v, log_a_BHCF, feature_map, normalise, inplace)
     y_BTHV = (ys[0] if len(ys) == 1 else torch.cat(ys, dim=2)).transpose(1, 2).to(v_BTHV.dtype)
     return (y_BTHV, s_BHFV, z_BHF) if want_state else (y_BTHV, None, None)
+
+
+def absorb_loop(
+    k_BTHK: Float[Tensor, "b t h k"],
+    v_BTHV: Float[Tensor, "b t h v"],
+    s_BHFV: Float[Tensor, "b h f v"],
+    z_BHF: Float[Tensor, "b h f"],
+    *,
+    feature_map: FeatureMap = IDENTITY,
+) -> tuple[Float[Tensor, "b h f v"], Float[Tensor, "b h f"]]:
+    """The definition; arguments and results as in `absorb`."""
+    dtype = s_BHFV.dtype
+    for k_BHK, v_BHV in zip(k_BTHK.to(dtype).unbind(1), v_BTHV.to(dtype).unbind(1), strict=True):
+        k_BHF = feature_map.features(k_BHK)
+        s_BHFV = s_BHFV + k_BHF[..., :, None] * v_BHV[..., None, :]
+        z_BHF = z_BHF + k_BHF
+    return s_BHFV, z_BHF
+
+
+def absorb(
+    k_BTHK: Float[Tensor, "b t h k"],
+    v_BTHV: Float[Tensor, "b t h v"],
+    s_BHFV: Float[Tensor, "b h f v"] | None,
+    z_BHF: Float[Tensor, "b h f"] | None,
+    *,
+    feature_map: FeatureMap = IDENTITY,
+    chunk: int = 128,
+) -> tuple[Float[Tensor, "b h f v"], Float[Tensor, "b h f"]]:
+    """s and z after keys and values that no query asks about on the way, without decay; O(T F V).
+
+    Arguments are those of `linear_attention`. The tokens' order does not matter, so this is how a text is
+    read without a direction.
+    """
+    dtype = torch.promote_types(v_BTHV.dtype, torch.float32)
+    for k, v in zip(k_BTHK.split(chunk, dim=1), v_BTHV.split(chunk, dim=1), strict=True):
+        k_BHCK, v_BHCV = (u.transpose(1, 2).to(dtype) for u in (k, v))
+        s_BHFV, z_BHF = _advance(s_BHFV, z_BHF, k_BHCK, v_BHCV, None, feature_map, True, False)
+    assert s_BHFV is not None
+    assert z_BHF is not None
+    return s_BHFV, z_BHF
+
+
+def _kept_off_zero(norm: Tensor, eps: float, floor: float | None) -> Tensor:
+    """What to divide by: papers add something small, or take the larger of the two."""
+    return norm + eps if floor is None else norm.clamp(min=floor)
 
 
 def _per_feature(log_decay: Tensor) -> Tensor:

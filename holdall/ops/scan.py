@@ -1,6 +1,6 @@
 """Diagonal recurrences: every channel has a state of its own that decays and takes in.
 
-    diagonal:    h_t = a_t h_{t-1} + b_t
+    diagonal:    h_t = a_t h_{t-1} + b_t                          steady: the same a at every t
     selective:   h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t      y_t = h_t . C_t
 
 The fast forms cut time into chunks and run all chunks side by side, step by step: T / C + C steps instead of
@@ -63,6 +63,30 @@ def diagonal_scan(
     after_BGX = diagonal_scan_loop(kept_BGCX[:, :, -1], alone_BGCX[:, :, -1], h_BX)
     before_BGX = torch.cat((h_BX[:, None], after_BGX[:, :-1]), dim=1)
     h_BGCX = torch.addcmul(alone_BGCX, kept_BGCX, before_BGX[:, :, None])
+    return h_BGCX.flatten(1, 2)[:, :total]
+
+
+def steady_scan(
+    log_a_X: Inexact[Tensor, "*x"],
+    b_BTX: Inexact[Tensor, "b t *x"],
+    h_BX: Inexact[Tensor, "b *x"],
+    *,
+    chunk: int = 64,
+) -> Inexact[Tensor, "b t *x"]:
+    """`diagonal_scan` of decays that do not depend on time: one chunk's powers serve all chunks and rows."""
+    total = b_BTX.shape[1]
+    if total <= chunk:
+        return diagonal_scan_loop(log_a_X.exp().expand_as(b_BTX), b_BTX, h_BX)
+    b_BGCX = F.pad(b_BTX, (0, 0) * (b_BTX.ndim - 2) + (0, -total % chunk)).unflatten(1, (-1, chunk))
+    lag_C = torch.arange(1, chunk + 1, device=h_BX.device, dtype=log_a_X.real.dtype)
+    kept_CX = (lag_C.reshape(-1, *[1] * log_a_X.ndim) * log_a_X).exp()
+    b_MCX = b_BGCX.flatten(0, 1)
+    alone_MCX = diagonal_scan_loop(kept_CX[0].expand_as(b_MCX), b_MCX, torch.zeros_like(b_MCX[:, 0]))
+    alone_BGCX = alone_MCX.unflatten(0, b_BGCX.shape[:2])
+    last_BGX = alone_BGCX[:, :, -1]
+    after_BGX = diagonal_scan_loop(kept_CX[-1].expand_as(last_BGX), last_BGX, h_BX)
+    before_BGX = torch.cat((h_BX[:, None], after_BGX[:, :-1]), dim=1)
+    h_BGCX = torch.addcmul(alone_BGCX, kept_CX, before_BGX[:, :, None])
     return h_BGCX.flatten(1, 2)[:, :total]
 
 

@@ -7,38 +7,62 @@ write([Path("runs/quick")], Path("runs/quick"))     # frontier.png and frontier.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from holdall.report import figure, page
-from holdall.report.data import load
+from holdall.report import figure, page, widths
+from holdall.report.data import Sweep, load, load_each
 from holdall.report.style import FILLS
 
-__all__ = ["write"]
+__all__ = ["write", "write_widths"]
 
 
 def write(folders: Sequence[Path], out: Path) -> list[Path]:
     """Write frontier.png and frontier.html into `out` from the sweeps in `folders`; return their paths.
 
     Cheap enough to call after every trained model, and a reader never sees half a file. Several sweeps
-    share one picture if they took the same test: the first is filled, the others are open or marked.
+    share one picture if they took the same test: the first is filled, the others are open or marked. A folder
+    that holds the sweeps of a recipe's parts gets widths.png, as `write_widths` does.
     Raises FileNotFoundError or ValueError, naming the folder and the way out, where there is nothing to
     draw from.
     """
+    if len(folders) == 1 and (parts := _parts(folders[0])):
+        return write_widths(parts, out)
     if len(folders) > len(FILLS):
         raise ValueError(
             f"{len(folders)} sweeps on one picture cannot be told apart; name at most {len(FILLS)}"
         )
     sweeps = load(folders)
-    out.mkdir(parents=True, exist_ok=True)
-    written = []
-    for name, save in (("frontier.png", figure.save), ("frontier.html", page.save)):
-        target = out / name
-        unfinished = out / f".{name}.{os.getpid()}"
-        try:
-            save(sweeps, unfinished)
-            os.replace(unfinished, target)
-        finally:
-            unfinished.unlink(missing_ok=True)
-        written.append(target)
-    return written
+    return [
+        _save(sweeps, save, out / name)
+        for name, save in (("frontier.png", figure.save), ("frontier.html", page.save))
+    ]
+
+
+def write_widths(folders: Sequence[Path], out: Path) -> list[Path]:
+    """Write widths.png into `out`, accuracy against width in a panel per sweep; nothing if all have one width.
+
+    Raises as `write`.
+    """
+    sweeps = load_each(folders)
+    return [_save(sweeps, widths.save, out / "widths.png")] if widths.has_widths(sweeps) else []
+
+
+def _parts(folder: Path) -> list[Path]:
+    """The sweep folders within a folder that is none itself."""
+    if (folder / "config.json").exists() or not folder.is_dir():
+        return []
+    return sorted(
+        path.parent for path in folder.glob("*/config.json") if (path.parent / "results.jsonl").exists()
+    )
+
+
+def _save(sweeps: Sequence[Sweep], save: Callable[[Sequence[Sweep], Path], None], target: Path) -> Path:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.parent / f".{target.name}.{os.getpid()}"
+    try:
+        save(sweeps, unfinished)
+        os.replace(unfinished, target)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return target

@@ -125,26 +125,31 @@ class Sweep:
         return [(s.questions, s.values) for s in self.segments]
 
 
-def load(folders: Sequence[Path]) -> tuple[Sweep, ...]:
-    """Read sweep folders that took the same test.
+def load_each(folders: Sequence[Path]) -> tuple[Sweep, ...]:
+    """Read sweep folders, whatever tests they took.
 
-    Raises FileNotFoundError for a missing folder or file and ValueError for a file that cannot be
-    used or for sweeps with different tests; each names the folder and the way out.
+    Raises FileNotFoundError for a missing folder or file and ValueError for a file that cannot be used; each
+    names the folder and the way out.
     """
     if not folders:
         raise ValueError("no sweep folder was named; make one with: holdall frontier quick --out runs/quick")
     configs = [_config(folder) for folder in folders]
-    sweeps = [
+    return tuple(
         _sweep(folder, config, name)
         for folder, config, name in zip(folders, configs, _names(folders, configs), strict=True)
-    ]
+    )
+
+
+def load(folders: Sequence[Path]) -> tuple[Sweep, ...]:
+    """Read sweep folders that took the same test; raises as `load_each`, and ValueError if they did not."""
+    sweeps = load_each(folders)
     for other in sweeps[1:]:
         if other.test != sweeps[0].test:
             raise ValueError(
                 f"{sweeps[0].folder} and {other.folder} took different tests, so their accuracies and states "
                 "cannot share a picture; write one report for each"
             )
-    return tuple(sweeps)
+    return sweeps
 
 
 def pareto(models: Iterable[Model]) -> list[Model]:

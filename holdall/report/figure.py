@@ -37,7 +37,7 @@ def draw(sweeps: Sequence[Sweep]) -> Any:
     """
     import matplotlib
 
-    with matplotlib.rc_context(_rc()):
+    with matplotlib.rc_context(rc()):
         return _draw(sweeps)
 
 
@@ -82,7 +82,7 @@ def _draw(sweeps: Sequence[Sweep]) -> Any:
     return figure
 
 
-def _rc() -> Any:
+def rc() -> Any:
     """A plain sans serif: of three faces with equal widths the first found here, else Matplotlib's own."""
     from matplotlib.font_manager import get_font_names
 
@@ -158,13 +158,13 @@ def _draw_models(axes: Any, sweeps: Sequence[Sweep]) -> list[Any]:
             )
             # markers apart from their line: a line may be pale, a marker never
             axes.plot(
-                state, accuracy, linestyle="none", zorder=3, gid=f"family:{family}", **_marker(look, fill[0])
+                state, accuracy, linestyle="none", zorder=3, gid=f"family:{family}", **marker(look, fill[0])
             )
             lines.append(line)
     return lines
 
 
-def _marker(look: style.Look, fill: str) -> dict[str, Any]:
+def marker(look: style.Look, fill: str) -> dict[str, Any]:
     size = {"*": 8.0, "D": 5.0, "s": 5.4, "P": 6.6, "X": 6.2}.get(look.marker, 6.0)
     edge = look.colour if fill != "full" else "white"
     return {
@@ -222,7 +222,7 @@ def _draw_legend(figure: Any, axes: Any, sweeps: Sequence[Sweep]) -> None:
 
     drawn = {model.family for sweep in sweeps for model in sweep.models if model.drawn}
     handles: list[Any] = [
-        Line2D([], [], linewidth=1.1, label=family, **_marker(style.look(index), "full"))
+        Line2D([], [], linewidth=1.1, label=family, **marker(style.look(index), "full"))
         for index, family in enumerate(families(sweeps))
         if family in drawn
     ]
@@ -238,7 +238,7 @@ def _draw_legend(figure: Any, axes: Any, sweeps: Sequence[Sweep]) -> None:
         grey = style.Look(INK, *style.SHAPES[0])
         rows.append(
             [
-                Line2D([], [], linewidth=1.1, linestyle=dash, label=sweep.name, **_marker(grey, fill[0]))
+                Line2D([], [], linewidth=1.1, linestyle=dash, label=sweep.name, **marker(grey, fill[0]))
                 for fill, dash, sweep in zip(style.FILLS, dashes, sweeps, strict=False)
             ]
         )

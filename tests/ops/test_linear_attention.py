@@ -13,8 +13,11 @@ from torch import Tensor
 
 from holdall.ops.linear_attention import (
     FEATURE_MAPS,
+    absorb,
+    absorb_loop,
     linear_attention,
     linear_attention_loop,
+    quadratic_features,
     taylor_features,
     taylor_scores,
 )
@@ -71,7 +74,11 @@ def test_chunks_equal_the_loop(decay: str, chunk: int, length: int) -> None:
 @pytest.mark.parametrize(
     ("name", "decay"),
     # a decay per key dimension goes with maps that keep the dimensions
-    [pair for pair in itertools.product(FEATURE_MAPS, DECAYS) if pair != ("taylor", "per key")],
+    [
+        pair
+        for pair in itertools.product(FEATURE_MAPS, DECAYS)
+        if pair not in (("taylor", "per key"), ("quadratic", "per key"))
+    ],
 )
 def test_every_feature_map_normalised_and_decayed(name: str, decay: str) -> None:
     feature_map, length = FEATURE_MAPS[name], 40
@@ -83,6 +90,28 @@ def test_every_feature_map_normalised_and_decayed(name: str, decay: str) -> None
     got = pulled_back(linear_attention, tensors, feature_map=feature_map, normalise=True, chunk=16)
     for i, tensor in enumerate(got):
         laws.assert_close(f"result or gradient {i}", tensor, want[i])
+
+
+@pytest.mark.parametrize("floor", [1e-6, 3.0])
+@parametrize_decay
+def test_a_floor_is_the_least_that_is_divided_by(decay: str, floor: float) -> None:
+    length = 40
+    q, k, v, s, z = inputs(length)  # of both signs, so that sums are below the floor, and below zero
+    tensors = [q, k, v, s, z, decays(decay, length)]
+    want = pulled_back(linear_attention_loop, tensors, floor=floor)
+    got = pulled_back(linear_attention, tensors, normalise=True, floor=floor, chunk=16)
+    for i, tensor in enumerate(got):
+        laws.assert_close(f"result or gradient {i}", tensor, want[i])
+
+
+def test_a_step_with_a_floor() -> None:
+    q, k, v, s, z = inputs(1)
+    y, *_ = linear_attention_loop(q, k, v, s, z, floor=1.0)
+    s, z = s + k[:, 0, :, :, None] * v[:, 0, :, None, :], z + k[:, 0]
+    divisor = torch.maximum((q[:, 0] * z).sum(-1), torch.ones(()))
+    laws.assert_close("a step", y[:, 0], (q[:, 0, :, :, None] * s).sum(2) / divisor[..., None])
+    assert (divisor == 1).any()
+    assert (divisor > 1).any()
 
 
 @pytest.mark.parametrize("normalise", [False, True])
@@ -135,6 +164,24 @@ def test_inplace_uses_the_memory_of_the_state(decay: str) -> None:
     assert got[2] is z
 
 
+@pytest.mark.parametrize("length", [1, 63, 100])
+@pytest.mark.parametrize("name", ["taylor", "elu1"])
+def test_absorbing_equals_its_loop_and_the_state_that_linear_attention_leaves(name: str, length: int) -> None:
+    feature_map = FEATURE_MAPS[name]
+    q, k, v, s, z = inputs(length, feature_map.size(K))
+    want = pulled_back(absorb_loop, [k, v, s, z], feature_map=feature_map)
+    got = pulled_back(absorb, [k, v, s, z], feature_map=feature_map, chunk=16)
+    _, *left = linear_attention(q, k, v, s, z, feature_map=feature_map, normalise=True)
+    for i, (tensor, right) in enumerate(zip(got, want, strict=True)):
+        laws.assert_close(f"result or gradient {i}", tensor, right)
+    for tensor, right in zip(got[:2], left, strict=True):
+        laws.assert_close("left behind", tensor, right)
+    for tensor, right in zip(
+        absorb(k, v, None, None, feature_map=feature_map), (got[0] - s, got[1] - z), strict=True
+    ):
+        laws.assert_close("from nothing", tensor, right)
+
+
 # ----------------------------------------------------------------------------------------------- feature maps
 
 
@@ -163,6 +210,13 @@ def test_taylor_is_the_exponential_to_second_order() -> None:
     s = q @ k.mT / 4
     error = (taylor_features(q) @ taylor_features(k).mT - s.exp()).abs().max()
     assert error <= s.abs().max() ** 3  # the first term left out is s^3 / 6
+
+
+@pytest.mark.parametrize("dim", [1, 2, 16])
+def test_quadratic_features_are_the_squared_dot_product(dim: int) -> None:
+    q, k = laws.draw(7, dim, dtype=torch.float64), laws.draw(9, dim, dtype=torch.float64, seed=1)
+    products = quadratic_features(q) @ quadratic_features(k).mT
+    laws.assert_close("products", products, (q @ k.mT / dim**0.5) ** 2)
 
 
 @pytest.mark.parametrize("name", FEATURE_MAPS)

@@ -10,7 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from holdall.ops.scan import diagonal_scan, diagonal_scan_loop, selective_scan, selective_scan_loop
+from holdall.ops.scan import (
+    diagonal_scan,
+    diagonal_scan_loop,
+    selective_scan,
+    selective_scan_loop,
+    steady_scan,
+)
 
 B, D, N, DOUBLE = 2, 3, 4, torch.float64
 LENGTHS = (1, 2, 7, 8, 9, 16, 20)
@@ -36,6 +42,24 @@ def test_diagonal_chunks_equal_the_loop(length: int, dtype: torch.dtype, shape: 
     ]
     want = results_and_gradients(diagonal_scan_loop, tensors)
     for i, got in enumerate(results_and_gradients(diagonal_scan, tensors, chunk=8)):
+        laws.assert_close(f"result or gradient {i}", got, want[i])
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("dtype", [DOUBLE, torch.complex128])
+@pytest.mark.parametrize("shape", [(D,), (D, N)], ids=str)
+def test_a_steady_scan_is_a_diagonal_one(length: int, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    tensors = [
+        laws.draw(*shape, dtype=dtype) - 1,
+        laws.draw(B, length, *shape, dtype=dtype, seed=1),
+        laws.draw(B, *shape, dtype=dtype, seed=2),
+    ]
+
+    def loop(log_a: Tensor, b: Tensor, h: Tensor) -> Tensor:
+        return diagonal_scan_loop(log_a.exp().expand_as(b), b, h)
+
+    want = results_and_gradients(loop, tensors)
+    for i, got in enumerate(results_and_gradients(steady_scan, tensors, chunk=8)):
         laws.assert_close(f"result or gradient {i}", got, want[i])
 
 

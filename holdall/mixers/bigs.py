@@ -1,0 +1,146 @@
+"""BiGS: state spaces, one for all channels, under multiplicative gates; here from left to right by default.
+
+    v = gelu(W_v x)      u = gelu(W_u x)      s_t = Re sum_n C_n h_tn + D u_t      h' = A h + u, held for dt
+    y = W_o [gelu(W_l c) * v]      c = W_c s,   or, bidirectional,   c = (W_c s) * flip(W_c' s')
+
+with s' as s from weights of its own, of flip(x). All maps W have biases. Each channel has its own n modes but
+A, C, dt and the scalar D are one for all of them: A = min(A_re, -1e-4) + i A_im, dt = exp(log_step).
+Wang, Yan, Gu, Rush, "Pretraining Without Attention", 2022, arXiv 2212.10544. Weights map onto the official
+BiGSLayer: dv, dol and do are `v`, `mix` and `out_proj`; du_forward, fs4 (D, and its kernel's A_re, A_im, C
+and log_step) and duc_forward are `forwards`, with `u` and `c`; those of the other direction are `backwards`.
+Its LayerNorm (eps 1e-12) and its residual are the model's here.
+Deviations: the published model is bidirectional; the causal one leaves out the backward factor of c and keeps
+the rest. Bidirectional, the backward state space reads only the tokens of the call; the forward one goes on.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
+from holdall.ops import hippo, ssm
+
+
+class BiGSState(NamedTuple):
+    """The modes of each channel, read from left to right, as (re, im)."""
+
+    h_BDN2: Tensor
+
+
+@register(
+    "bigs",
+    paper=Paper(
+        title="Pretraining Without Attention",
+        authors="Wang, Yan, Gu, Rush",
+        year=2022,
+        arxiv="2212.10544",
+    ),
+    state="2nD",
+    training="ND(eD + n)",
+    inference="D(eD + n)",
+)
+@dataclass(frozen=True, kw_only=True)
+class BiGSConfig(MixerConfig):
+    """One diagonal state space for all channels, under multiplicative gates.
+
+    modes: complex modes per channel, n; expand: channels of the gate per model channel, e; bidirectional: as
+    published, for encoders: a second state space reads each call's tokens from their end; chunk: tokens per
+    Fourier transform.
+    """
+
+    modes: int = 64
+    expand: int = 4
+    bidirectional: bool = False
+    chunk: int = ssm.CHUNK
+
+    variants = ({"modes": 4, "chunk": 16}, {"modes": 3, "expand": 1, "bidirectional": True})
+
+    def validate(self) -> None:
+        if min(self.modes, self.expand, self.chunk) < 1:
+            raise ValueError(
+                f"modes {self.modes}, expand {self.expand} and chunk {self.chunk} must be positive"
+            )
+
+    def build(self) -> BiGS:
+        return BiGS(self)
+
+
+class Direction(nn.Module):
+    """W_c s of gelu(W_u x): the state space with the maps into and out of it."""
+
+    def __init__(self, config: BiGSConfig, form: str) -> None:
+        super().__init__()
+        self.form, self.chunk = form, config.chunk
+        a_N = hippo.s4d_lin(config.modes)
+        self.u = nn.Linear(config.width, config.width)
+        self.A_re, self.A_im = (nn.Parameter(part.float().clone()) for part in (a_N.real, a_N.imag))
+        self.C = nn.Parameter(torch.randn(config.modes, 2) * 0.5**0.5)
+        self.D = nn.Parameter(torch.randn(1))
+        self.log_step = nn.Parameter(torch.empty(1).uniform_(math.log(0.01), math.log(1.0)))
+        self.c = nn.Linear(config.width, config.width)
+
+    def forward(
+        self, x_BTD: Tensor, h_BDN2: Tensor | None, want_state: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        dtype, u_BTD = recurrent_dtype(x_BTD.dtype), F.gelu(self.u(x_BTD))
+        a_1N = torch.complex(self.A_re.to(dtype).clamp(max=-1e-4), self.A_im.to(dtype))[None]
+        log_a_1N, b_1N = ssm.zoh(self.log_step.to(dtype).exp()[None], a_1N)
+        c_1N = torch.view_as_complex(self.C.to(dtype))[None]
+        if self.form == "loop":
+            if h_BDN2 is None:
+                h_BDN2 = a_1N.real.new_zeros(x_BTD.shape[0], x_BTD.shape[2], a_1N.shape[1], 2)
+            s_BTD, h_BDN2 = ssm.diagonal_ssm_loop(u_BTD, log_a_1N, b_1N, c_1N, h_BDN2)
+        else:
+            s_BTD, h_BDN2 = ssm.diagonal_ssm(
+                u_BTD, log_a_1N, b_1N, c_1N, h_BDN2, chunk=self.chunk, want_state=want_state
+            )
+        return self.c(torch.addcmul(s_BTD, u_BTD, self.D.to(u_BTD.dtype))), h_BDN2
+
+
+class BiGS(Mixer):
+    config: BiGSConfig
+    state_type = BiGSState
+
+    def __init__(self, config: BiGSConfig) -> None:
+        super().__init__(config)
+        width, inner = config.width, config.expand * config.width
+        self.v = nn.Linear(width, inner)
+        self.forwards = Direction(config, self.form)
+        self.backwards = Direction(config, self.form) if config.bidirectional else None
+        self.mix = nn.Linear(width, inner)
+        self.out_proj = nn.Linear(inner, width)
+        if config.bidirectional:
+            pieces = "a call reads its own tokens from their end, and cannot know those of the next call"
+            self.refusals = {  # type: ignore[misc]
+                "causal": "the backward state space reads each call's tokens from their end",
+                "splits": pieces,
+                "gradients_through_state": pieces,
+            }
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        state: BiGSState | None = None,
+        *,
+        inplace: bool = False,
+        want_state: bool = True,
+    ) -> tuple[Tensor, BiGSState | None]:
+        c_BTD, h_BDN2 = self.forwards(x_BTD, None if state is None else state.h_BDN2, want_state)
+        if self.backwards is not None:
+            back_BTD, _ = self.backwards(x_BTD.flip(1), None)
+            c_BTD = c_BTD * back_BTD.flip(1)
+        y_BTD = self.out_proj(F.gelu(self.mix(c_BTD)) * F.gelu(self.v(x_BTD)))
+        return y_BTD, BiGSState(h_BDN2) if h_BDN2 is not None and want_state else None
+
+    def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None) -> BiGSState:
+        shape = (batch, self.config.width, self.config.modes, 2)
+        return BiGSState(torch.zeros(shape, dtype=recurrent_dtype(dtype), device=device))
+
+    def state_elements(self, context_len: int) -> int:
+        return 2 * self.config.modes * self.config.width

@@ -1,0 +1,162 @@
+"""H3: a state space that shifts keys, another that remembers their products with values, read by queries.
+
+    k~ = shift(k) + d_s * k        shift(k)_t = sum_{l < n} K_l k_{t-l}      K_l = sum_{i < n - l} B_i C_{i+l}
+    S_t = k~_t v_t^T               per head, an outer product of r keys and r values
+    m = diag(S) + d_h S            A = -exp(inv_A_real) + i A_imag, bilinear with step exp(log_dt), per head,
+                                   n / 2 modes for as many conjugate pairs:  m_t = 2 Re(C . h_t)
+    y = W_o [q_t^T m_t, all heads]
+
+Fu et al., "Hungry Hungry Hippos: Towards Language Modeling with State Space Models", 2022, arXiv 2212.14052.
+Weights map onto the H3 of HazyResearch/H3 and Zoology: q_proj, k_proj, v_proj are the rows of `qkv`, in that
+order; ssm_k_kernel.kernel holds shift_B and (with a first dimension of 1) shift_C, ssm_k_D is shift_D;
+kernel.kernel holds log_dt, B, (with a first dimension of 1) C, inv_A_real and A_imag; output_linear is
+out_proj. As there, channel h r + i of q, k and v is dimension i of head h, but value i of head h reaches
+out_proj as channel i D / r + h. Deviations: none. The shift's state is the last n - 1 keys, and not what B
+makes of the last n; the official step() stops with an error where r > 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
+from holdall.ops import conv, hippo, ssm
+
+
+class H3State(NamedTuple):
+    """The keys that the shift still needs, and the modes of each product of key and value, as (re, im)."""
+
+    past_BPD: Tensor
+    h_BKVHN2: Tensor
+
+
+@register(
+    "h3",
+    paper=Paper(
+        title="Hungry Hungry Hippos: Towards Language Modeling with State Space Models",
+        authors="Fu et al.",
+        year=2022,
+        arxiv="2212.14052",
+    ),
+    state="(n(r + 1) - 1)D",
+    training="ND(D + rn)",
+    inference="D(D + rn)",
+)
+@dataclass(frozen=True, kw_only=True)
+class H3Config(MixerConfig):
+    """Shifted keys times values in a diagonal state space, read by queries.
+
+    state: taps of the shift, and real numbers of state per product of key and value, n; head_dim: keys and
+    values per head, r; chunk: tokens per Fourier transform of the diagonal state space.
+    """
+
+    state: int = 64
+    head_dim: int = 1
+    chunk: int = ssm.CHUNK
+
+    variants = ({"state": 8}, {"state": 6, "head_dim": 2, "chunk": 16})
+
+    def validate(self) -> None:
+        if self.state < 2 or self.state % 2:
+            raise ValueError(
+                f"state {self.state} is not a positive even number: modes come in conjugate pairs"
+            )
+        if self.head_dim < 1 or self.width % self.head_dim:
+            raise ValueError(f"width {self.width} is not a multiple of head_dim {self.head_dim}")
+        if self.chunk < 1:
+            raise ValueError(f"chunk {self.chunk} is not positive")
+
+    @property
+    def heads(self) -> int:
+        return self.width // self.head_dim
+
+    def build(self) -> H3:
+        return H3(self)
+
+
+class H3(Mixer):
+    config: H3Config
+    state_type = H3State
+
+    def __init__(self, config: H3Config) -> None:
+        super().__init__(config)
+        width, heads, taps, modes = config.width, config.heads, config.state, config.state // 2
+        self.qkv = nn.Linear(width, 3 * width)
+        self.shift_B = nn.Parameter(torch.eye(1, taps).repeat(width, 1))
+        self.shift_C = nn.Parameter(torch.empty(width, taps).uniform_(-(taps**-0.5), taps**-0.5))
+        self.shift_D = nn.Parameter(torch.randn(width))
+        lambda_N = hippo.s4d_lin(modes)
+        self.log_dt = nn.Parameter(hippo.log_step_sizes(heads))
+        self.inv_A_real = nn.Parameter((-lambda_N.real).log().float().repeat(heads, 1))
+        self.A_imag = nn.Parameter(lambda_N.imag.float().repeat(heads, 1))
+        self.B = nn.Parameter(torch.tensor([1.0, 0.0]).repeat(heads, modes, 1))
+        self.C = nn.Parameter(torch.randn(heads, modes, 2) * 0.5**0.5)
+        self.D = nn.Parameter(torch.randn(heads))
+        self.out_proj = nn.Linear(width, width)
+        # as a state can have hundreds of slots, the shift is a job for a long convolution
+        self.convolve = conv.long_conv_loop if self.form == "loop" else conv.long_conv
+
+    def shift(self, k_BTD: Tensor, past_BPD: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys as the shift's state space puts them out, and its inputs after them."""
+        taps, new = self.config.state, k_BTD.shape[1]
+        # the correlation of C with B, by transforms twice as long as either
+        b_DF, c_DF = (torch.fft.rfft(m.to(k_BTD.dtype), n=2 * taps) for m in (self.shift_B, self.shift_C))
+        kernel_DL = torch.fft.irfft(b_DF.conj() * c_DF, n=2 * taps)[:, :taps]
+        y_BTD, seen_BSD = self.convolve(k_BTD, F.pad(kernel_DL, (0, new - 1)).T, past_BPD.to(k_BTD.dtype))
+        after_BPD = seen_BSD[:, new:].to(past_BPD.dtype, copy=True)
+        return torch.addcmul(y_BTD, k_BTD, self.shift_D.to(k_BTD.dtype)), after_BPD
+
+    def remember(
+        self, kv_BTKVH: Tensor, h_BKVHN2: Tensor | None, want_state: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The diagonal state space of each head, all of whose products are rows to it."""
+        dtype, sizes = kv_BTKVH.dtype, (-1, *kv_BTKVH.shape[2:4])
+        a_HN = torch.complex(-self.inv_A_real.to(dtype).exp(), self.A_imag.to(dtype))
+        log_a_HN, scale_HN = ssm.bilinear(self.log_dt.to(dtype).exp()[:, None], a_HN)
+        b_HN = scale_HN * torch.view_as_complex(self.B.to(dtype))
+        c_HN = 2 * torch.view_as_complex(self.C.to(dtype))
+        kv_MTH = kv_BTKVH.permute(0, 2, 3, 1, 4).flatten(0, 2)
+        h_MHN2: Tensor | None = None if h_BKVHN2 is None else h_BKVHN2.flatten(0, 2)
+        if self.form == "loop":
+            assert h_MHN2 is not None
+            y_MTH, h_MHN2 = ssm.diagonal_ssm_loop(kv_MTH, log_a_HN, b_HN, c_HN, h_MHN2)
+        else:
+            y_MTH, h_MHN2 = ssm.diagonal_ssm(
+                kv_MTH, log_a_HN, b_HN, c_HN, h_MHN2, chunk=self.config.chunk, want_state=want_state
+            )
+        y_MTH = torch.addcmul(y_MTH, kv_MTH, self.D.to(dtype))
+        return y_MTH.unflatten(0, sizes), None if h_MHN2 is None else h_MHN2.unflatten(0, sizes)
+
+    def forward(
+        self, x_BTD: Tensor, state: H3State | None = None, *, inplace: bool = False, want_state: bool = True
+    ) -> tuple[Tensor, H3State | None]:
+        config, fresh = self.config, state is None
+        if state is None:
+            state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
+        q_BTD, k_BTD, v_BTD = self.qkv(x_BTD).to(recurrent_dtype(x_BTD.dtype)).chunk(3, dim=-1)
+        k_BTD, past_BPD = self.shift(k_BTD, state.past_BPD)
+        q_BTKH, k_BTKH, v_BTVH = (
+            u.unflatten(-1, (config.heads, config.head_dim)).mT for u in (q_BTD, k_BTD, v_BTD)
+        )
+        kv_BTKVH = k_BTKH[:, :, :, None] * v_BTVH[:, :, None]
+        nothing = fresh and self.form != "loop"
+        m_BKVTH, h_BKVHN2 = self.remember(kv_BTKVH, None if nothing else state.h_BKVHN2, want_state)
+        y_BTVH = torch.einsum("btkh,bkvth->btvh", q_BTKH, m_BKVTH)
+        y_BTD = self.out_proj(y_BTVH.flatten(2).to(x_BTD.dtype))
+        return y_BTD, H3State(past_BPD, h_BKVHN2) if h_BKVHN2 is not None and want_state else None
+
+    def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None) -> H3State:
+        config = self.config
+        shape = (batch, config.head_dim, config.head_dim, config.heads, config.state // 2, 2)
+        return H3State(
+            torch.zeros(batch, config.state - 1, config.width, dtype=dtype, device=device),
+            torch.zeros(shape, dtype=recurrent_dtype(dtype), device=device),
+        )
+
+    def state_elements(self, context_len: int) -> int:
+        return (self.config.state * (self.config.head_dim + 1) - 1) * self.config.width

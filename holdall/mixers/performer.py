@@ -1,0 +1,180 @@
+"""Performer: linear attention with random features whose products are, on average, softmax's exp(q . k).
+
+    u = K^(-1/4) q,  w = K^(-1/4) k       P: F orthogonal random rows of dimension K, as long as Gaussian ones
+    phi(q_t) = exp(P u_t - |u_t|^2 / 2 - max_f (P u_t)_f) + e
+    phi_t(k_j) = exp(P w_j - |w_j|^2 / 2 - M_t) + e            M_t = max over i <= t and f of (P w_i)_f
+    a_tj = phi(q_t) . phi_t(k_j)
+    y_t = W_o [ sum_{j<=t} a_tj v_j / (sum_{j<=t} a_tj + d sum_f phi(q_t)_f) ]
+
+(FAVOR+), with e = 1e-4 and d = 1e-6 sqrt(F). Kernel "relu", the generalised attention of the paper, has
+phi(u) = relu(P u) + 1e-3 for both and d = 1e-6. Choromanski et al., "Rethinking Attention with Performers",
+2020, arXiv 2009.14794. Weights map onto performer-pytorch's SelfAttention: to_q, to_k, to_v are the rows of
+`qkv`, in that order, to_out is out_proj, and fast_attention.projection_matrix is projection_FK.
+
+The state carries A = sum_j exp(P w_j - |w_j|^2 / 2 - M_t) v_j^T, shrunk by exp(M_{t-1} - M_t) whenever the
+maximum grows, and sum_j v_j for what e adds; a one behind every v_j makes the same sums the divisor.
+Deviations: performer-pytorch (and the original) take M over the whole sequence, the future included, and as e
+does not shrink with it, early outputs depend on later tokens. Here y_t is what their code gives for the t
+tokens up to there. Their rows of P are no uniform draw (see orthogonal_rows), so that their estimate of
+exp(q . k) is biased. They also redraw P while training; here one draw stays with the weights.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
+from holdall.ops.linear_attention import linear_attention, linear_attention_loop
+
+KEY_EPS = {"softmax": 1e-4, "relu": 1e-3}
+SUM_EPS = 1e-6
+
+
+class FavorState(NamedTuple):
+    """A with its divisor in the last column, the sum of (v, 1), and the maximum M."""
+
+    s_BHFV: Tensor
+    total_BHV: Tensor
+    peak_BH: Tensor
+
+
+class ReluState(NamedTuple):
+    """The sum of phi(k) (v, 1)^T."""
+
+    s_BHFV: Tensor
+
+
+@register(
+    "performer",
+    paper=Paper(
+        title="Rethinking Attention with Performers",
+        authors="Choromanski et al.",
+        year=2020,
+        arxiv="2009.14794",
+    ),
+    state="F(D + H) + D + 2H",
+    training="ND(D + F)",
+    inference="D(D + F)",
+)
+@dataclass(frozen=True, kw_only=True)
+class PerformerConfig(MixerConfig):
+    """Linear attention with positive orthogonal random features for softmax (FAVOR+), or their ReLU.
+
+    features: random features per head, F; 0 for K log K, where a head has K = D / H dimensions.
+    bias: of the projections to queries, keys and values. The relu kernel's state is F(D + H).
+    """
+
+    kernel: Literal["softmax", "relu"] = "softmax"
+    heads: int = 2
+    features: int = 0
+    bias: bool = False
+    chunk: int = 128
+
+    variants = ({"features": 12, "chunk": 16, "bias": True}, {"kernel": "relu", "heads": 1, "chunk": 32})
+
+    def validate(self) -> None:
+        if self.heads < 1 or self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.features < 0 or self.chunk < 1:
+            raise ValueError(f"features {self.features} must not be negative, chunk {self.chunk} positive")
+
+    @property
+    def resolved_features(self) -> int:
+        head_dim = self.width // self.heads
+        return self.features or max(1, int(head_dim * math.log(head_dim)))
+
+    def build(self) -> Performer:
+        return Performer(self)
+
+
+def orthogonal_rows(rows: int, dim: int) -> Tensor:
+    """Random rows with the lengths of Gaussian ones, orthogonal to each other within every block of `dim`."""
+    blocks = []
+    for _ in range(math.ceil(rows / dim)):
+        q, r = torch.linalg.qr(torch.randn(dim, dim))
+        # Householder's Q has a diagonal of one sign, which biases the estimate; this makes it uniform
+        blocks.append((q * r.diagonal().sign()).T)
+    return torch.randn(rows, dim).norm(dim=1, keepdim=True) * torch.cat(blocks)[:rows]
+
+
+class Performer(Mixer):
+    config: PerformerConfig
+
+    def __init__(self, config: PerformerConfig) -> None:
+        super().__init__(config)
+        self.state_type = FavorState if config.kernel == "softmax" else ReluState  # type: ignore[misc]
+        self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.bias)
+        self.out_proj = nn.Linear(config.width, config.width)
+        rows = orthogonal_rows(config.resolved_features, config.width // config.heads)
+        self.register_buffer("projection_FK", rows)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        state: FavorState | ReluState | None = None,
+        *,
+        inplace: bool = False,
+        want_state: bool = True,
+    ) -> tuple[Tensor, FavorState | ReluState | None]:
+        config, dtype, fresh = self.config, recurrent_dtype(x_BTD.dtype), state is None
+        if state is None:
+            state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
+        q, k, v = (u.unflatten(-1, (config.heads, -1)).to(dtype) for u in self.qkv(x_BTD).chunk(3, dim=-1))
+        v_BTHV = F.pad(v, (0, 1), value=1.0)
+        q_BTHK, k_BTHK = (u * u.shape[-1] ** -0.25 for u in (q, k))
+        q_BTHF, k_BTHF = (u @ self.projection_FK.to(dtype).T for u in (q_BTHK, k_BTHK))
+        eps, log_decay_BTH, peak_BTH = KEY_EPS[config.kernel], None, None
+        if isinstance(state, FavorState):
+            # learning does not reach for the maxima: they are there to scale, and cancel but for e
+            q_peak_BTH1 = q_BTHF.detach().amax(-1, keepdim=True)
+            q_BTHF = (q_BTHF - q_peak_BTH1 - q_BTHK.square().sum(-1, keepdim=True) / 2).exp() + eps
+            peak_BTH = torch.maximum(k_BTHF.amax(-1).cummax(dim=1).values, state.peak_BH[:, None])
+            before_BTH = torch.cat((state.peak_BH[:, None], peak_BTH[:, :-1]), dim=1)
+            log_decay_BTH = (before_BTH - peak_BTH).detach()
+            k_peak_BTH1 = peak_BTH.detach()[..., None]
+            k_BTHF = (k_BTHF - k_peak_BTH1 - k_BTHK.square().sum(-1, keepdim=True) / 2).exp()
+        else:
+            q_BTHF, k_BTHF = F.relu(q_BTHF) + eps, F.relu(k_BTHF) + eps
+        s_BHFV: Tensor | None
+        if self.form == "loop":
+            o_BTHV, s_BHFV, _ = linear_attention_loop(
+                q_BTHF, k_BTHF, v_BTHV, state.s_BHFV, None, log_decay_BTH
+            )
+        else:
+            o_BTHV, s_BHFV, _ = linear_attention(
+                q_BTHF, k_BTHF, v_BTHV, None if fresh else state.s_BHFV, None, log_decay_BTH,
+                chunk=config.chunk, inplace=inplace, want_state=want_state,
+            )  # fmt: skip
+        q_sum_BTH1, sum_eps = q_BTHF.sum(-1, keepdim=True), SUM_EPS
+        after: FavorState | ReluState | None = None
+        if isinstance(state, FavorState) and peak_BTH is not None:
+            total_BTHV = state.total_BHV[:, None] + v_BTHV.cumsum(1)
+            o_BTHV, sum_eps = o_BTHV + eps * q_sum_BTH1 * total_BTHV, SUM_EPS * q_BTHF.shape[-1] ** 0.5
+            if want_state and s_BHFV is not None:
+                after = FavorState(s_BHFV, total_BTHV[:, -1].clone(), peak_BTH[:, -1].clone())
+        elif want_state and s_BHFV is not None:
+            after = ReluState(s_BHFV)
+        y_BTHK = o_BTHV[..., :-1] / (o_BTHV[..., -1:] + sum_eps * q_sum_BTH1)
+        return self.out_proj(y_BTHK.flatten(2).to(x_BTD.dtype)), after
+
+    def init_state(
+        self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None
+    ) -> FavorState | ReluState:
+        config, dtype = self.config, recurrent_dtype(dtype)
+        head_dim, features = config.width // config.heads, config.resolved_features
+        s_BHFV = torch.zeros(batch, config.heads, features, head_dim + 1, dtype=dtype, device=device)
+        if config.kernel == "relu":
+            return ReluState(s_BHFV)
+        peak_BH = torch.full((batch, config.heads), -torch.inf, dtype=dtype, device=device)
+        return FavorState(s_BHFV, s_BHFV[:, :, 0].clone(), peak_BH)
+
+    def state_elements(self, context_len: int) -> int:
+        config = self.config
+        total_and_peak = config.width + 2 * config.heads if config.kernel == "softmax" else 0
+        return config.resolved_features * (config.width + config.heads) + total_and_peak

@@ -1,0 +1,119 @@
+"""ReBased: linear attention with a learned parabola in place of Based's Taylor series.
+
+    q = LayerNorm(W_q x), k = LayerNorm(W_k x), each over all heads at once, with weight and bias
+    a_tj = (q_t . k_j / sqrt(K))^2 = phi(q_t) . phi(k_j)
+    phi(u) = [u_i^2, sqrt(2) u_i u_j for i < j] / sqrt(K)
+    y_t = W_o [ sum_{j<=t} a_tj v_j / (sum_{j<=t} a_tj + 1e-12) ]
+
+Aksenov, Balagansky, Lo Cicero Vaina, Shaposhnikov, Gorbatovski, Gavrilov, "Linear Transformers with Learnable
+Kernel Functions are Better In-Context Models", 2024, arXiv 2402.10644. Weights map onto the official ReBased:
+proj_q, proj_k, proj_v are the rows of `qkv`, in that order, proj_o is out_proj, and ln_q and ln_k have their
+names. (flash-linear-attention's port norms every head by itself, queries and keys with the same weights.)
+Deviations: none; the state keeps the symmetric half of the squares.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
+from holdall.ops.linear_attention import FEATURE_MAPS, linear_attention, linear_attention_loop
+
+SQUARES = FEATURE_MAPS["quadratic"]
+EPS = 1e-12
+
+
+class RebasedState(NamedTuple):
+    """The sum of phi(k) v^T, and the sum of phi(k) that the output is divided by."""
+
+    s_BHFV: Tensor
+    z_BHF: Tensor
+
+
+@register(
+    "rebased",
+    paper=Paper(
+        title="Linear Transformers with Learnable Kernel Functions are Better In-Context Models",
+        authors="Aksenov et al.",
+        year=2024,
+        arxiv="2402.10644",
+    ),
+    state="F(D + H)",
+    training="ND(D + F)",
+    inference="D(D + F)",
+)
+@dataclass(frozen=True, kw_only=True)
+class RebasedConfig(MixerConfig):
+    """Linear attention with the square of normed, scaled and shifted queries and keys (ReBased).
+
+    feature_dim: dimensions f of a head's queries and keys, F = f (f + 1) / 2 features; eps: of the norms.
+    """
+
+    heads: int = 1
+    feature_dim: int = 16
+    eps: float = 1e-5
+    chunk: int = 128
+
+    variants = ({"feature_dim": 4, "heads": 2, "chunk": 16},)
+
+    def validate(self) -> None:
+        if self.heads < 1 or self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.feature_dim < 1 or self.chunk < 1:
+            raise ValueError(f"feature_dim {self.feature_dim} and chunk {self.chunk} must be positive")
+
+    def build(self) -> Rebased:
+        return Rebased(self)
+
+
+class Rebased(Mixer):
+    config: RebasedConfig
+    state_type = RebasedState
+
+    def __init__(self, config: RebasedConfig) -> None:
+        super().__init__(config)
+        inner = config.heads * config.feature_dim
+        self.sizes = [inner, inner, config.width]
+        self.qkv = nn.Linear(config.width, sum(self.sizes), bias=False)
+        self.ln_q, self.ln_k = (nn.LayerNorm(inner, eps=config.eps) for _ in range(2))
+        self.out_proj = nn.Linear(config.width, config.width, bias=False)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        state: RebasedState | None = None,
+        *,
+        inplace: bool = False,
+        want_state: bool = True,
+    ) -> tuple[Tensor, RebasedState | None]:
+        config = self.config
+        q, k, v = self.qkv(x_BTD).split(self.sizes, dim=-1)
+        q, k, v = (u.unflatten(-1, (config.heads, -1)) for u in (self.ln_q(q), self.ln_k(k), v))
+        s_BHFV: Tensor | None
+        if self.form == "loop":
+            state = state or self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
+            y_BTHV, s_BHFV, z_BHF = linear_attention_loop(q, k, v, *state, feature_map=SQUARES, eps=EPS)
+        else:
+            y_BTHV, s_BHFV, z_BHF = linear_attention(
+                q, k, v, *(state or (None, None)), feature_map=SQUARES, normalise=True, eps=EPS,
+                chunk=config.chunk, inplace=inplace, want_state=want_state,
+            )  # fmt: skip
+        after = None
+        if want_state and s_BHFV is not None and z_BHF is not None:
+            after = RebasedState(s_BHFV, z_BHF)
+        return self.out_proj(y_BTHV.flatten(2)), after
+
+    def init_state(
+        self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None
+    ) -> RebasedState:
+        heads, features = self.config.heads, SQUARES.size(self.config.feature_dim)
+        sizes = (batch, heads, features, self.config.width // heads)
+        s_BHFV = torch.zeros(sizes, dtype=recurrent_dtype(dtype), device=device)
+        return RebasedState(s_BHFV, s_BHFV[..., 0].clone())
+
+    def state_elements(self, context_len: int) -> int:
+        return SQUARES.size(self.config.feature_dim) * (self.config.width + self.config.heads)

@@ -1,0 +1,152 @@
+"""Random Feature Attention: linear attention with random Fourier features, and a gate that forgets by option.
+
+    u^ = u / (|u| + 1e-3)        W_h = R_h diag(sigma_h) / tau        phi(u) = [sin(W_h u^), cos(W_h u^)] / 10
+    S_t = S_{t-1} + phi(k_t) v_t^T         gated (RFA-Gate): S_t = g_t S_{t-1} + (1 - g_t) phi(k_t) v_t^T
+    z_t = z_{t-1} + phi(k_t)                                 z_t = g_t z_{t-1} + (1 - g_t) phi(k_t)
+    y_t = W_o [ phi(q_t)^T S_t / max(phi(q_t) . z_t, floor) ]         g_t = sigmoid(w_g . x_t + b_g), per head
+
+R_h: one Gaussian draw per head, P rows. phi(q) . phi(k) estimates P / 100 exp(-|q^ - k^|^2 / (2 tau^2)), as
+softmax weighs unit vectors: their norms cancel. Peng, Pappas, Yogatama, Schwartz, Smith, Kong, "Random
+Feature Attention", 2021, arXiv 2103.02143. Weights of the official CausalAttention: q_proj, k_proj, v_proj
+are the rows of `qkv`, in that order; sigma, without its middle dimension, is sigma_HK; random_matrices is
+rows_HPK.
+Deviations: the official code draws R from a pool of 500 for every batch that it trains on; here one draw
+stays with the weights. It has no gate, which is the paper's; gated sums are averages, phi(q) . z <= P / 100,
+so the official floor of 1 would never let go: gated, the floor is a tenth of that bound.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
+from holdall.ops.linear_attention import linear_attention, linear_attention_loop
+
+SCALE = 0.1
+NORM_EPS = 1e-3
+
+
+class RfaState(NamedTuple):
+    """The sum of phi(k) v^T, and the sum of phi(k) that the output is divided by."""
+
+    s_BHFV: Tensor
+    z_BHF: Tensor
+
+
+@register(
+    "rfa",
+    paper=Paper(
+        title="Random Feature Attention",
+        authors="Peng et al.",
+        year=2021,
+        arxiv="2103.02143",
+    ),
+    state="2P(D + H)",
+    training="ND(D + P)",
+    inference="D(D + P)",
+)
+@dataclass(frozen=True, kw_only=True)
+class RfaConfig(MixerConfig):
+    """Linear attention with random Fourier features of unit vectors (RFA), gated by option.
+
+    frequencies: random rows per head, P, each a sine and a cosine; tau: temperature; gate: RFA-Gate.
+    floor: the least that outputs are divided by; 0 for 1 without and P / 1000 with the gate.
+    """
+
+    heads: int = 2
+    frequencies: int = 64
+    tau: float = 1.0
+    gate: bool = False
+    floor: float = 0.0
+    chunk: int = 128
+
+    variants = ({"frequencies": 12, "chunk": 16, "tau": 0.8}, {"frequencies": 8, "heads": 4, "gate": True})
+
+    def validate(self) -> None:
+        if self.heads < 1 or self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.frequencies < 1 or self.chunk < 1:
+            raise ValueError(f"frequencies {self.frequencies} and chunk {self.chunk} must be positive")
+        if self.tau <= 0 or self.floor < 0:
+            raise ValueError(f"tau {self.tau} must be positive, floor {self.floor} not negative")
+
+    @property
+    def resolved_floor(self) -> float:
+        return self.floor or (0.1 * SCALE**2 * self.frequencies if self.gate else 1.0)
+
+    def build(self) -> Rfa:
+        return Rfa(self)
+
+
+class Rfa(Mixer):
+    config: RfaConfig
+    state_type = RfaState
+    own_init = True
+
+    def __init__(self, config: RfaConfig) -> None:
+        super().__init__(config)
+        width, head_dim = config.width, config.width // config.heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out_proj = nn.Linear(width, width)
+        self.gate = nn.Linear(width, config.heads) if config.gate else None
+        self.sigma_HK = nn.Parameter(torch.ones(config.heads, head_dim))
+        self.register_buffer("rows_HPK", torch.randn(config.heads, config.frequencies, head_dim))
+        with torch.no_grad():
+            for weight in (*self.qkv.weight.split(width), self.out_proj.weight):
+                nn.init.xavier_uniform_(weight, gain=2**-0.5)
+            nn.init.zeros_(self.out_proj.bias)
+
+    def features(self, u_BTHK: Tensor) -> Tensor:
+        """(B, T, H, K) to (B, T, H, 2P), in the dtype that sums are kept in."""
+        dtype = recurrent_dtype(u_BTHK.dtype)
+        u_BTHK = u_BTHK.to(dtype)
+        u_BTHK = u_BTHK / (torch.linalg.vector_norm(u_BTHK, dim=-1, keepdim=True) + NORM_EPS)
+        u_BTHK = u_BTHK * self.sigma_HK.to(dtype) / self.config.tau
+        angle_BTHP = torch.einsum("bthk,hpk->bthp", u_BTHK, self.rows_HPK.to(dtype))
+        return SCALE * torch.cat((angle_BTHP.sin(), angle_BTHP.cos()), dim=-1)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        state: RfaState | None = None,
+        *,
+        inplace: bool = False,
+        want_state: bool = True,
+    ) -> tuple[Tensor, RfaState | None]:
+        config = self.config
+        q, k, v_BTHV = (u.unflatten(-1, (config.heads, -1)) for u in self.qkv(x_BTD).chunk(3, dim=-1))
+        q_BTHF, k_BTHF, log_decay_BTH = self.features(q), self.features(k), None
+        if self.gate is not None:
+            gate_BTH = self.gate(x_BTD).to(k_BTHF.dtype)
+            # 1 - g is sigmoid(-gate), with all its digits where g is close to 1
+            log_decay_BTH, k_BTHF = F.logsigmoid(gate_BTH), k_BTHF * torch.sigmoid(-gate_BTH)[..., None]
+        s_BHFV: Tensor | None
+        if self.form == "loop":
+            state = state or self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
+            y_BTHV, s_BHFV, z_BHF = linear_attention_loop(
+                q_BTHF, k_BTHF, v_BTHV, *state, log_decay_BTH, floor=config.resolved_floor
+            )
+        else:
+            y_BTHV, s_BHFV, z_BHF = linear_attention(
+                q_BTHF, k_BTHF, v_BTHV, state and state.s_BHFV, state and state.z_BHF, log_decay_BTH,
+                normalise=True, floor=config.resolved_floor, chunk=config.chunk,
+                inplace=inplace, want_state=want_state,
+            )  # fmt: skip
+        after = None
+        if want_state and s_BHFV is not None and z_BHF is not None:
+            after = RfaState(s_BHFV, z_BHF)
+        return self.out_proj(y_BTHV.flatten(2)), after
+
+    def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None) -> RfaState:
+        config = self.config
+        sizes = (batch, config.heads, 2 * config.frequencies, config.width // config.heads)
+        s_BHFV = torch.zeros(sizes, dtype=recurrent_dtype(dtype), device=device)
+        return RfaState(s_BHFV, s_BHFV[..., 0].clone())
+
+    def state_elements(self, context_len: int) -> int:
+        return 2 * self.config.frequencies * (self.config.width + self.config.heads)

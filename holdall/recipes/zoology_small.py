@@ -1,0 +1,68 @@
+"""Zoology's figure 2 in small: how wide a gated convolution must be, as the sequence grows, within an hour.
+
+The published experiment (zoology_figure2.py) trains 64 epochs of 100,000 rows; this one keeps its law and
+not its scale: rows of 16, 32 and 64 tokens with 2, 4 and 8 pairs, 64 tokens of vocabulary, filler of zeros,
+widths of 16 to 128, at most 4,000 steps of 2,048 tokens. Every model has two layers, a short convolution
+and then the mixer, since attention alone needs far longer to find the same.
+
+What was tried and shows less: 256 tokens of vocabulary, random filler, or batches that are half as large.
+Gated convolutions then stay at the share of a guess among the values of their row, at every width.
+"""
+
+from __future__ import annotations
+
+from holdall.contract import MixerConfig
+from holdall.frontier import Point, SweepConfig
+from holdall.mixers.attention import AttentionConfig
+from holdall.mixers.base_conv import BaseConvConfig
+from holdall.mixers.h3 import H3Config
+from holdall.mixers.hyena import HyenaConfig
+from holdall.mixers.taylor import TaylorConfig
+from holdall.model import ModelConfig
+from holdall.recipes.patterns import after_conv
+from holdall.tasks.data import MQARData, Segment
+from holdall.train import TrainConfig
+
+VOCAB, STEPS, TOKENS = 64, 4000, 2048
+WIDTHS = (128, 64, 32, 16)
+LENGTHS = ((16, 2), (32, 4), (64, 8))
+RATES = (0.01, 0.02)
+
+
+def mixers(width: int, length: int) -> dict[str, MixerConfig]:
+    """The mixer of the second layer, by family; gated convolutions first, since they take longest."""
+    return {
+        "Hyena": HyenaConfig(width=width, max_length=length),
+        "H3": H3Config(width=width, state=length),
+        "BaseConv": BaseConvConfig(width=width, filter="long", max_length=length),
+        "Based": TaylorConfig(width=width, feature_dim=8),
+        "attention": AttentionConfig(width=width),
+    }
+
+
+def sweeps(seeds: int = 1) -> tuple[SweepConfig, ...]:
+    """One sweep per length, the longest rows last."""
+    found = []
+    for length, pairs in LENGTHS:
+        batch = TOKENS // length
+        task = MQARData(
+            vocab=VOCAB,
+            filler="zero",
+            train=(Segment(length=length, pairs=pairs, rows=STEPS * batch),),
+            test=(Segment(length=length, pairs=pairs, rows=500),),
+        )
+        points = []
+        for width in WIDTHS:
+            for family, mixer in mixers(width, length).items():
+                train = TrainConfig(
+                    model=ModelConfig(vocab=VOCAB, width=width, layers=after_conv(mixer)),
+                    data=task,
+                    learning_rates=RATES,
+                    seeds=tuple(range(seeds)),
+                    batch=batch,
+                    weight_decay=0.01,
+                    evaluate_every=250,
+                )
+                points.append(Point(label=family, family=family, train=train))
+        found.append(SweepConfig(recipe="zoology-small", part=f"N{length}", points=tuple(points)))
+    return tuple(found)
