@@ -1,6 +1,7 @@
 # make frontier   the recall-memory frontier, from nothing, in minutes
 # make test       set up, then all tests          make test-full   the exhaustive set as well
 # make check      format, lint, layer fences, types
+# make zoo        every mixer on the quick task, its errors over great lengths, and docs/zoo.md
 # make bench      speed beside its ceiling; prints tables, writes results/
 PYTHON ?= python3
 VENV   ?= .venv
@@ -8,10 +9,15 @@ BIN     = $(VENV)/bin
 JOBS   ?= 2
 SHAPES  = holdall,shapes.check
 
-.PHONY: frontier test test-full check bench format clean
+.PHONY: frontier zoo test test-full check bench format clean
 
 frontier: $(VENV)/installed
 	$(BIN)/holdall frontier quick
+
+zoo: $(VENV)/installed
+	$(BIN)/holdall frontier zoo --out results/zoo
+	$(BIN)/holdall soundness --out results/zoo
+	$(BIN)/holdall zoo --results results/zoo --page docs/zoo.md
 
 test: $(VENV)/installed-dev
 	$(BIN)/pytest -q -n $(JOBS) --jaxtyping-packages=$(SHAPES) -m "not compile and not full"
@@ -42,7 +48,7 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install -c constraints.txt -e ".[dev,parity]"
 	@touch $@ $(VENV)/installed
 
 clean:

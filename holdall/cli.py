@@ -1,4 +1,4 @@
-"""The command line: `holdall frontier`, `holdall report`, `holdall zoo`.
+"""The command line: `holdall frontier`, `report`, `zoo`, `soundness`, `matrix`.
 
 Nothing heavy is imported before a command is known to be well-formed, so that help is instant.
 """
@@ -54,8 +54,9 @@ def report(
     """Remake the figure and the page of one or several sweeps, from their folders alone.
 
     Args:
-        folders: folders that `holdall frontier` left; several are drawn over each other.
-        out: where frontier.png and frontier.html go; the first folder by default.
+        folders: folders that `holdall frontier` left, several are drawn over each other; or one that
+            `holdall matrix` left.
+        out: where picture and page go; the first folder by default.
     """
     from holdall import show
 
@@ -69,18 +70,88 @@ def zoo(
     width: int = 1024,
     context: int = 2048,
     load: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = (),
+    results: Path | None = None,
+    page: Path = Path("zoo.md"),
 ) -> int:
-    """List every sequence mixer with its state and its costs; or describe one.
+    """List every sequence mixer with its state and its costs; or describe one; or write the zoo's page.
 
     Args:
         name: a mixer to describe in full.
         width: model width at which the bytes of state are counted.
         context: tokens after which they are counted.
         load: a mixer file of your own to list too.
+        results: a folder that `holdall frontier zoo` left: write the page of what all mixers reached there.
+        page: where that page goes.
     """
     from holdall import show
 
-    return show.zoo(name, width, context, load)
+    return show.zoo(name, width, context, load) if results is None else show.zoo_page(results, page, load)
+
+
+@app.command
+def soundness(
+    names: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
+    *,
+    out: Path = Path("runs/zoo"),
+    width: int = 64,
+    length: int | None = None,
+    load: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = (),
+) -> int:
+    """Measure how far each mixer drifts from fp64: over 100,000 tokens in fp32, over 16,384 in bf16.
+
+    Stop it at any time; the same command goes on from where it was.
+
+    Args:
+        names: mixers, each as NAME or NAME:option=value,option=value; by default all of them.
+        out: the folder that gets soundness.jsonl.
+        width: model width.
+        length: tokens to read in either dtype, instead of those.
+        load: a mixer file of your own; its mixers join.
+    """
+    from holdall import show
+
+    return show.soundness(names, out, width, length, load)
+
+
+@app.command
+def matrix(
+    names: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
+    *,
+    length: int = 64,
+    width: int = 32,
+    input: Literal["random", "repeats", "constant"] = "random",
+    scale: float = 2.0,
+    heads: int = 1,
+    jacobian: bool = False,
+    seed: int = 0,
+    load: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = (),
+    out: Path = Path("runs/matrix"),
+    dark: bool = False,
+) -> int:
+    """Draw the matrix that each mixer applies along the sequence, all mixers side by side.
+
+    Mixers are freshly initialised. Where a mixer is linear in its values the matrix is exact, and checked;
+    else it is the norm of the whole mixer's Jacobian.
+
+    Args:
+        names: mixers, each as NAME or NAME:option=value,option=value; by default all of them.
+        length: tokens, N.
+        width: model width of mixers and input.
+        input: random (all tokens unlike), repeats (a row of associative recall from few tokens: who looks at
+            equal tokens?) or constant (one token again and again: what position alone does).
+        scale: standard deviation of the input's numbers; larger ones make attention sharper.
+        heads: heads or channels to show of each mixer, up to 4.
+        jacobian: take the whole mixer's Jacobian even where the exact matrix is known.
+        seed: of input and weights.
+        load: a mixer file of your own; its mixers join.
+        out: the folder that gets matrix.png, matrix.html, matrix.json and matrix.npz.
+        dark: draw matrix.png on a dark ground.
+    """
+    from holdall import show
+
+    return show.matrix(
+        names, length, width, input, scale, heads, jacobian, seed, load, out, dark, command=_command()
+    )
 
 
 def _command() -> str:

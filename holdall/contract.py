@@ -260,12 +260,14 @@ class Entry:
     """What the registry knows of one mixer.
 
     Attributes:
+        family: which mixers it stands beside in tables.
         state: elements of the state of one row after N tokens, as a formula in the config's letters.
         training, inference: cost of N tokens at once, and of one more token, in O-notation.
         causal: whether no output sees the future.
     """
 
     name: str
+    family: str
     summary: str
     paper: Paper
     state: str
@@ -294,7 +296,7 @@ class Entry:
         about = inspect.getdoc(self.config) or ""
         options += "\n" + textwrap.indent(about.partition("\n")[2].strip("\n"), "  ")
         return (
-            f"{self.name}: {self.summary}\n  {self.paper.title} ({source})\n"
+            f"{self.name}: {self.summary}\n  {self.family}; {self.paper.title} ({source})\n"
             f"  state elements after N tokens: {self.state}\n"
             f"  N tokens at once: {self.training}; one more: {self.inference}; "
             f"{'causal' if self.causal else 'not causal'}\n  options:{options}"
@@ -305,7 +307,14 @@ _registry: dict[str, Entry] = {}
 
 
 def register(
-    name: str, *, paper: Paper, state: str, training: str, inference: str, causal: bool = True
+    name: str,
+    *,
+    family: str = "other",
+    paper: Paper,
+    state: str,
+    training: str,
+    inference: str,
+    causal: bool = True,
 ) -> Callable[[type[MixerConfig]], type[MixerConfig]]:
     """Class decorator that enters a mixer's config, and with it the mixer, into the registry.
 
@@ -323,6 +332,7 @@ def register(
         config.name = name
         _registry[name] = Entry(
             name=name,
+            family=family,
             summary=(config.__doc__ or "").strip().partition("\n")[0].rstrip("."),
             paper=paper,
             state=state,

@@ -15,11 +15,16 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from holdall import mixers, recipes
+from holdall import mixers, recipes, runs
 from holdall import report as reports
-from holdall.contract import MixerConfig, bytes_per_row
+from holdall.analysis import gallery
+from holdall.analysis.matrix import inputs, matrix_of
+from holdall.analysis.soundness import LENGTHS, drift, length_for
+from holdall.contract import Entry, MixerConfig, bytes_per_row
 from holdall.frontier import Point, SweepConfig, Watcher, run_sweep
 from holdall.recipes import quick
+from holdall.report import matrix as matrices
+from holdall.report import zoo as zoo_pages
 from holdall.report.style import bytes_text
 from holdall.runs import RunError
 from holdall.train import Progress as TrainProgress
@@ -55,10 +60,13 @@ def frontier(
         device = _resolve_device(device)
     except USER_ERRORS as error:
         return _fail(error)
-    for sweep in sweeps:
-        folder = out / sweep.part if sweep.part else out
+    folders = [out / sweep.part if sweep.part else out for sweep in sweeps]
+    for sweep, folder in zip(sweeps, folders, strict=True):
         if code := _frontier(sweep, folder, load, device, workers, command):
             return code
+    if len(sweeps) > 1:
+        for path in reports.write_widths(folders, out):
+            console.print(f"  {path}")
     return 0
 
 
@@ -105,6 +113,12 @@ def _with_additions(
 
 def _added_point(wanted: str, seeds: int) -> Point:
     """A point of the quick recipe from "NAME" or "NAME:option=value,option=value"."""
+    label, config = _configured(wanted, quick.WIDTH)
+    return quick.point(label, config.name, config, seeds)
+
+
+def _configured(wanted: str, width: int) -> tuple[str, MixerConfig]:
+    """A label and a config from "NAME" or "NAME:option=value,option=value"."""
     name, _, text = wanted.partition(":")
     entry = mixers.entry(name)
     options = {}
@@ -113,9 +127,8 @@ def _added_point(wanted: str, seeds: int) -> Point:
         if not equals:
             raise ValueError(f"'{wanted}': write options as option=value, joined by commas")
         options[option] = _parsed(value)
-    config: MixerConfig = entry.configure(**{"width": quick.WIDTH, **options})
     label = ", ".join([name, *(f"{option} = {value}" for option, value in options.items())])
-    return quick.point(label, name, config, seeds)
+    return label, entry.configure(**{"width": width, **options})
 
 
 def _parsed(value: str) -> Any:
@@ -247,7 +260,13 @@ def _percent(score: float | None) -> str:
 def report(folders: Sequence[Path], out: Path | None) -> int:
     """The command `holdall report`."""
     try:
-        for path in reports.write(folders, out or folders[0]):
+        if [folder for folder in folders if (folder / "matrix.json").exists()]:
+            if len(folders) > 1:
+                raise ValueError("mixing matrices are drawn from one folder at a time")
+            written = matrices.write(folders[0], out or folders[0])
+        else:
+            written = reports.write(folders, out or folders[0])
+        for path in written:
             console.print(f"  {path}")
     except USER_ERRORS as error:
         return _fail(error)
@@ -264,40 +283,204 @@ def zoo(name: str | None, width: int, context: int, load: Sequence[Path]) -> int
             return 0
     except USER_ERRORS as error:
         return _fail(error)
+    seeing = [name for name in mixers.names() if not mixers.entry(name).causal]
     table = Table(
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         padding=(0, 1),
         caption=f"State: elements that one layer carries per row, and the bytes of them, counted after N = "
-        f"{context} tokens at width D = {width} with bf16 activations. Costs of N tokens at once and of one "
-        "more, in O-notation. `holdall zoo NAME` tells the letters, the paper and the options.",
+        f"{context} tokens at width D = {width} with bf16 activations. A wider terminal also shows papers, and "
+        "costs of N tokens at once and of one more. `holdall zoo NAME` tells letters, paper and options. "
+        f"Not causal: {', '.join(seeing)}.",
         caption_justify="left",
     )
-    wide = console.width >= 100
-    for column in ("mixer", *(["paper"] if wide else []), "year", "state"):
+    costs, papers = console.width >= 105, console.width >= 140
+    for column in ("mixer", *(["paper", "year"] if papers else []), "state"):
         table.add_column(column, no_wrap=True)
     table.add_column("bytes", justify="right", no_wrap=True)
-    for column in ("training", "one token", "causal"):
-        table.add_column(column)
-    for each in mixers.names():
-        entry = mixers.entry(each)
-        table.add_row(
-            each,
-            *([entry.paper.authors.split(",")[0]] if wide else []),
-            str(entry.paper.year),
-            entry.state,
-            bytes_text(_state_bytes(entry.configure(width=width), context)),
-            entry.training,
-            entry.inference,
-            "yes" if entry.causal else "no",
-        )
+    for column in ("training", "one token") if costs else ():
+        table.add_column(column, no_wrap=True)
+    for family, members in mixers.families().items():
+        table.add_section()
+        table.add_row(f"[bold]{family}[/]")
+        for entry in map(mixers.entry, members):
+            table.add_row(
+                entry.name,
+                *([entry.paper.authors.split(",")[0], str(entry.paper.year)] if papers else []),
+                entry.state,
+                bytes_text(_state_bytes(entry, width, context)),
+                *([entry.training, entry.inference] if costs else []),
+            )
     console.print(table)
     return 0
 
 
+def zoo_page(results: Path, page: Path, load: Sequence[Path]) -> int:
+    """The command `holdall zoo --results`."""
+    try:
+        for file in load:
+            mixers.load(file)
+        console.print(f"  {zoo_pages.write(results, page)}")
+    except USER_ERRORS as error:
+        return _fail(error)
+    return 0
+
+
+def soundness(names: Sequence[str], out: Path, width: int, length: int | None, load: Sequence[Path]) -> int:
+    """The command `holdall soundness`."""
+    path = out / "soundness.jsonl"
+    found: list[dict[str, Any]] = []
+    try:
+        for file in load:
+            mixers.load(file)
+        wanted = [(each, _configured(each, width)[1]) for each in names or mixers.names()]
+        out.mkdir(parents=True, exist_ok=True)
+        done = {
+            (line["mixer"], line["dtype"], line["width"], line["length"]): line
+            for line in runs.read_lines(path)
+        }
+    except USER_ERRORS as error:
+        return _fail(error)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table.add_column("mixer")
+    for column in ("dtype", "tokens", "error", "late", "s"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.caption = (
+        "Error: largest difference from fp64, relative to the largest output; late: of the last tenth."
+    )
+    table.caption_justify = "left"
+    with console.status("") as status:
+        for label, config in wanted:
+            for dtype in LENGTHS:
+                name = str(dtype).removeprefix("torch.")
+                status.update(f"{label}, {name} ({len(found) + 1} of {len(LENGTHS) * len(wanted)})")
+                line = done.get((label, name, width, length_for(config, dtype, length)))
+                if line is None:
+                    measured = drift(config, dtype, length=length)
+                    line = {"mixer": label, "dtype": name, "width": width, **dataclasses.asdict(measured)}
+                    runs.append_line(path, line)
+                found.append(line)
+                table.add_row(
+                    label, name, f"{line['length']:,}", f"{line['error']:.1e}", f"{line['last']:.1e}",
+                    f"{line['seconds']:.1f}",
+                )  # fmt: skip
+    console.print(table)
+    console.print(f"  {path}")
+    unsound = [line["mixer"] for line in found if not math.isfinite(line["error"])]
+    if unsound:
+        console.print(f"not finite: {', '.join(unsound)}", markup=False, soft_wrap=True)
+    return 1 if unsound else 0
+
+
 @torch.no_grad()
-def _state_bytes(config: MixerConfig, context: int) -> int:
+def _state_bytes(entry: Entry, width: int, context: int) -> int:
     """Bytes of a mixer's state after really reading that many tokens."""
+    longest = entry.options.get("max_length", context)
+    config = entry.configure(width=width, **({"max_length": context} if longest < context else {}))
     mixer = config.build().to(torch.bfloat16)
-    _, state = mixer(torch.zeros(1, context, config.width, dtype=torch.bfloat16))
+    ids = {"tokens_BT": torch.zeros(1, context, dtype=torch.long)} if mixer.reads_tokens else {}
+    _, state = mixer(torch.zeros(1, context, width, dtype=torch.bfloat16), **ids)
     return bytes_per_row(state)
+
+
+# ---------------------------------------------------------------------------------------------- matrix
+
+
+def matrix(
+    names: Sequence[str],
+    length: int,
+    width: int,
+    input: str,
+    scale: float,
+    heads: int,
+    jacobian: bool,
+    seed: int,
+    load: Sequence[Path],
+    out: Path,
+    dark: bool,
+    *,
+    command: str,
+) -> int:
+    """The command `holdall matrix`; 1 if some mixer has no matrix, which stops no other."""
+    wanted = dict.fromkeys(names)
+    try:
+        for file in load:
+            mixers.load(file)
+        for each in wanted:  # what a user typed is checked before anything is computed
+            _configured(each, width)
+        if length < 4 or width < 1 or not 1 <= heads <= 4:
+            raise ValueError(
+                f"length {length} is below 4, width {width} below 1, or heads {heads} not 1 to 4"
+            )
+    except USER_ERRORS as error:
+        return _fail(error)
+    settings: dict[str, Any] = {"length": length, "kind": input, "scale": scale, "seed": seed, "shown": heads}
+    found: list[gallery.MixingMatrix] = []
+    failures: dict[str, str] = {}
+    wanted = wanted or dict.fromkeys(mixers.names())
+    with console.status("") as status:
+        for each in wanted:
+            status.update(f"{each} ({len(found) + len(failures) + 1} of {len(wanted)})")
+            try:
+                label, config = _configured(each, width)
+                found.append(matrix_of(config, label=label, jacobian=jacobian, **settings))
+            except Exception as error:  # whatever a mixer raises stops no other, and is told below
+                failures[each] = f"{type(error).__name__}: {error}".partition("\n")[0]
+    kind = {
+        "random": "random input",
+        "repeats": "associative recall of few tokens",
+        "constant": "one token again and again",
+    }
+    result = gallery.Gallery(
+        command=command,
+        length=length,
+        width=width,
+        input=f"{kind[input]}, scale {scale:g}",
+        tokens=inputs(input, length, width, seed=seed).names,
+        matrices=tuple(found),
+        failures=failures,
+        environment=runs.environment("cpu", torch.get_num_threads()),
+    )
+    if found:
+        console.print(_matrix_table(result))
+    for label, reason in failures.items():
+        console.print(f"{label} has no matrix: {reason}", markup=False, soft_wrap=True)
+    try:
+        written = gallery.save(result, out)
+        for path in (*(matrices.write(out, out, dark=dark) if found else []), *written):
+            console.print(f"  {path}")
+    except USER_ERRORS as error:
+        return _fail(error)
+    return 1 if failures else 0
+
+
+def _matrix_table(result: gallery.Gallery) -> Table:
+    wide = console.width >= 100
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1),
+        caption="Rank: of what the second half of the sequence takes from the first, M[N/2:, :N/2], out of "
+        "the largest possible; a recurrence passes all of it through its state. To 1%: the rank that gives "
+        "that quarter within 1%. The largest of all heads or channels counts; a Jacobian counts all numbers "
+        "of the state together." + " Small: entries below 1/1000 of their row's largest." * wide,
+        caption_justify="left",
+    )
+    table.add_column("mixer")
+    for column in ("matrix", *(["of"] if wide else [])):
+        table.add_column(column, no_wrap=True)
+    for column in ("rank", "to 1%", "state", "Toeplitz", "causal", *(["small"] if wide else [])):
+        table.add_column(column, justify="right", no_wrap=True)
+    for each in result.matrices:
+        table.add_row(
+            each.label,
+            each.kind,
+            *([each.source or "the whole mixer"] if wide else []),
+            "-" if each.rank is None else f"{each.rank}/{each.full_rank}",
+            "-" if each.rank_1 is None else str(each.rank_1),
+            str(each.state),
+            "yes" if each.is_toeplitz else f"{each.toeplitz:.0%} off",
+            "yes" if each.causal else "no",
+            *([f"{each.sparsity:.0%}"] if wide else []),
+        )
+    return table

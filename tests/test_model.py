@@ -10,6 +10,7 @@ from holdall.contract import load_states, save_states, select_rows
 from holdall.mixers.attention import AttentionConfig
 from holdall.mixers.base_conv import BaseConvConfig
 from holdall.mixers.mamba import MambaConfig
+from holdall.mixers.repeat_attention import RepeatAttentionConfig
 from holdall.mixers.taylor import TaylorConfig
 from holdall.model import Model, ModelConfig
 from holdall.recipes.patterns import based
@@ -83,6 +84,23 @@ def test_the_state_is_counted_over_all_layers() -> None:
     assert model.state_bytes(30) == model.state_bytes(300)
     growing = ModelConfig(vocab=40, width=16, layers=(AttentionConfig(width=16),)).build()
     assert growing.state_bytes(30) == 4 * 2 * 30 * 16 + 8
+
+
+@torch.no_grad()
+def test_a_mixer_that_reads_tokens_is_given_those_of_each_call() -> None:
+    layers = (RepeatAttentionConfig(width=16), BaseConvConfig(width=16), RepeatAttentionConfig(width=16))
+    model = build(dataclasses.replace(CONFIG, layers=layers))
+    whole, _ = model(tokens())
+    states, parts = None, []
+    for piece in tokens().split([1, 7, 21, 1], dim=1):
+        logits, states = model(piece, states)
+        parts.append(logits)
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=1e-12)
+    at = torch.tensor([[0, 3, 29], [5, 5, 6]])
+    asked, _ = model(tokens(), at_BQ=at, want_states=False)
+    torch.testing.assert_close(asked, whole.take_along_dim(at[..., None], dim=1), rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="repeat-attention needs the tokens' ids: pass tokens_BT"):
+        model.mixers[0](torch.zeros(2, 3, 16).double())
 
 
 def test_parameters_count_the_tied_embedding_once() -> None:

@@ -26,6 +26,20 @@ def entry(name: str) -> Entry:
     return lookup(name)
 
 
+FAMILIES = (
+    "softmax attention", "linear attention", "delta rule", "state space", "gated recurrence", "convolution",
+)  # fmt: skip
+"""In the order in which tables show them; a user's own come after."""
+
+
+def families() -> dict[str, list[str]]:
+    """The names of all registered mixers by family."""
+    found: dict[str, list[str]] = {family: [] for family in FAMILIES}
+    for name in names():
+        found.setdefault(entry(name).family, []).append(name)
+    return {family: members for family, members in found.items() if members}
+
+
 def load(file: Path) -> list[str]:
     """Run a user's own mixer file and return the names that it registered, sorted.
 

@@ -10,6 +10,8 @@ Deviations: none (Zoology masks with -10000, which is zero after the softmax).
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,8 +25,9 @@ from holdall.ops.rotary import rotate, standard_frequencies
 
 @register(
     "attention",
+    family="softmax attention",
     paper=Paper(title="Attention Is All You Need", authors="Vaswani et al.", year=2017, arxiv="1706.03762"),
-    state="2ND + 1",
+    state="2NDG/H + 1",
     training="N²D",
     inference="ND",
 )
@@ -32,21 +35,37 @@ from holdall.ops.rotary import rotate, standard_frequencies
 class AttentionConfig(MixerConfig):
     """Softmax attention over everything read so far.
 
+    heads: of queries, H; kv_heads: of keys and values, G, 0 for as many. One serves H / G of the queries'.
     rotary: share of each head's dimensions that rotary positions turn; 0 for none, 1 for all.
+    block: queries and keys that meet at once in the form "blockwise", FlashAttention's algorithm in plain
+        PyTorch with memory linear in the length; "parallel" is PyTorch's own attention.
     """
 
     heads: int = 1
+    kv_heads: int = 0
     rotary: float = 0.0
     rotary_base: float = 10000.0
     bias: bool = True
+    block: int = 256
 
-    variants = ({}, {"heads": 2, "rotary": 0.5, "bias": False})
+    forms = ("loop", "blockwise", "parallel")
+    variants = (
+        {},
+        {"heads": 4, "kv_heads": 2, "rotary": 0.5, "bias": False},
+        {"form": "blockwise", "heads": 2, "block": 16},
+    )
 
     def validate(self) -> None:
         if self.heads < 1 or self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         if not 0 <= self.rotary <= 1:
             raise ValueError(f"rotary {self.rotary} is a share of the head's dimensions, between 0 and 1")
+        # mixers without these options check theirs here too
+        kv_heads = getattr(self, "kv_heads", 0)
+        if kv_heads < 0 or (kv_heads and self.heads % kv_heads):
+            raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {kv_heads}")
+        if getattr(self, "block", 1) < 1:
+            raise ValueError(f"block {self.block} must be positive")
 
     def build(self) -> Attention:
         return Attention(self)
@@ -55,14 +74,17 @@ class AttentionConfig(MixerConfig):
 class QKV(nn.Module):
     """Queries, keys and values of all heads from one product, turned by their positions."""
 
-    def __init__(self, width: int, heads: int, rotary: float, rotary_base: float, bias: bool) -> None:
+    def __init__(
+        self, width: int, heads: int, rotary: float, rotary_base: float, bias: bool, kv_heads: int = 0
+    ) -> None:
         super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width, bias=bias)
-        self.turned, self.rotary_base = int(rotary * (width // heads)) // 2 * 2, rotary_base
+        self.heads = [heads, kv_heads or heads, kv_heads or heads]
+        self.head_dim = width // heads
+        self.qkv = nn.Linear(width, sum(self.heads) * self.head_dim, bias=bias)
+        self.turned, self.rotary_base = int(rotary * self.head_dim) // 2 * 2, rotary_base
 
     def forward(self, x_BTD: Tensor, seen_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.qkv(x_BTD).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        q, k, v = self.qkv(x_BTD).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)
         if self.turned:
             frequency_F = standard_frequencies(self.turned, self.rotary_base, x_BTD)
             position_BT = seen_B[:, None] + torch.arange(x_BTD.shape[1], device=x_BTD.device)
@@ -76,9 +98,16 @@ class Attention(Mixer):
 
     def __init__(self, config: AttentionConfig) -> None:
         super().__init__(config)
-        self.project = QKV(config.width, config.heads, config.rotary, config.rotary_base, config.bias)
+        self.project = QKV(
+            config.width, config.heads, config.rotary, config.rotary_base, config.bias, config.kv_heads
+        )
         self.out_proj = nn.Linear(config.width, config.width, bias=config.bias)
-        self.attend = attention.full_attention_loop if self.form == "loop" else attention.full_attention
+        forms: dict[str, Callable[..., tuple[Tensor, KeyValueCache]]] = {
+            "loop": attention.full_attention_loop,
+            "blockwise": functools.partial(attention.blockwise_attention, block=config.block),
+            "parallel": attention.full_attention,
+        }
+        self.attend = forms[self.form]
 
     def forward(
         self,
@@ -97,10 +126,8 @@ class Attention(Mixer):
     def init_state(
         self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None
     ) -> KeyValueCache:
-        head_dim = self.config.width // self.config.heads
-        return attention.empty_cache(
-            batch, 0, self.config.heads, head_dim, head_dim, dtype=dtype, device=device
-        )
+        heads, head_dim = self.project.heads[1], self.project.head_dim
+        return attention.empty_cache(batch, 0, heads, head_dim, head_dim, dtype=dtype, device=device)
 
     def state_elements(self, context_len: int) -> int:
-        return 2 * context_len * self.config.width + 1
+        return 2 * context_len * self.project.heads[1] * self.project.head_dim + 1

@@ -29,6 +29,7 @@ class ConvState(NamedTuple):
 
 @register(
     "base-conv",
+    family="convolution",
     paper=Paper(
         title="Zoology: Measuring and Improving Recall in Efficient Language Models",
         authors="Arora, Eyuboglu, Timalsina, Johnson, Poli, Zou, Rudra, Ré",

@@ -35,6 +35,7 @@ class BiGSState(NamedTuple):
 
 @register(
     "bigs",
+    family="state space",
     paper=Paper(
         title="Pretraining Without Attention",
         authors="Wang, Yan, Gu, Rush",

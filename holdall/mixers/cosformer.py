@@ -39,6 +39,7 @@ class CosformerState(NamedTuple):
 
 @register(
     "cosformer",
+    family="linear attention",
     paper=Paper(
         title="cosFormer: Rethinking Softmax in Attention",
         authors="Qin et al.",

@@ -34,6 +34,7 @@ class GSSState(NamedTuple):
 
 @register(
     "gss",
+    family="state space",
     paper=Paper(
         title="Long Range Language Modeling via Gated State Spaces",
         authors="Mehta, Gupta, Cutkosky, Neyshabur",

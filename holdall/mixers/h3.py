@@ -37,6 +37,7 @@ class H3State(NamedTuple):
 
 @register(
     "h3",
+    family="state space",
     paper=Paper(
         title="Hungry Hungry Hippos: Towards Language Modeling with State Space Models",
         authors="Fu et al.",

@@ -36,6 +36,7 @@ class HedgehogState(NamedTuple):
 
 @register(
     "hedgehog",
+    family="linear attention",
     paper=Paper(
         title="The Hedgehog & the Porcupine: Expressive Linear Attentions with Softmax Mimicry",
         authors="Zhang, Bhatia, Kumbong, Ré",

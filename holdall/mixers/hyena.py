@@ -35,6 +35,7 @@ class HyenaState(NamedTuple):
 
 @register(
     "hyena",
+    family="convolution",
     paper=Paper(
         title="Hyena Hierarchy: Towards Larger Convolutional Language Models",
         authors="Poli et al.",

@@ -42,6 +42,7 @@ class NormalisedState(NamedTuple):
 
 @register(
     "linear-attention",
+    family="linear attention",
     paper=Paper(
         title="Transformers are RNNs",
         authors="Katharopoulos, Vyas, Pappas, Fleuret",

@@ -34,6 +34,7 @@ class MambaState(NamedTuple):
 
 @register(
     "mamba",
+    family="state space",
     paper=Paper(
         title="Mamba: Linear-Time Sequence Modeling with Selective State Spaces",
         authors="Gu, Dao",

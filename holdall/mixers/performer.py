@@ -52,6 +52,7 @@ class ReluState(NamedTuple):
 
 @register(
     "performer",
+    family="linear attention",
     paper=Paper(
         title="Rethinking Attention with Performers",
         authors="Choromanski et al.",

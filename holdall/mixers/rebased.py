@@ -36,6 +36,7 @@ class RebasedState(NamedTuple):
 
 @register(
     "rebased",
+    family="linear attention",
     paper=Paper(
         title="Linear Transformers with Learnable Kernel Functions are Better In-Context Models",
         authors="Aksenov et al.",

@@ -34,6 +34,7 @@ class RetNetState(NamedTuple):
 
 @register(
     "retnet",
+    family="linear attention",
     paper=Paper(
         title="Retentive Network: A Successor to Transformer for Large Language Models",
         authors="Sun et al.",
@@ -101,7 +102,7 @@ class RetNet(Mixer):
         position_BT = state.seen_B[:, None] + torch.arange(new, device=x_BTD.device)
         dtype, device = recurrent_dtype(x_BTD.dtype), x_BTD.device
         # both ends included: the last angle is 1e-4
-        frequency_F = 10000.0 ** -torch.linspace(0, 1, k.shape[-1] // 2, dtype=dtype, device=device)
+        frequency_F = 10000.0 ** -torch.linspace(0, 1, k.shape[-1] // 2, dtype=torch.float64, device=device)
         log_gamma_H = torch.log1p(-(2.0 ** (-5 - torch.arange(config.heads, dtype=dtype, device=device))))
         q = rotate(q, position_BT, frequency_F, interleaved=True)
         k = rotate(k, position_BT, frequency_F, interleaved=True) * k.shape[-1] ** -0.5

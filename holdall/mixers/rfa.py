@@ -40,6 +40,7 @@ class RfaState(NamedTuple):
 
 @register(
     "rfa",
+    family="linear attention",
     paper=Paper(
         title="Random Feature Attention",
         authors="Peng et al.",

@@ -33,6 +33,7 @@ class S4DState(NamedTuple):
 
 @register(
     "s4d",
+    family="state space",
     paper=Paper(
         title="On the Parameterization and Initialization of Diagonal State Space Models",
         authors="Gu, Gupta, Goel, Ré",

@@ -36,6 +36,7 @@ class S5State(NamedTuple):
 
 @register(
     "s5",
+    family="state space",
     paper=Paper(
         title="Simplified State Space Layers for Sequence Modeling",
         authors="Smith, Warrington, Linderman",
@@ -123,7 +124,7 @@ class S5(Mixer):
             state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
         dtype = recurrent_dtype(x_BTD.dtype)
         log_a_P, b_PD = self.discretized(dtype)
-        u_BTD, h_BP = x_BTD.to(dtype), torch.view_as_complex(state.h_BP2)
+        u_BTD, h_BP = x_BTD.to(dtype), ssm.as_complex(state.h_BP2)
         bu_BTP = torch.complex(u_BTD @ b_PD.real.T, u_BTD @ b_PD.imag.T)
         if self.form == "loop":
             h_BTP = scan.diagonal_scan_loop(log_a_P.exp().expand_as(bu_BTP), bu_BTP, h_BP)

@@ -4,12 +4,15 @@
 
 Beltagy, Peters, Cohan, "Longformer", 2020, arXiv 2004.05150. `window` counts the token itself, so the state
 holds the w - 1 tokens before it. Zoology's `block_size` b is window b + 1; the Based repository's
-`window_size` s, which its code halves, is window s / 2 + 1. Deviations: none otherwise.
+`window_size` s, which its code halves, is window s / 2 + 1. recurrentgemma's LocalAttentionBlock (Griffin) of
+window_size s is window s + 1 with kv_heads 1, rotary 0.5 and bias "out"; proj_q, proj_k and proj_v are the
+rows of `qkv`, in that order, and proj_final is `out_proj`. Deviations: none otherwise.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +25,14 @@ from holdall.ops.attention import KeyValueCache
 
 @register(
     "sliding-window",
+    family="softmax attention",
     paper=Paper(
         title="Longformer: The Long-Document Transformer",
         authors="Beltagy, Peters, Cohan",
         year=2020,
         arxiv="2004.05150",
     ),
-    state="2(w-1)D + 1",
+    state="2(w-1)DG/H + 1",
     training="NwD",
     inference="wD",
 )
@@ -36,16 +40,24 @@ from holdall.ops.attention import KeyValueCache
 class SlidingWindowConfig(MixerConfig):
     """Softmax attention over the last `window` tokens.
 
+    heads: of queries, H; kv_heads: of keys and values, G, 0 for as many. One serves H / G of the queries'.
     rotary: share of each head's dimensions that rotary positions turn; 0 for none, 1 for all.
+    bias: of all projections, or "out" of the last one alone.
     """
 
     window: int = 16
     heads: int = 1
+    kv_heads: int = 0
     rotary: float = 0.0
     rotary_base: float = 10000.0
-    bias: bool = True
+    bias: bool | Literal["out"] = True
 
-    variants = ({}, {"heads": 2, "rotary": 1.0, "bias": False, "window": 5}, {"window": 65})
+    variants = (
+        {},
+        {"heads": 2, "rotary": 1.0, "bias": False, "window": 5},
+        {"heads": 4, "kv_heads": 2, "rotary": 0.5, "bias": "out"},
+        {"window": 65},
+    )
 
     def validate(self) -> None:
         AttentionConfig.validate(self)  # type: ignore[arg-type]
@@ -62,8 +74,11 @@ class SlidingWindow(Mixer):
 
     def __init__(self, config: SlidingWindowConfig) -> None:
         super().__init__(config)
-        self.project = QKV(config.width, config.heads, config.rotary, config.rotary_base, config.bias)
-        self.out_proj = nn.Linear(config.width, config.width, bias=config.bias)
+        bias = config.bias is True
+        self.project = QKV(
+            config.width, config.heads, config.rotary, config.rotary_base, bias, config.kv_heads
+        )
+        self.out_proj = nn.Linear(config.width, config.width, bias=bool(config.bias))
 
     def forward(
         self,
@@ -89,11 +104,10 @@ class SlidingWindow(Mixer):
     def init_state(
         self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None
     ) -> KeyValueCache:
-        config = self.config
-        head_dim = config.width // config.heads
+        heads, head_dim = self.project.heads[1], self.project.head_dim
         return attention.empty_cache(
-            batch, config.window - 1, config.heads, head_dim, head_dim, dtype=dtype, device=device
+            batch, self.config.window - 1, heads, head_dim, head_dim, dtype=dtype, device=device
         )
 
     def state_elements(self, context_len: int) -> int:
-        return 2 * (self.config.window - 1) * self.config.width + 1
+        return 2 * (self.config.window - 1) * self.project.heads[1] * self.project.head_dim + 1

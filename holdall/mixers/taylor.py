@@ -22,6 +22,7 @@ from holdall.mixers.linear_attention import LinearAttention
 
 @register(
     "taylor",
+    family="linear attention",
     paper=Paper(
         title="Simple linear attention language models balance the recall-throughput tradeoff",
         authors="Arora et al.",

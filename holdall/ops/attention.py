@@ -2,15 +2,18 @@
 
     y_t = sum_j p_tj v_j,   p_tj = softmax_j(scale q_t . k_j) over the visible j <= t
 
-Every token at position t sees positions 0 .. t, or in a window of w the last w, itself included.
+Every token at position t sees positions 0 .. t, or in a window of w the last w, itself included. Keys and
+values may have fewer heads G than the queries' H: each then serves H / G neighbouring ones (Ainslie et al.,
+"GQA", 2023, arXiv 2305.13245), and the cache holds those G alone.
 
-Letters: B row, T new tokens, S slots of the cache, H heads, K key dim, V value dim.
+Letters: B row, T new tokens, S slots of the cache, H heads (of queries; G of keys and
+values, where they differ), K key dim, V value dim, C tokens of a block.
 """
 
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -54,8 +57,15 @@ def _attend(q_BTHK: Tensor, k_BSHK: Tensor, v_BSHV: Tensor, visible: Tensor | No
         attn_mask=visible,
         is_causal=visible is None,
         scale=scale,
+        enable_gqa=k_BSHK.shape[2] != q_BTHK.shape[2],
     )
     return y_BHTV.transpose(1, 2)
+
+
+def _for_heads(x_BSGK: Tensor, heads: int) -> Tensor:
+    """Keys or values, each of their heads as often as there are heads of queries that it serves."""
+    own = x_BSGK.shape[2]
+    return x_BSGK if own == heads else x_BSGK.repeat_interleave(heads // own, dim=2)
 
 
 # ------------------------------------------------------------------------------------------------- full
@@ -63,29 +73,30 @@ def _attend(q_BTHK: Tensor, k_BSHK: Tensor, v_BSHV: Tensor, visible: Tensor | No
 
 def full_attention_loop(
     q_BTHK: Float[Tensor, "b t h k"],
-    k_BTHK: Float[Tensor, "b t h k"],
-    v_BTHV: Float[Tensor, "b t h v"],
+    k_BTHK: Float[Tensor, "b t g k"],
+    v_BTHV: Float[Tensor, "b t g v"],
     cache: KeyValueCache,
     *,
     scale: float,
 ) -> tuple[Float[Tensor, "b t h v"], KeyValueCache]:
     """The definition: remember each token's key and value, look back at all of them."""
     k_BSHK, v_BSHV, seen_B = cache
+    heads = q_BTHK.shape[2]
     ys = []
     for t in range(q_BTHK.shape[1]):
         k_BSHK = torch.cat((k_BSHK, k_BTHK[:, t : t + 1]), dim=1)
         v_BSHV = torch.cat((v_BSHV, v_BTHV[:, t : t + 1]), dim=1)
         seen_B = seen_B + 1
-        score_BHS = scale * torch.einsum("bhk,bshk->bhs", q_BTHK[:, t], k_BSHK)
+        score_BHS = scale * torch.einsum("bhk,bshk->bhs", q_BTHK[:, t], _for_heads(k_BSHK, heads))
         p_BHS = score_BHS.masked_fill(_empty(k_BSHK, seen_B)[:, None], -torch.inf).softmax(-1)
-        ys.append(torch.einsum("bhs,bshv->bhv", p_BHS, v_BSHV))
+        ys.append(torch.einsum("bhs,bshv->bhv", p_BHS, _for_heads(v_BSHV, heads)))
     return torch.stack(ys, dim=1), KeyValueCache(k_BSHK, v_BSHV, seen_B)
 
 
 def full_attention(
     q_BTHK: Float[Tensor, "b t h k"],
-    k_BTHK: Float[Tensor, "b t h k"],
-    v_BTHV: Float[Tensor, "b t h v"],
+    k_BTHK: Float[Tensor, "b t g k"],
+    v_BTHV: Float[Tensor, "b t g v"],
     cache: KeyValueCache,
     *,
     scale: float,
@@ -108,13 +119,134 @@ def _empty(k_BSHK: Tensor, seen_B: Tensor) -> Tensor:
     return torch.arange(slots, device=seen_B.device) < slots - seen_B[:, None]
 
 
+# -------------------------------------------------------------------------------------- full, in blocks
+
+
+def blockwise_attention(
+    q_BTHK: Float[Tensor, "b t h k"],
+    k_BTHK: Float[Tensor, "b t g k"],
+    v_BTHV: Float[Tensor, "b t g v"],
+    cache: KeyValueCache,
+    *,
+    scale: float,
+    block: int = 256,
+) -> tuple[Float[Tensor, "b t h v"], KeyValueCache]:
+    """Full attention in memory linear in the length: FlashAttention's algorithm, and as exact.
+
+    Blocks of queries meet blocks of keys one after another; a running maximum and a running sum make the
+    softmax of all of them. Only its logarithm is kept for the way back, which makes each block's
+    probabilities again. O(T (S + T)) operations, O(S + T) memory. Dao et al., 2022, arXiv 2205.14135.
+    """
+    past, new = cache.k_BSHK.shape[1], q_BTHK.shape[1]
+    k_BSHK = torch.cat((cache.k_BSHK, k_BTHK), dim=1)
+    v_BSHV = torch.cat((cache.v_BSHV, v_BTHV), dim=1)
+    seen_B = cache.seen_B + new
+    # rows without the slots in front that only longer rows fill; without a past there are none
+    unfilled_BS = _empty(k_BSHK, seen_B) if past else None
+    heads_k, heads_v = (_for_heads(x_BSHK, q_BTHK.shape[2]).transpose(1, 2) for x_BSHK in (k_BSHK, v_BSHV))
+    y_BHTV, _ = _Blockwise.apply(q_BTHK.transpose(1, 2), heads_k, heads_v, unfilled_BS, scale, block)
+    return y_BHTV.transpose(1, 2), KeyValueCache(k_BSHK, v_BSHV, seen_B)
+
+
+class _Blockwise(torch.autograd.Function):
+    """Blocks of keys are cut so that the new ones match the blocks of queries: `_cuts`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, unfilled_BS: Tensor | None, scale: float, block: int
+    ) -> tuple[Tensor, Tensor]:
+        ys, logs = [], []
+        queries, keys = _cuts(q_BHTK.shape[2], k_BHSK.shape[2], block)
+        for i, (start, stop) in enumerate(queries):
+            q_BHCK = scale * _wide(q_BHTK[:, :, start:stop])
+            # from its own block backwards: there every query sees a key, itself, so that the running maximum
+            # is a number from the first block on
+            top_BHC1 = torch.full_like(q_BHCK[..., :1], -torch.inf)
+            sum_BHC1 = torch.zeros_like(top_BHC1)
+            y_BHCV: Any = 0
+            for own, (first, last) in reversed(_before(i, queries, keys)):
+                score_BHCS = _scores(q_BHCK, k_BHSK, unfilled_BS, own, first, last)
+                most_BHC1 = torch.maximum(top_BHC1, score_BHCS.amax(-1, keepdim=True))
+                shrink_BHC1, p_BHCS = torch.exp(top_BHC1 - most_BHC1), torch.exp(score_BHCS - most_BHC1)
+                sum_BHC1 = sum_BHC1 * shrink_BHC1 + p_BHCS.sum(-1, keepdim=True)
+                y_BHCV = y_BHCV * shrink_BHC1 + p_BHCS @ _wide(v_BHSV[:, :, first:last])
+                top_BHC1 = most_BHC1
+            ys.append((y_BHCV / sum_BHC1).to(q_BHTK.dtype))
+            logs.append(top_BHC1 + torch.log(sum_BHC1))
+        return torch.cat(ys, dim=2), torch.cat(logs, dim=2)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *tensors, ctx.scale, ctx.block = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*tensors, *output)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y_BHTV: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        q_BHTK, k_BHSK, v_BHSV, unfilled_BS, y_BHTV, log_BHT1 = ctx.saved_tensors
+        queries, keys = _cuts(q_BHTK.shape[2], k_BHSK.shape[2], ctx.block)
+        grads_q: list[Any] = []
+        grads_k: dict[int, Any] = {first: 0 for first, _ in keys}
+        grads_v: dict[int, Any] = {first: 0 for first, _ in keys}
+        for i, (start, stop) in enumerate(queries):
+            q_BHCK = ctx.scale * _wide(q_BHTK[:, :, start:stop])
+            up_BHCV, y_BHCV = _wide(grad_y_BHTV[:, :, start:stop]), _wide(y_BHTV[:, :, start:stop])
+            mean_BHC1 = (up_BHCV * y_BHCV).sum(-1, keepdim=True)
+            grads_q.append(0)
+            for own, (first, last) in _before(i, queries, keys):
+                score_BHCS = _scores(q_BHCK, k_BHSK, unfilled_BS, own, first, last)
+                p_BHCS = torch.exp(score_BHCS - log_BHT1[:, :, start:stop])
+                grads_v[first] = grads_v[first] + p_BHCS.mT @ up_BHCV
+                grad_BHCS = p_BHCS * (up_BHCV @ _wide(v_BHSV[:, :, first:last]).mT - mean_BHC1)
+                grads_q[-1] = grads_q[-1] + grad_BHCS @ _wide(k_BHSK[:, :, first:last])
+                grads_k[first] = grads_k[first] + grad_BHCS.mT @ q_BHCK
+            grads_q[-1] = (ctx.scale * grads_q[-1]).to(q_BHTK.dtype)
+        grad_k_BHSK = torch.cat(list(grads_k.values()), dim=2).to(k_BHSK.dtype)
+        grad_v_BHSV = torch.cat(list(grads_v.values()), dim=2).to(v_BHSV.dtype)
+        return torch.cat(grads_q, dim=2), grad_k_BHSK, grad_v_BHSV, None, None, None
+
+
+def _cuts(new: int, slots: int, block: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Blocks of queries, and blocks of keys of which the last ones are those of the queries."""
+    past = slots - new
+    queries = [(start, min(start + block, new)) for start in range(0, new, block)]
+    old = [(max(stop - block, 0), stop) for stop in range(past, 0, -block)]
+    return queries, old[::-1] + [(past + start, past + stop) for start, stop in queries]
+
+
+def _before(i: int, queries: list, keys: list[tuple[int, int]]) -> list[tuple[bool, tuple[int, int]]]:
+    """The blocks of keys that the i-th block of queries sees, and whether each is its own."""
+    count = len(keys) - len(queries) + i + 1
+    return [(j == count - 1, keys[j]) for j in range(count)]
+
+
+def _scores(
+    q_BHCK: Tensor, k_BHSK: Tensor, unfilled_BS: Tensor | None, own: bool, first: int, last: int
+) -> Tensor:
+    """Scores of a block of scaled queries on a block of keys, -inf where a query does not see the key."""
+    score_BHCS = q_BHCK @ _wide(k_BHSK[:, :, first:last]).mT
+    if own:
+        c = torch.arange(last - first, device=q_BHCK.device)
+        score_BHCS = score_BHCS.masked_fill(c > c[:, None], -torch.inf)
+    if unfilled_BS is not None:
+        score_BHCS = score_BHCS.masked_fill(unfilled_BS[:, None, None, first:last], -torch.inf)
+    return score_BHCS
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Sums over thousands of tokens are kept in at least fp32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 # ----------------------------------------------------------------------------------------------- window
 
 
 def window_attention_loop(
     q_BTHK: Float[Tensor, "b t h k"],
-    k_BTHK: Float[Tensor, "b t h k"],
-    v_BTHV: Float[Tensor, "b t h v"],
+    k_BTHK: Float[Tensor, "b t g k"],
+    v_BTHV: Float[Tensor, "b t g v"],
     cache: KeyValueCache,
     *,
     window: int,
@@ -122,13 +254,17 @@ def window_attention_loop(
 ) -> tuple[Float[Tensor, "b t h v"], KeyValueCache]:
     """The definition: look at the ring and at the token itself, then overwrite the oldest slot."""
     k_BSHK, v_BSHV, seen_B = cache
-    slot_S = torch.arange(window - 1, device=q_BTHK.device)
+    heads, slot_S = q_BTHK.shape[2], torch.arange(window - 1, device=q_BTHK.device)
     ys = []
     for t in range(q_BTHK.shape[1]):
-        score_BHS = torch.einsum("bhk,bshk->bhs", q_BTHK[:, t], torch.cat((k_BSHK, k_BTHK[:, t, None]), 1))
+        seen_k, seen_v = (
+            _for_heads(torch.cat((old, new[:, t, None]), dim=1), heads)
+            for old, new in ((k_BSHK, k_BTHK), (v_BSHV, v_BTHV))
+        )
+        score_BHS = torch.einsum("bhk,bshk->bhs", q_BTHK[:, t], seen_k)
         filled_BS = F.pad(slot_S < seen_B[:, None], (0, 1), value=True)
         p_BHS = (scale * score_BHS).masked_fill(~filled_BS[:, None], -torch.inf).softmax(-1)
-        ys.append(torch.einsum("bhs,bshv->bhv", p_BHS, torch.cat((v_BSHV, v_BTHV[:, t, None]), 1)))
+        ys.append(torch.einsum("bhs,bshv->bhv", p_BHS, seen_v))
         oldest_BS11 = (slot_S == (seen_B % (window - 1))[:, None])[:, :, None, None]
         k_BSHK = torch.where(oldest_BS11, k_BTHK[:, t, None], k_BSHK)
         v_BSHV = torch.where(oldest_BS11, v_BTHV[:, t, None], v_BSHV)
@@ -142,8 +278,8 @@ BLOCK = 128
 
 def window_attention(
     q_BTHK: Float[Tensor, "b t h k"],
-    k_BTHK: Float[Tensor, "b t h k"],
-    v_BTHV: Float[Tensor, "b t h v"],
+    k_BTHK: Float[Tensor, "b t g k"],
+    v_BTHV: Float[Tensor, "b t g v"],
     cache: KeyValueCache | None,
     *,
     window: int,

@@ -101,7 +101,7 @@ def long_conv(
     if new == 1:
         y_BD = torch.einsum("bsd,sd->bd", seen_BSD.to(dtype), filter_LD.to(dtype).flip(0))
         return y_BD[:, None].to(x_BTD.dtype), seen_BSD
-    size = _fast_size(2 * length - 1)
+    size = fast_size(2 * length - 1)
     # channels before time: a transform along the last, contiguous dimension is the fast one
     spectrum_BDF = torch.fft.rfft(seen_BSD.to(dtype).transpose(1, 2), n=size)
     spectrum_DF = torch.fft.rfft(filter_LD.to(dtype).T, n=size)
@@ -109,6 +109,6 @@ def long_conv(
     return y_BDS.transpose(1, 2).to(x_BTD.dtype), seen_BSD
 
 
-def _fast_size(least: int) -> int:
+def fast_size(least: int) -> int:
     """The next power of two: a length that every Fourier library handles fast and evenly."""
     return 1 << max(least - 1, 1).bit_length()

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from holdall.ops.conv import _fast_size
+from holdall.ops.conv import fast_size
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:  # pytest checks the shapes; nothing else needs jaxtyping
     from jaxtyping import Complex, Float
@@ -127,7 +127,7 @@ def _side_by_side(
     fine_DJN, coarse_DIN = _powers(log_a_DN, 1, fine + 1), _powers(log_a_DN, fine, coarse)
 
     kernel_DIJ = _real_product((c_DN * b_DN)[:, None] * coarse_DIN, fine_DJN[:, :-1])
-    length = _fast_size(2 * size - 1)
+    length = fast_size(2 * size - 1)
     kernel_DF = torch.fft.rfft(kernel_DIJ.flatten(1)[:, :size], n=length)
     y_DBGC = torch.fft.irfft(torch.fft.rfft(x_DBGC, n=length) * kernel_DF[:, None, None], n=length)[
         ..., :size

@@ -7,10 +7,11 @@ from collections.abc import Callable
 
 from holdall.contract import did_you_mean
 from holdall.frontier import SweepConfig
-from holdall.recipes import based_figure2, quick, synthetics, zoology_figure2, zoology_small
+from holdall.recipes import based_figure2, quick, synthetics, zoo, zoology_figure2, zoology_small
 
 SWEEPS: dict[str, Callable[[int], tuple[SweepConfig, ...]]] = {
     "quick": quick.sweeps,
+    "zoo": zoo.sweeps,
     "zoology-small": zoology_small.sweeps,
     "synthetics": synthetics.sweeps,
     "zoology-figure2": zoology_figure2.sweeps,

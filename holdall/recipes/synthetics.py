@@ -48,7 +48,7 @@ def sweeps(seeds: int = 1) -> tuple[SweepConfig, ...]:
     }
     found = []
     for task in ("induction-heads", "associative-recall"):
-        rows = data(task)  # type: ignore[arg-type]
+        rows = data(task)
         points = []
         for family, mixer in mixers.items():
             model = ModelConfig(

@@ -40,7 +40,7 @@ def write(folders: Sequence[Path], out: Path) -> list[Path]:
 
 
 def write_widths(folders: Sequence[Path], out: Path) -> list[Path]:
-    """Write widths.png into `out`, accuracy against width in a panel per sweep; nothing if all have one width.
+    """Write widths.png into `out`: accuracy against width, a panel per sweep; nothing if all have one width.
 
     Raises as `write`.
     """

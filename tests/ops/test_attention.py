@@ -3,6 +3,10 @@
 Letters: B row, T tokens, H heads, K key dim, V value dim.
 """
 
+import functools
+import subprocess
+import sys
+
 import laws
 import pytest
 import torch
@@ -11,6 +15,7 @@ from torch import Tensor
 from holdall.contract import join_rows, select_rows
 from holdall.ops.attention import (
     KeyValueCache,
+    blockwise_attention,
     empty_cache,
     full_attention,
     full_attention_loop,
@@ -20,6 +25,7 @@ from holdall.ops.attention import (
 
 B, H, K, V, SCALE = 2, 2, 4, 3, 0.5
 DOUBLE = torch.float64
+in_blocks = functools.partial(blockwise_attention, block=4)
 
 
 def tokens(length: int, *, batch: int = B) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,7 +54,7 @@ def in_pieces(attend, cache: KeyValueCache, tensors: tuple[Tensor, ...], sizes: 
     return torch.cat(ys, dim=1), cache
 
 
-@pytest.mark.parametrize("attend", [full_attention_loop, full_attention])
+@pytest.mark.parametrize("attend", [full_attention_loop, full_attention, in_blocks])
 @pytest.mark.parametrize("sizes", [[9], [1] * 9, [4, 1, 4], [8, 1]], ids=str)
 def test_full_attention_is_the_textbooks(attend, sizes: list[int]) -> None:
     tensors = tokens(9)
@@ -59,8 +65,8 @@ def test_full_attention_is_the_textbooks(attend, sizes: list[int]) -> None:
     assert cache.seen_B.tolist() == [9] * B
 
 
-@pytest.mark.parametrize("attend", [full_attention_loop, full_attention])
-@pytest.mark.parametrize("more", [1, 3])
+@pytest.mark.parametrize("attend", [full_attention_loop, full_attention, in_blocks])
+@pytest.mark.parametrize("more", [1, 3, 9])
 def test_rows_that_have_read_unequally_attend_as_if_alone(attend, more: int) -> None:
     read = (2, 7, 1)
     q, k, v = tokens(max(read) + more, batch=len(read))
@@ -74,6 +80,56 @@ def test_rows_that_have_read_unequally_attend_as_if_alone(attend, more: int) -> 
         whole = textbook(*(t[i : i + 1, : n + more] for t in (q, k, v)))
         laws.assert_close(f"row {i}", y[i], whole[0, n:])
     assert cache.seen_B.tolist() == [n + more for n in read]
+
+
+@pytest.mark.parametrize("block", [1, 7, 40, 64])
+@pytest.mark.parametrize("past", [0, 1, 6, 7, 23])
+def test_attention_in_blocks_has_the_loops_gradients(block: int, past: int) -> None:
+    """Also those through the log of the softmax's sum, and where rows have read unequally."""
+    _, cache = full_attention_loop(*tokens(past), empty(0), scale=SCALE) if past else (None, empty(0))
+    cache = cache._replace(seen_B=torch.tensor([past, past // 2]))
+    grads = []
+    for attend in (functools.partial(blockwise_attention, block=block), full_attention_loop):
+        leaves = [t.clone().requires_grad_() for t in (*tokens(40), *cache[:2])]
+        y, after = attend(*leaves[:3], KeyValueCache(*leaves[3:], cache.seen_B), scale=SCALE)
+        ends = [y, *after[:2]]
+        ups = [laws.draw(*end.shape, dtype=DOUBLE, seed=7 + i) for i, end in enumerate(ends)]
+        grads.append((y, *torch.autograd.grad(ends, leaves, ups)))
+    names = ("output", *(f"gradient of {name}" for name in ("q", "k", "v", "cached keys", "cached values")))
+    for name, got, want in zip(names, *grads, strict=True):
+        laws.assert_close(name, got, want)
+
+
+def test_attention_in_blocks_survives_scores_that_would_overflow() -> None:
+    q, k, v = (300 * t.float() for t in tokens(40))
+    y, _ = in_blocks(q, k, v, empty_cache(B, 0, H, K, V, dtype=torch.float32), scale=SCALE)
+    truth = textbook(q.double(), k.double(), v.double())
+    assert laws.distance(y, truth) < 1e-3 * laws.size(truth)
+
+
+PEAK = """
+import resource, torch
+from holdall.ops.attention import blockwise_attention, empty_cache
+torch.set_num_threads(1)
+def run(n):
+    q, k, v = (torch.randn(1, n, 1, 16, requires_grad=True) for _ in range(3))
+    y, _ = blockwise_attention(q, k, v, empty_cache(1, 0, 1, 16, 16, dtype=q.dtype), scale=0.25, block=512)
+    y.sum().backward()
+run(600)
+for n in (4096, 16384):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run(n)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.full
+def test_memory_of_attention_in_blocks_is_linear() -> None:
+    """The pairs of 16,384 tokens are 1 GiB in fp32; keys, values, outputs and gradients a MiB each."""
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
+    few, many = (int(line) * 1024 for line in done.stdout.split())
+    assert few < 64 * 2**20
+    assert many < 128 * 2**20
 
 
 @pytest.mark.parametrize("attend", [window_attention_loop, window_attention])
@@ -160,3 +216,20 @@ def test_gradients_equal_the_loops(window: int | None) -> None:
         grads.append(torch.autograd.grad(ends, leaves, ups))
     for name, got, want in zip(("q", "k", "v", "cached keys", "cached values"), *grads, strict=True):
         laws.assert_close(f"gradient of {name}", got, want)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4], ids="{} heads of keys".format)
+@pytest.mark.parametrize("sizes", [[9], [1] * 9, [4, 1, 4]], ids=str)
+@pytest.mark.parametrize("attend", [full_attention_loop, full_attention, in_blocks, "loop", "ring"])
+def test_a_head_of_keys_serves_neighbouring_heads_of_queries(attend, sizes: list[int], groups: int) -> None:
+    """4 / groups queries each: as if all of them had that key and value, which are kept but once."""
+    window = None
+    if isinstance(attend, str):
+        attend, window = {"loop": window_attention_loop, "ring": window_attention}[attend], 4
+    q = laws.draw(B, 9, 4, K, dtype=DOUBLE)
+    k, v = (laws.draw(B, 9, groups, d, dtype=DOUBLE, seed=i) for i, d in enumerate((K, V), 1))
+    cache = empty_cache(B, 0 if window is None else window - 1, groups, K, V, dtype=DOUBLE)
+    y, after = in_pieces(attend, cache, (q, k, v), sizes, **({} if window is None else {"window": window}))
+    served = [group for group in range(groups) for _ in range(4 // groups)]
+    laws.assert_close("y", y, textbook(q, k[:, :, served], v[:, :, served], window))
+    assert after.k_BSHK.shape[2] == after.v_BSHV.shape[2] == groups

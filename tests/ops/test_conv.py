@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from holdall.ops.conv import _fast_size, long_conv, long_conv_loop, short_conv, short_conv_loop
+from holdall.ops.conv import fast_size, long_conv, long_conv_loop, short_conv, short_conv_loop
 
 B, D, DOUBLE = 2, 3, torch.float64
 
@@ -90,6 +90,6 @@ def test_gradcheck_of_a_short_convolution() -> None:
 
 def test_transforms_are_long_enough_and_powers_of_two() -> None:
     for least in range(1, 300):
-        size = _fast_size(least)
+        size = fast_size(least)
         assert least <= size <= max(2, 2 * least - 1)
         assert size & (size - 1) == 0

@@ -88,3 +88,10 @@ def test_standard_frequencies() -> None:
         rtol=1e-15,
         atol=0,
     )
+
+
+def test_angles_keep_their_digits_at_great_positions() -> None:
+    x_BTHK, position_BT = laws.draw(1, 3, 1, K, dtype=DOUBLE), torch.tensor([[99_989, 99_990, 100_003]])
+    truth = rotate(x_BTHK, position_BT, FREQUENCY)
+    got = rotate(x_BTHK.float(), position_BT, standard_frequencies(K, 10000.0, torch.zeros(())))
+    assert laws.distance(got, truth) < 4 * torch.finfo(torch.float32).eps * laws.size(truth)

@@ -1,0 +1,1 @@
+"""What models and mixers do, measured: mixing matrices."""

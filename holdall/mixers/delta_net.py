@@ -1,0 +1,149 @@
+"""DeltaNet: linear attention whose state is corrected towards each value, where a sum would only pile up.
+
+    [q | k | v] = silu(shortconv_4(W x))        q, k of unit length per head        beta = sigmoid(W_beta x)
+    S_t = S_{t-1} + k_t (beta_t (v_t - S_{t-1}^T k_t))^T                o_t = S_t^T q_t / sqrt(K)
+    y_t = W_o (g * RMSNorm_head(o_t))           g a learned weight, or weight * silu(W_g x) with `gate`
+
+Yang, Wang, Zhang, Shen, Kim, "Parallelizing Linear Transformers with the Delta Rule over Sequence Length",
+2024, arXiv 2406.06484; the rule is that of Schlag, Irie, Schmidhuber, "Linear Transformers Are Secretly Fast
+Weight Programmers", 2021, arXiv 2102.11174, whose keys are `key_map` "elu1" with kernel 0: q and k are
+elu(u) + 1, divided by their sum; v keeps its silu. `negative_eigenvalues` doubles beta, so that a token can
+reverse what the state holds (Grazzi et al., 2024, arXiv 2411.12537).
+Weights map onto flash-linear-attention's DeltaNet: q_proj, k_proj, v_proj are the rows of `qkv`, in that
+order, q_conv1d, k_conv1d, v_conv1d (without their middle dimension) those of `conv_weight_EW`; b_proj is
+`beta_proj`, g_proj `gate_proj`, o_norm.weight `norm_weight_V`, o_proj `out_proj`.
+Deviations: none in what is computed. Convolutions start as torch's do, where that library's language model
+draws N(0, 0.02) for them too, with which the values of a small model vanish below the norm's epsilon.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
+from holdall.ops import conv, delta_rule
+from holdall.ops.linear_attention import elu_plus_one
+
+
+class DeltaNetState(NamedTuple):
+    """The inputs that the short convolution still needs, and what is held under the keys."""
+
+    conv_BPE: Tensor
+    s_BHKV: Tensor
+
+
+@register(
+    "delta-net",
+    family="delta rule",
+    paper=Paper(
+        title="Parallelizing Linear Transformers with the Delta Rule over Sequence Length",
+        authors="Yang et al.",
+        year=2024,
+        arxiv="2406.06484",
+    ),
+    state="D²/H + 3D(W - 1)",
+    training="ND²(1 + 1/H)",
+    inference="D²(1 + 1/H)",
+)
+@dataclass(frozen=True, kw_only=True)
+class DeltaNetConfig(MixerConfig):
+    """Linear attention with the delta rule: what a key holds is moved towards its new value.
+
+    key_map: silu and unit length, or elu1 and unit sum (Schlag et al.); kernel: taps of the convolution, W, 0
+    for none; gate: of the normalised output; negative_eigenvalues: beta in [0, 2] instead of [0, 1];
+    eps: of that norm; chunk: tokens whose corrections are solved at once.
+    """
+
+    heads: int = 2
+    key_map: Literal["silu", "elu1"] = "silu"
+    kernel: int = 4
+    gate: bool = False
+    negative_eigenvalues: bool = False
+    eps: float = 1e-5
+    chunk: int = delta_rule.CHUNK
+
+    variants = (
+        {},
+        {"heads": 4, "key_map": "elu1", "kernel": 0, "gate": True, "negative_eigenvalues": True, "chunk": 8},
+    )
+
+    def validate(self) -> None:
+        if self.heads < 1 or self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.kernel < 0 or self.kernel == 1 or self.chunk < 1:
+            raise ValueError(f"kernel {self.kernel} must be 0 or at least 2, chunk {self.chunk} positive")
+
+    def build(self) -> DeltaNet:
+        return DeltaNet(self)
+
+
+class DeltaNet(Mixer):
+    config: DeltaNetConfig
+    state_type = DeltaNetState
+
+    def __init__(self, config: DeltaNetConfig) -> None:
+        super().__init__(config)
+        width = config.width
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        if config.kernel:
+            bound = config.kernel**-0.5
+            self.conv_weight_EW = nn.Parameter(torch.empty(3 * width, config.kernel).uniform_(-bound, bound))
+        self.beta_proj = nn.Linear(width, config.heads, bias=False)
+        self.norm_weight_V = nn.Parameter(torch.ones(width // config.heads))
+        self.gate_proj = nn.Linear(width, width, bias=False) if config.gate else None
+        self.out_proj = nn.Linear(width, width, bias=False)
+        loop = self.form == "loop"
+        self.short_conv = conv.short_conv_loop if loop else conv.short_conv
+        self.delta_rule = (
+            delta_rule.delta_rule_loop
+            if loop
+            else functools.partial(delta_rule.delta_rule, chunk=config.chunk)
+        )
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        state: DeltaNetState | None = None,
+        *,
+        inplace: bool = False,
+        want_state: bool = True,
+    ) -> tuple[Tensor, DeltaNetState | None]:
+        config = self.config
+        if state is None:
+            state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
+        dtype = state.s_BHKV.dtype
+        qkv_BTE, conv_BPE = self.qkv(x_BTD), state.conv_BPE
+        if config.kernel:
+            qkv_BTE, conv_BPE = self.short_conv(qkv_BTE, self.conv_weight_EW, None, state.conv_BPE)
+        q, k, v = (u.unflatten(-1, (config.heads, -1)) for u in qkv_BTE.chunk(3, dim=-1))
+        if config.key_map == "silu":
+            q, k = (delta_rule.unit_length(F.silu(u)) for u in (q, k))
+        else:
+            q, k = (elu_plus_one(u.to(dtype)) for u in (q, k))
+            q, k = (u / u.sum(-1, keepdim=True).clamp(min=1e-6) for u in (q, k))
+        # in bf16 a beta near 1 would leave up to 1/256 of what is to be replaced
+        beta_BTH = self.beta_proj(x_BTD).to(dtype).sigmoid() * (2 if config.negative_eigenvalues else 1)
+        o_BTHV, s_BHKV = self.delta_rule(q * q.shape[-1] ** -0.5, k, F.silu(v), beta_BTH, state.s_BHKV)
+        y_BTD = F.rms_norm(o_BTHV, o_BTHV.shape[-1:], self.norm_weight_V, config.eps).flatten(2)
+        if self.gate_proj is not None:
+            y_BTD = y_BTD * F.silu(self.gate_proj(x_BTD))
+        return self.out_proj(y_BTD), DeltaNetState(conv_BPE, s_BHKV) if want_state else None
+
+    def init_state(
+        self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None
+    ) -> DeltaNetState:
+        config, size = self.config, self.config.width // self.config.heads
+        return DeltaNetState(
+            torch.zeros(batch, max(config.kernel - 1, 0), 3 * config.width, dtype=dtype, device=device),
+            torch.zeros(batch, config.heads, size, size, dtype=recurrent_dtype(dtype), device=device),
+        )
+
+    def state_elements(self, context_len: int) -> int:
+        width = self.config.width
+        return width**2 // self.config.heads + 3 * width * max(self.config.kernel - 1, 0)

@@ -1,0 +1,174 @@
+"""Gated DeltaNet: the delta rule, and a decay per head that clears the state where correcting is not enough.
+
+    [q | k | v] = silu(shortconv_4(W x))        q, k of unit length per head        beta = sigmoid(W_beta x)
+    S' = w_t S_{t-1}                            w_t = exp(-exp(A_log) softplus(W_a x + dt_bias))
+    S_t = S' + k_t (beta_t (v_t - S'^T k_t))^T                          o_t = S_t^T q_t / sqrt(K)
+    y_t = W_o (RMSNorm_head(o_t) * weight * silu(W_g x))
+
+Decay, beta, value and state belong to a value head; with more value heads than heads, neighbouring ones share
+a query and a key. Yang, Kautz, Hatamizadeh, "Gated Delta Networks: Improving Mamba2 with Delta Rule", 2024,
+arXiv 2412.06464; it is the linear layer of Qwen3-Next and Olmo Hybrid. `negative_eigenvalues` doubles beta
+(Grazzi et al., 2024, arXiv 2411.12537).
+Weights map onto flash-linear-attention's GatedDeltaNet: q_proj, k_proj, v_proj are the rows of `qkv`, in that
+order, q_conv1d, k_conv1d, v_conv1d (without their middle dimension) those of `conv_weight_EW`, a_proj and
+b_proj those of `ab_proj`; g_proj is `gate_proj`, o_norm.weight `norm_weight_V`, o_proj `out_proj`.
+Deviations: exp(A_log) is drawn from [1e-4, 16] and not from [0, 16], whose logarithm has no lower end.
+Convolutions start as torch's do, where that library's language model draws N(0, 0.02) for them too.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
+from holdall.ops import conv, delta_rule
+
+
+class GatedDeltaNetState(NamedTuple):
+    """The inputs that the short convolution still needs, and what is held under the keys."""
+
+    conv_BPE: Tensor
+    s_BHKV: Tensor
+
+
+@register(
+    "gated-delta-net",
+    family="delta rule",
+    paper=Paper(
+        title="Gated Delta Networks: Improving Mamba2 with Delta Rule",
+        authors="Yang, Kautz, Hatamizadeh",
+        year=2024,
+        arxiv="2412.06464",
+    ),
+    state="eGK²+(2H+eG)K(W-1)",
+    training="NK(HD + eG(D + K))",
+    inference="K(HD + eG(D + K))",
+)
+@dataclass(frozen=True, kw_only=True)
+class GatedDeltaNetConfig(MixerConfig):
+    """The delta rule with a data-dependent decay per head, as in Qwen3-Next.
+
+    head_dim: dimensions of a head's key, K, 0 for width / heads; value_ratio: value dimensions per key
+    dimension, e; value_heads: G, 0 for as many as heads, H; kernel: taps of the convolution, W; gate: of the
+    normalised output; negative_eigenvalues: beta in [0, 2] instead of [0, 1]; eps: of that norm;
+    chunk: tokens whose corrections are solved at once.
+    """
+
+    heads: int = 2
+    head_dim: int = 0
+    value_ratio: int = 2
+    value_heads: int = 0
+    kernel: int = 4
+    gate: bool = True
+    negative_eigenvalues: bool = False
+    eps: float = 1e-5
+    chunk: int = delta_rule.CHUNK
+
+    variants = (
+        {},
+        {"head_dim": 8, "value_ratio": 1, "value_heads": 4, "gate": False, "negative_eigenvalues": True},
+    )
+
+    def validate(self) -> None:
+        if self.heads < 1 or self.value_heads % self.heads or self.value_heads < 0:
+            raise ValueError(f"value_heads {self.value_heads} is not a multiple of heads {self.heads}")
+        if self.head_dim < 0 or (not self.head_dim and self.width % self.heads):
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}: give a head_dim")
+        if self.value_ratio < 1 or self.kernel < 2 or self.chunk < 1:
+            raise ValueError(
+                f"value_ratio {self.value_ratio} and chunk {self.chunk} must be positive, "
+                f"kernel {self.kernel} at least 2"
+            )
+
+    @property
+    def key_dim(self) -> int:
+        return self.head_dim or self.width // self.heads
+
+    @property
+    def states(self) -> int:
+        return self.value_heads or self.heads
+
+    @property
+    def sizes(self) -> list[int]:
+        """Channels of all queries, keys and values."""
+        return [self.heads * self.key_dim] * 2 + [self.states * self.value_ratio * self.key_dim]
+
+    def build(self) -> GatedDeltaNet:
+        return GatedDeltaNet(self)
+
+
+class GatedDeltaNet(Mixer):
+    config: GatedDeltaNetConfig
+    state_type = GatedDeltaNetState
+
+    def __init__(self, config: GatedDeltaNetConfig) -> None:
+        super().__init__(config)
+        width, inner, bound = config.width, sum(config.sizes), config.kernel**-0.5
+        values = config.sizes[-1]
+        self.qkv = nn.Linear(width, inner, bias=False)
+        self.conv_weight_EW = nn.Parameter(torch.empty(inner, config.kernel).uniform_(-bound, bound))
+        self.ab_proj = nn.Linear(width, 2 * config.states, bias=False)
+        self.A_log = nn.Parameter(torch.empty(config.states).uniform_(1e-4, 16).log())
+        # softplus(dt_bias) is log-uniform between 0.001 and 0.1
+        dt = torch.empty(config.states).uniform_(math.log(1e-3), math.log(1e-1)).exp()
+        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
+        self.norm_weight_V = nn.Parameter(torch.ones(values // config.states))
+        self.gate_proj = nn.Linear(width, values, bias=False) if config.gate else None
+        self.out_proj = nn.Linear(values, width, bias=False)
+        loop = self.form == "loop"
+        self.short_conv = conv.short_conv_loop if loop else conv.short_conv
+        self.delta_rule = (
+            delta_rule.delta_rule_loop
+            if loop
+            else functools.partial(delta_rule.delta_rule, chunk=config.chunk)
+        )
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        state: GatedDeltaNetState | None = None,
+        *,
+        inplace: bool = False,
+        want_state: bool = True,
+    ) -> tuple[Tensor, GatedDeltaNetState | None]:
+        config = self.config
+        if state is None:
+            state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
+        dtype = state.s_BHKV.dtype
+        qkv_BTE, conv_BPE = self.short_conv(self.qkv(x_BTD), self.conv_weight_EW, None, state.conv_BPE)
+        q, k, v = F.silu(qkv_BTE).split(config.sizes, dim=-1)
+        q, k = (delta_rule.unit_length(u.unflatten(-1, (config.heads, -1))) for u in (q, k))
+        q, k = (u.repeat_interleave(config.states // config.heads, dim=2) for u in (q, k))
+        v = v.unflatten(-1, (config.states, -1))
+        # decay and step decide what is kept over thousands of tokens: not in bf16
+        a_BTH, beta_BTH = self.ab_proj(x_BTD).to(dtype).chunk(2, dim=-1)
+        log_w_BTH = -self.A_log.to(dtype).exp() * F.softplus(a_BTH + self.dt_bias.to(dtype))
+        beta_BTH = beta_BTH.sigmoid() * (2 if config.negative_eigenvalues else 1)
+        o_BTHV, s_BHKV = self.delta_rule(q * config.key_dim**-0.5, k, v, beta_BTH, state.s_BHKV, log_w_BTH)
+        y_BTE = F.rms_norm(o_BTHV, o_BTHV.shape[-1:], self.norm_weight_V, config.eps).flatten(2)
+        if self.gate_proj is not None:
+            y_BTE = y_BTE * F.silu(self.gate_proj(x_BTD))
+        return self.out_proj(y_BTE), GatedDeltaNetState(conv_BPE, s_BHKV) if want_state else None
+
+    def init_state(
+        self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None
+    ) -> GatedDeltaNetState:
+        config = self.config
+        value_dim = config.value_ratio * config.key_dim
+        s_BHKV = torch.zeros(
+            batch, config.states, config.key_dim, value_dim, dtype=recurrent_dtype(dtype), device=device
+        )
+        conv_BPE = torch.zeros(batch, config.kernel - 1, sum(config.sizes), dtype=dtype, device=device)
+        return GatedDeltaNetState(conv_BPE, s_BHKV)
+
+    def state_elements(self, context_len: int) -> int:
+        config = self.config
+        held = config.states * config.value_ratio * config.key_dim**2
+        return held + (config.kernel - 1) * sum(config.sizes)

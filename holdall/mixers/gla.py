@@ -1,0 +1,170 @@
+"""Gated linear attention: every key dimension forgets at a rate of its own that the token decides.
+
+    q, k, v = W_q x, W_k x, W_v x        log a_t = logsigmoid(W_2 W_1 x_t + b) / tau        per key dimension
+    S_t = diag(a_t) S_{t-1} + k_t v_t^T        o_t = S_t^T q_t / sqrt(K)
+    y = W_o (w * RMSNorm_head(o) * silu(W_g x))
+
+Per head S is (K, V), and w, of V numbers, is shared by the heads. With a `kernel`, q, k and v first pass a
+short causal convolution of that many taps and silu. Yang, Wang, Shen, Panda, Kim, "Gated Linear Attention
+Transformers with Hardware-Efficient Training", 2023, arXiv 2312.06635.
+Weights map onto flash-linear-attention's layer: q_proj, k_proj, v_proj, g_proj are the rows of `qkvg`, in
+that order; gk_proj.0 and .1 are `gate_down` and `gate_up`; g_norm_swish_gate.weight is `norm_weight_V`;
+o_proj is `out_proj`; q_conv1d, k_conv1d, v_conv1d, without their middle dimension, are the rows of
+`conv_weight_EW`.
+Deviations: none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from holdall.contract import Mixer, MixerConfig, Paper, State, recurrent_dtype, register
+from holdall.ops import conv
+from holdall.ops.linear_attention import linear_attention, linear_attention_loop
+
+
+class GLAState(NamedTuple):
+    """The decayed sum of k v^T."""
+
+    s_BHKV: Tensor
+
+
+class GLAConvState(NamedTuple):
+    """The decayed sum of k v^T, and the q, k and v that the short convolution still needs."""
+
+    s_BHKV: Tensor
+    conv_BPE: Tensor
+
+
+@register(
+    "gla",
+    family="linear attention",
+    paper=Paper(
+        title="Gated Linear Attention Transformers with Hardware-Efficient Training",
+        authors="Yang, Wang, Shen, Panda, Kim",
+        year=2023,
+        arxiv="2312.06635",
+    ),
+    state="abD²/H+(2a+b)D(W-1)",
+    training="ND²(1 + b/H)",
+    inference="D²(1 + b/H)",
+)
+@dataclass(frozen=True, kw_only=True)
+class GLAConfig(MixerConfig):
+    """Linear attention whose key dimensions each forget at a rate that the token decides.
+
+    key_ratio, value_ratio: key and value dimensions per model dimension, all heads together, a and b;
+    gate_rank: rank of the decays' projection; tau: what the decays' logarithms are divided by;
+    kernel: taps of the short convolution of q, k and v, W; 0 for none, which counts as W = 1;
+    eps: of the norm of each head's output.
+    """
+
+    heads: int = 4
+    key_ratio: float = 0.5
+    value_ratio: float = 1.0
+    gate_rank: int = 16
+    tau: float = 16.0
+    kernel: int = 0
+    eps: float = 1e-5
+
+    variants = (
+        {"gate_rank": 3},
+        {"heads": 2, "key_ratio": 0.75, "value_ratio": 2.0, "tau": 1.0, "kernel": 4},
+    )
+
+    def validate(self) -> None:
+        if min(self.heads, self.gate_rank, self.tau) <= 0 or self.kernel < 0 or self.kernel == 1:
+            raise ValueError(
+                f"heads {self.heads}, gate_rank {self.gate_rank} and tau {self.tau} must be positive, "
+                f"kernel {self.kernel} at least 2, or 0 for no convolution"
+            )
+        for name in ("key_ratio", "value_ratio"):
+            dims = getattr(self, name) * self.width
+            if dims < 1 or dims % self.heads:
+                raise ValueError(f"{name} * width = {dims:g} is not a multiple of heads {self.heads}")
+
+    @property
+    def keys(self) -> int:
+        return int(self.key_ratio * self.width)
+
+    @property
+    def values(self) -> int:
+        return int(self.value_ratio * self.width)
+
+    def build(self) -> GLA:
+        return GLA(self)
+
+
+class GLA(Mixer):
+    config: GLAConfig
+
+    def __init__(self, config: GLAConfig) -> None:
+        super().__init__(config)
+        keys, values = config.keys, config.values
+        self.state_type = GLAConvState if config.kernel else GLAState  # type: ignore[misc]
+        self.sizes = [keys, keys, values]
+        self.qkvg = nn.Linear(config.width, sum(self.sizes) + values, bias=False)
+        self.gate_down = nn.Linear(config.width, config.gate_rank, bias=False)
+        self.gate_up = nn.Linear(config.gate_rank, keys)
+        self.norm_weight_V = nn.Parameter(torch.ones(values // config.heads))
+        self.out_proj = nn.Linear(values, config.width, bias=False)
+        if config.kernel:
+            weight_EW = torch.empty(sum(self.sizes), config.kernel)
+            self.conv_weight_EW = nn.Parameter(
+                weight_EW.uniform_(-(config.kernel**-0.5), config.kernel**-0.5)
+            )
+
+    def forward(
+        self, x_BTD: Tensor, state: State | None = None, *, inplace: bool = False, want_state: bool = True
+    ) -> tuple[Tensor, State | None]:
+        config, dtype, loop = self.config, recurrent_dtype(x_BTD.dtype), self.form == "loop"
+        fresh = state is None
+        if state is None:
+            state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
+        s_BHKV: Tensor | None
+        s_BHKV, *convs = state
+        qkv_BTE, gate_BTE = self.qkvg(x_BTD).split([sum(self.sizes), config.values], dim=-1)
+        if config.kernel:
+            short_conv = conv.short_conv_loop if loop else conv.short_conv
+            qkv_BTE, *convs = short_conv(qkv_BTE, self.conv_weight_EW, None, *convs)
+            qkv_BTE = F.silu(qkv_BTE)
+        # what is forgotten adds up over thousands of tokens: not in bf16
+        low_BTR = self.gate_down(x_BTD).to(dtype)
+        logit_BTE = F.linear(low_BTR, self.gate_up.weight.to(dtype), self.gate_up.bias.to(dtype))
+        q, k, v, log_decay_BTHK = (
+            u.unflatten(-1, (config.heads, -1))
+            for u in (*qkv_BTE.to(dtype).split(self.sizes, dim=-1), F.logsigmoid(logit_BTE) / config.tau)
+        )
+        q = q * q.shape[-1] ** -0.5
+        if loop:
+            o_BTHV, s_BHKV, _ = linear_attention_loop(q, k, v, s_BHKV, None, log_decay_BTHK)
+        else:
+            o_BTHV, s_BHKV, _ = linear_attention(
+                q, k, v, None if fresh else s_BHKV, None, log_decay_BTHK,
+                inplace=inplace, want_state=want_state,
+            )  # fmt: skip
+        o_BTHV = F.rms_norm(o_BTHV, o_BTHV.shape[-1:], eps=config.eps) * self.norm_weight_V
+        y_BTE = (o_BTHV.flatten(2) * F.silu(gate_BTE.to(dtype))).to(x_BTD.dtype)
+        after: State | None = None
+        if want_state and s_BHKV is not None:
+            after = GLAConvState(s_BHKV, *convs) if config.kernel else GLAState(s_BHKV)
+        return self.out_proj(y_BTE), after
+
+    def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None) -> State:
+        config = self.config
+        sizes = config.heads, config.keys // config.heads, config.values // config.heads
+        s_BHKV = torch.zeros(batch, *sizes, dtype=recurrent_dtype(dtype), device=device)
+        if not config.kernel:
+            return GLAState(s_BHKV)
+        conv_BPE = torch.zeros(batch, config.kernel - 1, sum(self.sizes), dtype=dtype, device=device)
+        return GLAConvState(s_BHKV, conv_BPE)
+
+    def state_elements(self, context_len: int) -> int:
+        config = self.config
+        past = max(config.kernel - 1, 0) * sum(self.sizes)
+        return config.keys * config.values // config.heads + past

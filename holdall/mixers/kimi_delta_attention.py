@@ -1,0 +1,150 @@
+"""Kimi Delta Attention: Gated DeltaNet in which each key dimension of a head forgets at its own rate.
+
+    [q | k | v] = silu(shortconv_4(W x))        q, k of unit length per head        beta = sigmoid(W_beta x)
+    S' = diag(w_t) S_{t-1}                      w_t = exp(-exp(A_log) softplus(W_f2 W_f1 x + dt_bias))
+    S_t = S' + k_t (beta_t (v_t - S'^T k_t))^T                          o_t = S_t^T q_t / sqrt(K)
+    y_t = W_o (RMSNorm_head(o_t) * weight * sigmoid(W_g2 W_g1 x))
+
+A_log is one number per head, dt_bias one per head and key dimension; W_f1 and W_g1 have as many rows as a
+head has dimensions. Kimi Team, "Kimi Linear: An Expressive, Efficient Attention Architecture", 2025, arXiv
+2510.26692. `negative_eigenvalues` doubles beta (Grazzi et al., 2024, arXiv 2411.12537).
+Weights map onto the released model's and transformers' layer: q_proj, k_proj, v_proj are the rows of `qkv`,
+in that order, the convolutions (without their middle dimension) those of `conv_weight_EW`; f_a_proj and
+f_b_proj are `decay_proj`'s 0 and 1, dt_bias (flat) and A_log those here, g_a_proj and g_b_proj `gate_proj`'s;
+b_proj is `beta_proj`, o_norm.weight `norm_weight_V`, o_proj `out_proj`.
+Deviations: none from those; flash-linear-attention's layer has a bias after W_g2 besides. Convolutions start
+as torch's do, where that library's language model draws N(0, 0.02) for them too.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
+from holdall.ops import conv, delta_rule
+
+
+class KimiDeltaState(NamedTuple):
+    """The inputs that the short convolution still needs, and what is held under the keys."""
+
+    conv_BPE: Tensor
+    s_BHKV: Tensor
+
+
+@register(
+    "kimi-delta-attention",
+    family="delta rule",
+    paper=Paper(
+        title="Kimi Linear: An Expressive, Efficient Attention Architecture",
+        authors="Kimi Team",
+        year=2025,
+        arxiv="2510.26692",
+    ),
+    state="HK² + 3HK(W - 1)",
+    training="NHK(D + K)",
+    inference="HK(D + K)",
+)
+@dataclass(frozen=True, kw_only=True)
+class KimiDeltaConfig(MixerConfig):
+    """The delta rule with a data-dependent decay per key dimension, as in Kimi Linear.
+
+    head_dim: dimensions of a head's key and value, K, and the rank of the gates' maps, 0 for width / heads;
+    kernel: taps of the convolution, W; negative_eigenvalues: beta in [0, 2] instead of [0, 1]; eps: of the
+    norm of each head's output; chunk: tokens whose corrections are solved at once, at most 16.
+    """
+
+    heads: int = 2
+    head_dim: int = 0
+    kernel: int = 4
+    negative_eigenvalues: bool = False
+    eps: float = 1e-5
+    chunk: int = delta_rule.CHUNK
+
+    variants = ({}, {"heads": 3, "head_dim": 8, "kernel": 3, "negative_eigenvalues": True, "chunk": 8})
+
+    def validate(self) -> None:
+        if self.heads < 1 or self.head_dim < 0 or (not self.head_dim and self.width % self.heads):
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}: give a head_dim")
+        if self.kernel < 2 or not 1 <= self.chunk <= 16:
+            raise ValueError(f"kernel {self.kernel} must be at least 2, chunk {self.chunk} from 1 to 16")
+
+    @property
+    def key_dim(self) -> int:
+        return self.head_dim or self.width // self.heads
+
+    def build(self) -> KimiDeltaAttention:
+        return KimiDeltaAttention(self)
+
+
+class KimiDeltaAttention(Mixer):
+    config: KimiDeltaConfig
+    state_type = KimiDeltaState
+
+    def __init__(self, config: KimiDeltaConfig) -> None:
+        super().__init__(config)
+        width, rank, bound = config.width, config.key_dim, config.kernel**-0.5
+        inner = config.heads * config.key_dim
+        self.qkv = nn.Linear(width, 3 * inner, bias=False)
+        self.conv_weight_EW = nn.Parameter(torch.empty(3 * inner, config.kernel).uniform_(-bound, bound))
+        self.beta_proj = nn.Linear(width, config.heads, bias=False)
+        self.decay_proj, self.gate_proj = (
+            nn.Sequential(nn.Linear(width, rank, bias=False), nn.Linear(rank, inner, bias=False))
+            for _ in range(2)
+        )
+        self.A_log = nn.Parameter(torch.empty(config.heads).uniform_(1, 16).log())
+        # softplus(dt_bias) is log-uniform between 0.001 and 0.1
+        dt = torch.empty(config.heads, config.key_dim).uniform_(math.log(1e-3), math.log(1e-1)).exp()
+        self.dt_bias_HK = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
+        self.norm_weight_V = nn.Parameter(torch.ones(config.key_dim))
+        self.out_proj = nn.Linear(inner, width, bias=False)
+        loop = self.form == "loop"
+        self.short_conv = conv.short_conv_loop if loop else conv.short_conv
+        self.delta_rule = (
+            delta_rule.delta_rule_loop
+            if loop
+            else functools.partial(delta_rule.delta_rule, chunk=config.chunk)
+        )
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        state: KimiDeltaState | None = None,
+        *,
+        inplace: bool = False,
+        want_state: bool = True,
+    ) -> tuple[Tensor, KimiDeltaState | None]:
+        config = self.config
+        if state is None:
+            state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
+        dtype = state.s_BHKV.dtype
+        qkv_BTE, conv_BPE = self.short_conv(self.qkv(x_BTD), self.conv_weight_EW, None, state.conv_BPE)
+        q, k, v = F.silu(qkv_BTE).unflatten(-1, (3, config.heads, -1)).unbind(2)
+        q, k = delta_rule.unit_length(q), delta_rule.unit_length(k)
+        # decay and step decide what is kept over thousands of tokens: not in bf16
+        f_BTHK = self.decay_proj(x_BTD).to(dtype).unflatten(-1, (config.heads, -1))
+        log_w_BTHK = -self.A_log.to(dtype).exp()[:, None] * F.softplus(f_BTHK + self.dt_bias_HK.to(dtype))
+        beta_BTH = self.beta_proj(x_BTD).to(dtype).sigmoid() * (2 if config.negative_eigenvalues else 1)
+        o_BTHV, s_BHKV = self.delta_rule(q * config.key_dim**-0.5, k, v, beta_BTH, state.s_BHKV, log_w_BTHK)
+        o_BTHV = F.rms_norm(o_BTHV, o_BTHV.shape[-1:], self.norm_weight_V, config.eps)
+        y_BTD = self.out_proj(o_BTHV.flatten(2) * self.gate_proj(x_BTD).sigmoid())
+        return y_BTD, KimiDeltaState(conv_BPE, s_BHKV) if want_state else None
+
+    def init_state(
+        self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None
+    ) -> KimiDeltaState:
+        heads, size, kernel = self.config.heads, self.config.key_dim, self.config.kernel
+        return KimiDeltaState(
+            torch.zeros(batch, kernel - 1, 3 * heads * size, dtype=dtype, device=device),
+            torch.zeros(batch, heads, size, size, dtype=recurrent_dtype(dtype), device=device),
+        )
+
+    def state_elements(self, context_len: int) -> int:
+        heads, size, kernel = self.config.heads, self.config.key_dim, self.config.kernel
+        return heads * size**2 + 3 * heads * size * (kernel - 1)

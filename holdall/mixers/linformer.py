@@ -1,0 +1,150 @@
+"""Linformer: attention to r mixtures of all keys, where the mixture is learned and depends on position alone.
+
+    K~ = sum_t e_t k_t^T     V~ = sum_t f_t v_t^T      e_t, f_t: rows of E and F, (max_length, r)
+    y_t = W_o [ sum_{i < r} softmax_i(q_t . K~_i / sqrt(K)) V~_i ] + b,   H heads, E and F common to them
+
+Wang, Li, Khabsa, Fang, Ma, "Linformer: Self-Attention with Linear Complexity", 2020, arXiv 2006.04768.
+Weights map onto lucidrains' LinformerSelfAttention: to_q, to_k, to_v are the rows of `qkv`, in that order,
+proj_k is `e_LR`, proj_v `f_LR`, to_out `out_proj`; its share_kv is `shared` with equal rows for k and v.
+What is causal about it: K~ and V~ are sums over tokens, so they are carried from call to call, in r D numbers
+each. What is not: every output looks at sums over the whole sequence, the tokens behind it included, so no
+language model can be made of it. Here an output sees all of its own call and all calls before; the published
+operator is one call. Deviations: none; positions beyond `max_length` are an error, as there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
+
+
+class LinformerState(NamedTuple):
+    """The mixtures of keys and of values so far, and how many tokens a row has read."""
+
+    k_BRHK: Tensor
+    v_BRHK: Tensor
+    seen_B: Tensor
+
+
+@register(
+    "linformer",
+    family="softmax attention",
+    paper=Paper(
+        title="Linformer: Self-Attention with Linear Complexity",
+        authors="Wang, Li, Khabsa, Fang, Ma",
+        year=2020,
+        arxiv="2006.04768",
+    ),
+    state="2rD + 1",
+    training="ND(r + D)",
+    inference="D(r + D)",
+    causal=False,
+)
+@dataclass(frozen=True, kw_only=True)
+class LinformerConfig(MixerConfig):
+    """Attention to a few learned mixtures of all keys; bidirectional, as published.
+
+    rank: how many mixtures, r; max_length: positions that have a part in them; shared: whether values are
+    mixed as keys are, F = E.
+    """
+
+    rank: int = 32
+    heads: int = 1
+    max_length: int = 1024
+    shared: bool = False
+
+    # as long as the longest of the laws
+    variants = (
+        {"rank": 3, "heads": 2, "max_length": 100_000},
+        {"rank": 2, "max_length": 100_000, "shared": True},
+    )
+
+    def validate(self) -> None:
+        if self.heads < 1 or self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.rank < 1 or self.max_length < 1:
+            raise ValueError(f"rank {self.rank} and max_length {self.max_length} must be positive")
+
+    def build(self) -> Linformer:
+        return Linformer(self)
+
+
+class Linformer(Mixer):
+    config: LinformerConfig
+    state_type = LinformerState
+    refusals = {  # noqa: RUF012
+        "causal": "every output sees all tokens of its call, those behind it too",
+        "splits": "an output sees the tokens behind it only if they are in the same call",
+        "gradients_through_state": "it compares several calls with one, which are not the same",
+    }
+
+    def __init__(self, config: LinformerConfig) -> None:
+        super().__init__(config)
+        self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
+        bound = config.rank**-0.5
+        self.e_LR = nn.Parameter(torch.empty(config.max_length, config.rank).uniform_(-bound, bound))
+        if not config.shared:
+            self.f_LR = nn.Parameter(torch.empty(config.max_length, config.rank).uniform_(-bound, bound))
+        self.out_proj = nn.Linear(config.width, config.width)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        state: LinformerState | None = None,
+        *,
+        inplace: bool = False,
+        want_state: bool = True,
+    ) -> tuple[Tensor, LinformerState | None]:
+        config, new = self.config, x_BTD.shape[1]
+        if new > config.max_length:
+            raise ValueError(f"{new} tokens, but linformer has max_length {config.max_length}")
+        if state is None:
+            state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
+        q, k, v = self.qkv(x_BTD).unflatten(-1, (3, config.heads, -1)).unbind(2)
+        # beyond max_length the lookup fails, where the position is known: on the device
+        position_BT = state.seen_B[:, None] + torch.arange(new, device=x_BTD.device)
+        e_BTR = F.embedding(position_BT, self.e_LR)
+        f_BTR = e_BTR if config.shared else F.embedding(position_BT, self.f_LR)
+        mix = _mix_loop if self.form == "loop" else _mix
+        k_BRHK, v_BRHK = mix(e_BTR, k, state.k_BRHK), mix(f_BTR, v, state.v_BRHK)
+        score_BHTR = torch.einsum("bthk,brhk->bhtr", q.to(k_BRHK.dtype) * q.shape[-1] ** -0.5, k_BRHK)
+        y_BTHK = torch.einsum("bhtr,brhk->bthk", score_BHTR.softmax(-1), v_BRHK).to(x_BTD.dtype)
+        after = LinformerState(k_BRHK, v_BRHK, state.seen_B + new) if want_state else None
+        return self.out_proj(y_BTHK.flatten(2)), after
+
+    def init_state(
+        self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None
+    ) -> LinformerState:
+        config = self.config
+        nothing = torch.zeros(
+            batch,
+            config.rank,
+            config.heads,
+            config.width // config.heads,
+            dtype=recurrent_dtype(dtype),
+            device=device,
+        )
+        return LinformerState(nothing, nothing.clone(), torch.zeros(batch, dtype=torch.long, device=device))
+
+    def state_elements(self, context_len: int) -> int:
+        return 2 * self.config.rank * self.config.width + 1
+
+
+def _mix_loop(weight_BTR: Tensor, u_BTHK: Tensor, sum_BRHK: Tensor) -> Tensor:
+    """The definition: each token adds its part to every mixture."""
+    for t in range(u_BTHK.shape[1]):
+        part = torch.einsum("br,bhk->brhk", *(u[:, t].to(sum_BRHK.dtype) for u in (weight_BTR, u_BTHK)))
+        sum_BRHK = sum_BRHK + part
+    return sum_BRHK
+
+
+def _mix(weight_BTR: Tensor, u_BTHK: Tensor, sum_BRHK: Tensor) -> Tensor:
+    """All tokens in one product."""
+    wide = sum_BRHK.dtype
+    return sum_BRHK + torch.einsum("btr,bthk->brhk", weight_BTR.to(wide), u_BTHK.to(wide))

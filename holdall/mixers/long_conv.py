@@ -1,0 +1,110 @@
+"""Long convolution: one learned filter per channel, as long as the context, and nothing else.
+
+    y_t = x_t + sum_{j <= t, t - j < L} h_{t - j} x_j          h: L taps per channel, explicit parameters
+    with squash s:  h = sign(g) max(|g| - s, 0)                of the parameters g
+
+Fu et al., "Simple Hardware-Efficient Long Convolutions for Sequence Modeling", 2023, arXiv 2302.06646,
+as the convolution without gates of Zoology's comparison (arXiv 2312.04927). The one weight of Zoology's
+LongConvolution, `filter`, is transposed here to (taps, channels).
+Deviations: Zoology's transform is as long as twice the input, so that with a filter longer than the input by
+more than one tap late tokens wrap around to early outputs; here none do. The squashed filter is the kernel of
+Fu et al.'s layer; their learned skip, GELU and GLU around it are left to the block, as in Zoology.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
+from holdall.ops import conv
+
+
+class LongConvState(NamedTuple):
+    """The inputs that later outputs still need, oldest first: all of them, but at most L - 1."""
+
+    past_BPD: Tensor
+
+
+@register(
+    "long-conv",
+    family="convolution",
+    paper=Paper(
+        title="Simple Hardware-Efficient Long Convolutions for Sequence Modeling",
+        authors="Fu et al.",
+        year=2023,
+        arxiv="2302.06646",
+    ),
+    state="min(N, L-1)D",
+    training="ND log N",
+    inference="min(N, L)D",
+)
+@dataclass(frozen=True, kw_only=True)
+class LongConvConfig(MixerConfig):
+    """Long convolution: an explicit filter per channel.
+
+    max_length: taps of the filter, L; a token further back than that is no longer seen.
+    squash: how much nearer to zero every tap is than its parameter; 0 for Zoology's plain filter. With it
+        the parameters start small and fade along the filter, as published; without, as N(0, 1).
+    """
+
+    max_length: int = 1024
+    squash: float = 0.0
+
+    variants = ({"max_length": 40}, {"max_length": 200, "squash": 0.01})
+
+    def validate(self) -> None:
+        if self.max_length < 2 or self.squash < 0:
+            raise ValueError(
+                f"max_length {self.max_length} must be at least 2, squash {self.squash} at least 0"
+            )
+
+    def build(self) -> LongConv:
+        return LongConv(self)
+
+
+class LongConv(Mixer):
+    config: LongConvConfig
+    state_type = LongConvState
+
+    def __init__(self, config: LongConvConfig) -> None:
+        super().__init__(config)
+        filter_LD = torch.randn(config.max_length, config.width)
+        if config.squash:  # channels forget at rates from 1 / L to D / 2L
+            time_L1 = torch.arange(config.max_length)[:, None] / config.max_length
+            rate_D = (config.width / 2) ** (torch.arange(config.width) / config.width)
+            filter_LD = 0.02 * filter_LD * torch.exp(-time_L1 * rate_D)
+        self.filter_LD = nn.Parameter(filter_LD)
+        self.convolve = conv.long_conv_loop if self.form == "loop" else conv.long_conv
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        state: LongConvState | None = None,
+        *,
+        inplace: bool = False,
+        want_state: bool = True,
+    ) -> tuple[Tensor, LongConvState | None]:
+        if state is None:
+            state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
+        filter_LD = self.filter_LD.to(recurrent_dtype(x_BTD.dtype))
+        if self.config.squash:
+            filter_LD = F.softshrink(filter_LD, self.config.squash)
+        length, taps = state.past_BPD.shape[1] + x_BTD.shape[1], self.config.max_length
+        filter_LD = F.pad(filter_LD, (0, 0, 0, max(length - taps, 0)))
+        y_BTD, seen_BSD = self.convolve(x_BTD, filter_LD, state.past_BPD)
+        kept = min(length, taps - 1)
+        after = LongConvState(seen_BSD[:, length - kept :].clone()) if want_state else None
+        return x_BTD + y_BTD, after
+
+    def init_state(
+        self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None
+    ) -> LongConvState:
+        return LongConvState(torch.zeros(batch, 0, self.config.width, dtype=dtype, device=device))
+
+    def state_elements(self, context_len: int) -> int:
+        return min(context_len, self.config.max_length - 1) * self.config.width

@@ -1,0 +1,182 @@
+"""Mamba-2: a state space with one decay per head and token, and so linear attention that learns to forget.
+
+    [z | x B C | dt] = W_in u        [x B C] = silu(shortconv_4(x B C))        dt = softplus(dt + b)
+    S_t = exp(dt_t A) S_{t-1} + B_t (dt_t x_t)^T        y_t = S_t^T C_t + D x_t        A = -exp(A_log)
+    out = W_out (w * RMSNorm(y * silu(z)))
+
+Per head S is (state, head_dim), A and D are numbers; C, B and dt x are queries, keys and values, and the
+heads of a group share B and C. Dao, Gu, "Transformers are SSMs: Generalized Models and Efficient Algorithms
+Through Structured State Space Duality", 2024, arXiv 2405.21060.
+Parameters have the names, orders and shapes of mamba_ssm's Mamba2 (conv1d.weight without its middle
+dimension; norm.weight is `norm_weight_E`). With several groups each is normalised by itself, as in Mamba2 and
+the released models; mamba_ssm's Mamba2Simple takes the norm over all channels.
+Deviations: the convolution's state holds the 3 inputs that are needed, where the official one holds 4, and
+the recurrent state is fp32 whatever the weights are, (state, head_dim) where the official one is transposed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
+from holdall.ops import conv
+from holdall.ops.linear_attention import linear_attention, linear_attention_loop
+
+
+class Mamba2State(NamedTuple):
+    """The inputs that the short convolution still needs, and the decayed sum of B (dt x)^T."""
+
+    conv_BPE: Tensor
+    s_BHNV: Tensor
+
+
+@register(
+    "mamba-2",
+    family="state space",
+    paper=Paper(
+        title="Transformers are SSMs: Generalized Models and Efficient Algorithms Through "
+        "Structured State Space Duality",
+        authors="Dao, Gu",
+        year=2024,
+        arxiv="2405.21060",
+    ),
+    state="eDn+(W-1)(eD+2gn)",
+    training="ND(D + n)",
+    inference="D(D + n)",
+)
+@dataclass(frozen=True, kw_only=True)
+class Mamba2Config(MixerConfig):
+    """Selective state space with one decay per head, computed as linear attention.
+
+    state: state size per channel, n; expand: inner channels per model channel, e; head_dim: channels of each
+    head, or all of them in one head where there are fewer; groups: sets of B and C, each shared by as many
+    heads, g; kernel: taps of the convolution, W; eps: of the norm;
+    chunk: tokens whose pairs are computed at once.
+    """
+
+    state: int = 128
+    expand: int = 2
+    head_dim: int = 64
+    groups: int = 1
+    kernel: int = 4
+    eps: float = 1e-5
+    chunk: int = 128
+
+    variants = (
+        {"state": 8, "head_dim": 8, "groups": 2, "chunk": 16},
+        {"state": 4, "expand": 1, "head_dim": 8},
+    )
+
+    def validate(self) -> None:
+        if min(self.state, self.expand, self.head_dim, self.groups, self.chunk) < 1 or self.kernel < 2:
+            raise ValueError(
+                f"state {self.state}, expand {self.expand}, head_dim {self.head_dim}, groups {self.groups} "
+                f"and chunk {self.chunk} must be positive, kernel {self.kernel} at least 2"
+            )
+        if self.inner % min(self.head_dim, self.inner):
+            raise ValueError(f"expand * width = {self.inner} is not a multiple of head_dim {self.head_dim}")
+        if self.heads % self.groups:
+            raise ValueError(
+                f"{self.heads} heads (expand * width / head_dim) are not a multiple of groups {self.groups}"
+            )
+
+    @property
+    def inner(self) -> int:
+        return self.expand * self.width
+
+    @property
+    def heads(self) -> int:
+        return max(self.inner // self.head_dim, 1)
+
+    @property
+    def conv_channels(self) -> int:
+        return self.inner + 2 * self.groups * self.state
+
+    def build(self) -> Mamba2:
+        return Mamba2(self)
+
+
+class Mamba2(Mixer):
+    config: Mamba2Config
+    state_type = Mamba2State
+    own_init = True
+
+    def __init__(self, config: Mamba2Config) -> None:
+        super().__init__(config)
+        inner, heads, channels, bound = config.inner, config.heads, config.conv_channels, config.kernel**-0.5
+        self.in_proj = nn.Linear(config.width, inner + channels + heads, bias=False)
+        self.conv_weight_EW = nn.Parameter(torch.empty(channels, config.kernel).uniform_(-bound, bound))
+        self.conv_bias_E = nn.Parameter(torch.empty(channels).uniform_(-bound, bound))
+        # softplus(bias) is log-uniform between 0.001 and 0.1
+        dt_H = torch.empty(heads).uniform_(math.log(1e-3), math.log(1e-1)).exp().clamp(min=1e-4)
+        self.dt_bias = nn.Parameter(dt_H + torch.log(-torch.expm1(-dt_H)))
+        self.A_log = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
+        self.D = nn.Parameter(torch.ones(heads))
+        self.norm_weight_E = nn.Parameter(torch.ones(inner))
+        self.out_proj = nn.Linear(inner, config.width, bias=False)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        state: Mamba2State | None = None,
+        *,
+        inplace: bool = False,
+        want_state: bool = True,
+    ) -> tuple[Tensor, Mamba2State | None]:
+        config, dtype, loop = self.config, recurrent_dtype(x_BTD.dtype), self.form == "loop"
+        fresh = state is None
+        if state is None:
+            state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
+        z_BTE, xbc_BTE, dt_BTH = self.in_proj(x_BTD).split(
+            [config.inner, config.conv_channels, config.heads], dim=-1
+        )
+        short_conv = conv.short_conv_loop if loop else conv.short_conv
+        xbc_BTE, conv_BPE = short_conv(xbc_BTE, self.conv_weight_EW, self.conv_bias_E, state.conv_BPE)
+        each_group = config.groups * config.state
+        x_BTE, b_BTE, c_BTE = F.silu(xbc_BTE).split([config.inner, each_group, each_group], dim=-1)
+        k_BTHN, q_BTHN = (
+            u.unflatten(-1, (config.groups, 1, config.state))
+            .expand(-1, -1, -1, config.heads // config.groups, -1)
+            .flatten(2, 3)
+            for u in (b_BTE, c_BTE)
+        )
+        # the step sizes decide what is forgotten over thousands of tokens: not in bf16
+        dt_BTH = F.softplus(dt_BTH.to(dtype) + self.dt_bias.to(dtype))
+        log_decay_BTH = -self.A_log.to(dtype).exp() * dt_BTH
+        x_BTHV = x_BTE.unflatten(-1, (config.heads, -1)).to(dtype)
+        v_BTHV = dt_BTH[..., None] * x_BTHV
+        s_BHNV: Tensor | None
+        if loop:
+            y_BTHV, s_BHNV, _ = linear_attention_loop(
+                q_BTHN, k_BTHN, v_BTHV, state.s_BHNV, None, log_decay_BTH
+            )
+        else:
+            y_BTHV, s_BHNV, _ = linear_attention(
+                q_BTHN, k_BTHN, v_BTHV, None if fresh else state.s_BHNV, None, log_decay_BTH,
+                chunk=config.chunk, inplace=inplace, want_state=want_state,
+            )  # fmt: skip
+        y_BTE = torch.addcmul(y_BTHV, x_BTHV, self.D.to(dtype)[:, None]).flatten(2) * F.silu(z_BTE.to(dtype))
+        y_BTGE = y_BTE.unflatten(-1, (config.groups, -1))
+        y_BTE = F.rms_norm(y_BTGE, y_BTGE.shape[-1:], eps=config.eps).flatten(2) * self.norm_weight_E
+        after = None if s_BHNV is None or not want_state else Mamba2State(conv_BPE, s_BHNV)
+        return self.out_proj(y_BTE.to(x_BTD.dtype)), after
+
+    def init_state(
+        self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None
+    ) -> Mamba2State:
+        config = self.config
+        sizes = config.heads, config.state, config.inner // config.heads
+        return Mamba2State(
+            torch.zeros(batch, config.kernel - 1, config.conv_channels, dtype=dtype, device=device),
+            torch.zeros(batch, *sizes, dtype=recurrent_dtype(dtype), device=device),
+        )
+
+    def state_elements(self, context_len: int) -> int:
+        config = self.config
+        return config.inner * config.state + (config.kernel - 1) * config.conv_channels

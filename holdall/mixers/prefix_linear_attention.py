@@ -1,0 +1,166 @@
+"""Prefix linear attention (JRT-RNN): the prompt is read without direction first, the rest causally after it.
+
+    k~, v~ = W_k~ x, W_v~ x  of the first E tokens        q, k, v = W_q x, W_k x, W_v x  of all tokens
+    S_t = sum_{i < E} phi(k~_i) v~_i^T + sum_{j <= t} phi(k_j) v_j^T
+    z_t = sum_{i < E} phi(k~_i) + sum_{j <= t} phi(k_j)
+    y_t = W_o [ phi(q_t)^T S_t / (phi(q_t) . z_t + eps) ]
+
+at every t, inside the prefix too, whose tokens so see all of it. They count twice, once through each pair of
+projections. After the prefix this is linear attention: there is one state, S and z.
+Arora et al., "Just read twice: closing the recall gap for recurrent language models", 2024, arXiv 2407.05483.
+What the prefix is: the first min(E, T) tokens of a row's first call, which brings T. All calls after that are
+causal, however few tokens the first one had; so does the official code.
+Weights map one to one onto the official module: proj_q, proj_k, proj_v are the rows of `qkv`, proj_k_enc,
+proj_v_enc those of `prefix_kv`, in that order.
+Deviations: the Taylor map keeps the symmetric half of the second order (same outputs, fewer features); there
+is no mask of padding, since rows of other lengths are other calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
+from holdall.ops.linear_attention import (
+    FEATURE_MAPS,
+    absorb,
+    absorb_loop,
+    linear_attention,
+    linear_attention_loop,
+)
+
+
+class PrefixState(NamedTuple):
+    """The sum of phi(k) v^T, the sum of phi(k), and how many tokens a row has read."""
+
+    s_BHFV: Tensor
+    z_BHF: Tensor
+    seen_B: Tensor
+
+
+@register(
+    "prefix-linear-attention",
+    family="linear attention",
+    paper=Paper(
+        title="Just read twice: closing the recall gap for recurrent language models",
+        authors="Arora et al.",
+        year=2024,
+        arxiv="2407.05483",
+    ),
+    state="F(D + H) + 1",
+    training="(N + E)FD",
+    inference="FD",
+    causal=False,
+)
+@dataclass(frozen=True, kw_only=True)
+class PrefixLinearAttentionConfig(MixerConfig):
+    """Linear attention that first reads a prefix without direction, with its own keys and values (JRT-RNN).
+
+    prefix: tokens at the start of a row's first call that every token sees, E, or all if it brings fewer.
+    feature_dim: dimensions f of a head's queries and keys, before the map; after it there are F features,
+        1 + f + f (f + 1) / 2 for taylor and f for elu1.
+    chunk: tokens whose pairs are computed at once.
+    """
+
+    prefix: int = 64
+    feature_map: Literal["taylor", "elu1"] = "taylor"
+    feature_dim: int = 16
+    heads: int = 1
+    eps: float = 1e-12
+    chunk: int = 128
+
+    variants = (
+        {"prefix": 12, "feature_dim": 4, "heads": 2, "chunk": 8},
+        {"prefix": 40, "feature_map": "elu1", "chunk": 32},
+    )
+
+    def validate(self) -> None:
+        if self.heads < 1 or self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if min(self.prefix, self.feature_dim, self.chunk) < 1:
+            raise ValueError(
+                f"prefix {self.prefix}, feature_dim {self.feature_dim} and chunk {self.chunk} "
+                "must be positive"
+            )
+
+    def build(self) -> PrefixLinearAttention:
+        return PrefixLinearAttention(self)
+
+
+class PrefixLinearAttention(Mixer):
+    config: PrefixLinearAttentionConfig
+    state_type = PrefixState
+    refusals: ClassVar[Mapping[str, str]] = {
+        "causal": "every token of the prefix sees all of the prefix: that is what the prefix is for",
+        "splits": "a cut inside the prefix ends it there, since its tokens see no later call; any cut after "
+        "the prefix changes nothing",
+    }
+
+    def __init__(self, config: PrefixLinearAttentionConfig) -> None:
+        super().__init__(config)
+        self.feature_map = FEATURE_MAPS[config.feature_map]
+        keys = config.heads * config.feature_dim
+        self.sizes = [keys, keys, config.width]
+        self.qkv = nn.Linear(config.width, sum(self.sizes), bias=False)
+        self.prefix_kv = nn.Linear(config.width, keys + config.width, bias=False)
+        self.out_proj = nn.Linear(config.width, config.width, bias=False)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        state: PrefixState | None = None,
+        *,
+        inplace: bool = False,
+        want_state: bool = True,
+    ) -> tuple[Tensor, PrefixState | None]:
+        config, phi, loop = self.config, self.feature_map, self.form == "loop"
+        fresh = state is None
+        if state is None:
+            state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
+        parts = self.qkv(x_BTD).split(self.sizes, dim=-1)
+        prefix_parts = self.prefix_kv(x_BTD[:, : config.prefix]).split(self.sizes[1:], dim=-1)
+        q, k, v, prefix_k, prefix_v = (u.unflatten(-1, (config.heads, -1)) for u in (*parts, *prefix_parts))
+        s_BHFV: Tensor | None
+        z_BHF: Tensor | None
+        if loop:
+            zeros = torch.zeros_like(state.s_BHFV), torch.zeros_like(state.z_BHF)
+            s_BHFV, z_BHF = absorb_loop(prefix_k, prefix_v, *zeros, feature_map=phi)
+        else:
+            s_BHFV, z_BHF = absorb(prefix_k, prefix_v, None, None, feature_map=phi, chunk=config.chunk)
+        if not fresh:
+            # rows that have read something have had their prefix
+            first_B = (state.seen_B == 0).to(s_BHFV.dtype)
+            s_BHFV = torch.addcmul(state.s_BHFV, s_BHFV, first_B[:, None, None, None])
+            z_BHF = torch.addcmul(state.z_BHF, z_BHF, first_B[:, None, None])
+        if loop:
+            y_BTHV, s_BHFV, z_BHF = linear_attention_loop(
+                q, k, v, s_BHFV, z_BHF, feature_map=phi, eps=config.eps
+            )
+        else:
+            y_BTHV, s_BHFV, z_BHF = linear_attention(
+                q, k, v, s_BHFV, z_BHF, feature_map=phi, normalise=True, eps=config.eps,
+                chunk=config.chunk, inplace=inplace, want_state=want_state,
+            )  # fmt: skip
+        after = None
+        if want_state and s_BHFV is not None and z_BHF is not None:
+            after = PrefixState(s_BHFV, z_BHF, state.seen_B + x_BTD.shape[1])
+        return self.out_proj(y_BTHV.flatten(2)), after
+
+    def init_state(
+        self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None
+    ) -> PrefixState:
+        config = self.config
+        features = self.feature_map.size(config.feature_dim)
+        sizes = batch, config.heads, features, config.width // config.heads
+        s_BHFV = torch.zeros(sizes, dtype=recurrent_dtype(dtype), device=device)
+        seen_B = torch.zeros(batch, dtype=torch.long, device=device)
+        return PrefixState(s_BHFV, torch.zeros_like(s_BHFV[..., 0]), seen_B)
+
+    def state_elements(self, context_len: int) -> int:
+        features = self.feature_map.size(self.config.feature_dim)
+        return features * (self.config.width + self.config.heads) + 1

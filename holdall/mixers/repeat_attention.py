@@ -1,0 +1,132 @@
+"""Repeat attention: softmax attention whose output is written only where a token occurs again.
+
+    a_t = causal multi-head softmax attention of x at t, as in `attention`
+    y_t = a_t  if the token at t occurred before in its row,  0  otherwise
+
+The rule that Arora et al. give by hand before they learn one, "Zoology", 2023, arXiv 2312.04927: recall needs
+attention only where something of before comes up again, and the rest is left to the convolution beside it.
+Weights map as those of `attention`. The tokens' ids decide, and the state keeps them. All outputs are
+computed here and those of new tokens set to zero; a kernel could leave them out.
+Deviations: none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from holdall.contract import Mixer, MixerConfig, Paper, register
+from holdall.mixers.attention import QKV, AttentionConfig
+from holdall.ops import attention
+from holdall.ops.attention import KeyValueCache
+
+
+class RepeatState(NamedTuple):
+    """A cache as of `attention`, and 1 + the id of each token read, 0 where there was none."""
+
+    k_BSHK: Tensor
+    v_BSHV: Tensor
+    seen_B: Tensor
+    id_BS: Tensor
+
+
+@register(
+    "repeat-attention",
+    family="softmax attention",
+    paper=Paper(
+        title="Zoology: Measuring and Improving Recall in Efficient Language Models",
+        authors="Arora, Eyuboglu, Timalsina, Johnson, Poli, Zou, Rudra, Ré",
+        year=2023,
+        arxiv="2312.04927",
+    ),
+    state="N(2D + 1) + 1",
+    training="N²D",
+    inference="ND",
+)
+@dataclass(frozen=True, kw_only=True)
+class RepeatAttentionConfig(MixerConfig):
+    """Softmax attention, written only where the token occurred before in its row.
+
+    rotary: share of each head's dimensions that rotary positions turn; 0 for none, 1 for all.
+    """
+
+    heads: int = 1
+    rotary: float = 0.0
+    rotary_base: float = 10000.0
+    bias: bool = True
+
+    variants = ({"heads": 2, "rotary": 0.5},)
+
+    def validate(self) -> None:
+        AttentionConfig.validate(self)  # type: ignore[arg-type]
+
+    def build(self) -> RepeatAttention:
+        return RepeatAttention(self)
+
+
+def repeats_loop(tokens_BT: Tensor, id_BS: Tensor) -> Tensor:
+    """The definition: whether each token is among those before it, `id_BS` and then the earlier new ones."""
+    again = []
+    for t in range(tokens_BT.shape[1]):
+        now_B1 = tokens_BT[:, t : t + 1] + 1
+        again.append((id_BS == now_B1).any(1))
+        id_BS = torch.cat((id_BS, now_B1), dim=1)
+    return torch.stack(again, dim=1)
+
+
+def repeats(tokens_BT: Tensor, id_BS: Tensor) -> Tensor:
+    """By sorting, O((S + T) log (S + T)): all but the first of each run of equal ids are repeats."""
+    id_BS = torch.cat((id_BS, tokens_BT + 1), dim=1)
+    order_BS = id_BS.argsort(dim=1, stable=True)
+    sorted_BS = id_BS.take_along_dim(order_BS, dim=1)
+    first_B1 = torch.zeros_like(sorted_BS[:, :1], dtype=torch.bool)
+    again_BS = torch.cat((first_B1, sorted_BS[:, 1:] == sorted_BS[:, :-1]), dim=1)
+    return again_BS.take_along_dim(order_BS.argsort(dim=1), dim=1)[:, id_BS.shape[1] - tokens_BT.shape[1] :]
+
+
+class RepeatAttention(Mixer):
+    config: RepeatAttentionConfig
+    state_type = RepeatState
+    reads_tokens = True
+
+    def __init__(self, config: RepeatAttentionConfig) -> None:
+        super().__init__(config)
+        self.project = QKV(config.width, config.heads, config.rotary, config.rotary_base, config.bias)
+        self.out_proj = nn.Linear(config.width, config.width, bias=config.bias)
+        loop = self.form == "loop"
+        self.attend = attention.full_attention_loop if loop else attention.full_attention
+        self.repeats = repeats_loop if loop else repeats
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        state: RepeatState | None = None,
+        *,
+        inplace: bool = False,
+        want_state: bool = True,
+        tokens_BT: Tensor | None = None,
+    ) -> tuple[Tensor, RepeatState | None]:
+        if tokens_BT is None:
+            raise ValueError("repeat-attention needs the tokens' ids: pass tokens_BT, as holdall.model does")
+        if state is None:
+            state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
+        q, k, v = self.project(x_BTD, state.seen_B)
+        y_BTHV, cache = self.attend(q, k, v, KeyValueCache(*state[:3]), scale=q.shape[-1] ** -0.5)
+        again_BT1 = self.repeats(tokens_BT, state.id_BS)[..., None]
+        y_BTD = self.out_proj(y_BTHV.flatten(2)).masked_fill(~again_BT1, 0.0)
+        if not want_state:
+            return y_BTD, None
+        return y_BTD, RepeatState(*cache, torch.cat((state.id_BS, tokens_BT + 1), dim=1))
+
+    def init_state(
+        self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None
+    ) -> RepeatState:
+        heads, head_dim = self.config.heads, self.config.width // self.config.heads
+        cache = attention.empty_cache(batch, 0, heads, head_dim, head_dim, dtype=dtype, device=device)
+        return RepeatState(*cache, torch.zeros(batch, 0, dtype=torch.long, device=device))
+
+    def state_elements(self, context_len: int) -> int:
+        return context_len * (2 * self.config.width + 1) + 1

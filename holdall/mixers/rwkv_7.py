@@ -1,0 +1,178 @@
+"""RWKV-7 "Goose": a state that fades per key channel, and in which a removal key makes room for each value.
+
+    z_t = x_t + m_z (x_{t-1} - x_t)  for each of z = r, w, k, v, a, g           the token shift; x_{-1} = 0
+    r, k', v = W_r r_t, W_k k_t, W_v v_t        log w = -e^(-1/2) sigmoid(w0 + tanh(w_t w1) w2)
+    a = sigmoid(a0 + a_t a1 a2)     g = sigmoid(g_t g1) g2      kk = k_k k' / |k_k k'| per head
+    k = k' (1 + (a - 1) k_a)
+    S_t = diag(w) S_{t-1} - (a kk) (kk^T S_{t-1}) + k v^T       o_t = S_t^T r
+    y_t = W_o [ g (GroupNorm_head(o_t) + (sum_head r k r_k) v) ]
+
+Peng et al., "RWKV-7 "Goose" with Expressive Dynamic State Evolution", 2025, arXiv 2503.14456. Weights map one
+to one onto RWKV-LM's RWKV_Tmix_x070: receptance, key, value, output (`out_proj`), w0 to w2, a0 to a2, g1, g2,
+k_k, k_a, r_k; x_r, x_w, x_k, x_v, x_a, x_g are the rows of `mix_ZD`, ln_x is `norm_weight_D`, `norm_bias_D`.
+The state is (key, value), the official one (value, key). Channel mixing is an MLP and no part of the mixer.
+Deviations: the value residual (v0, v1, v2), by which later layers mix in the first layer's values, is left
+out: a mixer sees one layer, and each is what the official first layer is. The epsilon of GroupNorm is 1e-5
+per dimension of a head, the official 64e-5 at its head size of 64, whatever the head size is.
+The published initialisation depends on the layer (options `layer` and `layers`), and sets W_o to zero: the
+mixer is silent until W_o has moved, the one of its weights that has a gradient at the start.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
+from holdall.mixers.rwkv_4 import depths, mix_start, ramp, shift
+from holdall.ops.delta_rule import CHUNK, generalised_delta_rule, generalised_delta_rule_loop
+
+
+class RWKV7State(NamedTuple):
+    """The last token, and what is held under the keys."""
+
+    last_BD: Tensor
+    s_BHKV: Tensor
+
+
+@register(
+    "rwkv-7",
+    family="delta rule",
+    paper=Paper(
+        title='RWKV-7 "Goose" with Expressive Dynamic State Evolution',
+        authors="Peng et al.",
+        year=2025,
+        arxiv="2503.14456",
+    ),
+    state="D²/H + D",
+    training="ND(D + R)",
+    inference="D(D + R)",
+)
+@dataclass(frozen=True, kw_only=True)
+class RWKV7Config(MixerConfig):
+    """RWKV-7's time mixing, a delta rule whose removal key differs from the key that is written.
+
+    decay_rank, a_rank, gate_rank: of the maps that give decay, removal and gate, R, 0 for the published
+    2.5, 2.5 and 5 sqrt(width), rounded to a multiple of 32; layer, layers: which of how many layers this is,
+    from 0, for the initialisation; chunk: tokens whose corrections are solved at once, at most 16.
+    """
+
+    heads: int = 2
+    decay_rank: int = 0
+    a_rank: int = 0
+    gate_rank: int = 0
+    layer: int = 0
+    layers: int = 1
+    chunk: int = CHUNK
+
+    variants = (
+        {},
+        {"heads": 1, "decay_rank": 3, "a_rank": 4, "gate_rank": 5, "layer": 1, "layers": 3, "chunk": 8},
+    )
+
+    def validate(self) -> None:
+        if self.heads < 1 or self.width % self.heads or self.width == self.heads:
+            raise ValueError(f"width {self.width} is no multiple of heads {self.heads}, by 2 or more")
+        if min(self.decay_rank, self.a_rank, self.gate_rank) < 0 or not 1 <= self.chunk <= 16:
+            raise ValueError(
+                f"decay_rank {self.decay_rank}, a_rank {self.a_rank} and gate_rank {self.gate_rank} must not "
+                f"be negative, chunk {self.chunk} from 1 to 16"
+            )
+        if not 0 <= self.layer < self.layers:
+            raise ValueError(f"layer {self.layer} is none of {self.layers}, counted from 0")
+
+    @property
+    def ranks(self) -> tuple[int, int, int]:
+        small, large = (max(32, 32 * round(factor * self.width**0.5 / 32)) for factor in (2.5, 5.0))
+        return self.decay_rank or small, self.a_rank or small, self.gate_rank or large
+
+    def build(self) -> RWKV7:
+        return RWKV7(self)
+
+
+def low_rank(width: int, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
+    """Zeros down, a scaled orthogonal matrix up: at the start, what comes out is the same for every token."""
+    up_RD = nn.init.orthogonal_(torch.empty(rank, width), gain=0.1 * max(1.0, rank / width) ** 0.5)
+    return nn.Parameter(torch.zeros(width, rank)), nn.Parameter(up_RD)
+
+
+class RWKV7(Mixer):
+    config: RWKV7Config
+    state_type = RWKV7State
+    own_init = True
+
+    def __init__(self, config: RWKV7Config) -> None:
+        super().__init__(config)
+        width, heads = config.width, config.heads
+        deep, shallow = depths(config.layer, config.layers)
+        powers = (0.2, 0.9, 0.7, 0.7, 0.9, 0.2)
+        self.mix_ZD = nn.Parameter(torch.stack([1 - mix_start(width, p * shallow) for p in powers]))
+        centred_D, across_D = ramp(width) - 0.5, (2 * ramp(width // heads) - 1).repeat(heads)
+        zigzag_D = across_D * across_D.abs()
+        self.w0 = nn.Parameter(-5.5 + 6 * ramp(width) ** (1 + deep**0.3) + 2.5 * zigzag_D)
+        self.a0 = nn.Parameter(-0.19 + 0.3 * zigzag_D + 0.4 * centred_D)
+        (self.w1, self.w2), (self.a1, self.a2), (self.g1, self.g2) = (
+            low_rank(width, rank) for rank in config.ranks
+        )
+        self.k_k = nn.Parameter(0.71 - 0.1 * centred_D)
+        self.k_a = nn.Parameter(torch.full((width,), 1.02))
+        self.r_k = nn.Parameter(torch.full((heads, width // heads), -0.04))
+        self.receptance, self.key, self.value, self.out_proj = (
+            nn.Linear(width, width, bias=False) for _ in range(4)
+        )
+        for layer, gain in ((self.receptance, 0.5), (self.key, 0.05), (self.value, 0.5), (self.out_proj, 0)):
+            nn.init.uniform_(layer.weight, -gain * width**-0.5, gain * width**-0.5)
+        self.norm_weight_D = nn.Parameter(torch.full((width,), ((config.layer + 1) / config.layers) ** 0.7))
+        self.norm_bias_D = nn.Parameter(torch.zeros(width))
+        self.delta_rule = (
+            generalised_delta_rule_loop
+            if self.form == "loop"
+            else functools.partial(generalised_delta_rule, chunk=config.chunk)
+        )
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        state: RWKV7State | None = None,
+        *,
+        inplace: bool = False,
+        want_state: bool = True,
+    ) -> tuple[Tensor, RWKV7State | None]:
+        if state is None:
+            state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
+        dtype = state.s_BHKV.dtype
+        before_BTD = shift(x_BTD, state.last_BD)
+        r, w, k, v, a, g = torch.lerp(x_BTD, before_BTD, self.mix_ZD[:, None, None]).unbind(0)
+        r, k, v = self.receptance(r), self.key(k), self.value(v)
+        # decay and removal decide what is kept over thousands of tokens: not in bf16
+        w = ((w @ self.w1).tanh() @ self.w2).to(dtype) + self.w0.to(dtype)
+        a = ((a @ self.a1 @ self.a2).to(dtype) + self.a0.to(dtype)).sigmoid()
+        g = (g @ self.g1).sigmoid() @ self.g2
+        removal = k.to(dtype) * self.k_k.to(dtype)
+        k = k * (1 + (a - 1) * self.k_a.to(dtype))
+        r, w, k, v, a, removal = (u.unflatten(-1, (self.config.heads, -1)) for u in (r, w, k, v, a, removal))
+        removal = F.normalize(removal, dim=-1)
+        log_w = -math.exp(-0.5) * w.sigmoid()
+        o_BTHV, s_BHKV = self.delta_rule(r, k, v, -a * removal, removal, state.s_BHKV, log_w)
+        o_BTHV = F.layer_norm(o_BTHV, o_BTHV.shape[-1:], eps=1e-5 * o_BTHV.shape[-1])
+        y_BTD = torch.addcmul(self.norm_bias_D, o_BTHV.flatten(2), self.norm_weight_D)
+        bonus_BTHV = (r * k * self.r_k.to(dtype)).sum(-1, keepdim=True) * v
+        y_BTD = self.out_proj(g * (y_BTD + bonus_BTHV.flatten(2).to(y_BTD.dtype)))
+        return y_BTD, RWKV7State(x_BTD[:, -1].clone(), s_BHKV) if want_state else None
+
+    def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None) -> RWKV7State:
+        width, heads = self.config.width, self.config.heads
+        size = (batch, heads, width // heads, width // heads)
+        return RWKV7State(
+            torch.zeros(batch, width, dtype=dtype, device=device),
+            torch.zeros(size, dtype=recurrent_dtype(dtype), device=device),
+        )
+
+    def state_elements(self, context_len: int) -> int:
+        return self.config.width**2 // self.config.heads + self.config.width

@@ -1,0 +1,134 @@
+"""S4: a structured state space per channel that starts as HiPPO-LegS, which keeps the past as polynomials.
+
+    h' = A h + B u      A = diag(lambda) - P P^*, lambda = -exp(log_A_real) + i A_imag
+    h_t = (1 - dt/2 A)^-1 ((1 + dt/2 A) h_{t-1} + dt B u_t)      the channel's step is dt = exp(log_dt)
+    y_t = 2 Re(C . h_t) + D u_t      N / 2 modes: of each conjugate pair only one is kept
+    out = a * sigmoid(g)      [a | g] = W_out GELU(y) + bias
+
+Gu, Goel, Ré, "Efficiently Modeling Long Sequences with Structured State Spaces", 2021, arXiv 2111.00396. By
+the identity of Woodbury a step is a diagonal matrix less one of rank one, O(N); see holdall.ops.dplr. The
+paper trains on the kernel C dA^l dB of the whole length, found at roots of unity; here it is needed in chunks
+only.
+
+Weights map onto state-spaces/s4's S4Block with mode "dplr": inv_dt is `log_dt`, A_real is `log_A_real`,
+A_imag is `-A_imag` (it is subtracted there), output_linear.0 is `out_proj`; B, C, D and P lack their first
+dimension, of one. A checkpoint's C is C (1 - dA^L) with L its l_kernel, and has to be multiplied by the
+inverse.
+Deviations: the code clips the imaginary parts of B to 2 at the start, and what is imaginary depends on the
+phases that a linear algebra library happens to pick; here B and P start real, and nothing is clipped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
+from holdall.ops import dplr, hippo
+from holdall.ops.ssm import as_complex
+
+
+class S4State(NamedTuple):
+    """The modes of each channel's state space, as (re, im)."""
+
+    h_BDN2: Tensor
+
+
+@register(
+    "s4",
+    family="state space",
+    paper=Paper(
+        title="Efficiently Modeling Long Sequences with Structured State Spaces",
+        authors="Gu, Goel, Ré",
+        year=2021,
+        arxiv="2111.00396",
+    ),
+    state="nD",
+    training="ND(D + n) + n³D",
+    inference="D(D + n)",
+)
+@dataclass(frozen=True, kw_only=True)
+class S4Config(MixerConfig):
+    """Structured state space per channel, diagonal plus rank one, from HiPPO-LegS.
+
+    state: real numbers of state per channel, n, which are n / 2 complex modes; chunk: tokens that are read
+    at once, a power of two.
+    """
+
+    state: int = 64
+    chunk: int = dplr.CHUNK
+
+    variants = ({}, {"state": 6, "chunk": 16})
+
+    def validate(self) -> None:
+        if self.state < 2 or self.state % 2:
+            raise ValueError(f"state {self.state} is no positive even number: modes come in conjugate pairs")
+        if self.chunk < 1 or self.chunk & (self.chunk - 1):
+            raise ValueError(f"chunk {self.chunk} is not a power of two")
+
+    def build(self) -> S4:
+        return S4(self)
+
+
+class LegS(nn.Module):
+    """One state space per channel, diagonal plus rank one, that starts as HiPPO-LegS."""
+
+    def __init__(self, width: int, state: int) -> None:
+        super().__init__()
+        lambda_N, p_N, b_N = (u[state // 2 :] for u in hippo.legs(state)[:3])
+        p_N2, b_N2 = torch.view_as_real(p_N).float(), torch.view_as_real(b_N).float()
+        self.log_dt = nn.Parameter(hippo.log_step_sizes(width))
+        self.log_A_real = nn.Parameter((-lambda_N.real).log().float().repeat(width, 1))
+        self.A_imag = nn.Parameter(lambda_N.imag.float().repeat(width, 1))
+        self.P = nn.Parameter(p_N2.repeat(width, 1, 1))
+        self.B = nn.Parameter(b_N2.repeat(width, 1, 1))
+        self.C = nn.Parameter(torch.randn(width, state // 2, 2) * 0.5**0.5)
+
+    def forward(self, dtype: torch.dtype) -> tuple[dplr.Transition, Tensor, Tensor]:
+        """The discretised transition, what it takes in and what it gives out, b_DN and c_DN."""
+        lambda_DN = torch.complex(-self.log_A_real.to(dtype).exp(), self.A_imag.to(dtype))
+        p_DN, b_DN, c_DN = (as_complex(u.to(dtype)) for u in (self.P, self.B, self.C))
+        transition, b_DN = dplr.dplr_bilinear(self.log_dt.to(dtype).exp()[:, None], lambda_DN, p_DN, b_DN)
+        return transition, b_DN, 2 * c_DN
+
+
+class S4(Mixer):
+    config: S4Config
+    state_type = S4State
+    own_init = True
+
+    def __init__(self, config: S4Config) -> None:
+        super().__init__(config)
+        self.kernel = LegS(config.width, config.state)
+        self.D = nn.Parameter(torch.randn(config.width))
+        self.out_proj = nn.Linear(config.width, 2 * config.width)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        state: S4State | None = None,
+        *,
+        inplace: bool = False,
+        want_state: bool = True,
+    ) -> tuple[Tensor, S4State | None]:
+        if state is None:
+            state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
+        transition, b_DN, c_DN = self.kernel(recurrent_dtype(x_BTD.dtype))
+        args = (x_BTD[:, :, None], transition, b_DN[None], c_DN, state.h_BDN2)
+        if self.form == "loop":
+            y_BTD, h_BDN2 = dplr.dplr_ssm_loop(*args)
+        else:
+            y_BTD, h_BDN2 = dplr.dplr_ssm(*args, chunk=self.config.chunk)
+        y_BTD = torch.addcmul(y_BTD, x_BTD, self.D.to(x_BTD.dtype))
+        return F.glu(self.out_proj(F.gelu(y_BTD)), dim=-1), S4State(h_BDN2) if want_state else None
+
+    def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None) -> S4State:
+        shape = (batch, self.config.width, self.config.state // 2, 2)
+        return S4State(torch.zeros(shape, dtype=recurrent_dtype(dtype), device=device))
+
+    def state_elements(self, context_len: int) -> int:
+        return self.config.width * self.config.state

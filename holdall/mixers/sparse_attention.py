@@ -1,0 +1,191 @@
+"""Input-dependent sparse attention: the input decides which few tokens of the past may be looked at.
+
+    z_t = w_key . x_t            kept_t = the `keys` tokens j <= t of largest z_j, of equals the newer
+    a_t = sum_{j in kept_t} softmax_j(q_t . k_j / sqrt(K) + log sigmoid(z_j)) v_j,   H heads
+    y_t = sigmoid(w_query . x_t) (W_o a_t + b)
+
+The tokens kept at t + 1 are among those kept at t and the new one: a cache of `keys` slots is exact.
+Arora et al., "Zoology", 2023, arXiv 2312.04927. Weights map onto Zoology's SigmoidLookups: Wqkv is
+`project.qkv`, selecting is the first row of `select`, out_proj.
+Deviations: SigmoidLookups trains on full attention times sigmoid(w . x_t), and when tested writes only the
+outputs where this is among the k largest of the whole sequence: that leaks the future, and needs all keys.
+Here the choice is causal and the same in training and use, and it is of keys, not of outputs, so that memory
+is bounded. It has a score of its own (`w_key`, second row of `select`), which learns through log sigmoid(z);
+the auxiliary loss against too many lookups has nothing left to do. With w_key = 0 and `keys` at least the
+length this is the train form, less residual and loss; with w_key = 0 and fewer keys, a gated sliding window.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
+from holdall.mixers.attention import QKV
+
+
+class Kept(NamedTuple):
+    """Keys, values and scores of the tokens kept, oldest first; a row's last min(seen, slots) slots."""
+
+    k_BSHK: Tensor
+    v_BSHV: Tensor
+    z_BS: Tensor
+    seen_B: Tensor
+
+
+@register(
+    "sparse-attention",
+    family="softmax attention",
+    paper=Paper(
+        title="Zoology: Measuring and Improving Recall in Efficient Language Models",
+        authors="Arora, Eyuboglu, Timalsina, Johnson, Poli, Zou, Rudra, Ré",
+        year=2023,
+        arxiv="2312.04927",
+    ),
+    state="(2D+1)min(N,k) + 1",
+    training="ND(k + C + D)",
+    inference="D(k + D)",
+)
+@dataclass(frozen=True, kw_only=True)
+class SparseAttentionConfig(MixerConfig):
+    """Softmax attention over the few tokens of the past that a learned score keeps.
+
+    keys: how many tokens are kept, k. chunk: tokens that are read at once, C.
+    """
+
+    keys: int = 64
+    heads: int = 1
+    chunk: int = 64
+
+    variants = ({"keys": 8, "heads": 2, "chunk": 32}, {"keys": 70, "chunk": 32})
+
+    def validate(self) -> None:
+        if self.heads < 1 or self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.keys < 1 or self.chunk < 1:
+            raise ValueError(f"keys {self.keys} and chunk {self.chunk} must be positive")
+
+    def build(self) -> SparseAttention:
+        return SparseAttention(self)
+
+
+def read_one_by_one(
+    q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, z_BT: Tensor, kept: Kept, *, keys: int
+) -> tuple[Tensor, Kept]:
+    """The definition: put a token with those kept, drop the least if they are too many, look at the rest."""
+    ys = []
+    for t in range(q_BTHK.shape[1]):
+        q_B1HK, k_B1HK, v_B1HV, z_B1 = (u[:, t : t + 1] for u in (q_BTHK, k_BTHK, v_BTHV, z_BT))
+        kept = _add(kept, k_B1HK, v_B1HV, z_B1)
+        if kept.z_BS.shape[1] > keys:
+            z_BS = kept.z_BS.masked_fill(~_filled(kept), -torch.inf)
+            slot_S = torch.arange(keys, device=z_BS.device)  # argmin takes the first, the oldest, of equals
+            kept = _take(kept, slot_S + (slot_S >= z_BS.argmin(1, keepdim=True)))
+        ys.append(_attend(q_B1HK, kept, _filled(kept)[:, None]))
+    return torch.cat(ys, dim=1), kept
+
+
+def read_in_chunks(
+    q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, z_BT: Tensor, kept: Kept, *, keys: int, chunk: int
+) -> tuple[Tensor, Kept]:
+    """A chunk of C queries at once, against the tokens kept before it and its own. O(T (k + C)) for C >= k.
+
+    A token is kept at time t if fewer than `keys` of those read by then come before it in rank.
+    """
+    ys = []
+    chunks = (u.split(chunk, dim=1) for u in (q_BTHK, k_BTHK, v_BTHV, z_BT))
+    for q_BCHK, k_BCHK, v_BCHV, z_BC in zip(*chunks, strict=True):
+        kept = _add(kept, k_BCHK, v_BCHV, z_BC)
+        count, new = kept.z_BS.shape[1], z_BC.shape[1]
+        filled_BS = _filled(kept)
+        z_BS = kept.z_BS.detach().masked_fill(~filled_BS, -torch.inf)
+        # newest first, so that a stable sort ranks the newer of equals higher
+        best_first_BS = count - 1 - z_BS.flip(1).argsort(dim=1, descending=True, stable=True)
+        rank_BS = best_first_BS.argsort(dim=1)
+        time_S = torch.arange(count, device=z_BS.device)
+        read_CS = time_S <= time_S[count - new :, None]
+        # in order of rank, how many have been read at t up to and with each; then back in order of time
+        read_BCS = read_CS.expand(z_BS.shape[0], -1, -1)
+        order_BCS, rank_BCS = (u[:, None].expand_as(read_BCS) for u in (best_first_BS, rank_BS))
+        place_BCS = read_BCS.take_along_dim(order_BCS, 2).cumsum(2).take_along_dim(rank_BCS, 2)
+        visible_BCS = read_BCS & (place_BCS <= keys) & filled_BS[:, None]
+        ys.append(_attend(q_BCHK, kept, visible_BCS))
+        if count > keys:
+            kept = _take(kept, best_first_BS[:, :keys].sort(dim=1).values)
+    return torch.cat(ys, dim=1), kept
+
+
+def _add(kept: Kept, k_BTHK: Tensor, v_BTHV: Tensor, z_BT: Tensor) -> Kept:
+    return Kept(
+        torch.cat((kept.k_BSHK, k_BTHK), dim=1),
+        torch.cat((kept.v_BSHV, v_BTHV), dim=1),
+        torch.cat((kept.z_BS, z_BT), dim=1),
+        kept.seen_B + z_BT.shape[1],
+    )
+
+
+def _take(kept: Kept, slot_BS: Tensor) -> Kept:
+    slot_BS11 = slot_BS[:, :, None, None]
+    return Kept(
+        kept.k_BSHK.take_along_dim(slot_BS11, dim=1),
+        kept.v_BSHV.take_along_dim(slot_BS11, dim=1),
+        kept.z_BS.take_along_dim(slot_BS, dim=1),
+        kept.seen_B,
+    )
+
+
+def _filled(kept: Kept) -> Tensor:
+    """Which slots hold a token: all but those in front that only rows with more tokens fill."""
+    slots = kept.z_BS.shape[1]
+    return torch.arange(slots, device=kept.seen_B.device) >= slots - kept.seen_B[:, None]
+
+
+def _attend(q_BTHK: Tensor, kept: Kept, visible_BTS: Tensor) -> Tensor:
+    score_BHTS = torch.einsum("bthk,bshk->bhts", q_BTHK * q_BTHK.shape[-1] ** -0.5, kept.k_BSHK)
+    score_BHTS = score_BHTS.to(kept.z_BS.dtype) + F.logsigmoid(kept.z_BS)[:, None, None]
+    p_BHTS = score_BHTS.masked_fill(~visible_BTS[:, None], -torch.inf).softmax(-1)
+    return torch.einsum("bhts,bshv->bthv", p_BHTS.to(kept.v_BSHV.dtype), kept.v_BSHV)
+
+
+class SparseAttention(Mixer):
+    config: SparseAttentionConfig
+    state_type = Kept
+
+    def __init__(self, config: SparseAttentionConfig) -> None:
+        super().__init__(config)
+        self.project = QKV(config.width, config.heads, rotary=0, rotary_base=1, bias=True)
+        self.select = nn.Linear(config.width, 2, bias=False)
+        self.out_proj = nn.Linear(config.width, config.width)
+
+    def forward(
+        self, x_BTD: Tensor, state: Kept | None = None, *, inplace: bool = False, want_state: bool = True
+    ) -> tuple[Tensor, Kept | None]:
+        config, dtype = self.config, recurrent_dtype(x_BTD.dtype)
+        if state is None:
+            state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
+        q, k, v = self.project(x_BTD, state.seen_B)
+        # in bf16 many scores would be equal, and others change places
+        gate_BT, z_BT = F.linear(x_BTD.to(dtype), self.select.weight.to(dtype)).unbind(-1)
+        if self.form == "loop":
+            y_BTHV, after = read_one_by_one(q, k, v, z_BT, state, keys=config.keys)
+        else:
+            y_BTHV, after = read_in_chunks(q, k, v, z_BT, state, keys=config.keys, chunk=config.chunk)
+        y_BTD = self.out_proj(y_BTHV.flatten(2)) * gate_BT.sigmoid()[..., None].to(x_BTD.dtype)
+        return y_BTD, after if want_state else None
+
+    def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None) -> Kept:
+        heads, head_dim = self.config.heads, self.config.width // self.config.heads
+        nothing = torch.zeros(batch, 0, heads, head_dim, dtype=dtype, device=device)
+        return Kept(
+            nothing,
+            nothing.clone(),
+            torch.zeros(batch, 0, dtype=recurrent_dtype(dtype), device=device),
+            torch.zeros(batch, dtype=torch.long, device=device),
+        )
+
+    def state_elements(self, context_len: int) -> int:
+        return (2 * self.config.width + 1) * min(context_len, self.config.keys) + 1

@@ -1,0 +1,136 @@
+"""The zoo's page: what every registered mixer is, and how it did, as Markdown.
+
+Made from the registry, the folder of `holdall frontier zoo` and, beside it, soundness.jsonl.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from holdall import mixers
+from holdall.contract import Entry
+from holdall.report.data import Model, load_each
+from holdall.report.style import bytes_text
+
+INTRO = """# The zoo
+
+Every registered sequence mixer: what it is, what it carries, and how it does on the same small task.
+`holdall zoo NAME` tells more of each; `holdall matrix NAME` draws what it does.
+
+Made by `make zoo`, which trains ({command}), measures errors and writes this page.
+
+**Task.** Multi-query associative recall, the `quick` recipe: {test}; two layers of width {width}, a short
+convolution and then the mixer; the better of {rates} learning rates, {seeds}, at most {steps} steps. So
+little training says how fast a mixer learns to recall as much as how much it can hold: a low number is no
+verdict on a mixer.
+**State** is what one sequence carries after {context} tokens, both layers, counted. **Efficiency**: bits of
+answers that the recall proves, per bit of state. **Parameters** of the whole model. **Seconds** of training
+on one CPU core.
+**Error**: the largest difference from fp64 over all outputs of one layer, relative to the largest output,
+in fp32 after 100,000 tokens and in bf16 after 16,384 (where the cost is quadratic, 16,384 for both).
+"""
+
+
+def markdown(folder: Path) -> str:
+    """The page, from a folder that `holdall frontier zoo` left.
+
+    Raises FileNotFoundError or ValueError, naming what is missing and the way out.
+    """
+    (sweep,) = load_each([folder])
+    models = {str(model.runs[0].line["mixer"]): model for model in sweep.models}
+    drifts = read_drifts(folder / "soundness.jsonl")
+    lines = [model.runs[0].line for model in sweep.models]
+    rates, seeds = (
+        {run.learning_rate for model in sweep.models for run in model.runs},
+        {run.seed for model in sweep.models for run in model.runs},
+    )
+    parts = [f"{s.pairs} pairs in {s.length} tokens" for s in sweep.segments]
+    page = [
+        INTRO.format(
+            command=f"`{sweep.command}`",
+            test=", ".join(parts),
+            width=lines[0]["width"],
+            rates=len(rates),
+            seeds="one seed" if len(seeds) == 1 else f"the mean of {len(seeds)} seeds",
+            steps=max(line["steps"] for line in lines),
+            context=sweep.context_len,
+        )
+    ]
+    for family, members in mixers.families().items():
+        entries = [mixers.entry(name) for name in members]
+        page += [f"## {family[0].upper()}{family[1:]}\n", _what(entries), _how(entries, models, drifts)]
+    missing = [name for name in mixers.names() if name not in models]
+    if missing:
+        page.append(f"Not measured yet: {', '.join(missing)}.\n")
+    return "\n".join(page)
+
+
+def write(folder: Path, target: Path) -> Path:
+    """Write the page; raises as `markdown`."""
+    text = markdown(folder)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.parent / f".{target.name}.{os.getpid()}"
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, target)
+    return target
+
+
+def read_drifts(path: Path) -> dict[str, dict[str, Mapping[str, Any]]]:
+    """The measurements of `holdall soundness`: by mixer, then by dtype. Empty if there is no such file."""
+    found: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        content = json.loads(line)
+        found.setdefault(content["mixer"], {})[content["dtype"]] = content
+    return found
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    rule = ["---" if column < left else "---:" for column in range(len(heads))]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (heads, rule, *rows)) + "\n"
+
+
+def _what(entries: Sequence[Entry]) -> str:
+    rows = []
+    for entry in entries:
+        paper = f"{entry.paper.authors.split(',')[0]}, {entry.paper.year}"
+        if entry.paper.arxiv:
+            paper = f"[{paper}](https://arxiv.org/abs/{entry.paper.arxiv})"
+        causal = "" if entry.causal else " (not causal)"
+        rows.append(
+            (f"`{entry.name}`{causal}", entry.summary, paper, entry.state, entry.training, entry.inference)
+        )
+    heads = ("mixer", "what it is", "paper", "state elements after N tokens", "N tokens at once", "one more")
+    return _table(heads, rows, left=len(heads))
+
+
+def _how(entries: Sequence[Entry], models: Mapping[str, Model], drifts: Mapping[str, Any]) -> str:
+    rows = []
+    for entry in sorted(
+        entries, key=lambda entry: -models[entry.name].accuracy if entry.name in models else 1
+    ):
+        model = models.get(entry.name)
+        cells = ["-"] * 5
+        if model is not None and model.best:
+            best = max(model.best, key=lambda run: run.accuracy)
+            line = best.line
+            cells = [
+                f"{model.accuracy:.1%}",
+                bytes_text(model.state_bytes),
+                f"{line['recall_efficiency']:.2%}",
+                f"{line['parameters']:,}",
+                f"{line['seconds']:.0f}",
+            ]
+        elif model is not None:
+            cells[:2] = ["diverged", bytes_text(model.state_bytes)]
+        errors = [_error(drifts.get(entry.name, {}).get(dtype)) for dtype in ("float32", "bfloat16")]
+        rows.append((f"`{entry.name}`", *cells, *errors))
+    heads = ("mixer", "recall", "state", "efficiency", "parameters", "seconds", "error fp32", "error bf16")
+    return _table(heads, rows)
+
+
+def _error(drift: Mapping[str, Any] | None) -> str:
+    return "-" if drift is None else f"{drift['error']:.0e}"
