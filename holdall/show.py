@@ -289,8 +289,8 @@ def zoo(name: str | None, width: int, context: int, load: Sequence[Path]) -> int
         pad_edge=False,
         padding=(0, 1),
         caption=f"State: elements that one layer carries per row, and the bytes of them, counted after N = "
-        f"{context} tokens at width D = {width} with bf16 activations. A wider terminal also shows papers, and "
-        "costs of N tokens at once and of one more. `holdall zoo NAME` tells letters, paper and options. "
+        f"{context} tokens at width D = {width} with bf16 activations. A wider terminal also shows papers "
+        "and costs of N tokens at once and of one more. `holdall zoo NAME` tells letters, paper and options. "
         f"Not causal: {', '.join(seeing)}.",
         caption_justify="left",
     )

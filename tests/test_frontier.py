@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +208,15 @@ def test_published_recipes_are_as_published() -> None:
     assert train.learning_rates == pytest.approx((1e-4, 10**-3.3333333, 10**-2.6666667, 1e-2))
     assert (train.epochs, train.schedule, train.weight_decay, train.stop_at) == (64, "epoch", 0.1, 0.99)
     assert train.data.train[0].rows == 100_000
+    assert {point.family for point in zoology[0].points} == {
+        "attention", "Hyena", "H3", "RWKV-4", "BaseConv", "Based", "Mamba",
+    }  # fmt: skip
     (based,) = recipes.sweeps("based-figure2")
+    models = Counter(point.family for point in based.points)
+    assert models == {
+        "attention": 2, "Taylor": 9, "sliding window": 8, "Mamba": 9, "Mamba-2": 9, "Hyena": 3, "H3": 3,
+        "GLA": 3, "DeltaNet": 3, "Gated DeltaNet": 3, "RWKV-7": 3,
+    }  # fmt: skip
     assert sum(segment.rows for segment in based.data.train) == 180_000
     assert based.points[0].train.learning_rates == pytest.approx((1e-3, 10**-2.5, 1e-2, 10**-1.5))
     assert based.context_len == 1024

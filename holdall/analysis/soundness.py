@@ -7,6 +7,7 @@ Inputs are normal numbers, weights are the initial ones.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import time
 from dataclasses import dataclass
 
@@ -52,6 +53,8 @@ def drift(config: MixerConfig, dtype: torch.dtype, *, length: int | None = None,
     The weights are rounded to `dtype` first and then widened, so that what is measured is the computation.
     """
     length = length_for(config, dtype, length)
+    if getattr(config, "max_length", length) < length:  # filters and positions are made for so many tokens
+        config = dataclasses.replace(config, max_length=length)  # type: ignore[call-arg]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         mixer = config.build().eval().to(dtype)

@@ -1,9 +1,10 @@
 """Based's figure 2: recall against bytes of state, on one mixture of MQAR.
 
 Arora et al., 2024, arXiv 2402.18668, and its published configs: attention, sliding windows and Taylor linear
-attention after a short convolution; Mamba and Hyena in both layers.
-Deviations: as in zoology_figure2; Mamba-2, H3, GLA, DeltaNet, Gated DeltaNet and RWKV-7 join with their
-mixers. A published window of b sees b tokens and itself, which is `window` b + 1 here.
+attention after a short convolution, and so GLA, DeltaNet, Gated DeltaNet and RWKV-7, which Zoology added
+later; Mamba, Mamba-2, Hyena and H3 in both layers.
+Deviations: as in zoology_figure2. A published window of b sees b tokens and itself, which is `window` b + 1
+here.
 """
 
 from __future__ import annotations
@@ -13,8 +14,14 @@ import numpy as np
 from holdall.contract import MixerConfig
 from holdall.frontier import Point, SweepConfig
 from holdall.mixers.attention import AttentionConfig
+from holdall.mixers.delta_net import DeltaNetConfig
+from holdall.mixers.gated_delta_net import GatedDeltaNetConfig
+from holdall.mixers.gla import GLAConfig
+from holdall.mixers.h3 import H3Config
 from holdall.mixers.hyena import HyenaConfig
 from holdall.mixers.mamba import MambaConfig
+from holdall.mixers.mamba_2 import Mamba2Config
+from holdall.mixers.rwkv_7 import RWKV7Config
 from holdall.mixers.sliding_window import SlidingWindowConfig
 from holdall.mixers.taylor import TaylorConfig
 from holdall.model import ModelConfig
@@ -56,9 +63,19 @@ def architectures() -> list[tuple[str, str, tuple[MixerConfig, ...]]]:
         for n in (8, 16, 24):
             mamba = MambaConfig(width=width, state=n)
             found.append((f"Mamba, n = {n}", "Mamba", (mamba, mamba)))
+            mamba_2 = Mamba2Config(width=width, state=n)
+            found.append((f"Mamba-2, n = {n}", "Mamba-2", (mamba_2, mamba_2)))
     for width in (64, 128, 256):
         hyena = HyenaConfig(width=width, max_length=LONGEST)
+        h3 = H3Config(width=width, state=width // 4, head_dim=2)
         found.append(("Hyena", "Hyena", (hyena, hyena)))
+        found.append(("H3", "H3", (h3, h3)))
+        found.append(("GLA", "GLA", after_conv(GLAConfig(width=width, heads=2))))
+        found.append(("DeltaNet", "DeltaNet", after_conv(DeltaNetConfig(width=width))))
+        gated = GatedDeltaNetConfig(width=width, gate=False)
+        found.append(("Gated DeltaNet", "Gated DeltaNet", after_conv(gated)))
+        rwkv = RWKV7Config(width=width, heads=width // 64, decay_rank=16, layer=1, layers=2)
+        found.append(("RWKV-7", "RWKV-7", after_conv(rwkv)))
     return found
 
 

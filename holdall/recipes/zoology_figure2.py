@@ -3,8 +3,7 @@
 Arora et al., 2023, arXiv 2312.04927, section 4 and its published configs. Attention solves every length at
 width 64; gated convolutions need a width that grows with the length.
 Deviations: no dropout in attention (the published configs have 0.1); a model without MLP adds nothing after
-its mixer, where Zoology's identity adds the normalised stream once more; H3 and RWKV-4 join with their
-mixers.
+its mixer, where Zoology's identity adds the normalised stream once more.
 """
 
 from __future__ import annotations
@@ -15,8 +14,10 @@ from holdall.contract import MixerConfig
 from holdall.frontier import Point, SweepConfig
 from holdall.mixers.attention import AttentionConfig
 from holdall.mixers.base_conv import BaseConvConfig
+from holdall.mixers.h3 import H3Config
 from holdall.mixers.hyena import HyenaConfig
 from holdall.mixers.mamba import MambaConfig
+from holdall.mixers.rwkv_4 import RWKV4Config
 from holdall.mixers.taylor import TaylorConfig
 from holdall.model import ModelConfig
 from holdall.recipes.patterns import after_conv
@@ -31,10 +32,12 @@ BATCH = {64: 512, 128: 512, 256: 256, 512: 128}
 def architectures(width: int, length: int) -> dict[str, tuple[MixerConfig, ...]]:
     """The two layers of each architecture, by family."""
     hyena, mamba = HyenaConfig(width=width, max_length=length), MambaConfig(width=width)
-    attention = AttentionConfig(width=width)
+    attention, h3 = AttentionConfig(width=width), H3Config(width=width, state=length, head_dim=2)
     return {
         "attention": (attention, attention),
         "Hyena": (hyena, hyena),
+        "H3": (h3, h3),
+        "RWKV-4": tuple(RWKV4Config(width=width, layer=layer, layers=2) for layer in range(2)),
         "BaseConv": (
             BaseConvConfig(width=width),
             BaseConvConfig(width=width, filter="long", max_length=length),

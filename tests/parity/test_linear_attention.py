@@ -1,0 +1,83 @@
+"""Linear attention and its Taylor map against the plain references of flash-linear-attention.
+
+Letters: B row, T time, D width, H heads, K key dim, F features, V value dim.
+"""
+
+import warnings
+from types import ModuleType
+
+import laws
+import pytest
+import torch
+import torch.nn.functional as F
+
+from holdall.mixers.linear_attention import LinearAttentionConfig
+from holdall.mixers.taylor import TaylorConfig
+
+WIDTH, HEADS, FEATURES, LENGTH = 16, 2, 6, 40
+PIECES = [LENGTH - 3, 1, 2]
+FORMS = pytest.mark.parametrize("form", ["loop", "parallel"])
+MAPS = {
+    "elu1": lambda u: F.elu(u) + 1,
+    "relu": torch.relu,
+    "identity": lambda u: u,
+    "square": lambda u: u**2 / 2**0.5,
+}
+
+
+def fla(module: str) -> ModuleType:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip(f"fla.{module}", reason="fla-core is not installed")
+
+
+@FORMS
+@pytest.mark.parametrize(
+    ("feature_map", "normalise"),
+    [("elu1", True), ("elu1", False), ("relu", False), ("identity", False), ("square", True)],
+)
+@torch.no_grad()
+def test_outputs_and_states_are_those_of_fla(feature_map: str, normalise: bool, form: str) -> None:
+    naive = fla("ops.linear_attn.naive")
+    options = {"feature_map": feature_map, "normalise": normalise, "eps": 1e-10, "bias": True}
+    config = LinearAttentionConfig(
+        width=WIDTH, heads=HEADS, feature_dim=FEATURES, chunk=16, form=form, **options
+    )
+    mixer = laws.build(config)
+    sizes = [HEADS * FEATURES, HEADS * FEATURES, WIDTH]
+    state = sums = None
+    for piece_BTD in laws.tokens(mixer, LENGTH).split(PIECES, dim=1):
+        q, k, v = (u.unflatten(-1, (HEADS, -1)) for u in mixer.qkv(piece_BTD).split(sizes, dim=-1))
+        o_BTHV, sums = naive.naive_recurrent_linear_attn(
+            MAPS[feature_map](q), MAPS[feature_map](k), v, scale=1.0, initial_state=sums,
+            output_final_state=True, normalize=normalise,
+        )  # fmt: skip
+        want_BTD = mixer.out_proj(o_BTHV.flatten(2))
+        y_BTD, state = mixer(piece_BTD, state)
+        laws.assert_close("output", y_BTD, want_BTD, 1e-5 * laws.size(want_BTD))
+        s_BHFV, *z = sums if normalise else (sums,)
+        for name, got, want in zip(state._fields, state, [s_BHFV, *(u[:, 0] for u in z)], strict=True):
+            laws.assert_close(name, got, want, 1e-5 * laws.size(want))
+
+
+@FORMS
+@torch.no_grad()
+def test_taylor_is_flas_based(form: str) -> None:
+    """All in one piece there, in several here; the sums are of the same features in the same order."""
+    naive, maps = fla("ops.based.naive"), fla("modules.feature_map")
+    # eps as there
+    config = TaylorConfig(width=WIDTH, heads=HEADS, feature_dim=FEATURES, eps=1e-6, chunk=16, form=form)
+    mixer = laws.build(config).double()
+    x_BTD = laws.tokens(mixer, LENGTH)
+    sizes = [HEADS * FEATURES, HEADS * FEATURES, WIDTH]
+    q_BHTK, k_BHTK, v_BHTV = (
+        u.unflatten(-1, (HEADS, -1)).transpose(1, 2) for u in mixer.qkv(x_BTD).split(sizes, dim=-1)
+    )
+    o_BHTV = naive.naive_parallel_based(q_BHTK, k_BHTK, v_BHTV)
+    y_BTD, state = laws.read_in_pieces(mixer, x_BTD, PIECES)
+    laws.assert_close("output", y_BTD, mixer.out_proj(o_BHTV.transpose(1, 2).flatten(2)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # theirs about checkpoints, which they take of it
+        k_BHTF = maps.TaylorFeatureMap(FEATURES)(k_BHTK)
+    laws.assert_close("state.s", state.s_BHFV, k_BHTF.mT @ v_BHTV)
+    laws.assert_close("state.z", state.z_BHF, k_BHTF.sum(2))
