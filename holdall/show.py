@@ -417,7 +417,7 @@ def matrix(
     settings: dict[str, Any] = {"length": length, "kind": input, "scale": scale, "seed": seed, "shown": heads}
     found: list[gallery.MixingMatrix] = []
     failures: dict[str, str] = {}
-    wanted = wanted or dict.fromkeys(mixers.names())
+    wanted = wanted or dict.fromkeys(name for members in mixers.families().values() for name in members)
     with console.status("") as status:
         for each in wanted:
             status.update(f"{each} ({len(found) + len(failures) + 1} of {len(wanted)})")

@@ -7,7 +7,7 @@ The rule that Arora et al. give by hand before they learn one, "Zoology", 2023, 
 attention only where something of before comes up again, and the rest is left to the convolution beside it.
 Weights map as those of `attention`. The tokens' ids decide, and the state keeps them. All outputs are
 computed here and those of new tokens set to zero; a kernel could leave them out.
-Deviations: none.
+Deviations: there is no official code of this rule to compare with; the paper describes it in words.
 """
 
 from __future__ import annotations
