@@ -151,4 +151,4 @@ def test_sliding_window_is_mistrals(
     options = {"heads": HEADS, "kv_heads": kv_heads, "rotary": 1.0, "rotary_base": BASE, "bias": False}
     mixer = SlidingWindowConfig(width=WIDTH, window=window, form=form, **options).build()
     load_projections(theirs, mixer)
-    assert_reads_the_same(transformers, theirs, mixer, mistral.MistralRotaryEmbedding, prompt, steps=7)
+    assert_reads_the_same(transformers, theirs, mixer, mistral.MistralRotaryEmbedding, prompt, steps=window)

@@ -1,5 +1,7 @@
 """Linear attention and its Taylor map against the plain references of flash-linear-attention.
 
+The projections around these references are four layers, as in the official modules.
+
 Letters: B row, T time, D width, H heads, K key dim, F features, V value dim.
 """
 
@@ -10,7 +12,9 @@ import laws
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from holdall.contract import Mixer
 from holdall.mixers.linear_attention import LinearAttentionConfig
 from holdall.mixers.taylor import TaylorConfig
 
@@ -31,6 +35,22 @@ def fla(module: str) -> ModuleType:
         return pytest.importorskip(f"fla.{module}", reason="fla-core is not installed")
 
 
+def projections_of(mixer: Mixer) -> tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear]:
+    """Of queries, keys, values and outputs; the mixer gets their weights."""
+    bias, dtype = mixer.config.bias, laws.dtype_of(mixer)
+    keys = HEADS * FEATURES
+    layers = tuple(nn.Linear(WIDTH, out, bias=bias, dtype=dtype) for out in (keys, keys, WIDTH, WIDTH))
+    kinds = ("weight", "bias") if bias else ("weight",)
+    weights = {}
+    for kind in kinds:
+        rows = [layer.get_parameter(kind) for layer in layers]
+        for i, parameter in enumerate(rows):
+            parameter.copy_(0.3 * laws.draw(*parameter.shape, dtype=dtype, seed=i))
+        weights |= {f"qkv.{kind}": torch.cat(rows[:3]), f"out_proj.{kind}": rows[3]}
+    mixer.load_state_dict(weights)
+    return layers
+
+
 @FORMS
 @pytest.mark.parametrize(
     ("feature_map", "normalise"),
@@ -43,16 +63,16 @@ def test_outputs_and_states_are_those_of_fla(feature_map: str, normalise: bool, 
     config = LinearAttentionConfig(
         width=WIDTH, heads=HEADS, feature_dim=FEATURES, chunk=16, form=form, **options
     )
-    mixer = laws.build(config)
-    sizes = [HEADS * FEATURES, HEADS * FEATURES, WIDTH]
+    mixer = config.build()
+    *inner, outer = projections_of(mixer)
     state = sums = None
     for piece_BTD in laws.tokens(mixer, LENGTH).split(PIECES, dim=1):
-        q, k, v = (u.unflatten(-1, (HEADS, -1)) for u in mixer.qkv(piece_BTD).split(sizes, dim=-1))
+        q, k, v = (layer(piece_BTD).unflatten(-1, (HEADS, -1)) for layer in inner)
         o_BTHV, sums = naive.naive_recurrent_linear_attn(
             MAPS[feature_map](q), MAPS[feature_map](k), v, scale=1.0, initial_state=sums,
             output_final_state=True, normalize=normalise,
         )  # fmt: skip
-        want_BTD = mixer.out_proj(o_BTHV.flatten(2))
+        want_BTD = outer(o_BTHV.flatten(2))
         y_BTD, state = mixer(piece_BTD, state)
         laws.assert_close("output", y_BTD, want_BTD, 1e-5 * laws.size(want_BTD))
         s_BHFV, *z = sums if normalise else (sums,)
@@ -67,15 +87,13 @@ def test_taylor_is_flas_based(form: str) -> None:
     naive, maps = fla("ops.based.naive"), fla("modules.feature_map")
     # eps as there
     config = TaylorConfig(width=WIDTH, heads=HEADS, feature_dim=FEATURES, eps=1e-6, chunk=16, form=form)
-    mixer = laws.build(config).double()
+    mixer = config.build().double()
+    *inner, outer = projections_of(mixer)
     x_BTD = laws.tokens(mixer, LENGTH)
-    sizes = [HEADS * FEATURES, HEADS * FEATURES, WIDTH]
-    q_BHTK, k_BHTK, v_BHTV = (
-        u.unflatten(-1, (HEADS, -1)).transpose(1, 2) for u in mixer.qkv(x_BTD).split(sizes, dim=-1)
-    )
+    q_BHTK, k_BHTK, v_BHTV = (layer(x_BTD).unflatten(-1, (HEADS, -1)).transpose(1, 2) for layer in inner)
     o_BHTV = naive.naive_parallel_based(q_BHTK, k_BHTK, v_BHTV)
     y_BTD, state = laws.read_in_pieces(mixer, x_BTD, PIECES)
-    laws.assert_close("output", y_BTD, mixer.out_proj(o_BHTV.transpose(1, 2).flatten(2)))
+    laws.assert_close("output", y_BTD, outer(o_BHTV.transpose(1, 2).flatten(2)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # theirs about checkpoints, which they take of it
         k_BHTF = maps.TaylorFeatureMap(FEATURES)(k_BHTK)

@@ -67,7 +67,7 @@ def torchscales(heads: int, value_ratio: int, form: str, eps: float) -> tuple[nn
 def test_outputs_and_states_are_those_of_torchscales_recurrence(
     heads: int, value_ratio: int, form: str
 ) -> None:
-    theirs, mixer = torchscales(heads, value_ratio, form, eps=1e-6)
+    theirs, mixer = torchscales(heads, value_ratio, form, eps=0.1)  # a small one would hide the normaliser
     x_BTD = laws.tokens(mixer, LENGTH)
     angle_TK = angles(LENGTH, WIDTH // heads).repeat_interleave(2, dim=-1)
     memory: dict[str, Tensor] = {}
