@@ -1,7 +1,7 @@
 """How far a mixer's output drifts from the truth over great lengths, in the dtypes that people use.
 
 The truth is the same mixer in fp64 on the same tokens: the laws hold its forms to the definition there.
-Inputs are normal numbers, weights are the initial ones.
+Inputs are normal numbers, weights are the initial ones, but for those that start at zero.
 """
 
 from __future__ import annotations
@@ -57,7 +57,11 @@ def drift(config: MixerConfig, dtype: torch.dtype, *, length: int | None = None,
         config = dataclasses.replace(config, max_length=length)  # type: ignore[call-arg]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        mixer = config.build().eval().to(dtype)
+        mixer = config.build().eval()
+        for parameter in mixer.parameters():
+            if not parameter.any():  # RWKV's last projection starts at zero, and would hide everything
+                parameter.normal_(std=0.02)
+        mixer = mixer.to(dtype)
         x_1TD = torch.randn(1, length, config.width, dtype=torch.float64).to(dtype)
     tokens = {"tokens_BT": torch.arange(length)[None] % 97} if mixer.reads_tokens else {}
     started = time.perf_counter()

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from holdall.report import floor, style
-from holdall.report.data import Model, Run, Sweep, families, pareto
+from holdall.report.data import Model, Run, Sweep, families, is_series, pareto
 
 CEILING = 1.06  # accuracy at the top edge, as in the figure
 HOVER = {"hovertemplate": "%{text}<extra></extra>"}
@@ -146,7 +146,7 @@ def _models(members: Sequence[Model], marks: Marks, shared: dict[str, Any]) -> l
             "y": [m.accuracy for m in drawn],
             "customdata": [marks.model(m) for m in drawn],
             "text": [_hover(m.label, m.accuracy, m.state_bytes) for m in drawn],
-            "mode": "lines+markers",
+            "mode": "lines+markers" if is_series(drawn) else "markers",
             "error_y": spread,
         }
     ]

@@ -168,6 +168,11 @@ def families(sweeps: Sequence[Sweep]) -> list[str]:
     return list(dict.fromkeys(model.family for sweep in sweeps for model in sweep.models))
 
 
+def is_series(models: Iterable[Model]) -> bool:
+    """Whether these are one mixer in several sizes, so that a line through them means something."""
+    return len({model.runs[0].line.get("mixer") for model in models}) == 1
+
+
 def _config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise FileNotFoundError(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from holdall.report import floor, style
-from holdall.report.data import Model, Sweep, families, pareto
+from holdall.report.data import Model, Sweep, families, is_series, pareto
 
 SIZE = (7.0, 4.5)  # inches
 DPI = 200
@@ -127,7 +127,7 @@ def _draw_floor(axes: Any, questions: floor.Questions, low: float) -> list[Any]:
 
 
 def _draw_models(axes: Any, sweeps: Sequence[Sweep]) -> list[Any]:
-    """One line per family and sweep through its models by rising state, with the seeds' spread."""
+    """Each family's models with their seeds' spread; a line by rising state where they are one mixer's."""
     lines = []
     for fill, sweep in zip(style.FILLS, sweeps, strict=False):
         for index, family in enumerate(families(sweeps)):
@@ -147,20 +147,21 @@ def _draw_models(axes: Any, sweeps: Sequence[Sweep]) -> list[Any]:
                         zorder=2.5,
                         gid="spread",
                     )
-            (line,) = axes.plot(
-                state,
-                accuracy,
-                color=look.colour,
-                linewidth=1.1,
-                alpha=0.55,
-                linestyle="-" if sweep is sweeps[0] else ":",
-                zorder=2,
-            )
+            if is_series(members):
+                (line,) = axes.plot(
+                    state,
+                    accuracy,
+                    color=look.colour,
+                    linewidth=1.1,
+                    alpha=0.55,
+                    linestyle="-" if sweep is sweeps[0] else ":",
+                    zorder=2,
+                )
+                lines.append(line)
             # markers apart from their line: a line may be pale, a marker never
             axes.plot(
                 state, accuracy, linestyle="none", zorder=3, gid=f"family:{family}", **marker(look, fill[0])
             )
-            lines.append(line)
     return lines
 
 

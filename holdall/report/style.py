@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from holdall.report.data import Model, Sweep
+from holdall.report.data import Model, Sweep, is_series
 
 # Okabe and Ito's colours for the colour-blind, the light ones darkened to carry on white and on black.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#A8408F", "#D39200", "#4BA6E0", "#757575")
@@ -100,7 +100,8 @@ def short_labels(sweeps: Sequence[Sweep]) -> dict[Model, str]:
         widths = Counter(label for label, _ in {(model.label, model.width) for model in sweep.models})
         for model in sweep.models:
             parts = [model.label.partition(",")[2].strip()]
-            if not parts[0] and _letters(model.label) != _letters(model.family):
+            alone = is_series(other for other in sweep.models if other.family == model.family)
+            if not parts[0] and not (alone and _letters(model.label) == _letters(model.family)):
                 parts = [model.label]
             if widths[model.label] > 1:
                 parts.append(f"d = {model.width}")

@@ -93,10 +93,16 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -
     return "\n".join("| " + " | ".join(row) + " |" for row in (heads, rule, *rows)) + "\n"
 
 
+def _cited(authors: str) -> str:
+    """One name, two, or the first of several and the others unnamed."""
+    names = authors.split(", ")
+    return " and ".join(names) if len(names) <= 2 else f"{names[0]} et al."
+
+
 def _what(entries: Sequence[Entry]) -> str:
     rows = []
     for entry in entries:
-        paper = f"{entry.paper.authors.split(',')[0]}, {entry.paper.year}"
+        paper = f"{_cited(entry.paper.authors)}, {entry.paper.year}"
         if entry.paper.arxiv:
             paper = f"[{paper}](https://arxiv.org/abs/{entry.paper.arxiv})"
         causal = "" if entry.causal else " (not causal)"

@@ -63,6 +63,10 @@ def test_mixers_that_read_tokens_and_those_with_a_longest_text_are_measured_too(
         assert drift(config(name), torch.float32, length=2000).error < 1e-3
 
 
+def test_a_mixer_whose_output_starts_at_zero_is_measured_too():
+    assert 0 < drift(config("rwkv-4"), torch.float32, length=200).error < 1e-5
+
+
 def test_the_command_goes_on_where_it_was(tmp_path, monkeypatch):
     assert show.soundness(["retnet"], tmp_path, 16, 64, ()) == 0
     lines = read_lines(tmp_path / "soundness.jsonl")

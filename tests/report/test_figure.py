@@ -191,3 +191,19 @@ def test_importing_the_room_is_light():
     program = "import sys, holdall.report; print([m for m in ('matplotlib', 'plotly') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_line_joins_one_mixers_models_and_never_several_mixers(make_sweep, line, together):
+    sizes = (2000, 4000, 8000)
+    mixers = ["taylor"] * 3 if together else ["gla", "retnet", "linear-attention"]
+    lines = [
+        line(f"{name}, {size}" if together else name, size, 0.5, family="linear attention", mixer=name)
+        for name, size in zip(mixers, sizes, strict=True)
+    ]
+    sweeps = load([make_sweep("several", lines)])
+    joined = [drawn for drawn in figure.draw(sweeps).axes[0].lines if list(drawn.get_xdata()) == list(sizes)]
+    assert [drawn.get_linestyle() for drawn in joined if drawn.get_linestyle() != "None"] == ["-"] * together
+    # where a family is several mixers the legend's name says nothing of any one, not even of its namesake
+    if not together:
+        assert set(style.short_labels(sweeps).values()) == set(mixers)
