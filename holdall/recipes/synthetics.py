@@ -2,11 +2,11 @@
 
 Fu et al., "Hungry Hungry Hippos", 2022, arXiv 2212.14052, tables 1 and 2: S4D and the gated state space
 fail where H3 and attention do not. Two layers of width 32 with MLPs, 5,000 training rows of 31 or 22
-tokens, batches of 32, loss on every token, AdamW with weight decay 0.1 and a warm-up over a tenth of the
-steps, then a cosine.
-Deviations: the published learning rate, 0.0005, beside one four times as large, and 100 epochs instead of
-400 (induction heads) and 200 (associative recall); no dropout of embeddings (published: 0.1); the cosine
-ends at zero; the gated state space has 64 modes instead of 512.
+tokens, batches of 32, AdamW with weight decay 0.1 and a warm-up over a tenth of the steps, then a cosine.
+Deviations: trained on the answers alone and not on every token, most of which are random, for 50 epochs
+instead of 400 (induction heads) and 200 (associative recall); the published learning rate, 0.0005, beside
+one four times as large; no dropout of embeddings (published: 0.1); the cosine ends at zero; the gated state
+space has 64 modes instead of 512.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from holdall.model import ModelConfig
 from holdall.tasks.data import Segment, SingleQueryData
 from holdall.train import TrainConfig
 
-WIDTH, ROWS, BATCH, EPOCHS = 32, 5000, 32, 100
+WIDTH, ROWS, BATCH, EPOCHS = 32, 5000, 32, 50
 RATES = (0.0005, 0.002)
 
 
@@ -32,6 +32,7 @@ def data(task: Literal["induction-heads", "associative-recall"]) -> SingleQueryD
     vocab, length, pairs = (20, 30, 1) if task == "induction-heads" else (10, 20, 10)
     return SingleQueryData(
         task_name=task,
+        practise="answers",
         vocab=vocab,
         train=(Segment(length=length, pairs=pairs, rows=ROWS),),
         test=(Segment(length=length, pairs=pairs, rows=500),),
