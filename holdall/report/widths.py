@@ -49,7 +49,7 @@ def _draw(sweeps: Sequence[Sweep]) -> Any:
     figure = Figure(figsize=(0.75 + PANEL[0] * count, PANEL[1] + 0.75), dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, count, sharey=True, squeeze=False)[0]
-    figure.subplots_adjust(left=0.62 / figure.get_figwidth(), right=0.99, bottom=0.17, top=0.8, wspace=0.08)
+    figure.subplots_adjust(left=0.72 / figure.get_figwidth(), right=0.99, bottom=0.17, top=0.84, wspace=0.08)
     widths = sorted({model.width for sweep in sweeps for model in sweep.models})
     for axes, sweep in zip(panels, sweeps, strict=True):
         axes.set_xscale("log", base=2)
