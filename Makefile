@@ -15,9 +15,9 @@ frontier: $(VENV)/installed
 	$(BIN)/holdall frontier quick
 
 zoo: $(VENV)/installed
-	$(BIN)/holdall frontier zoo --out results/zoo
-	$(BIN)/holdall soundness --out results/zoo
-	$(BIN)/holdall zoo --results results/zoo --page docs/zoo.md
+	$(BIN)/holdall frontier zoo
+	$(BIN)/holdall soundness
+	$(BIN)/holdall zoo --results runs/zoo --page docs/zoo.md
 
 test: $(VENV)/installed-dev
 	$(BIN)/pytest -q -n $(JOBS) --jaxtyping-packages=$(SHAPES) -m "not compile and not full"
