@@ -260,7 +260,7 @@ def _percent(score: float | None) -> str:
 def report(folders: Sequence[Path], out: Path | None) -> int:
     """The command `holdall report`."""
     try:
-        if [folder for folder in folders if (folder / "matrix.json").exists()]:
+        if any((folder / "matrix.json").exists() for folder in folders):
             if len(folders) > 1:
                 raise ValueError("mixing matrices are drawn from one folder at a time")
             written = matrices.write(folders[0], out or folders[0])

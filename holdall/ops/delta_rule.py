@@ -34,6 +34,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from holdall.ops.linear_attention import decay_between, per_key
+
 if TYPE_CHECKING or "jaxtyping" in sys.modules:  # pytest checks the shapes; nothing else needs jaxtyping
     from jaxtyping import Float
 
@@ -63,7 +65,7 @@ def delta_rule_loop(
     for t in range(q_BTHK.shape[1]):
         q_BHK, k_BHK, v_BHV = (x[:, t].to(dtype) for x in (q_BTHK, k_BTHK, v_BTHV))
         if log_decay is not None:
-            s_BHKV = _per_key(log_decay)[:, t, :, :, None].to(dtype).exp() * s_BHKV
+            s_BHKV = per_key(log_decay)[:, t, :, :, None].to(dtype).exp() * s_BHKV
         held_BHV = torch.einsum("bhkv,bhk->bhv", s_BHKV, k_BHK)
         u_BHV = beta_BTH[:, t, :, None].to(dtype) * (v_BHV - held_BHV)
         s_BHKV = s_BHKV + k_BHK[..., :, None] * u_BHV[..., None, :]
@@ -123,7 +125,7 @@ def generalised_delta_rule_loop(
         )
         held_BHV = torch.einsum("bhkv,bhk->bhv", s_BHKV, b_BHK)
         if log_decay is not None:
-            s_BHKV = _per_key(log_decay)[:, t, :, :, None].to(dtype).exp() * s_BHKV
+            s_BHKV = per_key(log_decay)[:, t, :, :, None].to(dtype).exp() * s_BHKV
         s_BHKV = s_BHKV + a_BHK[..., :, None] * held_BHV[..., None, :]
         s_BHKV = s_BHKV + k_BHK[..., :, None] * v_BHV[..., None, :]
         ys.append(torch.einsum("bhkv,bhk->bhv", s_BHKV, q_BHK))
@@ -159,16 +161,11 @@ def generalised_delta_rule(
 # ----------------------------------------------------------------------------------------- within chunks
 
 
-def _per_key(log_decay: Tensor) -> Tensor:
-    """(B, T, H) to (B, T, H, 1); (B, T, H, K) stays."""
-    return log_decay[..., None] if log_decay.ndim == 3 else log_decay
-
-
 def _log_w(log_decay: Tensor | None, q_BTHK: Tensor, dtype: torch.dtype) -> Tensor:
     """(B, T, H, 1 or K); zeros where nothing decays."""
     if log_decay is None:
         return torch.zeros_like(q_BTHK[..., :1], dtype=dtype)
-    return _per_key(log_decay).to(dtype)
+    return per_key(log_decay).to(dtype)
 
 
 def _in_chunks(
@@ -199,7 +196,7 @@ def _side_by_side(
     s_BHKV: Tensor, q: Tensor, log_w: Tensor, a: Tensor, b: Tensor, c: Tensor, *plain: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Some chunks, (B, N, H, C, .) each; the system of each is solved before any state is known."""
-    between_CCK = _between(log_w)
+    between_CCK = decay_between(log_w)
     since_CK = log_w.cumsum(-2).exp()
     before_CK = F.pad(since_CK[..., :-1, :], (0, 0, 1, 0), value=1.0)
     # the state after a token has two readers: that token's query and the next token's b
@@ -224,19 +221,6 @@ def _side_by_side(
         s_BHKV = s_BHKV if gain_KV is None else s_BHKV + gain_KV[:, i]
     y_CV = y_CV + (q * since_CK) @ torch.stack(states, dim=1) + y_from_a_CC @ torch.stack(us, dim=1)
     return y_CV, s_BHKV
-
-
-def _between(log_w_CK: Tensor) -> Tensor:
-    """G(t, s) of all pairs of a chunk, zero where s is later than t, (..., C, C, 1 or K).
-
-    The decay between two tokens is the exponential of the sum of what lies between them. It is no ratio of
-    two exponentials, which overflow once a chunk forgets more than the dtype can hold, and no difference of
-    two sums from the chunk's start either, which has lost its digits behind a token that forgot a lot.
-    """
-    size = log_w_CK.shape[-2]
-    future_CC1 = torch.ones(size, size, dtype=torch.bool, device=log_w_CK.device).triu(1)[..., None]
-    log_w_CCK = log_w_CK[..., :, None, :].masked_fill(~future_CC1.transpose(0, 1), 0.0)
-    return log_w_CCK.cumsum(-3).masked_fill(future_CC1, -torch.inf).exp()
 
 
 def _pairs(reads_CRK: Tensor, keys_CK: Tensor, between_CCK: Tensor) -> tuple[Tensor, ...]:

@@ -137,7 +137,7 @@ def linear_attention_loop(
     for t in range(q_BTHK.shape[1]):
         q_BHF, k_BHF, v_BHV = q_BTHF[:, t], k_BTHF[:, t], v_BTHV[:, t].to(dtype)
         if log_decay is not None:
-            a_BHF = _per_feature(log_decay)[:, t].to(dtype).exp()
+            a_BHF = per_key(log_decay)[:, t].to(dtype).exp()
             s_BHFV = a_BHF[..., None] * s_BHFV
             z_BHF = None if z_BHF is None else a_BHF * z_BHF
         s_BHFV = s_BHFV + k_BHF[..., :, None] * v_BHV[..., None, :]
@@ -184,8 +184,7 @@ def linear_attention(
     """
     dtype = torch.promote_types(v_BTHV.dtype, torch.float32)
     q_BHTK, k_BHTK, v_BHTV = (x.transpose(1, 2).to(dtype) for x in (q_BTHK, k_BTHK, v_BTHV))
-    per_key = log_decay is not None and log_decay.ndim == 4
-    if per_key:
+    if log_decay is not None and log_decay.ndim == 4:
         chunk = min(chunk, 16)
     total = q_BHTK.shape[2]
     ys = []
@@ -194,7 +193,7 @@ def linear_attention(
         q, k, v = q_BHTK[:, :, now], k_BHTK[:, :, now], v_BHTV[:, :, now]
         log_a_BHCF = None
         if log_decay is not None:
-            log_a_BHCF = _per_feature(log_decay[:, now]).transpose(1, 2).to(dtype)
+            log_a_BHCF = per_key(log_decay[:, now]).transpose(1, 2).to(dtype)
         score_BHCC = _pairs_within(q, k, log_a_BHCF, feature_map)
         y = score_BHCC @ v
         norm = score_BHCC.sum(-1, keepdim=True) if normalise else None
@@ -257,31 +256,35 @@ def _kept_off_zero(norm: Tensor, eps: float, floor: float | None) -> Tensor:
     return norm + eps if floor is None else norm.clamp(min=floor)
 
 
-def _per_feature(log_decay: Tensor) -> Tensor:
+def per_key(log_decay: Tensor) -> Tensor:
     """(B, T, H) to (B, T, H, 1); (B, T, H, K) stays."""
     return log_decay[..., None] if log_decay.ndim == 3 else log_decay
 
 
 def _pairs_within(q: Tensor, k: Tensor, log_a_BHCF: Tensor | None, feature_map: FeatureMap) -> Tensor:
-    """Decayed causal scores of all pairs of a chunk, (B, H, C, C).
-
-    The decay between two tokens is the exponential of the sum of what lies between them. It is no ratio of
-    two exponentials, which overflow once a chunk forgets more than the dtype can hold, and no difference of
-    two sums from the chunk's start either, which has lost its digits behind a token that forgot a lot.
-    """
-    size = q.shape[2]
-    future_CC = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
+    """Decayed causal scores of all pairs of a chunk, (B, H, C, C)."""
     if log_a_BHCF is None:
+        future_CC = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
         return feature_map.pairs(q, k).masked_fill(future_CC, 0.0)
-    if log_a_BHCF.shape[-1] == 1:
-        log_a_BHCC = log_a_BHCF.expand(-1, -1, -1, size).masked_fill(~future_CC.mT, 0.0)
-        decay_BHCC = log_a_BHCC.cumsum(2).masked_fill(future_CC, -torch.inf).exp()
-        return feature_map.pairs(q, k) * decay_BHCC
-    log_a_BHCCF = log_a_BHCF[:, :, :, None].masked_fill(~future_CC.mT[..., None], 0.0)
-    decay_BHCCF = log_a_BHCCF.cumsum(2).masked_fill(future_CC[..., None], -torch.inf).exp()
+    decay_BHCCF = decay_between(log_a_BHCF)
+    if decay_BHCCF.shape[-1] == 1:
+        return feature_map.pairs(q, k) * decay_BHCCF[..., 0]
     return torch.einsum(
         "bhtk,bhsk,bhtsk->bhts", feature_map.features(q), feature_map.features(k), decay_BHCCF
     )
+
+
+def decay_between(log_a_CF: Tensor) -> Tensor:
+    """The decay from token s to token t of all pairs, zero where s is later, (..., C, F) to (..., C, C, F).
+
+    It is the exponential of the sum of what lies between the two. It is no ratio of two exponentials, which
+    overflow once a chunk forgets more than the dtype can hold, and no difference of two sums from the chunk's
+    start either, which has lost its digits behind a token that forgot a lot.
+    """
+    size = log_a_CF.shape[-2]
+    future_CC1 = torch.ones(size, size, dtype=torch.bool, device=log_a_CF.device).triu(1)[..., None]
+    log_a_CCF = log_a_CF[..., :, None, :].masked_fill(~future_CC1.transpose(0, 1), 0.0)
+    return log_a_CCF.cumsum(-3).masked_fill(future_CC1, -torch.inf).exp()
 
 
 def _advance(

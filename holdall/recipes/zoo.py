@@ -7,7 +7,6 @@ hundred times as wide.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from holdall import mixers
@@ -34,4 +33,4 @@ def sweeps(seeds: int = 1) -> tuple[SweepConfig, ...]:
         entry = mixers.entry(name)
         config = entry.configure(width=quick.WIDTH, **OPTIONS.get(name, {}))
         points.append(quick.point(name, entry.family, config, seeds))
-    return (dataclasses.replace(quick.sweeps(seeds)[0], recipe="zoo", points=tuple(points)),)
+    return (SweepConfig(recipe="zoo", points=tuple(points)),)

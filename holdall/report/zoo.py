@@ -5,13 +5,11 @@ Made from the registry, the folder of `holdall frontier zoo` and, beside it, sou
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from holdall import mixers
+from holdall import mixers, runs
 from holdall.contract import Entry
 from holdall.report.data import Model, load_each
 from holdall.report.style import bytes_text
@@ -73,17 +71,14 @@ def write(folder: Path, target: Path) -> Path:
     """Write the page; raises as `markdown`."""
     text = markdown(folder)
     target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.parent / f".{target.name}.{os.getpid()}"
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, target)
+    runs.write_atomically(target, text.encode())
     return target
 
 
 def read_drifts(path: Path) -> dict[str, dict[str, Mapping[str, Any]]]:
     """The measurements of `holdall soundness`: by mixer, then by dtype. Empty if there is no such file."""
     found: dict[str, dict[str, Mapping[str, Any]]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        content = json.loads(line)
+    for content in runs.read_lines(path):
         found.setdefault(content["mixer"], {})[content["dtype"]] = content
     return found
 
