@@ -29,6 +29,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from holdall import forms
+
 State = tuple[Tensor, ...]
 """A NamedTuple of tensors, first dimension the batch row; each mixer names its own."""
 
@@ -132,8 +134,9 @@ def _from_plain(value: Any, kind: Any) -> Any:
 class MixerConfig(Config):
     """Base of the mixers' configs: the model width, and which of a mixer's forms runs.
 
-    `form` "loop" is the definition, "parallel" the parallel or chunked form in plain PyTorch; "auto"
-    takes the fastest that the mixer has, and the built mixer's `form` says which that is.
+    `form` "loop" is the definition, "parallel" the parallel or chunked form in plain PyTorch, "kernel" the
+    one for GPUs, where there is one; "auto" takes the fastest that can run on the mixer's device, and the
+    built mixer's `form` says which that is (holdall/forms.py).
     """
 
     width: int = 64
@@ -152,10 +155,14 @@ class MixerConfig(Config):
         if self.form not in ("auto", *self.forms):
             raise ValueError(f"{self.name} has no form '{self.form}'. {did_you_mean(self.form, self.forms)}")
 
-    @property
-    def resolved_form(self) -> str:
-        """The form that will run: the one asked for, or for "auto" the fastest that the mixer has."""
-        return self.forms[-1] if self.form == "auto" else self.form
+    def kernel_refusal(self, device: torch.device, dtype: torch.dtype) -> str:
+        """Why the kernel of this config cannot run on such activations; empty if it can."""
+        return forms.kernel_refusal(device, dtype)
+
+    def resolved_form(self, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+        """The form that will run on such a device; may raise KernelError, see `forms.resolve`."""
+        refusal = self.kernel_refusal(device, dtype) if "kernel" in self.forms else ""
+        return forms.resolve(self.form, self.forms, device, refusal)
 
     @abstractmethod
     def build(self) -> Mixer:
@@ -187,7 +194,7 @@ class Mixer(nn.Module):
 
     Attributes:
         config: the config that built it.
-        form: the form that runs, resolved once, here.
+        form: the form that runs, resolved when the mixer is built and when it moves.
     """
 
     state_type: ClassVar[type[State]]
@@ -202,7 +209,15 @@ class Mixer(nn.Module):
     def __init__(self, config: MixerConfig) -> None:
         super().__init__()
         self.config = config
-        self.form = config.resolved_form
+        self.form = config.resolved_form(torch.get_default_device(), torch.get_default_dtype())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mixer:
+        """Behind `to`, `cuda`, `half` and the like: another device may run another form."""
+        super()._apply(fn, recurse)
+        weight = next(self.parameters(), None)
+        if weight is not None:
+            self.form = self.config.resolved_form(weight.device, weight.dtype)
+        return self
 
     @abstractmethod
     def forward(

@@ -152,7 +152,7 @@ def result_line(job: Job, sweep: SweepConfig, result: dict[str, Any]) -> dict[st
         "options": special.options(),
         "width": model.width,
         "layers": [layer.name for layer in model.layers],
-        "form": special.resolved_form,
+        "form": special.resolved_form(torch.device("cpu")),
         "parameters": parameters,
         "state_bytes": carried,
         "context_len": sweep.context_len,

@@ -165,7 +165,8 @@ class _FrontierView:
         points = (
             f"{len(sweep.points)} models, {count} runs" if count > len(sweep.points) else f"{count} models"
         )
-        forms = sorted({layer.resolved_form for point in sweep.points for layer in point.train.model.layers})
+        layers = [layer for point in sweep.points for layer in point.train.model.layers]
+        forms = sorted({layer.resolved_form(torch.device(device)) for layer in layers})
         self.header = (
             f"[bold]{sweep.recipe}[/]: {points} on {device_name}, form {' and '.join(forms)}, in {out}"
         )

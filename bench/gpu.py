@@ -1,0 +1,99 @@
+"""Timing on a GPU: ours beside its ceiling and beside what a user would pick instead, in one run.
+
+A case counts the fewest bytes and operations that its result needs; with the card's own copy bandwidth and
+matrix rate, measured in the same run, these give the ceiling that no implementation runs below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One thing to do, and the ways to do it.
+
+    what, shape: for the table. bytes: through device memory, each input read and each output written once.
+    flops: of the matrix products that the algorithm cannot do without. target_ms: what we want, 0 for none.
+    ways: name to a function that does it once; the first is ours.
+    """
+
+    what: str
+    shape: str
+    bytes: float
+    flops: float = 0.0
+    target_ms: float = 0.0
+    ways: dict[str, Callable[[], Any]]
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """What this card reaches: bytes per second of a large copy (read and written), and bf16 operations."""
+
+    bandwidth: float
+    flops: float
+
+    def seconds(self, case: Case) -> float:
+        return max(case.bytes / self.bandwidth, case.flops / self.flops)
+
+
+def milliseconds(function: Callable[[], Any]) -> float:
+    """The median time of one call, after a warm-up, with the cache emptied between calls."""
+    from triton.testing import do_bench
+
+    return do_bench(function, warmup=50, rep=200, return_mode="median")
+
+
+def ceiling() -> Ceiling:
+    a = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_()
+    b = torch.empty_like(a)
+    copy = milliseconds(lambda: b.copy_(a))
+    del a, b
+    x, y = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    product = milliseconds(lambda: x @ y)
+    return Ceiling(2 * (1 << 30) / copy * 1e3, 2 * 8192**3 / product * 1e3)
+
+
+def measure(case: Case, limit: Ceiling) -> dict[str, Any]:
+    """One line of the table; a way that fails on this shape says why instead of a time."""
+    times: dict[str, float | str] = {}
+    for name, function in case.ways.items():
+        try:
+            times[name] = milliseconds(function)
+        except Exception as error:
+            times[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:80]}"
+    ours = next(iter(times.values()))
+    least = 1e3 * limit.seconds(case)
+    return {
+        "what": case.what,
+        "shape": case.shape,
+        "ceiling_ms": least,
+        "bound": "memory" if case.bytes / limit.bandwidth >= case.flops / limit.flops else "operations",
+        "target_ms": case.target_ms,
+        "times_ms": times,
+        "share": least / ours if isinstance(ours, float) else None,
+    }
+
+
+def table(results: Sequence[dict[str, Any]]) -> Table:
+    shown = Table(title="kernels, ms (median); share = ceiling / ours")
+    for column in ("what", "shape", "ceiling", "ours", "share", "target", "instead"):
+        shown.add_column(column, justify="left" if column in ("what", "shape", "instead") else "right")
+    for result in results:
+        ours, *others = result["times_ms"].items()
+        instead = [f"{name} {f'{ms:.3f}' if isinstance(ms, float) else ms}" for name, ms in others]
+        shown.add_row(
+            result["what"],
+            result["shape"],
+            f"{result['ceiling_ms']:.3f}",
+            f"{ours[1]:.3f}" if isinstance(ours[1], float) else ours[1],
+            f"{result['share']:.0%}" if result["share"] else "-",
+            f"{result['target_ms']:.3f}" if result["target_ms"] else "-",
+            "\n".join(instead),
+        )
+    return shown

@@ -1,0 +1,93 @@
+"""Which of a mixer's forms runs: the loop that defines it, the parallel form in plain PyTorch, or a kernel.
+
+The choice is made when a mixer is built and again when it moves to another device or dtype; the mixer's
+`form` tells it. "auto" takes the kernel on a GPU where it can run. A form that was asked for by name runs or
+raises. With `HOLDALL_STRICT=1` in the environment, or within `strict()`, "auto" on a GPU raises too where it
+would have to do without a kernel that the mixer has.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+from collections.abc import Iterator, Sequence
+
+import torch
+
+STRICT = "HOLDALL_STRICT"
+"""The environment variable: inherited by the processes of a sweep."""
+
+
+class KernelError(RuntimeError):
+    """A kernel was asked for that cannot run here; the message says why and what would."""
+
+
+def kernel_refusal(device: torch.device, dtype: torch.dtype) -> str:
+    """Why no kernel can run on such tensors; empty if it can.
+
+    On a CPU kernels run in Triton's interpreter alone, which is for tests: thousands of times slower.
+    """
+    if not has_module("triton"):
+        return "Triton is not installed (pip install triton)"
+    if device.type != "cuda" and not interpreted():
+        return f"kernels need a GPU, or TRITON_INTERPRET=1 for tests, and this is on device '{device.type}'"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"kernels take float32, bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
+    return ""
+
+
+def resolve(asked: str, forms: Sequence[str], device: torch.device, refusal: str) -> str:
+    """The form that runs: the one asked for; for "auto" the fastest that can.
+
+    Args:
+        forms: what the mixer has, from the slowest to the fastest.
+        refusal: why its kernel cannot run, empty if it can.
+
+    Raises:
+        KernelError: strict, and "auto" on a GPU would leave the kernel aside.
+    """
+    if asked != "auto":
+        return asked
+    plain = [form for form in forms if form != "kernel"]
+    if "kernel" not in forms or device.type != "cuda":
+        return plain[-1]
+    if refusal and is_strict():
+        raise KernelError(f"strict: the kernel cannot run, {refusal}; without strict, '{plain[-1]}' would")
+    return plain[-1] if refusal else "kernel"
+
+
+def require_kernel(*tensors: torch.Tensor | None) -> None:
+    """Raise KernelError, with the reason, if no kernel can run on these tensors."""
+    for tensor in tensors:
+        if tensor is not None and (refusal := kernel_refusal(tensor.device, tensor.dtype)):
+            raise KernelError(refusal)
+
+
+@contextlib.contextmanager
+def strict() -> Iterator[None]:
+    """Within, "auto" on a GPU never falls back from a kernel to plain PyTorch."""
+    before = os.environ.get(STRICT)
+    os.environ[STRICT] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[STRICT]
+        else:
+            os.environ[STRICT] = before
+
+
+def is_strict() -> bool:
+    return os.environ.get(STRICT, "0") not in ("", "0")
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter stands in for a GPU."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def has_module(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None

@@ -1,0 +1,44 @@
+"""Triton twins of the operations in holdall.ops, one file each, with a derivation of the work they must do.
+
+A kernel is a PyTorch custom operation with the signature of its twin, its own gradient and its own rule for
+`vmap`, which folds the members of a population into the batch. Nothing here is imported before a kernel is
+asked for. On tensors that no kernel can run on, every function here raises `holdall.forms.KernelError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+
+def register_batch_vmap(op: Any) -> None:
+    """Give a custom operation whose tensors all start with the batch its rule for `vmap`: a larger batch."""
+
+    def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
+        folded = [
+            fold(arg, dim, info.batch_size) if isinstance(arg, Tensor) else arg
+            for arg, dim in zip(args, in_dims, strict=True)
+        ]
+        out = op(*folded)
+        if isinstance(out, Tensor):
+            return unfold(out, info.batch_size), 0
+        return tuple(unfold(each, info.batch_size) for each in out), (0,) * len(out)
+
+    op.register_vmap(rule)
+
+
+def fold(x: Tensor, dim: int | None, members: int) -> Tensor:
+    """A population's tensors (M, B, ...) as one larger batch (M B, ...); shared ones are repeated."""
+    x = x.expand(members, *x.shape) if dim is None else x.movedim(dim, 0)
+    return x.flatten(0, 1)
+
+
+def unfold(x: Tensor, members: int) -> Tensor:
+    """The inverse of `fold`."""
+    return x.unflatten(0, (members, -1))
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
