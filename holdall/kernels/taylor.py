@@ -1,0 +1,630 @@
+"""Taylor linear attention, chunked: Based's second-order exp(q . k), without ever writing its features.
+
+    y_t = sum_{j <= t} p_tj v_j / (sum_{j <= t} p_tj + eps)
+    p_tj = 1 + s + s^2 / 2,   s = q_t . k_j / sqrt(K)
+
+and p_tj = phi(q_t) . phi(k_j) with the F = 1 + K + K (K + 1) / 2 features of holdall.ops.linear_attention.
+A row is cut into segments of L tokens. Within a segment all pairs are met as in FlashAttention; everything
+before it is met through the state at its start. Three launches forward:
+
+    sums      for each segment alone    sum phi(k) v^T, sum phi(k)
+    prefix    over the segments         the state before each of them, and the last one
+    outputs   for each block of queries phi(q) S + pairs, over phi(q) . z + pairs
+
+and backward grad_q (from the same prefix), then sums and prefix of the gradients' state, in which time runs
+backwards, and grad_kv. With r_t = 1 / (den_t + eps), the gradients of numerator and denominator are
+r_t dy_t and m_t = -r_t (dy_t . y_t), so that dp_tj = r_t dy_t . v_j + m_t, and the state that carries them is
+
+    dS = sum_t phi(q_t) r_t dy_t^T,   dz = sum_t phi(q_t) m_t
+
+Features are made where they are used: x_i and x_j of 64 features at once are two products of x with one-hot
+matrices, exact, on the tensor cores, and in the registers from which their product goes into the next one.
+
+Bytes that must move, bf16: q, k, v, y once, 4 (K + V) per token and head: 168 MB for 4 rows x 16 heads x
+8192 tokens at K = 16, V = 64, 0.056 ms at 3 TB/s. Sums read k and v once more; states cost 10 F V bytes a
+segment. Operations of products per token and head, forward: 4 F V for the state, 12 F K for the features,
+L (K + V) for the pairs; 0.1 MFLOP at these sizes, 53 GFLOP in all, 0.08 ms at 650 TFLOP/s.
+
+Letters: B row, T time, H heads, K key dim, V value dim, F features, C tokens of a block, N segments.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from holdall import forms
+from holdall.kernels import cdiv, register_batch_vmap
+from holdall.kernels.language import dot, narrow
+
+if TYPE_CHECKING or "jaxtyping" in sys.modules:  # pytest checks the shapes; nothing else needs jaxtyping
+    from jaxtyping import Float
+
+MAX_KEY, MAX_VALUE = 32, 128
+SEGMENT = 512
+"""Tokens whose pairs are met directly; as many as cost what a state's features would."""
+TILE = 64
+"""Features at once."""
+
+
+def refusal(key_dim: int, value_dim: int, dtype: torch.dtype) -> str:
+    """Why there is no kernel for these sizes; empty if there is one."""
+    if key_dim > MAX_KEY or value_dim > MAX_VALUE:
+        return f"the Taylor kernel takes feature_dim <= {MAX_KEY} and head widths <= {MAX_VALUE}"
+    if dtype == torch.float16:
+        return "sums of Taylor features go beyond float16's 65504; use bfloat16"
+    return ""
+
+
+def taylor_attention(
+    q_BTHK: Float[Tensor, "b t h k"],
+    k_BTHK: Float[Tensor, "b t h k"],
+    v_BTHV: Float[Tensor, "b t h v"],
+    s_BHFV: Float[Tensor, "b h f v"] | None = None,
+    z_BHF: Float[Tensor, "b h f"] | None = None,
+    *,
+    eps: float = 1e-12,
+    want_state: bool = True,
+) -> tuple[Float[Tensor, "b t h v"], Float[Tensor, "b h f v"] | None, Float[Tensor, "b h f"] | None]:
+    """The twin of `holdall.ops.linear_attention.linear_attention` with the Taylor map, normalised.
+
+    Sums are kept in fp32; features, scores and states enter products in the dtype of v. So with bfloat16 the
+    outputs are as good as plain PyTorch's, which has everything in fp32 until it rounds the output itself,
+    while the states are as good as products of bfloat16 features make them.
+
+    Raises:
+        KernelError: no kernel for this device, dtype or size.
+    """
+    _check(q_BTHK, k_BTHK, v_BTHV)
+    y_BTHV, *_, s_BHFV, z_BHF = torch.ops.holdall.taylor_forward(
+        *_alike(q_BTHK, k_BTHK, v_BTHV), *_wide(s_BHFV, z_BHF), eps, want_state
+    )
+    return (y_BTHV, s_BHFV, z_BHF) if want_state else (y_BTHV, None, None)
+
+
+def absorb(
+    k_BTHK: Float[Tensor, "b t h k"],
+    v_BTHV: Float[Tensor, "b t h v"],
+    s_BHFV: Float[Tensor, "b h f v"] | None = None,
+    z_BHF: Float[Tensor, "b h f"] | None = None,
+) -> tuple[Float[Tensor, "b h f v"], Float[Tensor, "b h f"]]:
+    """The twin of `holdall.ops.linear_attention.absorb` with the Taylor map: only the state, no outputs."""
+    _check(k_BTHK, v_BTHV)
+    return torch.ops.holdall.taylor_absorb(*_alike(k_BTHK, v_BTHV), *_wide(s_BHFV, z_BHF))
+
+
+def _check(*tensors: Tensor) -> None:
+    forms.require_kernel(*tensors)
+    if why := refusal(tensors[0].shape[-1], tensors[-1].shape[-1], tensors[-1].dtype):
+        raise forms.KernelError(why)
+
+
+def _alike(*tensors: Tensor) -> list[Tensor]:
+    """In one dtype, each with its last dimension dense."""
+    dtype = functools.reduce(torch.promote_types, [x.dtype for x in tensors])
+    return [x.to(dtype) if x.stride(-1) == 1 else x.to(dtype).contiguous() for x in tensors]
+
+
+def _wide(s_BHFV: Tensor | None, z_BHF: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if s_BHFV is None or z_BHF is None else (s_BHFV.float(), z_BHF.float())
+
+
+# --------------------------------------------------------------------------------------------- features
+
+
+@functools.cache
+def _table(key_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Feature f is weight_f x_i x_j; index -1 stands for the factor 1, weight 0 fills up the last tile."""
+    one, each = [-1] * key_dim, list(range(key_dim))
+    i, j = torch.triu_indices(key_dim, key_dim, offset=1).tolist()
+    first, second = [-1, *each, *each, *i], [-1, *one, *each, *j]
+    weight = [1.0] + [key_dim**-0.25] * key_dim + [(2 * key_dim) ** -0.5] * key_dim + [key_dim**-0.5] * len(i)
+    fill = cdiv(len(first), TILE) * TILE - len(first)
+    index_2F = torch.tensor([first + [-1] * fill, second + [-1] * fill], dtype=torch.int32, device=device)
+    return index_2F, torch.tensor(weight + [0.0] * fill, device=device)
+
+
+@triton.jit
+def _hot(i_F, FK: tl.constexpr, dtype: tl.constexpr):
+    """Column f of this matrix picks x_i of i = i_f."""
+    return narrow((tl.arange(0, FK)[:, None] == i_F[None, :]).to(tl.float32), dtype)
+
+
+@triton.jit
+def _factor(x_CK, i_F, FK: tl.constexpr):
+    """x_i for each token and feature, one where i is -1."""
+    return dot(x_CK, _hot(i_F, FK, x_CK.dtype)) + (i_F < 0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _tile(index, weight, tile, NF: tl.constexpr, TILE: tl.constexpr):
+    f = tile * TILE + tl.arange(0, TILE)
+    return tl.load(index + f), tl.load(index + NF + f), tl.load(weight + f)
+
+
+@triton.jit
+def _block(x, rows, stride_t, T, SIZE: tl.constexpr, PADDED: tl.constexpr):
+    """Tokens `rows` of one row and head, zero beyond the end."""
+    column = tl.arange(0, PADDED)
+    inside = (rows < T)[:, None] & (column < SIZE)[None, :]
+    return tl.load(x + rows.to(tl.int64)[:, None] * stride_t + column[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _score(q_CK, k_SK, q_C, k_S, K: tl.constexpr):
+    """1 + s + s^2 / 2 of all pairs, zero where the key is later; and its derivative 1 + s by s."""
+    s_CS = dot(q_CK, tl.trans(k_SK)) * (1.0 / K**0.5)
+    seen_CS = q_C[:, None] >= k_S[None, :]
+    return tl.where(seen_CS, 1.0 + s_CS + 0.5 * s_CS * s_CS, 0.0), tl.where(seen_CS, 1.0 + s_CS, 0.0)
+
+
+# ---------------------------------------------------------------------------------------------- forward
+
+
+@triton.jit(do_not_specialize=["T", "L", "N", "FIRST", "COUNT"])
+def _sums(
+    k, v, scale, shift, index, weight, sums, T, L, N, FIRST, COUNT, H,
+    k_b, k_t, k_h, v_b, v_t, v_h,
+    K: tl.constexpr, V: tl.constexpr, F: tl.constexpr, WIDTH: tl.constexpr,
+    FK: tl.constexpr, FV: tl.constexpr, NF: tl.constexpr, TILE: tl.constexpr, C: tl.constexpr,
+    SCALED: tl.constexpr,
+):  # fmt: skip
+    """One tile of features of one segment: sum phi(k) v^T and sum phi(k); or scaled and shifted by token."""
+    pid = tl.program_id(0)
+    tile, n = pid % (NF // TILE), FIRST + (pid // (NF // TILE)) % COUNT
+    bh = (pid // (NF // TILE) // COUNT).to(tl.int64)
+    k += (bh // H) * k_b + (bh % H) * k_h
+    v += (bh // H) * v_b + (bh % H) * v_h
+    i_F, j_F, weight_F = _tile(index, weight, tile, NF, TILE)
+    s_FV = tl.zeros((TILE, FV), tl.float32)
+    z_F = tl.zeros((TILE,), tl.float32)
+    for start in range(n * L, min(n * L + L, T), C):
+        t_C = start + tl.arange(0, C)
+        k_CK, v_CV = _block(k, t_C, k_t, T, K, FK), _block(v, t_C, v_t, T, V, FV)
+        k_KC, hot_FK = tl.trans(k_CK), tl.trans(_hot(i_F, FK, k_CK.dtype))
+        i_FC = dot(hot_FK, k_KC) + (i_F < 0).to(tl.float32)[:, None]
+        hot_FK = tl.trans(_hot(j_F, FK, k_CK.dtype))
+        j_FC = dot(hot_FK, k_KC) + (j_F < 0).to(tl.float32)[:, None]
+        phi_FC = i_FC * j_FC * weight_F[:, None]
+        if SCALED:
+            z_F += tl.sum(phi_FC * tl.load(shift + bh * T + t_C, mask=t_C < T, other=0.0)[None, :], 1)
+            phi_FC *= tl.load(scale + bh * T + t_C, mask=t_C < T, other=0.0)[None, :]
+        else:
+            z_F += tl.sum(tl.where((t_C < T)[None, :], phi_FC, 0.0), 1)
+        s_FV = dot(narrow(phi_FC, v_CV.dtype), v_CV, s_FV)
+    f, column = tile * TILE + tl.arange(0, TILE), tl.arange(0, FV)
+    sums += (bh * N + n) * WIDTH
+    tl.store(sums + f[:, None] * V + column[None, :], s_FV, mask=(f < F)[:, None] & (column < V)[None, :])
+    tl.store(sums + F * V + f, z_F, mask=f < F)
+
+
+@triton.jit(do_not_specialize=["N", "FIRST", "COUNT"])
+def _prefix(
+    sums, s_in, z_in, s_prefix, z_prefix, s_out, z_out, N, FIRST, COUNT,
+    F: tl.constexpr, V: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_IN: tl.constexpr, HAS_OUT: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """The state before each segment, in whichever direction time runs; the state's s and z side by side."""
+    blocks: tl.constexpr = (F * V + F + BLOCK - 1) // BLOCK
+    bh = (tl.program_id(0) // blocks).to(tl.int64)
+    at = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    is_s, is_z = at < F * V, (at >= F * V) & (at < F * V + F)
+    held = tl.zeros((BLOCK,), tl.float32)
+    if HAS_IN:
+        held += tl.load(s_in + bh * (F * V) + at, mask=is_s, other=0.0)
+        held += tl.load(z_in + bh * F + at - F * V, mask=is_z, other=0.0)
+    for step in range(N):
+        n = N - 1 - step if REVERSE else step
+        tl.store(s_prefix + (bh * N + n) * (F * V) + at, narrow(held, s_prefix.dtype.element_ty), mask=is_s)
+        tl.store(z_prefix + (bh * N + n) * F + at - F * V, held, mask=is_z)
+        if (n >= FIRST) & (n < FIRST + COUNT):
+            held += tl.load(sums + (bh * N + n) * WIDTH + at, mask=is_s | is_z, other=0.0)
+    if HAS_OUT:
+        tl.store(s_out + bh * (F * V) + at, held, mask=is_s)
+        tl.store(z_out + bh * F + at - F * V, held, mask=is_z)
+
+
+@triton.jit(do_not_specialize=["T", "L", "N"])
+def _outputs(
+    q, k, v, s_prefix, z_prefix, index, weight, y, den, T, L, N, H, eps,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
+    K: tl.constexpr, V: tl.constexpr, F: tl.constexpr,
+    FK: tl.constexpr, FV: tl.constexpr, NF: tl.constexpr, TILE: tl.constexpr,
+    C: tl.constexpr, S: tl.constexpr,
+    HAS_IN: tl.constexpr,
+):  # fmt: skip
+    """One block of queries: everything before the segment through the state, the segment in pairs."""
+    blocks = tl.cdiv(T, C)
+    bh = (tl.program_id(0) // blocks).to(tl.int64)
+    first = tl.program_id(0) % blocks * C
+    n = first // L
+    q += (bh // H) * q_b + (bh % H) * q_h
+    k += (bh // H) * k_b + (bh % H) * k_h
+    v += (bh // H) * v_b + (bh % H) * v_h
+    t_C, column = first + tl.arange(0, C), tl.arange(0, FV)
+    q_CK = _block(q, t_C, q_t, T, K, FK)
+    y_CV = tl.zeros((C, FV), tl.float32)
+    den_C = tl.zeros((C,), tl.float32)
+    s_prefix += (bh * N + n) * (F * V)
+    z_prefix += (bh * N + n) * F
+    tiles = 0
+    if HAS_IN or n > 0:
+        tiles = NF // TILE
+    for tile in range(tiles):
+        i_F, j_F, weight_F = _tile(index, weight, tile, NF, TILE)
+        phi_CF = _factor(q_CK, i_F, FK) * _factor(q_CK, j_F, FK) * weight_F[None, :]
+        f = tile * TILE + tl.arange(0, TILE)
+        inside = (f < F)[:, None] & (column < V)[None, :]
+        s_FV = tl.load(s_prefix + f[:, None] * V + column[None, :], mask=inside, other=0.0)
+        den_C += tl.sum(phi_CF * tl.load(z_prefix + f, mask=f < F, other=0.0)[None, :], 1)
+        y_CV = dot(narrow(phi_CF, s_FV.dtype), s_FV, y_CV)
+    for start in range(n * L, min(first + C, T), S):
+        t_S = start + tl.arange(0, S)
+        k_SK, v_SV = _block(k, t_S, k_t, T, K, FK), _block(v, t_S, v_t, T, V, FV)
+        p_CS, _ = _score(q_CK, k_SK, t_C, t_S, K)
+        den_C += tl.sum(p_CS, 1)
+        y_CV = dot(narrow(p_CS, v_SV.dtype), v_SV, y_CV)
+    out = bh // H * T * H * V + bh % H * V + t_C.to(tl.int64)[:, None] * (H * V) + column[None, :]
+    inside = (t_C < T)[:, None] & (column < V)[None, :]
+    tl.store(y + out, narrow(y_CV / (den_C + eps)[:, None], y.dtype.element_ty), mask=inside)
+    tl.store(den + bh * T + t_C, den_C, mask=t_C < T)
+
+
+# --------------------------------------------------------------------------------------------- backward
+
+
+@triton.jit(do_not_specialize=["T", "L", "N"])
+def _grad_q(
+    q, k, v, y, dy, den, s_prefix, z_prefix, index, weight, dq, scale, shift, T, L, N, H, eps,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
+    K: tl.constexpr, V: tl.constexpr, F: tl.constexpr,
+    FK: tl.constexpr, FV: tl.constexpr, NF: tl.constexpr, TILE: tl.constexpr,
+    C: tl.constexpr, S: tl.constexpr,
+    HAS_IN: tl.constexpr,
+):  # fmt: skip
+    """One block of queries; also r_t and m_t of its tokens, which the other gradients need (scale, shift)."""
+    blocks = tl.cdiv(T, C)
+    bh = (tl.program_id(0) // blocks).to(tl.int64)
+    first = tl.program_id(0) % blocks * C
+    n = first // L
+    q += (bh // H) * q_b + (bh % H) * q_h
+    k += (bh // H) * k_b + (bh % H) * k_h
+    v += (bh // H) * v_b + (bh % H) * v_h
+    y += bh // H * T * H * V + bh % H * V
+    dy += bh // H * T * H * V + bh % H * V
+    t_C, column = first + tl.arange(0, C), tl.arange(0, FV)
+    q_CK, dy_CV = _block(q, t_C, q_t, T, K, FK), _block(dy, t_C, H * V, T, V, FV)
+    r_C = 1.0 / (tl.load(den + bh * T + t_C, mask=t_C < T, other=1.0) + eps)
+    y_CV = _block(y, t_C, H * V, T, V, FV)
+    m_C = -r_C * tl.sum(dy_CV.to(tl.float32) * y_CV.to(tl.float32), 1)
+    tl.store(scale + bh * T + t_C, r_C, mask=t_C < T)
+    tl.store(shift + bh * T + t_C, m_C, mask=t_C < T)
+    dq_CK = tl.zeros((C, FK), tl.float32)
+    s_prefix += (bh * N + n) * (F * V)
+    z_prefix += (bh * N + n) * F
+    tiles = 0
+    if HAS_IN or n > 0:
+        tiles = NF // TILE
+    for tile in range(tiles):
+        i_F, j_F, weight_F = _tile(index, weight, tile, NF, TILE)
+        f = tile * TILE + tl.arange(0, TILE)
+        inside = (f < F)[:, None] & (column < V)[None, :]
+        s_FV = tl.load(s_prefix + f[:, None] * V + column[None, :], mask=inside, other=0.0)
+        z_F = tl.load(z_prefix + f, mask=f < F, other=0.0)
+        dphi_CF = dot(dy_CV, tl.trans(s_FV)) * r_C[:, None]
+        dphi_CF = (dphi_CF + m_C[:, None] * z_F[None, :]) * weight_F[None, :]
+        dq_CK = _through(dq_CK, dphi_CF, q_CK, i_F, j_F, FK)
+    for start in range(n * L, min(first + C, T), S):
+        t_S = start + tl.arange(0, S)
+        k_SK, v_SV = _block(k, t_S, k_t, T, K, FK), _block(v, t_S, v_t, T, V, FV)
+        _, slope_CS = _score(q_CK, k_SK, t_C, t_S, K)
+        dp_CS = dot(dy_CV, tl.trans(v_SV)) * r_C[:, None] + m_C[:, None]
+        ds_CS = narrow(dp_CS * slope_CS * (1.0 / K**0.5), k_SK.dtype)
+        dq_CK = dot(ds_CS, k_SK, dq_CK)
+    _store_block(dq, dq_CK, bh, H, t_C, T, K, FK)
+
+
+@triton.jit
+def _through(dx_CK, dphi_CF, x_CK, i_F, j_F, FK: tl.constexpr):
+    """dx += d phi / dx: each feature's gradient times one factor goes to the other factor's x."""
+    by_i = narrow(dphi_CF * _factor(x_CK, j_F, FK), x_CK.dtype)
+    dx_CK = dot(by_i, tl.trans(_hot(i_F, FK, x_CK.dtype)), dx_CK)
+    by_j = narrow(dphi_CF * _factor(x_CK, i_F, FK), x_CK.dtype)
+    return dot(by_j, tl.trans(_hot(j_F, FK, x_CK.dtype)), dx_CK)
+
+
+@triton.jit
+def _store_block(x, x_CK, bh, H, t_C, T, SIZE: tl.constexpr, PADDED: tl.constexpr):
+    """Into a dense (B, T, H, SIZE)."""
+    column = tl.arange(0, PADDED)
+    at = bh // H * T * H * SIZE + bh % H * SIZE + t_C.to(tl.int64)[:, None] * (H * SIZE) + column[None, :]
+    tl.store(x + at, narrow(x_CK, x.dtype.element_ty), mask=(t_C < T)[:, None] & (column < SIZE)[None, :])
+
+
+@triton.jit(do_not_specialize=["T", "L", "N"])
+def _grad_kv(
+    q, k, v, dy, scale, shift, s_suffix, z_suffix, index, weight, dk, dv, T, L, N, H,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
+    K: tl.constexpr, V: tl.constexpr, F: tl.constexpr,
+    FK: tl.constexpr, FV: tl.constexpr, NF: tl.constexpr, TILE: tl.constexpr,
+    C: tl.constexpr, S: tl.constexpr,
+    HAS_OUT: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """One block of keys and values: later segments through the gradients' state, its own in pairs."""
+    blocks = tl.cdiv(T, C)
+    bh = (tl.program_id(0) // blocks).to(tl.int64)
+    first = tl.program_id(0) % blocks * C
+    n = first // L
+    k += (bh // H) * k_b + (bh % H) * k_h
+    v += (bh // H) * v_b + (bh % H) * v_h
+    t_C, column = first + tl.arange(0, C), tl.arange(0, FV)
+    k_CK, v_CV = _block(k, t_C, k_t, T, K, FK), _block(v, t_C, v_t, T, V, FV)
+    dk_CK = tl.zeros((C, FK), tl.float32)
+    dv_CV = tl.zeros((C, FV), tl.float32)
+    s_suffix += (bh * N + n) * (F * V)
+    z_suffix += (bh * N + n) * F
+    tiles = 0
+    if HAS_OUT or n < N - 1:
+        tiles = NF // TILE
+    for tile in range(tiles):
+        i_F, j_F, weight_F = _tile(index, weight, tile, NF, TILE)
+        f = tile * TILE + tl.arange(0, TILE)
+        inside = (f < F)[:, None] & (column < V)[None, :]
+        ds_FV = tl.load(s_suffix + f[:, None] * V + column[None, :], mask=inside, other=0.0)
+        dz_F = tl.load(z_suffix + f, mask=f < F, other=0.0)
+        phi_CF = _factor(k_CK, i_F, FK) * _factor(k_CK, j_F, FK) * weight_F[None, :]
+        dv_CV = dot(narrow(phi_CF, ds_FV.dtype), ds_FV, dv_CV)
+        dphi_CF = dot(v_CV, tl.trans(ds_FV)) + dz_F[None, :]
+        dk_CK = _through(dk_CK, dphi_CF * weight_F[None, :], k_CK, i_F, j_F, FK)
+    if PAIRS:
+        q += (bh // H) * q_b + (bh % H) * q_h
+        dy += bh // H * T * H * V + bh % H * V
+        for start in range(first // S * S, min(n * L + L, T), S):
+            t_S = start + tl.arange(0, S)
+            q_SK, dy_SV = _block(q, t_S, q_t, T, K, FK), _block(dy, t_S, H * V, T, V, FV)
+            r_S = tl.load(scale + bh * T + t_S, mask=t_S < T, other=0.0)
+            m_S = tl.load(shift + bh * T + t_S, mask=t_S < T, other=0.0)
+            p_CS, slope_CS = _score(k_CK, q_SK, -t_C, -t_S, K)
+            dv_CV = dot(narrow(p_CS * r_S[None, :], dy_SV.dtype), dy_SV, dv_CV)
+            dp_CS = dot(v_CV, tl.trans(dy_SV)) * r_S[None, :] + m_S[None, :]
+            ds_CS = narrow(dp_CS * slope_CS * (1.0 / K**0.5), q_SK.dtype)
+            dk_CK = dot(ds_CS, q_SK, dk_CK)
+    _store_block(dk, dk_CK, bh, H, t_C, T, K, FK)
+    _store_block(dv, dv_CV, bh, H, t_C, T, V, FV)
+
+
+# ------------------------------------------------------------------------------------------ the launches
+
+CONFIGS: dict[str, dict[str, int]] = {
+    "sums": {"C": 64, "num_warps": 4, "num_stages": 3},
+    "outputs": {"C": 128, "S": 64, "num_warps": 8, "num_stages": 2},
+    "grad_q": {"C": 128, "S": 64, "num_warps": 8, "num_stages": 2},
+    "grad_kv": {"C": 64, "S": 64, "num_warps": 4, "num_stages": 2},
+}
+"""Block sizes, found on an H100; the same for every shape. Segments are a multiple of all C and S."""
+
+
+class _Sizes:
+    """What all launches of one call share."""
+
+    def __init__(self, k_BTHK: Tensor, v_BTHV: Tensor) -> None:
+        self.batch, self.time, self.heads, key = k_BTHK.shape
+        value, device = v_BTHV.shape[-1], k_BTHK.device
+        self.features = 1 + key + key * (key + 1) // 2
+        self.segment = SEGMENT
+        self.segments = cdiv(self.time, self.segment)
+        index_2F, weight_F = _table(key, device)
+        self.table = index_2F, weight_F
+        self.width = cdiv(self.features * (value + 1), 32) * 32
+        self.constants: dict[str, Any] = {
+            "K": key, "V": value, "F": self.features, "NF": weight_F.shape[0], "TILE": TILE,
+            "FK": max(16, triton.next_power_of_2(key)), "FV": max(16, triton.next_power_of_2(value)),
+        }  # fmt: skip
+        self.empty = functools.partial(torch.empty, dtype=torch.float32, device=device)
+
+    def blocks(self, kernel: str) -> tuple[int]:
+        return (self.batch * self.heads * cdiv(self.time, CONFIGS[kernel]["C"]),)
+
+    def sums(
+        self, k: Tensor, v: Tensor, scale: Tensor | None, shift: Tensor | None, first: int, count: int
+    ) -> Tensor:
+        """(B, H, N, WIDTH); only segments first .. first + count - 1 are made."""
+        sums = self.empty((self.batch, self.heads, self.segments, self.width))
+        tiles = self.constants["NF"] // TILE
+        if count:
+            _sums[(self.batch * self.heads * count * tiles,)](
+                k, v, scale, shift, *self.table, sums, self.time, self.segment, self.segments, first, count,
+                self.heads, *k.stride()[:3], *v.stride()[:3], WIDTH=self.width, SCALED=scale is not None,
+                **self.constants, **CONFIGS["sums"],
+            )  # fmt: skip
+        return sums
+
+    def prefix(
+        self, sums: Tensor, s_in: Tensor | None, z_in: Tensor | None, first: int, count: int,
+        dtype: torch.dtype, *, want_out: bool, reverse: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        """s and z before each segment, (B, H, N, F, V) and (B, H, N, F); and after the last, if wanted."""
+        size = self.batch, self.heads, self.segments, self.features
+        value = self.constants["V"]
+        s_prefix = torch.empty(*size, value, dtype=dtype, device=sums.device)
+        z_prefix = self.empty(size)
+        outs = size[:2] if want_out else (self.batch, 0)
+        s_out = self.empty((*outs, self.features, value))
+        z_out = self.empty((*outs, self.features))
+        block = 1024
+        grid = (self.batch * self.heads * cdiv(self.features * (value + 1), block),)
+        _prefix[grid](
+            sums, s_in, z_in, s_prefix, z_prefix, s_out, z_out, self.segments, first, count,
+            F=self.features, V=value, WIDTH=self.width, BLOCK=block,
+            HAS_IN=s_in is not None, HAS_OUT=want_out, REVERSE=reverse,
+        )  # fmt: skip
+        return s_prefix, z_prefix, s_out, z_out
+
+
+@torch.library.custom_op("holdall::taylor_forward", mutates_args=())
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, s: Tensor | None, z: Tensor | None, eps: float, want_state: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y, its denominators, the states before the segments, the last state."""
+    sizes = _Sizes(k, v)
+    y, den, *states = _forward_fake(q, k, v, s, z, eps, want_state)
+    s, z = (None, None) if s is None or z is None else (s.contiguous(), z.contiguous())
+    if s is not None or want_state or sizes.segments > 1:
+        count = sizes.segments if want_state else sizes.segments - 1
+        sums = sizes.sums(k, v, None, None, 0, count)
+        states = list(sizes.prefix(sums, s, z, 0, count, v.dtype, want_out=want_state))
+    _outputs[sizes.blocks("outputs")](
+        q, k, v, states[0], states[1], *sizes.table, y, den, sizes.time, sizes.segment, sizes.segments,
+        sizes.heads, eps, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], HAS_IN=s is not None,
+        **sizes.constants, **CONFIGS["outputs"],
+    )  # fmt: skip
+    return y, den, states[0], states[1], states[2], states[3]
+
+
+@_forward.register_fake
+def _forward_fake(
+    q: Tensor, k: Tensor, v: Tensor, s: Tensor | None, z: Tensor | None, eps: float, want_state: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (batch, time, heads, key), value = k.shape, v.shape[-1]
+    features, segments = 1 + key + key * (key + 1) // 2, cdiv(time, SEGMENT)
+    y, den = v.new_empty(batch, time, heads, value), v.new_empty(batch, heads, time, dtype=torch.float32)
+    held = heads if s is not None or want_state or segments > 1 else 0
+    s_prefix = v.new_empty(batch, held, segments, features, value)
+    out = (batch, heads if want_state else 0, features)
+    z_prefix = den.new_empty(batch, held, segments, features)
+    return y, den, s_prefix, z_prefix, den.new_empty(*out, value), den.new_empty(out)
+
+
+@torch.library.custom_op("holdall::taylor_backward", mutates_args=())
+def _backward(
+    q: Tensor, k: Tensor, v: Tensor, y: Tensor, den: Tensor, s_prefix: Tensor, z_prefix: Tensor, dy: Tensor,
+    ds: Tensor | None, dz: Tensor | None, eps: float, has_in: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k, v and, where there was one, of the incoming state."""
+    sizes = _Sizes(k, v)
+    dy = dy.contiguous()
+    dq, dk, dv, ds_in, dz_in = _backward_fake(q, k, v, y, den, s_prefix, z_prefix, dy, ds, dz, eps, has_in)
+    scale, shift = torch.empty_like(den), torch.empty_like(den)
+    strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
+    lengths = sizes.time, sizes.segment, sizes.segments
+    _grad_q[sizes.blocks("grad_q")](
+        q, k, v, y, dy, den, s_prefix, z_prefix, *sizes.table, dq, scale, shift, *lengths, sizes.heads, eps,
+        *strides, HAS_IN=has_in, **sizes.constants, **CONFIGS["grad_q"],
+    )  # fmt: skip
+    s_suffix, z_suffix = s_prefix, z_prefix  # never read where no later segment and no state has a gradient
+    if ds is not None or has_in or sizes.segments > 1:
+        first = 0 if has_in else 1
+        sums = sizes.sums(q, dy, scale, shift, first, sizes.segments - first)
+        ds, dz = _gradients_of_state(ds, dz, k, v)
+        s_suffix, z_suffix, ds_in, dz_in = sizes.prefix(
+            sums, ds, dz, first, sizes.segments - first, v.dtype, want_out=has_in, reverse=True
+        )
+    _grad_kv[sizes.blocks("grad_kv")](
+        q, k, v, dy, scale, shift, s_suffix, z_suffix, *sizes.table, dk, dv, *lengths, sizes.heads,
+        *strides, HAS_OUT=ds is not None, PAIRS=True, **sizes.constants, **CONFIGS["grad_kv"],
+    )  # fmt: skip
+    return dq, dk, dv, ds_in, dz_in
+
+
+def _gradients_of_state(
+    ds: Tensor | None, dz: Tensor | None, k: Tensor, v: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Both or none: what was not used has gradient zero."""
+    if ds is None and dz is None:
+        return None, None
+    key, value = k.shape[-1], v.shape[-1]
+    size = k.shape[0], k.shape[2], 1 + key + key * (key + 1) // 2
+    zeros = functools.partial(torch.zeros, dtype=torch.float32, device=k.device)
+    return (
+        zeros(*size, value) if ds is None else ds.contiguous(),
+        zeros(size) if dz is None else dz.contiguous(),
+    )
+
+
+@_backward.register_fake
+def _backward_fake(
+    q: Tensor, k: Tensor, v: Tensor, y: Tensor, den: Tensor, s_prefix: Tensor, z_prefix: Tensor, dy: Tensor,
+    ds: Tensor | None, dz: Tensor | None, eps: float, has_in: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    (batch, _, heads, key), value = k.shape, v.shape[-1]
+    state = (batch, heads if has_in else 0, 1 + key + key * (key + 1) // 2)
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    return dq, dk, dv, den.new_empty(*state, value), den.new_empty(state)
+
+
+@torch.library.custom_op("holdall::taylor_absorb", mutates_args=())
+def _absorb(k: Tensor, v: Tensor, s: Tensor | None, z: Tensor | None) -> tuple[Tensor, Tensor]:
+    sizes = _Sizes(k, v)
+    s, z = (None, None) if s is None or z is None else (s.contiguous(), z.contiguous())
+    sums = sizes.sums(k, v, None, None, 0, sizes.segments)
+    _, _, s_out, z_out = sizes.prefix(sums, s, z, 0, sizes.segments, v.dtype, want_out=True)
+    return s_out, z_out
+
+
+@_absorb.register_fake
+def _absorb_fake(k: Tensor, v: Tensor, s: Tensor | None, z: Tensor | None) -> tuple[Tensor, Tensor]:
+    (batch, _, heads, key), value = k.shape, v.shape[-1]
+    z_out = v.new_empty(batch, heads, 1 + key + key * (key + 1) // 2, dtype=torch.float32)
+    return z_out.new_empty(*z_out.shape, value), z_out
+
+
+@torch.library.custom_op("holdall::taylor_absorb_backward", mutates_args=())
+def _absorb_backward(k: Tensor, v: Tensor, ds: Tensor, dz: Tensor) -> tuple[Tensor, Tensor]:
+    """Every token sees the same gradient of the state: one segment, no pairs."""
+    sizes = _Sizes(k, v)
+    sizes.segment, sizes.segments = max(sizes.time, 1), 1
+    dk, dv = _absorb_backward_fake(k, v, ds, dz)
+    strides = *k.stride()[:3], *k.stride()[:3], *v.stride()[:3]
+    _grad_kv[sizes.blocks("grad_kv")](
+        k, k, v, v, dz, dz, ds.to(v.dtype).contiguous(), dz.contiguous(), *sizes.table, dk, dv, sizes.time,
+        sizes.segment, 1, sizes.heads, *strides, HAS_OUT=True, PAIRS=False, **sizes.constants,
+        **CONFIGS["grad_kv"],
+    )  # fmt: skip
+    return dk, dv
+
+
+@_absorb_backward.register_fake
+def _absorb_backward_fake(k: Tensor, v: Tensor, ds: Tensor, dz: Tensor) -> tuple[Tensor, Tensor]:
+    return k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+# ---------------------------------------------------------------------------------- gradients and batches
+
+
+def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, s, _, ctx.eps, _ = inputs
+    ctx.has_in = s is not None
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, *output[:4])
+
+
+def _call_backward(ctx: Any, dy: Tensor | None, *others: Tensor | None) -> tuple[Any, ...]:
+    *_, ds, dz = others
+    q, k, v, y, *rest = ctx.saved_tensors
+    ds, dz = _gradients_of_state(ds, dz, k, v)
+    dy = torch.zeros_like(y) if dy is None else dy
+    dq, dk, dv, ds_in, dz_in = _backward(q, k, v, y, *rest, dy, ds, dz, ctx.eps, ctx.has_in)
+    return dq, dk, dv, *((ds_in, dz_in) if ctx.has_in else (None, None)), None, None
+
+
+def _save_absorb(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    k, v, s, _ = inputs
+    ctx.has_in = s is not None
+    ctx.save_for_backward(k, v)
+
+
+def _call_absorb_backward(ctx: Any, ds: Tensor, dz: Tensor) -> tuple[Any, ...]:
+    k, v = ctx.saved_tensors
+    return *_absorb_backward(k, v, ds, dz), *((ds, dz) if ctx.has_in else (None, None))
+
+
+_forward.register_autograd(_call_backward, setup_context=_save_forward)
+_absorb.register_autograd(_call_absorb_backward, setup_context=_save_absorb)
+for _op in (_forward, _backward, _absorb, _absorb_backward):
+    register_batch_vmap(_op)

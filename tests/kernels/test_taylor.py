@@ -1,0 +1,235 @@
+"""The chunked Taylor kernel against plain PyTorch, which in fp64 is the referee."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch import Tensor
+
+from holdall import forms
+from holdall.kernels import taylor
+from holdall.ops.linear_attention import FEATURE_MAPS, FeatureMap, absorb, linear_attention, taylor_features
+
+MAP = FEATURE_MAPS["taylor"]
+LENGTHS = (1, 63, 64, 65, 200)
+LONG = (1000, 16384)
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """Whatever is allocated holds NaN until it is written."""
+    torch.use_deterministic_algorithms(True)  # with which torch.empty is filled, by default
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a test's few tokens are several segments."""
+    monkeypatch.setattr(taylor, "SEGMENT", 128)
+
+
+def inputs(
+    length: int, key: int, value: int, device: torch.device, dtype: torch.dtype = torch.float32,
+    *, rows: int = 1, heads: int = 2, state: bool = True, seed: int = 0,
+) -> list[Tensor | None]:  # fmt: skip
+    """q, k, v as views into one projection, as a mixer makes them; and a state in fp32."""
+    rng = torch.Generator().manual_seed(seed)
+    sizes = [heads * key, heads * key, heads * value]
+    x = torch.randn(rows, length, sum(sizes), generator=rng).to(device, dtype)
+    q, k, v = (u.unflatten(-1, (heads, -1)) for u in x.split(sizes, dim=-1))
+    if not state:
+        return [q, k, v, None, None]
+    seen = torch.randn(2, rows, 20, heads, max(key, value), generator=rng).to(device)
+    s, z = absorb(seen[0, ..., :key], seen[1, ..., :value], None, None, feature_map=MAP)
+    return [q, k, v, s, z]
+
+
+def everything(function, args: list[Tensor | None], dtype: torch.dtype | None = None) -> list[Tensor]:
+    """Outputs, final state, and the gradients of all inputs from all of these at once."""
+    leaves = [None if x is None else x.detach().to(dtype or x.dtype).requires_grad_() for x in args]
+    out = function(*leaves)
+    rng = torch.Generator().manual_seed(7)
+    ups = [torch.randn(y.shape, generator=rng).to(y.device, y.dtype) for y in out]
+    loss = sum((y * up.to(y.dtype)).sum() for y, up in zip(out, ups, strict=True))
+    grads = torch.autograd.grad(loss, [x for x in leaves if x is not None])
+    return [*(y.detach() for y in out), *grads]
+
+
+def plain(q, k, v, s, z, feature_map=MAP):
+    return linear_attention(q, k, v, s, z, feature_map=feature_map, normalise=True)
+
+
+ROUNDED = FeatureMap(
+    features=lambda x: taylor_features(x.float()).bfloat16().float(), size=MAP.size, scores=MAP.scores
+)
+"""The map whose features enter products in bfloat16, which PyTorch's own products would round to as well."""
+
+
+def assert_as_good_as_plain(function, reference, args: list[Tensor | None]) -> None:
+    """Errors against fp64 are at most twice those of plain PyTorch in the same dtype.
+
+    Beside bfloat16 tokens the states are sums in fp32, of products whose factors are bfloat16.
+    """
+    exact = everything(reference, args, torch.float64)
+    ours, theirs = everything(function, args), everything(reference, args)
+    rounded = everything(functools.partial(reference, feature_map=ROUNDED), args)
+    tokens = next(x for x in args if x is not None).dtype
+    for index, (mine, other, coarse, want) in enumerate(zip(ours, theirs, rounded, exact, strict=True)):
+        other = coarse if mine.dtype != tokens else other
+        error, allowed = ((u.double() - want).norm() / want.norm() for u in (mine, other))
+        # one token alone is its own value, which plain PyTorch returns without any rounding
+        floor = torch.finfo(mine.dtype).eps / 2
+        assert error <= 2 * allowed + floor, f"tensor {index}: {error:.2e} against {allowed:.2e}"
+
+
+@pytest.mark.parametrize("state", [False, True])
+@pytest.mark.parametrize("length", [*LENGTHS, *(pytest.param(n, marks=pytest.mark.gpu) for n in LONG)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equals_plain(device, short_segments, length, state, dtype) -> None:
+    assert_as_good_as_plain(taylor.taylor_attention, plain, inputs(length, 8, 16, device, dtype, state=state))
+
+
+MANY = [pytest.param(k, v, marks=pytest.mark.gpu) for k in (8, 16, 24, 32) for v in (32, 64, 112, 128)]
+
+
+@pytest.mark.parametrize(("key", "value"), [(16, 48), *MANY])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sizes(device, short_segments, key, value, dtype) -> None:
+    assert_as_good_as_plain(taylor.taylor_attention, plain, inputs(150, key, value, device, dtype, heads=1))
+
+
+@pytest.mark.gpu
+def test_segments_of_their_real_length(device) -> None:
+    """Also several rows and heads; with bf16, what a language model runs."""
+    args = inputs(2049, 16, 64, device, torch.bfloat16, rows=3, heads=5)
+    assert_as_good_as_plain(taylor.taylor_attention, plain, args)
+
+
+def test_no_state_wanted(device, short_segments) -> None:
+    q, k, v, s, z = inputs(150, 8, 16, device)
+    y, *after = taylor.taylor_attention(q, k, v, s, z, want_state=False)
+    torch.testing.assert_close(y, taylor.taylor_attention(q, k, v, s, z)[0], rtol=0, atol=0)
+    assert after == [None, None]
+
+
+@pytest.mark.parametrize("used", ["output", "state"])
+def test_gradients_of_one_result_alone(device, short_segments, used) -> None:
+    part = slice(0, 1) if used == "output" else slice(1, 3)
+    # the state's own part of the gradient of q is zero: q is left out where only the state is used
+    q, *args = inputs(150, 8, 16, device)
+
+    def partly(function):
+        return lambda *a, **options: function(q.to(a[0].dtype), *a, **options)[part]
+
+    assert_as_good_as_plain(partly(taylor.taylor_attention), partly(plain), args)
+
+
+@pytest.mark.parametrize("state", [False, True])
+def test_absorb(device, short_segments, state) -> None:
+    _, *args = inputs(150, 8, 16, device, state=state)
+    assert_as_good_as_plain(taylor.absorb, functools.partial(absorb, feature_map=MAP), args)
+
+
+def test_a_prefix_without_direction_then_causal(device, short_segments) -> None:
+    """Prefix linear attention: what was read without direction comes in as the state."""
+
+    def prefix_then(read, attend):
+        def both(q, k, v, **options):
+            return attend(q, k, v, *read(k[:, :70], v[:, :70], **options), **options)
+
+        return both
+
+    args = inputs(150, 8, 16, device, state=False)[:3]
+    ours = prefix_then(taylor.absorb, taylor.taylor_attention)
+    theirs = prefix_then(
+        lambda k, v, feature_map=MAP: absorb(k, v, None, None, feature_map=feature_map), plain
+    )
+    assert_as_good_as_plain(ours, theirs, args)
+
+
+def test_populations(device, short_segments) -> None:
+    """Under vmap a population is a larger batch, backward too; a state that all share is repeated."""
+    members = [inputs(140, 8, 16, device, seed=seed) for seed in range(2)]
+    s, z = members[0][3:]
+    stacked = [torch.stack([m[i] for m in members]) for i in range(3)]
+
+    def alone(*a):
+        return taylor.taylor_attention(*a, s, z)
+
+    together = everything(torch.func.vmap(alone), stacked)
+
+    def one_by_one(*a):
+        return tuple(map(torch.stack, zip(*(alone(*(x[i] for x in a)) for i in range(2)), strict=True)))
+
+    for got, want in zip(together, everything(one_by_one, stacked), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@pytest.mark.compile
+def test_compiles_as_one_graph(device) -> None:
+    args = inputs(70, 8, 16, device)
+    compiled = torch.compile(taylor.taylor_attention, fullgraph=True, backend="aot_eager")
+    for got, want in zip(everything(compiled, args), everything(taylor.taylor_attention, args), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+def test_same_bits_twice(device, short_segments) -> None:
+    args = inputs(260, 8, 16, device)
+    once, again = (everything(taylor.taylor_attention, args) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+
+
+@pytest.mark.gpu
+def test_more_than_two_billion_elements(device) -> None:
+    """Offsets are 64 bits wide: the last row of a huge batch equals itself alone."""
+    rows, length, width = 70, 16384, 2048
+    x = torch.empty(rows, length, width, dtype=torch.bfloat16, device=device)
+    assert x.numel() > 2**31
+    x[-1] = torch.randn(length, width, device=device)
+    x[:-1] = x[-1]
+    q, k, v = x[..., :16], x[..., 16:32], x[..., 32:96]
+    q, k, v = (u.unflatten(-1, (1, -1)) for u in (q, k, v))
+    y, s, _ = taylor.taylor_attention(q, k, v)
+    alone, s_alone, _ = taylor.taylor_attention(q[-1:], k[-1:], v[-1:])
+    assert torch.equal(y[-1:], alone)
+    assert torch.equal(s[-1:], s_alone)
+
+
+@pytest.mark.gpu
+def test_in_a_cuda_graph(device) -> None:
+    q, k, v, s, z = inputs(1000, 16, 64, device, torch.bfloat16)
+    want = taylor.taylor_attention(q, k, v, s, z)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = taylor.taylor_attention(q, k, v, s, z)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.gpu
+def test_a_new_length_compiles_nothing(device) -> None:
+    def compiled() -> int:
+        return sum(len(kernel.device_caches[0][0]) for kernel in kernels)
+
+    kernels = [taylor._sums, taylor._prefix, taylor._outputs, taylor._grad_q, taylor._grad_kv]
+    for length in (600, 1500):
+        everything(taylor.taylor_attention, inputs(length, 16, 64, device, torch.bfloat16))
+    before = compiled()
+    for length in (1, 17, 512, 777, 1024, 2048, 5000):
+        everything(taylor.taylor_attention, inputs(length, 16, 64, device, torch.bfloat16))
+    assert compiled() == before
+
+
+def test_says_why_not(device) -> None:
+    q, k, v, *_ = inputs(5, 8, 16, device)
+    with pytest.raises(forms.KernelError, match="float64"):
+        taylor.taylor_attention(q.double(), k.double(), v.double())
+    with pytest.raises(forms.KernelError, match="65504"):
+        taylor.taylor_attention(q.half(), k.half(), v.half())
+    wide = torch.zeros(1, 5, 1, 129, device=device)
+    with pytest.raises(forms.KernelError, match="head widths <= 128"):
+        taylor.taylor_attention(q, k, wide)
