@@ -119,33 +119,55 @@ def _wide(s_BHFV: Tensor | None, z_BHF: Tensor | None) -> tuple[Tensor | None, T
 
 
 @functools.cache
-def _table(key_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Feature f is weight_f x_i x_j; index -1 stands for the factor 1, weight 0 fills up the last tile."""
+def _table(key_dim: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Feature f is weight_f x_i x_j, where either factor may be 1 instead.
+
+    Returns:
+        hot_2KF: column f picks x_i, or x_j, as a product with x; ones_2F: 1 where the factor is 1; weight_F.
+        Their weight is 0 in the columns that fill up the last tile.
+    """
     one, each = [-1] * key_dim, list(range(key_dim))
     i, j = torch.triu_indices(key_dim, key_dim, offset=1).tolist()
-    first, second = [-1, *each, *each, *i], [-1, *one, *each, *j]
-    weight = [1.0] + [key_dim**-0.25] * key_dim + [(2 * key_dim) ** -0.5] * key_dim + [key_dim**-0.5] * len(i)
-    fill = cdiv(len(first), TILE) * TILE - len(first)
-    index_2F = torch.tensor([first + [-1] * fill, second + [-1] * fill], dtype=torch.int32, device=device)
-    return index_2F, torch.tensor(weight + [0.0] * fill, device=device)
+    factors_2F = torch.tensor([[-1, *each, *each, *i], [-1, *one, *each, *j]])
+    weight_F = torch.tensor(
+        [1.0] + [key_dim**-0.25] * key_dim + [(2 * key_dim) ** -0.5] * key_dim + [key_dim**-0.5] * len(i)
+    )
+    fill = -len(weight_F) % TILE
+    factors_2F, weight_F = (torch.nn.functional.pad(x, (0, fill), value=0) for x in (factors_2F, weight_F))
+    padded = max(16, triton.next_power_of_2(key_dim))
+    hot_2KF = factors_2F[:, None] == torch.arange(padded)[:, None]
+    return hot_2KF.to(device, dtype), (factors_2F < 0).to(device, torch.float32), weight_F.to(device)
 
 
 @triton.jit
-def _hot(i_F, FK: tl.constexpr, dtype: tl.constexpr):
-    """Column f of this matrix picks x_i of i = i_f."""
-    return narrow((tl.arange(0, FK)[:, None] == i_F[None, :]).to(tl.float32), dtype)
-
-
-@triton.jit
-def _factor(x_CK, i_F, FK: tl.constexpr):
-    """x_i for each token and feature, one where i is -1."""
-    return dot(x_CK, _hot(i_F, FK, x_CK.dtype)) + (i_F < 0).to(tl.float32)[None, :]
-
-
-@triton.jit
-def _tile(index, weight, tile, NF: tl.constexpr, TILE: tl.constexpr):
+def _hot(hot, factor: tl.constexpr, tile, NF: tl.constexpr, TILE: tl.constexpr, FK: tl.constexpr):
+    """A tile of the matrix that picks the first (0) or second (1) factor of each feature, (FK, TILE)."""
     f = tile * TILE + tl.arange(0, TILE)
-    return tl.load(index + f), tl.load(index + NF + f), tl.load(weight + f)
+    return tl.load(hot + factor * FK * NF + tl.arange(0, FK)[:, None] * NF + f[None, :])
+
+
+@triton.jit
+def _ones(ones, factor: tl.constexpr, tile, NF: tl.constexpr, TILE: tl.constexpr):
+    return tl.load(ones + factor * NF + tile * TILE + tl.arange(0, TILE))
+
+
+@triton.jit
+def _factors(x_CK, i_KF, j_KF, ones, tile, NF: tl.constexpr, TILE: tl.constexpr):
+    """Both factors of each token's features. Only the first tile has features with a factor 1."""
+    i_CF, j_CF = dot(x_CK, i_KF), dot(x_CK, j_KF)
+    if tile == 0:
+        i_CF += _ones(ones, 0, tile, NF, TILE)[None, :]
+        j_CF += _ones(ones, 1, tile, NF, TILE)[None, :]
+    return i_CF, j_CF
+
+
+@triton.jit
+def _place(T, H, C: tl.constexpr):
+    """Which row and head, and the first token. Neighbouring programs take neighbouring heads, which lie
+    side by side in memory."""
+    h, pid = tl.program_id(0) % H, tl.program_id(0) // H
+    blocks = tl.cdiv(T, C)
+    return (pid // blocks).to(tl.int64) * H + h, pid % blocks * C
 
 
 @triton.jit
@@ -157,11 +179,12 @@ def _block(x, rows, stride_t, T, SIZE: tl.constexpr, PADDED: tl.constexpr):
 
 
 @triton.jit
-def _score(q_CK, k_SK, q_C, k_S, K: tl.constexpr):
-    """1 + s + s^2 / 2 of all pairs, zero where the key is later; and its derivative 1 + s by s."""
-    s_CS = dot(q_CK, tl.trans(k_SK)) * (1.0 / K**0.5)
-    seen_CS = q_C[:, None] >= k_S[None, :]
-    return tl.where(seen_CS, 1.0 + s_CS + 0.5 * s_CS * s_CS, 0.0), tl.where(seen_CS, 1.0 + s_CS, 0.0)
+def _held(s, z, tile, F: tl.constexpr, V: tl.constexpr, FV: tl.constexpr, TILE: tl.constexpr):
+    """A tile of a state, zero beyond its features."""
+    f, column = tile * TILE + tl.arange(0, TILE), tl.arange(0, FV)
+    inside = (f < F)[:, None] & (column < V)[None, :]
+    s_FV = tl.load(s + f[:, None] * V + column[None, :], mask=inside, other=0.0)
+    return s_FV, tl.load(z + f, mask=f < F, other=0.0)
 
 
 # ---------------------------------------------------------------------------------------------- forward
@@ -169,80 +192,102 @@ def _score(q_CK, k_SK, q_C, k_S, K: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "L", "N", "FIRST", "COUNT"])
 def _sums(
-    k, v, scale, shift, index, weight, sums, T, L, N, FIRST, COUNT, H,
+    k, v, scale, shift, hot, ones, sums, T, L, N, FIRST, COUNT, H,
     k_b, k_t, k_h, v_b, v_t, v_h,
     K: tl.constexpr, V: tl.constexpr, F: tl.constexpr, WIDTH: tl.constexpr,
     FK: tl.constexpr, FV: tl.constexpr, NF: tl.constexpr, TILE: tl.constexpr, C: tl.constexpr,
     SCALED: tl.constexpr,
 ):  # fmt: skip
-    """One tile of features of one segment: sum phi(k) v^T and sum phi(k); or scaled and shifted by token."""
-    pid = tl.program_id(0)
-    tile, n = pid % (NF // TILE), FIRST + (pid // (NF // TILE)) % COUNT
-    bh = (pid // (NF // TILE) // COUNT).to(tl.int64)
+    """One tile of features, without their weights, of one segment: sum phi(k) v^T and sum phi(k).
+
+    For the gradients' state each token's feature enters the first sum scaled, and the second weighted.
+    """
+    h, pid = tl.program_id(0) % H, tl.program_id(0) // H
+    tile, n = pid % (NF // TILE), FIRST + pid // (NF // TILE) % COUNT
+    bh = (pid // (NF // TILE) // COUNT).to(tl.int64) * H + h
     k += (bh // H) * k_b + (bh % H) * k_h
     v += (bh // H) * v_b + (bh % H) * v_h
-    i_F, j_F, weight_F = _tile(index, weight, tile, NF, TILE)
+    i_FK = tl.trans(_hot(hot, 0, tile, NF, TILE, FK))
+    j_FK = tl.trans(_hot(hot, 1, tile, NF, TILE, FK))
+    one_i, one_j = _ones(ones, 0, tile, NF, TILE), _ones(ones, 1, tile, NF, TILE)
     s_FV = tl.zeros((TILE, FV), tl.float32)
-    z_F = tl.zeros((TILE,), tl.float32)
+    z_FC = tl.zeros((TILE, C), tl.float32)
     for start in range(n * L, min(n * L + L, T), C):
         t_C = start + tl.arange(0, C)
         k_CK, v_CV = _block(k, t_C, k_t, T, K, FK), _block(v, t_C, v_t, T, V, FV)
-        k_KC, hot_FK = tl.trans(k_CK), tl.trans(_hot(i_F, FK, k_CK.dtype))
-        i_FC = dot(hot_FK, k_KC) + (i_F < 0).to(tl.float32)[:, None]
-        hot_FK = tl.trans(_hot(j_F, FK, k_CK.dtype))
-        j_FC = dot(hot_FK, k_KC) + (j_F < 0).to(tl.float32)[:, None]
-        phi_FC = i_FC * j_FC * weight_F[:, None]
+        i_FC, j_FC = dot(i_FK, tl.trans(k_CK)), dot(j_FK, tl.trans(k_CK))
+        if tile == 0:
+            i_FC += tl.where((t_C < T)[None, :], one_i[:, None], 0.0)
+            j_FC += one_j[:, None]
+        phi_FC = i_FC * j_FC
         if SCALED:
-            z_F += tl.sum(phi_FC * tl.load(shift + bh * T + t_C, mask=t_C < T, other=0.0)[None, :], 1)
+            z_FC += phi_FC * tl.load(shift + bh * T + t_C, mask=t_C < T, other=0.0)[None, :]
             phi_FC *= tl.load(scale + bh * T + t_C, mask=t_C < T, other=0.0)[None, :]
         else:
-            z_F += tl.sum(tl.where((t_C < T)[None, :], phi_FC, 0.0), 1)
+            z_FC += phi_FC
         s_FV = dot(narrow(phi_FC, v_CV.dtype), v_CV, s_FV)
     f, column = tile * TILE + tl.arange(0, TILE), tl.arange(0, FV)
     sums += (bh * N + n) * WIDTH
     tl.store(sums + f[:, None] * V + column[None, :], s_FV, mask=(f < F)[:, None] & (column < V)[None, :])
-    tl.store(sums + F * V + f, z_F, mask=f < F)
+    tl.store(sums + F * V + f, tl.sum(z_FC, 1), mask=f < F)
 
 
 @triton.jit(do_not_specialize=["N", "FIRST", "COUNT"])
 def _prefix(
-    sums, s_in, z_in, s_prefix, z_prefix, s_out, z_out, N, FIRST, COUNT,
+    sums, weight, s_in, z_in, s_prefix, z_prefix, s_out, z_out, N, FIRST, COUNT,
     F: tl.constexpr, V: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     HAS_IN: tl.constexpr, HAS_OUT: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """The state before each segment, in whichever direction time runs; the state's s and z side by side."""
+    """The state before each segment, in whichever direction time runs; s and z lie side by side.
+
+    What the other kernels read is weighted once more: they meet it with features without weights.
+    """
     blocks: tl.constexpr = (F * V + F + BLOCK - 1) // BLOCK
     bh = (tl.program_id(0) // blocks).to(tl.int64)
     at = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     is_s, is_z = at < F * V, (at >= F * V) & (at < F * V + F)
+    weight = tl.load(weight + tl.where(is_s, at // V, at - F * V), mask=is_s | is_z, other=0.0)
     held = tl.zeros((BLOCK,), tl.float32)
     if HAS_IN:
         held += tl.load(s_in + bh * (F * V) + at, mask=is_s, other=0.0)
         held += tl.load(z_in + bh * F + at - F * V, mask=is_z, other=0.0)
     for step in range(N):
         n = N - 1 - step if REVERSE else step
-        tl.store(s_prefix + (bh * N + n) * (F * V) + at, narrow(held, s_prefix.dtype.element_ty), mask=is_s)
-        tl.store(z_prefix + (bh * N + n) * F + at - F * V, held, mask=is_z)
+        given = held * weight
+        tl.store(s_prefix + (bh * N + n) * (F * V) + at, narrow(given, s_prefix.dtype.element_ty), mask=is_s)
+        tl.store(z_prefix + (bh * N + n) * F + at - F * V, given, mask=is_z)
         if (n >= FIRST) & (n < FIRST + COUNT):
-            held += tl.load(sums + (bh * N + n) * WIDTH + at, mask=is_s | is_z, other=0.0)
+            held += weight * tl.load(sums + (bh * N + n) * WIDTH + at, mask=is_s | is_z, other=0.0)
     if HAS_OUT:
         tl.store(s_out + bh * (F * V) + at, held, mask=is_s)
         tl.store(z_out + bh * F + at - F * V, held, mask=is_z)
 
 
+@triton.jit
+def _met(
+    y_CV, den_C, q_CK, t_C, k, v, start, k_t, v_t, T, CAUSAL: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, FK: tl.constexpr, FV: tl.constexpr, S: tl.constexpr,
+):  # fmt: skip
+    """Queries meet a block of keys."""
+    t_S = start + tl.arange(0, S)
+    k_SK, v_SV = _block(k, t_S, k_t, T, K, FK), _block(v, t_S, v_t, T, V, FV)
+    s_CS = dot(q_CK, tl.trans(k_SK))
+    p_CS = 1.0 + s_CS * (K**-0.5 + s_CS * (0.5 / K))
+    if CAUSAL:
+        p_CS = tl.where(t_C[:, None] >= t_S[None, :], p_CS, 0.0)
+    return dot(narrow(p_CS, v_SV.dtype), v_SV, y_CV), den_C + tl.sum(p_CS, 1)
+
+
 @triton.jit(do_not_specialize=["T", "L", "N"])
 def _outputs(
-    q, k, v, s_prefix, z_prefix, index, weight, y, den, T, L, N, H, eps,
+    q, k, v, s_prefix, z_prefix, hot, ones, y, den, T, L, N, H, eps,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
     K: tl.constexpr, V: tl.constexpr, F: tl.constexpr,
     FK: tl.constexpr, FV: tl.constexpr, NF: tl.constexpr, TILE: tl.constexpr,
-    C: tl.constexpr, S: tl.constexpr,
-    HAS_IN: tl.constexpr,
+    C: tl.constexpr, S: tl.constexpr, HAS_IN: tl.constexpr,
 ):  # fmt: skip
     """One block of queries: everything before the segment through the state, the segment in pairs."""
-    blocks = tl.cdiv(T, C)
-    bh = (tl.program_id(0) // blocks).to(tl.int64)
-    first = tl.program_id(0) % blocks * C
+    bh, first = _place(T, H, C)
     n = first // L
     q += (bh // H) * q_b + (bh % H) * q_h
     k += (bh // H) * k_b + (bh % H) * k_h
@@ -257,19 +302,16 @@ def _outputs(
     if HAS_IN or n > 0:
         tiles = NF // TILE
     for tile in range(tiles):
-        i_F, j_F, weight_F = _tile(index, weight, tile, NF, TILE)
-        phi_CF = _factor(q_CK, i_F, FK) * _factor(q_CK, j_F, FK) * weight_F[None, :]
-        f = tile * TILE + tl.arange(0, TILE)
-        inside = (f < F)[:, None] & (column < V)[None, :]
-        s_FV = tl.load(s_prefix + f[:, None] * V + column[None, :], mask=inside, other=0.0)
-        den_C += tl.sum(phi_CF * tl.load(z_prefix + f, mask=f < F, other=0.0)[None, :], 1)
+        i_KF, j_KF = _hot(hot, 0, tile, NF, TILE, FK), _hot(hot, 1, tile, NF, TILE, FK)
+        s_FV, z_F = _held(s_prefix, z_prefix, tile, F, V, FV, TILE)
+        i_CF, j_CF = _factors(q_CK, i_KF, j_KF, ones, tile, NF, TILE)
+        phi_CF = i_CF * j_CF
+        den_C += tl.sum(phi_CF * z_F[None, :], 1)
         y_CV = dot(narrow(phi_CF, s_FV.dtype), s_FV, y_CV)
-    for start in range(n * L, min(first + C, T), S):
-        t_S = start + tl.arange(0, S)
-        k_SK, v_SV = _block(k, t_S, k_t, T, K, FK), _block(v, t_S, v_t, T, V, FV)
-        p_CS, _ = _score(q_CK, k_SK, t_C, t_S, K)
-        den_C += tl.sum(p_CS, 1)
-        y_CV = dot(narrow(p_CS, v_SV.dtype), v_SV, y_CV)
+    for start in range(n * L, first, S):
+        y_CV, den_C = _met(y_CV, den_C, q_CK, t_C, k, v, start, k_t, v_t, T, False, K, V, FK, FV, S)
+    for start in range(first, min(first + C, T), S):
+        y_CV, den_C = _met(y_CV, den_C, q_CK, t_C, k, v, start, k_t, v_t, T, True, K, V, FK, FV, S)
     out = bh // H * T * H * V + bh % H * V + t_C.to(tl.int64)[:, None] * (H * V) + column[None, :]
     inside = (t_C < T)[:, None] & (column < V)[None, :]
     tl.store(y + out, narrow(y_CV / (den_C + eps)[:, None], y.dtype.element_ty), mask=inside)
@@ -279,26 +321,45 @@ def _outputs(
 # --------------------------------------------------------------------------------------------- backward
 
 
+@triton.jit
+def _through(dx_CK, dphi_CF, i_CF, j_CF, i_KF, j_KF):
+    """dx += d phi / dx: each feature's gradient times one factor goes to the other factor's x."""
+    dx_CK = dot(narrow(dphi_CF * j_CF, i_KF.dtype), tl.trans(i_KF), dx_CK)
+    return dot(narrow(dphi_CF * i_CF, j_KF.dtype), tl.trans(j_KF), dx_CK)
+
+
+@triton.jit
+def _grad_q_met(
+    dq_CK, q_CK, dy_CV, r_C, m_C, t_C, k, v, start, k_t, v_t, T, CAUSAL: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, FK: tl.constexpr, FV: tl.constexpr, S: tl.constexpr,
+):  # fmt: skip
+    """What a block of keys adds to the gradients of queries."""
+    t_S = start + tl.arange(0, S)
+    k_SK, v_SV = _block(k, t_S, k_t, T, K, FK), _block(v, t_S, v_t, T, V, FV)
+    slope_CS = K**-0.5 + dot(q_CK, tl.trans(k_SK)) * (1.0 / K)
+    ds_CS = (dot(dy_CV, tl.trans(v_SV)) * r_C[:, None] + m_C[:, None]) * slope_CS
+    if CAUSAL:
+        ds_CS = tl.where(t_C[:, None] >= t_S[None, :], ds_CS, 0.0)
+    return dot(narrow(ds_CS, k_SK.dtype), k_SK, dq_CK)
+
+
 @triton.jit(do_not_specialize=["T", "L", "N"])
 def _grad_q(
-    q, k, v, y, dy, den, s_prefix, z_prefix, index, weight, dq, scale, shift, T, L, N, H, eps,
+    q, k, v, y, dy, den, s_prefix, z_prefix, hot, ones, dq, scale, shift, T, L, N, H, eps,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
     K: tl.constexpr, V: tl.constexpr, F: tl.constexpr,
     FK: tl.constexpr, FV: tl.constexpr, NF: tl.constexpr, TILE: tl.constexpr,
-    C: tl.constexpr, S: tl.constexpr,
-    HAS_IN: tl.constexpr,
+    C: tl.constexpr, S: tl.constexpr, HAS_IN: tl.constexpr,
 ):  # fmt: skip
     """One block of queries; also r_t and m_t of its tokens, which the other gradients need (scale, shift)."""
-    blocks = tl.cdiv(T, C)
-    bh = (tl.program_id(0) // blocks).to(tl.int64)
-    first = tl.program_id(0) % blocks * C
+    bh, first = _place(T, H, C)
     n = first // L
     q += (bh // H) * q_b + (bh % H) * q_h
     k += (bh // H) * k_b + (bh % H) * k_h
     v += (bh // H) * v_b + (bh % H) * v_h
     y += bh // H * T * H * V + bh % H * V
     dy += bh // H * T * H * V + bh % H * V
-    t_C, column = first + tl.arange(0, C), tl.arange(0, FV)
+    t_C = first + tl.arange(0, C)
     q_CK, dy_CV = _block(q, t_C, q_t, T, K, FK), _block(dy, t_C, H * V, T, V, FV)
     r_C = 1.0 / (tl.load(den + bh * T + t_C, mask=t_C < T, other=1.0) + eps)
     y_CV = _block(y, t_C, H * V, T, V, FV)
@@ -312,31 +373,20 @@ def _grad_q(
     if HAS_IN or n > 0:
         tiles = NF // TILE
     for tile in range(tiles):
-        i_F, j_F, weight_F = _tile(index, weight, tile, NF, TILE)
-        f = tile * TILE + tl.arange(0, TILE)
-        inside = (f < F)[:, None] & (column < V)[None, :]
-        s_FV = tl.load(s_prefix + f[:, None] * V + column[None, :], mask=inside, other=0.0)
-        z_F = tl.load(z_prefix + f, mask=f < F, other=0.0)
-        dphi_CF = dot(dy_CV, tl.trans(s_FV)) * r_C[:, None]
-        dphi_CF = (dphi_CF + m_C[:, None] * z_F[None, :]) * weight_F[None, :]
-        dq_CK = _through(dq_CK, dphi_CF, q_CK, i_F, j_F, FK)
-    for start in range(n * L, min(first + C, T), S):
-        t_S = start + tl.arange(0, S)
-        k_SK, v_SV = _block(k, t_S, k_t, T, K, FK), _block(v, t_S, v_t, T, V, FV)
-        _, slope_CS = _score(q_CK, k_SK, t_C, t_S, K)
-        dp_CS = dot(dy_CV, tl.trans(v_SV)) * r_C[:, None] + m_C[:, None]
-        ds_CS = narrow(dp_CS * slope_CS * (1.0 / K**0.5), k_SK.dtype)
-        dq_CK = dot(ds_CS, k_SK, dq_CK)
+        i_KF, j_KF = _hot(hot, 0, tile, NF, TILE, FK), _hot(hot, 1, tile, NF, TILE, FK)
+        s_FV, z_F = _held(s_prefix, z_prefix, tile, F, V, FV, TILE)
+        dphi_CF = dot(dy_CV, tl.trans(s_FV)) * r_C[:, None] + m_C[:, None] * z_F[None, :]
+        i_CF, j_CF = _factors(q_CK, i_KF, j_KF, ones, tile, NF, TILE)
+        dq_CK = _through(dq_CK, dphi_CF, i_CF, j_CF, i_KF, j_KF)
+    for start in range(n * L, first, S):
+        dq_CK = _grad_q_met(
+            dq_CK, q_CK, dy_CV, r_C, m_C, t_C, k, v, start, k_t, v_t, T, False, K, V, FK, FV, S
+        )
+    for start in range(first, min(first + C, T), S):
+        dq_CK = _grad_q_met(
+            dq_CK, q_CK, dy_CV, r_C, m_C, t_C, k, v, start, k_t, v_t, T, True, K, V, FK, FV, S
+        )
     _store_block(dq, dq_CK, bh, H, t_C, T, K, FK)
-
-
-@triton.jit
-def _through(dx_CK, dphi_CF, x_CK, i_F, j_F, FK: tl.constexpr):
-    """dx += d phi / dx: each feature's gradient times one factor goes to the other factor's x."""
-    by_i = narrow(dphi_CF * _factor(x_CK, j_F, FK), x_CK.dtype)
-    dx_CK = dot(by_i, tl.trans(_hot(i_F, FK, x_CK.dtype)), dx_CK)
-    by_j = narrow(dphi_CF * _factor(x_CK, i_F, FK), x_CK.dtype)
-    return dot(by_j, tl.trans(_hot(j_F, FK, x_CK.dtype)), dx_CK)
 
 
 @triton.jit
@@ -347,23 +397,40 @@ def _store_block(x, x_CK, bh, H, t_C, T, SIZE: tl.constexpr, PADDED: tl.constexp
     tl.store(x + at, narrow(x_CK, x.dtype.element_ty), mask=(t_C < T)[:, None] & (column < SIZE)[None, :])
 
 
+@triton.jit
+def _grad_kv_met(
+    dk_CK, dv_CV, k_CK, v_CV, t_C, q, dy, scale, shift, start, q_t, dy_t, T, CAUSAL: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, FK: tl.constexpr, FV: tl.constexpr, S: tl.constexpr,
+):  # fmt: skip
+    """What a block of queries adds to the gradients of keys and values."""
+    t_S = start + tl.arange(0, S)
+    q_SK, dy_SV = _block(q, t_S, q_t, T, K, FK), _block(dy, t_S, dy_t, T, V, FV)
+    r_S = tl.load(scale + t_S, mask=t_S < T, other=0.0)
+    m_S = tl.load(shift + t_S, mask=t_S < T, other=0.0)
+    s_CS = dot(k_CK, tl.trans(q_SK))
+    p_CS = (1.0 + s_CS * (K**-0.5 + s_CS * (0.5 / K))) * r_S[None, :]
+    ds_CS = (dot(v_CV, tl.trans(dy_SV)) * r_S[None, :] + m_S[None, :]) * (K**-0.5 + s_CS * (1.0 / K))
+    if CAUSAL:
+        later_CS = t_C[:, None] <= t_S[None, :]
+        p_CS, ds_CS = tl.where(later_CS, p_CS, 0.0), tl.where(later_CS, ds_CS, 0.0)
+    dv_CV = dot(narrow(p_CS, dy_SV.dtype), dy_SV, dv_CV)
+    return dot(narrow(ds_CS, q_SK.dtype), q_SK, dk_CK), dv_CV
+
+
 @triton.jit(do_not_specialize=["T", "L", "N"])
 def _grad_kv(
-    q, k, v, dy, scale, shift, s_suffix, z_suffix, index, weight, dk, dv, T, L, N, H,
+    q, k, v, dy, scale, shift, s_suffix, z_suffix, hot, ones, dk, dv, T, L, N, H,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
     K: tl.constexpr, V: tl.constexpr, F: tl.constexpr,
     FK: tl.constexpr, FV: tl.constexpr, NF: tl.constexpr, TILE: tl.constexpr,
-    C: tl.constexpr, S: tl.constexpr,
-    HAS_OUT: tl.constexpr, PAIRS: tl.constexpr,
+    C: tl.constexpr, S: tl.constexpr, HAS_OUT: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """One block of keys and values: later segments through the gradients' state, its own in pairs."""
-    blocks = tl.cdiv(T, C)
-    bh = (tl.program_id(0) // blocks).to(tl.int64)
-    first = tl.program_id(0) % blocks * C
+    bh, first = _place(T, H, C)
     n = first // L
     k += (bh // H) * k_b + (bh % H) * k_h
     v += (bh // H) * v_b + (bh % H) * v_h
-    t_C, column = first + tl.arange(0, C), tl.arange(0, FV)
+    t_C = first + tl.arange(0, C)
     k_CK, v_CV = _block(k, t_C, k_t, T, K, FK), _block(v, t_C, v_t, T, V, FV)
     dk_CK = tl.zeros((C, FK), tl.float32)
     dv_CV = tl.zeros((C, FV), tl.float32)
@@ -373,28 +440,61 @@ def _grad_kv(
     if HAS_OUT or n < N - 1:
         tiles = NF // TILE
     for tile in range(tiles):
-        i_F, j_F, weight_F = _tile(index, weight, tile, NF, TILE)
-        f = tile * TILE + tl.arange(0, TILE)
-        inside = (f < F)[:, None] & (column < V)[None, :]
-        ds_FV = tl.load(s_suffix + f[:, None] * V + column[None, :], mask=inside, other=0.0)
-        dz_F = tl.load(z_suffix + f, mask=f < F, other=0.0)
-        phi_CF = _factor(k_CK, i_F, FK) * _factor(k_CK, j_F, FK) * weight_F[None, :]
-        dv_CV = dot(narrow(phi_CF, ds_FV.dtype), ds_FV, dv_CV)
+        i_KF, j_KF = _hot(hot, 0, tile, NF, TILE, FK), _hot(hot, 1, tile, NF, TILE, FK)
+        ds_FV, dz_F = _held(s_suffix, z_suffix, tile, F, V, FV, TILE)
+        i_CF, j_CF = _factors(k_CK, i_KF, j_KF, ones, tile, NF, TILE)
+        dv_CV = dot(narrow(i_CF * j_CF, ds_FV.dtype), ds_FV, dv_CV)
         dphi_CF = dot(v_CV, tl.trans(ds_FV)) + dz_F[None, :]
-        dk_CK = _through(dk_CK, dphi_CF * weight_F[None, :], k_CK, i_F, j_F, FK)
+        dk_CK = _through(dk_CK, dphi_CF, i_CF, j_CF, i_KF, j_KF)
     if PAIRS:
         q += (bh // H) * q_b + (bh % H) * q_h
         dy += bh // H * T * H * V + bh % H * V
-        for start in range(first // S * S, min(n * L + L, T), S):
-            t_S = start + tl.arange(0, S)
-            q_SK, dy_SV = _block(q, t_S, q_t, T, K, FK), _block(dy, t_S, H * V, T, V, FV)
-            r_S = tl.load(scale + bh * T + t_S, mask=t_S < T, other=0.0)
-            m_S = tl.load(shift + bh * T + t_S, mask=t_S < T, other=0.0)
-            p_CS, slope_CS = _score(k_CK, q_SK, -t_C, -t_S, K)
-            dv_CV = dot(narrow(p_CS * r_S[None, :], dy_SV.dtype), dy_SV, dv_CV)
-            dp_CS = dot(v_CV, tl.trans(dy_SV)) * r_S[None, :] + m_S[None, :]
-            ds_CS = narrow(dp_CS * slope_CS * (1.0 / K**0.5), q_SK.dtype)
-            dk_CK = dot(ds_CS, q_SK, dk_CK)
+        scale += bh * T
+        shift += bh * T
+        for start in range(first, min(first + C, T), S):
+            dk_CK, dv_CV = _grad_kv_met(
+                dk_CK,
+                dv_CV,
+                k_CK,
+                v_CV,
+                t_C,
+                q,
+                dy,
+                scale,
+                shift,
+                start,
+                q_t,
+                H * V,
+                T,
+                True,
+                K,
+                V,
+                FK,
+                FV,
+                S,
+            )
+        for start in range(first + C, min(n * L + L, T), S):
+            dk_CK, dv_CV = _grad_kv_met(
+                dk_CK,
+                dv_CV,
+                k_CK,
+                v_CV,
+                t_C,
+                q,
+                dy,
+                scale,
+                shift,
+                start,
+                q_t,
+                H * V,
+                T,
+                False,
+                K,
+                V,
+                FK,
+                FV,
+                S,
+            )
     _store_block(dk, dk_CK, bh, H, t_C, T, K, FK)
     _store_block(dv, dv_CV, bh, H, t_C, T, V, FV)
 
@@ -402,10 +502,10 @@ def _grad_kv(
 # ------------------------------------------------------------------------------------------ the launches
 
 CONFIGS: dict[str, dict[str, int]] = {
-    "sums": {"C": 64, "num_warps": 4, "num_stages": 3},
-    "outputs": {"C": 128, "S": 64, "num_warps": 8, "num_stages": 2},
-    "grad_q": {"C": 128, "S": 64, "num_warps": 8, "num_stages": 2},
-    "grad_kv": {"C": 64, "S": 64, "num_warps": 4, "num_stages": 2},
+    "sums": {"C": 128, "num_warps": 4, "num_stages": 3},
+    "outputs": {"C": 128, "S": 64, "num_warps": 4, "num_stages": 3},
+    "grad_q": {"C": 64, "S": 64, "num_warps": 4, "num_stages": 3, "maxnreg": 168},
+    "grad_kv": {"C": 64, "S": 32, "num_warps": 4, "num_stages": 3, "maxnreg": 168},
 }
 """Block sizes, found on an H100; the same for every shape. Segments are a multiple of all C and S."""
 
@@ -419,11 +519,11 @@ class _Sizes:
         self.features = 1 + key + key * (key + 1) // 2
         self.segment = SEGMENT
         self.segments = cdiv(self.time, self.segment)
-        index_2F, weight_F = _table(key, device)
-        self.table = index_2F, weight_F
+        hot_2KF, ones_2F, self.weight = _table(key, v_BTHV.dtype, device)
+        self.table = hot_2KF, ones_2F
         self.width = cdiv(self.features * (value + 1), 32) * 32
         self.constants: dict[str, Any] = {
-            "K": key, "V": value, "F": self.features, "NF": weight_F.shape[0], "TILE": TILE,
+            "K": key, "V": value, "F": self.features, "NF": self.weight.shape[0], "TILE": TILE,
             "FK": max(16, triton.next_power_of_2(key)), "FV": max(16, triton.next_power_of_2(value)),
         }  # fmt: skip
         self.empty = functools.partial(torch.empty, dtype=torch.float32, device=device)
@@ -460,7 +560,7 @@ class _Sizes:
         block = 1024
         grid = (self.batch * self.heads * cdiv(self.features * (value + 1), block),)
         _prefix[grid](
-            sums, s_in, z_in, s_prefix, z_prefix, s_out, z_out, self.segments, first, count,
+            sums, self.weight, s_in, z_in, s_prefix, z_prefix, s_out, z_out, self.segments, first, count,
             F=self.features, V=value, WIDTH=self.width, BLOCK=block,
             HAS_IN=s_in is not None, HAS_OUT=want_out, REVERSE=reverse,
         )  # fmt: skip
@@ -580,9 +680,11 @@ def _absorb_backward(k: Tensor, v: Tensor, ds: Tensor, dz: Tensor) -> tuple[Tens
     sizes = _Sizes(k, v)
     sizes.segment, sizes.segments = max(sizes.time, 1), 1
     dk, dv = _absorb_backward_fake(k, v, ds, dz)
+    weight_F = sizes.weight[: sizes.features]
+    ds, dz = (ds * weight_F[:, None]).to(v.dtype).contiguous(), (dz * weight_F).contiguous()
     strides = *k.stride()[:3], *k.stride()[:3], *v.stride()[:3]
     _grad_kv[sizes.blocks("grad_kv")](
-        k, k, v, v, dz, dz, ds.to(v.dtype).contiguous(), dz.contiguous(), *sizes.table, dk, dv, sizes.time,
+        k, k, v, v, dz, dz, ds, dz, *sizes.table, dk, dv, sizes.time,
         sizes.segment, 1, sizes.heads, *strides, HAS_OUT=True, PAIRS=False, **sizes.constants,
         **CONFIGS["grad_kv"],
     )  # fmt: skip

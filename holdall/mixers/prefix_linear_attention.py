@@ -74,6 +74,7 @@ class PrefixLinearAttentionConfig(MixerConfig):
     eps: float = 1e-12
     chunk: int = 128
 
+    forms = ("loop", "parallel", "kernel")
     variants = (
         {"prefix": 12, "feature_dim": 4, "heads": 2, "chunk": 8},
         {"prefix": 40, "feature_map": "elu1", "chunk": 32},
@@ -87,6 +88,15 @@ class PrefixLinearAttentionConfig(MixerConfig):
                 f"prefix {self.prefix}, feature_dim {self.feature_dim} and chunk {self.chunk} "
                 "must be positive"
             )
+
+    def kernel_refusal(self, device: torch.device, dtype: torch.dtype) -> str:
+        if self.feature_map != "taylor":
+            return f"the kernel has the Taylor map alone, not {self.feature_map}"
+        if why := super().kernel_refusal(device, dtype):
+            return why
+        from holdall.kernels.taylor import refusal
+
+        return refusal(self.feature_dim, self.width // self.heads, dtype)
 
     def build(self) -> PrefixLinearAttention:
         return PrefixLinearAttention(self)
@@ -127,9 +137,14 @@ class PrefixLinearAttention(Mixer):
         q, k, v, prefix_k, prefix_v = (u.unflatten(-1, (config.heads, -1)) for u in (*parts, *prefix_parts))
         s_BHFV: Tensor | None
         z_BHF: Tensor | None
+        kernel = self.form == "kernel"
+        if kernel:
+            from holdall.kernels import taylor
         if loop:
             zeros = torch.zeros_like(state.s_BHFV), torch.zeros_like(state.z_BHF)
             s_BHFV, z_BHF = absorb_loop(prefix_k, prefix_v, *zeros, feature_map=phi)
+        elif kernel:
+            s_BHFV, z_BHF = taylor.absorb(prefix_k, prefix_v)
         else:
             s_BHFV, z_BHF = absorb(prefix_k, prefix_v, None, None, feature_map=phi, chunk=config.chunk)
         if not fresh:
@@ -140,6 +155,10 @@ class PrefixLinearAttention(Mixer):
         if loop:
             y_BTHV, s_BHFV, z_BHF = linear_attention_loop(
                 q, k, v, s_BHFV, z_BHF, feature_map=phi, eps=config.eps
+            )
+        elif kernel:
+            y_BTHV, s_BHFV, z_BHF = taylor.taylor_attention(
+                q, k, v, s_BHFV, z_BHF, eps=config.eps, want_state=want_state
             )
         else:
             y_BTHV, s_BHFV, z_BHF = linear_attention(
