@@ -9,7 +9,6 @@ would have to do without a kernel that the mixer has.
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 import os
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ import torch
 
 STRICT = "HOLDALL_STRICT"
 """The environment variable: inherited by the processes of a sweep."""
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 class KernelError(RuntimeError):
@@ -29,7 +29,7 @@ def kernel_refusal(device: torch.device, dtype: torch.dtype) -> str:
 
     On a CPU kernels run in Triton's interpreter alone, which is for tests: thousands of times slower.
     """
-    if not has_module("triton"):
+    if not HAS_TRITON:
         return "Triton is not installed (pip install triton)"
     if device.type != "cuda" and not interpreted():
         return f"kernels need a GPU, or TRITON_INTERPRET=1 for tests, and this is on device '{device.type}'"
@@ -86,8 +86,3 @@ def is_strict() -> bool:
 def interpreted() -> bool:
     """Whether Triton's interpreter stands in for a GPU."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-
-@functools.cache
-def has_module(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None

@@ -29,12 +29,14 @@ def linear_cross_entropy(
     together read each logit twice and keep only gradients of the size of `h` and `head`.
 
     Args:
-        block: predictions whose logits exist at once; None for as many as make about 4 MB.
+        block: predictions whose logits exist at once; None for as many as make about 4 MB, which stay in a
+            CPU's cache, or 256 MB on a GPU, which wants large products.
 
     Returns:
         The mean loss, a scalar that carries gradients to h and head, and right_N, booleans.
     """
-    block = block or max(32, (1 << 20) // head_VD.shape[0])
+    logits = 1 << 26 if h_ND.device.type == "cuda" else 1 << 20
+    block = block or max(32, logits // head_VD.shape[0])
     loss, right_N, *_ = _LinearCrossEntropy.apply(h_ND, head_VD, target_N, block)
     return loss, right_N
 
