@@ -18,7 +18,6 @@ would let the values of a small model vanish below the norm's epsilon.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -68,6 +67,7 @@ class DeltaNetConfig(MixerConfig):
     eps: float = 1e-5
     chunk: int = delta_rule.CHUNK
 
+    forms = ("loop", "parallel", "kernel")
     variants = (
         {},
         {"heads": 4, "key_map": "elu1", "kernel": 0, "gate": True, "negative_eigenvalues": True, "chunk": 8},
@@ -79,8 +79,26 @@ class DeltaNetConfig(MixerConfig):
         if self.kernel < 0 or self.kernel == 1 or self.chunk < 1:
             raise ValueError(f"kernel {self.kernel} must be 0 or at least 2, chunk {self.chunk} positive")
 
+    def kernel_refusal(self, device: torch.device, dtype: torch.dtype) -> str:
+        if refusal := super().kernel_refusal(device, dtype):
+            return refusal
+        from holdall.kernels import fla
+
+        return fla.refusal(self.width // self.heads)
+
     def build(self) -> DeltaNet:
         return DeltaNet(self)
+
+
+def run_delta_rule(form: str, chunk: int, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    """The rule in one of its forms; arguments and results as in `delta_rule`."""
+    if form == "kernel":
+        from holdall.kernels.delta_rule import delta_rule as kernel
+
+        return kernel(*tensors)
+    if form == "loop":
+        return delta_rule.delta_rule_loop(*tensors)
+    return delta_rule.delta_rule(*tensors, chunk=chunk)
 
 
 class DeltaNet(Mixer):
@@ -98,13 +116,6 @@ class DeltaNet(Mixer):
         self.norm_weight_V = nn.Parameter(torch.ones(width // config.heads))
         self.gate_proj = nn.Linear(width, width, bias=False) if config.gate else None
         self.out_proj = nn.Linear(width, width, bias=False)
-        loop = self.form == "loop"
-        self.short_conv = conv.short_conv_loop if loop else conv.short_conv
-        self.delta_rule = (
-            delta_rule.delta_rule_loop
-            if loop
-            else functools.partial(delta_rule.delta_rule, chunk=config.chunk)
-        )
 
     def forward(
         self,
@@ -120,7 +131,10 @@ class DeltaNet(Mixer):
         dtype = state.s_BHKV.dtype
         qkv_BTE, conv_BPE = self.qkv(x_BTD), state.conv_BPE
         if config.kernel:
-            qkv_BTE, conv_BPE = self.short_conv(qkv_BTE, self.conv_weight_EW, None, state.conv_BPE)
+            short_conv = conv.short_conv_loop if self.form == "loop" else conv.short_conv
+            if self.form == "kernel":
+                from holdall.kernels.short_conv import short_conv
+            qkv_BTE, conv_BPE = short_conv(qkv_BTE, self.conv_weight_EW, None, state.conv_BPE)
         q, k, v = (u.unflatten(-1, (config.heads, -1)) for u in qkv_BTE.chunk(3, dim=-1))
         if config.key_map == "silu":
             q, k = (delta_rule.unit_length(F.silu(u)) for u in (q, k))
@@ -129,7 +143,8 @@ class DeltaNet(Mixer):
             q, k = (u / u.sum(-1, keepdim=True).clamp(min=1e-6) for u in (q, k))
         # in bf16 a beta near 1 would leave up to 1/256 of what is to be replaced
         beta_BTH = self.beta_proj(x_BTD).to(dtype).sigmoid() * (2 if config.negative_eigenvalues else 1)
-        o_BTHV, s_BHKV = self.delta_rule(q * q.shape[-1] ** -0.5, k, F.silu(v), beta_BTH, state.s_BHKV)
+        q, v = q * q.shape[-1] ** -0.5, F.silu(v)
+        o_BTHV, s_BHKV = run_delta_rule(self.form, config.chunk, q, k, v, beta_BTH, state.s_BHKV)
         y_BTD = F.rms_norm(o_BTHV, o_BTHV.shape[-1:], self.norm_weight_V, config.eps).flatten(2)
         if self.gate_proj is not None:
             y_BTD = y_BTD * F.silu(self.gate_proj(x_BTD))

@@ -18,7 +18,6 @@ Convolutions start as torch's do, where that library's language model draws N(0,
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -28,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
+from holdall.mixers.delta_net import run_delta_rule
 from holdall.ops import conv, delta_rule
 
 
@@ -71,6 +71,7 @@ class GatedDeltaNetConfig(MixerConfig):
     eps: float = 1e-5
     chunk: int = delta_rule.CHUNK
 
+    forms = ("loop", "parallel", "kernel")
     variants = (
         {},
         {"head_dim": 8, "value_ratio": 1, "value_heads": 4, "gate": False, "negative_eigenvalues": True},
@@ -100,6 +101,13 @@ class GatedDeltaNetConfig(MixerConfig):
         """Channels of all queries, keys and values."""
         return [self.heads * self.key_dim] * 2 + [self.states * self.value_ratio * self.key_dim]
 
+    def kernel_refusal(self, device: torch.device, dtype: torch.dtype) -> str:
+        if refusal := super().kernel_refusal(device, dtype):
+            return refusal
+        from holdall.kernels import fla
+
+        return fla.refusal(self.key_dim)
+
     def build(self) -> GatedDeltaNet:
         return GatedDeltaNet(self)
 
@@ -122,13 +130,6 @@ class GatedDeltaNet(Mixer):
         self.norm_weight_V = nn.Parameter(torch.ones(values // config.states))
         self.gate_proj = nn.Linear(width, values, bias=False) if config.gate else None
         self.out_proj = nn.Linear(values, width, bias=False)
-        loop = self.form == "loop"
-        self.short_conv = conv.short_conv_loop if loop else conv.short_conv
-        self.delta_rule = (
-            delta_rule.delta_rule_loop
-            if loop
-            else functools.partial(delta_rule.delta_rule, chunk=config.chunk)
-        )
 
     def forward(
         self,
@@ -142,8 +143,16 @@ class GatedDeltaNet(Mixer):
         if state is None:
             state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
         dtype = state.s_BHKV.dtype
-        qkv_BTE, conv_BPE = self.short_conv(self.qkv(x_BTD), self.conv_weight_EW, None, state.conv_BPE)
-        q, k, v = F.silu(qkv_BTE).split(config.sizes, dim=-1)
+        filters = self.conv_weight_EW, None, state.conv_BPE
+        if self.form == "kernel":
+            from holdall.kernels.short_conv import short_conv
+
+            qkv_BTE, conv_BPE = short_conv(self.qkv(x_BTD), *filters, silu=True)
+        else:
+            convolve = conv.short_conv_loop if self.form == "loop" else conv.short_conv
+            qkv_BTE, conv_BPE = convolve(self.qkv(x_BTD), *filters)
+            qkv_BTE = F.silu(qkv_BTE)
+        q, k, v = qkv_BTE.split(config.sizes, dim=-1)
         q, k = (delta_rule.unit_length(u.unflatten(-1, (config.heads, -1))) for u in (q, k))
         q, k = (u.repeat_interleave(config.states // config.heads, dim=2) for u in (q, k))
         v = v.unflatten(-1, (config.states, -1))
@@ -151,7 +160,9 @@ class GatedDeltaNet(Mixer):
         a_BTH, beta_BTH = self.ab_proj(x_BTD).to(dtype).chunk(2, dim=-1)
         log_w_BTH = -self.A_log.to(dtype).exp() * F.softplus(a_BTH + self.dt_bias.to(dtype))
         beta_BTH = beta_BTH.sigmoid() * (2 if config.negative_eigenvalues else 1)
-        o_BTHV, s_BHKV = self.delta_rule(q * config.key_dim**-0.5, k, v, beta_BTH, state.s_BHKV, log_w_BTH)
+        o_BTHV, s_BHKV = run_delta_rule(
+            self.form, config.chunk, q * config.key_dim**-0.5, k, v, beta_BTH, state.s_BHKV, log_w_BTH
+        )
         y_BTE = F.rms_norm(o_BTHV, o_BTHV.shape[-1:], self.norm_weight_V, config.eps).flatten(2)
         if self.gate_proj is not None:
             y_BTE = y_BTE * F.silu(self.gate_proj(x_BTD))

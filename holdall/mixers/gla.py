@@ -72,6 +72,7 @@ class GLAConfig(MixerConfig):
     kernel: int = 0
     eps: float = 1e-5
 
+    forms = ("loop", "parallel", "kernel")
     variants = (
         {"gate_rank": 3},
         {"heads": 2, "key_ratio": 0.75, "value_ratio": 2.0, "tau": 1.0, "kernel": 4},
@@ -95,6 +96,13 @@ class GLAConfig(MixerConfig):
     @property
     def values(self) -> int:
         return int(self.value_ratio * self.width)
+
+    def kernel_refusal(self, device: torch.device, dtype: torch.dtype) -> str:
+        if refusal := super().kernel_refusal(device, dtype):
+            return refusal
+        from holdall.kernels import fla
+
+        return fla.refusal(self.keys // self.heads)
 
     def build(self) -> GLA:
         return GLA(self)
@@ -136,19 +144,25 @@ class GLA(Mixer):
         # what is forgotten adds up over thousands of tokens: not in bf16
         low_BTR = self.gate_down(x_BTD).to(dtype)
         logit_BTE = F.linear(low_BTR, self.gate_up.weight.to(dtype), self.gate_up.bias.to(dtype))
+        if self.form != "kernel":  # which multiplies in the dtype of x, and sums in fp32
+            qkv_BTE = qkv_BTE.to(dtype)
         q, k, v, log_decay_BTHK = (
             u.unflatten(-1, (config.heads, -1))
-            for u in (*qkv_BTE.to(dtype).split(self.sizes, dim=-1), F.logsigmoid(logit_BTE) / config.tau)
+            for u in (*qkv_BTE.split(self.sizes, dim=-1), F.logsigmoid(logit_BTE) / config.tau)
         )
         q = q * q.shape[-1] ** -0.5
         if loop:
             o_BTHV, s_BHKV, _ = linear_attention_loop(q, k, v, s_BHKV, None, log_decay_BTHK)
         else:
-            o_BTHV, s_BHKV, _ = linear_attention(
+            if self.form == "kernel":
+                from holdall.kernels.linear_attention import linear_attention as chunked
+            else:
+                chunked = linear_attention
+            o_BTHV, s_BHKV, _ = chunked(
                 q, k, v, None if fresh else s_BHKV, None, log_decay_BTHK,
                 inplace=inplace, want_state=want_state,
             )  # fmt: skip
-        o_BTHV = F.rms_norm(o_BTHV, o_BTHV.shape[-1:], eps=config.eps) * self.norm_weight_V
+        o_BTHV = F.rms_norm(o_BTHV.to(dtype), o_BTHV.shape[-1:], eps=config.eps) * self.norm_weight_V
         y_BTE = (o_BTHV.flatten(2) * F.silu(gate_BTE.to(dtype))).to(x_BTD.dtype)
         after: State | None = None
         if want_state and s_BHKV is not None:

@@ -18,7 +18,6 @@ as torch's do, where that library's language model draws N(0, 0.02) for them too
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -28,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
+from holdall.mixers.delta_net import run_delta_rule
 from holdall.ops import conv, delta_rule
 
 
@@ -67,6 +67,7 @@ class KimiDeltaConfig(MixerConfig):
     eps: float = 1e-5
     chunk: int = delta_rule.CHUNK
 
+    forms = ("loop", "parallel", "kernel")
     variants = ({}, {"heads": 3, "head_dim": 8, "kernel": 3, "negative_eigenvalues": True, "chunk": 8})
 
     def validate(self) -> None:
@@ -78,6 +79,13 @@ class KimiDeltaConfig(MixerConfig):
     @property
     def key_dim(self) -> int:
         return self.head_dim or self.width // self.heads
+
+    def kernel_refusal(self, device: torch.device, dtype: torch.dtype) -> str:
+        if refusal := super().kernel_refusal(device, dtype):
+            return refusal
+        from holdall.kernels import fla
+
+        return fla.refusal(self.key_dim)
 
     def build(self) -> KimiDeltaAttention:
         return KimiDeltaAttention(self)
@@ -104,13 +112,6 @@ class KimiDeltaAttention(Mixer):
         self.dt_bias_HK = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
         self.norm_weight_V = nn.Parameter(torch.ones(config.key_dim))
         self.out_proj = nn.Linear(inner, width, bias=False)
-        loop = self.form == "loop"
-        self.short_conv = conv.short_conv_loop if loop else conv.short_conv
-        self.delta_rule = (
-            delta_rule.delta_rule_loop
-            if loop
-            else functools.partial(delta_rule.delta_rule, chunk=config.chunk)
-        )
 
     def forward(
         self,
@@ -124,14 +125,17 @@ class KimiDeltaAttention(Mixer):
         if state is None:
             state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
         dtype = state.s_BHKV.dtype
-        qkv_BTE, conv_BPE = self.short_conv(self.qkv(x_BTD), self.conv_weight_EW, None, state.conv_BPE)
+        short_conv = conv.short_conv_loop if self.form == "loop" else conv.short_conv
+        qkv_BTE, conv_BPE = short_conv(self.qkv(x_BTD), self.conv_weight_EW, None, state.conv_BPE)
         q, k, v = F.silu(qkv_BTE).unflatten(-1, (3, config.heads, -1)).unbind(2)
         q, k = delta_rule.unit_length(q), delta_rule.unit_length(k)
         # decay and step decide what is kept over thousands of tokens: not in bf16
         f_BTHK = self.decay_proj(x_BTD).to(dtype).unflatten(-1, (config.heads, -1))
         log_w_BTHK = -self.A_log.to(dtype).exp()[:, None] * F.softplus(f_BTHK + self.dt_bias_HK.to(dtype))
         beta_BTH = self.beta_proj(x_BTD).to(dtype).sigmoid() * (2 if config.negative_eigenvalues else 1)
-        o_BTHV, s_BHKV = self.delta_rule(q * config.key_dim**-0.5, k, v, beta_BTH, state.s_BHKV, log_w_BTHK)
+        o_BTHV, s_BHKV = run_delta_rule(
+            self.form, config.chunk, q * config.key_dim**-0.5, k, v, beta_BTH, state.s_BHKV, log_w_BTHK
+        )
         o_BTHV = F.rms_norm(o_BTHV, o_BTHV.shape[-1:], self.norm_weight_V, config.eps)
         y_BTD = self.out_proj(o_BTHV.flatten(2) * self.gate_proj(x_BTD).sigmoid())
         return y_BTD, KimiDeltaState(conv_BPE, s_BHKV) if want_state else None

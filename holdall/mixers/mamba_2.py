@@ -68,6 +68,7 @@ class Mamba2Config(MixerConfig):
     eps: float = 1e-5
     chunk: int = 128
 
+    forms = ("loop", "parallel", "kernel")
     variants = (
         {"state": 8, "head_dim": 8, "groups": 2, "chunk": 16},
         {"state": 4, "expand": 1, "head_dim": 8},
@@ -97,6 +98,13 @@ class Mamba2Config(MixerConfig):
     @property
     def conv_channels(self) -> int:
         return self.inner + 2 * self.groups * self.state
+
+    def kernel_refusal(self, device: torch.device, dtype: torch.dtype) -> str:
+        if refusal := super().kernel_refusal(device, dtype):
+            return refusal
+        from holdall.kernels import fla
+
+        return fla.refusal()
 
     def build(self) -> Mamba2:
         return Mamba2(self)
@@ -136,10 +144,16 @@ class Mamba2(Mixer):
         z_BTE, xbc_BTE, dt_BTH = self.in_proj(x_BTD).split(
             [config.inner, config.conv_channels, config.heads], dim=-1
         )
-        short_conv = conv.short_conv_loop if loop else conv.short_conv
-        xbc_BTE, conv_BPE = short_conv(xbc_BTE, self.conv_weight_EW, self.conv_bias_E, state.conv_BPE)
+        filters = self.conv_weight_EW, self.conv_bias_E, state.conv_BPE
+        if self.form == "kernel":
+            from holdall.kernels.short_conv import short_conv
+
+            xbc_BTE, conv_BPE = short_conv(xbc_BTE, *filters, silu=True)
+        else:
+            xbc_BTE, conv_BPE = (conv.short_conv_loop if loop else conv.short_conv)(xbc_BTE, *filters)
+            xbc_BTE = F.silu(xbc_BTE)
         each_group = config.groups * config.state
-        x_BTE, b_BTE, c_BTE = F.silu(xbc_BTE).split([config.inner, each_group, each_group], dim=-1)
+        x_BTE, b_BTE, c_BTE = xbc_BTE.split([config.inner, each_group, each_group], dim=-1)
         k_BTHN, q_BTHN = (
             u.unflatten(-1, (config.groups, 1, config.state))
             .expand(-1, -1, -1, config.heads // config.groups, -1)
@@ -157,11 +171,19 @@ class Mamba2(Mixer):
                 q_BTHN, k_BTHN, v_BTHV, state.s_BHNV, None, log_decay_BTH
             )
         else:
-            y_BTHV, s_BHNV, _ = linear_attention(
+            if self.form == "kernel":  # which multiplies in the dtype of v, and sums in fp32
+                from holdall.kernels.linear_attention import linear_attention as chunked
+
+                v_BTHV = v_BTHV.to(x_BTD.dtype)
+            else:
+                chunked = linear_attention
+            y_BTHV, s_BHNV, _ = chunked(
                 q_BTHN, k_BTHN, v_BTHV, None if fresh else state.s_BHNV, None, log_decay_BTH,
                 chunk=config.chunk, inplace=inplace, want_state=want_state,
             )  # fmt: skip
-        y_BTE = torch.addcmul(y_BTHV, x_BTHV, self.D.to(dtype)[:, None]).flatten(2) * F.silu(z_BTE.to(dtype))
+        y_BTE = torch.addcmul(y_BTHV.to(dtype), x_BTHV, self.D.to(dtype)[:, None]).flatten(2) * F.silu(
+            z_BTE.to(dtype)
+        )
         y_BTGE = y_BTE.unflatten(-1, (config.groups, -1))
         y_BTE = F.rms_norm(y_BTGE, y_BTGE.shape[-1:], eps=config.eps).flatten(2) * self.norm_weight_E
         after = None if s_BHNV is None or not want_state else Mamba2State(conv_BPE, s_BHNV)

@@ -57,6 +57,7 @@ class RetNetConfig(MixerConfig):
     eps: float = 1e-6
     chunk: int = 128
 
+    forms = ("loop", "parallel", "kernel")
     variants = ({}, {"heads": 4, "value_ratio": 1, "chunk": 16})
 
     def validate(self) -> None:
@@ -64,6 +65,13 @@ class RetNetConfig(MixerConfig):
             raise ValueError(f"width {self.width} is not a multiple of twice the heads {self.heads}")
         if self.value_ratio < 1 or self.chunk < 1:
             raise ValueError(f"value_ratio {self.value_ratio} and chunk {self.chunk} must be positive")
+
+    def kernel_refusal(self, device: torch.device, dtype: torch.dtype) -> str:
+        if refusal := super().kernel_refusal(device, dtype):
+            return refusal
+        from holdall.kernels import fla
+
+        return fla.refusal()
 
     def build(self) -> RetNet:
         return RetNet(self)
@@ -111,7 +119,11 @@ class RetNet(Mixer):
         if self.form == "loop":
             o_BTHV, s_BHKV, _ = linear_attention_loop(q, k, v, state.s_BHKV, None, log_decay_BTH)
         else:
-            o_BTHV, s_BHKV, _ = linear_attention(
+            if self.form == "kernel":
+                from holdall.kernels.linear_attention import linear_attention as chunked
+            else:
+                chunked = linear_attention
+            o_BTHV, s_BHKV, _ = chunked(
                 q, k, v, None if fresh else state.s_BHKV, None, log_decay_BTH,
                 chunk=config.chunk, inplace=inplace, want_state=want_state,
             )  # fmt: skip

@@ -20,7 +20,6 @@ mixer is silent until W_o has moved, the one of its weights that has a gradient 
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -71,6 +70,7 @@ class RWKV7Config(MixerConfig):
     layers: int = 1
     chunk: int = CHUNK
 
+    forms = ("loop", "parallel", "kernel")
     variants = (
         {},
         {"heads": 1, "decay_rank": 3, "a_rank": 4, "gate_rank": 5, "layer": 1, "layers": 3, "chunk": 8},
@@ -91,6 +91,13 @@ class RWKV7Config(MixerConfig):
     def ranks(self) -> tuple[int, int, int]:
         small, large = (max(32, 32 * round(factor * self.width**0.5 / 32)) for factor in (2.5, 5.0))
         return self.decay_rank or small, self.a_rank or small, self.gate_rank or large
+
+    def kernel_refusal(self, device: torch.device, dtype: torch.dtype) -> str:
+        if refusal := super().kernel_refusal(device, dtype):
+            return refusal
+        from holdall.kernels import fla
+
+        return fla.refusal(self.width // self.heads)
 
     def build(self) -> RWKV7:
         return RWKV7(self)
@@ -130,11 +137,6 @@ class RWKV7(Mixer):
             nn.init.uniform_(layer.weight, -gain * width**-0.5, gain * width**-0.5)
         self.norm_weight_D = nn.Parameter(torch.full((width,), ((config.layer + 1) / config.layers) ** 0.7))
         self.norm_bias_D = nn.Parameter(torch.zeros(width))
-        self.delta_rule = (
-            generalised_delta_rule_loop
-            if self.form == "loop"
-            else functools.partial(generalised_delta_rule, chunk=config.chunk)
-        )
 
     def forward(
         self,
@@ -159,12 +161,21 @@ class RWKV7(Mixer):
         r, w, k, v, a, removal = (u.unflatten(-1, (self.config.heads, -1)) for u in (r, w, k, v, a, removal))
         removal = F.normalize(removal, dim=-1)
         log_w = -math.exp(-0.5) * w.sigmoid()
-        o_BTHV, s_BHKV = self.delta_rule(r, k, v, -a * removal, removal, state.s_BHKV, log_w)
+        o_BTHV, s_BHKV = self._delta_rule(r, k, v, -a * removal, removal, state.s_BHKV, log_w)
         o_BTHV = F.layer_norm(o_BTHV, o_BTHV.shape[-1:], eps=1e-5 * o_BTHV.shape[-1])
         y_BTD = torch.addcmul(self.norm_bias_D, o_BTHV.flatten(2), self.norm_weight_D)
         bonus_BTHV = (r * k * self.r_k.to(dtype)).sum(-1, keepdim=True) * v
         y_BTD = self.out_proj(g * (y_BTD + bonus_BTHV.flatten(2).to(y_BTD.dtype)))
         return y_BTD, RWKV7State(x_BTD[:, -1].clone(), s_BHKV) if want_state else None
+
+    def _delta_rule(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        if self.form == "kernel":
+            from holdall.kernels.delta_rule import generalised_delta_rule as kernel
+
+            return kernel(*tensors)
+        if self.form == "loop":
+            return generalised_delta_rule_loop(*tensors)
+        return generalised_delta_rule(*tensors, chunk=self.config.chunk)
 
     def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None) -> RWKV7State:
         width, heads = self.config.width, self.config.heads

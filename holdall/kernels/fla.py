@@ -1,0 +1,510 @@
+"""flash-linear-attention as a backend: its Triton kernels behind our signatures, in versions known good.
+
+It is an optional package (`fla-core`, imported as `fla`, by Yang, Zhang and others). It is never a silent
+stand-in: a mixer's `form` says "kernel", and a version that our tests have not held against our loops is
+refused by name. What is added here to what it does:
+
+- one pair of custom operations for all of its rules, so that they run under `vmap`, `torch.compile` and in
+  CUDA graphs, with gradients of every input and of the incoming state, from output and final state;
+- one fixed configuration per kernel, one of the package's own. It would time 3 to 60 of them for every new
+  head dimension, number of heads or, in places, batch size, minutes of compiling for each model of a sweep,
+  and two runs may pick different ones and so differ in their bits. With one, new head dimensions compile for
+  2 to 11 seconds (7 to 22 in fp32), and a new length for none;
+- fp32 that is fp32: tensors of that type are multiplied in three passes of tf32 instead of one;
+- routes around what is known broken: see `per_head_is_broken`.
+
+The package's other backends (tilelang and the like), which it would take unasked where they are installed,
+stay off, unless it was imported before this file needed it.
+
+Letters: B row, T time, H heads, K key dim, V value dim.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.metadata
+import math
+import os
+import re
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from holdall import forms
+from holdall.kernels import register_batch_vmap
+
+KNOWN_GOOD = ("0.6.0",)
+"""Versions of fla-core whose results tests/kernels/test_fla.py held against our loops on a GPU."""
+CHUNK = 64
+"""Tokens per chunk, the package's own choice."""
+WIDEST_KEY = 256
+"""Key dimensions of a head, where a program holds all of them: not with a decay per head alone."""
+
+# ------------------------------------------------------------------------------------- whether it can run
+
+
+try:
+    VERSION = importlib.metadata.version("fla-core")
+except importlib.metadata.PackageNotFoundError:
+    VERSION = ""
+
+
+def refusal(key_dim: int = 0) -> str:
+    """Why flash-linear-attention cannot be used, for heads of such keys; empty if it can."""
+    way_out = f'pip install "fla-core=={KNOWN_GOOD[-1]}"'
+    if not VERSION:
+        return f"flash-linear-attention is not installed ({way_out})"
+    if VERSION not in KNOWN_GOOD:
+        known = ", ".join(KNOWN_GOOD)
+        return f"fla-core {VERSION} has not been checked against our loops, {known} has ({way_out})"
+    if key_dim > WIDEST_KEY:
+        return f"flash-linear-attention takes heads of up to {WIDEST_KEY} key dimensions here, not {key_dim}"
+    return ""
+
+
+def require(*tensors: Tensor | None, key_dim: int = 0) -> None:
+    """Raise KernelError, with the reason and the way out, if it cannot run on these tensors."""
+    forms.require_kernel(*tensors)
+    if reason := refusal(key_dim):
+        raise forms.KernelError(reason)
+
+
+@torch.compiler.assume_constant_result
+def per_head_is_broken() -> bool:
+    """Whether the delta rule with a decay per head would have wrong gradients.
+
+    Triton 3.4 to 3.7.0 mistranslates its backward for Hopper GPUs, and the package then refuses
+    (flash-linear-attention#640). Such decays are then spread over the key dimensions, for which there are
+    other kernels.
+    """
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+        return False
+    import triton
+
+    release = tuple(map(int, re.findall(r"\d+", triton.__version__)[:3]))
+    return (3, 4) <= release < (3, 7, 1)
+
+
+# ------------------------------------------------------------------------------- its kernels, as we call them
+
+
+PREFERRED = {"BK": 64, "BV": 64, "BS": 32, "BH": 2, "num_warps": 4, "num_stages": 3}
+"""The configuration that is wanted of every kernel; of those that the package lists, the nearest is taken."""
+
+
+@functools.cache
+def load(name: str) -> Any:
+    """A module of the package, each of its kernels held to one configuration."""
+    before = set(sys.modules)
+    with warnings.catch_warnings():  # it warns where there is no GPU
+        warnings.simplefilter("ignore")
+        os.environ.setdefault("FLA_DISABLE_BACKEND_DISPATCH", "1")
+        module = importlib.import_module(f"fla.{name}")
+    from triton.runtime.autotuner import Autotuner
+
+    for path, owner in list(sys.modules.items()):
+        if not path.startswith("fla."):
+            continue
+        if path not in before and hasattr(owner, "SOLVE_TRIL_DOT_PRECISION") and not forms.interpreted():
+            precision = vars(owner)["SOLVE_TRIL_DOT_PRECISION"]
+            vars(owner)["SOLVE_TRIL_DOT_PRECISION"] = type(precision)(FP32)
+        for kernel in list(vars(owner).values()):
+            while kernel is not None and not isinstance(kernel, Autotuner):
+                kernel = (
+                    getattr(kernel, "fn", None) if type(kernel).__module__.startswith("triton.") else None
+                )
+            if kernel is not None:
+                kernel.configs = [min(kernel.configs, key=_distance)]
+        if forms.interpreted():
+            _make_interpretable(owner)
+    return module
+
+
+def _distance(config: Any) -> float:
+    """How far a configuration is from the preferred one, in factors of two."""
+    found = {**config.kwargs, "num_warps": config.num_warps, "num_stages": config.num_stages}
+    return sum(abs(math.log2(found[name] / size)) for name, size in PREFERRED.items() if name in found)
+
+
+def _make_interpretable(module: Any) -> None:
+    """For tests: Triton's interpreter counts loops in Python's integers, which these kernels cast, and takes
+    no other name for its own functions."""
+    import triton.language as tl
+
+    class Index(int):
+        def to(self, _: Any) -> Index:
+            return self
+
+    module.range = lambda *ends: map(Index, range(*ends))
+    if hasattr(module, "gather"):
+        module.gather = lambda *args, **options: tl.gather(*args, **options)
+
+
+FP32 = "tf32x3"
+"""How fp32 is multiplied: in three passes of tf32, about 21 bits instead of 11."""
+_precision = threading.Lock()
+
+
+@contextlib.contextmanager
+def _running(x: Tensor) -> Iterator[None]:
+    """On the device of x, with products of fp32 as `FP32` says.
+
+    Also beside inputs in bf16: some kernels see fp32 only, such as the sums of decays, and are compiled once.
+    """
+    from triton import knobs
+
+    # the setting is the process's, and another thread may be training another model
+    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext(), _precision:
+        before = knobs.language.fp32_default
+        knobs.language.fp32_default = FP32
+        try:
+            yield
+        finally:
+            knobs.language.fp32_default = before
+
+
+class Inputs(NamedTuple):
+    """Of any rule; what a rule does not have is None. q, k, v, a, b of one dtype, the rest fp32.
+
+    a and b are those of `generalised_delta_rule`.
+    """
+
+    q_BTHK: Tensor
+    k_BTHK: Tensor
+    v_BTHV: Tensor
+    a_BTHK: Tensor | None = None
+    b_BTHK: Tensor | None = None
+    beta_BTH: Tensor | None = None
+    log_decay: Tensor | None = None
+    s_BHKV: Tensor | None = None
+
+
+Forward = Callable[[Inputs, bool], tuple[Tensor, Tensor | None, tuple[Tensor, ...]]]
+"""Inputs and whether the final state is wanted to output, final state, and what is kept for the backward."""
+Backward = Callable[[Inputs, tuple[Tensor, ...], Tensor, Tensor | None], dict[str, Tensor | None]]
+"""Inputs, what was kept, gradients of output and final state to those of the inputs, by name."""
+
+
+def _log2_sums(log_decay: Tensor | None) -> Tensor:
+    """The package's decays: base-2 logarithms, summed from the start of each chunk.
+
+    Rows of whole chunks are one long row to it, since it compiles anew for every number of rows.
+    """
+    assert log_decay is not None
+    rows = log_decay.flatten(0, 1)[None] if log_decay.shape[1] % CHUNK == 0 else log_decay
+    sums = load("ops.utils").chunk_local_cumsum(rows, chunk_size=CHUNK, scale=1 / math.log(2))
+    return sums.view(log_decay.shape)
+
+
+def _per_head_forward(x: Inputs, want_state: bool) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+    """No decay or one per head: a program walks through the chunks of a head with the state in registers."""
+    q, k, v, sums, starts = _end_to_end(x)
+    y, s = load("ops.common.fused_chunk").fused_chunk_fwd(
+        q, k, v, sums, None, 1.0, x.s_BHKV, want_state, cu_seqlens=starts, chunk_size=CHUNK
+    )
+    return y.view(x.v_BTHV.shape), s, ()
+
+
+def _per_head_backward(
+    x: Inputs, kept: tuple[Tensor, ...], dy: Tensor, ds: Tensor | None
+) -> dict[str, Tensor | None]:
+    q, k, v, sums, starts = _end_to_end(x)
+    dq, dk, dv, d_decay, ds0 = load("ops.common.fused_chunk").fused_chunk_bwd(
+        q, k, v, sums, None, dy.view(v.shape), 1.0, x.s_BHKV, ds, cu_seqlens=starts, chunk_size=CHUNK
+    )
+    found = {"q_BTHK": dq, "k_BTHK": dk, "v_BTHV": dv, "log_decay": d_decay}
+    return {
+        **{n: None if d is None else d.view(getattr(x, n).shape) for n, d in found.items()},
+        "s_BHKV": ds0,
+    }
+
+
+def _end_to_end(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    """q, k, v and summed decays as one row of texts, and where each starts: these kernels compile anew for
+    every number of rows."""
+    rows, length = x.q_BTHK.shape[:2]
+    sums = None if x.log_decay is None else _log2_sums(x.log_decay).flatten(0, 1)[None]
+    q, k, v = (u.flatten(0, 1)[None] for u in (x.q_BTHK, x.k_BTHK, x.v_BTHV))
+    return q, k, v, sums, torch.arange(rows + 1, device=q.device) * length
+
+
+def _per_key_forward(x: Inputs, want_state: bool) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+    _, pairs_BTHC, _, s, y = load("ops.gla.chunk").chunk_gla_fwd(
+        x.q_BTHK, x.k_BTHK, x.v_BTHV, None, _log2_sums(x.log_decay), 1.0, x.s_BHKV, want_state,
+        chunk_size=CHUNK,
+    )  # fmt: skip
+    return y, s, (pairs_BTHC,)
+
+
+def _per_key_backward(
+    x: Inputs, kept: tuple[Tensor, ...], dy: Tensor, ds: Tensor | None
+) -> dict[str, Tensor | None]:
+    dq, dk, dv, d_decay, ds0 = load("ops.gla.chunk").chunk_gla_bwd(
+        x.q_BTHK, x.k_BTHK, x.v_BTHV, None, _log2_sums(x.log_decay), 1.0, x.s_BHKV, None, kept[0],
+        dy, ds, chunk_size=CHUNK,
+    )  # fmt: skip
+    return {"q_BTHK": dq, "k_BTHK": dk, "v_BTHV": dv, "log_decay": d_decay, "s_BHKV": ds0}
+
+
+def _delta_forward(x: Inputs, want_state: bool) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+    y, solved_BTHC, s = load("ops.delta_rule.chunk").chunk_delta_rule_fwd(
+        x.q_BTHK, x.k_BTHK, x.v_BTHV, x.beta_BTH, 1.0, x.s_BHKV, want_state, chunk_size=CHUNK
+    )
+    return y, s, (solved_BTHC,)
+
+
+def _delta_backward(
+    x: Inputs, kept: tuple[Tensor, ...], dy: Tensor, ds: Tensor | None
+) -> dict[str, Tensor | None]:
+    dq, dk, dv, d_beta, ds0 = load("ops.delta_rule.chunk").chunk_delta_rule_bwd(
+        x.q_BTHK, x.k_BTHK, x.v_BTHV, x.beta_BTH, kept[0], 1.0, x.s_BHKV, dy, ds, chunk_size=CHUNK
+    )
+    return {"q_BTHK": dq, "k_BTHK": dk, "v_BTHV": dv, "beta_BTH": d_beta, "s_BHKV": ds0}
+
+
+def _delta_per_head_forward(x: Inputs, want_state: bool) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+    _, y, solved_BTHC, s, _, _ = load("ops.gated_delta_rule.chunk").chunk_gated_delta_rule_fwd(
+        x.q_BTHK, x.k_BTHK, x.v_BTHV, x.log_decay, x.beta_BTH, 1.0, x.s_BHKV, want_state, chunk_size=CHUNK
+    )
+    return y, s, (solved_BTHC,)
+
+
+def _delta_per_head_backward(
+    x: Inputs, kept: tuple[Tensor, ...], dy: Tensor, ds: Tensor | None
+) -> dict[str, Tensor | None]:
+    dq, dk, dv, d_beta, d_decay, ds0, *_ = load("ops.gated_delta_rule.chunk").chunk_gated_delta_rule_bwd(
+        x.q_BTHK, x.k_BTHK, x.v_BTHV, _log2_sums(x.log_decay), x.beta_BTH, kept[0], 1.0, x.s_BHKV, dy, ds,
+        chunk_size=CHUNK,
+    )  # fmt: skip
+    return {
+        "q_BTHK": dq, "k_BTHK": dk, "v_BTHV": dv, "beta_BTH": d_beta, "log_decay": d_decay, "s_BHKV": ds0,
+    }  # fmt: skip
+
+
+def _delta_per_key_forward(x: Inputs, want_state: bool) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+    y, s, _, pairs_BTHC, solved_BTHC, *_ = load("ops.kda.chunk_fwd").chunk_kda_fwd(
+        x.q_BTHK, x.k_BTHK, x.v_BTHV, x.log_decay, x.beta_BTH, 1.0, x.s_BHKV, want_state, chunk_size=CHUNK
+    )
+    return y, s, (pairs_BTHC, solved_BTHC)
+
+
+def _delta_per_key_backward(
+    x: Inputs, kept: tuple[Tensor, ...], dy: Tensor, ds: Tensor | None
+) -> dict[str, Tensor | None]:
+    dq, dk, dv, d_beta, d_decay, ds0, *_ = load("ops.kda.chunk_bwd").chunk_kda_bwd(
+        x.q_BTHK, x.k_BTHK, x.v_BTHV, x.beta_BTH, *kept, 1.0, x.s_BHKV, dy, ds,
+        g=_log2_sums(x.log_decay), chunk_size=CHUNK,
+    )  # fmt: skip
+    return {
+        "q_BTHK": dq, "k_BTHK": dk, "v_BTHV": dv, "beta_BTH": d_beta, "log_decay": d_decay, "s_BHKV": ds0,
+    }  # fmt: skip
+
+
+def _generalised_forward(x: Inputs, want_state: bool) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+    """Its a is the key that reads, our b, and its b where it is put. Chunks of 16 hold any decay."""
+    y, s, _, _ = load("ops.generalized_delta_rule.dplr.chunk").chunk_dplr_fwd(
+        x.q_BTHK, x.k_BTHK, x.v_BTHV, x.b_BTHK, x.a_BTHK, x.log_decay, 1.0, x.s_BHKV, want_state,
+        chunk_size=16,
+    )  # fmt: skip
+    return y, s, ()
+
+
+class _Context:
+    """What the package's backward of this rule, which has no name of its own, asks of autograd's context."""
+
+    cu_seqlens = chunk_indices = cp_context = None
+    scale, chunk_size, safe_gate, disable_recompute = 1.0, 16, False, False
+
+    def __init__(self, *saved: Tensor | None) -> None:
+        self.saved_tensors = saved
+        self._fwd_used_autocast, self._dtype = False, None
+
+
+def _generalised_backward(
+    x: Inputs, kept: tuple[Tensor, ...], dy: Tensor, ds: Tensor | None
+) -> dict[str, Tensor | None]:
+    function = load("ops.generalized_delta_rule.dplr.chunk").ChunkDPLRDeltaRuleFunction
+    context = _Context(x.q_BTHK, x.k_BTHK, x.v_BTHV, x.b_BTHK, x.a_BTHK, x.log_decay, x.s_BHKV)
+    dq, dk, dv, db, da, d_decay, _, ds0, *_ = function.backward(context, dy, ds)
+    return {
+        "q_BTHK": dq, "k_BTHK": dk, "v_BTHV": dv, "a_BTHK": da, "b_BTHK": db, "log_decay": d_decay,
+        "s_BHKV": ds0,
+    }  # fmt: skip
+
+
+class Rule(NamedTuple):
+    """A pair of the package's, and the dtypes of the (B, T, H, CHUNK) that it keeps, None for that of q."""
+
+    forward: Forward
+    backward: Backward
+    kept: tuple[torch.dtype | None, ...] = ()
+
+
+RULES = {
+    "decay per head": Rule(_per_head_forward, _per_head_backward),
+    "decay per key": Rule(_per_key_forward, _per_key_backward, (torch.float32,)),
+    "delta": Rule(_delta_forward, _delta_backward, (None,)),
+    "delta, decay per head": Rule(_delta_per_head_forward, _delta_per_head_backward, (None,)),
+    "delta, decay per key": Rule(_delta_per_key_forward, _delta_per_key_backward, (None, None)),
+    "generalised delta": Rule(_generalised_forward, _generalised_backward),
+}
+
+# -------------------------------------------------------------------------------------- the custom operations
+
+
+@torch.library.custom_op("holdall::fla_forward", mutates_args=())
+def fla_forward(
+    rule: str,
+    want_state: bool,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    beta: Tensor | None,
+    log_decay: Tensor | None,
+    s: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output, final state, and two tensors kept for the backward; (B, 0) for what there is not."""
+    inputs = Inputs(*_contiguous(q, k, v, a, b, beta, log_decay, s))
+    with _running(v):
+        y, state, kept = RULES[rule].forward(inputs, want_state)
+    first, second, *_ = (*kept, None, None)
+    return y.to(v.dtype), _present(state, q), _present(first, q), _present(second, q)
+
+
+@fla_forward.register_fake
+def _(
+    rule: str,
+    want_state: bool,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    beta: Tensor | None,
+    log_decay: Tensor | None,
+    s: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, _, heads, key_dim = q.shape
+    kept: list[Tensor | None] = [
+        q.new_empty(*q.shape[:3], CHUNK, dtype=dtype or q.dtype) for dtype in RULES[rule].kept
+    ]
+    state = q.new_empty(rows, heads, key_dim, v.shape[3], dtype=torch.float32) if want_state else None
+    first, second, *_ = (*kept, None, None)
+    return v.new_empty(v.shape), _present(state, q), _present(first, q), _present(second, q)
+
+
+@torch.library.custom_op("holdall::fla_backward", mutates_args=())
+def fla_backward(
+    rule: str,
+    dy: Tensor,
+    ds: Tensor | None,
+    first: Tensor,
+    second: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    beta: Tensor | None,
+    log_decay: Tensor | None,
+    s: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of q to s; (B, 0) for what there is not."""
+    inputs = Inputs(*_contiguous(q, k, v, a, b, beta, log_decay, s))
+    dy, ds = _contiguous(dy, ds)
+    with _running(v):
+        found = RULES[rule].backward(inputs, (first, second)[: len(RULES[rule].kept)], dy, ds)
+    return tuple(  # type: ignore[return-value]
+        _present(None if x is None else found[name].to(x.dtype), q)  # type: ignore[union-attr]
+        for name, x in inputs._asdict().items()
+    )
+
+
+@fla_backward.register_fake
+def _(
+    rule: str,
+    dy: Tensor,
+    ds: Tensor | None,
+    first: Tensor,
+    second: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    beta: Tensor | None,
+    log_decay: Tensor | None,
+    s: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    inputs = (q, k, v, a, b, beta, log_decay, s)
+    return tuple(_present(None if x is None else x.new_empty(x.shape), q) for x in inputs)  # type: ignore[return-value]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.rule, _, *tensors = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.save_for_backward(*output[2:], *tensors)
+
+
+def _pull_back(ctx: Any, dy: Tensor | None, ds: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    first, second, *inputs = ctx.saved_tensors
+    v = inputs[2]
+    dy = torch.zeros_like(v) if dy is None else dy
+    found = fla_backward(ctx.rule, dy, ds, first, second, *inputs)
+    return None, None, *(None if x is None else d for x, d in zip(inputs, found, strict=True))
+
+
+fla_forward.register_autograd(_pull_back, setup_context=_keep)
+for _op in (fla_forward, fla_backward):
+    register_batch_vmap(_op)
+
+
+def _contiguous(*tensors: Tensor | None) -> tuple[Any, ...]:
+    return tuple(None if x is None else x.contiguous() for x in tensors)
+
+
+def _present(x: Tensor | None, like: Tensor) -> Tensor:
+    """An operation returns tensors only: an empty one, of as many rows, stands for None."""
+    return like.new_empty(like.shape[0], 0) if x is None else x
+
+
+def apply(rule: str, inputs: Inputs, want_state: bool = True) -> tuple[Tensor, Tensor | None]:
+    """Output in the dtype of v and final state in fp32, of head dimensions that need not be multiples of 16.
+
+    Products are taken in the dtype of v. Dimensions are filled up with zeros, which change nothing.
+    """
+    x, dtype = inputs, inputs.v_BTHV.dtype
+    key_dim, value_dim = x.q_BTHK.shape[-1], x.v_BTHV.shape[-1]
+    more = -key_dim % 16, -value_dim % 16
+    decay = (
+        _filled(x.log_decay, more[0]) if x.log_decay is not None and x.log_decay.ndim == 4 else x.log_decay
+    )
+    y, state, _, _ = fla_forward(
+        rule,
+        want_state,
+        *(_filled(u, more[0], dtype) for u in (x.q_BTHK, x.k_BTHK)),
+        _filled(x.v_BTHV, more[1], dtype),
+        *(_filled(u, more[0], dtype) for u in (x.a_BTHK, x.b_BTHK)),
+        None if x.beta_BTH is None else x.beta_BTH.float(),
+        None if decay is None else decay.float(),
+        None if x.s_BHKV is None else F.pad(x.s_BHKV.float(), (0, more[1], 0, more[0])),
+    )
+    return y[..., :value_dim], state[..., :key_dim, :value_dim] if want_state else None
+
+
+def _filled(x: Tensor | None, more: int, dtype: torch.dtype | None = None) -> Tensor | None:
+    if x is None:
+        return None
+    x = x if dtype is None else x.to(dtype)
+    return F.pad(x, (0, more)) if more else x
