@@ -51,6 +51,8 @@ SEGMENT = 512
 """Tokens whose pairs are met directly; as many as cost what a state's features would."""
 TILE = 64
 """Features at once."""
+MOST = 3
+"""Tiles of a state that one program sums up."""
 
 
 def refusal(key_dim: int, value_dim: int, dtype: torch.dtype) -> str:
@@ -196,40 +198,46 @@ def _sums(
     k_b, k_t, k_h, v_b, v_t, v_h,
     K: tl.constexpr, V: tl.constexpr, F: tl.constexpr, WIDTH: tl.constexpr,
     FK: tl.constexpr, FV: tl.constexpr, NF: tl.constexpr, TILE: tl.constexpr, C: tl.constexpr,
-    SCALED: tl.constexpr,
+    SCALED: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One tile of features, without their weights, of one segment: sum phi(k) v^T and sum phi(k).
+    """A group of tiles of features, without their weights, of one segment: sum phi(k) v^T and sum phi(k).
 
     For the gradients' state each token's feature enters the first sum scaled, and the second weighted.
     """
+    groups: tl.constexpr = NF // TILE // GROUP
     h, pid = tl.program_id(0) % H, tl.program_id(0) // H
-    tile, n = pid % (NF // TILE), FIRST + pid // (NF // TILE) % COUNT
-    bh = (pid // (NF // TILE) // COUNT).to(tl.int64) * H + h
+    first_tile, n = pid % groups * GROUP, FIRST + pid // groups % COUNT
+    bh = (pid // groups // COUNT).to(tl.int64) * H + h
     k += (bh // H) * k_b + (bh % H) * k_h
     v += (bh // H) * v_b + (bh % H) * v_h
-    i_FK = tl.trans(_hot(hot, 0, tile, NF, TILE, FK))
-    j_FK = tl.trans(_hot(hot, 1, tile, NF, TILE, FK))
-    one_i, one_j = _ones(ones, 0, tile, NF, TILE), _ones(ones, 1, tile, NF, TILE)
-    s_FV = tl.zeros((TILE, FV), tl.float32)
-    z_FC = tl.zeros((TILE, C), tl.float32)
+    held = ()
+    for _ in tl.static_range(GROUP):
+        held = held + (tl.zeros((TILE, FV), tl.float32), tl.zeros((TILE,), tl.float32))
     for start in range(n * L, min(n * L + L, T), C):
         t_C = start + tl.arange(0, C)
         k_CK, v_CV = _block(k, t_C, k_t, T, K, FK), _block(v, t_C, v_t, T, V, FV)
-        i_FC, j_FC = dot(i_FK, tl.trans(k_CK)), dot(j_FK, tl.trans(k_CK))
-        if tile == 0:
-            i_FC += tl.where((t_C < T)[None, :], one_i[:, None], 0.0)
-            j_FC += one_j[:, None]
-        phi_FC = i_FC * j_FC
-        if SCALED:
-            z_FC += phi_FC * tl.load(shift + bh * T + t_C, mask=t_C < T, other=0.0)[None, :]
-            phi_FC *= tl.load(scale + bh * T + t_C, mask=t_C < T, other=0.0)[None, :]
-        else:
-            z_FC += phi_FC
-        s_FV = dot(narrow(phi_FC, v_CV.dtype), v_CV, s_FV)
-    f, column = tile * TILE + tl.arange(0, TILE), tl.arange(0, FV)
+        before, held = held, ()
+        for g in tl.static_range(GROUP):
+            tile = first_tile + g
+            i_FC = dot(tl.trans(_hot(hot, 0, tile, NF, TILE, FK)), tl.trans(k_CK))
+            j_FC = dot(tl.trans(_hot(hot, 1, tile, NF, TILE, FK)), tl.trans(k_CK))
+            if tile == 0:
+                i_FC += tl.where((t_C < T)[None, :], _ones(ones, 0, tile, NF, TILE)[:, None], 0.0)
+                j_FC += _ones(ones, 1, tile, NF, TILE)[:, None]
+            phi_FC = i_FC * j_FC
+            weighted_FC = phi_FC
+            if SCALED:
+                weighted_FC *= tl.load(shift + bh * T + t_C, mask=t_C < T, other=0.0)[None, :]
+                phi_FC *= tl.load(scale + bh * T + t_C, mask=t_C < T, other=0.0)[None, :]
+            s_FV = dot(narrow(phi_FC, v_CV.dtype), v_CV, before[2 * g])
+            held = held + (s_FV, before[2 * g + 1] + tl.sum(weighted_FC, 1))
     sums += (bh * N + n) * WIDTH
-    tl.store(sums + f[:, None] * V + column[None, :], s_FV, mask=(f < F)[:, None] & (column < V)[None, :])
-    tl.store(sums + F * V + f, tl.sum(z_FC, 1), mask=f < F)
+    column = tl.arange(0, FV)
+    for g in tl.static_range(GROUP):
+        f = (first_tile + g) * TILE + tl.arange(0, TILE)
+        inside = (f < F)[:, None] & (column < V)[None, :]
+        tl.store(sums + f[:, None] * V + column[None, :], held[2 * g], mask=inside)
+        tl.store(sums + F * V + f, held[2 * g + 1], mask=f < F)
 
 
 @triton.jit(do_not_specialize=["N", "FIRST", "COUNT"])
@@ -502,7 +510,7 @@ def _grad_kv(
 # ------------------------------------------------------------------------------------------ the launches
 
 CONFIGS: dict[str, dict[str, int]] = {
-    "sums": {"C": 128, "num_warps": 4, "num_stages": 3},
+    "sums": {"C": 32, "num_warps": 4, "num_stages": 4, "maxnreg": 168},
     "outputs": {"C": 128, "S": 64, "num_warps": 4, "num_stages": 3},
     "grad_q": {"C": 64, "S": 64, "num_warps": 4, "num_stages": 3, "maxnreg": 168},
     "grad_kv": {"C": 64, "S": 32, "num_warps": 4, "num_stages": 3, "maxnreg": 168},
@@ -537,10 +545,14 @@ class _Sizes:
         """(B, H, N, WIDTH); only segments first .. first + count - 1 are made."""
         sums = self.empty((self.batch, self.heads, self.segments, self.width))
         tiles = self.constants["NF"] // TILE
+        # so many at once as fit into the registers: keys and values are read once for each group
+        most = MOST if self.constants["FV"] <= 64 else 1
+        group = next(size for size in range(most, 0, -1) if tiles % size == 0)
         if count:
-            _sums[(self.batch * self.heads * count * tiles,)](
+            _sums[(self.batch * self.heads * count * tiles // group,)](
                 k, v, scale, shift, *self.table, sums, self.time, self.segment, self.segments, first, count,
                 self.heads, *k.stride()[:3], *v.stride()[:3], WIDTH=self.width, SCALED=scale is not None,
+                GROUP=group,
                 **self.constants, **CONFIGS["sums"],
             )  # fmt: skip
         return sums

@@ -15,7 +15,7 @@ Deviations: with map "identity" the normaliser is a sum of signed numbers and ca
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,7 @@ class LinearAttentionConfig(MixerConfig):
     chunk: int = 128
     bias: bool = False
 
+    state_dtype: ClassVar[str] = "fp32"
     variants = (
         {"heads": 2, "chunk": 16},
         {"feature_map": "relu", "normalise": False, "chunk": 32},
@@ -104,17 +105,29 @@ class LinearAttention(Mixer):
     ) -> tuple[Tensor, State | None]:
         config = self.config
         q, k, v = (u.unflatten(-1, (config.heads, -1)) for u in self.qkv(x_BTD).split(self.sizes, dim=-1))
-        if self.form == "loop":
+        after: list[Tensor | None]
+        if self.form == "kernel" and x_BTD.shape[1] == 1 and not _wants_gradient(q, k, v, *(state or ())):
+            from holdall.kernels.taylor_step import taylor_step
+
+            state = state or self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
+            y_BTHV, *after = taylor_step(q, k, v, *state, eps=config.eps, inplace=inplace)
+        elif self.form == "kernel":
+            from holdall.kernels.taylor import taylor_attention
+
+            y_BTHV, *after = taylor_attention(
+                q, k, v, *(state or (None, None)), eps=config.eps, want_state=want_state
+            )
+        elif self.form == "loop":
             state = state or self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
             y_BTHV, *after = linear_attention_loop(
-                q, k, v, *state, feature_map=self.feature_map, eps=config.eps
+                q, k, v, *self._widened(state), feature_map=self.feature_map, eps=config.eps
             )
         else:
             y_BTHV, *after = linear_attention(
                 q,
                 k,
                 v,
-                *(state or (None, None)),
+                *(self._widened(state) if state else (None, None)),
                 feature_map=self.feature_map,
                 normalise=config.normalise,
                 eps=config.eps,
@@ -122,8 +135,21 @@ class LinearAttention(Mixer):
                 inplace=inplace,
                 want_state=want_state,
             )
-        kept = self.state_type(*(tensor for tensor in after if tensor is not None)) if want_state else None
+        kept = None
+        if want_state:
+            kept = self._rounded(self.state_type(*(tensor for tensor in after if tensor is not None)))
         return self.out_proj(y_BTHV.flatten(2)), kept
+
+    def _widened(self, state: State) -> State:
+        """The state to go on from: a call keeps its sums in at least fp32, where a state is bf16 too."""
+        s_BHFV, *z = state
+        return (s_BHFV.to(torch.promote_types(s_BHFV.dtype, torch.float32)), *z)
+
+    def _rounded(self, state: State) -> State:
+        """The state to carry: s alone in bf16, since z counts the tokens."""
+        if self.config.state_dtype == "fp32":
+            return state
+        return state._replace(s_BHFV=state[0].to(torch.bfloat16))  # type: ignore[attr-defined]
 
     def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None) -> State:
         config, dtype = self.config, recurrent_dtype(dtype)
@@ -131,8 +157,14 @@ class LinearAttention(Mixer):
         sums = torch.zeros(
             batch, config.heads, features, config.width // config.heads, dtype=dtype, device=device
         )
-        return NormalisedState(sums, sums[..., 0].clone()) if config.normalise else LinearState(sums)
+        return self._rounded(
+            NormalisedState(sums, sums[..., 0].clone()) if config.normalise else LinearState(sums)
+        )
 
     def state_elements(self, context_len: int) -> int:
         features = self.feature_map.size(self.config.feature_dim)
         return features * (self.config.width + self.config.heads * self.config.normalise)
+
+
+def _wants_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
