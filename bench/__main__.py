@@ -1,6 +1,9 @@
 """All benchmarks, behind their tests: `make bench`.
 
-    python -m bench [NAME...]      generator, training; all by default
+    python -m bench [NAME...] [--results FILE]
+
+generator and training run on a CPU, kernels and sweep on a GPU; by default all that this machine can run. A
+part of the kernels is named kernels:taylor, kernels:gated_conv and so on.
 
 A speed of something wrong is worth nothing, so the tests of what is measured run first and a red one ends
 it. Each benchmark's results are appended to results/bench.jsonl, one line with device, versions and commit.
@@ -8,38 +11,53 @@ it. Each benchmark's results are appended to results/bench.jsonl, one line with 
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
-from bench import generator, training
+from bench import generator, kernels, sweep, training
 from holdall import runs
 
-BENCHES = {"generator": generator, "training": training}
-GATES = ["tests/ops", "tests/tasks", "tests/test_train.py"]
-TABLE = Path(__file__).parents[1] / "results" / "bench.jsonl"
+ROOT = Path(__file__).parents[1]
+BENCHES = {"generator": generator, "training": training, "kernels": kernels, "sweep": sweep}
+GATES = {
+    "generator": ["tests/tasks"],
+    "training": ["tests/ops", "tests/tasks", "tests/test_train.py"],
+    "kernels": ["tests/kernels"],
+    "sweep": ["tests/test_population.py", "tests/test_train.py"],
+}
+ON_GPU = ("kernels", "sweep")
 
 
 def main() -> int:
-    names = sys.argv[1:] or list(BENCHES)
-    if unknown := set(names) - set(BENCHES):
-        print(f"unknown benchmark {', '.join(sorted(unknown))}; known: {', '.join(BENCHES)}", file=sys.stderr)
-        return 2
-    green = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", *GATES], cwd=TABLE.parents[1], check=False
-    )
-    if green.returncode:
-        print("the tests of what would be measured fail; no speeds", file=sys.stderr)
-        return green.returncode
-    where = runs.environment("cpu", runs.cores())
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Speed beside its ceiling.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHES)}")
+    parser.add_argument("--results", type=Path, default=ROOT / "results" / "bench.jsonl")
+    asked = parser.parse_args()
+    gpu = torch.cuda.is_available()
+    names = asked.names or [name for name in BENCHES if gpu or name not in ON_GPU]
     for name in names:
-        results = BENCHES[name].run()
-        Console().print(BENCHES[name].table(results))
-        runs.append_line(
-            TABLE, {"bench": name, "command": f"python -m bench {name}", **where, "results": results}
-        )
+        bench, _, part = name.partition(":")
+        if bench not in BENCHES or (part and (bench != "kernels" or part not in kernels.MODULES)):
+            parser.error(f"unknown benchmark {name}; known: {', '.join(BENCHES)}")
+        if bench in ON_GPU and not gpu:
+            parser.error(f"{name} needs a GPU")
+    gates = sorted({gate for name in names for gate in GATES[name.partition(":")[0]]})
+    tests = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not full", *gates]
+    if green := subprocess.run(tests, cwd=ROOT, check=False).returncode:
+        print("the tests of what would be measured fail; no speeds", file=sys.stderr)
+        return green
+    for name in names:
+        bench, _, part = name.partition(":")
+        results = BENCHES[bench].run(*filter(None, [part]))
+        Console().print(BENCHES[bench].table(results))
+        where = runs.environment("cuda" if bench in ON_GPU else "cpu", runs.cores())
+        line = {"bench": name, "command": f"python -m bench {name}", **where, "results": results}
+        runs.append_line(asked.results, line)
     return 0
 
 

@@ -1,25 +1,44 @@
 """Every kernel beside its ceiling and beside what a user would pick instead: on a GPU, in one run.
 
-    python -m bench kernels
+python -m bench kernels
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
+from collections.abc import Sequence
 from typing import Any
+
+from rich.table import Table
 
 from bench import gpu
 
-MODULES = ("taylor", "taylor_step", "gated_conv", "window_attention", "selective_scan", "fla", "cross_entropy")
+MODULES = (
+    "taylor",
+    "taylor_step",
+    "gated_conv",
+    "window_attention",
+    "selective_scan",
+    "linear_attention",
+    "cross_entropy",
+)
 
 
 def run(*names: str) -> list[dict[str, Any]]:
     """One result per case, after the card's own ceiling."""
-    import importlib
-
     limit = gpu.ceiling()
-    results: list[dict[str, Any]] = [{"what": "ceiling", **dataclasses.asdict(limit)}]
+    results: list[dict[str, Any]] = [dataclasses.asdict(limit)]
     for name in names or MODULES:
-        for case in importlib.import_module(f"bench.{name}").cases():
-            results.append(gpu.measure(case, limit))
+        results += [gpu.measure(case, limit) for case in importlib.import_module(f"bench.{name}").cases()]
     return results
+
+
+def table(results: Sequence[dict[str, Any]]) -> Table:
+    limit, *cases = results
+    shown = gpu.table(cases)
+    shown.caption = (
+        f"copy {limit['bandwidth'] / 1e12:.2f} TB/s read and written, "
+        f"8192^3 bf16 product {limit['flops'] / 1e12:.0f} TFLOP/s"
+    )
+    return shown

@@ -22,6 +22,9 @@ from holdall.mixers.attention import QKV, AttentionConfig
 from holdall.ops import attention
 from holdall.ops.attention import KeyValueCache
 
+MAX_KERNEL_HEAD_DIM = 128
+"""Above, blocks of queries, keys and values no longer lie in a GPU's shared memory together."""
+
 
 @register(
     "sliding-window",
@@ -52,6 +55,7 @@ class SlidingWindowConfig(MixerConfig):
     rotary_base: float = 10000.0
     bias: bool | Literal["out"] = True
 
+    forms = ("loop", "parallel", "kernel")
     variants = (
         {},
         {"heads": 2, "rotary": 1.0, "bias": False, "window": 5},
@@ -63,6 +67,12 @@ class SlidingWindowConfig(MixerConfig):
         AttentionConfig.validate(self)  # type: ignore[arg-type]
         if self.window < 2:
             raise ValueError(f"window {self.window} must be at least 2: the token itself and one before it")
+
+    def kernel_refusal(self, device: torch.device, dtype: torch.dtype) -> str:
+        head_dim = self.width // self.heads
+        if head_dim > MAX_KERNEL_HEAD_DIM:
+            return f"the kernel takes heads of at most {MAX_KERNEL_HEAD_DIM} dimensions, not {head_dim}"
+        return super().kernel_refusal(device, dtype)
 
     def build(self) -> SlidingWindow:
         return SlidingWindow(self)
@@ -96,7 +106,10 @@ class SlidingWindow(Mixer):
             state = state or self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
             y_BTHV, after = attention.window_attention_loop(q, k, v, state, window=window, scale=scale)
         else:
-            y_BTHV, after = attention.window_attention(
+            attend = attention.window_attention
+            if self.form == "kernel":
+                from holdall.kernels.window_attention import window_attention as attend
+            y_BTHV, after = attend(
                 q, k, v, state, window=window, scale=scale, inplace=inplace, want_state=want_state
             )
         return self.out_proj(y_BTHV.flatten(2)), after if want_state else None

@@ -50,16 +50,52 @@ def empty_cache(
 
 def _attend(q_BTHK: Tensor, k_BSHK: Tensor, v_BSHV: Tensor, visible: Tensor | None, scale: float) -> Tensor:
     """Attention with a mask that broadcasts to (B, H, T, S), or causal from the first token if None."""
-    y_BHTV = F.scaled_dot_product_attention(
-        q_BTHK.transpose(1, 2),
-        k_BSHK.transpose(1, 2),
-        v_BSHV.transpose(1, 2),
+    heads_first = (q_BTHK.transpose(1, 2), k_BSHK.transpose(1, 2), v_BSHV.transpose(1, 2))
+    batched = torch._C._functorch.is_batchedtensor
+    if not torch.compiler.is_compiling() and any(map(batched, heads_first)):
+        return _OverMembers.apply(*heads_first, visible, scale).transpose(1, 2)
+    return _scaled_dot_product(*heads_first, visible, scale).transpose(1, 2)
+
+
+def _scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float) -> Tensor:
+    return F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
         attn_mask=visible,
         is_causal=visible is None,
         scale=scale,
-        enable_gqa=k_BSHK.shape[2] != q_BTHK.shape[2],
+        enable_gqa=k.shape[1] != q.shape[1],
     )
-    return y_BHTV.transpose(1, 2)
+
+
+class _OverMembers(torch.autograd.Function):
+    """Attention under `vmap`: the members become more batch rows.
+
+    PyTorch's own rule takes only the slowest of its implementations, which holds all pairs in memory. What
+    the rule below does is differentiated as usual, so that this function never runs by itself.
+    """
+
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        raise NotImplementedError("only under vmap")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        raise NotImplementedError("only under vmap")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+        *heads_first, visible, scale = args
+        members = info.batch_size
+
+        def fold(x: Tensor, dim: int | None) -> Tensor:
+            return (x.expand(members, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
+
+        q, k, v = map(fold, heads_first, in_dims)
+        if visible is not None and (in_dims[3] is not None or (visible.ndim == 4 and visible.shape[0] > 1)):
+            visible = fold(visible, in_dims[3])
+        return _scaled_dot_product(q, k, v, visible, scale).unflatten(0, (members, -1)), 0
 
 
 def _for_heads(x_BSGK: Tensor, heads: int) -> Tensor:
@@ -293,7 +329,7 @@ def window_attention(
     i C .. i C + C + w - 2 of that row, and within every block the visible ones are the same band.
     `cache` None stands for an empty one, and a single block then has no ring in front of it at all.
     """
-    batch, new, heads, key_dim = k_BTHK.shape
+    batch, new = k_BTHK.shape[:2]
     back, block, device = window - 1, min(max(window - 1, BLOCK), new), q_BTHK.device
     count, front = -(-new // block), back
     if cache is None:
@@ -320,15 +356,27 @@ def window_attention(
         blocks(q_BTHK, block), blocks(k_BSHK, block + front), blocks(v_BSHV, block + front), visible, scale
     )
     y_BTHV = y.unflatten(0, (batch, count)).flatten(1, 2)[:, :new]
-    if not want_state:
-        return y_BTHV, None
+    return y_BTHV, next_ring(cache, k_BTHK, v_BTHV, window=window, inplace=inplace) if want_state else None
+
+
+def next_ring(
+    cache: KeyValueCache | None,
+    k_BTHK: Float[Tensor, "b t g k"],
+    v_BTHV: Float[Tensor, "b t g v"],
+    *,
+    window: int,
+    inplace: bool = False,
+) -> KeyValueCache:
+    """The ring after these tokens, of which it keeps the last w - 1; `cache` None is an empty one."""
+    batch, new, heads, key_dim = k_BTHK.shape
+    back, device = window - 1, k_BTHK.device
     if cache is None:
         cache = empty_cache(batch, back, heads, key_dim, v_BTHV.shape[-1], dtype=k_BTHK.dtype, device=device)
     kept = min(new, back)
     slot_BS = (cache.seen_B[:, None] + torch.arange(new - kept, new, device=device)) % back
     ring_k = _write(cache.k_BSHK, slot_BS, k_BTHK[:, new - kept :], inplace)
     ring_v = _write(cache.v_BSHV, slot_BS, v_BTHV[:, new - kept :], inplace)
-    return y_BTHV, KeyValueCache(ring_k, ring_v, cache.seen_B + new)
+    return KeyValueCache(ring_k, ring_v, cache.seen_B + new)
 
 
 def _in_order(ring_BSHK: Tensor, seen_B: Tensor) -> Tensor:
