@@ -64,6 +64,7 @@ class HawkConfig(MixerConfig):
     kernel: int = 4
     chunk: int = scan.CHUNK
 
+    forms = ("loop", "parallel", "kernel")
     variants = ({}, {"lru_width": 12, "heads": 2, "kernel": 3, "chunk": 16})
 
     def validate(self) -> None:
@@ -131,7 +132,13 @@ class Hawk(Mixer):
         scale_BTE = (-torch.expm1(2 * log_a_BTE)).clamp(min=torch.finfo(dtype).tiny).sqrt()
         first_BT = state.seen_B[:, None] + torch.arange(new, device=x_BTD.device) == 0
         scale_BTE = scale_BTE.masked_fill(first_BT[..., None], 1.0)
-        h_BTE = self.scan(log_a_BTE.exp(), scale_BTE * input_BTE * x_BTE, state.h_BE)
+        a_BTE, b_BTE = log_a_BTE.exp(), scale_BTE * input_BTE * x_BTE
+        if self.form == "kernel":
+            from holdall.kernels.diagonal_scan import diagonal_scan
+
+            h_BTE = diagonal_scan(a_BTE, b_BTE, state.h_BE)
+        else:
+            h_BTE = self.scan(a_BTE, b_BTE, state.h_BE)
         y_BTD = self.out_proj(F.gelu(u_BTE, approximate="tanh") * h_BTE.to(x_BTD.dtype))
         # a copy of the last state: a view would keep those of all tokens in memory
         return y_BTD, HawkState(conv_BPE, h_BTE[:, -1].clone(), state.seen_B + new) if want_state else None

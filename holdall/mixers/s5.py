@@ -63,6 +63,7 @@ class S5Config(MixerConfig):
     clip_eigs: bool = True
     chunk: int = 64
 
+    forms = ("loop", "parallel", "kernel")
     variants = (
         {"state": 16, "blocks": 2, "chunk": 16},
         {"state": 6, "blocks": 1, "conj_sym": False, "discretisation": "bilinear", "activation": "full_glu",
@@ -125,8 +126,13 @@ class S5(Mixer):
         dtype = recurrent_dtype(x_BTD.dtype)
         log_a_P, b_PD = self.discretized(dtype)
         u_BTD, h_BP = x_BTD.to(dtype), ssm.as_complex(state.h_BP2)
-        bu_BTP = torch.complex(u_BTD @ b_PD.real.T, u_BTD @ b_PD.imag.T)
-        if self.form == "loop":
+        # products of parts, which autocast may round: there are no complex numbers of two bfloat16
+        bu_BTP = torch.complex(*((u_BTD @ part.T).to(dtype) for part in (b_PD.real, b_PD.imag)))
+        if self.form == "kernel":
+            from holdall.kernels.diagonal_scan import steady_scan
+
+            h_BTP = steady_scan(log_a_P, bu_BTP, h_BP)
+        elif self.form == "loop":
             h_BTP = scan.diagonal_scan_loop(log_a_P.exp().expand_as(bu_BTP), bu_BTP, h_BP)
         else:
             h_BTP = scan.steady_scan(log_a_P, bu_BTP, h_BP, chunk=self.config.chunk)
