@@ -2,10 +2,14 @@
 
     short:  c_t = b + sum_{i < W} w_i x_{t - W + 1 + i}        y = act(c) * act(W x + b_p) + x
     long:   c_t = x_t + sum_{j <= t} h_{t-j} x_j,   h(t) = MLP(positional features of t / (L - 1))
+    expand: [u | g] = W_in x + b_in,   c_t = sum_{i < W} w_i u_{t - W + 1 + i},   y = W_out (silu(c) * g) + b
 
-Arora et al., "Zoology", 2023, arXiv 2312.04927. Weights map one to one onto Zoology's BaseConv, whose input
-is added inside the mixer. Deviations: none up to `max_length` L; beyond it, where Zoology stops with an
-error, the filter's features go on along the same functions of time.
+Arora et al., "Zoology", 2023, arXiv 2312.04927; and, expanded, the gated convolution of the Based language
+models, Arora et al., 2024, arXiv 2402.18668. Weights map one to one onto Zoology's BaseConv, whose input is
+added inside the mixer; and onto Based's BaseConv, which has no residual: in_proj, out_proj, and
+conv.conv.weight (D, 1, W) as `weight_DW`. Deviations: none up to `max_length` L; beyond it, where Zoology
+stops with an error, the filter's features go on along the same functions of time. Of the W inputs in Based's
+state the oldest is never used again, and ours holds the other W - 1.
 """
 
 from __future__ import annotations
@@ -18,11 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, register
-from holdall.ops import conv
+from holdall.forms import KernelError
+from holdall.ops import conv, gated_conv
 
 
 class ConvState(NamedTuple):
-    """The inputs that later outputs still need, oldest first: W - 1 of them, or all for a long filter."""
+    """What the filter has read and still needs, oldest first: W - 1 inputs, or all for a long filter."""
 
     past_BPD: Tensor
 
@@ -46,6 +51,10 @@ class BaseConvConfig(MixerConfig):
 
     filter: "short" has `kernel` taps; "long" is as long as the context and comes out of a small MLP, whose
         time runs from 0 to 1 over `max_length` tokens.
+    activation: "silu" on both factors.
+    expand: None is Zoology's. A number E is Based's, 4 in its language models: a projection to E times the
+        width, half of it convolved (a short filter, then SiLU, always), half the gate, and another one back.
+        The state is E / 2 times as large.
     """
 
     filter: Literal["short", "long"] = "short"
@@ -53,12 +62,41 @@ class BaseConvConfig(MixerConfig):
     max_length: int = 1024
     hidden: int = 16
     activation: Literal["none", "silu"] = "none"
+    expand: int | None = None
 
-    variants = ({}, {"activation": "silu", "kernel": 5}, {"filter": "long", "max_length": 64})
+    forms = ("loop", "parallel", "kernel")
+    variants = (
+        {},
+        {"activation": "silu", "kernel": 5},
+        {"filter": "long", "max_length": 64},
+        {"expand": 4},
+    )
+
+    @property
+    def channels(self) -> int:
+        """The convolution's."""
+        return self.width if self.expand is None else self.expand * self.width // 2
 
     def validate(self) -> None:
         if self.kernel < 2 or self.max_length < 2:
             raise ValueError(f"kernel {self.kernel} and max_length {self.max_length} must be at least 2")
+        if self.expand is None:
+            return
+        if self.expand < 1 or self.expand * self.width % 2:
+            raise ValueError(f"expand {self.expand} times width {self.width} is not a positive even number")
+        if self.filter == "long" or self.activation != "none":
+            raise ValueError(
+                "expand has a short filter and its own SiLU: leave filter and activation at their defaults"
+            )
+
+    def kernel_refusal(self, device: torch.device, dtype: torch.dtype) -> str:
+        if self.filter == "long":
+            return "there is a kernel for the short filter only"
+        if refusal := super().kernel_refusal(device, dtype):
+            return refusal
+        from holdall.kernels import gated_conv as kernel
+
+        return kernel.refusal(self.kernel)
 
     def build(self) -> BaseConv:
         return BaseConv(self)
@@ -84,16 +122,21 @@ class BaseConv(Mixer):
 
     def __init__(self, config: BaseConvConfig) -> None:
         super().__init__(config)
-        self.projection = nn.Linear(config.width, config.width)
+        channels = config.channels
+        if config.expand is None:
+            self.projection = nn.Linear(config.width, config.width)
+        else:
+            self.in_proj = nn.Linear(config.width, 2 * channels)
+            self.out_proj = nn.Linear(channels, config.width)
         self.long = config.filter == "long"
         if self.long:
             self.filter = ImplicitFilter(config.width, config.hidden, config.max_length)
-            self.convolve = conv.long_conv_loop if self.form == "loop" else conv.long_conv
         else:
             bound = config.kernel**-0.5  # as torch's Conv1d with one channel per group
-            self.weight_DW = nn.Parameter(torch.empty(config.width, config.kernel).uniform_(-bound, bound))
-            self.bias_D = nn.Parameter(torch.empty(config.width).uniform_(-bound, bound))
-            self.convolve_short = conv.short_conv_loop if self.form == "loop" else conv.short_conv
+            self.weight_DW = nn.Parameter(torch.empty(channels, config.kernel).uniform_(-bound, bound))
+            self.bias_D = (
+                nn.Parameter(torch.empty(channels).uniform_(-bound, bound)) if config.expand is None else None
+            )
 
     def forward(
         self, x_BTD: Tensor, state: ConvState | None = None, *, inplace: bool = False, want_state: bool = True
@@ -101,19 +144,43 @@ class BaseConv(Mixer):
         if state is None:
             state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
         if self.long:
-            filter_LD = self.filter(state.past_BPD.shape[1] + x_BTD.shape[1])
-            c_BTD, past_BPD = self.convolve(x_BTD, filter_LD, state.past_BPD)
-            c_BTD = c_BTD + x_BTD
+            y_BTD, past_BPD = self._long(x_BTD, state.past_BPD)
         else:
-            c_BTD, past_BPD = self.convolve_short(x_BTD, self.weight_DW, self.bias_D, state.past_BPD)
-        gate_BTD = self.projection(x_BTD)
+            y_BTD, past_BPD = self._short(x_BTD, state.past_BPD, inplace)
+        return y_BTD, ConvState(past_BPD) if want_state else None
+
+    def _long(self, x_BTD: Tensor, past_BPD: Tensor) -> tuple[Tensor, Tensor]:
+        if self.form == "kernel":
+            raise KernelError(self.config.kernel_refusal(x_BTD.device, x_BTD.dtype))
+        convolve = conv.long_conv_loop if self.form == "loop" else conv.long_conv
+        filter_LD = self.filter(past_BPD.shape[1] + x_BTD.shape[1])
+        c_BTD, past_BPD = convolve(x_BTD, filter_LD, past_BPD)
+        c_BTD, gate_BTD = c_BTD + x_BTD, self.projection(x_BTD)
         if self.config.activation == "silu":
             c_BTD, gate_BTD = F.silu(c_BTD), F.silu(gate_BTD)
-        return torch.addcmul(x_BTD, c_BTD, gate_BTD), ConvState(past_BPD) if want_state else None
+        return torch.addcmul(x_BTD, c_BTD, gate_BTD), past_BPD
+
+    def _short(self, x_BTD: Tensor, past_BPD: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
+        expanded = self.config.expand is not None
+        projection, bias_E = self.in_proj if expanded else self.projection, None
+        if self.form == "kernel":
+            from holdall.kernels.gated_conv import gated_conv as convolve
+
+            # which adds the bias itself, and has the sum that is its gradient for nothing
+            projected_BTE, bias_E = F.linear(x_BTD, projection.weight), projection.bias
+        else:
+            convolve = gated_conv.gated_conv_loop if self.form == "loop" else gated_conv.gated_conv
+            projected_BTE = projection(x_BTD)
+        y_BTD, past_BPD = convolve(
+            None if expanded else x_BTD, projected_BTE, bias_E, self.weight_DW, self.bias_D, past_BPD,
+            silu="conv" if expanded else "both" if self.config.activation == "silu" else "none",
+            skip=not expanded, inplace=inplace,
+        )  # fmt: skip
+        return self.out_proj(y_BTD) if expanded else y_BTD, past_BPD
 
     def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None) -> ConvState:
         past = 0 if self.long else self.config.kernel - 1
-        return ConvState(torch.zeros(batch, past, self.config.width, dtype=dtype, device=device))
+        return ConvState(torch.zeros(batch, past, self.config.channels, dtype=dtype, device=device))
 
     def state_elements(self, context_len: int) -> int:
-        return (context_len if self.long else self.config.kernel - 1) * self.config.width
+        return (context_len if self.long else self.config.kernel - 1) * self.config.channels
