@@ -24,6 +24,10 @@ def frontier(
     seeds: int = 1,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     workers: int | None = None,
+    family: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
+    minutes: float | None = None,
+    precision: Literal["fp32", "bf16"] | None = None,
+    weights: bool = True,
 ) -> int:
     """Train the models of a recipe and show where each lands: recall against bytes of state.
 
@@ -36,12 +40,28 @@ def frontier(
         load: a mixer file of your own; every mixer that it registers joins the quick recipe.
         seeds: how many seeds for every learning rate.
         device: where to train; auto takes a GPU if there is one.
-        workers: processes that train at once; by default one per core.
+        workers: runs that train at once; by default one per core, or one on a GPU.
+        family: train only the models of this family now (repeatable).
+        minutes: stop within so many; 75 is then the exit status, and the same command goes on. 0 only
+            gathers what is finished, also what was trained elsewhere and copied into the folder's runs.
+        precision: what training computes in, instead of what the recipe says.
+        weights: keep the trained weights.
     """
     from holdall import show
 
     return show.frontier(
-        recipe, out or Path("runs") / recipe, add, load, seeds, device, workers, command=_command()
+        recipe,
+        out or Path("runs") / recipe,
+        add,
+        load,
+        seeds,
+        device,
+        precision,
+        command=_command(),
+        workers=workers,
+        families=family,
+        minutes=minutes,
+        keep_weights=weights,
     )
 
 

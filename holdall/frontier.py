@@ -9,7 +9,13 @@ A sweep is a list of points, each a population of one architecture. Its folder h
     frontier.png, frontier.html    made from the above alone (holdall.report)
 
 Stopped in any way, the same call goes on where it was. On a CPU every member of a population is its own run,
-one thread each, as many at once as there are cores: small models gain nothing from a second thread.
+one thread each, as many at once as there are cores: small models gain nothing from a second thread. On a GPU
+a population is one run; several train at once if `workers` says so, each in a thread with its own stream,
+since processes of their own would only take turns on it.
+
+What is finished is known by `runs` alone. So a sweep can be made in pieces, by time or by family, on several
+machines: put the pieces' `runs` into one folder, and the next call there, or one with no time to train
+anything, gathers all of them into results.jsonl.
 """
 
 from __future__ import annotations
@@ -19,11 +25,12 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import queue
 import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,12 +38,12 @@ from typing import Any
 import torch
 
 from holdall import mixers, runs
-from holdall.contract import Config
-from holdall.model import ModelConfig
+from holdall.contract import Config, did_you_mean
+from holdall.model import ModelConfig, seeded
 from holdall.runs import RunError
 from holdall.tasks.data import DataConfig
 from holdall.tasks.information import recall_bits
-from holdall.train import Progress, Stopped, TrainConfig, train
+from holdall.train import Progress, Stopped, TrainConfig, finished, train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,14 +90,13 @@ class SweepConfig(Config):
 
     def jobs(self, *, together: bool) -> list[Job]:
         """What is trained: each point as one population, or each of its members alone."""
-        found = []
-        for point in self.points:
-            members = [point.train] if together else [
-                dataclasses.replace(point.train, learning_rates=(rate,), seeds=(seed,))
-                for rate, seed in point.train.members
-            ]  # fmt: skip
-            found += [Job(dataclasses.replace(point, train=member), together) for member in members]
-        return found
+        whole = [Job(point, together=True) for point in self.points]
+        return whole if together else [alone for job in whole for alone in job.alone()]
+
+    @property
+    def families(self) -> list[str]:
+        """The families of its points, in order."""
+        return list(dict.fromkeys(point.family for point in self.points))
 
 
 def _test_of(data: DataConfig) -> dict[str, Any]:
@@ -104,6 +110,14 @@ class Job:
 
     point: Point
     together: bool
+
+    def alone(self) -> list[Job]:
+        """Each member of a population as a run of its own."""
+        train = self.point.train
+        singles = [
+            dataclasses.replace(train, learning_rates=(rate,), seeds=(seed,)) for rate, seed in train.members
+        ]
+        return [Job(dataclasses.replace(self.point, train=single), together=False) for single in singles]
 
     @property
     def title(self) -> str:
@@ -152,7 +166,8 @@ def result_line(job: Job, sweep: SweepConfig, result: dict[str, Any]) -> dict[st
         "options": special.options(),
         "width": model.width,
         "layers": [layer.name for layer in model.layers],
-        "form": special.resolved_form(torch.device("cpu")),
+        "form": result["forms"][-1],
+        "precision": job.point.train.precision,
         "parameters": parameters,
         "state_bytes": carried,
         "context_len": sweep.context_len,
@@ -162,6 +177,7 @@ def result_line(job: Job, sweep: SweepConfig, result: dict[str, Any]) -> dict[st
         "seed": result["seed"],
         "steps": result["steps"],
         "stopped": result["stopped"],
+        "rows": result["rows"],
         "seconds": result["seconds"],
         "recall_bits": round(bits, 2),
         "recall_efficiency": bits / (8 * carried),
@@ -172,7 +188,7 @@ def result_line(job: Job, sweep: SweepConfig, result: dict[str, Any]) -> dict[st
 
 def measure(model: ModelConfig, context_len: int) -> tuple[int, int]:
     """Bytes of state that one row carries after `context_len` tokens, and parameters: both counted."""
-    with torch.random.fork_rng(devices=[]):
+    with seeded(0):
         built = model.build()
     return built.state_bytes(context_len), built.parameter_count()
 
@@ -188,6 +204,14 @@ class Watcher:
     finished: Callable[[int, list[dict[str, Any]]], None] = lambda index, lines: None
 
 
+GPU_WORKERS = 1
+"""Populations that train at once on a GPU."""
+
+
+class OutOfTime(Exception):  # noqa: N818 - not an error: somebody asked for it
+    """The time that a sweep was given is over; all its runs have written their checkpoints."""
+
+
 def run_sweep(
     sweep: SweepConfig,
     out: Path,
@@ -196,6 +220,9 @@ def run_sweep(
     device: str = "cpu",
     workers: int | None = None,
     plugins: Sequence[Path] = (),
+    families: Sequence[str] = (),
+    minutes: float | None = None,
+    keep_weights: bool = True,
     watcher: Watcher | None = None,
 ) -> list[dict[str, Any]]:
     """Run a sweep, or go on with it, and return the lines of its results.jsonl.
@@ -203,26 +230,61 @@ def run_sweep(
     Args:
         out: the sweep's folder.
         command: what the user typed, kept in config.json.
-        workers: processes that train at once; None for one per core, or one on a GPU.
+        workers: runs that train at once; None for one per core, or GPU_WORKERS on a GPU.
         plugins: mixer files of the user's own that the sweep's mixers come from.
+        families: train only these now; what is finished of the others counts all the same.
+        minutes: stop in time for this to hold, whatever is finished by then; None for no limit.
+        keep_weights: whether runs keep their trained weights.
 
     Raises:
+        ValueError: the sweep has no such family.
         RunError: the folder cannot be written, is in use, or holds another sweep; or a worker died.
+        OutOfTime: something is still to be trained.
         KeyboardInterrupt: after every run has written its checkpoint.
     """
+    for family in families:
+        if family not in sweep.families:
+            raise ValueError(f"unknown family '{family}'. {did_you_mean(family, sweep.families)}")
     together = device != "cpu"
-    workers = workers or (1 if together else runs.cores())
+    workers = workers or (GPU_WORKERS if together else runs.cores())
     watcher = watcher or Watcher()
-    jobs = sweep.jobs(together=together)
     with runs.locked(out):
         _claim(out, sweep, command, device)
+        jobs = planned(sweep, out, together=together)
+        folders = [out / "runs" / job.folder for job in jobs]
         lines: dict[int, list[dict[str, Any]]] = {}
-        with _Pool(min(workers, len(jobs)), device, plugins, watcher) as pool:
-            for index, result in pool.results([(job, out / "runs" / job.folder) for job in jobs]):
-                lines[index] = [result_line(jobs[index], sweep, member) for member in result]
+
+        def enter(index: int, result: list[dict[str, Any]]) -> None:
+            lines[index] = [result_line(jobs[index], sweep, member) for member in result]
+            watcher.finished(index, lines[index])
+
+        for index, (job, folder) in enumerate(zip(jobs, folders, strict=True)):
+            if (result := finished(job.point.train, folder)) is not None:
+                enter(index, result)
+        _write_results(out, lines)
+        left = [
+            index
+            for index, job in enumerate(jobs)
+            if index not in lines and (not families or job.point.family in families)
+        ]
+        if together:  # the longest first, so that none is left alone at the end
+            left.sort(key=lambda index: -jobs[index].point.train.model.width)
+        with _Pool(min(workers, max(len(left), 1)), device, plugins, watcher, minutes) as pool:
+            for index, result in pool.results({i: (jobs[i], folders[i]) for i in left}, keep_weights):
+                enter(index, result)
                 _write_results(out, lines)
-                watcher.finished(index, lines[index])
+        if missing := set(left) - set(lines):
+            raise OutOfTime(f"{len(missing)} of {len(jobs)} runs are not finished")
     return [line for index in sorted(lines) for line in lines[index]]
+
+
+def planned(sweep: SweepConfig, out: Path, *, together: bool) -> list[Job]:
+    """The runs of a sweep in its folder; a population that was trained as one, on a GPU, stays one."""
+    found: list[Job] = []
+    for job in sweep.jobs(together=True):
+        whole = together or (out / "runs" / job.folder / "result.json").exists()
+        found += [job] if whole else job.alone()
+    return found
 
 
 def _claim(out: Path, sweep: SweepConfig, command: str, device: str) -> None:
@@ -256,28 +318,50 @@ def _write_results(out: Path, lines: dict[int, list[dict[str, Any]]]) -> None:
 
 
 class _Pool:
-    """Processes that train, and the thread that passes on what they say."""
+    """What trains, processes on a CPU and threads on a GPU, and the thread that passes on what they say."""
 
-    def __init__(self, workers: int, device: str, plugins: Sequence[Path], watcher: Watcher) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.stop, self.queue, self.watcher = context.Event(), context.Queue(), watcher
-        self.executor = concurrent.futures.ProcessPoolExecutor(
-            workers,
-            mp_context=context,
-            initializer=_start_worker,
-            initargs=(self.queue, self.stop, device, [str(path) for path in plugins]),
-        )
+    def __init__(
+        self, workers: int, device: str, plugins: Sequence[Path], watcher: Watcher, minutes: float | None
+    ) -> None:
+        self.stop: Any
+        self.queue: Any
+        self.executor: concurrent.futures.Executor
+        if device == "cpu":
+            context = multiprocessing.get_context("spawn")
+            self.stop, self.queue = context.Event(), context.Queue()
+            self.executor = concurrent.futures.ProcessPoolExecutor(
+                workers,
+                mp_context=context,
+                initializer=_start_process,
+                initargs=(self.queue, self.stop, device, [str(path) for path in plugins]),
+            )
+        else:
+            self.stop, self.queue = threading.Event(), queue.Queue()
+            self.executor = concurrent.futures.ThreadPoolExecutor(workers)
+            _worker.update(queue=self.queue, stop=self.stop, device=device)
+        self.watcher = watcher
         self.listener = threading.Thread(target=self._listen, daemon=True)
         self.interrupted = False
+        # what is left at the end is for the last steps and for writing checkpoints
+        self.limit = None if minutes is None else max(0.0, 60 * minutes - min(15.0, 6 * minutes))
 
     def __enter__(self) -> _Pool:
         self.listener.start()
+        if self.limit is not None:
+            self.timer = threading.Timer(self.limit, self.stop.set)
+            self.timer.daemon = True
+            if self.limit:
+                self.timer.start()
+            else:
+                self.stop.set()
         if threading.current_thread() is threading.main_thread():
             self.before = signal.signal(signal.SIGINT, self._interrupt)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.stop.set()
+        if self.limit is not None:
+            self.timer.cancel()
         self.executor.shutdown(cancel_futures=True)
         self.queue.put(None)
         self.listener.join()
@@ -293,22 +377,32 @@ class _Pool:
         self.stop.set()
         signal.signal(signal.SIGINT, self.before)
 
-    def results(self, jobs: Sequence[tuple[Job, Path]]) -> Any:
-        """Yield (index, results) as runs finish."""
+    def results(
+        self, jobs: dict[int, tuple[Job, Path]], keep_weights: bool
+    ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+        """Yield (index, results) as runs finish; those that were stopped are left out."""
         futures = {
-            self.executor.submit(_work, index, job.point.train.to_dict(), job.together, str(folder)): index
-            for index, (job, folder) in enumerate(jobs)
+            self.executor.submit(
+                _work, index, job.point.train.to_dict(), job.together, str(folder), keep_weights
+            ): index
+            for index, (job, folder) in jobs.items()
         }
         for future in concurrent.futures.as_completed(futures):
             if self.interrupted:
                 raise KeyboardInterrupt
             try:
-                yield futures[future], future.result()
+                if result := future.result():
+                    yield futures[future], result
             except concurrent.futures.process.BrokenProcessPool:
                 raise RunError(
                     "a training process died, most likely for want of memory; the same command goes on from "
                     "the last checkpoints (fewer at once with --workers)"
                 ) from None
+            except torch.OutOfMemoryError as error:
+                raise RunError(
+                    f"the GPU has too little memory for what trains at once ({error}); the same command goes "
+                    "on from the last checkpoints (fewer at once with --workers)"
+                ) from error
 
     def _listen(self) -> None:
         while (said := self.queue.get()) is not None:
@@ -316,10 +410,10 @@ class _Pool:
 
 
 _worker: dict[str, Any] = {}
-"""What a worker process was started with."""
+"""What the workers of this process were started with."""
 
 
-def _start_worker(queue: Any, stop: Any, device: str, plugins: list[str]) -> None:
+def _start_process(queue: Any, stop: Any, device: str, plugins: list[str]) -> None:
     signal.signal(
         signal.SIGINT, signal.SIG_IGN
     )  # Ctrl-C reaches the whole group; the parent says when to stop
@@ -338,15 +432,22 @@ def _start_worker(queue: Any, stop: Any, device: str, plugins: list[str]) -> Non
     _worker.update(queue=queue, stop=stop, device=device)
 
 
-def _work(index: int, plain: dict[str, Any], together: bool, folder: str) -> list[dict[str, Any]]:
+def _work(
+    index: int, plain: dict[str, Any], together: bool, folder: str, keep_weights: bool
+) -> list[dict[str, Any]]:
+    """Train one run; nothing if it was stopped."""
+    stop, said = _worker["stop"], _worker["queue"]
+    if stop.is_set():
+        return []
     try:
         return train(
             TrainConfig.from_dict(plain),
             Path(folder),
             device=_worker["device"],
             together=together,
-            on_progress=lambda progress: _worker["queue"].put((index, progress)),
-            should_stop=_worker["stop"].is_set,
+            keep_weights=keep_weights,
+            on_progress=lambda progress: said.put((index, progress)),
+            should_stop=stop.is_set,
         )
     except Stopped:
         return []

@@ -9,8 +9,10 @@ A hybrid is a list of different mixers. Letters: B row, T time, Q positions aske
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -18,7 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from holdall import forms
 from holdall.contract import Config, Mixer, MixerConfig, State, bytes_per_row
+from holdall.kernels import fold, unfold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +63,17 @@ class ModelConfig(Config):
         return Model(self)
 
 
+_random_state = threading.Lock()
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Within, the CPU's random state is this seed's, whatever other threads draw; then it is as it was."""
+    with _random_state, torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)
+        yield
+
+
 class Position(NamedTuple):
     """How many tokens a row has read; carried by models with learned positions."""
 
@@ -81,12 +96,33 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
+class LayerNorm(nn.LayerNorm):
+    """PyTorch's, by one kernel each way on a GPU; a population's members have weights of their own there."""
+
+    def refusal(self, x: Tensor) -> str:
+        """Why the kernel cannot run on x; empty if it can."""
+        if x.device.type != "cuda":
+            return f"this is on device '{x.device.type}'"
+        if self.weight.dtype != x.dtype:
+            return f"x is {x.dtype}, the weight {self.weight.dtype}"
+        if self.normalized_shape[0] > 8192:
+            return f"the kernel takes a width of at most 8192, not {self.normalized_shape[0]}"
+        return forms.kernel_refusal(x.device, x.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.refusal(x):
+            return super().forward(x)
+        from holdall.kernels.layer_norm import layer_norm
+
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+
 class Block(nn.Module):
     """A mixer and perhaps an MLP, each behind a norm and beside a residual."""
 
     def __init__(self, config: ModelConfig, layer: MixerConfig) -> None:
         super().__init__()
-        norm = nn.LayerNorm if config.norm == "layer" else nn.RMSNorm
+        norm = LayerNorm if config.norm == "layer" else nn.RMSNorm
         self.norm = norm(config.width, eps=config.eps)
         self.mixer: Mixer = layer.build()
         self.mlp_norm = norm(config.width, eps=config.eps) if config.mlp else None
@@ -99,6 +135,43 @@ class Block(nn.Module):
         return r + self.mlp(self.mlp_norm(r))
 
 
+class _SumAt(torch.autograd.Function):
+    """r + x at the positions asked for: (B, T, D), (B, T, D), (B, Q) to (B, Q, D).
+
+    Either gets the same gradient, zero but at these positions. To add it up there in a fixed order a GPU
+    sorts all its numbers first; a product with a matrix of zeros and ones is faster, and as repeatable.
+    """
+
+    @staticmethod
+    def forward(r_BTD: Tensor, x_BTD: Tensor, at_BQ: Tensor) -> Tensor:
+        index_BQD = at_BQ[..., None].expand(-1, -1, r_BTD.shape[-1])
+        return r_BTD.gather(1, index_BQD) + x_BTD.gather(1, index_BQD)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        r_BTD, x_BTD, at_BQ = inputs
+        ctx.save_for_backward(at_BQ)
+        ctx.length, ctx.dtypes = r_BTD.shape[1], (r_BTD.dtype, x_BTD.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BQD: Tensor) -> tuple[Tensor, Tensor, None]:
+        (at_BQ,) = ctx.saved_tensors
+        if grad_BQD.device.type == "cpu":
+            index_BQD = at_BQ[..., None].expand(grad_BQD.shape)
+            zeros_BTD = grad_BQD.new_zeros(len(at_BQ), ctx.length, grad_BQD.shape[-1])
+            grad_BTD = zeros_BTD.scatter_add(1, index_BQD, grad_BQD)
+        else:
+            token_T1 = torch.arange(ctx.length, device=at_BQ.device)[:, None]
+            grad_BTD = (token_T1 == at_BQ[:, None]).to(grad_BQD.dtype) @ grad_BQD
+        r_dtype, x_dtype = ctx.dtypes
+        return grad_BTD.to(r_dtype), grad_BTD.to(x_dtype), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Tensor) -> tuple[Tensor, int]:
+        folded = (fold(arg, dim, info.batch_size) for arg, dim in zip(args, in_dims, strict=True))
+        return unfold(_SumAt.apply(*folded), info.batch_size), 0
+
+
 class Model(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -106,7 +179,7 @@ class Model(nn.Module):
         self.embed = nn.Embedding(config.vocab, config.width)
         self.position_embed = nn.Embedding(config.positions, config.width) if config.positions else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in config.layers)
-        self.norm = (nn.LayerNorm if config.norm == "layer" else nn.RMSNorm)(config.width, eps=config.eps)
+        self.norm = (LayerNorm if config.norm == "layer" else nn.RMSNorm)(config.width, eps=config.eps)
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -163,9 +236,9 @@ class Model(nn.Module):
             ids = {"tokens_BT": tokens_BT} if block.mixer.reads_tokens else {}  # type: ignore[union-attr]
             x, state = block.mixer(block.norm(r), state, inplace=inplace, want_state=want_states, **ids)  # type: ignore[operator]
             if at_BQ is not None and depth == len(self.blocks) - 1:
-                index_BQ1 = at_BQ[..., None].expand(-1, -1, r.shape[-1])
-                r, x = r.gather(1, index_BQ1), x.gather(1, index_BQ1)
-            r = block.after_mixer(r + x)  # type: ignore[operator]
+                r = block.after_mixer(_SumAt.apply(r, x, at_BQ))  # type: ignore[operator]
+            else:
+                r = block.after_mixer(r + x)  # type: ignore[operator]
             if want_states:
                 after.append(state)
         if position is not None:

@@ -100,7 +100,11 @@ def locked(folder: Path, *, patience: float = 10.0) -> Iterator[None]:
 
 def environment(device: str, threads: int) -> dict[str, Any]:
     """Versions, hardware and commit, as environment.json holds them."""
-    versions = {}
+    versions: dict[str, Any] = {}
+    if device.startswith("cuda"):
+        import torch
+
+        versions = {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
     for name in ("holdall", "torch", "numpy", "triton"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from holdall.analysis import gallery
 from holdall.analysis.matrix import inputs, matrix_of
 from holdall.analysis.soundness import LENGTHS, drift, length_for
 from holdall.contract import Entry, MixerConfig, bytes_per_row
-from holdall.frontier import Point, SweepConfig, Watcher, run_sweep
+from holdall.frontier import OutOfTime, Point, SweepConfig, Watcher, planned, run_sweep
+from holdall.population import Precision
 from holdall.recipes import quick
 from holdall.report import matrix as matrices
 from holdall.report import zoo as zoo_pages
@@ -43,6 +45,10 @@ def _fail(error: Exception) -> int:
 # --------------------------------------------------------------------------------------------- frontier
 
 
+OUT_OF_TIME = 75
+"""Exit status where a time limit ended a command: sysexits.h's "try again later"."""
+
+
 def frontier(
     recipe: str,
     out: Path,
@@ -50,51 +56,62 @@ def frontier(
     load: Sequence[Path],
     seeds: int,
     device: str,
-    workers: int | None,
+    precision: Precision | None,
     *,
     command: str,
+    minutes: float | None = None,
+    **options: Any,
 ) -> int:
-    """The command `holdall frontier`; returns the exit status."""
+    """The command `holdall frontier`; returns the exit status. Options are those of `run_sweep`."""
+    until = None if minutes is None else time.monotonic() + 60 * minutes
     try:
         sweeps = _with_additions(recipes.sweeps(recipe, seeds), add, load)
+        if precision is not None:
+            sweeps = tuple(_in_precision(sweep, precision) for sweep in sweeps)
         device = _resolve_device(device)
     except USER_ERRORS as error:
         return _fail(error)
     folders = [out / sweep.part if sweep.part else out for sweep in sweeps]
+    options = {"command": command, "device": device, "plugins": load, **options}
+    codes = []
     for sweep, folder in zip(sweeps, folders, strict=True):
-        if code := _frontier(sweep, folder, load, device, workers, command):
-            return code
-    if len(sweeps) > 1:
+        left = None if until is None else max(0.0, until - time.monotonic()) / 60
+        codes.append(_frontier(sweep, folder, minutes=left, **options))
+        if codes[-1] not in (0, OUT_OF_TIME):
+            return codes[-1]
+    if len(sweeps) > 1 and all((folder / "results.jsonl").stat().st_size for folder in folders):
         for path in reports.write_widths(folders, out):
             console.print(f"  {path}")
-    return 0
+    return max(codes)
 
 
-def _frontier(
-    sweep: SweepConfig, out: Path, load: Sequence[Path], device: str, workers: int | None, command: str
-) -> int:
+def _frontier(sweep: SweepConfig, out: Path, *, device: str, **options: Any) -> int:
     """One sweep of a recipe; returns the exit status."""
-    view = _FrontierView(sweep, out, device)
+    view, code = _FrontierView(sweep, out, device), 0
     try:
         with view:
-            run_sweep(
-                sweep,
-                out,
-                command=command,
-                device=device,
-                workers=workers,
-                plugins=load,
-                watcher=Watcher(view.progress, view.finished),
-            )
+            run_sweep(sweep, out, device=device, watcher=Watcher(view.progress, view.finished), **options)
     except KeyboardInterrupt:
         console.print(f"Stopped. Everything so far is in {out}; the same command goes on from here.")
         return 130
-    except RunError as error:
+    except OutOfTime as stopped:
+        console.print(f"Time is up: {stopped}. Everything so far is in {out}; the same command goes on.")
+        code = OUT_OF_TIME
+    except (RunError, ValueError) as error:
         return _fail(error)
-    view.print_table()
-    for path in reports.write([out], out):
-        console.print(f"  {path}")
-    return 0
+    if view.lines:
+        view.print_table()
+        for path in reports.write([out], out):
+            console.print(f"  {path}")
+    return code
+
+
+def _in_precision(sweep: SweepConfig, precision: Precision) -> SweepConfig:
+    points = [
+        dataclasses.replace(point, train=dataclasses.replace(point.train, precision=precision))
+        for point in sweep.points
+    ]
+    return dataclasses.replace(sweep, points=tuple(points))
 
 
 def _with_additions(
@@ -152,7 +169,7 @@ class _FrontierView:
     """The live picture of a sweep: bars for what trains, a table that fills as models finish."""
 
     def __init__(self, sweep: SweepConfig, out: Path, device: str) -> None:
-        self.sweep, self.jobs = sweep, sweep.jobs(together=device != "cpu")
+        self.sweep, self.jobs = sweep, planned(sweep, out, together=device != "cpu")
         self.bars = Progress(
             TextColumn("{task.description}", justify="right"),
             BarColumn(),
@@ -167,8 +184,10 @@ class _FrontierView:
         )
         layers = [layer for point in sweep.points for layer in point.train.model.layers]
         forms = sorted({layer.resolved_form(torch.device(device)) for layer in layers})
+        precisions = sorted({point.train.precision for point in sweep.points})
         self.header = (
-            f"[bold]{sweep.recipe}[/]: {points} on {device_name}, form {' and '.join(forms)}, in {out}"
+            f"[bold]{sweep.recipe}[/]: {points} on {device_name}, form {' and '.join(forms)}, "
+            f"{' and '.join(precisions)}, in {out}"
         )
         self.whole = self.bars.add_task("all", total=count, says="")
         self.tasks: dict[int, TaskID] = {}
@@ -207,7 +226,7 @@ class _FrontierView:
         else:
             best = max(lines, key=_accuracy)
             says = f"recall {_percent(best['accuracy'])} from {bytes_text(best['state_bytes'])}"
-            says += f", {best['steps']} steps, {best['seconds']:.0f} s"
+            says += f", {best['steps']} steps, {best['seconds']:.0f} s, {_pace(lines)} rows/s"
             console.print(f"[{self.done}/{len(self.jobs)}] {self.jobs[index].title}: {says}", markup=False)
 
     def _tell_whole(self) -> None:
@@ -244,6 +263,11 @@ class _FrontierView:
                 f"{line['seconds']:.0f}",
             )
         return table
+
+
+def _pace(lines: list[dict[str, Any]]) -> str:
+    """Rows per second of a run, all its members together."""
+    return f"{sum(line['rows'] for line in lines) / max(lines[0]['seconds'], 1e-3):,.0f}"
 
 
 def _accuracy(line: dict[str, Any]) -> float:

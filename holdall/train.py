@@ -12,13 +12,16 @@ Letters: P members that still train, B rows, N tokens, Q questions a row.
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
+import functools
 import json
 import math
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,13 +29,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
-from torch.func import functional_call, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from holdall import runs
 from holdall.contract import Config
-from holdall.model import Model, ModelConfig
-from holdall.ops.cross_entropy import linear_cross_entropy
+from holdall.model import Model, ModelConfig, seeded
+from holdall.population import Member, Population, Precision, loss, right, turns
 from holdall.runs import RunError
 from holdall.tasks.data import DataConfig, Questions, TaskData
 
@@ -46,6 +47,7 @@ class TrainConfig(Config):
     warmup: steps over which the learning rate first rises.
     evaluate_every: steps between tests; 0 for once per epoch.
     stop_at: a member is done once its accuracy on the test rows is at least this; 0 to never stop early.
+    precision: what a pass computes in, see holdall/population.py; "bf16" is meant for GPUs.
     """
 
     model: ModelConfig
@@ -60,6 +62,7 @@ class TrainConfig(Config):
     betas: tuple[float, float] = (0.9, 0.999)
     evaluate_every: int = 0
     stop_at: float = 0.99
+    precision: Precision = "fp32"
 
     def validate(self) -> None:
         if not self.learning_rates or not self.seeds:
@@ -88,21 +91,6 @@ class TrainConfig(Config):
         return tuple((rate, seed) for seed in self.seeds for rate in self.learning_rates)
 
 
-@dataclass
-class Member:
-    """One model of a population, and how far it is."""
-
-    learning_rate: float
-    seed: int
-    model: Model
-    optimizer: torch.optim.AdamW
-    stopped: str = ""
-    """Empty while it trains; then "accuracy", "diverged" or "end"."""
-    steps: int = 0
-    accuracy: float = 0.0
-    accuracy_by_pairs: dict[str, float] = field(default_factory=dict)
-
-
 @dataclass(frozen=True)
 class Progress:
     """How far a population is: for whoever draws the bars."""
@@ -119,6 +107,8 @@ class Stopped(Exception):  # noqa: N818 - not an error: somebody asked for it
 
 
 CHECKPOINT_SECONDS = 20.0
+TOKENS_AT_ONCE = {"cpu": 1 << 15, "cuda": 1 << 18}
+"""Of a test, all members together: what fits into a CPU's cache, and what fills a GPU."""
 
 
 def train(
@@ -127,16 +117,20 @@ def train(
     *,
     device: torch.device | str = "cpu",
     together: bool | None = None,
+    keep_weights: bool = True,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     should_stop: Callable[[], bool] = lambda: False,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
 ) -> list[dict[str, Any]]:
     """Train a population, or go on with it, and return one result per member.
 
+    Several threads may train at once, each another folder: on a GPU their populations run side by side.
+
     Args:
         folder: the run folder; made if needed. If it holds a checkpoint of the same config, training goes on
             from there, and if it holds results, they are returned.
         together: whether members share one batched pass; None for "on a GPU": two cores are full with one.
+        keep_weights: whether the run folder keeps the trained weights, one file per member.
         on_progress: called a few times a second at most.
         should_stop: asked before every step; True writes a checkpoint and raises Stopped.
         checkpoint_seconds: at most so much work is lost to a crash.
@@ -147,16 +141,20 @@ def train(
     """
     device = torch.device(device)
     together = device.type != "cpu" if together is None else together
-    with runs.locked(folder), repeatable(device):
+    with runs.locked(folder), repeatable(device), own_stream(device):
         _claim(folder, config, device)
-        done = folder / "result.json"
-        if done.exists():
-            return json.loads(done.read_text())
-        run = Trainer(config, folder, device, together)
+        if (done := finished(config, folder)) is not None:
+            return done
+        run = Trainer(config, folder, device, together, keep_weights)
         results = run.run(on_progress, should_stop, checkpoint_seconds)
-        runs.write_json(done, results)
+        runs.write_json(folder / "result.json", results)
         (folder / "checkpoint.safetensors").unlink(missing_ok=True)
         return results
+
+
+_repeatable = threading.Lock()
+_repeating: list[tuple[bool, bool]] = []
+"""The settings that whoever came first found, once for each thread within `repeatable`."""
 
 
 @contextlib.contextmanager
@@ -164,56 +162,117 @@ def repeatable(device: torch.device) -> Iterator[None]:
     """On a GPU, have PyTorch add in a fixed order, so that the same run gives the same bits.
 
     By default gathers and embeddings sum gradients in whatever order threads arrive. A CPU needs nothing.
+    The settings are the process's; the last thread to leave puts them back.
     """
     if device.type == "cpu":
         yield
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS promises it only with this
     settings: Any = torch.utils.deterministic
-    before, fill = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    settings.fill_uninitialized_memory = False  # nothing here reads memory that was never written
+    with _repeatable:
+        found = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
+        _repeating.append(_repeating[0] if _repeating else found)
+        torch.use_deterministic_algorithms(True)
+        settings.fill_uninitialized_memory = False  # nothing here reads memory that was never written
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
-        settings.fill_uninitialized_memory = fill
+        with _repeatable:
+            before, fill = _repeating.pop()
+            if not _repeating:
+                torch.use_deterministic_algorithms(before)
+                settings.fill_uninitialized_memory = fill
+
+
+@contextlib.contextmanager
+def own_stream(device: torch.device) -> Iterator[None]:
+    """On a GPU, a stream of this thread's own, backward passes included."""
+    if device.type == "cpu":
+        yield
+        return
+    with torch.cuda.stream(torch.cuda.Stream(device)), torch.autograd.set_multithreading_enabled(False):
+        yield
+
+
+def finished(config: TrainConfig, folder: Path) -> list[dict[str, Any]] | None:
+    """The results that a run folder holds, None if it has not ended there.
+
+    Raises RunError if the folder holds another config.
+    """
+    _check(folder, config)
+    done = folder / "result.json"
+    return json.loads(done.read_text()) if done.exists() else None
+
+
+def _check(folder: Path, config: TrainConfig) -> bool:
+    """Whether the folder holds this run; RunError if it holds another."""
+    path = folder / "config.json"
+    if path.exists() and json.loads(path.read_text()) != config.to_dict():
+        raise RunError(f"{folder} holds a run with another config ({path}); choose another folder")
+    return path.exists()
 
 
 def _claim(folder: Path, config: TrainConfig, device: torch.device) -> None:
     """Write what this run is, or check that the folder holds the same one."""
-    path, plain = folder / "config.json", config.to_dict()
-    if path.exists():
-        if json.loads(path.read_text()) != plain:
-            raise RunError(f"{folder} holds a run with another config ({path}); choose another folder")
-        return
-    runs.write_json(folder / "environment.json", runs.environment(str(device), torch.get_num_threads()))
-    runs.write_json(path, plain)
+    if not _check(folder, config):
+        runs.write_json(folder / "environment.json", runs.environment(str(device), torch.get_num_threads()))
+        runs.write_json(folder / "config.json", config.to_dict())
+
+
+_making = threading.Lock()
+
+
+def _rows(config: DataConfig, device: torch.device) -> TaskData:
+    """The task's rows, made once for all runs of this process."""
+    with _making:
+        return _made(config, device)
+
+
+@functools.lru_cache(maxsize=1)
+def _made(config: DataConfig, device: torch.device) -> TaskData:
+    data = config.build(device)
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()  # other threads' streams will read them
+    return data
 
 
 class Trainer:
     """A population in training."""
 
-    def __init__(self, config: TrainConfig, folder: Path, device: torch.device, together: bool) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: Path,
+        device: torch.device,
+        together: bool,
+        keep_weights: bool = True,
+    ) -> None:
         self.config, self.folder, self.device, self.together = config, folder, device, together
-        self.data: TaskData = config.data.build(device)
+        self.keep_weights = keep_weights
+        self.data = _rows(config.data, device)
         self.members = [self._member(rate, seed) for rate, seed in config.members]
+        self.population: Population | None = None
         self.step = 0
         self.seconds = 0.0
         self.epoch_steps = self.data.steps_per_epoch(config.batch)
         self.steps = config.epochs * self.epoch_steps
+        self.writer = concurrent.futures.ThreadPoolExecutor(1)
+        self.writing: concurrent.futures.Future[None] | None = None
         self._resume()
 
     def _member(self, rate: float, seed: int) -> Member:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = self.config.model.build().to(self.device)
+        with seeded(seed):
+            model = self.config.model.build()
+        model = model.to(self.device)
+        on_gpu = self.device.type == "cuda"
         optimizer = torch.optim.AdamW(
             model.parameters(),
-            lr=rate,
+            # a step that is recorded and replayed finds the rate where it lies on the device
+            lr=torch.tensor(rate, device=self.device) if on_gpu else rate,
             betas=self.config.betas,
             weight_decay=self.config.weight_decay,
             fused=True,
+            capturable=on_gpu,
         )
         return Member(rate, seed, model, optimizer)
 
@@ -225,6 +284,22 @@ class Trainer:
         should_stop: Callable[[], bool],
         checkpoint_seconds: float,
     ) -> list[dict[str, Any]]:
+        try:
+            self._train(on_progress, should_stop, checkpoint_seconds)
+            self._written()
+        finally:
+            self.writer.shutdown()
+        if self.keep_weights:
+            for index, member in enumerate(self.members):
+                self._write_weights(self.folder / f"model-{index}.safetensors", member)
+        return [self._result(index, member) for index, member in enumerate(self.members)]
+
+    def _train(
+        self,
+        on_progress: Callable[[Progress], None],
+        should_stop: Callable[[], bool],
+        checkpoint_seconds: float,
+    ) -> None:
         started = saved = told = time.monotonic()
         earlier, loss = self.seconds, math.nan
         every = self.config.evaluate_every or self.epoch_steps
@@ -233,6 +308,7 @@ class Trainer:
             self.seconds = earlier + now - started
             if should_stop():
                 self._save()
+                self._written()
                 raise Stopped
             if now - saved > checkpoint_seconds:
                 self._save()
@@ -246,40 +322,38 @@ class Trainer:
                 best = max(member.accuracy for member in self.members)
                 on_progress(Progress(self.step, self.steps, loss, best))
         self.seconds = earlier + time.monotonic() - started
-        for index, member in enumerate(self.members):
-            self._write_weights(self.folder / f"model-{index}.safetensors", member)
-        return [self._result(index, member) for index, member in enumerate(self.members)]
 
     def train_step(self, alive: Sequence[Member]) -> Tensor:
-        """One step of every member that still trains; returns their losses, (P,)."""
-        batches = [self.data.batch(member.seed, self.step, self.config.batch) for member in alive]
+        """One step of every member that still trains; returns their losses, (P,), until the next step."""
+        share = self._schedule()
         for member in alive:
-            for group in member.optimizer.param_groups:
-                group["lr"] = member.learning_rate * self._schedule()
-        if self.together and len(alive) > 1:
-            losses_P = self._losses_together(alive, batches)
-            losses_P.sum().backward()
-        else:
-            losses = []
-            for member, batch in zip(alive, batches, strict=True):
-                losses.append(_loss(member.model, dict(member.model.named_parameters()), batch))
-                losses[-1].backward()
-            losses_P = torch.stack(losses)
+            member.set_rate(member.learning_rate * share)
+            member.steps = self.step + 1
+        if self.together:
+            return self._together(alive).step(self.step)
+        losses = []
         for member in alive:
+            batch = self.data.batch(member.seed, self.step, self.config.batch)
+            losses.append(
+                loss(member.model, dict(member.model.named_parameters()), batch, self.config.precision)
+            )
+            losses[-1].backward()
             member.optimizer.step()
             member.optimizer.zero_grad()
-            member.steps = self.step + 1
-        return losses_P.detach()
+        return torch.stack(losses).detach()
 
-    def _losses_together(self, alive: Sequence[Member], batches: Sequence[Questions]) -> Tensor:
-        """All members' losses from one pass over stacked weights; stacking sends each its own gradient."""
-        model = alive[0].model
-        weights = [dict(member.model.named_parameters()) for member in alive]
-        stacked = {name: torch.stack([own[name] for own in weights]) for name in weights[0]}
-        stacked_batch = Questions(*map(torch.stack, zip(*batches, strict=True)))
-        # of PyTorch's attentions only this one can be batched over members on every device, mask included
-        with sdpa_kernel(SDPBackend.MATH):
-            return vmap(lambda own, batch: _loss(model, own, batch))(stacked, stacked_batch)
+    def _together(self, alive: Sequence[Member]) -> Population:
+        """These members as one; made anew where one has left since."""
+        if self.population is None or self.population.members != alive:
+            self.population = None  # its memory first
+            self.population = Population(
+                alive,
+                self.data,
+                self.config.batch,
+                self.config.precision,
+                record=self.device.type == "cuda",
+            )
+        return self.population
 
     def _schedule(self) -> float:
         """The share of the learning rate at this step."""
@@ -290,17 +364,17 @@ class Trainer:
         rise = min(1.0, (self.step + 1) / self.config.warmup) if self.config.warmup else 1.0
         return rise * 0.5 * (1 + math.cos(math.pi * share))
 
-    @torch.no_grad()
     def _test(self, alive: Sequence[Member], losses_P: Tensor) -> None:
         """Score the members that still train, and let those go that are done."""
-        for member, loss in zip(alive, losses_P.tolist(), strict=True):
-            if math.isfinite(loss):
+        losses = losses_P.tolist()
+        pairs = [str(segment.pairs) for segment in self.config.data.test]
+        for member, loss_now, scores in zip(alive, losses, self._accuracies(alive), strict=True):
+            if math.isfinite(loss_now):
                 by_pairs: dict[str, list[float]] = {}
-                for segment, rows in zip(self.config.data.test, self.data.test, strict=True):
-                    by_pairs.setdefault(str(segment.pairs), []).append(accuracy(member.model, rows))
-                scores = [score for segment in by_pairs.values() for score in segment]
+                for name, score in zip(pairs, scores, strict=True):
+                    by_pairs.setdefault(name, []).append(score)
                 member.accuracy = sum(scores) / len(scores)
-                member.accuracy_by_pairs = {pairs: sum(s) / len(s) for pairs, s in by_pairs.items()}
+                member.accuracy_by_pairs = {name: sum(s) / len(s) for name, s in by_pairs.items()}
             else:
                 member.stopped, member.accuracy, member.accuracy_by_pairs = "diverged", 0.0, {}
             if not member.stopped and 0 < self.config.stop_at <= member.accuracy:
@@ -311,12 +385,22 @@ class Trainer:
                 "step": self.step,
                 "learning_rate": member.learning_rate,
                 "seed": member.seed,
-                "loss": loss if math.isfinite(loss) else None,
+                "loss": loss_now if math.isfinite(loss_now) else None,
                 "accuracy": member.accuracy,
                 "accuracy_by_pairs": member.accuracy_by_pairs,
                 "seconds": round(self.seconds, 3),
             }
             runs.append_line(self.folder / "metrics.jsonl", line)
+
+    def _accuracies(self, alive: Sequence[Member]) -> list[list[float]]:
+        """The accuracy of each member on each test segment."""
+        tokens = TOKENS_AT_ONCE[self.device.type]
+        if self.together:
+            return self._together(alive).accuracies(tokens)
+        return [
+            [accuracy(member.model, segment, self.config.precision, tokens) for segment in self.data.test]
+            for member in alive
+        ]
 
     def _result(self, index: int, member: Member) -> dict[str, Any]:
         diverged = member.stopped == "diverged"
@@ -326,9 +410,11 @@ class Trainer:
             "accuracy": None if diverged else member.accuracy,
             "accuracy_by_pairs": member.accuracy_by_pairs,
             "steps": member.steps,
+            "rows": self.data.rows_before(member.steps, self.config.batch),
             "stopped": member.stopped,
             "seconds": round(self.seconds, 3),
-            "weights": f"model-{index}.safetensors",
+            "forms": [mixer.form for mixer in member.model.mixers],
+            "weights": f"model-{index}.safetensors" if self.keep_weights else None,
         }
 
     # ---------------------------------------------------------------------------------------- checkpoints
@@ -347,7 +433,8 @@ class Trainer:
                     yield f"{index}.{name}.{key}", moments[key], moments[key].copy_
 
     def _save(self) -> None:
-        """Write a checkpoint, in one step."""
+        """Begin to write a checkpoint: what it holds is copied now, the file is made by another thread."""
+        self._written()
         members = [
             {key: getattr(m, key) for key in ("stopped", "steps", "accuracy", "accuracy_by_pairs")}
             for m in self.members
@@ -359,10 +446,26 @@ class Trainer:
             "members": members,
             "metrics_bytes": metrics.stat().st_size if metrics.exists() else 0,
         }
-        tensors = {name: tensor.contiguous().cpu() for name, tensor, _ in self._tensors()}
-        runs.write_atomically(
-            self.folder / "checkpoint.safetensors", save(tensors, {"state": json.dumps(state)})
-        )
+        tensors = {
+            name: tensor.detach().clone(memory_format=torch.contiguous_format)
+            for name, tensor, _ in self._tensors()
+        }
+        copied = torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
+        self.writing = self.writer.submit(self._write, tensors, {"state": json.dumps(state)}, copied)
+
+    def _write(self, tensors: dict[str, Tensor], metadata: dict[str, str], copied: Any) -> None:
+        """Write a checkpoint: the other thread's part. It waits for the copy alone, not for later steps."""
+        if copied is not None:
+            copied.synchronize()
+            with turns.together(), torch.cuda.stream(torch.cuda.Stream(self.device)):
+                tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
+        runs.write_atomically(self.folder / "checkpoint.safetensors", save(tensors, metadata))
+
+    def _written(self) -> None:
+        """Wait for the checkpoint that is being written, and raise what went wrong with it."""
+        if self.writing is not None:
+            self.writing.result()
+            self.writing = None
 
     def _resume(self) -> None:
         """Go back to the last checkpoint; lines of metrics written after it will be written again."""
@@ -393,39 +496,11 @@ class Trainer:
         runs.write_atomically(path, save(tensors, metadata))
 
 
-def _loss(model: Model, weights: dict[str, Tensor], batch: Questions) -> Tensor:
-    """Mean cross-entropy of the answers; nothing is computed where nothing is asked.
-
-    `functional_call` also where the weights are the model's own: one code path for one and for many.
-    """
-    h_BQD, _ = functional_call(
-        _Hidden(model),
-        {f"model.{name}": weight for name, weight in weights.items()},
-        (batch.tokens_BN, batch.at_BQ),
-    )
-    loss, _ = linear_cross_entropy(h_BQD.flatten(0, 1), weights["embed.weight"], batch.answer_BQ.flatten())
-    return loss
-
-
-class _Hidden(torch.nn.Module):
-    """A model's `hidden` as a module's forward, which is what functional_call can call."""
-
-    def __init__(self, model: Model) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, tokens_BN: Tensor, at_BQ: Tensor) -> tuple[Tensor, None]:
-        h_BQD, _ = self.model.hidden(tokens_BN, at_BQ=at_BQ, want_states=False)
-        return h_BQD, None
-
-
 @torch.no_grad()
-def accuracy(model: Model, questions: Questions, *, tokens_at_once: int = 1 << 15) -> float:
-    """The share of questions answered right."""
-    right = total = 0
+def accuracy(model: Model, questions: Questions, precision: Precision, tokens_at_once: int) -> float:
+    """The share of questions that a model answers right."""
+    weights, hits = dict(model.named_parameters()), 0
     rows = max(1, tokens_at_once // questions.tokens_BN.shape[1])
-    for tokens_BN, at_BQ, answer_BQ in zip(*(tensor.split(rows) for tensor in questions), strict=True):
-        logits_BQV, _ = model(tokens_BN, at_BQ=at_BQ, want_states=False)
-        right += int((logits_BQV.argmax(-1) == answer_BQ).sum())
-        total += answer_BQ.numel()
-    return right / total
+    for part in zip(*(tensor.split(rows) for tensor in questions), strict=True):
+        hits += int(right(model, weights, Questions(*part), precision).sum())
+    return hits / questions.answer_BQ.numel()

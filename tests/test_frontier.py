@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,14 +14,15 @@ from typing import Any
 
 import pytest
 
-from holdall import contract, recipes, runs, show
-from holdall.frontier import SweepConfig, Watcher, run_sweep
+from holdall import contract, frontier, recipes, runs, show
+from holdall.frontier import OutOfTime, SweepConfig, Watcher, run_sweep
 from holdall.mixers.attention import AttentionConfig
 from holdall.mixers.sliding_window import SlidingWindowConfig
 from holdall.recipes import patterns, quick
 from holdall.runs import RunError
 from holdall.tasks.data import MQARData, Segment
 from holdall.tasks.information import recall_bits
+from holdall.train import train
 
 HOLDALL = [sys.executable, "-m", "holdall.cli"]
 
@@ -159,6 +161,72 @@ def test_a_stopped_sweep_goes_on_to_the_same_results(tmp_path: Path, how: signal
     assert without_time(lines[0]) == without_time(lines[1])
 
 
+@pytest.fixture
+def gpu_way(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Options that run a sweep as on a GPU, populations in threads, which in truth train on the CPU."""
+    monkeypatch.setattr(frontier, "train", lambda *a, **options: train(*a, **{**options, "device": "cpu"}))
+    monkeypatch.setattr(runs, "environment", lambda device, threads: {"device": device})
+    return {"device": "cuda"}
+
+
+def test_on_a_gpu_populations_are_trained_in_threads(tmp_path: Path, gpu_way: dict[str, str]) -> None:
+    told: list[int] = []
+    watcher = Watcher(finished=lambda index, lines: told.append(index))
+    lines = run(tmp_path / "out", watcher=watcher, keep_weights=False, **gpu_way)
+    assert sorted(told) == [0, 1]
+    assert [line["learning_rate"] for line in lines] == [0.01, 0.02] * 2
+    assert {line["weights"] for line in lines} == {None}
+
+
+def test_out_of_time_everything_is_kept_and_the_next_call_goes_on(
+    tmp_path: Path, gpu_way: dict[str, str]
+) -> None:
+    sweep = tiny(epochs=60)
+    whole = run(tmp_path / "whole", sweep, **gpu_way)
+    began = time.monotonic()
+    with pytest.raises(OutOfTime, match="2 of 2 runs are not finished"):
+        run(tmp_path / "pieces", sweep, minutes=0.005, **gpu_way)
+    assert time.monotonic() - began < 5
+    assert len(list((tmp_path / "pieces").glob("runs/*/checkpoint.safetensors"))) == 2
+    assert (tmp_path / "pieces" / "results.jsonl").exists()
+    assert without_time(run(tmp_path / "pieces", sweep, **gpu_way)) == without_time(whole)
+
+
+def test_without_time_nothing_is_trained(tmp_path: Path) -> None:
+    with pytest.raises(OutOfTime, match="4 of 4 runs are not finished"):
+        run(tmp_path / "out", minutes=0)
+    assert not list((tmp_path / "out").glob("runs/*"))
+    assert runs.read_lines(tmp_path / "out" / "results.jsonl") == []
+
+
+def test_a_sweep_can_be_made_in_pieces_and_put_together(tmp_path: Path, gpu_way: dict[str, str]) -> None:
+    whole = run(tmp_path / "whole", **gpu_way)
+    for family in ("attention", "window"):  # as on two machines
+        piece = run(tmp_path / family, families=[family], **gpu_way)
+        assert {line["family"] for line in piece} == {family}
+        shutil.copytree(tmp_path / family / "runs", tmp_path / "all" / "runs", dirs_exist_ok=True)
+    gathered = run(tmp_path / "all", minutes=0)  # on a third, which has no GPU
+    assert without_time(gathered) == without_time(whole)
+    assert runs.read_lines(tmp_path / "all" / "results.jsonl") == gathered
+    with pytest.raises(ValueError, match="Did you mean 'attention'"):
+        run(tmp_path / "all", families=["atention"])
+
+
+def test_a_population_trained_elsewhere_counts(tmp_path: Path) -> None:
+    """What a GPU trained as one run is gathered on a machine where members are runs of their own."""
+    (job, _) = tiny().jobs(together=True)
+    train(job.point.train, tmp_path / "out" / "runs" / job.folder, together=True)
+    lines = run(tmp_path / "out")
+    assert [line["run"] for line in lines] == [
+        "runs/attention-width-8", "runs/attention-width-8",
+        "runs/window-4-width-8-lr-0.01-seed-0", "runs/window-4-width-8-lr-0.02-seed-0",
+    ]  # fmt: skip
+    alone = run(tmp_path / "alone")
+    assert [line["rows"] for line in lines] == [line["rows"] for line in alone] == [64] * 4
+    for line, other in zip(lines, alone, strict=True):
+        assert line["accuracy"] == pytest.approx(other["accuracy"], abs=0.05)
+
+
 def test_a_mixer_file_of_the_user_s_own_joins_in_every_process(tmp_path: Path) -> None:
     page = (Path(__file__).parents[1] / "docs" / "add-a-mixer.md").read_text()
     file = tmp_path / "leaky.py"
@@ -284,6 +352,17 @@ def test_a_wrong_command_is_one_line_and_no_traceback(tmp_path: Path) -> None:
         says = holdall(*arguments, code=2)
         assert "error" in says
         assert "Traceback" not in says
+
+
+def test_a_time_limit_has_its_own_exit_status(tmp_path: Path) -> None:
+    says = holdall("frontier", "quick", "--minutes", "0", "--out", str(tmp_path), "--device", "cpu", code=75)
+    assert "Time is up: 24 of 24 runs are not finished" in says
+    assert "the same command goes on" in says
+    says = holdall(
+        "frontier", "quick", "--family", "Tailor", "--out", str(tmp_path), "--device", "cpu", code=2
+    )
+    assert "unknown family 'Tailor'" in says
+    assert json.loads((tmp_path / "config.json").read_text())["points"][0]["train"]["precision"] == "fp32"
 
 
 def test_report_remakes_figure_and_page_from_the_folder_alone(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ from torch import Tensor
 
 from holdall import forms
 from holdall.kernels import cdiv, register_batch_vmap
-from holdall.kernels.language import dot, narrow
+from holdall.kernels.language import append, dot, narrow
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:  # pytest checks the shapes; nothing else needs jaxtyping
     from jaxtyping import Float
@@ -212,7 +212,7 @@ def _sums(
     v += (bh // H) * v_b + (bh % H) * v_h
     held = ()
     for _ in tl.static_range(GROUP):
-        held = held + (tl.zeros((TILE, FV), tl.float32), tl.zeros((TILE,), tl.float32))
+        held = append(append(held, tl.zeros((TILE, FV), tl.float32)), tl.zeros((TILE,), tl.float32))
     for start in range(n * L, min(n * L + L, T), C):
         t_C = start + tl.arange(0, C)
         k_CK, v_CV = _block(k, t_C, k_t, T, K, FK), _block(v, t_C, v_t, T, V, FV)
@@ -230,7 +230,7 @@ def _sums(
                 weighted_FC *= tl.load(shift + bh * T + t_C, mask=t_C < T, other=0.0)[None, :]
                 phi_FC *= tl.load(scale + bh * T + t_C, mask=t_C < T, other=0.0)[None, :]
             s_FV = dot(narrow(phi_FC, v_CV.dtype), v_CV, before[2 * g])
-            held = held + (s_FV, before[2 * g + 1] + tl.sum(weighted_FC, 1))
+            held = append(append(held, s_FV), before[2 * g + 1] + tl.sum(weighted_FC, 1))
     sums += (bh * N + n) * WIDTH
     column = tl.arange(0, FV)
     for g in tl.static_range(GROUP):

@@ -82,9 +82,9 @@ class DeltaNetConfig(MixerConfig):
     def kernel_refusal(self, device: torch.device, dtype: torch.dtype) -> str:
         if refusal := super().kernel_refusal(device, dtype):
             return refusal
-        from holdall.kernels import fla
+        from holdall.kernels import fla, short_conv
 
-        return fla.refusal(self.width // self.heads)
+        return fla.refusal(self.width // self.heads) or short_conv.refusal(self.kernel)
 
     def build(self) -> DeltaNet:
         return DeltaNet(self)

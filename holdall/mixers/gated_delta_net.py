@@ -104,9 +104,9 @@ class GatedDeltaNetConfig(MixerConfig):
     def kernel_refusal(self, device: torch.device, dtype: torch.dtype) -> str:
         if refusal := super().kernel_refusal(device, dtype):
             return refusal
-        from holdall.kernels import fla
+        from holdall.kernels import fla, short_conv
 
-        return fla.refusal(self.key_dim)
+        return fla.refusal(self.key_dim) or short_conv.refusal(self.kernel)
 
     def build(self) -> GatedDeltaNet:
         return GatedDeltaNet(self)

@@ -60,6 +60,7 @@ class HyenaConfig(MixerConfig):
     bands: int = 1
     sine_frequency: float = 1.0
 
+    forms = ("loop", "parallel", "kernel")
     variants = ({}, {"order": 3, "max_length": 64, "bands": 2})
 
     def validate(self) -> None:
@@ -133,7 +134,10 @@ class Hyena(Mixer):
         order, width = self.config.order, self.config.width
         if state is None:
             state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
-        u_BTU, short_BPU = self.short_conv(
+        short_conv = self.short_conv
+        if self.form == "kernel":  # of the short convolution; the long ones are the library's transforms
+            from holdall.kernels.short_conv import short_conv
+        u_BTU, short_BPU = short_conv(
             self.in_proj(x_BTD), self.short_weight_UW, self.short_bias_U, state.short_BPU
         )
         *gates, v_BTD = u_BTU.split(width, dim=-1)

@@ -51,7 +51,7 @@ class MambaConfig(MixerConfig):
 
     state: state size per channel, n; expand: inner channels per model channel, e; kernel: taps of the
     convolution, W; dt_rank: rank of the step sizes' projection, 0 for width / 16 rounded up;
-    chunk: steps of the scan that are taken one after another, all chunks side by side.
+    chunk: steps of the scan that are taken one after another, all chunks side by side; not the kernel's.
     """
 
     state: int = 16
@@ -60,6 +60,7 @@ class MambaConfig(MixerConfig):
     dt_rank: int = 0
     chunk: int = scan.CHUNK
 
+    forms = ("loop", "parallel", "kernel")
     variants = ({}, {"state": 4, "expand": 1, "dt_rank": 3, "chunk": 16})
 
     def validate(self) -> None:
@@ -72,6 +73,13 @@ class MambaConfig(MixerConfig):
     @property
     def rank(self) -> int:
         return self.dt_rank or math.ceil(self.width / 16)
+
+    def kernel_refusal(self, device: torch.device, dtype: torch.dtype) -> str:
+        if refusal := super().kernel_refusal(device, dtype):
+            return refusal
+        from holdall.kernels import short_conv
+
+        return short_conv.refusal(self.kernel)
 
     def build(self) -> Mamba:
         return Mamba(self)
@@ -116,15 +124,32 @@ class Mamba(Mixer):
         if state is None:
             state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
         x_BTE, z_BTE = self.in_proj(x_BTD).chunk(2, dim=-1)
-        x_BTE, conv_BPE = self.short_conv(x_BTE, self.conv_weight_EW, self.conv_bias_E, state.conv_BPE)
-        x_BTE = F.silu(x_BTE)
+        if self.form == "kernel":
+            from holdall.kernels.short_conv import short_conv
+
+            x_BTE, conv_BPE = short_conv(
+                x_BTE, self.conv_weight_EW, self.conv_bias_E, state.conv_BPE, silu=True
+            )
+        else:
+            x_BTE, conv_BPE = self.short_conv(x_BTE, self.conv_weight_EW, self.conv_bias_E, state.conv_BPE)
+            x_BTE = F.silu(x_BTE)
         dt_BTR, b_BTN, c_BTN = self.x_proj(x_BTE).split([config.rank, config.state, config.state], dim=-1)
         dtype = recurrent_dtype(x_BTD.dtype)
-        # the step sizes decide what is forgotten over thousands of tokens: not in bf16
-        dt_BTE = F.softplus(F.linear(dt_BTR, self.dt_proj.weight).to(dtype) + self.dt_proj.bias.to(dtype))
-        y_BTE, h_BEN = self.scan(x_BTE, dt_BTE, -self.A_log.to(dtype).exp(), b_BTN, c_BTN, state.h_BEN)
-        y_BTE = torch.addcmul(y_BTE, x_BTE, self.D.to(y_BTE.dtype))
-        return self.out_proj(y_BTE * F.silu(z_BTE)), MambaState(conv_BPE, h_BEN) if want_state else None
+        # softplus of which gives the step sizes: they decide what is forgotten over thousands of tokens, and
+        # so are not in bf16
+        raw_BTE, a_EN = F.linear(dt_BTR, self.dt_proj.weight), -self.A_log.to(dtype).exp()
+        if self.form == "kernel":
+            from holdall.kernels.selective_scan import selective_scan
+
+            y_BTE, h_BEN = selective_scan(
+                x_BTE, raw_BTE, a_EN, b_BTN, c_BTN, state.h_BEN,
+                dt_bias_D=self.dt_proj.bias, skip_D=self.D, z_BTD=z_BTE, inplace=inplace,
+            )  # fmt: skip
+        else:
+            dt_BTE = F.softplus(raw_BTE.to(dtype) + self.dt_proj.bias.to(dtype))
+            y_BTE, h_BEN = self.scan(x_BTE, dt_BTE, a_EN, b_BTN, c_BTN, state.h_BEN)
+            y_BTE = torch.addcmul(y_BTE, x_BTE, self.D.to(y_BTE.dtype)) * F.silu(z_BTE)
+        return self.out_proj(y_BTE), MambaState(conv_BPE, h_BEN) if want_state else None
 
     def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None) -> MambaState:
         config = self.config

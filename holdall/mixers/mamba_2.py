@@ -102,9 +102,9 @@ class Mamba2Config(MixerConfig):
     def kernel_refusal(self, device: torch.device, dtype: torch.dtype) -> str:
         if refusal := super().kernel_refusal(device, dtype):
             return refusal
-        from holdall.kernels import fla
+        from holdall.kernels import fla, short_conv
 
-        return fla.refusal()
+        return fla.refusal() or short_conv.refusal(self.kernel)
 
     def build(self) -> Mamba2:
         return Mamba2(self)
@@ -184,8 +184,13 @@ class Mamba2(Mixer):
         y_BTE = torch.addcmul(y_BTHV.to(dtype), x_BTHV, self.D.to(dtype)[:, None]).flatten(2) * F.silu(
             z_BTE.to(dtype)
         )
-        y_BTGE = y_BTE.unflatten(-1, (config.groups, -1))
-        y_BTE = F.rms_norm(y_BTGE, y_BTGE.shape[-1:], eps=config.eps).flatten(2) * self.norm_weight_E
+        if self.form == "kernel" and config.groups == 1:
+            from holdall.kernels.layer_norm import rms_norm
+
+            y_BTE = rms_norm(y_BTE, self.norm_weight_E, config.eps, x_BTD.dtype)
+        else:
+            y_BTGE = y_BTE.unflatten(-1, (config.groups, -1))
+            y_BTE = F.rms_norm(y_BTGE, y_BTGE.shape[-1:], eps=config.eps).flatten(2) * self.norm_weight_E
         after = None if s_BHNV is None or not want_state else Mamba2State(conv_BPE, s_BHNV)
         return self.out_proj(y_BTE.to(x_BTD.dtype)), after
 

@@ -195,15 +195,26 @@ class TaskData:
         return sum(-(-len(segment.tokens_BN) // batch) for segment in self.train)
 
     def batch(self, seed: int, step: int, batch: int) -> Questions:
-        """The rows of one training step: a fresh shuffle in each epoch.
+        """The rows of one training step: a fresh shuffle in each epoch."""
+        epoch, which, part = self.place(step, batch)
+        rows = self.order(seed, epoch, which)[part]
+        return Questions(*(tensor[rows.to(tensor.device)] for tensor in self.train[which]))
 
-        Which segment a step takes does not depend on the seed: at every step all members of a population
-        have batches of one shape.
+    def place(self, step: int, batch: int) -> tuple[int, int, slice]:
+        """The epoch of a step, its segment, and which part of that segment's order its rows are.
+
+        None of it depends on a seed: at every step all members of a population have batches of one shape.
         """
         epoch, index = divmod(step, self.steps_per_epoch(batch))
         which, part = self._plan(epoch, batch)[index]
-        rows = self._shuffle(seed, epoch, which)[part * batch : (part + 1) * batch]
-        return Questions(*(tensor[rows.to(tensor.device)] for tensor in self.train[which]))
+        return epoch, which, slice(part * batch, (part + 1) * batch)
+
+    def rows_before(self, step: int, batch: int) -> int:
+        """How many rows the steps before this one have shown."""
+        epoch, index = divmod(step, self.steps_per_epoch(batch))
+        sizes = [len(segment.tokens_BN) for segment in self.train]
+        begun = [(which, part * batch) for which, part in self._plan(epoch, batch)[:index]]
+        return epoch * sum(sizes) + sum(min(batch, sizes[which] - start) for which, start in begun)
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 - lives as long as the rows
     def _plan(self, epoch: int, batch: int) -> list[tuple[int, int]]:
@@ -217,6 +228,7 @@ class TaskData:
         return [steps[i] for i in order]
 
     @functools.lru_cache(maxsize=64)  # noqa: B019 - one entry per segment and member of a population
-    def _shuffle(self, seed: int, epoch: int, which: int) -> Tensor:
+    def order(self, seed: int, epoch: int, which: int) -> Tensor:
+        """The order in which an epoch shows a segment's rows, on the CPU."""
         rng = np.random.default_rng([seed, epoch, which])
         return torch.from_numpy(rng.permutation(len(self.train[which].tokens_BN)))

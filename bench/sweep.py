@@ -1,0 +1,226 @@
+"""Training whole populations on a GPU beside the loop that a user would write for one model.
+
+    python -m bench.sweep [FAMILY ...]              all of based-figure2's by default
+    python -m bench.sweep --profile [FAMILY ...]    where the time of a population's step goes
+
+The models of the recipe based-figure2 at width 128 (or their largest), vocabulary 8192, batches of 256 rows a
+model, at N = 64, K = 4 and N = 256, K = 64. Rows per second of all members together:
+
+    plain          one model, fp32, mixers in plain PyTorch: hidden states and logits of all tokens,
+                   cross-entropy that ignores all but the answers, AdamW
+    plain, auto    the same loop with the mixers' own kernels, where they have them
+    population     holdall.train: four learning rates in one recorded pass, in bf16
+    sweep          as `holdall frontier` runs it: several such populations at once
+
+`times` compares with `plain`, `times auto` with `plain, auto`.
+
+Letters: B rows, N tokens, K pairs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bench import show
+from bench.training import plain_loop
+from holdall import recipes
+from holdall.frontier import GPU_WORKERS, Point
+from holdall.tasks.data import Segment
+from holdall.train import TrainConfig, Trainer, own_stream, repeatable
+
+SHAPES = ((64, 4), (256, 64))
+BATCH, WIDTH, SECONDS = 256, 128, 0.7
+
+
+def points(families: Sequence[str] = ()) -> list[Point]:
+    """One point of each family: the last of those of width 128, or of all."""
+    (sweep,) = recipes.sweeps("based-figure2")
+    found = []
+    for family in families or sweep.families:
+        those = [point for point in sweep.points if point.family == family]
+        found.append(([p for p in those if p.train.model.width == WIDTH] or those)[-1])
+    return found
+
+
+def config(point: Point, length: int, pairs: int) -> TrainConfig:
+    segment = Segment(length=length, pairs=pairs, rows=8 * BATCH)
+    data = dataclasses.replace(point.train.data, train=(segment,), test=(segment,))
+    return dataclasses.replace(point.train, data=data, epochs=100_000, batch=BATCH)
+
+
+def population(run: TrainConfig, folder: Path) -> Iterator[None]:
+    """The steps of holdall.train, without its tests and checkpoints; yields after each."""
+    trainer = Trainer(run, folder, torch.device("cuda"), together=True)
+    while True:
+        trainer.train_step(trainer.members)
+        trainer.step += 1
+        yield
+
+
+def plain(run: TrainConfig, form: str) -> Iterator[None]:
+    layers = tuple(dataclasses.replace(layer, form=form) for layer in run.model.layers)
+    rows = run.data.task(run.data.train[0]).generate(8 * BATCH)
+    model = dataclasses.replace(run.model, layers=layers).build().cuda()
+    batches = zip(rows.tokens.cuda().split(BATCH), rows.targets.cuda().split(BATCH), strict=True)
+    return plain_loop(model, list(batches))
+
+
+def rate(steps: Iterator[None], members: int) -> float:
+    """Rows per second, after a few steps that warm up."""
+    for _ in range(4):
+        next(steps)
+    torch.cuda.current_stream().synchronize()
+    done, began = 0, time.perf_counter()
+    while time.perf_counter() - began < SECONDS:
+        for _ in range(5):  # so that waiting does not count
+            next(steps)
+        torch.cuda.current_stream().synchronize()
+        done += 5
+    return members * BATCH * done / (time.perf_counter() - began)
+
+
+def sweep_rate(run: TrainConfig, folder: Path, count: int) -> float:
+    """Rows per second of several populations at once, each in a thread, while all of them run."""
+    ready, done, stop = threading.Barrier(count + 1, timeout=120), [0] * count, threading.Event()
+
+    def work(index: int) -> None:
+        with own_stream(torch.device("cuda")):
+            steps = population(run, folder / str(index))
+            for _ in range(4):
+                next(steps)
+            torch.cuda.current_stream().synchronize()
+            ready.wait()
+            while not stop.is_set():
+                for _ in range(5):
+                    next(steps)
+                torch.cuda.current_stream().synchronize()
+                done[index] += 5
+
+    threads = [threading.Thread(target=work, args=(index,), daemon=True) for index in range(count)]
+    for thread in threads:
+        thread.start()
+    ready.wait()
+    began, before = time.perf_counter(), sum(done)
+    time.sleep(SECONDS)
+    steps, seconds = sum(done) - before, time.perf_counter() - began
+    stop.set()
+    for thread in threads:
+        thread.join()
+    return len(run.members) * BATCH * steps / seconds
+
+
+def measure(point: Point, length: int, pairs: int) -> list[dict[str, Any]]:
+    """All ways for one model at one shape; a way that fails says why instead."""
+    run = config(point, length, pairs)
+    found: dict[str, float | str] = {}
+    with TemporaryDirectory() as folder, repeatable(torch.device("cuda")):
+        members = len(run.members)
+        ways: dict[str, Callable[[], float]] = {
+            "population": lambda: rate(population(run, Path(folder) / "one"), members),
+            "sweep": lambda: sweep_rate(run, Path(folder), GPU_WORKERS),
+        }
+        for way, measured in ways.items():
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(own_stream(torch.device("cuda")))
+                found[way] = _or_reason(measured)
+    for form, way in (("parallel", "plain"), ("auto", "plain, auto")):
+        found[way] = _or_reason(lambda form=form: rate(plain(run, form), 1))
+    result = {"model": point.label, "width": run.model.width, "length": length, "pairs": pairs}
+    for way, base in (("plain", "times"), ("plain, auto", "times auto")):
+        ours, theirs = found["sweep"], found[way]
+        both = isinstance(ours, float) and isinstance(theirs, float)
+        result[base] = round(ours / theirs, 1) if both else None
+    return [{**result, "family": point.family, "rows_per_second": found}]
+
+
+def _or_reason(measured: Callable[[], float]) -> float | str:
+    try:
+        return measured()
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:80]}"
+    finally:
+        torch.cuda.empty_cache()
+
+
+def run(families: Sequence[str] = ()) -> list[dict[str, Any]]:
+    return [
+        line
+        for point in points(families)
+        for length, pairs in SHAPES
+        for line in measure(point, length, pairs)
+    ]
+
+
+def table(results: Sequence[dict[str, Any]]) -> Table:
+    """The results as people read them."""
+    ways = ("plain", "plain, auto", "population", "sweep")
+    shown = Table(title=f"training on a GPU, rows/s; vocabulary 8192, batch {BATCH} a model")
+    for column in ("model", "width", "N", "K", *ways, "times", "times auto"):
+        shown.add_column(column, justify="left" if column == "model" else "right")
+    for line in results:
+        rates = [line["rows_per_second"][way] for way in ways]
+        shown.add_row(
+            line["model"],
+            *(str(line[key]) for key in ("width", "length", "pairs")),
+            *(each if isinstance(each, str) else f"{each:,.0f}" for each in rates),
+            *("-" if line[key] is None else f"{line[key]:.1f}" for key in ("times", "times auto")),
+        )
+    return shown
+
+
+def profile(point: Point, length: int, pairs: int, *, steps: int = 5, top: int = 20) -> Table:
+    """The kernels of one step of a population, the longest first."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiled
+
+    device = torch.device("cuda")
+    with TemporaryDirectory() as folder, repeatable(device), own_stream(device):
+        trained = population(config(point, length, pairs), Path(folder))
+        for _ in range(4):
+            next(trained)
+        torch.cuda.synchronize()
+        with profiled(activities=[ProfilerActivity.CUDA]) as seen:
+            for _ in range(steps):
+                next(trained)
+            torch.cuda.synchronize()
+    kernels = sorted(seen.key_averages(), key=lambda kernel: -kernel.device_time_total)
+    whole = sum(kernel.device_time_total for kernel in kernels)
+    count = sum(kernel.count for kernel in kernels) // steps
+    shown = Table(
+        title=f"{point.label}, N = {length}, K = {pairs}: {whole / steps / 1e3:.2f} ms, {count} kernels"
+    )
+    for column in ("share", "us", "times", "kernel"):
+        shown.add_column(column, justify="left" if column == "kernel" else "right", no_wrap=True)
+    for kernel in kernels[:top]:
+        us = kernel.device_time_total
+        shown.add_row(f"{us / whole:.1%}", f"{us / steps:.0f}", str(kernel.count // steps), kernel.key[:100])
+    return shown
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.sweep")
+    parser.add_argument("families", nargs="*")
+    parser.add_argument("--profile", action="store_true")
+    asked = parser.parse_args()
+    if asked.profile:
+        for point in points(asked.families):
+            for length, pairs in SHAPES:
+                Console(width=140).print(profile(point, length, pairs))
+    else:
+        show("sweep", run(asked.families), table)
+
+
+if __name__ == "__main__":
+    main()

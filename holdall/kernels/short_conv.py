@@ -1,0 +1,43 @@
+"""The short causal convolution on a GPU, with or without SiLU after it: the gated one, whose gate is open.
+
+    y_t = f(b + sum_{i < W} w_i x_{t - W + 1 + i})
+
+The gate is a row of ones that stands for all tokens and stays in cache. What the kernel writes without need
+is the gate's gradient, one number in six. Forward reads x and writes y, backward reads x and dy and writes
+dx. Plain PyTorch reads and writes fp32 tensors once and again for every tap, some 40 numbers both ways.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from holdall.kernels import gated_conv
+
+if TYPE_CHECKING or "jaxtyping" in sys.modules:
+    from jaxtyping import Float
+
+
+def refusal(taps: int) -> str:
+    """Why there is no kernel for so many taps; empty if there is one, or if there are none to apply."""
+    return gated_conv.refusal(taps) if taps else ""
+
+
+def short_conv(
+    x_BTD: Float[Tensor, "b t d"],
+    weight_DW: Float[Tensor, "d w"],
+    bias_D: Float[Tensor, "d"] | None,
+    past_BPD: Float[Tensor, "b w-1 d"],
+    *,
+    silu: bool = False,
+) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b w-1 d"]]:
+    """The twin of `holdall.ops.conv.short_conv`, and SiLU if wanted.
+
+    Raises KernelError if no kernel can run on these tensors, or with so many taps.
+    """
+    open_BTD = x_BTD.new_ones(x_BTD.shape[-1]).expand(x_BTD.shape)
+    return gated_conv.gated_conv(
+        x_BTD, open_BTD, None, weight_DW, bias_D, past_BPD, silu="conv" if silu else "none"
+    )

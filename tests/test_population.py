@@ -1,0 +1,344 @@
+"""Populations: stacked they train as they would alone, in both precisions, and resume where they stopped."""
+
+import json
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_train import TASK, assert_same_run, config, weights
+from torch.func import vmap
+
+from holdall import population, runs
+from holdall.contract import MixerConfig
+from holdall.mixers.attention import AttentionConfig
+from holdall.mixers.base_conv import BaseConvConfig
+from holdall.mixers.performer import PerformerConfig
+from holdall.mixers.sliding_window import SlidingWindowConfig
+from holdall.mixers.taylor import TaylorConfig
+from holdall.model import ModelConfig, seeded
+from holdall.ops import attention
+from holdall.population import Member, Population
+from holdall.tasks.data import TaskData
+from holdall.train import Stopped, TrainConfig, accuracy, train
+
+MIXERS: tuple[MixerConfig, ...] = (
+    AttentionConfig(width=16),
+    SlidingWindowConfig(width=16, window=5),
+    TaylorConfig(width=16, feature_dim=4),
+    PerformerConfig(width=16),  # each has drawn its own features, which are no weights
+)
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def members(
+    mixer: MixerConfig, dtype: torch.dtype, rates: tuple[float, ...] = (0.003, 0.01, 0.02)
+) -> list[Member]:
+    made = []
+    for seed, rate in enumerate(rates):
+        with seeded(seed):
+            model = (
+                ModelConfig(vocab=32, width=16, layers=(BaseConvConfig(width=16), mixer)).build().to(dtype)
+            )
+        made.append(Member(rate, seed, model, torch.optim.AdamW(model.parameters(), lr=rate, fused=True)))
+    return made
+
+
+@pytest.mark.parametrize("mixer", MIXERS, ids=lambda mixer: mixer.name)
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-9), (torch.float32, 2e-3)])
+def test_stacked_members_are_trained_as_by_torch_s_own_adamw(
+    mixer: MixerConfig, dtype: torch.dtype, error: float
+) -> None:
+    together, alone, data = members(mixer, dtype), members(mixer, dtype), TaskData(TASK)
+    everyone = Population(together, data, 16, "fp32", record=False)
+    for step in range(12):
+        losses_P = everyone.step(step)
+        for place, member in enumerate(alone):
+            batch = data.batch(member.seed, step, 16)
+            logits_BQV, _ = member.model(batch.tokens_BN, at_BQ=batch.at_BQ)
+            loss = torch.nn.functional.cross_entropy(logits_BQV.flatten(0, 1), batch.answer_BQ.flatten())
+            member.optimizer.zero_grad()
+            loss.backward()
+            member.optimizer.step()
+            assert losses_P[place].item() == pytest.approx(loss.item(), rel=1e-4)
+    for one, other in zip(together, alone, strict=True):
+        for (name, weight), own in zip(one.model.named_parameters(), other.model.parameters(), strict=True):
+            torch.testing.assert_close(weight, own, rtol=error, atol=error, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_member_does_not_see_who_is_beside_it() -> None:
+    data = TaskData(TASK)
+    ends = []
+    for rates in ((0.003, 0.01), (0.003, 1e30)):  # a neighbour that trains well, and one that diverges
+        pair = members(MIXERS[0], torch.float64, rates)
+        everyone = Population(pair, data, 16, "fp32", record=False)
+        for step in range(8):
+            everyone.step(step)
+        ends.append([weight.detach().clone() for weight in pair[0].model.parameters()])
+    for one, other in zip(*ends, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_one_that_leaves_goes_on_from_its_own_weights_and_moments() -> None:
+    data = TaskData(TASK)
+    three, alone = members(MIXERS[2], torch.float64), members(MIXERS[2], torch.float64)[1:2]
+    both = Population(alone, data, 16, "fp32", record=False)
+    everyone = Population(three, data, 16, "fp32", record=False)
+    for step in range(10):
+        if step == 5:
+            left = [weight.detach().clone() for weight in three[0].model.parameters()]
+            everyone = Population(three[1:], data, 16, "fp32", record=False)
+        everyone.step(step)
+        both.step(step)
+    for one, other in zip(three[1].model.parameters(), alone[0].model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    for before, now in zip(left, three[0].model.parameters(), strict=True):
+        assert torch.equal(before, now)
+
+
+def test_all_are_tested_at_once_as_each_alone() -> None:
+    data, trained = TaskData(TASK), members(MIXERS[0], torch.float32)
+    everyone = Population(trained, data, 16, "fp32", record=False)
+    for step in range(30):
+        everyone.step(step)
+    for tokens in (100, 10**6):  # many small parts, the last of them smaller, or all rows at once
+        found = everyone.accuracies(tokens)
+        for member, scores in zip(trained, found, strict=True):
+            alone = [accuracy(member.model, rows, "fp32", 1 << 15) for rows in data.test]
+            assert scores == pytest.approx(alone)
+    assert any(score > 0.1 for scores in found for score in scores)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_bf16_is_of_the_pass_alone(together: bool, tmp_path: Path) -> None:
+    seen: set[torch.dtype] = set()
+    pair, data = members(MIXERS[2], torch.float32, (0.01, 0.02)), TaskData(TASK)
+    for member in pair:
+        member.model.blocks[1].mixer.register_forward_hook(lambda mixer, x, y: seen.add(y[0].dtype))
+    if together:
+        everyone = Population(pair, data, 16, "bf16", record=False)
+        loss = everyone.step(0)[0]
+    else:
+        loss = population.loss(
+            pair[0].model, dict(pair[0].model.named_parameters()), data.batch(0, 0, 16), "bf16"
+        )
+        loss.backward()
+    assert seen == {torch.bfloat16}
+    assert loss.dtype == torch.float32
+    for member in pair:
+        assert {weight.dtype for weight in member.model.parameters()} == {torch.float32}
+        assert {value.dtype for state in member.optimizer.state.values() for value in state.values()} <= {
+            torch.float32
+        }
+
+
+def test_bf16_learns_and_is_another_run_than_fp32(tmp_path: Path) -> None:
+    def run(name: str, **changes: object) -> list[dict]:
+        return train(config(learning_rates=(0.01, 0.02), **changes), tmp_path / name, together=True)
+
+    exact, rough = run("fp32"), run("bf16", precision="bf16")
+    assert [r["steps"] for r in rough] == [r["steps"] for r in exact]
+    for one, other in zip(exact, rough, strict=True):
+        assert abs(one["accuracy"] - other["accuracy"]) < 0.25
+    assert not torch.equal(
+        weights(tmp_path / "fp32")["embed.weight"], weights(tmp_path / "bf16")["embed.weight"]
+    )
+    with pytest.raises(runs.RunError, match="another config"):
+        run("fp32", precision="bf16")
+
+
+@pytest.mark.parametrize("mask", ["none", "shared", "per row", "per member"])
+def test_attention_takes_members_as_rows(mask: str) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(3, 2, 5, 4, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    lower = torch.ones(5, 5, dtype=torch.bool).tril()
+    visible = {
+        "none": None,
+        "shared": lower,
+        "per row": (lower & (torch.rand(2, 1, 5, 5) > 0.3)) | torch.eye(5, dtype=torch.bool),
+        "per member": (lower & (torch.rand(3, 2, 1, 5, 5) > 0.3)) | torch.eye(5, dtype=torch.bool),
+    }[mask]
+    dims = (0, 0, 0, 0 if mask == "per member" else None)
+    y = vmap(lambda q, k, v, seen: attention._attend(q, k, v, seen, 0.3), in_dims=dims)(q, k, v, visible)
+    each = [
+        attention._attend(q[i], k[i], v[i], visible[i] if mask == "per member" else visible, 0.3)
+        for i in range(3)
+    ]
+    torch.testing.assert_close(y, torch.stack(each))
+    up = torch.randn_like(y)
+    for one, other in zip(
+        torch.autograd.grad(y, (q, k, v), up),
+        torch.autograd.grad(torch.stack(each), (q, k, v), up),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
+
+
+def test_rows_are_counted(tmp_path: Path) -> None:
+    data = TaskData(TASK)
+    seen = 0
+    for step in range(40):
+        assert data.rows_before(step, 16) == seen
+        seen += len(data.batch(0, step, 16).tokens_BN)
+    (result,) = train(config(), tmp_path / "run")
+    assert result["rows"] == 3 * 160
+    assert result["forms"] == ["parallel", "parallel"]
+
+
+def test_weights_need_not_be_kept(tmp_path: Path) -> None:
+    (result,) = train(config(), tmp_path / "run", keep_weights=False)
+    assert result["weights"] is None
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        ".lock", "config.json", "environment.json", "metrics.jsonl", "result.json",
+    ]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------ resuming, side by side
+
+
+def population_config(**changes: object) -> TrainConfig:
+    return config(learning_rates=(0.003, 0.01), seeds=(0, 1), **changes)
+
+
+def test_a_population_stopped_anywhere_goes_on_to_the_bit(tmp_path: Path) -> None:
+    train(population_config(), tmp_path / "whole", together=True)
+    for stop_after in (1, 3, 9, 15):
+        steps = iter(range(10**6))
+        with pytest.raises(Stopped):
+            train(
+                population_config(),
+                tmp_path / "cut",
+                together=True,
+                should_stop=lambda steps=steps, last=stop_after: next(steps) == last,
+            )
+    train(population_config(), tmp_path / "cut", together=True)
+    for member in range(4):
+        assert_same_run(tmp_path / "whole", tmp_path / "cut", member)
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+sys.path.insert(0, {tests!r})
+import test_population
+test_population.train(
+    test_population.population_config(epochs={epochs}), Path(sys.argv[1]), device=sys.argv[2], together=True,
+    checkpoint_seconds=0.1,
+)
+"""
+
+
+def killed_and_started_again(tmp_path: Path, device: str, epochs: int) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(textwrap.dedent(SCRIPT.format(tests=str(Path(__file__).parent), epochs=epochs)))
+    subprocess.run([sys.executable, str(script), str(tmp_path / "whole"), device], check=True)
+    kills = 0
+    while not (tmp_path / "cut" / "result.json").exists():
+        process = subprocess.Popen([sys.executable, str(script), str(tmp_path / "cut"), device])
+        until = time.monotonic() + 60
+        while not (tmp_path / "cut" / "checkpoint.safetensors").exists() and time.monotonic() < until:
+            time.sleep(0.01)
+        if kills < 3:
+            time.sleep(0.05 + 0.23 * kills)
+            process.send_signal(signal.SIGKILL)
+            kills += process.wait() == -signal.SIGKILL
+        else:
+            assert process.wait(timeout=120) == 0
+    assert kills == 3
+    for member in range(4):
+        assert_same_run(tmp_path / "whole", tmp_path / "cut", member)
+
+
+def test_a_population_killed_at_any_moment_gives_the_same_result(tmp_path: Path) -> None:
+    killed_and_started_again(tmp_path, "cpu", 60)
+
+
+@needs_gpu
+def test_so_does_one_on_a_gpu(tmp_path: Path) -> None:
+    killed_and_started_again(tmp_path, "cuda", 200)
+
+
+@needs_gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_recorded_step_is_the_step(tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = population_config(precision=precision)
+    train(run, tmp_path / "recorded", device="cuda")
+    with monkeypatch.context() as patch:
+        patch.setattr(population.Recording, "__call__", lambda recording: recording.function())
+        train(run, tmp_path / "eager", device="cuda")
+    for member in range(4):
+        assert_same_run(tmp_path / "recorded", tmp_path / "eager", member)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+def test_threads_train_side_by_side_as_one_after_the_other(tmp_path: Path, device: str) -> None:
+    settings = [population_config(epochs=2, weight_decay=decay) for decay in (0.1, 0.2, 0.3)]
+    for index, each in enumerate(settings):
+        train(each, tmp_path / f"alone-{index}", device=device, together=True)
+    threads = [
+        threading.Thread(
+            target=train,
+            args=(each, tmp_path / f"beside-{index}"),
+            kwargs={"device": device, "together": True},
+        )
+        for index, each in enumerate(settings)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index in range(3):
+        for member in range(4):
+            assert_same_run(tmp_path / f"alone-{index}", tmp_path / f"beside-{index}", member)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_threads_draw_from_their_own_seed() -> None:
+    drawn, inside = {}, threading.Event()
+
+    def draw(seed: int) -> None:
+        if seed:
+            inside.wait(10)
+        with seeded(seed):
+            inside.set()
+            time.sleep(0.05)
+            drawn[seed] = torch.rand(3)
+
+    threads = [threading.Thread(target=draw, args=(seed,)) for seed in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed in (0, 1):
+        with seeded(seed):
+            assert torch.equal(torch.rand(3), drawn[seed])
+
+
+@needs_gpu
+def test_on_a_gpu_members_end_near_where_the_cpu_ends(tmp_path: Path) -> None:
+    run = population_config(epochs=2)
+    on_gpu = train(run, tmp_path / "gpu", device="cuda")
+    on_cpu = train(run, tmp_path / "cpu")
+    for one, other in zip(on_gpu, on_cpu, strict=True):
+        assert one["accuracy"] == pytest.approx(other["accuracy"], abs=0.1)
+    assert "gpu" in json.loads((tmp_path / "gpu" / "environment.json").read_text())
+
+
+def test_questions_need_not_be_in_order() -> None:
+    model = members(MIXERS[0], torch.float64)[0].model
+    tokens_BN, at_BQ = torch.randint(0, 32, (3, 12)), torch.tensor([[7, 2, 9]] * 3)
+    up_BQD = torch.randn(3, 3, 16, dtype=torch.float64)
+    grads = []
+    for picked in (model.hidden(tokens_BN, at_BQ=at_BQ)[0], model.hidden(tokens_BN)[0][:, [7, 2, 9]]):
+        grads.append(torch.autograd.grad(picked, list(model.parameters()), up_BQD, allow_unused=True))
+    for one, other in zip(*grads, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other)
