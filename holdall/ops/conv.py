@@ -13,6 +13,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:  # pytest checks the shapes; nothing else needs jaxtyping
@@ -91,7 +92,8 @@ def long_conv(
 ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b p+t d"]]:
     """By the Fourier transform, O((P + T) log (P + T)); a single token is one dot product, O(P).
 
-    The transform is long enough that nothing wraps around. It runs in at least fp32.
+    The transform is long enough that nothing wraps around. It runs in at least fp32. Short rows on a GPU are
+    products with the filter's Toeplitz matrix, in the dtype of x.
     """
     new = x_BTD.shape[1]
     seen_BSD = torch.cat((past_BPD, x_BTD), dim=1)
@@ -101,12 +103,30 @@ def long_conv(
     if new == 1:
         y_BD = torch.einsum("bsd,sd->bd", seen_BSD.to(dtype), filter_LD.to(dtype).flip(0))
         return y_BD[:, None].to(x_BTD.dtype), seen_BSD
+    if x_BTD.is_cuda and length <= BY_PRODUCTS:
+        return toeplitz_conv(seen_BSD, filter_LD, new), seen_BSD
     size = fast_size(2 * length - 1)
     # channels before time: a transform along the last, contiguous dimension is the fast one
     spectrum_BDF = torch.fft.rfft(seen_BSD.to(dtype).transpose(1, 2), n=size)
     spectrum_DF = torch.fft.rfft(filter_LD.to(dtype).T, n=size)
     y_BDS = torch.fft.irfft(spectrum_BDF * spectrum_DF, n=size)[:, :, length - new : length]
     return y_BDS.transpose(1, 2).to(x_BTD.dtype), seen_BSD
+
+
+BY_PRODUCTS = 512
+"""Up to so many tokens a GPU's tensor cores do all pairs in less time than transforms, which go through
+memory a dozen times in fp32, take for anything."""
+
+
+def toeplitz_conv(
+    seen_BSD: Float[Tensor, "b s d"], filter_LD: Float[Tensor, "l d"], new: int
+) -> Float[Tensor, "b t d"]:
+    """The outputs of the last `new` tokens by one matrix product per channel, O(T S): M_ts = h_{t - s}."""
+    length = seen_BSD.shape[1]
+    # every window of zeros and the filter after them is a row of M, from its end
+    padded_DW = F.pad(filter_LD[:length].to(seen_BSD.dtype).T, (length - 1, 0))
+    m_DTS = padded_DW.unfold(-1, length, 1)[:, length - new :].flip(-1)
+    return torch.einsum("dts,bsd->btd", m_DTS, seen_BSD)
 
 
 def fast_size(least: int) -> int:

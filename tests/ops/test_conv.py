@@ -5,7 +5,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from holdall.ops.conv import fast_size, long_conv, long_conv_loop, short_conv, short_conv_loop
+from holdall.ops.conv import (
+    fast_size,
+    long_conv,
+    long_conv_loop,
+    short_conv,
+    short_conv_loop,
+    toeplitz_conv,
+)
 
 B, D, DOUBLE = 2, 3, torch.float64
 
@@ -80,6 +87,21 @@ def test_gradients_of_a_long_convolution_equal_the_loops(length: int) -> None:
         )
     for name, got, want in zip(("x", "filter", "past"), *grads, strict=True):
         laws.assert_close(f"gradient of {name}", got, want)
+
+
+@pytest.mark.parametrize(("past", "length", "spare"), [(0, 1, 0), (0, 7, 2), (5, 4, 0), (3, 9, 4)])
+def test_by_products_it_is_the_direct_sum_too(past: int, length: int, spare: int) -> None:
+    """What short rows on a GPU run; under vmap, and with its gradients."""
+    seen_MBSD = laws.draw(2, B, past + length, D, dtype=DOUBLE).requires_grad_()
+    filter_MLD = laws.draw(2, past + length + spare, D, dtype=DOUBLE, seed=1).requires_grad_()
+    got = torch.func.vmap(lambda seen, taps: toeplitz_conv(seen, taps, length))(seen_MBSD, filter_MLD)
+    pairs = zip(seen_MBSD, filter_MLD, strict=True)
+    want = torch.stack([long_conv_loop(seen[:, past:], taps, seen[:, :past])[0] for seen, taps in pairs])
+    laws.assert_close("y", got, want)
+    up = laws.draw(*got.shape, dtype=DOUBLE, seed=2)
+    grads = [torch.autograd.grad((y * up).sum(), (seen_MBSD, filter_MLD)) for y in (got, want)]
+    for one, other in zip(*grads, strict=True):
+        laws.assert_close("gradient", one, other)
 
 
 def test_gradcheck_of_a_short_convolution() -> None:
