@@ -12,6 +12,7 @@ it. Each benchmark's results are appended to results/bench.jsonl, one line with 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -47,7 +48,9 @@ def main() -> int:
         if bench in ON_GPU and not gpu:
             parser.error(f"{name} needs a GPU")
     gates = sorted({gate for name in names for gate in GATES[name.partition(":")[0]]})
-    tests = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not full", *gates]
+    # pytest-benchmark, where somebody has it installed, and pytest-xdist do not get on
+    spread = ["-n", str(runs.cores()), "-p", "no:benchmark"] if importlib.util.find_spec("xdist") else []
+    tests = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not full", *spread, *gates]
     if green := subprocess.run(tests, cwd=ROOT, check=False).returncode:
         print("the tests of what would be measured fail; no speeds", file=sys.stderr)
         return green
