@@ -262,11 +262,8 @@ def run_sweep(
             if (result := finished(job.point.train, folder)) is not None:
                 enter(index, result)
         _write_results(out, lines)
-        left = [
-            index
-            for index, job in enumerate(jobs)
-            if index not in lines and (not families or job.point.family in families)
-        ]
+        wanted = [i for i, job in enumerate(jobs) if not families or job.point.family in families]
+        left = [index for index in wanted if index not in lines]
         if together:  # the longest first, so that none is left alone at the end
             left.sort(key=lambda index: -jobs[index].point.train.model.width)
         with _Pool(min(workers, max(len(left), 1)), device, plugins, watcher, minutes) as pool:
@@ -274,7 +271,7 @@ def run_sweep(
                 enter(index, result)
                 _write_results(out, lines)
         if missing := set(left) - set(lines):
-            raise OutOfTime(f"{len(missing)} of {len(jobs)} runs are not finished")
+            raise OutOfTime(f"{len(missing)} of {len(wanted)} runs are not finished")
     return [line for index in sorted(lines) for line in lines[index]]
 
 
