@@ -155,14 +155,20 @@ class MixerConfig(Config):
         if self.form not in ("auto", *self.forms):
             raise ValueError(f"{self.name} has no form '{self.form}'. {did_you_mean(self.form, self.forms)}")
 
+    @property
+    def has_kernel(self) -> bool:
+        """Whether somebody wrote a kernel for a mixer with these options: what strict insists on."""
+        return "kernel" in self.forms
+
     def kernel_refusal(self, device: torch.device, dtype: torch.dtype) -> str:
         """Why the kernel of this config cannot run on such activations; empty if it can."""
         return forms.kernel_refusal(device, dtype)
 
     def resolved_form(self, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
         """The form that will run on such a device; may raise KernelError, see `forms.resolve`."""
-        refusal = self.kernel_refusal(device, dtype) if "kernel" in self.forms else ""
-        return forms.resolve(self.form, self.forms, device, refusal)
+        known = [form for form in self.forms if form != "kernel" or self.has_kernel]
+        refusal = self.kernel_refusal(device, dtype) if "kernel" in known else ""
+        return forms.resolve(self.form, known, device, refusal)
 
     @abstractmethod
     def build(self) -> Mixer:

@@ -89,6 +89,10 @@ class BaseConvConfig(MixerConfig):
                 "expand has a short filter and its own SiLU: leave filter and activation at their defaults"
             )
 
+    @property
+    def has_kernel(self) -> bool:
+        return self.filter == "short"
+
     def kernel_refusal(self, device: torch.device, dtype: torch.dtype) -> str:
         if self.filter == "long":
             return "there is a kernel for the short filter only"

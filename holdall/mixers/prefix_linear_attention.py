@@ -89,6 +89,10 @@ class PrefixLinearAttentionConfig(MixerConfig):
                 "must be positive"
             )
 
+    @property
+    def has_kernel(self) -> bool:
+        return self.feature_map == "taylor"
+
     def kernel_refusal(self, device: torch.device, dtype: torch.dtype) -> str:
         if self.feature_map != "taylor":
             return f"the kernel has the Taylor map alone, not {self.feature_map}"

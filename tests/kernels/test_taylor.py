@@ -11,6 +11,7 @@ from torch import Tensor
 import holdall
 from holdall import forms
 from holdall.kernels import taylor
+from holdall.mixers.base_conv import BaseConvConfig
 from holdall.mixers.taylor import TaylorConfig
 from holdall.ops.linear_attention import FEATURE_MAPS, FeatureMap, absorb, linear_attention, taylor_features
 
@@ -271,3 +272,6 @@ def test_auto_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
         too_wide.resolved_form(cuda)
     with forms.strict():
         assert fits.resolved_form(cuda) == "kernel"
+    # there is none for a long filter that strict could miss
+    with forms.strict():
+        assert BaseConvConfig(filter="long").resolved_form(cuda) == "parallel"
