@@ -18,7 +18,6 @@ Convolutions start as torch's do, where that library's language model draws N(0,
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
 from holdall.mixers.delta_net import run_delta_rule
-from holdall.ops import conv, delta_rule
+from holdall.ops import conv, delta_rule, hippo
 
 
 class GatedDeltaNetState(NamedTuple):
@@ -124,9 +123,7 @@ class GatedDeltaNet(Mixer):
         self.conv_weight_EW = nn.Parameter(torch.empty(inner, config.kernel).uniform_(-bound, bound))
         self.ab_proj = nn.Linear(width, 2 * config.states, bias=False)
         self.A_log = nn.Parameter(torch.empty(config.states).uniform_(1e-4, 16).log())
-        # softplus(dt_bias) is log-uniform between 0.001 and 0.1
-        dt = torch.empty(config.states).uniform_(math.log(1e-3), math.log(1e-1)).exp()
-        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
+        self.dt_bias = nn.Parameter(hippo.step_size_bias(config.states))
         self.norm_weight_V = nn.Parameter(torch.ones(values // config.states))
         self.gate_proj = nn.Linear(width, values, bias=False) if config.gate else None
         self.out_proj = nn.Linear(values, width, bias=False)

@@ -18,7 +18,6 @@ as torch's do, where that library's language model draws N(0, 0.02) for them too
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
 from holdall.mixers.delta_net import run_delta_rule
-from holdall.ops import conv, delta_rule
+from holdall.ops import conv, delta_rule, hippo
 
 
 class KimiDeltaState(NamedTuple):
@@ -107,9 +106,7 @@ class KimiDeltaAttention(Mixer):
             for _ in range(2)
         )
         self.A_log = nn.Parameter(torch.empty(config.heads).uniform_(1, 16).log())
-        # softplus(dt_bias) is log-uniform between 0.001 and 0.1
-        dt = torch.empty(config.heads, config.key_dim).uniform_(math.log(1e-3), math.log(1e-1)).exp()
-        self.dt_bias_HK = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
+        self.dt_bias_HK = nn.Parameter(hippo.step_size_bias(config.heads, config.key_dim))
         self.norm_weight_V = nn.Parameter(torch.ones(config.key_dim))
         self.out_proj = nn.Linear(inner, width, bias=False)
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
-from holdall.ops import conv, scan
+from holdall.ops import conv, hippo, scan
 
 
 class MambaState(NamedTuple):
@@ -103,9 +103,7 @@ class Mamba(Mixer):
         self.out_proj = nn.Linear(inner, config.width, bias=False)
         with torch.no_grad():
             self.dt_proj.weight.uniform_(-(config.rank**-0.5), config.rank**-0.5)
-            # softplus(bias) is log-uniform between 0.001 and 0.1: memories of 10 to 1000 tokens
-            dt = torch.empty(inner).uniform_(math.log(1e-3), math.log(1e-1)).exp().clamp(min=1e-4)
-            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+            self.dt_proj.bias.copy_(hippo.step_size_bias(inner))
         loop = self.form == "loop"
         self.short_conv = conv.short_conv_loop if loop else conv.short_conv
         self.scan = (

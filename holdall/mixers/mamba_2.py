@@ -16,7 +16,6 @@ the recurrent state is fp32 whatever the weights are, (state, head_dim) where th
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
-from holdall.ops import conv
+from holdall.ops import conv, hippo
 from holdall.ops.linear_attention import linear_attention, linear_attention_loop
 
 
@@ -121,9 +120,7 @@ class Mamba2(Mixer):
         self.in_proj = nn.Linear(config.width, inner + channels + heads, bias=False)
         self.conv_weight_EW = nn.Parameter(torch.empty(channels, config.kernel).uniform_(-bound, bound))
         self.conv_bias_E = nn.Parameter(torch.empty(channels).uniform_(-bound, bound))
-        # softplus(bias) is log-uniform between 0.001 and 0.1
-        dt_H = torch.empty(heads).uniform_(math.log(1e-3), math.log(1e-1)).exp().clamp(min=1e-4)
-        self.dt_bias = nn.Parameter(dt_H + torch.log(-torch.expm1(-dt_H)))
+        self.dt_bias = nn.Parameter(hippo.step_size_bias(heads))
         self.A_log = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
         self.D = nn.Parameter(torch.ones(heads))
         self.norm_weight_E = nn.Parameter(torch.ones(inner))

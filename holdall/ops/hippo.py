@@ -27,6 +27,12 @@ def log_step_sizes(*shape: int) -> Tensor:
     return torch.empty(shape).uniform_(math.log(DT_MIN), math.log(DT_MAX))
 
 
+def step_size_bias(*shape: int) -> Tensor:
+    """Numbers whose softplus are such step sizes: the bias of a projection that starts near zero."""
+    dt = log_step_sizes(*shape).exp()
+    return dt + torch.log(-torch.expm1(-dt))
+
+
 def legs(n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """LegS in the basis where its normal part is diagonal: A = V (diag(lambda) - p p^*) V^*.
 

@@ -1,6 +1,9 @@
-"""Synthetic sweep folders: the numbers are made up, the form is that of `holdall frontier`."""
+"""Synthetic sweep folders, whose numbers are made up and whose form is that of `holdall frontier`; and a
+browser without a network that opens pages."""
 
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,3 +84,45 @@ def sweep(make_sweep: Callable[..., Path]) -> Path:
 @pytest.fixture
 def line() -> Callable[..., dict[str, Any]]:
     return result
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install holdall[dev]")
+    names = (os.environ.get("CHROMIUM"), "chromium", "chromium-browser", "google-chrome")
+    path = next((found for name in names if name and (found := shutil.which(name))), None)
+    if path is None:
+        pytest.skip("needs a Chromium: install one or name it in the environment variable CHROMIUM")
+    with sync_api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def open_file(browser):
+    """Opens a page; what it asked of a network, printed or threw is complained of at the end of the test."""
+    troubles, contexts = [], []
+
+    def guard(route):
+        if route.request.url.startswith("file:"):
+            route.continue_()
+        else:
+            troubles.append(f"request: {route.request.url}")
+            route.abort()
+
+    def open_page(path: Path, **options: Any):
+        context = browser.new_context(viewport={"width": 1280, "height": 1000}, **options)
+        contexts.append(context)
+        context.set_default_timeout(10_000)
+        context.route("**/*", guard)
+        page = context.new_page()
+        page.on("console", lambda message: troubles.append(f"console: {message.text}"))
+        page.on("pageerror", lambda error: troubles.append(f"error: {error}"))
+        page.goto(path.as_uri())
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert troubles == []

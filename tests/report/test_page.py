@@ -1,9 +1,7 @@
 """The page: what it holds as text, and what a reader's browser makes of it, offline."""
 
 import json
-import os
 import re
-import shutil
 
 import pytest
 
@@ -67,52 +65,16 @@ def test_no_text_is_read_as_markup(nasty):
     assert data_of(page)["marks"][0]["title"].endswith("</script>{{data}}")
 
 
-def chromium() -> str | None:
-    names = (os.environ.get("CHROMIUM"), "chromium", "chromium-browser", "google-chrome")
-    return next((found for name in names if name and (found := shutil.which(name))), None)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install holdall[dev]")
-    path = chromium()
-    if path is None:
-        pytest.skip("needs a Chromium: install one or name it in the environment variable CHROMIUM")
-    with sync_api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield started
-        started.close()
-
-
 @pytest.fixture
-def visit(browser, tmp_path):
-    """Opens the report of sweep folders in a browser without a network; complains at the end of the test."""
-    troubles, contexts = [], []
-
-    def guard(route):
-        if route.request.url.startswith("file:"):
-            route.continue_()
-        else:
-            troubles.append(f"request: {route.request.url}")
-            route.abort()
+def visit(open_file, tmp_path):
+    """Opens the report of sweep folders."""
 
     def open_page(*folders, **options):
-        _, path = write(folders, tmp_path / "out")
-        context = browser.new_context(viewport={"width": 1280, "height": 1000}, **options)
-        contexts.append(context)
-        context.set_default_timeout(10_000)
-        context.route("**/*", guard)
-        page = context.new_page()
-        page.on("console", lambda message: troubles.append(f"console: {message.text}"))
-        page.on("pageerror", lambda error: troubles.append(f"error: {error}"))
-        page.goto(path.as_uri())
+        page = open_file(write(folders, tmp_path / "out")[1], **options)
         page.wait_for_selector("#chart .scatterlayer .trace")
         return page
 
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert troubles == []
+    return open_page
 
 
 # Points are counted in the browser's own drawing, and looked up through Plotly's axes.
