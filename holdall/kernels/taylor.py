@@ -42,10 +42,12 @@ from torch import Tensor
 from holdall import forms
 from holdall.kernels import cdiv, register_batch_vmap
 from holdall.kernels.language import append, dot, narrow
+from holdall.ops.linear_attention import FEATURE_MAPS
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:  # pytest checks the shapes; nothing else needs jaxtyping
     from jaxtyping import Float
 
+FEATURES = FEATURE_MAPS["taylor"].size
 MAX_KEY, MAX_VALUE = 32, 128
 SEGMENT = 512
 """Tokens whose pairs are met directly; as many as cost what a state's features would."""
@@ -461,48 +463,14 @@ def _grad_kv(
         shift += bh * T
         for start in range(first, min(first + C, T), S):
             dk_CK, dv_CV = _grad_kv_met(
-                dk_CK,
-                dv_CV,
-                k_CK,
-                v_CV,
-                t_C,
-                q,
-                dy,
-                scale,
-                shift,
-                start,
-                q_t,
-                H * V,
-                T,
-                True,
-                K,
-                V,
-                FK,
-                FV,
-                S,
-            )
+                dk_CK, dv_CV, k_CK, v_CV, t_C, q, dy, scale, shift, start,
+                q_t, H * V, T, True, K, V, FK, FV, S,
+            )  # fmt: skip
         for start in range(first + C, min(n * L + L, T), S):
             dk_CK, dv_CV = _grad_kv_met(
-                dk_CK,
-                dv_CV,
-                k_CK,
-                v_CV,
-                t_C,
-                q,
-                dy,
-                scale,
-                shift,
-                start,
-                q_t,
-                H * V,
-                T,
-                False,
-                K,
-                V,
-                FK,
-                FV,
-                S,
-            )
+                dk_CK, dv_CV, k_CK, v_CV, t_C, q, dy, scale, shift, start,
+                q_t, H * V, T, False, K, V, FK, FV, S,
+            )  # fmt: skip
     _store_block(dk, dk_CK, bh, H, t_C, T, K, FK)
     _store_block(dv, dv_CV, bh, H, t_C, T, V, FV)
 
@@ -524,7 +492,7 @@ class _Sizes:
     def __init__(self, k_BTHK: Tensor, v_BTHV: Tensor) -> None:
         self.batch, self.time, self.heads, key = k_BTHK.shape
         value, device = v_BTHV.shape[-1], k_BTHK.device
-        self.features = 1 + key + key * (key + 1) // 2
+        self.features = FEATURES(key)
         self.segment = SEGMENT
         self.segments = cdiv(self.time, self.segment)
         hot_2KF, ones_2F, self.weight = _table(key, v_BTHV.dtype, device)
@@ -604,7 +572,7 @@ def _forward_fake(
     q: Tensor, k: Tensor, v: Tensor, s: Tensor | None, z: Tensor | None, eps: float, want_state: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     (batch, time, heads, key), value = k.shape, v.shape[-1]
-    features, segments = 1 + key + key * (key + 1) // 2, cdiv(time, SEGMENT)
+    features, segments = FEATURES(key), cdiv(time, SEGMENT)
     y, den = v.new_empty(batch, time, heads, value), v.new_empty(batch, heads, time, dtype=torch.float32)
     held = heads if s is not None or want_state or segments > 1 else 0
     s_prefix = v.new_empty(batch, held, segments, features, value)
@@ -621,6 +589,7 @@ def _backward(
     """Gradients of q, k, v and, where there was one, of the incoming state."""
     sizes = _Sizes(k, v)
     dy = dy.contiguous()
+    ds, dz = _gradients_of_state(ds, dz, k, v)
     dq, dk, dv, ds_in, dz_in = _backward_fake(q, k, v, y, den, s_prefix, z_prefix, dy, ds, dz, eps, has_in)
     scale, shift = torch.empty_like(den), torch.empty_like(den)
     strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
@@ -633,7 +602,6 @@ def _backward(
     if ds is not None or has_in or sizes.segments > 1:
         first = 0 if has_in else 1
         sums = sizes.sums(q, dy, scale, shift, first, sizes.segments - first)
-        ds, dz = _gradients_of_state(ds, dz, k, v)
         s_suffix, z_suffix, ds_in, dz_in = sizes.prefix(
             sums, ds, dz, first, sizes.segments - first, v.dtype, want_out=has_in, reverse=True
         )
@@ -651,7 +619,7 @@ def _gradients_of_state(
     if ds is None and dz is None:
         return None, None
     key, value = k.shape[-1], v.shape[-1]
-    size = k.shape[0], k.shape[2], 1 + key + key * (key + 1) // 2
+    size = k.shape[0], k.shape[2], FEATURES(key)
     zeros = functools.partial(torch.zeros, dtype=torch.float32, device=k.device)
     return (
         zeros(*size, value) if ds is None else ds.contiguous(),
@@ -665,7 +633,7 @@ def _backward_fake(
     ds: Tensor | None, dz: Tensor | None, eps: float, has_in: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     (batch, _, heads, key), value = k.shape, v.shape[-1]
-    state = (batch, heads if has_in else 0, 1 + key + key * (key + 1) // 2)
+    state = (batch, heads if has_in else 0, FEATURES(key))
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     return dq, dk, dv, den.new_empty(*state, value), den.new_empty(state)
 
@@ -682,7 +650,7 @@ def _absorb(k: Tensor, v: Tensor, s: Tensor | None, z: Tensor | None) -> tuple[T
 @_absorb.register_fake
 def _absorb_fake(k: Tensor, v: Tensor, s: Tensor | None, z: Tensor | None) -> tuple[Tensor, Tensor]:
     (batch, _, heads, key), value = k.shape, v.shape[-1]
-    z_out = v.new_empty(batch, heads, 1 + key + key * (key + 1) // 2, dtype=torch.float32)
+    z_out = v.new_empty(batch, heads, FEATURES(key), dtype=torch.float32)
     return z_out.new_empty(*z_out.shape, value), z_out
 
 
@@ -721,7 +689,6 @@ def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 def _call_backward(ctx: Any, dy: Tensor | None, *others: Tensor | None) -> tuple[Any, ...]:
     *_, ds, dz = others
     q, k, v, y, *rest = ctx.saved_tensors
-    ds, dz = _gradients_of_state(ds, dz, k, v)
     dy = torch.zeros_like(y) if dy is None else dy
     dq, dk, dv, ds_in, dz_in = _backward(q, k, v, y, *rest, dy, ds, dz, ctx.eps, ctx.has_in)
     return dq, dk, dv, *((ds_in, dz_in) if ctx.has_in else (None, None)), None, None
