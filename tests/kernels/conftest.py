@@ -6,6 +6,7 @@ Triton decides which when a kernel's file is first imported, so the environment 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -20,6 +21,16 @@ pytest.importorskip("triton", reason="needs Triton")
 @pytest.fixture
 def device() -> torch.device:
     return torch.device(DEVICE)
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Memory that nobody has written to yet holds NaN; and what cannot be deterministic raises."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(100).new_empty(7).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -18,13 +18,7 @@ WIDE = 272
 """A width at which chunks of logits are written; all smaller ones are fused, but in fp32."""
 
 
-@pytest.fixture(autouse=True)
-def poison() -> Iterator[None]:
-    """Memory that was never written holds NaN; and nothing may add in whatever order threads arrive."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(before)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def inputs(

@@ -6,7 +6,6 @@ Letters: B row, T time, X channels, P modes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import laws
@@ -23,12 +22,7 @@ SINGLE, COMPLEX, DOUBLE = torch.float32, torch.complex64, torch.float64
 FORMS = {True: (kernel.steady_scan, scan.steady_scan), False: (kernel.diagonal_scan, scan.diagonal_scan)}
 
 
-@pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
-    """Memory that is allocated but not written holds NaN, and whatever is not deterministic raises."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def inputs(

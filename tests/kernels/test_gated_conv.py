@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import laws
@@ -27,13 +27,7 @@ ZOOLOGY_SILU = {"halves": False, "silu": "both", "skip": True, "bias": True}
 BASED = {"halves": True, "silu": "conv", "skip": False, "bias": False}
 
 
-@pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
-    """Memory that nobody has written to yet holds NaN; and what cannot be deterministic raises."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(100).new_empty(7).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def draw(

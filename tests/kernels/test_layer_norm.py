@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,12 +16,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = ((1, 1, 16), (2, 63, 48), (1, 65, 64), (3, 40, 129))
 
 
-@pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
-    """Memory that nobody has written to yet holds NaN; and what cannot be deterministic raises."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def draw(*size: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:

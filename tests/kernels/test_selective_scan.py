@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import laws
@@ -26,12 +25,7 @@ NAMES = ("x", "dt", "a", "b", "c", "h", "dt_bias_D", "skip_D", "z_BTD")
 FUSED = NAMES[6:]
 
 
-@pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
-    """Memory that is allocated but not written holds NaN, and whatever is not deterministic raises."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 @pytest.fixture

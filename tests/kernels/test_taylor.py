@@ -20,12 +20,7 @@ LENGTHS = (1, 63, 64, 65, 200)
 LONG = (1000, 16384)
 
 
-@pytest.fixture(autouse=True)
-def poisoned():
-    """Whatever is allocated holds NaN until it is written."""
-    torch.use_deterministic_algorithms(True)  # with which torch.empty is filled, by default
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 @pytest.fixture
