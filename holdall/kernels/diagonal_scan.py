@@ -66,6 +66,11 @@ def _plus(a, b, COMPLEX: tl.constexpr):
 
 
 @triton.jit
+def _minus(a, b):
+    return a[0] - b[0], a[1] - b[1]
+
+
+@triton.jit
 def _conj(a, COMPLEX: tl.constexpr):
     if COMPLEX:
         return a[0], -a[1]
@@ -204,7 +209,7 @@ def _backward_kernel(
 ):  # fmt: skip
     row, segment, inside_X, x_X = _whose(channels, segments, BLOCK)
     before, zero_X = row * segments * channels, tl.zeros((BLOCK,), tl.float32)
-    s_X, da_X = (zero_X, zero_X), (zero_X, zero_X)
+    s_X, da_X, lost_X = (zero_X, zero_X), (zero_X, zero_X), (zero_X, zero_X)
     for i in range(segments - 1 - segment):
         at_X = before + (segments - 1 - i) * channels + x_X
         end_X = _read(ends_ptr + at_X, inside_X, False, COMPLEX)
@@ -226,6 +231,7 @@ def _backward_kernel(
         if not STEADY:
             many_a = _read_tile(a_ptr + at, channels, x_X, ok_JX, True, TILE, LEVELS, COMPLEX)
         db_re, db_im, da_re, da_im = (), (), (), ()
+        tile_da_X = (zero_X, zero_X)
         for j in tl.static_range(TILE - 1, -1, -1):
             if not STEADY:
                 a_X = _conj((many_a[0][j], many_a[1][j]), COMPLEX)
@@ -238,9 +244,14 @@ def _backward_kernel(
             db_re, db_im = prepend(g_X[0], db_re), prepend(g_X[1], db_im)
             at_a_X = _times(g_X, _conj(h_X, COMPLEX), COMPLEX)
             if STEADY:
-                da_X = _plus(da_X, at_a_X, COMPLEX)
+                tile_da_X = _plus(tile_da_X, at_a_X, COMPLEX)
             else:
                 da_re, da_im = prepend(at_a_X[0], da_re), prepend(at_a_X[1], da_im)
+        if STEADY:  # a sum of thousands keeps what each addition rounds off, by Kahan's rule
+            tile_da_X = _plus(tile_da_X, lost_X, COMPLEX)
+            more_X = _plus(da_X, tile_da_X, COMPLEX)
+            lost_X = _minus(tile_da_X, _minus(more_X, da_X))
+            da_X = more_X
         _write_tile(db_ptr + at, channels, x_X, ok_JX, (db_re, db_im), TILE, LEVELS, COMPLEX)
         if not STEADY:
             _write_tile(da_ptr + at, channels, x_X, ok_JX, (da_re, da_im), TILE, LEVELS, COMPLEX)

@@ -10,7 +10,7 @@ over the states:
 
     for n: for t in tile: h = exp2(dt_t A_n log2 e) h + (dt_t x_t) B_tn,   y_t += C_tn h
 
-and h_n goes from tile to tile through memory. Those are the states that the backward needs: it takes the
+(beside inputs in fp32 with a longer, exact exponential) and h_n goes from tile to tile through memory. Those are the states that the backward needs: it takes the
 tiles last to first, recomputes h within each from the state at its start, and then, with q_t the gradient of
 y before gate and skip, and s the gradient that h_t sends back,
 
@@ -112,6 +112,15 @@ def _exp(x, EXACT: tl.constexpr):
 
 
 @triton.jit
+def _decay(dt, a, EXACT: tl.constexpr):
+    """exp(dt A), of a = A where it is exact, as beside inputs in fp32, else A log2 e."""
+    if EXACT:
+        return _exp(dt * a, True)
+    else:
+        return _exp2(dt * a)
+
+
+@triton.jit
 def _sigmoid(x, EXACT: tl.constexpr):
     if EXACT:
         x = tl.maximum(x, -80.0)
@@ -181,7 +190,7 @@ def _whose(segments, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def _start_segment(
     state_ptr, start_ptr, ends_ptr, totals_ptr, a_ptr, d_D, ok_D, channels, size, first, count,
-    STEP: tl.constexpr,
+    STEP: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """The state before a segment: the one given, led through `count` of which only the ends are known."""
     for n in range(size):
@@ -191,7 +200,7 @@ def _start_segment(
             segment = first + i * STEP
             total_D = tl.load(totals_ptr + (segment * channels + d_D), mask=ok_D, other=0.0)
             end_D = tl.load(ends_ptr + ((segment * size + n) * channels + d_D), mask=ok_D, other=0.0)
-            h_D = _exp2(total_D * a_D) * h_D + end_D
+            h_D = _decay(total_D, a_D, EXACT) * h_D + end_D
         tl.store(state_ptr + (n * channels + d_D), h_D, mask=ok_D)
 
 
@@ -213,6 +222,7 @@ def _ends_kernel(
     TILE: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
     """What a segment that starts from zero ends with, and the sum of its dt; in reverse, of the gradients."""
+    EXACT: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
     row, segment, d_D, inside_D = _whose(segments, CHANNELS, BLOCK)
     a_ptr += row // group * size * CHANNELS
     ends_ptr += (row * segments + segment) * size * CHANNELS
@@ -232,7 +242,7 @@ def _ends_kernel(
             u_JD = _load(_tile(dy_ptr + row * dy_row + start * DY_TIME, DY_TIME, d_D, TILE), ok_JD)
             if GATE:
                 z_JD = _load(_tile(z_ptr + row * z_row + start * Z_TIME, Z_TIME, d_D, TILE), ok_JD)
-                u_JD *= z_JD * _sigmoid(z_JD, x_ptr.dtype.element_ty == tl.float32)
+                u_JD *= z_JD * _sigmoid(z_JD, EXACT)
         else:
             u_JD = dt_JD * _load(_tile(x_ptr + row * x_row + start * X_TIME, X_TIME, d_D, TILE), ok_JD)
         total_D += tl.sum(dt_JD, axis=0)
@@ -250,11 +260,11 @@ def _ends_kernel(
             if REVERSE:
                 for j in tl.static_range(TILE - 1, -1, -1):
                     _, c = _pair(tl.load(pair_ptr + (n * TILE + j)) if j > 0 else first)
-                    h_D = _exp2(dts[j] * a_D) * (h_D + us[j] * c)
+                    h_D = _decay(dts[j], a_D, EXACT) * (h_D + us[j] * c)
             else:
                 for j in tl.static_range(TILE):
                     b, _ = _pair(tl.load(pair_ptr + (n * TILE + j)) if j > 0 else first)
-                    h_D = _exp2(dts[j] * a_D) * h_D + us[j] * b
+                    h_D = _decay(dts[j], a_D, EXACT) * h_D + us[j] * b
             tl.store(ends_ptr + (n * CHANNELS + d_D), h_D, mask=inside_D)
     tl.store(totals_ptr + (row * segments + segment) * CHANNELS + d_D, total_D, mask=inside_D)
 
@@ -279,6 +289,7 @@ def _forward_kernel(
     _start_segment(
         states_ptr, h_ptr + row * CHANNELS * size, ends_ptr + row * segments * size * CHANNELS,
         totals_ptr + row * segments * CHANNELS, a_ptr, d_D, inside_D, CHANNELS, size, 0, segment, 1,
+        EXACT,
     )  # fmt: skip
     count = tl.minimum(tiles, all_tiles - segment * tiles)
     for i in range(count):
@@ -306,7 +317,7 @@ def _forward_kernel(
             sums = ()
             for j in tl.static_range(TILE):
                 b, c = _pair(tl.load(pair_ptr + (n * TILE + j)) if j > 0 else first)
-                h_D = _exp2(dts[j] * a_D) * h_D + us[j] * b
+                h_D = _decay(dts[j], a_D, EXACT) * h_D + us[j] * b
                 sums = append(sums, ys[j] + h_D * c)
             ys = sums
             tl.store(next_ptr + (n * CHANNELS + d_D), h_D, mask=inside_D)
@@ -361,7 +372,7 @@ def _backward_kernel(
     _start_segment(
         carry_ptr, dlast_ptr + row * CHANNELS * size, ends_ptr + row * segments * size * CHANNELS,
         totals_ptr + row * segments * CHANNELS, a_ptr, d_D, inside_D, CHANNELS, size, segments - 1,
-        segments - 1 - segment, -1,
+        segments - 1 - segment, -1, EXACT,
     )  # fmt: skip
     for n in range(size):
         tl.store(da_ptr + (n * CHANNELS + d_D), zero_D, mask=inside_D)
@@ -403,7 +414,7 @@ def _backward_kernel(
             hs, decays, new_ys = append((), h_D), (), ()
             for j in tl.static_range(TILE):
                 b, c = _pair(tl.load(pair_ptr + (n * TILE + j)) if j > 0 else first)
-                decay_D = _exp2(dts[j] * a_D)
+                decay_D = _decay(dts[j], a_D, EXACT)
                 h_D = decay_D * h_D + us[j] * b
                 hs, decays = append(hs, h_D), append(decays, decay_D)
                 new_ys = append(new_ys, ys[j] + h_D * c if GATE else zero_D)
@@ -434,7 +445,7 @@ def _backward_kernel(
         # read once more, since registers are short
         x_JD = _load(_tile(x_ptr + row * x_row + start * X_TIME, X_TIME, d_D, TILE), ok_JD)
         g_JD = join_tokens(gs, TILE, LEVELS)
-        ddt_JD = LN_2 * join_tokens(ws, TILE, LEVELS) + x_JD * g_JD
+        ddt_JD = join_tokens(ws, TILE, LEVELS) * (1.0 if EXACT else LN_2) + x_JD * g_JD
         dx_JD = join_tokens(dts, TILE, LEVELS) * g_JD
         here = row * out_row + start * CHANNELS
         if SOFTPLUS:
@@ -526,14 +537,15 @@ def _step_kernel(
     if SOFTPLUS:
         bias_D = _load(bias_ptr + member * channels + d_D, inside_D)
     dt_D = _load_dt(dt_ptr + row * dt_row + d_D, inside_D, bias_D, SOFTPLUS)
-    h_DN = _exp2(dt_D[:, None] * a_DN * LOG2_E) * h_DN + (dt_D * x_D)[:, None] * b_N[None, :]
+    EXACT: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
+    h_DN = _exp(dt_D[:, None] * a_DN, EXACT) * h_DN + (dt_D * x_D)[:, None] * b_N[None, :]
     tl.store(next_ptr + row * channels * size + at_DN, h_DN, mask=ok_DN)
     y_D = tl.sum(h_DN * c_N[None, :], axis=1)
     if SKIP:
         y_D += x_D * _load(skip_ptr + member * channels + d_D, inside_D)
     if GATE:
         z_D = _load(z_ptr + row * z_row + d_D, inside_D)
-        y_D *= z_D * _sigmoid(z_D, x_ptr.dtype.element_ty == tl.float32)
+        y_D *= z_D * _sigmoid(z_D, EXACT)
     tl.store(y_ptr + row * channels + d_D, narrow(y_D, y_ptr.dtype.element_ty), mask=inside_D)
 
 
@@ -596,7 +608,8 @@ class _Call:
         self, x: Tensor, dt: Tensor, a: Tensor, bias: Tensor | None, skip: Tensor | None, z: Tensor | None
     ) -> None:
         self.x, self.dt = _rows(x), _rows(dt)
-        self.a_GND = a.float().mul(LOG2_E.value).mT.contiguous()
+        a = a.float() if x.dtype == torch.float32 else a.float() * LOG2_E.value  # see _decay
+        self.a_GND = a.mT.contiguous()
         # what is not there is not read either, but has to be a pointer
         self.z = self.x if z is None else _rows(z)
         self.bias, self.skip = (self.a_GND if p is None else p.contiguous() for p in (bias, skip))

@@ -6,10 +6,12 @@ Triton decides which when a kernel's file is first imported, so the environment 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
+import laws
 import pytest
 import torch
+from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
@@ -33,8 +35,41 @@ def poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(before)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked gpu skip without one."""
+@pytest.fixture
+def assert_replays() -> Callable[[Callable[[], Sequence[Tensor]]], None]:
+    """Holds that a CUDA graph of a function without arguments gives the function's bits."""
+
+    def check(function: Callable[[], Sequence[Tensor]]) -> None:
+        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        with torch.cuda.stream(side):  # all on one: a leaf belongs to the stream that first saw it
+            want = [x.detach().clone() for x in function()]
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph, stream=side):
+                got = [x.detach() for x in function()]
+        for x in got:
+            x.fill_(torch.nan)
+        graph.replay()
+        torch.cuda.synchronize()
+        for i, (one, other) in enumerate(zip(got, want, strict=True)):
+            laws.assert_bitwise(f"result {i} of a replay", one, other)
+
+    return check
+
+
+@pytest.fixture(autouse=True)
+def gives_memory_back() -> Iterator[None]:
+    """Several processes test on one GPU."""
+    yield
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked gpu skip without one. Those marked gpu("tens of GB") run one after the other, beside the
+    others, under `pytest -n 8 --dist loadgroup`."""
     for item in items:
-        if item.get_closest_marker("gpu") and DEVICE == "cpu":
-            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+        if mark := item.get_closest_marker("gpu"):
+            if DEVICE == "cpu":
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+            elif mark.args and config.pluginmanager.hasplugin("xdist"):
+                item.add_marker(pytest.mark.xdist_group(mark.args[0]))

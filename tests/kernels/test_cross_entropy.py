@@ -281,7 +281,7 @@ def test_a_cuda_graph_holds_it(width: int, device: torch.device) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu("tens of GB")
 def test_more_than_2_to_31_elements(device: torch.device) -> None:
     count, width, vocab = (1 << 31) // 64 + 1000, 64, 128
     h = torch.randn(count, width, device=device, dtype=torch.bfloat16).requires_grad_()

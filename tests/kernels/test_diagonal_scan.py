@@ -190,18 +190,10 @@ def test_what_cannot_run_says_why(device: torch.device) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("steady", [False, True])
-def test_a_cuda_graph_replays_training(steady: bool, device: torch.device) -> None:
+def test_a_cuda_graph_replays_training(steady: bool, device: torch.device, assert_replays: Any) -> None:
     ours, leaves = FORMS[steady][0], [u.requires_grad_() for u in inputs(1000, device=device, steady=steady)]
-    up = torch.randn_like(ours(*leaves))
-    want = torch.autograd.grad(ours(*leaves), leaves, up)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = torch.autograd.grad(ours(*leaves), leaves, up)
-    graph.replay()
-    torch.cuda.synchronize()
-    for i, (u, v) in enumerate(zip(want, got, strict=True)):
-        laws.assert_bitwise(f"gradient {i}", v, u)
+    up = torch.randn_like(leaves[1])
+    assert_replays(lambda: torch.autograd.grad(ours(*leaves), leaves, up))
 
 
 @pytest.mark.gpu
@@ -218,7 +210,7 @@ def test_a_new_length_compiles_nothing(device: torch.device) -> None:
     assert compiled() == before
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu("tens of GB")
 def test_more_elements_than_32_bits_count(device: torch.device) -> None:
     """The last row of many is as if alone, where its offset is beyond 2^31."""
     args = inputs(1 << 15, device=device, batch=1, shape=(1024,))

@@ -85,7 +85,7 @@ def test_so_it_is_at_size(size: tuple[int, ...], dtype: torch.dtype, device: tor
     assert_as_exact_as_torch(size, dtype, device)
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu("tens of GB")
 def test_tensors_may_be_larger_than_32_bits_count() -> None:
     x = torch.randn(2**31 // 1024 + 5, 1024, dtype=torch.bfloat16, device="cuda").requires_grad_()
     weight, bias = (torch.randn(1024, dtype=torch.bfloat16, device="cuda").requires_grad_() for _ in range(2))

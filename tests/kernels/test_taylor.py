@@ -185,7 +185,7 @@ def test_same_bits_twice(device, short_segments) -> None:
     assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu("tens of GB")
 def test_more_than_two_billion_elements(device) -> None:
     """Offsets are 64 bits wide: the last row of a huge batch equals itself alone."""
     rows, length, width = 70, 16384, 2048
@@ -202,15 +202,14 @@ def test_more_than_two_billion_elements(device) -> None:
 
 
 @pytest.mark.gpu
-def test_in_a_cuda_graph(device) -> None:
-    q, k, v, s, z = inputs(1000, 16, 64, device, torch.bfloat16)
-    want = taylor.taylor_attention(q, k, v, s, z)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = taylor.taylor_attention(q, k, v, s, z)
-    graph.replay()
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+def test_in_a_cuda_graph(device, assert_replays) -> None:
+    leaves = [x.requires_grad_() for x in inputs(1000, 16, 64, device, torch.bfloat16)]
+
+    def train() -> list[Tensor]:
+        out = taylor.taylor_attention(*leaves)
+        return [*out, *torch.autograd.grad(sum(x.float().sum() for x in out), leaves)]
+
+    assert_replays(train)
 
 
 @pytest.mark.gpu

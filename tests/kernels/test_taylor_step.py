@@ -106,7 +106,7 @@ def test_many_rows(batch: int, state_dtype: torch.dtype, device: torch.device) -
                 laws.assert_bitwise("a second time", other, one)
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu("tens of GB")
 def test_more_elements_than_32_bits_count(device: torch.device) -> None:
     batch, heads, key_dim, value_dim = 1100, 16, 16, 1024
     q, k, v = (torch.randn(batch, 1, heads, d, device=device) for d in (key_dim, key_dim, value_dim))
