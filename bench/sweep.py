@@ -9,8 +9,7 @@ model, at N = 64, K = 4 and N = 256, K = 64. Rows per second of all members toge
     plain          one model, fp32, mixers in plain PyTorch: hidden states and logits of all tokens,
                    cross-entropy that ignores all but the answers, AdamW
     plain, auto    the same loop with the mixers' own kernels, where they have them
-    population     holdall.train: four learning rates in one recorded pass, in bf16
-    sweep          as `holdall frontier` runs it: several such populations at once
+    population     as `holdall frontier` trains: four learning rates in one recorded pass, in bf16
 
 `times` compares with `plain`, `times auto` with `plain, auto`.
 
@@ -20,9 +19,7 @@ Letters: B rows, N tokens, K pairs.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -36,7 +33,7 @@ from rich.table import Table
 from bench import show
 from bench.training import plain_loop
 from holdall import recipes
-from holdall.frontier import GPU_WORKERS, Point
+from holdall.frontier import Point
 from holdall.tasks.data import Segment
 from holdall.train import TrainConfig, Trainer, own_stream, repeatable
 
@@ -91,55 +88,18 @@ def rate(steps: Iterator[None], members: int) -> float:
     return members * BATCH * done / (time.perf_counter() - began)
 
 
-def sweep_rate(run: TrainConfig, folder: Path, count: int) -> float:
-    """Rows per second of several populations at once, each in a thread, while all of them run."""
-    ready, done, stop = threading.Barrier(count + 1, timeout=120), [0] * count, threading.Event()
-
-    def work(index: int) -> None:
-        with own_stream(torch.device("cuda")):
-            steps = population(run, folder / str(index))
-            for _ in range(4):
-                next(steps)
-            torch.cuda.current_stream().synchronize()
-            ready.wait()
-            while not stop.is_set():
-                for _ in range(5):
-                    next(steps)
-                torch.cuda.current_stream().synchronize()
-                done[index] += 5
-
-    threads = [threading.Thread(target=work, args=(index,), daemon=True) for index in range(count)]
-    for thread in threads:
-        thread.start()
-    ready.wait()
-    began, before = time.perf_counter(), sum(done)
-    time.sleep(SECONDS)
-    steps, seconds = sum(done) - before, time.perf_counter() - began
-    stop.set()
-    for thread in threads:
-        thread.join()
-    return len(run.members) * BATCH * steps / seconds
-
-
 def measure(point: Point, length: int, pairs: int) -> list[dict[str, Any]]:
     """All ways for one model at one shape; a way that fails says why instead."""
     run = config(point, length, pairs)
     found: dict[str, float | str] = {}
-    with TemporaryDirectory() as folder, repeatable(torch.device("cuda")):
-        members = len(run.members)
-        ways: dict[str, Callable[[], float]] = {
-            "population": lambda: rate(population(run, Path(folder) / "one"), members),
-            "sweep": lambda: sweep_rate(run, Path(folder), GPU_WORKERS),
-        }
-        for way, measured in ways.items():
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(own_stream(torch.device("cuda")))
-                found[way] = _or_reason(measured)
+    device = torch.device("cuda")
+    with TemporaryDirectory() as folder, repeatable(device), own_stream(device):
+        found["population"] = _or_reason(lambda: rate(population(run, Path(folder)), len(run.members)))
     for form, way in (("parallel", "plain"), ("auto", "plain, auto")):
         found[way] = _or_reason(lambda form=form: rate(plain(run, form), 1))
     result = {"model": point.label, "width": run.model.width, "length": length, "pairs": pairs}
     for way, base in (("plain", "times"), ("plain, auto", "times auto")):
-        ours, theirs = found["sweep"], found[way]
+        ours, theirs = found["population"], found[way]
         both = isinstance(ours, float) and isinstance(theirs, float)
         result[base] = round(ours / theirs, 1) if both else None
     return [{**result, "family": point.family, "rows_per_second": found}]
@@ -165,7 +125,7 @@ def run(families: Sequence[str] = ()) -> list[dict[str, Any]]:
 
 def table(results: Sequence[dict[str, Any]]) -> Table:
     """The results as people read them."""
-    ways = ("plain", "plain, auto", "population", "sweep")
+    ways = ("plain", "plain, auto", "population")
     shown = Table(title=f"training on a GPU, rows/s; vocabulary 8192, batch {BATCH} a model")
     for column in ("model", "width", "N", "K", *ways, "times", "times auto"):
         shown.add_column(column, justify="left" if column == "model" else "right")

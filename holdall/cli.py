@@ -38,9 +38,9 @@ def frontier(
         out: the folder that it leaves; runs/RECIPE by default.
         add: one more registered mixer for the quick recipe, as NAME or NAME:option=value,option=value.
         load: a mixer file of your own; every mixer that it registers joins the quick recipe.
-        seeds: how many seeds for every learning rate.
+        seeds: how many seeds for every learning rate; with more of them later the same folder goes on.
         device: where to train; auto takes a GPU if there is one.
-        workers: runs that train at once; by default one per core, or one on a GPU.
+        workers: runs that train at once; by default one per core, or per GPU.
         family: train only the models of this family now (repeatable).
         minutes: stop within so many; 75 is then the exit status, and the same command goes on. 0 only
             gathers what is finished, also what was trained elsewhere and copied into the folder's runs.

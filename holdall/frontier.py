@@ -9,9 +9,8 @@ A sweep is a list of points, each a population of one architecture. Its folder h
     frontier.png, frontier.html    made from the above alone (holdall.report)
 
 Stopped in any way, the same call goes on where it was. On a CPU every member of a population is its own run,
-one thread each, as many at once as there are cores: small models gain nothing from a second thread. On a GPU
-a population is one run; several train at once if `workers` says so, each in a thread with its own stream,
-since processes of their own would only take turns on it.
+one thread each, as many at once as there are cores: small models gain nothing from a second thread. On GPUs
+the learning rates of a seed are one run, one at once on each. More seeds can be asked for later.
 
 What is finished is known by `runs` alone. So a sweep can be made in pieces, by time or by family, on several
 machines: put the pieces' `runs` into one folder, and the next call there, or one with no time to train
@@ -25,7 +24,6 @@ import dataclasses
 import json
 import multiprocessing
 import os
-import queue
 import re
 import signal
 import sys
@@ -89,8 +87,12 @@ class SweepConfig(Config):
             seen.add(job.folder)
 
     def jobs(self, *, together: bool) -> list[Job]:
-        """What is trained: each point as one population, or each of its members alone."""
-        whole = [Job(point, together=True) for point in self.points]
+        """What is trained: each point's learning rates as one population per seed, or each member alone."""
+        whole = [
+            Job(dataclasses.replace(point, train=dataclasses.replace(point.train, seeds=(seed,))), True)
+            for point in self.points
+            for seed in point.train.seeds
+        ]
         return whole if together else [alone for job in whole for alone in job.alone()]
 
     @property
@@ -106,33 +108,30 @@ def _test_of(data: DataConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a sweep."""
+    """One run of a sweep, of one seed."""
 
     point: Point
     together: bool
 
     def alone(self) -> list[Job]:
-        """Each member of a population as a run of its own."""
+        """Each learning rate of a population as a run of its own."""
         train = self.point.train
-        singles = [
-            dataclasses.replace(train, learning_rates=(rate,), seeds=(seed,)) for rate, seed in train.members
-        ]
+        singles = [dataclasses.replace(train, learning_rates=(rate,)) for rate in train.learning_rates]
         return [Job(dataclasses.replace(self.point, train=single), together=False) for single in singles]
 
     @property
     def title(self) -> str:
-        """For people: the label, and the learning rate if there is one alone."""
-        rates = self.point.train.learning_rates
-        return self.point.label if self.together else f"{self.point.label}, lr {rates[0]:.2g}"
+        """For people: the label, the learning rate if there is one alone, the seed if it is not the first."""
+        rate, seed = self.point.train.members[0]
+        parts = [self.point.label, *([] if self.together else [f"lr {rate:.2g}"])]
+        return ", ".join([*parts, f"seed {seed}"] if seed else parts)
 
     @property
     def folder(self) -> str:
         """Its folder's name within the sweep's `runs`."""
-        train = self.point.train
-        parts = [self.point.label, f"width {train.model.width}"]
-        if not self.together:
-            ((rate, seed),) = train.members
-            parts += [f"lr {rate:.3g}", f"seed {seed}"]
+        rate, seed = self.point.train.members[0]
+        parts = [self.point.label, f"width {self.point.train.model.width}"]
+        parts += [f"seed {seed}"] if self.together else [f"lr {rate:.3g}", f"seed {seed}"]
         return re.sub(r"[^a-z0-9.+]+", "-", " ".join(parts).lower()).strip("-")
 
 
@@ -204,10 +203,6 @@ class Watcher:
     finished: Callable[[int, list[dict[str, Any]]], None] = lambda index, lines: None
 
 
-GPU_WORKERS = 1
-"""Populations that train at once on a GPU."""
-
-
 class OutOfTime(Exception):  # noqa: N818 - not an error: somebody asked for it
     """The time that a sweep was given is over; all its runs have written their checkpoints."""
 
@@ -222,6 +217,7 @@ def run_sweep(
     plugins: Sequence[Path] = (),
     families: Sequence[str] = (),
     minutes: float | None = None,
+    together: bool | None = None,
     keep_weights: bool = True,
     watcher: Watcher | None = None,
 ) -> list[dict[str, Any]]:
@@ -230,10 +226,11 @@ def run_sweep(
     Args:
         out: the sweep's folder.
         command: what the user typed, kept in config.json.
-        workers: runs that train at once; None for one per core, or GPU_WORKERS on a GPU.
+        workers: runs that train at once, each in a process; None for one per core, or per GPU.
         plugins: mixer files of the user's own that the sweep's mixers come from.
         families: train only these now; what is finished of the others counts all the same.
         minutes: stop in time for this to hold, whatever is finished by then; None for no limit.
+        together: whether a population is one run; None for "on a GPU".
         keep_weights: whether runs keep their trained weights.
 
     Raises:
@@ -245,8 +242,8 @@ def run_sweep(
     for family in families:
         if family not in sweep.families:
             raise ValueError(f"unknown family '{family}'. {did_you_mean(family, sweep.families)}")
-    together = device != "cpu"
-    workers = workers or (GPU_WORKERS if together else runs.cores())
+    together = device != "cpu" if together is None else together
+    workers = workers or (torch.cuda.device_count() if device == "cuda" else runs.cores())
     watcher = watcher or Watcher()
     with runs.locked(out):
         _claim(out, sweep, command, device)
@@ -285,12 +282,20 @@ def planned(sweep: SweepConfig, out: Path, *, together: bool) -> list[Job]:
 
 
 def _claim(out: Path, sweep: SweepConfig, command: str, device: str) -> None:
-    """Write what this sweep is, or check that the folder holds the same one."""
+    """Write what this sweep is, or check that the folder holds the same one, perhaps with fewer seeds."""
     path, plain = out / "config.json", sweep.to_dict()
     if path.exists():
-        if json.loads(path.read_text()).get("points") != plain["points"]:
+        held = json.loads(path.read_text()).get("points")
+        if held == plain["points"]:
+            return
+        if _without_seeds(held) != _without_seeds(plain["points"]):
             raise RunError(f"{out} holds another sweep ({path}); choose another folder with --out")
-        return
+        for point, wanted in zip(held, plain["points"], strict=True):
+            if missing := set(point["train"]["seeds"]) - set(wanted["train"]["seeds"]):
+                raise RunError(
+                    f"{out} holds the same sweep with more seeds, {sorted(missing)} too; give at least "
+                    f"--seeds {max(missing) + 1}, or choose another folder with --out"
+                )
     about = {
         "recipe": " ".join(filter(None, (sweep.recipe, sweep.part))),
         "command": command,
@@ -309,33 +314,34 @@ def _claim(out: Path, sweep: SweepConfig, command: str, device: str) -> None:
     runs.write_json(path, {**about, "points": plain["points"]})
 
 
+def _without_seeds(points: Any) -> list[dict[str, Any]]:
+    return [
+        {**point, "train": {name: value for name, value in point["train"].items() if name != "seeds"}}
+        for point in points or ()
+    ]
+
+
 def _write_results(out: Path, lines: dict[int, list[dict[str, Any]]]) -> None:
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for i in sorted(lines) for line in lines[i])
     runs.write_atomically(out / "results.jsonl", text.encode())
 
 
 class _Pool:
-    """What trains, processes on a CPU and threads on a GPU, and the thread that passes on what they say."""
+    """The processes that train, and the thread that passes on what they say."""
 
     def __init__(
         self, workers: int, device: str, plugins: Sequence[Path], watcher: Watcher, minutes: float | None
     ) -> None:
-        self.stop: Any
-        self.queue: Any
-        self.executor: concurrent.futures.Executor
-        if device == "cpu":
-            context = multiprocessing.get_context("spawn")
-            self.stop, self.queue = context.Event(), context.Queue()
-            self.executor = concurrent.futures.ProcessPoolExecutor(
-                workers,
-                mp_context=context,
-                initializer=_start_process,
-                initargs=(self.queue, self.stop, device, [str(path) for path in plugins]),
-            )
-        else:
-            self.stop, self.queue = threading.Event(), queue.Queue()
-            self.executor = concurrent.futures.ThreadPoolExecutor(workers)
-            _worker.update(queue=self.queue, stop=self.stop, device=device)
+        context = multiprocessing.get_context("spawn")
+        self.stop, self.queue, free = context.Event(), context.Queue(), context.Queue()
+        for name in devices(device, workers):
+            free.put(name)
+        self.executor = concurrent.futures.ProcessPoolExecutor(
+            workers,
+            mp_context=context,
+            initializer=_start_process,
+            initargs=(self.queue, self.stop, free, [str(path) for path in plugins]),
+        )
         self.watcher = watcher
         self.listener = threading.Thread(target=self._listen, daemon=True)
         self.interrupted = False
@@ -406,11 +412,17 @@ class _Pool:
             self.watcher.progress(*said)
 
 
+def devices(device: str, workers: int) -> list[str]:
+    """The device of each worker: a machine's GPUs in turn."""
+    count = torch.cuda.device_count() if device == "cuda" else 0
+    return [f"cuda:{index % count}" if count else device for index in range(workers)]
+
+
 _worker: dict[str, Any] = {}
-"""What the workers of this process were started with."""
+"""What this process was started with."""
 
 
-def _start_process(queue: Any, stop: Any, device: str, plugins: list[str]) -> None:
+def _start_process(queue: Any, stop: Any, free: Any, plugins: list[str]) -> None:
     signal.signal(
         signal.SIGINT, signal.SIG_IGN
     )  # Ctrl-C reaches the whole group; the parent says when to stop
@@ -424,6 +436,9 @@ def _start_process(queue: Any, stop: Any, device: str, plugins: list[str]) -> No
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     keep_freed_memory()
+    device = free.get()
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
     for plugin in plugins:
         mixers.load(Path(plugin))
     _worker.update(queue=queue, stop=stop, device=device)

@@ -178,7 +178,9 @@ class _FrontierView:
             TimeRemainingColumn(),
             console=console,
         )
-        count, device_name = len(self.jobs), torch.cuda.get_device_name() if device == "cuda" else "cpu"
+        count, device_name, gpus = len(self.jobs), device, torch.cuda.device_count()
+        if device == "cuda":
+            device_name = f"{f'{gpus} x ' if gpus > 1 else ''}{torch.cuda.get_device_name()}"
         points = (
             f"{len(sweep.points)} models, {count} runs" if count > len(sweep.points) else f"{count} models"
         )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from holdall import contract, frontier, recipes, runs, show
 from holdall.frontier import OutOfTime, SweepConfig, Watcher, run_sweep
@@ -116,6 +117,28 @@ def test_another_sweep_in_the_same_folder_is_refused(tmp_path: Path) -> None:
         run(tmp_path / "out", tiny(rates=(0.05,)))
 
 
+def test_seeds_can_be_added_later(tmp_path: Path) -> None:
+    def with_seeds(count: int) -> SweepConfig:
+        points = [
+            dataclasses.replace(point, train=dataclasses.replace(point.train, seeds=tuple(range(count))))
+            for point in tiny().points
+        ]
+        return SweepConfig(recipe="tiny", points=tuple(points))
+
+    first = run(tmp_path / "out", with_seeds(1), **TOGETHER)
+    told: list[int] = []
+    watcher = Watcher(progress=lambda index, progress: told.append(index))
+    both = run(tmp_path / "out", with_seeds(2), watcher=watcher, **TOGETHER)
+    assert set(told) <= {1, 3}  # what is new
+    assert [line for line in both if line["seed"] == 0] == first
+    assert [(line["label"], line["seed"], line["learning_rate"]) for line in both] == [
+        (label, seed, rate) for label in ("attention", "window 4") for seed in (0, 1) for rate in (0.01, 0.02)
+    ]
+    assert both[2]["accuracy_by_pairs"] != both[0]["accuracy_by_pairs"]
+    with pytest.raises(RunError, match=r"more seeds, \[1\] too; give at least --seeds 2"):
+        run(tmp_path / "out", with_seeds(1), **TOGETHER)
+
+
 def test_points_of_one_sweep_share_their_test() -> None:
     first, second = tiny().points
     other = dataclasses.replace(TASK, test=TASK.test[:1])
@@ -161,35 +184,43 @@ def test_a_stopped_sweep_goes_on_to_the_same_results(tmp_path: Path, how: signal
     assert without_time(lines[0]) == without_time(lines[1])
 
 
-@pytest.fixture
-def gpu_way(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """Options that run a sweep as on a GPU, populations in threads, which in truth train on the CPU."""
-    monkeypatch.setattr(frontier, "train", lambda *a, **options: train(*a, **{**options, "device": "cpu"}))
-    monkeypatch.setattr(runs, "environment", lambda device, threads: {"device": device})
-    return {"device": "cuda"}
+TOGETHER: dict[str, Any] = {"together": True}
+"""As on a GPU, each population one run."""
 
 
-def test_on_a_gpu_populations_are_trained_in_threads(tmp_path: Path, gpu_way: dict[str, str]) -> None:
+def test_populations_may_be_one_run_each(tmp_path: Path) -> None:
     told: list[int] = []
     watcher = Watcher(finished=lambda index, lines: told.append(index))
-    lines = run(tmp_path / "out", watcher=watcher, keep_weights=False, **gpu_way)
+    lines = run(tmp_path / "out", watcher=watcher, keep_weights=False, **TOGETHER)
     assert sorted(told) == [0, 1]
     assert [line["learning_rate"] for line in lines] == [0.01, 0.02] * 2
     assert {line["weights"] for line in lines} == {None}
 
 
-def test_out_of_time_everything_is_kept_and_the_next_call_goes_on(
-    tmp_path: Path, gpu_way: dict[str, str]
-) -> None:
+def test_out_of_time_everything_is_kept_and_the_next_call_goes_on(tmp_path: Path) -> None:
     sweep = tiny(epochs=60)
-    whole = run(tmp_path / "whole", sweep, **gpu_way)
-    began = time.monotonic()
-    with pytest.raises(OutOfTime, match="2 of 2 runs are not finished"):
-        run(tmp_path / "pieces", sweep, minutes=0.005, **gpu_way)
-    assert time.monotonic() - began < 5
-    assert len(list((tmp_path / "pieces").glob("runs/*/checkpoint.safetensors"))) == 2
+    whole = run(tmp_path / "whole", sweep, **TOGETHER)
+    with pytest.raises(OutOfTime, match="of 2 runs are not finished"):
+        run(tmp_path / "pieces", sweep, minutes=0.005, **TOGETHER)
     assert (tmp_path / "pieces" / "results.jsonl").exists()
-    assert without_time(run(tmp_path / "pieces", sweep, **gpu_way)) == without_time(whole)
+    assert without_time(run(tmp_path / "pieces", sweep, **TOGETHER)) == without_time(whole)
+
+
+def test_a_machines_gpus_are_taken_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert frontier.devices("cuda", 3) == ["cuda:0", "cuda:1", "cuda:0"]
+    assert frontier.devices("cpu", 2) == ["cpu", "cpu"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_sweep_on_all_gpus_of_a_machine(tmp_path: Path) -> None:
+    lines = run(tmp_path / "out", device="cuda")
+    used = {
+        json.loads(path.read_text())["device"] for path in (tmp_path / "out").glob("runs/*/environment.json")
+    }
+    assert used == set(frontier.devices("cuda", 2))
+    assert len(lines) == 4
 
 
 def test_without_time_nothing_is_trained(tmp_path: Path) -> None:
@@ -199,10 +230,10 @@ def test_without_time_nothing_is_trained(tmp_path: Path) -> None:
     assert runs.read_lines(tmp_path / "out" / "results.jsonl") == []
 
 
-def test_a_sweep_can_be_made_in_pieces_and_put_together(tmp_path: Path, gpu_way: dict[str, str]) -> None:
-    whole = run(tmp_path / "whole", **gpu_way)
+def test_a_sweep_can_be_made_in_pieces_and_put_together(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole", **TOGETHER)
     for family in ("attention", "window"):  # as on two machines
-        piece = run(tmp_path / family, families=[family], **gpu_way)
+        piece = run(tmp_path / family, families=[family], **TOGETHER)
         assert {line["family"] for line in piece} == {family}
         shutil.copytree(tmp_path / family / "runs", tmp_path / "all" / "runs", dirs_exist_ok=True)
     gathered = run(tmp_path / "all", minutes=0)  # on a third, which has no GPU
@@ -218,7 +249,7 @@ def test_a_population_trained_elsewhere_counts(tmp_path: Path) -> None:
     train(job.point.train, tmp_path / "out" / "runs" / job.folder, together=True)
     lines = run(tmp_path / "out")
     assert [line["run"] for line in lines] == [
-        "runs/attention-width-8", "runs/attention-width-8",
+        "runs/attention-width-8-seed-0", "runs/attention-width-8-seed-0",
         "runs/window-4-width-8-lr-0.01-seed-0", "runs/window-4-width-8-lr-0.02-seed-0",
     ]  # fmt: skip
     alone = run(tmp_path / "alone")

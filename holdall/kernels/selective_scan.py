@@ -10,9 +10,10 @@ over the states:
 
     for n: for t in tile: h = exp2(dt_t A_n log2 e) h + (dt_t x_t) B_tn,   y_t += C_tn h
 
-(beside inputs in fp32 with a longer, exact exponential) and h_n goes from tile to tile through memory. Those are the states that the backward needs: it takes the
-tiles last to first, recomputes h within each from the state at its start, and then, with q_t the gradient of
-y before gate and skip, and s the gradient that h_t sends back,
+(beside inputs in fp32 with a longer, exact exponential) and h_n goes from tile to tile through memory. Those
+are the states that the backward needs: it takes the tiles last to first, recomputes h within each from the
+state at its start, and then, with q_t the gradient of y before gate and skip, and s the gradient that h_t
+sends back,
 
     g_t = C_tn q_t + s_{t+1}        s_t = exp(dt_t A_n) g_t        w_t = s_t h_{t-1}
     grad dt_t = sum_n A_n w_t + x_t sum_n g_t B_tn     grad x_t = dt_t sum_n g_t B_tn + skip q_t
