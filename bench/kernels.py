@@ -21,6 +21,7 @@ MODULES = (
     "window_attention",
     "selective_scan",
     "linear_attention",
+    "by_products",
     "cross_entropy",
 )
 

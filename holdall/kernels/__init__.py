@@ -42,3 +42,11 @@ def unfold(x: Tensor, members: int) -> Tensor:
 
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def alignment(size: int) -> int:
+    """16 if the size is a multiple of it, which lets a kernel move 16 bytes at a time, else 1.
+
+    Kernels get such a size divided by it: that a length is a multiple, then, is all they are compiled for.
+    """
+    return 1 if size % 16 else 16

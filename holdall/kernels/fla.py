@@ -11,7 +11,8 @@ refused by name. What is added here to what it does:
   and two runs may pick different ones and so differ in their bits. With one, new head dimensions compile for
   2 to 11 seconds (7 to 22 in fp32), and a new length for none;
 - fp32 that is fp32: tensors of that type are multiplied in three passes of tf32 instead of one;
-- routes around what is known broken: see `per_head_is_broken`.
+- a kernel of our own where one of its is unsound, holdall/kernels/chunk_gradients.py, and a route around it:
+  see `per_head_is_broken`.
 
 The package's other backends (tilelang and the like), which it would take unasked where they are installed,
 stay off, unless it was imported before this file needed it.
@@ -40,6 +41,7 @@ from torch import Tensor
 
 from holdall import forms
 from holdall.kernels import register_batch_vmap
+from holdall.kernels.chunk_gradients import chunk_gradients
 
 KNOWN_GOOD = ("0.6.0",)
 """Versions of fla-core whose results tests/kernels/test_fla.py held against our loops on a GPU."""
@@ -81,9 +83,9 @@ def require(*tensors: Tensor | None, key_dim: int = 0) -> None:
 def per_head_is_broken() -> bool:
     """Whether the delta rule with a decay per head would have wrong gradients.
 
-    Triton 3.4 to 3.7.0 mistranslates its backward for Hopper GPUs, and the package then refuses
-    (flash-linear-attention#640). Such decays are then spread over the key dimensions, for which there are
-    other kernels.
+    Triton 3.4 to 3.7.0 mistranslates the package's backward for Hopper GPUs, and the package then refuses
+    (flash-linear-attention#640). Ours in its place has not been held against our loops there yet: such decays
+    are spread over the key dimensions, for which there are other kernels.
     """
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
         return False
@@ -125,7 +127,14 @@ def load(name: str) -> Any:
                 kernel.configs = [min(kernel.configs, key=_distance)]
         if forms.interpreted():
             _make_interpretable(owner)
+    if hasattr(module, "chunk_bwd_dqkwg"):
+        module.chunk_bwd_dqkwg = _chunk_gradients  # type: ignore[attr-defined]
     return module
+
+
+def _chunk_gradients(q: Tensor, k: Tensor, v: Tensor, w: Tensor, g: Tensor | None, **own: Any) -> Any:
+    """Ours under the package's names."""
+    return chunk_gradients(q, k, v, own["do"], own["dv"], own["h"], own["dh"], g, own["chunk_size"])
 
 
 def _distance(config: Any) -> float:

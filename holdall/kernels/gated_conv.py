@@ -198,7 +198,8 @@ def _backward_kernel(
     gate_ptr += (m * gate_m + b * gate_b + last.to(tl.int64) * gate_t) * ALIGN + d[None, :]
     dy_ptr += (m * dy_m + b * dy_b + last.to(tl.int64) * dy_t) * ALIGN + d[None, :]
     dx_ptr += ((m * B + b) * T + last) * dx_t + d[None, :]
-    dgate_ptr += ((m * B + b) * T + last) * dgate_t + d[None, :]
+    if dgate_ptr is not None:
+        dgate_ptr += ((m * B + b) * T + last) * dgate_t + d[None, :]
     past_ptr += (m * B + b) * (W - 1) * D + d[None, :]
     dpast_ptr += (m * B + b) * (W - 1) * D + d[None, :]
     dnext_ptr += (m * B + b) * (W - 1) * D + d[None, :]
@@ -268,7 +269,8 @@ def _backward_kernel(
             if latest - i >= first:
                 dx += _load(dnext_ptr + (t - first) * D, here & (t >= first))
             _store(dx_ptr - i * dx_back, dx, here)
-            _store(dgate_ptr - i * dgate_back, dg, here)
+            if dgate_ptr is not None:
+                _store(dgate_ptr - i * dgate_back, dg, here)
             sums = ()
             for tap in tl.static_range(W):
                 sums = _append(sums, dws[tap] + dc * window[W - 1 - tap])
@@ -377,12 +379,22 @@ def _launch_forward(
 ) -> Tensor:  # fmt: skip
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     x_MBTD, gate_MBTD = _branches(x, projected)
-    x_bias, gate_bias, bias_m = _biases(x, projection_bias)
+    y_MBTD = torch.empty(x_MBTD.shape, dtype=x_MBTD.dtype, device=x_MBTD.device)
+    biases = _biases(x, projection_bias)
+    launch_forward(x_MBTD, gate_MBTD, *biases, weight, bias, past, after, y_MBTD, silu=silu, skip=skip)
+    return y_MBTD
+
+
+def launch_forward(
+    x_MBTD: Tensor, gate_MBTD: Tensor, x_bias: Tensor | None, gate_bias: Tensor | None, bias_m: int,
+    weight: Tensor, bias: Tensor | None, past: Tensor, after: Tensor, y_MBTD: Tensor,
+    *, silu: str, skip: bool = False,
+) -> None:  # fmt: skip
+    """Write y and the next past. Channels of x and gate lie side by side, the rest is contiguous."""
     M, B, T, D = x_MBTD.shape
     W = weight.shape[-1]
-    y_MBTD = torch.empty((M, B, T, D), dtype=x_MBTD.dtype, device=x_MBTD.device)
     if y_MBTD.numel() == 0:
-        return y_MBTD
+        return
     config = forward_config(D, T)
     grid = (M * B * cdiv(T, config["BLOCK_T"]) * cdiv(D, config["BLOCK_D"]),)
     align, strides = _strides(x_MBTD, gate_MBTD)
@@ -392,7 +404,6 @@ def _launch_forward(
         ALIGN=align, W=W, SILU_CONV=silu != "none", SILU_GATE=silu == "both", SKIP=skip,
         INPLACE=past is after, BLOCK_P=triton.next_power_of_2(W - 1), **config,
     )  # fmt: skip
-    return y_MBTD
 
 
 @torch.library.custom_op("holdall::gated_conv_forward", mutates_args=())
@@ -435,30 +446,42 @@ def _backward(
     fp32 and by channel, of the parameters, (M, K, D): taps, then the biases that there are."""
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     x_MBTD, gate_MBTD = _branches(x, projected)
-    x_bias, gate_bias, bias_m = _biases(x, projection_bias)
-    M, B, T, D = x_MBTD.shape
-    W = weight.shape[-1]
     dx, dprojected, dpast, dparameters = _backward_outputs(x, projected, projection_bias, weight, bias, past)
     if x_MBTD.numel() == 0:
         return dx, dprojected, dafter.clone(), dparameters.zero_()
     dx_MBTD, dgate_MBTD = _branches(None if x is None else dx, dprojected)
-    dy_MBTD = _strided(dy)
+    biases = _biases(x, projection_bias)
+    launch_backward(
+        x_MBTD, gate_MBTD, *biases, weight, bias, past.contiguous(), _strided(dy), dafter.contiguous(),
+        dx_MBTD, dgate_MBTD, dpast, dparameters, silu=silu, skip=skip,
+    )  # fmt: skip
+    return dx, dprojected, dpast, dparameters
+
+
+def launch_backward(
+    x_MBTD: Tensor, gate_MBTD: Tensor, x_bias: Tensor | None, gate_bias: Tensor | None, bias_m: int,
+    weight: Tensor, bias: Tensor | None, past: Tensor, dy_MBTD: Tensor, dafter: Tensor,
+    dx_MBTD: Tensor, dgate_MBTD: Tensor | None, dpast: Tensor, dparameters_MKD: Tensor,
+    *, silu: str, skip: bool = False,
+) -> None:  # fmt: skip
+    """Write the gradients, of the gate only if wanted. Of dx and dgate all tokens lie at one distance."""
+    M, B, T, D = x_MBTD.shape
     config = backward_config(D)
-    chunk = chunk_length(M, B, T, D, W, config)
+    chunk = chunk_length(M, B, T, D, weight.shape[-1], config)
     chunks = cdiv(T, chunk)
     programs = cdiv(B * chunks, config["ROWS"])
-    K = dparameters.shape[1]
-    sums_MQKD = torch.empty((M, programs, K, D), dtype=torch.float32, device=dy.device)
+    K = dparameters_MKD.shape[1]
+    sums_MQKD = torch.empty((M, programs, K, D), dtype=torch.float32, device=x_MBTD.device)
     align, strides = _strides(x_MBTD, gate_MBTD, dy_MBTD)
     _backward_kernel[(M * programs * cdiv(D, config["BLOCK_D"]),)](
         x_MBTD, gate_MBTD, x_bias, gate_bias, weight, bias,
-        past.contiguous(), dy_MBTD, dafter.contiguous(), dx_MBTD, dgate_MBTD, dpast, sums_MQKD,
-        *strides[:6], bias_m, *strides[6:], dx_MBTD.stride(2), dgate_MBTD.stride(2),
-        B, T, D, chunk, chunks,
-        ALIGN=align, W=W, SILU_CONV=silu != "none", SILU_GATE=silu == "both", SKIP=skip, SUMS=K, **config,
+        past, dy_MBTD, dafter, dx_MBTD, dgate_MBTD, dpast, sums_MQKD,
+        *strides[:6], bias_m, *strides[6:],
+        dx_MBTD.stride(2), 0 if dgate_MBTD is None else dgate_MBTD.stride(2), B, T, D, chunk, chunks,
+        ALIGN=align, W=weight.shape[-1], SILU_CONV=silu != "none", SILU_GATE=silu == "both", SKIP=skip,
+        SUMS=K, **config,
     )  # fmt: skip
-    torch.sum(sums_MQKD, 1, out=dparameters)
-    return dx, dprojected, dpast, dparameters
+    torch.sum(sums_MQKD, 1, out=dparameters_MKD)
 
 
 def _backward_outputs(

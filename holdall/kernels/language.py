@@ -8,6 +8,11 @@ import triton.language as tl
 from holdall import forms
 
 INTERPRETED = tl.constexpr(forms.interpreted())
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+LN_2_HIGH = tl.constexpr(0.693359375)  # so few bits that whole multiples of it are exact in fp32
+LN_2_LOW = tl.constexpr(-2.12194440e-4)
+ROUND = tl.constexpr(12582912.0)  # 1.5 x 2^23: added and taken away again, it leaves a whole number in fp32
 
 
 @triton.jit
@@ -26,9 +31,60 @@ def narrow(x, dtype: tl.constexpr):
     """fp32 to another dtype, to the nearest; by hand in the interpreter, which cuts digits off."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
-        bits += 0x7FFF + ((bits >> 16) & 1)
-        x = bits.to(tl.float32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        x = ((bits >> 16) << 16).to(tl.float32, bitcast=True)
     return x.to(dtype)
+
+
+@triton.jit
+def exp2(x):
+    """Zero below 2^-126: without that, which tl.exp2 does not offer, the one instruction becomes four."""
+    if INTERPRETED:
+        return tl.exp2(x)
+    else:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+
+
+@triton.jit
+def reciprocal(x):
+    """Of a number near one, to the last bit or two; a division by any number takes eight times as long."""
+    if INTERPRETED:
+        return 1 / x
+    else:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+
+
+@triton.jit
+def exp(x, EXACT: tl.constexpr):
+    """Of at most 80 or so; exact is to the last bit or two, for some more instructions than one.
+
+    exp(x) = 2^k exp(f) with the whole number k that leaves the least f, which is rounded nowhere.
+    """
+    if EXACT:
+        k = (x * LOG2_E + ROUND) - ROUND
+        f = (x - k * LN_2_HIGH) - k * LN_2_LOW
+        series = 1 / 24 + f * (1 / 120 + f * (1 / 720 + f * (1 / 5040)))
+        return exp2(k) * (1 + f * (1 + f * (1 / 2 + f * (1 / 6 + f * series))))
+    else:
+        return exp2(x * LOG2_E)
+
+
+@triton.jit
+def sigmoid(x, EXACT: tl.constexpr):
+    if EXACT:
+        x = tl.maximum(x, -80.0)
+    return reciprocal(1 + exp(-x, EXACT))
+
+
+@triton.jit
+def softplus(x):
+    """max(x, 0) + log(1 + u) with u = exp(-|x|), as 2 atanh(u / (2 + u)), whose argument is at most 1 / 3."""
+    small = exp(tl.maximum(-tl.abs(x), -88.0), True)
+    inverse = reciprocal(2 + small)
+    s = small * (inverse * (2 - (2 + small) * inverse))
+    p = s * s
+    series = 2 + p * (2 / 3 + p * (2 / 5 + p * (2 / 7 + p * (2 / 9 + p * (2 / 11 + p * (2 / 13))))))
+    return tl.maximum(x, 0.0) + s * series
 
 
 @triton.jit

@@ -51,17 +51,24 @@ from torch import Tensor
 
 from holdall import forms
 from holdall.kernels import cdiv, fold, register_batch_vmap, unfold
-from holdall.kernels.language import INTERPRETED, append, join_tokens, narrow, prepend, split_tokens
+from holdall.kernels.language import (
+    LN_2,
+    LOG2_E,
+    append,
+    exp,
+    exp2,
+    join_tokens,
+    narrow,
+    prepend,
+    sigmoid,
+    softplus,
+    split_tokens,
+)
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:
     from jaxtyping import Float
 
 LANES = tl.constexpr(32)
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
-LN_2_HIGH = tl.constexpr(0.693359375)  # so few bits that whole multiples of it are exact in fp32
-LN_2_LOW = tl.constexpr(-2.12194440e-4)
-ROUND = tl.constexpr(12582912.0)  # 1.5 x 2^23: added and taken away again, it leaves a whole number in fp32
 
 TILE = 8
 """Tokens of a tile, at most 16: twice as many sums over channels are folded into 32 lanes."""
@@ -80,63 +87,12 @@ LEAST = 16
 
 
 @triton.jit
-def _exp2(x):
-    """Zero below 2^-126: without that, which tl.exp2 does not offer, the one instruction becomes four."""
-    if INTERPRETED:
-        return tl.exp2(x)
-    else:
-        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
-
-
-@triton.jit
-def _reciprocal(x):
-    """Of a number near one, to the last bit or two; a division by any number takes eight times as long."""
-    if INTERPRETED:
-        return 1 / x
-    else:
-        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
-
-
-@triton.jit
-def _exp(x, EXACT: tl.constexpr):
-    """Of at most 80 or so; exact is to the last bit or two, for some more instructions than one.
-
-    exp(x) = 2^k exp(f) with the whole number k that leaves the least f, which is rounded nowhere.
-    """
-    if EXACT:
-        k = (x * LOG2_E + ROUND) - ROUND
-        f = (x - k * LN_2_HIGH) - k * LN_2_LOW
-        series = 1 / 24 + f * (1 / 120 + f * (1 / 720 + f * (1 / 5040)))
-        return _exp2(k) * (1 + f * (1 + f * (1 / 2 + f * (1 / 6 + f * series))))
-    else:
-        return _exp2(x * LOG2_E)
-
-
-@triton.jit
 def _decay(dt, a, EXACT: tl.constexpr):
     """exp(dt A), of a = A where it is exact, as beside inputs in fp32, else A log2 e."""
     if EXACT:
-        return _exp(dt * a, True)
+        return exp(dt * a, True)
     else:
-        return _exp2(dt * a)
-
-
-@triton.jit
-def _sigmoid(x, EXACT: tl.constexpr):
-    if EXACT:
-        x = tl.maximum(x, -80.0)
-    return _reciprocal(1 + _exp(-x, EXACT))
-
-
-@triton.jit
-def _softplus(x):
-    """max(x, 0) + log(1 + u) with u = exp(-|x|), as 2 atanh(u / (2 + u)), whose argument is at most 1 / 3."""
-    small = _exp(tl.maximum(-tl.abs(x), -88.0), True)
-    inverse = _reciprocal(2 + small)
-    s = small * (inverse * (2 - (2 + small) * inverse))
-    p = s * s
-    series = 2 + p * (2 / 3 + p * (2 / 5 + p * (2 / 7 + p * (2 / 9 + p * (2 / 11 + p * (2 / 13))))))
-    return tl.maximum(x, 0.0) + s * series
+        return exp2(dt * a)
 
 
 @triton.jit
@@ -149,7 +105,7 @@ def _load_dt(ptrs, ok, bias, SOFTPLUS: tl.constexpr):
     """The length of a step; zero beyond the last token or channel, so that nothing changes there."""
     dt = _load(ptrs, ok)
     if SOFTPLUS:
-        dt = tl.where(ok, _softplus(dt + bias), 0.0)
+        dt = tl.where(ok, softplus(dt + bias), 0.0)
     return dt
 
 
@@ -243,7 +199,7 @@ def _ends_kernel(
             u_JD = _load(_tile(dy_ptr + row * dy_row + start * DY_TIME, DY_TIME, d_D, TILE), ok_JD)
             if GATE:
                 z_JD = _load(_tile(z_ptr + row * z_row + start * Z_TIME, Z_TIME, d_D, TILE), ok_JD)
-                u_JD *= z_JD * _sigmoid(z_JD, EXACT)
+                u_JD *= z_JD * sigmoid(z_JD, EXACT)
         else:
             u_JD = dt_JD * _load(_tile(x_ptr + row * x_row + start * X_TIME, X_TIME, d_D, TILE), ok_JD)
         total_D += tl.sum(dt_JD, axis=0)
@@ -326,7 +282,7 @@ def _forward_kernel(
         y_JD = join_tokens(ys, TILE, LEVELS)
         if GATE:
             z_JD = _load(_tile(z_ptr + row * z_row + start * Z_TIME, Z_TIME, d_D, TILE), ok_JD)
-            y_JD *= z_JD * _sigmoid(z_JD, EXACT)
+            y_JD *= z_JD * sigmoid(z_JD, EXACT)
         y_ptrs = _tile(y_ptr + row * out_row + start * CHANNELS, CHANNELS, d_D, TILE)
         tl.store(y_ptrs, narrow(y_JD, y_ptr.dtype.element_ty), mask=ok_JD)
     if segment == segments - 1:
@@ -393,7 +349,7 @@ def _backward_kernel(
         q_JD = _load(_tile(dy_ptr + row * dy_row + start * DY_TIME, DY_TIME, d_D, TILE), ok_JD)
         if GATE:
             z_JD = _load(_tile(z_ptr + row * z_row + start * Z_TIME, Z_TIME, d_D, TILE), ok_JD)
-            q_JD *= z_JD * _sigmoid(z_JD, EXACT)
+            q_JD *= z_JD * sigmoid(z_JD, EXACT)
         dts, us = split_tokens(dt_JD, TILE, LEVELS), split_tokens(dt_JD * x_JD, TILE, LEVELS)
         qs, ys = split_tokens(q_JD, TILE, LEVELS), split_tokens(x_JD * skip_D[None, :], TILE, LEVELS)
         ws, gs = (), ()
@@ -451,7 +407,7 @@ def _backward_kernel(
         here = row * out_row + start * CHANNELS
         if SOFTPLUS:
             dt_ptrs = _tile(dt_ptr + row * dt_row + start * DT_TIME, DT_TIME, d_D, TILE)
-            ddt_JD *= _sigmoid(_load(dt_ptrs, ok_JD) + bias_D[None, :], EXACT)
+            ddt_JD *= sigmoid(_load(dt_ptrs, ok_JD) + bias_D[None, :], EXACT)
             dbias_D += tl.sum(tl.where(ok_JD, ddt_JD, 0.0), axis=0)
         if SKIP:
             q_JD = join_tokens(qs, TILE, LEVELS)
@@ -460,7 +416,7 @@ def _backward_kernel(
         if GATE:
             z_JD = _load(_tile(z_ptr + row * z_row + start * Z_TIME, Z_TIME, d_D, TILE), ok_JD)
             dy_JD = _load(_tile(dy_ptr + row * dy_row + start * DY_TIME, DY_TIME, d_D, TILE), ok_JD)
-            open_JD = _sigmoid(z_JD, EXACT)
+            open_JD = sigmoid(z_JD, EXACT)
             dz_JD = dy_JD * join_tokens(ys, TILE, LEVELS) * open_JD * (1 + z_JD * (1 - open_JD))
             dz_ptrs = _tile(dz_ptr + here, CHANNELS, d_D, TILE)
             tl.store(dz_ptrs, narrow(dz_JD, dz_ptr.dtype.element_ty), mask=ok_JD)
@@ -539,14 +495,14 @@ def _step_kernel(
         bias_D = _load(bias_ptr + member * channels + d_D, inside_D)
     dt_D = _load_dt(dt_ptr + row * dt_row + d_D, inside_D, bias_D, SOFTPLUS)
     EXACT: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
-    h_DN = _exp(dt_D[:, None] * a_DN, EXACT) * h_DN + (dt_D * x_D)[:, None] * b_N[None, :]
+    h_DN = exp(dt_D[:, None] * a_DN, EXACT) * h_DN + (dt_D * x_D)[:, None] * b_N[None, :]
     tl.store(next_ptr + row * channels * size + at_DN, h_DN, mask=ok_DN)
     y_D = tl.sum(h_DN * c_N[None, :], axis=1)
     if SKIP:
         y_D += x_D * _load(skip_ptr + member * channels + d_D, inside_D)
     if GATE:
         z_D = _load(z_ptr + row * z_row + d_D, inside_D)
-        y_D *= z_D * _sigmoid(z_D, EXACT)
+        y_D *= z_D * sigmoid(z_D, EXACT)
     tl.store(y_ptr + row * channels + d_D, narrow(y_D, y_ptr.dtype.element_ty), mask=inside_D)
 
 

@@ -101,6 +101,30 @@ def run_delta_rule(form: str, chunk: int, *tensors: Tensor) -> tuple[Tensor, Ten
     return delta_rule.delta_rule(*tensors, chunk=chunk)
 
 
+def linear_wide(form: str, x: Tensor, weight_ED: Tensor, dtype: torch.dtype) -> Tensor:
+    """x W^T of a few outputs in `dtype`; unrounded where the kernel for few weights runs."""
+    if form == "kernel":
+        from holdall.kernels.small_linear import fits, small_linear
+
+        if fits(weight_ED):
+            return small_linear(x, weight_ED)
+    return F.linear(x, weight_ED).to(dtype)
+
+
+def norm_heads(form: str, o_BTHV: Tensor, weight_V: Tensor, eps: float, gate_BTE: Tensor | None) -> Tensor:
+    """RMS norm of each head, times silu of the gate if there is one; all heads' channels side by side."""
+    if form != "kernel":
+        y_BTE = F.rms_norm(o_BTHV, o_BTHV.shape[-1:], weight_V, eps).flatten(2)
+        return y_BTE if gate_BTE is None else y_BTE * F.silu(gate_BTE)
+    if gate_BTE is None:
+        from holdall.kernels.layer_norm import rms_norm
+
+        return rms_norm(o_BTHV, weight_V, eps, o_BTHV.dtype).flatten(2)
+    from holdall.kernels.gated_norm import gated_rms_norm
+
+    return gated_rms_norm(o_BTHV, gate_BTE.view(o_BTHV.shape), weight_V, eps, after=True).flatten(2)
+
+
 class DeltaNet(Mixer):
     config: DeltaNetConfig
     state_type = DeltaNetState
@@ -129,26 +153,40 @@ class DeltaNet(Mixer):
         if state is None:
             state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
         dtype = state.s_BHKV.dtype
-        qkv_BTE, conv_BPE = self.qkv(x_BTD), state.conv_BPE
-        if config.kernel:
-            short_conv = conv.short_conv_loop if self.form == "loop" else conv.short_conv
-            if self.form == "kernel":
-                from holdall.kernels.short_conv import short_conv
-            qkv_BTE, conv_BPE = short_conv(qkv_BTE, self.conv_weight_EW, None, state.conv_BPE)
+        q, k, v, conv_BPE = self._heads(self.qkv(x_BTD), state.conv_BPE, dtype)
+        # in bf16 a beta near 1 would leave up to 1/256 of what is to be replaced
+        beta_BTH = linear_wide(self.form, x_BTD, self.beta_proj.weight, dtype).sigmoid()
+        if config.negative_eigenvalues:
+            beta_BTH = 2 * beta_BTH
+        o_BTHV, s_BHKV = run_delta_rule(self.form, config.chunk, q, k, v, beta_BTH, state.s_BHKV)
+        gate_BTD = None if self.gate_proj is None else self.gate_proj(x_BTD)
+        y_BTD = norm_heads(self.form, o_BTHV, self.norm_weight_V, config.eps, gate_BTD)
+        return self.out_proj(y_BTD), DeltaNetState(conv_BPE, s_BHKV) if want_state else None
+
+    def _heads(
+        self, qkv_BTE: Tensor, conv_BPE: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries, keys and values of each head, and the inputs that the convolution needs next."""
+        config, size = self.config, self.config.width // self.config.heads
+        if config.kernel and self.form == "kernel":
+            from holdall.kernels.short_conv import short_conv
+            from holdall.kernels.unit_heads import unit_heads
+
+            silu = config.key_map == "silu"
+            qkv_BTE, conv_BPE = short_conv(qkv_BTE, self.conv_weight_EW, None, conv_BPE, silu=silu)
+            if silu:
+                q, k, v = unit_heads(qkv_BTE, config.heads, size, size**-0.5)
+                return q, k, v.unflatten(-1, (config.heads, -1)), conv_BPE
+        elif config.kernel:
+            convolve = conv.short_conv_loop if self.form == "loop" else conv.short_conv
+            qkv_BTE, conv_BPE = convolve(qkv_BTE, self.conv_weight_EW, None, conv_BPE)
         q, k, v = (u.unflatten(-1, (config.heads, -1)) for u in qkv_BTE.chunk(3, dim=-1))
         if config.key_map == "silu":
             q, k = (delta_rule.unit_length(F.silu(u)) for u in (q, k))
         else:
             q, k = (elu_plus_one(u.to(dtype)) for u in (q, k))
             q, k = (u / u.sum(-1, keepdim=True).clamp(min=1e-6) for u in (q, k))
-        # in bf16 a beta near 1 would leave up to 1/256 of what is to be replaced
-        beta_BTH = self.beta_proj(x_BTD).to(dtype).sigmoid() * (2 if config.negative_eigenvalues else 1)
-        q, v = q * q.shape[-1] ** -0.5, F.silu(v)
-        o_BTHV, s_BHKV = run_delta_rule(self.form, config.chunk, q, k, v, beta_BTH, state.s_BHKV)
-        y_BTD = F.rms_norm(o_BTHV, o_BTHV.shape[-1:], self.norm_weight_V, config.eps).flatten(2)
-        if self.gate_proj is not None:
-            y_BTD = y_BTD * F.silu(self.gate_proj(x_BTD))
-        return self.out_proj(y_BTD), DeltaNetState(conv_BPE, s_BHKV) if want_state else None
+        return q * size**-0.5, k, F.silu(v), conv_BPE
 
     def init_state(
         self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
-from holdall.mixers.delta_net import run_delta_rule
+from holdall.mixers.delta_net import linear_wide, norm_heads, run_delta_rule
 from holdall.ops import conv, delta_rule, hippo
 
 
@@ -140,29 +140,29 @@ class GatedDeltaNet(Mixer):
         if state is None:
             state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
         dtype = state.s_BHKV.dtype
-        filters = self.conv_weight_EW, None, state.conv_BPE
+        scale, filters = config.key_dim**-0.5, (self.conv_weight_EW, None, state.conv_BPE)
         if self.form == "kernel":
             from holdall.kernels.short_conv import short_conv
+            from holdall.kernels.unit_heads import unit_heads
 
             qkv_BTE, conv_BPE = short_conv(self.qkv(x_BTD), *filters, silu=True)
+            q, k, v = unit_heads(qkv_BTE, config.heads, config.key_dim, scale)
         else:
             convolve = conv.short_conv_loop if self.form == "loop" else conv.short_conv
             qkv_BTE, conv_BPE = convolve(self.qkv(x_BTD), *filters)
-            qkv_BTE = F.silu(qkv_BTE)
-        q, k, v = qkv_BTE.split(config.sizes, dim=-1)
-        q, k = (delta_rule.unit_length(u.unflatten(-1, (config.heads, -1))) for u in (q, k))
-        q, k = (u.repeat_interleave(config.states // config.heads, dim=2) for u in (q, k))
+            q, k, v = F.silu(qkv_BTE).split(config.sizes, dim=-1)
+            q, k = (delta_rule.unit_length(u.unflatten(-1, (config.heads, -1))) for u in (q, k))
+            q = q * scale
+        if config.states > config.heads:
+            q, k = (u.repeat_interleave(config.states // config.heads, dim=2) for u in (q, k))
         v = v.unflatten(-1, (config.states, -1))
         # decay and step decide what is kept over thousands of tokens: not in bf16
-        a_BTH, beta_BTH = self.ab_proj(x_BTD).to(dtype).chunk(2, dim=-1)
+        a_BTH, beta_BTH = linear_wide(self.form, x_BTD, self.ab_proj.weight, dtype).chunk(2, dim=-1)
         log_w_BTH = -self.A_log.to(dtype).exp() * F.softplus(a_BTH + self.dt_bias.to(dtype))
         beta_BTH = beta_BTH.sigmoid() * (2 if config.negative_eigenvalues else 1)
-        o_BTHV, s_BHKV = run_delta_rule(
-            self.form, config.chunk, q * config.key_dim**-0.5, k, v, beta_BTH, state.s_BHKV, log_w_BTH
-        )
-        y_BTE = F.rms_norm(o_BTHV, o_BTHV.shape[-1:], self.norm_weight_V, config.eps).flatten(2)
-        if self.gate_proj is not None:
-            y_BTE = y_BTE * F.silu(self.gate_proj(x_BTD))
+        o_BTHV, s_BHKV = run_delta_rule(self.form, config.chunk, q, k, v, beta_BTH, state.s_BHKV, log_w_BTH)
+        gate_BTE = None if self.gate_proj is None else self.gate_proj(x_BTD)
+        y_BTE = norm_heads(self.form, o_BTHV, self.norm_weight_V, config.eps, gate_BTE)
         return self.out_proj(y_BTE), GatedDeltaNetState(conv_BPE, s_BHKV) if want_state else None
 
     def init_state(

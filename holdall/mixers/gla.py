@@ -141,14 +141,11 @@ class GLA(Mixer):
             short_conv = conv.short_conv_loop if loop else conv.short_conv
             qkv_BTE, *convs = short_conv(qkv_BTE, self.conv_weight_EW, None, *convs)
             qkv_BTE = F.silu(qkv_BTE)
-        # what is forgotten adds up over thousands of tokens: not in bf16
-        low_BTR = self.gate_down(x_BTD).to(dtype)
-        logit_BTE = F.linear(low_BTR, self.gate_up.weight.to(dtype), self.gate_up.bias.to(dtype))
+        log_decay_BTE = self._log_decay(self.gate_down(x_BTD), dtype)
         if self.form != "kernel":  # which multiplies in the dtype of x, and sums in fp32
             qkv_BTE = qkv_BTE.to(dtype)
         q, k, v, log_decay_BTHK = (
-            u.unflatten(-1, (config.heads, -1))
-            for u in (*qkv_BTE.split(self.sizes, dim=-1), F.logsigmoid(logit_BTE) / config.tau)
+            u.unflatten(-1, (config.heads, -1)) for u in (*qkv_BTE.split(self.sizes, dim=-1), log_decay_BTE)
         )
         q = q * q.shape[-1] ** -0.5
         if loop:
@@ -162,12 +159,28 @@ class GLA(Mixer):
                 q, k, v, None if fresh else s_BHKV, None, log_decay_BTHK,
                 inplace=inplace, want_state=want_state,
             )  # fmt: skip
-        o_BTHV = F.rms_norm(o_BTHV.to(dtype), o_BTHV.shape[-1:], eps=config.eps) * self.norm_weight_V
-        y_BTE = (o_BTHV.flatten(2) * F.silu(gate_BTE.to(dtype))).to(x_BTD.dtype)
+        if self.form == "kernel":
+            from holdall.kernels.gated_norm import gated_rms_norm
+
+            gate_BTHV = gate_BTE.unflatten(-1, (config.heads, -1))
+            y_BTE = gated_rms_norm(o_BTHV, gate_BTHV, self.norm_weight_V, config.eps, after=True).flatten(2)
+        else:
+            o_BTHV = F.rms_norm(o_BTHV.to(dtype), o_BTHV.shape[-1:], eps=config.eps) * self.norm_weight_V
+            y_BTE = (o_BTHV.flatten(2) * F.silu(gate_BTE.to(dtype))).to(x_BTD.dtype)
         after: State | None = None
         if want_state and s_BHKV is not None:
             after = GLAConvState(s_BHKV, *convs) if config.kernel else GLAState(s_BHKV)
         return self.out_proj(y_BTE), after
+
+    def _log_decay(self, low_BTR: Tensor, dtype: torch.dtype) -> Tensor:
+        """What is forgotten adds up over thousands of tokens: not in bf16."""
+        weight_ER, bias_E, tau = self.gate_up.weight, self.gate_up.bias, self.config.tau
+        if self.form == "kernel":
+            from holdall.kernels.small_linear import small_linear
+
+            return small_linear(low_BTR, weight_ER, bias_E, log_sigmoid=True, scale=1 / tau)
+        logit_BTE = F.linear(low_BTR.to(dtype), weight_ER.to(dtype), bias_E.to(dtype))
+        return F.logsigmoid(logit_BTE) / tau
 
     def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None) -> State:
         config = self.config

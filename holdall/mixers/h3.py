@@ -53,13 +53,15 @@ class H3Config(MixerConfig):
     """Shifted keys times values in a diagonal state space, read by queries.
 
     state: taps of the shift, and real numbers of state per product of key and value, n; head_dim: keys and
-    values per head, r; chunk: tokens per Fourier transform of the diagonal state space.
+    values per head, r; chunk: tokens per Fourier transform of the diagonal state space. The kernel form reads
+    up to 512 tokens from a fresh start without leaving a state, as in training; the rest is transforms.
     """
 
     state: int = 64
     head_dim: int = 1
     chunk: int = ssm.CHUNK
 
+    forms = ("loop", "parallel", "kernel")
     variants = ({"state": 8}, {"state": 6, "head_dim": 2, "chunk": 16})
 
     def validate(self) -> None:
@@ -75,6 +77,13 @@ class H3Config(MixerConfig):
     @property
     def heads(self) -> int:
         return self.width // self.head_dim
+
+    def kernel_refusal(self, device: torch.device, dtype: torch.dtype) -> str:
+        if refusal := super().kernel_refusal(device, dtype):
+            return refusal
+        from holdall.kernels import h3
+
+        return h3.refusal(self.head_dim)
 
     def build(self) -> H3:
         return H3(self)
@@ -104,23 +113,30 @@ class H3(Mixer):
 
     def shift(self, k_BTD: Tensor, past_BPD: Tensor) -> tuple[Tensor, Tensor]:
         """The keys as the shift's state space puts them out, and its inputs after them."""
-        taps, new = self.config.state, k_BTD.shape[1]
-        # the correlation of C with B, by transforms twice as long as either
-        b_DF, c_DF = (torch.fft.rfft(m.to(k_BTD.dtype), n=2 * taps) for m in (self.shift_B, self.shift_C))
-        kernel_DL = torch.fft.irfft(b_DF.conj() * c_DF, n=2 * taps)[:, :taps]
+        new, kernel_DL = k_BTD.shape[1], self.shift_kernel(k_BTD.dtype)
         y_BTD, seen_BSD = self.convolve(k_BTD, F.pad(kernel_DL, (0, new - 1)).T, past_BPD.to(k_BTD.dtype))
         after_BPD = seen_BSD[:, new:].to(past_BPD.dtype, copy=True)
         return torch.addcmul(y_BTD, k_BTD, self.shift_D.to(k_BTD.dtype)), after_BPD
+
+    def shift_kernel(self, dtype: torch.dtype) -> Tensor:
+        """What the shift convolves with, (D, n): the correlation of C with B, by transforms of twice n."""
+        taps = self.config.state
+        b_DF, c_DF = (torch.fft.rfft(m.to(dtype), n=2 * taps) for m in (self.shift_B, self.shift_C))
+        return torch.fft.irfft(b_DF.conj() * c_DF, n=2 * taps)[:, :taps]
+
+    def diagonal(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """log_a, b and c of the diagonal state space of each head, (H, N)."""
+        a_HN = torch.complex(-self.inv_A_real.to(dtype).exp(), self.A_imag.to(dtype))
+        log_a_HN, scale_HN = ssm.bilinear(self.log_dt.to(dtype).exp()[:, None], a_HN)
+        b_HN = scale_HN * torch.view_as_complex(self.B.to(dtype))
+        return log_a_HN, b_HN, 2 * torch.view_as_complex(self.C.to(dtype))
 
     def remember(
         self, kv_BTKVH: Tensor, h_BKVHN2: Tensor | None, want_state: bool
     ) -> tuple[Tensor, Tensor | None]:
         """The diagonal state space of each head, all of whose products are rows to it."""
         dtype, sizes = kv_BTKVH.dtype, (-1, *kv_BTKVH.shape[2:4])
-        a_HN = torch.complex(-self.inv_A_real.to(dtype).exp(), self.A_imag.to(dtype))
-        log_a_HN, scale_HN = ssm.bilinear(self.log_dt.to(dtype).exp()[:, None], a_HN)
-        b_HN = scale_HN * torch.view_as_complex(self.B.to(dtype))
-        c_HN = 2 * torch.view_as_complex(self.C.to(dtype))
+        log_a_HN, b_HN, c_HN = self.diagonal(dtype)
         kv_MTH = kv_BTKVH.permute(0, 2, 3, 1, 4).flatten(0, 2)
         h_MHN2: Tensor | None = None if h_BKVHN2 is None else h_BKVHN2.flatten(0, 2)
         if self.form == "loop":
@@ -137,6 +153,8 @@ class H3(Mixer):
         self, x_BTD: Tensor, state: H3State | None = None, *, inplace: bool = False, want_state: bool = True
     ) -> tuple[Tensor, H3State | None]:
         config, fresh = self.config, state is None
+        if self.form == "kernel" and fresh and not want_state and x_BTD.shape[1] <= conv.BY_PRODUCTS:
+            return self.by_products(x_BTD), None
         if state is None:
             state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
         q_BTD, k_BTD, v_BTD = self.qkv(x_BTD).to(recurrent_dtype(x_BTD.dtype)).chunk(3, dim=-1)
@@ -147,9 +165,26 @@ class H3(Mixer):
         kv_BTKVH = k_BTKH[:, :, :, None] * v_BTVH[:, :, None]
         nothing = fresh and self.form != "loop"
         m_BKVTH, h_BKVHN2 = self.remember(kv_BTKVH, None if nothing else state.h_BKVHN2, want_state)
-        y_BTVH = torch.einsum("btkh,bkvth->btvh", q_BTKH, m_BKVTH)
+        # a product and a sum: as tiny matrix products, one per token and head, it takes a GPU 50 times longer
+        y_BTVH = (q_BTKH[:, :, :, None] * m_BKVTH.permute(0, 3, 1, 2, 4)).sum(2)
         y_BTD = self.out_proj(y_BTVH.flatten(2).to(x_BTD.dtype))
         return y_BTD, H3State(past_BPD, h_BKVHN2) if h_BKVHN2 is not None and want_state else None
+
+    def by_products(self, x_BTD: Tensor) -> Tensor:
+        """Whole short rows on a GPU: both state spaces as products with the matrices of their kernels."""
+        from holdall.kernels import channels_first, h3
+        from holdall.kernels.toeplitz import toeplitz
+
+        length, dtype = x_BTD.shape[1], recurrent_dtype(x_BTD.dtype)
+        shift_DL = F.pad(self.shift_kernel(dtype), (0, max(length - self.config.state, 0)))[:, :length]
+        memory_HL = ssm.diagonal_kernel(*self.diagonal(dtype), length)
+        qkv_CBT = channels_first.into_channels(x_BTD, self.qkv.weight)
+        matrices = (
+            toeplitz(torch.cat((kernel[:, :1] + skip[:, None], kernel[:, 1:]), dim=1), qkv_CBT.dtype)
+            for kernel, skip in ((shift_DL, self.shift_D), (memory_HL, self.D))
+        )
+        y_DBT = h3.remember(qkv_CBT, self.qkv.bias, *matrices)
+        return channels_first.out_of_channels(y_DBT, self.out_proj.weight, self.out_proj.bias)
 
     def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None) -> H3State:
         config = self.config

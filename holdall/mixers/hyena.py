@@ -132,6 +132,8 @@ class Hyena(Mixer):
         want_state: bool = True,
     ) -> tuple[Tensor, HyenaState | None]:
         order, width = self.config.order, self.config.width
+        if self.form == "kernel" and state is None and not want_state and x_BTD.shape[1] <= conv.BY_PRODUCTS:
+            return self.by_products(x_BTD), None
         if state is None:
             state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
         short_conv = self.short_conv
@@ -151,6 +153,23 @@ class Hyena(Mixer):
             kept.insert(0, past)
         after = HyenaState(short_BPU, torch.cat(kept, dim=-1)) if want_state else None
         return self.out_proj(v_BTD * gates[0]), after
+
+    def by_products(self, x_BTD: Tensor) -> Tensor:
+        """Whole short rows on a GPU: long convolutions and their skips as products with one matrix each."""
+        from holdall.kernels import channels_first, hyena
+        from holdall.kernels.toeplitz import toeplitz
+
+        filter_LE = self.filter(x_BTD.shape[1])
+        filter_LE = torch.cat((filter_LE[:1] + self.skip_E, filter_LE[1:]))
+        u_UBT = channels_first.into_channels(x_BTD, self.in_proj.weight)
+        y_DBT = hyena.gated_convolutions(
+            u_UBT,
+            self.in_proj.bias,
+            self.short_weight_UW,
+            self.short_bias_U,
+            toeplitz(filter_LE.T, u_UBT.dtype),
+        )
+        return channels_first.out_of_channels(y_DBT, self.out_proj.weight, self.out_proj.bias)
 
     def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None) -> HyenaState:
         width, order = self.config.width, self.config.order

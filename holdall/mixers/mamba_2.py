@@ -101,9 +101,9 @@ class Mamba2Config(MixerConfig):
     def kernel_refusal(self, device: torch.device, dtype: torch.dtype) -> str:
         if refusal := super().kernel_refusal(device, dtype):
             return refusal
-        from holdall.kernels import fla, short_conv
+        from holdall.kernels import mamba_2
 
-        return fla.refusal() or short_conv.refusal(self.kernel)
+        return mamba_2.refusal(self.inner // self.heads, self.state, self.kernel)
 
     def build(self) -> Mamba2:
         return Mamba2(self)
@@ -138,19 +138,17 @@ class Mamba2(Mixer):
         fresh = state is None
         if state is None:
             state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
+        if self.form == "kernel":
+            y_BTD, state = self._fused(x_BTD, state.conv_BPE, None if fresh else state.s_BHNV)
+            return y_BTD, state if want_state else None
         z_BTE, xbc_BTE, dt_BTH = self.in_proj(x_BTD).split(
             [config.inner, config.conv_channels, config.heads], dim=-1
         )
-        filters = self.conv_weight_EW, self.conv_bias_E, state.conv_BPE
-        if self.form == "kernel":
-            from holdall.kernels.short_conv import short_conv
-
-            xbc_BTE, conv_BPE = short_conv(xbc_BTE, *filters, silu=True)
-        else:
-            xbc_BTE, conv_BPE = (conv.short_conv_loop if loop else conv.short_conv)(xbc_BTE, *filters)
-            xbc_BTE = F.silu(xbc_BTE)
+        xbc_BTE, conv_BPE = (conv.short_conv_loop if loop else conv.short_conv)(
+            xbc_BTE, self.conv_weight_EW, self.conv_bias_E, state.conv_BPE
+        )
         each_group = config.groups * config.state
-        x_BTE, b_BTE, c_BTE = xbc_BTE.split([config.inner, each_group, each_group], dim=-1)
+        x_BTE, b_BTE, c_BTE = F.silu(xbc_BTE).split([config.inner, each_group, each_group], dim=-1)
         k_BTHN, q_BTHN = (
             u.unflatten(-1, (config.groups, 1, config.state))
             .expand(-1, -1, -1, config.heads // config.groups, -1)
@@ -168,28 +166,30 @@ class Mamba2(Mixer):
                 q_BTHN, k_BTHN, v_BTHV, state.s_BHNV, None, log_decay_BTH
             )
         else:
-            if self.form == "kernel":  # which multiplies in the dtype of v, and sums in fp32
-                from holdall.kernels.linear_attention import linear_attention as chunked
-
-                v_BTHV = v_BTHV.to(x_BTD.dtype)
-            else:
-                chunked = linear_attention
-            y_BTHV, s_BHNV, _ = chunked(
+            y_BTHV, s_BHNV, _ = linear_attention(
                 q_BTHN, k_BTHN, v_BTHV, None if fresh else state.s_BHNV, None, log_decay_BTH,
                 chunk=config.chunk, inplace=inplace, want_state=want_state,
             )  # fmt: skip
-        y_BTE = torch.addcmul(y_BTHV.to(dtype), x_BTHV, self.D.to(dtype)[:, None]).flatten(2) * F.silu(
-            z_BTE.to(dtype)
-        )
-        if self.form == "kernel" and config.groups == 1:
-            from holdall.kernels.layer_norm import rms_norm
-
-            y_BTE = rms_norm(y_BTE, self.norm_weight_E, config.eps, x_BTD.dtype)
-        else:
-            y_BTGE = y_BTE.unflatten(-1, (config.groups, -1))
-            y_BTE = F.rms_norm(y_BTGE, y_BTGE.shape[-1:], eps=config.eps).flatten(2) * self.norm_weight_E
+        y_BTHV = torch.addcmul(y_BTHV.to(dtype), x_BTHV, self.D.to(dtype)[:, None])
+        y_BTGE = (y_BTHV.flatten(2) * F.silu(z_BTE.to(dtype))).unflatten(-1, (config.groups, -1))
+        y_BTE = F.rms_norm(y_BTGE, y_BTGE.shape[-1:], eps=config.eps).flatten(2) * self.norm_weight_E
         after = None if s_BHNV is None or not want_state else Mamba2State(conv_BPE, s_BHNV)
         return self.out_proj(y_BTE.to(x_BTD.dtype)), after
+
+    def _fused(self, x_BTD: Tensor, conv_BPE: Tensor, s_BHNV: Tensor | None) -> tuple[Tensor, Mamba2State]:
+        """Everything between the two projections by one kernel each."""
+        from holdall.kernels import mamba_2
+
+        config, weight_FD = self.config, self.in_proj.weight
+        if x_BTD.shape[1] > 1:  # filled up to where matrix products are fast, which one token's are not
+            weight_FD = F.pad(weight_FD, (0, 0, 0, -weight_FD.shape[0] % 16))
+        y_BTE, conv_BPE, s_BHNV = mamba_2.mamba_2(
+            F.linear(x_BTD, weight_FD), self.conv_weight_EW, self.conv_bias_E, self.dt_bias, self.A_log,
+            self.D, self.norm_weight_E, conv_BPE, s_BHNV,
+            mamba_2.Sizes(config.heads, config.inner // config.heads, config.groups, config.state),
+            config.eps,
+        )  # fmt: skip
+        return self.out_proj(y_BTE), Mamba2State(conv_BPE, s_BHNV)
 
     def init_state(
         self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None

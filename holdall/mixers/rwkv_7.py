@@ -149,6 +149,8 @@ class RWKV7(Mixer):
         if state is None:
             state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
         dtype = state.s_BHKV.dtype
+        if self.form == "kernel":
+            return self._fused(x_BTD, state, want_state)
         before_BTD = shift(x_BTD, state.last_BD)
         r, w, k, v, a, g = torch.lerp(x_BTD, before_BTD, self.mix_ZD[:, None, None]).unbind(0)
         r, k, v = self.receptance(r), self.key(k), self.value(v)
@@ -168,11 +170,47 @@ class RWKV7(Mixer):
         y_BTD = self.out_proj(g * (y_BTD + bonus_BTHV.flatten(2).to(y_BTD.dtype)))
         return y_BTD, RWKV7State(x_BTD[:, -1].clone(), s_BHKV) if want_state else None
 
-    def _delta_rule(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        if self.form == "kernel":
-            from holdall.kernels.delta_rule import generalised_delta_rule as kernel
+    def _fused(self, x_BTD: Tensor, state: RWKV7State, want_state: bool) -> tuple[Tensor, RWKV7State | None]:
+        """The same with all but products in a few kernels."""
+        from holdall.kernels import rwkv_7
+        from holdall.kernels.delta_rule import generalised_delta_rule as kernel
 
-            return kernel(*tensors)
+        few = x_BTD.shape[:2].numel() < 4 * self.config.width
+        rkv, w, a, g = (self._mapped if few else self._mapped_at_once)(x_BTD, state.last_BD)
+        w, a, g = w.tanh() @ self.w2, a @ self.a2, g.sigmoid() @ self.g2
+        r, log_w, k, v, a, removal = rwkv_7.prepare(
+            rkv, w, a, self.w0, self.a0, self.k_k, self.k_a, self.config.heads
+        )
+        o_BTHV, s_BHKV = kernel(r, k, v, a, removal, state.s_BHKV, log_w)
+        eps = 1e-5 * o_BTHV.shape[-1]
+        y_BTD = rwkv_7.finish(o_BTHV, r, k, v, g, self.norm_weight_D, self.norm_bias_D, self.r_k, eps)
+        after = RWKV7State(x_BTD[:, -1].clone(), s_BHKV) if want_state else None
+        return self.out_proj(y_BTD), after
+
+    def _mapped(self, x_BTD: Tensor, last_BD: Tensor) -> tuple[Tensor, ...]:
+        """r, k' and v side by side, and the low ranks of decay, removal and gate."""
+        before_BTD = shift(x_BTD, last_BD)
+        r, w, k, v, a, g = torch.lerp(x_BTD, before_BTD, self.mix_ZD[:, None, None]).unbind(0)
+        rkv = torch.cat((self.receptance(r), self.key(k), self.value(v)), dim=-1)
+        return rkv, w @ self.w1, a @ self.a1, g @ self.g1
+
+    def _mapped_at_once(self, x_BTD: Tensor, last_BD: Tensor) -> tuple[Tensor, ...]:
+        """The same by one product: W (x + m (x' - x)) = [W (1 - m) | W m] [x | x']."""
+        from holdall.kernels import rwkv_7
+
+        r, w, k, v, a, g = self.mix_ZD.unbind(0)
+        maps = (
+            (self.receptance.weight, r), (self.key.weight, k), (self.value.weight, v),
+            (self.w1.T, w), (self.a1.T, a), (self.g1.T, g),
+        )  # fmt: skip
+        # only what is multiplied is rounded
+        weight_ED = torch.cat([weight.float() for weight, _ in maps])
+        mix_ED = torch.cat([mix_D.float().expand_as(weight) for weight, mix_D in maps])
+        both = torch.cat((weight_ED * (1 - mix_ED), weight_ED * mix_ED), dim=1).to(x_BTD.dtype)
+        z_BTE = F.linear(rwkv_7.beside(x_BTD, last_BD), both)
+        return z_BTE.split((3 * self.config.width, *self.config.ranks), dim=-1)
+
+    def _delta_rule(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         if self.form == "loop":
             return generalised_delta_rule_loop(*tensors)
         return generalised_delta_rule(*tensors, chunk=self.config.chunk)

@@ -117,18 +117,26 @@ def diagonal_ssm(
     return y_BTD, torch.view_as_real(h_DBN.transpose(0, 1).contiguous())
 
 
+def diagonal_kernel(
+    log_a_DN: Complex[Tensor, "d n"],
+    b_DN: Complex[Tensor, "#d n"],
+    c_DN: Complex[Tensor, "#d n"],
+    length: int,
+) -> Float[Tensor, "d l"]:
+    """K_l = Re sum_n c_n b_n exp(l log_a_n) for l < length: what `diagonal_ssm` convolves with."""
+    return _kernel(b_DN, c_DN, *_tables(log_a_DN, length))[:, :length]
+
+
 def _side_by_side(
     x_DBGC: Tensor, log_a_DN: Tensor, b_DN: Tensor, c_DN: Tensor, h_DBN: Tensor | None, want_state: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Whole chunks at once; returns the outputs, and the last state unless nobody needs any."""
     channels, rows, chunks, size = x_DBGC.shape
-    fine = math.isqrt(size - 1) + 1
-    coarse = -(-size // fine)
-    fine_DJN, coarse_DIN = _powers(log_a_DN, 1, fine + 1), _powers(log_a_DN, fine, coarse)
+    fine_DJN, coarse_DIN = tables = _tables(log_a_DN, size)
+    fine, coarse = fine_DJN.shape[1] - 1, coarse_DIN.shape[1]
 
-    kernel_DIJ = _real_product((c_DN * b_DN)[:, None] * coarse_DIN, fine_DJN[:, :-1])
     length = fast_size(2 * size - 1)
-    kernel_DF = torch.fft.rfft(kernel_DIJ.flatten(1)[:, :size], n=length)
+    kernel_DF = torch.fft.rfft(_kernel(b_DN, c_DN, *tables)[:, :size], n=length)
     y_DBGC = torch.fft.irfft(torch.fft.rfft(x_DBGC, n=length) * kernel_DF[:, None, None], n=length)[
         ..., :size
     ]
@@ -155,6 +163,17 @@ def _side_by_side(
     ring_DMN = (ring_DBGN[..., None, :] * coarse_DIN[:, None, None]).flatten(1, 3)
     ring_DMJ = _real_product(ring_DMN, fine_DJN[:, 1:])
     return y_DBGC + ring_DMJ.reshape(channels, rows, chunks, -1)[..., :size], h_DBN
+
+
+def _tables(log_a_DN: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """exp(j log_a) for j <= J and exp(J i log_a) for i < I, with I J >= size."""
+    fine = math.isqrt(size - 1) + 1
+    return _powers(log_a_DN, 1, fine + 1), _powers(log_a_DN, fine, -(-size // fine))
+
+
+def _kernel(b_DN: Tensor, c_DN: Tensor, fine_DJN: Tensor, coarse_DIN: Tensor) -> Tensor:
+    """The first I J numbers of the kernel, (D, I J)."""
+    return _real_product((c_DN * b_DN)[:, None] * coarse_DIN, fine_DJN[:, :-1]).flatten(1)
 
 
 def _powers(log_a_DN: Tensor, step: int, count: int) -> Tensor:

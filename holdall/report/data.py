@@ -270,8 +270,10 @@ def _runs(folder: Path) -> tuple[list[Run], list[str]]:
                 f"line {number} of {path} is broken; delete that line and run the sweep again to fill the gap"
             ) from None
         try:
-            # a training that was run again under its old name replaces what it wrote before
-            runs[content.get("run", number)] = _run(content)
+            # a training that was run again under its old name replaces what it wrote before; members of a
+            # population share the name
+            run = _run(content)
+            runs[content.get("run", number), run.learning_rate, run.seed] = run
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"line {number} of {path} is no result ({error!r}); delete that line and run the sweep again"

@@ -5,8 +5,12 @@ Triton decides which when a kernel's file is first imported, so the environment 
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import laws
 import pytest
@@ -57,19 +61,21 @@ def assert_replays() -> Callable[[Callable[[], Sequence[Tensor]]], None]:
 
 
 @pytest.fixture(autouse=True)
-def gives_memory_back() -> Iterator[None]:
-    """Several processes test on one GPU."""
-    yield
-    if DEVICE == "cuda":
-        torch.cuda.empty_cache()
+def shares_memory(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Several processes may test on one GPU: they keep nothing, and what is marked gpu("tens of GB") is alone
+    with its kind."""
+    mark = request.node.get_closest_marker("gpu")
+    with contextlib.ExitStack() as stack:
+        if mark and mark.args and DEVICE == "cuda":
+            lock = stack.enter_context((Path(tempfile.gettempdir()) / "holdall-gpu-memory.lock").open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+        if DEVICE == "cuda":
+            torch.cuda.empty_cache()
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked gpu skip without one. Those marked gpu("tens of GB") run one after the other, beside the
-    others, under `pytest -n 8 --dist loadgroup`."""
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked gpu skip without one."""
     for item in items:
-        if mark := item.get_closest_marker("gpu"):
-            if DEVICE == "cpu":
-                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
-            elif mark.args and config.pluginmanager.hasplugin("xdist"):
-                item.add_marker(pytest.mark.xdist_group(mark.args[0]))
+        if item.get_closest_marker("gpu") and DEVICE == "cpu":
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))

@@ -1,7 +1,7 @@
 """flash-linear-attention behind our operations' signatures is our loops: values, gradients, every transform.
 
 On a CPU its own kernels run in Triton's interpreter, so what is passed to them is checked here too. On a GPU
-they compile for seconds: shapes are few, and with several workers `--dist loadgroup` compiles each once.
+they compile for seconds: shapes are few.
 
 Letters: B row, T time, H heads, K key dim, V value dim.
 """
@@ -31,11 +31,7 @@ from holdall.ops import linear_attention as ops_linear
 DOUBLE, SINGLE, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 gpu = pytest.mark.gpu
 # pairs of which the mask drops one may overflow before; only the interpreter tells
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
-    # PyTorch sets one, which is what it says, where a thread's first work is a product
-    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS, but there was no current CUDA context"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 
 
 def first_two(function: Callable) -> Callable:
@@ -357,7 +353,6 @@ def test_offsets_beyond_32_bits(rule: str, device: torch.device) -> None:
 MIXERS: dict[str, dict[str, Any]] = {
     "retnet": {"heads": 1, "value_ratio": 1},
     "gla": {"heads": 1},
-    "mamba-2": {"state": 8, "expand": 1, "head_dim": 16},
     "delta-net": {"heads": 1},
     "gated-delta-net": {"heads": 1, "value_ratio": 1},
     "kimi-delta-attention": {"heads": 1},
@@ -455,3 +450,19 @@ def test_each_kernel_has_one_configuration(device: torch.device) -> None:
                 if isinstance(kernel, Autotuner):
                     assert len(kernel.configs) == 1, kernel.base_fn.__name__
                 kernel = kernel.fn
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_decay_per_head_where_its_kernel_is_broken(
+    broken: bool, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    monkeypatch.setattr(fla, "per_head_is_broken", lambda: broken)
+    used: list[str] = []
+    plain = fla.apply
+    monkeypatch.setattr(fla, "apply", lambda rule, *rest: (used.append(rule), plain(rule, *rest))[1])
+    check("delta, decay per head", inputs("delta, decay per head", 5, device))
+    if device.type == "cuda":
+        for length, dims in ((1, (64, 64)), (63, (64, 128)), (65, (128, 256)), (1000, (64, 128))):
+            large = LARGE | {"heads": 2, "dims": dims}
+            check("delta, decay per head", inputs("delta, decay per head", length, device, **large))
+    assert set(used) == {f"delta, decay per {'key' if broken else 'head'}"}

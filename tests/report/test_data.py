@@ -94,6 +94,12 @@ def test_a_run_written_again_counts_once(make_sweep, line):
     assert [(m.label, m.accuracy, len(m.runs)) for m in models] == [("a", 0.5, 1), ("b", 0.1, 1)]
 
 
+def test_members_of_a_population_share_a_run_folder_and_all_count(make_sweep, line):
+    runs = [line("a", 64, 0.5 + rate, run="runs/a", learning_rate=rate) for rate in (0.1, 0.3, 0.2)]
+    (model,) = load([make_sweep("s", runs)])[0].models
+    assert (model.accuracy, len(model.runs)) == (0.8, 3)
+
+
 def test_optional_keys_may_be_missing(make_sweep):
     needed = ("label", "mixer", "width", "state_bytes", "accuracy", "learning_rate", "seed")
     values = ("a", "mamba", 64, 512, 0.5, 0.01, 3)

@@ -1,0 +1,186 @@
+"""What RWKV-7 does around its delta rule: the kernels beside the mixer's own lines in plain PyTorch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import laws
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import vmap
+
+import holdall
+from holdall.forms import KernelError
+from holdall.kernels import rwkv_7
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# rows, tokens, heads, dims of a head
+SIZES = ((1, 1, 1, 8), (2, 63, 2, 24), (1, 65, 1, 64))
+EPS = 1e-3
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+def beside(x: Tensor, last: Tensor) -> list[Tensor]:
+    return [torch.cat((x, torch.cat((last[:, None], x[:, :-1]), dim=1)), dim=-1)]
+
+
+def prepare(
+    rkv: Tensor, w: Tensor, a: Tensor, w0: Tensor, a0: Tensor, k_k: Tensor, k_a: Tensor, heads: int
+) -> list[Tensor]:
+    narrow, dtype = rkv.dtype, torch.promote_types(rkv.dtype, torch.float32)
+    r, k, v, w, a, w0, a0, k_k, k_a = (u.to(dtype) for u in (*rkv.chunk(3, -1), w, a, w0, a0, k_k, k_a))
+    a = (a + a0).sigmoid()
+    removal = F.normalize((k * k_k).unflatten(-1, (heads, -1)), dim=-1)
+    log_w = -math.exp(-0.5) * (w + w0).sigmoid()
+    found = [u.unflatten(-1, (heads, -1)) for u in (r, log_w, k * (1 + (a - 1) * k_a), v, a)]
+    found[4:] = [-found[4] * removal, removal]
+    return [u if i == 1 else u.to(narrow) for i, u in enumerate(found)]
+
+
+def finish(
+    o: Tensor, r: Tensor, k: Tensor, v: Tensor, g: Tensor, weight: Tensor, bias: Tensor, r_k: Tensor
+) -> list[Tensor]:
+    dtype = torch.promote_types(g.dtype, torch.float32)
+    o, r, k, v, weight, bias, r_k = (u.to(dtype) for u in (o, r, k, v, weight, bias, r_k))
+    y = torch.addcmul(bias, F.layer_norm(o, o.shape[-1:], eps=EPS).flatten(2), weight)
+    return [(g.to(dtype) * (y + ((r * k * r_k).sum(-1, keepdim=True) * v).flatten(2))).to(g.dtype)]
+
+
+def cases(size: tuple[int, ...]) -> dict[str, tuple[Callable, Callable, list[tuple[int, ...]]]]:
+    """Kernel, plain form, and the inputs' shapes, those of tokens first."""
+    rows, length, heads, dims = size
+    tokens, width, split = (rows, length), heads * dims, (heads, dims)
+    return {
+        "beside": (lambda *u: [rwkv_7.beside(*u)], beside, [(*tokens, width), (rows, width)]),
+        "prepare": (
+            lambda *u: list(rwkv_7.prepare(*u, heads)),
+            lambda *u: prepare(*u, heads),
+            [(*tokens, 3 * width), *[(*tokens, width)] * 2, *[(width,)] * 4],
+        ),
+        "finish": (
+            lambda *u: [rwkv_7.finish(*u, EPS)],
+            finish,
+            [*[(*tokens, *split)] * 4, (*tokens, width), *[(width,)] * 2, split],
+        ),
+    }
+
+
+def pulled(function: Callable, tensors: list[Tensor]) -> list[Tensor]:
+    leaves = [u.detach().requires_grad_() for u in tensors]
+    found = function(*leaves)
+    torch.manual_seed(1)
+    ups = [torch.randn(u.shape).to(u) for u in found]
+    return [*found, *torch.autograd.grad(found, leaves, ups)]
+
+
+def draw(shapes: list[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    torch.manual_seed(len(shapes))
+    return [torch.randn(shape).to(device, dtype) for shape in shapes]
+
+
+def check(name: str, size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    kernel, plain, shapes = cases(size)[name]
+    tensors = draw(shapes, dtype, device)
+    # what the tokens' gradients are rounded to before they are pulled back is the same for all three
+    truth = pulled(plain, [u.double() for u in tensors])
+    ours, again, theirs = pulled(kernel, tensors), pulled(kernel, tensors), pulled(plain, tensors)
+    for i, (one, repeat, other, right) in enumerate(zip(ours, again, theirs, truth, strict=True)):
+        assert (one.dtype, one.shape) == (other.dtype, other.shape), i
+        assert torch.equal(one, repeat), i
+        rounding = 2 * torch.finfo(dtype).eps * right.norm()
+        assert (one - right).norm() <= 2 * (other - right).norm() + rounding, i
+
+
+@pytest.mark.parametrize("name", ["beside", "prepare", "finish"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_it_is_as_exact_as_plain_pytorch(
+    name: str, size: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> None:
+    check(name, size, dtype, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["beside", "prepare", "finish"])
+@pytest.mark.parametrize("size", [(4, 1000, 2, 64), (1, 16384, 16, 64)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_so_it_is_at_size(name: str, size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    check(name, size, dtype, device)
+
+
+@pytest.mark.parametrize("name", ["beside", "prepare", "finish"])
+def test_members_have_their_own_weights(name: str, device: torch.device) -> None:
+    kernel, _, shapes = cases((2, 9, 2, 16))[name]
+    both = draw([(2, *shape) for shape in shapes], torch.float32, device)
+    together = pulled(vmap(lambda *own: tuple(kernel(*own))), both)
+    torch.manual_seed(1)
+    outputs = len(together) - len(both)
+    ups = [torch.randn(u.shape).to(u) for u in together[:outputs]]
+    for place in range(2):
+        leaves = [u[place].detach().requires_grad_() for u in both]
+        found = kernel(*leaves)
+        grads = torch.autograd.grad(found, leaves, [up[place] for up in ups])
+        for one, right in zip(together, (*found, *grads), strict=True):
+            torch.testing.assert_close(one[place], right)
+
+
+def test_a_part_of_a_wider_projection_is_read_where_it_lies(device: torch.device) -> None:
+    kernel, _, shapes = cases((2, 9, 2, 16))["prepare"]
+    rkv, *others = draw(shapes, torch.float32, device)
+    wider = torch.randn(2, 9, rkv.shape[-1] + 12, device=device)
+    wider[..., : rkv.shape[-1]] = rkv
+    for one, right in zip(kernel(wider[..., : rkv.shape[-1]], *others), kernel(rkv, *others), strict=True):
+        assert torch.equal(one, right)
+
+
+def test_a_key_of_nothing_removes_nothing(device: torch.device) -> None:
+    kernel, plain, shapes = cases((1, 3, 1, 8))["prepare"]
+    tensors = draw(shapes, torch.float32, device)
+    tensors[0][:, :, 8:16] = 0
+    for one, other in zip(kernel(*tensors), plain(*tensors), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("name", ["beside", "prepare", "finish"])
+def test_it_compiles_whole(name: str, device: torch.device) -> None:
+    kernel, _, shapes = cases((2, 9, 2, 16))[name]
+    tensors = draw(shapes, torch.float32, device)
+    compiled = torch.compile(kernel, fullgraph=True, backend="aot_eager")
+    for one, other in zip(pulled(compiled, tensors), pulled(kernel, tensors), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("name", ["beside", "prepare", "finish"])
+def test_fp64_is_refused(name: str, device: torch.device) -> None:
+    kernel, _, shapes = cases((1, 2, 1, 8))[name]
+    with pytest.raises(KernelError, match="float64"):
+        kernel(*draw(shapes, torch.float64, device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_folded_into_the_maps_the_lerps_are_as_exact(dtype: torch.dtype, device: torch.device) -> None:
+    """Outputs and gradients, also of the mix, at most twice as far off as by lerps that are rounded."""
+    mixer = laws.build(holdall.describe("rwkv-7").configure(width=32, form="kernel")).to(device)
+    x, last = torch.randn(2, 60, 32, device=device), torch.randn(2, 32, device=device)
+    x, last = x.to(dtype), last.to(dtype)
+    ups = [torch.randn(2, 60, size, device=device).to(dtype) for size in (96, *mixer.config.ranks)]
+    names = ["mix_ZD", "receptance.weight", "key.weight", "value.weight", "w1", "a1", "g1"]
+
+    def pull(way: str, dtype: torch.dtype) -> list[Tensor]:
+        own = mixer.to(dtype)
+        leaves = [u.detach().to(dtype).requires_grad_() for u in (x, last)]
+        found = getattr(own, way)(*leaves)
+        weights = [own.get_parameter(name) for name in names]
+        return [*found, *torch.autograd.grad(found, [*leaves, *weights], [up.to(dtype) for up in ups])]
+
+    mixer.to(dtype)  # weights that all have
+    ours, theirs = pull("_mapped_at_once", dtype), pull("_mapped", dtype)
+    truth = pull("_mapped", torch.double)
+    for i, (one, other, right) in enumerate(zip(ours, theirs, truth, strict=True)):
+        rounding = torch.finfo(dtype).eps * right.norm()
+        assert (one - right).norm() <= 2 * (other - right).norm() + rounding, i
