@@ -52,7 +52,7 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install -c constraints.txt -e ".[dev,parity]"
+	$(BIN)/python -m pip install -c constraints.txt -e ".[dev,text,parity]"
 	@touch $@ $(VENV)/installed
 
 clean:

@@ -2,8 +2,8 @@
 
     python -m bench [NAME...] [--results FILE]
 
-generator and training run on a CPU, kernels and sweep on a GPU; by default all that this machine can run. A
-part of the kernels is named kernels:taylor, kernels:gated_conv and so on.
+generator and training run on a CPU, kernels, sweep and lm on a GPU; by default all that this machine can run.
+A part of the kernels is named kernels:taylor, kernels:gated_conv and so on.
 
 A speed of something wrong is worth nothing, so the tests of what is measured run first and a red one ends
 it. Each benchmark's results are appended to results/bench.jsonl, one line with device, versions and commit.
@@ -20,18 +20,19 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from bench import generator, kernels, sweep, training
+from bench import generator, kernels, lm, sweep, training
 from holdall import runs
 
 ROOT = Path(__file__).parents[1]
-BENCHES = {"generator": generator, "training": training, "kernels": kernels, "sweep": sweep}
+BENCHES = {"generator": generator, "training": training, "kernels": kernels, "sweep": sweep, "lm": lm}
 GATES = {
     "generator": ["tests/tasks"],
     "training": ["tests/ops", "tests/tasks", "tests/test_train.py"],
     "kernels": ["tests/kernels"],
     "sweep": ["tests/test_population.py", "tests/test_train.py"],
+    "lm": ["tests/test_pretrain.py"],
 }
-ON_GPU = ("kernels", "sweep")
+ON_GPU = ("kernels", "sweep", "lm")
 
 
 def main() -> int:

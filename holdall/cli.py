@@ -174,6 +174,190 @@ def matrix(
     )
 
 
+@app.command
+def data(
+    sources: Annotated[tuple[Path, ...], tyro.conf.Positional] = (),
+    *,
+    out: Path,
+    tokenizer: str = "bytes",
+    valid: float | Path = 0.01,
+    text_field: str = "text",
+    separator: str = "",
+    strict: bool = False,
+    workers: int | None = None,
+    check: bool = False,
+) -> int:
+    """Turn text into token shards that `holdall train --data` reads.
+
+    Stop it at any time; the same command goes on from where it was.
+
+    Args:
+        sources: files and folders: plain text, or JSON lines (.jsonl, .ndjson, .json), also compressed (.xz,
+            .gz, .zst).
+        out: the folder that gets the shards.
+        tokenizer: bytes (no file needed), gpt2, gpt-neox, or the path of a file of the tokenizers library.
+        valid: the share of documents for validation, drawn by a hash of their text; or a file or folder that
+            holds them.
+        text_field: where JSON lines keep their text.
+        separator: what parts the documents of a plain text file, for example "<|endoftext|>", with \\n for a
+            new line; each file is one document by default.
+        strict: end at bad UTF-8 and broken JSON, which are otherwise counted, reported and left out.
+        workers: processes that encode; by default one per core.
+        check: make nothing, but read all of `out` and compare it with the hashes in its manifest.
+    """
+    from holdall import show_data
+
+    return show_data.data(
+        sources, out, tokenizer, valid, text_field, separator, strict, workers, check, command=_command()
+    )
+
+
+@app.command
+def train(
+    preset: Annotated[str, tyro.conf.Positional] = "based-mini",
+    *,
+    data: Path | None = None,
+    out: Path | None = None,
+    pattern: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
+    width: int | None = None,
+    depth: int | None = None,
+    mlp: int | None = None,
+    context: int | None = None,
+    batch: int | None = None,
+    micro_batch: int | None = None,
+    steps: int | None = None,
+    learning_rate: float | None = None,
+    warmup: int | None = None,
+    weight_decay: float | None = None,
+    clip: float | None = None,
+    seed: int = 0,
+    precision: Literal["fp32", "bf16"] | None = None,
+    compile: bool | None = None,
+    recompute: bool = False,
+    evaluate_every: int | None = None,
+    evaluate_rows: int | None = None,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    devices: int = 1,
+    nodes: int = 1,
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto",
+    log: Annotated[tuple[Literal["tensorboard", "wandb"], ...], tyro.conf.UseAppendAction] = (),
+    load: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = (),
+) -> int:
+    """Train a language model on text; with no arguments a small Based model on the text that comes along.
+
+    Stop it at any time, or let it crash; the same command goes on from the last checkpoint, to the bit on the
+    same device and count.
+
+    Args:
+        preset: based-mini (minutes on two cores), based-360m, based-1b, attention-360m, attention-1b,
+            mamba-360m, mamba-1b, or FAMILY-15m and FAMILY-40m for 17 families (docs/training.md).
+        data: a folder of token shards that `holdall data` left; by default the embedded text, as bytes.
+        out: the run folder; runs/PRESET by default.
+        pattern: instead of a preset, mixers that take turns (repeatable), each as NAME or
+            NAME:option=value,option=value.
+        width: of a pattern's model, 256 by default.
+        depth: layers of a pattern's model; the pattern once, or 4, by default.
+        mlp: inner width of the MLPs in a pattern's model, twice the width by default; 0 for none.
+        context: tokens of a row.
+        batch: rows of a step, over all devices.
+        micro_batch: rows of one pass on one device; a step's passes add up.
+        steps: training steps.
+        learning_rate: its highest, after the warm-up; it ends at a tenth of it.
+        warmup: steps over which it rises.
+        weight_decay: of matrices and the embedding.
+        clip: largest norm of a step's gradient; 0 for any.
+        seed: of weights and order.
+        precision: of a pass; by default bf16 on a GPU and fp32 on a CPU. Weights stay fp32.
+        compile: blocks by torch.compile; by default on a GPU.
+        recompute: run each block twice and keep less (activation checkpointing).
+        evaluate_every: steps between evaluations on the validation text.
+        evaluate_rows: rows of an evaluation.
+        device: where to train; auto takes a GPU if there is one.
+        devices: how many of them on each node.
+        nodes: machines; each starts the same command, by SLURM or with torchrun's environment variables, and
+            sees the run folder.
+        strategy: ddp has the whole model on each device, fsdp shares it out; auto is ddp.
+        log: also to TensorBoard (in the run folder) or Weights & Biases.
+        load: a mixer file of your own that the pattern uses.
+    """
+    from holdall import show_train
+
+    changes = {
+        "context_len": context,
+        "batch": batch,
+        "micro_batch": micro_batch,
+        "steps": steps,
+        "learning_rate": learning_rate,
+        "warmup": warmup,
+        "weight_decay": weight_decay,
+        "clip": clip,
+        "seed": seed,
+        "precision": precision,
+        "compile": compile,
+        "recompute": recompute,
+        "evaluate_every": evaluate_every,
+        "evaluate_rows": evaluate_rows,
+    }
+    shape = {"width": width, "depth": depth, "mlp": mlp}
+    return show_train.train(
+        preset, data, out, pattern, shape, changes, device, devices, nodes, strategy, log, load
+    )
+
+
+@app.command
+def recall(
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional],
+    *,
+    out: Path = Path("runs/recall"),
+    which: Literal["best", "last", "model"] | None = None,
+    rows: int | None = None,
+    context: int | None = None,
+    threshold: int = 1250,
+    passages: int = 40,
+    length: int = 512,
+    licence: str = "",
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    load: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = (),
+    dark: bool = False,
+) -> int:
+    """Show which tokens of real text language models recall: perplexity by slice; of two, a page of passages.
+
+    Recall hits complete two tokens in a row that were there before in the same context and that are rare in
+    training. What a model says is kept in its run folder. Stop it at any time; the same command goes on.
+
+    Args:
+        runs: folders that `holdall train` left, all on one corpus; gaps are those to the first.
+        out: the folder that gets slices.json, recall.png and, of two runs, recall.html.
+        which: the checkpoint; by default the end's, else the best, else the last.
+        rows: windows of the validation text to score, spread evenly; by default all.
+        context: tokens of a window; by default the shortest that one of the runs was trained on.
+        threshold: a bigram that the training text has more often is no recall hit.
+        passages: how many the page shows.
+        length: tokens of each passage.
+        licence: of the text, for the page, where the corpus does not say it.
+        device: where to run the models; auto takes a GPU if there is one.
+        load: a mixer file of your own that a run was trained with.
+        dark: draw recall.png on a dark ground.
+    """
+    from holdall import show_recall
+
+    return show_recall.recall(
+        runs,
+        out,
+        which,
+        rows,
+        context,
+        threshold,
+        passages,
+        length,
+        licence,
+        device,
+        load,
+        dark,
+        command=_command(),
+    )
+
+
 def _command() -> str:
     return " ".join(["holdall", *sys.argv[1:]])
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-import threading
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -23,6 +23,15 @@ from torch import Tensor, nn
 from holdall import forms
 from holdall.contract import Config, Mixer, MixerConfig, State, bytes_per_row
 from holdall.kernels import fold, unfold
+from holdall.ops import cross_entropy
+
+Precision = Literal["fp32", "bf16"]
+"""What a training pass computes in.
+
+bf16: the pass runs on bf16 copies of the weights; the weights themselves, AdamW, the loss and whatever mixers
+and norms keep wider (recurrent states, softmax, statistics) stay fp32. It is no autocast, which would take
+the products of those wider states to bf16 too.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,15 +72,33 @@ class ModelConfig(Config):
         return Model(self)
 
 
-_random_state = threading.Lock()
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Within, the CPU's random state is this seed's; then it is as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)
+        yield
 
 
 @contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Within, the CPU's random state is this seed's, whatever other threads draw; then it is as it was."""
-    with _random_state, torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(seed)
+def repeatable(device: torch.device) -> Iterator[None]:
+    """On a GPU, have PyTorch add in a fixed order, so that the same run gives the same bits.
+
+    By default gathers and embeddings sum gradients in whatever order threads arrive. A CPU needs nothing.
+    """
+    if device.type == "cpu":
         yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS promises it only with this
+    settings: Any = torch.utils.deterministic
+    before, fill = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    settings.fill_uninitialized_memory = False  # nothing here reads memory that was never written
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        settings.fill_uninitialized_memory = fill
 
 
 class Position(NamedTuple):
@@ -96,8 +123,21 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
+class RMSNorm(nn.RMSNorm):
+    """PyTorch's. A residual stream wider than the weights is normalised as it is; the result is narrow."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == self.weight.dtype:
+            return super().forward(x)
+        wide = F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        return wide.to(self.weight.dtype)
+
+
 class LayerNorm(nn.LayerNorm):
-    """PyTorch's, by one kernel each way on a GPU; a population's members have weights of their own there."""
+    """PyTorch's, by one kernel each way on a GPU; a population's members have weights of their own there.
+
+    A residual stream wider than the weights is normalised as it is; the result is narrow.
+    """
 
     def refusal(self, x: Tensor) -> str:
         """Why the kernel cannot run on x; empty if it can."""
@@ -110,6 +150,9 @@ class LayerNorm(nn.LayerNorm):
         return forms.kernel_refusal(x.device, x.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dtype != self.weight.dtype:
+            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps).to(self.weight.dtype)
         if self.refusal(x):
             return super().forward(x)
         from holdall.kernels.layer_norm import layer_norm
@@ -122,17 +165,29 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: MixerConfig) -> None:
         super().__init__()
-        norm = LayerNorm if config.norm == "layer" else nn.RMSNorm
+        norm = LayerNorm if config.norm == "layer" else RMSNorm
         self.norm = norm(config.width, eps=config.eps)
         self.mixer: Mixer = layer.build()
         self.mlp_norm = norm(config.width, eps=config.eps) if config.mlp else None
         self.mlp = MLP(config.width, config.mlp, config.mlp_kind) if config.mlp else None
 
-    def after_mixer(self, r: Tensor) -> Tensor:
-        """The part that works on each token alone."""
-        if self.mlp is None or self.mlp_norm is None:
-            return r
-        return r + self.mlp(self.mlp_norm(r))
+    def forward(
+        self,
+        r: Tensor,
+        state: State | None = None,
+        *,
+        tokens_BT: Tensor,
+        at_BQ: Tensor | None = None,
+        inplace: bool = False,
+        want_state: bool = True,
+    ) -> tuple[Tensor, State | None]:
+        """The residual stream after the layer, at all positions or those asked for, and the mixer's state."""
+        ids = {"tokens_BT": tokens_BT} if self.mixer.reads_tokens else {}
+        x, state = self.mixer(self.norm(r), state, inplace=inplace, want_state=want_state, **ids)
+        r = r + x if at_BQ is None else _SumAt.apply(r, x, at_BQ)
+        if self.mlp is not None and self.mlp_norm is not None:
+            r = r + self.mlp(self.mlp_norm(r))
+        return r, state
 
 
 class _SumAt(torch.autograd.Function):
@@ -179,7 +234,7 @@ class Model(nn.Module):
         self.embed = nn.Embedding(config.vocab, config.width)
         self.position_embed = nn.Embedding(config.positions, config.width) if config.positions else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in config.layers)
-        self.norm = (LayerNorm if config.norm == "layer" else nn.RMSNorm)(config.width, eps=config.eps)
+        self.norm = (LayerNorm if config.norm == "layer" else RMSNorm)(config.width, eps=config.eps)
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -208,6 +263,7 @@ class Model(nn.Module):
         at_BQ: Tensor | None = None,
         inplace: bool = False,
         want_states: bool = True,
+        run: Callable[..., tuple[Tensor, State | None]] = nn.Module.__call__,
     ) -> tuple[Tensor, list[State] | None]:
         """What the head reads, after the last norm, at all positions or those asked for.
 
@@ -216,6 +272,7 @@ class Model(nn.Module):
             states: what an earlier call returned; None if nothing was read yet.
             at_BQ: positions within these T tokens; after the last mixer only they are computed.
             inplace, want_states: as in `Mixer.forward`.
+            run: what calls a block, with the block and its arguments: training may have its own way.
 
         Returns:
             h_BTD or h_BQD, and the states, one per layer (and one more of learned positions).
@@ -232,14 +289,13 @@ class Model(nn.Module):
             index_BT = position.seen_B[:, None] + torch.arange(tokens_BT.shape[1], device=r.device)
             r = r + self.position_embed(index_BT)
         for depth, block in enumerate(self.blocks):
-            state = None if states is None else states[depth]
-            ids = {"tokens_BT": tokens_BT} if block.mixer.reads_tokens else {}  # type: ignore[union-attr]
-            x, state = block.mixer(block.norm(r), state, inplace=inplace, want_state=want_states, **ids)  # type: ignore[operator]
-            if at_BQ is not None and depth == len(self.blocks) - 1:
-                r = block.after_mixer(_SumAt.apply(r, x, at_BQ))  # type: ignore[operator]
-            else:
-                r = block.after_mixer(r + x)  # type: ignore[operator]
+            before = None if states is None else states[depth]
+            at = at_BQ if depth == len(self.blocks) - 1 else None
+            r, state = run(
+                block, r, before, tokens_BT=tokens_BT, at_BQ=at, inplace=inplace, want_state=want_states
+            )
             if want_states:
+                assert state is not None
                 after.append(state)
         if position is not None:
             after.append(Position(position.seen_B + tokens_BT.shape[1]))
@@ -263,3 +319,22 @@ class Model(nn.Module):
     def parameter_count(self) -> int:
         """Trained numbers, the tied embedding once."""
         return sum(p.numel() for p in self.parameters())
+
+
+def head_loss(h_ND: Tensor, head_VD: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean cross-entropy, in nats, and which predictions are right; by the kernel where there is one.
+
+    The logits are never all in memory. `h` may be in bf16 beside a head in fp32: the kernel then reads the
+    head in bf16, plain PyTorch reads both in fp32, and the gradients come in the dtype of each.
+    """
+    if not has_kernel(h_ND):
+        return cross_entropy.linear_cross_entropy(h_ND.to(head_VD.dtype), head_VD, target_N)
+    from holdall.kernels import cross_entropy as kernel
+
+    with torch.autocast(h_ND.device.type, h_ND.dtype, enabled=h_ND.dtype != head_VD.dtype):
+        return kernel.linear_cross_entropy(h_ND, head_VD, target_N)
+
+
+def has_kernel(x: Tensor) -> bool:
+    """Whether kernels run on such a tensor."""
+    return x.device.type == "cuda" and not forms.kernel_refusal(x.device, x.dtype)

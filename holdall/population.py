@@ -14,28 +14,16 @@ Letters: P members, B rows, N tokens, Q questions a row, D width, V vocabulary.
 
 from __future__ import annotations
 
-import contextlib
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import functional_call, vmap
 
-from holdall import forms
-from holdall.model import Model
-from holdall.ops.cross_entropy import linear_cross_entropy
+from holdall.model import Model, Precision, has_kernel, head_loss
 from holdall.tasks.data import Questions, TaskData
-
-Precision = Literal["fp32", "bf16"]
-"""What a pass computes in.
-
-bf16: the pass runs on bf16 copies of the weights; the weights themselves, AdamW, the loss and whatever mixers
-and norms keep wider (recurrent states, softmax, statistics) stay fp32. It is no autocast, which would take
-the products of those wider states to bf16 too.
-"""
 
 
 @dataclass
@@ -60,35 +48,6 @@ class Member:
                 group["lr"] = rate
 
 
-class _Turns:
-    """Recording a graph wants the GPU's driver for itself: meanwhile no other thread may load kernels or wait
-    for the whole device, only replay."""
-
-    def __init__(self) -> None:
-        self.changed, self.inside = threading.Condition(), 0
-
-    @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """Beside any others, while nobody records."""
-        with self.changed:
-            self.inside += 1
-        try:
-            yield
-        finally:
-            with self.changed:
-                self.inside -= 1
-                self.changed.notify_all()
-
-    @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        with self.changed:
-            self.changed.wait_for(lambda: not self.inside)
-            yield
-
-
-turns = _Turns()
-
-
 class Recording:
     """A function without arguments or results that works on tensors in place. On a GPU it runs once, so that
     everything it needs is there, is recorded at the second call, and replayed from then on."""
@@ -99,13 +58,11 @@ class Recording:
 
     def __call__(self) -> None:
         if self.pool is None or not self.warm:
-            with turns.together():
-                self.function()
+            self.function()
             self.warm = True
             return
         if self.graph is None:
-            with turns.alone():
-                self.graph = self._record()
+            self.graph = self._record()
         self.graph.replay()
 
     def _record(self) -> torch.cuda.CUDAGraph:
@@ -238,32 +195,17 @@ def loss(model: Model, weights: Mapping[str, Tensor], batch: Questions, precisio
     path for one and for many.
     """
     h_BQD = _hidden(model, weights, batch, precision)
-    mean, _ = _linear_cross_entropy(h_BQD.flatten(0, 1), weights["embed.weight"], batch.answer_BQ.flatten())
+    mean, _ = head_loss(h_BQD.flatten(0, 1), weights["embed.weight"], batch.answer_BQ.flatten())
     return mean
 
 
 def right(model: Model, weights: Mapping[str, Tensor], batch: Questions, precision: Precision) -> Tensor:
     """Which questions are answered right, (B, Q)."""
     h_BQD, head_VD = _hidden(model, weights, batch, precision), weights["embed.weight"]
-    if _has_kernel(h_BQD):
-        _, right_N = _linear_cross_entropy(h_BQD.flatten(0, 1), head_VD, batch.answer_BQ.flatten())
+    if has_kernel(h_BQD):
+        _, right_N = head_loss(h_BQD.flatten(0, 1), head_VD, batch.answer_BQ.flatten())
         return right_N.unflatten(0, batch.answer_BQ.shape)
     return (h_BQD.to(head_VD.dtype) @ head_VD.T).argmax(-1) == batch.answer_BQ
-
-
-def _linear_cross_entropy(h_ND: Tensor, head_VD: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean loss and which predictions are right; by the kernel where there is one."""
-    if not _has_kernel(h_ND):
-        return linear_cross_entropy(h_ND.to(head_VD.dtype), head_VD, target_N)
-    from holdall.kernels import cross_entropy
-
-    # reads the head in bf16 where h is, and still gives it a gradient in fp32
-    with torch.autocast(h_ND.device.type, h_ND.dtype, enabled=h_ND.dtype != head_VD.dtype):
-        return cross_entropy.linear_cross_entropy(h_ND, head_VD, target_N)
-
-
-def _has_kernel(x: Tensor) -> bool:
-    return x.device.type == "cuda" and not forms.kernel_refusal(x.device, x.dtype)
 
 
 def _hidden(model: Model, weights: Mapping[str, Tensor], batch: Questions, precision: Precision) -> Tensor:

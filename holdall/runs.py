@@ -38,19 +38,28 @@ def explained(path: Path) -> Iterator[None]:
         ) from error
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file in one step: a reader, or a crash, finds the old content or the new, nothing between."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to; what was written replaces the file at `path` in one step.
+
+    A reader, or a crash, finds the old content or the new, nothing between.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with explained(path):
         try:
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
+            yield temporary
+            with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
             temporary.replace(path)
-        except OSError:
+        except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace a file in one step: a reader, or a crash, finds the old content or the new, nothing between."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -105,7 +114,7 @@ def environment(device: str, threads: int) -> dict[str, Any]:
         import torch
 
         versions = {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
-    for name in ("holdall", "torch", "numpy", "triton"):
+    for name in ("holdall", "torch", "numpy", "triton", "lightning-fabric"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     return {

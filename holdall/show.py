@@ -21,9 +21,9 @@ from holdall import report as reports
 from holdall.analysis import gallery
 from holdall.analysis.matrix import inputs, matrix_of
 from holdall.analysis.soundness import LENGTHS, drift, length_for
-from holdall.contract import Entry, MixerConfig, bytes_per_row
+from holdall.contract import Entry, bytes_per_row
 from holdall.frontier import OutOfTime, Point, SweepConfig, Watcher, planned, run_sweep
-from holdall.population import Precision
+from holdall.model import Precision
 from holdall.recipes import quick
 from holdall.report import matrix as matrices
 from holdall.report import zoo as zoo_pages
@@ -130,32 +130,8 @@ def _with_additions(
 
 def _added_point(wanted: str, seeds: int) -> Point:
     """A point of the quick recipe from "NAME" or "NAME:option=value,option=value"."""
-    label, config = _configured(wanted, quick.WIDTH)
+    label, config = mixers.configured(wanted, quick.WIDTH)
     return quick.point(label, config.name, config, seeds)
-
-
-def _configured(wanted: str, width: int) -> tuple[str, MixerConfig]:
-    """A label and a config from "NAME" or "NAME:option=value,option=value"."""
-    name, _, text = wanted.partition(":")
-    entry = mixers.entry(name)
-    options = {}
-    for part in filter(None, text.split(",")):
-        option, equals, value = part.partition("=")
-        if not equals:
-            raise ValueError(f"'{wanted}': write options as option=value, joined by commas")
-        options[option] = _parsed(value)
-    label = ", ".join([name, *(f"{option} = {value}" for option, value in options.items())])
-    return label, entry.configure(**{"width": width, **options})
-
-
-def _parsed(value: str) -> Any:
-    """The number or truth value that a text means, or the text itself."""
-    for kind in (int, float):
-        try:
-            return kind(value)
-        except ValueError:
-            pass
-    return {"true": True, "false": False}.get(value.lower(), value)
 
 
 def _resolve_device(device: str) -> str:
@@ -360,7 +336,7 @@ def soundness(names: Sequence[str], out: Path, width: int, length: int | None, l
     try:
         for file in load:
             mixers.load(file)
-        wanted = [(each, _configured(each, width)[1]) for each in names or mixers.names()]
+        wanted = [(each, mixers.configured(each, width)[1]) for each in names or mixers.names()]
         out.mkdir(parents=True, exist_ok=True)
         done = {
             (line["mixer"], line["dtype"], line["width"], line["length"]): line
@@ -434,7 +410,7 @@ def matrix(
         for file in load:
             mixers.load(file)
         for each in wanted:  # what a user typed is checked before anything is computed
-            _configured(each, width)
+            mixers.configured(each, width)
         if length < 4 or width < 1 or not 1 <= heads <= 4:
             raise ValueError(
                 f"length {length} is below 4, width {width} below 1, or heads {heads} not 1 to 4"
@@ -449,7 +425,7 @@ def matrix(
         for each in wanted:
             status.update(f"{each} ({len(found) + len(failures) + 1} of {len(wanted)})")
             try:
-                label, config = _configured(each, width)
+                label, config = mixers.configured(each, width)
                 found.append(matrix_of(config, label=label, jacobian=jacobian, **settings))
             except Exception as error:  # whatever a mixer raises stops no other, and is told below
                 failures[each] = f"{type(error).__name__}: {error}".partition("\n")[0]

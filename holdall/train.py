@@ -17,8 +17,6 @@ import contextlib
 import functools
 import json
 import math
-import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,8 +30,8 @@ from torch import Tensor
 
 from holdall import runs
 from holdall.contract import Config
-from holdall.model import Model, ModelConfig, seeded
-from holdall.population import Member, Population, Precision, loss, right, turns
+from holdall.model import Model, ModelConfig, Precision, repeatable, seeded
+from holdall.population import Member, Population, loss, right
 from holdall.runs import RunError
 from holdall.tasks.data import DataConfig, Questions, TaskData
 
@@ -47,7 +45,7 @@ class TrainConfig(Config):
     warmup: steps over which the learning rate first rises.
     evaluate_every: steps between tests; 0 for once per epoch.
     stop_at: a member is done once its accuracy on the test rows is at least this; 0 to never stop early.
-    precision: what a pass computes in, see holdall/population.py; "bf16" is meant for GPUs.
+    precision: what a pass computes in, see holdall/model.py; "bf16" is meant for GPUs.
     """
 
     model: ModelConfig
@@ -124,8 +122,6 @@ def train(
 ) -> list[dict[str, Any]]:
     """Train a population, or go on with it, and return one result per member.
 
-    Several threads may train at once, each another folder: on a GPU their populations run side by side.
-
     Args:
         folder: the run folder; made if needed. If it holds a checkpoint of the same config, training goes on
             from there, and if it holds results, they are returned.
@@ -152,41 +148,9 @@ def train(
         return results
 
 
-_repeatable = threading.Lock()
-_repeating: list[tuple[bool, bool]] = []
-"""The settings that whoever came first found, once for each thread within `repeatable`."""
-
-
-@contextlib.contextmanager
-def repeatable(device: torch.device) -> Iterator[None]:
-    """On a GPU, have PyTorch add in a fixed order, so that the same run gives the same bits.
-
-    By default gathers and embeddings sum gradients in whatever order threads arrive. A CPU needs nothing.
-    The settings are the process's; the last thread to leave puts them back.
-    """
-    if device.type == "cpu":
-        yield
-        return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS promises it only with this
-    settings: Any = torch.utils.deterministic
-    with _repeatable:
-        found = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
-        _repeating.append(_repeating[0] if _repeating else found)
-        torch.use_deterministic_algorithms(True)
-        settings.fill_uninitialized_memory = False  # nothing here reads memory that was never written
-    try:
-        yield
-    finally:
-        with _repeatable:
-            before, fill = _repeating.pop()
-            if not _repeating:
-                torch.use_deterministic_algorithms(before)
-                settings.fill_uninitialized_memory = fill
-
-
 @contextlib.contextmanager
 def own_stream(device: torch.device) -> Iterator[None]:
-    """On a GPU, a stream of this thread's own, backward passes included."""
+    """On a GPU, a stream of its own, backward passes included: the default one cannot be recorded."""
     if device.type == "cpu":
         yield
         return
@@ -219,20 +183,12 @@ def _claim(folder: Path, config: TrainConfig, device: torch.device) -> None:
         runs.write_json(folder / "config.json", config.to_dict())
 
 
-_making = threading.Lock()
-
-
+@functools.lru_cache(maxsize=1)
 def _rows(config: DataConfig, device: torch.device) -> TaskData:
     """The task's rows, made once for all runs of this process."""
-    with _making:
-        return _made(config, device)
-
-
-@functools.lru_cache(maxsize=1)
-def _made(config: DataConfig, device: torch.device) -> TaskData:
     data = config.build(device)
     if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()  # other threads' streams will read them
+        torch.cuda.current_stream(device).synchronize()  # other runs' streams will read them
     return data
 
 
@@ -457,7 +413,7 @@ class Trainer:
         """Write a checkpoint: the other thread's part. It waits for the copy alone, not for later steps."""
         if copied is not None:
             copied.synchronize()
-            with turns.together(), torch.cuda.stream(torch.cuda.Stream(self.device)):
+            with torch.cuda.stream(torch.cuda.Stream(self.device)):
                 tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
         runs.write_atomically(self.folder / "checkpoint.safetensors", save(tensors, metadata))
 

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 from pathlib import Path
 
@@ -275,50 +274,6 @@ def test_a_recorded_step_is_the_step(tmp_path: Path, precision: str, monkeypatch
         train(run, tmp_path / "eager", device="cuda")
     for member in range(4):
         assert_same_run(tmp_path / "recorded", tmp_path / "eager", member)
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
-def test_threads_train_side_by_side_as_one_after_the_other(tmp_path: Path, device: str) -> None:
-    settings = [population_config(epochs=2, weight_decay=decay) for decay in (0.1, 0.2, 0.3)]
-    for index, each in enumerate(settings):
-        train(each, tmp_path / f"alone-{index}", device=device, together=True)
-    threads = [
-        threading.Thread(
-            target=train,
-            args=(each, tmp_path / f"beside-{index}"),
-            kwargs={"device": device, "together": True},
-        )
-        for index, each in enumerate(settings)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for index in range(3):
-        for member in range(4):
-            assert_same_run(tmp_path / f"alone-{index}", tmp_path / f"beside-{index}", member)
-    assert not torch.are_deterministic_algorithms_enabled()
-
-
-def test_threads_draw_from_their_own_seed() -> None:
-    drawn, inside = {}, threading.Event()
-
-    def draw(seed: int) -> None:
-        if seed:
-            inside.wait(10)
-        with seeded(seed):
-            inside.set()
-            time.sleep(0.05)
-            drawn[seed] = torch.rand(3)
-
-    threads = [threading.Thread(target=draw, args=(seed,)) for seed in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for seed in (0, 1):
-        with seeded(seed):
-            assert torch.equal(torch.rand(3), drawn[seed])
 
 
 @needs_gpu

@@ -9,8 +9,9 @@ import importlib.util
 import pkgutil
 import sys
 from pathlib import Path
+from typing import Any
 
-from holdall.contract import Entry, lookup, registered
+from holdall.contract import Entry, MixerConfig, lookup, registered
 
 for _module in pkgutil.iter_modules(__path__, __name__ + "."):
     importlib.import_module(_module.name)
@@ -63,3 +64,30 @@ def load(file: Path) -> list[str]:
     if not new:
         raise ValueError(f"{file} registered no mixer: decorate its config with holdall.contract.register")
     return new
+
+
+def configured(wanted: str, width: int) -> tuple[str, MixerConfig]:
+    """A label and a config from "NAME" or "NAME:option=value,option=value".
+
+    Raises KeyError, TypeError or ValueError for an unknown mixer, an unknown option or a bad value.
+    """
+    name, _, text = wanted.partition(":")
+    found = lookup(name)
+    options = {}
+    for part in filter(None, text.split(",")):
+        option, equals, value = part.partition("=")
+        if not equals:
+            raise ValueError(f"'{wanted}': write options as option=value, joined by commas")
+        options[option] = _parsed(value)
+    label = ", ".join([name, *(f"{option} = {value}" for option, value in options.items())])
+    return label, found.configure(**{"width": width, **options})
+
+
+def _parsed(value: str) -> Any:
+    """The number or truth value that a text means, or the text itself."""
+    for kind in (int, float):
+        try:
+            return kind(value)
+        except ValueError:
+            pass
+    return {"true": True, "false": False}.get(value.lower(), value)

@@ -1,0 +1,61 @@
+"""What a pass over a language model costs: operations, counted, and memory."""
+
+from __future__ import annotations
+
+import torch
+
+from holdall.mixers.attention import AttentionConfig
+from holdall.mixers.sliding_window import SlidingWindowConfig
+from holdall.model import Model
+
+PEAKS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+}
+"""Dense bf16 operations per second of a card, by a part of its name; the first that fits."""
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Operations per second that the maker promises of a device in bf16, None if not known."""
+    if device.type != "cuda":
+        return None
+    words = torch.cuda.get_device_name(device).replace("-", " ").split()
+    return next((peak for name, peak in PEAKS.items() if set(name.split()) <= set(words)), None)
+
+
+def flops_per_token(model: Model, context_len: int) -> float:
+    """Operations of training on one token: 6 per weight, and the products of softmax attention.
+
+    Each weight takes part in one multiplication and one addition forward and two of each backward, the
+    embedding as the head. Of softmax attention, whole or in a window, the products of queries with keys and
+    of weights with values are counted where the mask leaves them: 12 D per key seen. What other mixers
+    compute beside their projections is not counted, nor what `recompute` repeats.
+    """
+    config, keys = model.config, 0.0
+    weights = model.parameter_count() - config.positions * config.width
+    for layer in config.layers:
+        if isinstance(layer, AttentionConfig):
+            keys += (context_len + 1) / 2
+        elif isinstance(layer, SlidingWindowConfig):
+            window = min(layer.window, context_len)
+            keys += window - window * (window - 1) / (2 * context_len)
+    return 6 * weights + 12 * config.width * keys
+
+
+def memory_bytes(device: torch.device) -> int:
+    """The most memory that this process had so far: of the GPU, or of the machine where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+    import sys
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most

@@ -1,0 +1,128 @@
+"""A training step's pass over a language model, on one device or on many.
+
+    pass      in bf16 on copies of fp32 master weights, each block's made when it runs; the residual stream,
+              the head's loss and whatever mixers keep wider stay fp32
+    devices   Lightning Fabric starts the processes and joins their gradients: one CPU or GPU, DDP, or FSDP
+              (PyTorch's `fully_shard`), which makes the copies itself, a block at a time
+
+Letters: B rows, N = T + 1 tokens of a row, D width.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+from holdall.contract import State
+from holdall.model import Model, head_loss
+from holdall.runs import RunError
+
+Fabric = Any
+"""lightning_fabric.Fabric, which is imported late: it is an optional dependency."""
+Strategy = Literal["auto", "ddp", "fsdp"]
+
+
+def launcher(device: str = "cpu", devices: int = 1, strategy: Strategy = "auto", nodes: int = 1) -> Fabric:
+    """What starts and joins the processes of a run; its `is_global_zero` tells the one that writes.
+
+    "auto" is DDP where there is more than one device. Raises RunError without Lightning Fabric.
+    """
+    try:
+        from lightning_fabric import Fabric
+        from lightning_fabric.strategies import ModelParallelStrategy
+    except ImportError as error:
+        raise RunError(
+            f"training on text needs Lightning Fabric ({error}): pip install 'holdall[text]'"
+        ) from error
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    world, chosen = devices * nodes, "auto" if strategy == "auto" or devices * nodes == 1 else strategy
+    how: Any = chosen
+    if chosen == "fsdp":
+        how = ModelParallelStrategy(_shard, data_parallel_size=world, tensor_parallel_size=1)
+    elif chosen == "auto" and world > 1:
+        how = "ddp"
+    return Fabric(accelerator=device, devices=devices, num_nodes=nodes, strategy=how)
+
+
+class LanguageModelLoss(nn.Module):
+    """A model as the function that training differentiates: rows of tokens to the mean loss of the next one.
+
+    With `dtype` each block runs on copies of its weights in it. `recompute` runs a block once more in the
+    backward pass, from its input; the copies are made once more too.
+    """
+
+    def __init__(self, model: Model, dtype: torch.dtype | None, recompute: bool) -> None:
+        super().__init__()
+        self.model, self.dtype, self.recompute = model, dtype, recompute
+        self.sharded = False
+        """Whether FSDP makes the copies, and the blocks themselves run again."""
+
+    def forward(self, rows_BN: Tensor) -> Tensor:
+        h_BTD, _ = self.model.hidden(rows_BN[:, :-1], want_states=False, run=self._run)
+        h_BTD = h_BTD if self.dtype is None else h_BTD.to(self.dtype)
+        mean, _ = head_loss(h_BTD.flatten(0, 1), self.model.embed.weight, rows_BN[:, 1:].flatten())
+        return mean
+
+    def _run(self, block: nn.Module, r: Tensor, state: None, **options: Any) -> tuple[Tensor, State | None]:
+        if self.sharded:
+            return block(r, state, **options)
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(_cast_call, block, self.dtype, r, use_reentrant=False, **options)
+        return _cast_call(block, self.dtype, r, **options)
+
+
+def _cast_call(block: nn.Module, dtype: torch.dtype | None, r: Tensor, **options: Any) -> Any:
+    """A block on copies of its weights and buffers in a dtype; the residual stream stays as it is."""
+    if dtype is None:
+        return block(r, **options)
+    own = {**dict(block.named_parameters()), **dict(block.named_buffers())}
+    own = {name: w.to(dtype) if w.is_floating_point() else w for name, w in own.items()}
+    return functional_call(block, own, (r,), options)
+
+
+def _shard(module: nn.Module, mesh: Any) -> nn.Module:
+    """Each block's parameters over all devices, and the rest's; called by Fabric."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    assert isinstance(module, LanguageModelLoss)
+    module.sharded = True
+    policy = MixedPrecisionPolicy(
+        param_dtype=module.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    for block in module.model.blocks:
+        if module.recompute:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        fully_shard(block, mesh=mesh["data_parallel"], mp_policy=policy)
+    fully_shard(module, mesh=mesh["data_parallel"])
+    return module.to(mesh.device_type)
+
+
+def decayed(model: nn.Module) -> set[str]:
+    """Names of the parameters that weight decay is for: matrices of linear layers, and embeddings."""
+    return {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Embedding)
+    }
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor itself, or all of one whose parts lie on several devices, which then all must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def put(tensor: Tensor, value: Tensor) -> None:
+    """Copy a whole value into a tensor, or into this device's part of it."""
+    if isinstance(tensor, DTensor):
+        value = distribute_tensor(
+            value.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None
+        )
+    tensor.copy_(value)

@@ -1,0 +1,633 @@
+"""Pretraining: a language model of any mixers on the token shards of a corpus, on one device or many.
+
+    rows      windows of the training split in an order that is a function of (seed, step); of each step's
+              rows every device takes its part, in passes of `micro_batch` rows whose gradients add up
+    pass      holdall/parallel.py
+    update    gradients clipped by their norm, AdamW with warm-up and a cosine
+
+Everything that decides a result is in the config; the state of a run is the step's number, the weights and
+AdamW's moments. The run folder holds them, and the same call goes on from there: to the bit on the same
+device and count, by whatever the first one was ended.
+
+    config.json         the config, complete                environment.json   versions, devices, commit
+    metrics.jsonl       a line per step and per evaluation  result.json        at the end
+    last.safetensors    weights and moments                 best.safetensors   weights at the lowest
+    model.safetensors   weights at the end                                     validation loss
+
+Letters: B rows, N = T + 1 tokens of a row, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from holdall import runs
+from holdall.contract import Config
+from holdall.model import Model, ModelConfig, Precision, repeatable, seeded
+from holdall.operations import flops_per_token, memory_bytes, peak_flops
+from holdall.parallel import Fabric, LanguageModelLoss, decayed, launcher, put, whole
+from holdall.runs import RunError
+from holdall.text.corpus import Corpus, open_corpus
+from holdall.text.default import default_corpus
+from holdall.text.windows import Order
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(Config):
+    """A model, a corpus, and how the one learns from the other.
+
+    data: the corpus' folder, empty for the embedded text; data_hash: of its content, which must fit.
+    context_len: tokens of a row that are read. batch: rows per step, over all devices; micro_batch: rows of
+    one pass on one device.
+    learning_rate rises over `warmup` steps, then falls along a cosine to the share `min_learning_rate` of it.
+    weight_decay: of linear layers' matrices and the embedding. clip: largest norm of a step's gradient, 0 for
+    any. seed: of weights and order.
+    compile: each block by torch.compile. recompute: keep only each block's input, and run the block again in
+    the backward pass.
+    evaluate_every: steps between evaluations on the first `evaluate_rows` windows of the validation split.
+    """
+
+    model: ModelConfig
+    data: str = ""
+    data_hash: str = ""
+    context_len: int = 2048
+    batch: int = 256
+    micro_batch: int = 8
+    steps: int = 20_000
+    learning_rate: float = 8e-4
+    min_learning_rate: float = 0.1
+    warmup: int = 200
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    seed: int = 0
+    precision: Precision = "fp32"
+    compile: bool = False
+    recompute: bool = False
+    evaluate_every: int = 1000
+    evaluate_rows: int = 256
+
+    def validate(self) -> None:
+        for name in ("context_len", "batch", "micro_batch", "steps", "evaluate_every", "evaluate_rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} is not positive")
+        if self.learning_rate <= 0 or not 0 <= self.min_learning_rate <= 1 or min(self.warmup, self.clip) < 0:
+            raise ValueError(
+                f"learning_rate {self.learning_rate} must be positive, min_learning_rate "
+                f"{self.min_learning_rate} a share of it, warmup {self.warmup} and clip {self.clip} not "
+                "negative"
+            )
+        if 0 < self.model.positions < self.context_len:
+            raise ValueError(
+                f"the model has {self.model.positions} positions, context_len is {self.context_len}"
+            )
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, from 0."""
+        rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        along = max(0, step - self.warmup) / max(1, self.steps - self.warmup)
+        low = self.min_learning_rate
+        return self.learning_rate * rise * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * along)))
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: for whoever draws the bars."""
+
+    step: int
+    steps: int
+    loss: float
+    tokens_per_s: float
+    mfu: float | None
+    """Share of the device's peak operations; None where that is unknown."""
+    valid_loss: float | None
+
+
+class Stopped(Exception):  # noqa: N818 - not an error: somebody asked for it
+    """Training was asked to stop; its state is in the run folder."""
+
+
+CHECKPOINT_SECONDS = 60.0
+TELL_STEPS, TELL_SECONDS = 10, 0.5
+"""How often losses are fetched, for which a GPU waits: that many steps, or as long in one process."""
+
+
+def pretrain(
+    config: PretrainConfig,
+    folder: Path,
+    *,
+    fabric: Fabric | None = None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_line: Callable[[dict[str, Any]], None] = lambda line: None,
+    should_stop: Callable[[], bool] = lambda: False,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
+) -> dict[str, Any]:
+    """Train a language model, or go on with it, and return what result.json holds.
+
+    With several devices every process calls this; the first one writes, and all must see the folder.
+
+    Args:
+        folder: the run folder; made if needed. If it holds a checkpoint of the same config, training goes on
+            from there, and if it holds a result, that is returned.
+        fabric: what `launcher` gave; None for one CPU.
+        on_progress, on_line: called about twice a second, and with each line of metrics.jsonl; in the first
+            process alone.
+        should_stop: asked twice a second, or every ten steps of several processes; True writes a checkpoint
+            and raises Stopped.
+        checkpoint_seconds: at most so much work is lost to a crash.
+
+    Raises:
+        RunError: the folder cannot be written, is in use, or holds another config; the corpus is not the one
+            that the config names; devices do not fit the batch; or the loss is no number any more.
+        Stopped: should_stop said so. In processes other than the first either is SystemExit(0).
+    """
+    fabric = fabric or launcher()
+    corpus = open_data(config)
+    config = _checked(config, corpus, fabric.world_size)
+    with (
+        runs.locked(folder) if fabric.is_global_zero else contextlib.nullcontext(),
+        repeatable(fabric.device),
+    ):
+        _claim(folder, config, fabric)
+        done = folder / "result.json"
+        if done.exists():
+            return json.loads(done.read_text())
+        fabric.launch()
+        with _together(fabric):
+            run = Pretrainer(config, corpus, folder, fabric, on_progress, on_line)
+            result = run.run(should_stop, checkpoint_seconds)
+        if fabric.is_global_zero:
+            runs.write_json(done, result)
+        fabric.barrier()
+    return result
+
+
+@contextlib.contextmanager
+def _together(fabric: Fabric) -> Iterator[None]:
+    """An error of the first process ends those that it started, which would wait for it."""
+    try:
+        yield
+    except Stopped:
+        raise
+    except BaseException:
+        for process in getattr(fabric.strategy.launcher, "procs", []):
+            process.kill()
+        raise
+
+
+def open_data(config: PretrainConfig) -> Corpus:
+    """The corpus that a config names."""
+    return open_corpus(Path(config.data)) if config.data else default_corpus()
+
+
+def _checked(config: PretrainConfig, corpus: Corpus, world: int) -> PretrainConfig:
+    """The config with its corpus' hash, or a RunError that says what does not fit."""
+    if config.data_hash not in ("", corpus.content_hash):
+        raise RunError(
+            f"the corpus in {corpus.folder} is not the one that this run is about (its content hash is "
+            f"{corpus.content_hash}, not {config.data_hash}); give its folder with --data"
+        )
+    if config.model.vocab < corpus.vocab:
+        raise RunError(f"the model's vocab {config.model.vocab} is smaller than the corpus' {corpus.vocab}")
+    for name, tokens in (("train", corpus.train), ("valid", corpus.valid)):
+        if len(tokens) <= config.context_len:
+            raise RunError(
+                f"the {name} split of {corpus.folder} has {len(tokens)} tokens, fewer than one row of "
+                f"{config.context_len + 1}; choose a shorter --context or more text"
+            )
+    if config.batch % (world * config.micro_batch):
+        raise RunError(
+            f"batch {config.batch} is not a multiple of {world} devices times micro_batch "
+            f"{config.micro_batch}"
+        )
+    return dataclasses.replace(config, data_hash=corpus.content_hash)
+
+
+def _claim(folder: Path, config: PretrainConfig, fabric: Fabric) -> None:
+    """Write what this run is, or check that the folder holds the same one; its corpus may have moved."""
+    path = folder / "config.json"
+    if path.exists():
+        found = json.loads(path.read_text())
+        if {**found, "data": config.data} != config.to_dict():
+            raise RunError(f"{folder} holds a run with another config ({path}); choose another --out")
+        if found["data"] != config.data and fabric.is_global_zero:
+            runs.write_json(path, config.to_dict())
+    elif fabric.is_global_zero:
+        where = runs.environment(str(fabric.device), torch.get_num_threads())
+        where |= {"devices": fabric.world_size, "strategy": type(fabric.strategy).__name__}
+        runs.write_json(folder / "environment.json", where)
+        runs.write_json(path, config.to_dict())
+
+
+# --------------------------------------------------------------------------------------------- the trainer
+
+
+class Pretrainer:
+    """A model in training, in each process of a run."""
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        corpus: Corpus,
+        folder: Path,
+        fabric: Fabric,
+        on_progress: Callable[[Progress], None] = lambda progress: None,
+        on_line: Callable[[dict[str, Any]], None] = lambda line: None,
+    ) -> None:
+        self.config, self.corpus, self.folder, self.fabric = config, corpus, folder, fabric
+        self.on_progress, self.on_line = on_progress, on_line
+        self.device, self.world = fabric.device, fabric.world_size
+        self.order = Order(len(corpus.train), config.context_len, config.seed)
+        self._build()
+        self.step, self.seconds = 0, 0.0
+        self.best: float | None = None
+        self.valid_loss: float | None = None
+        self.losses: list[Tensor] = []
+        """Loss and norm of the gradient of each step since they were last told, on the device."""
+        self.told, self.pace = time.monotonic(), 0.0
+        peak = peak_flops(self.device)
+        flops = flops_per_token(self.model, config.context_len)
+        self.share_per_pace = None if peak is None else flops / (peak * self.world)
+        self.reader = concurrent.futures.ThreadPoolExecutor(1)
+        self.writer = concurrent.futures.ThreadPoolExecutor(1)
+        self.writing: concurrent.futures.Future[None] | None = None
+        self._resume()
+        self.coming = self.reader.submit(self._rows, self.step)
+
+    def _build(self) -> None:
+        """Model, pass and AdamW; every process builds the same weights and then keeps its part."""
+        config, dtype = self.config, torch.bfloat16 if self.config.precision == "bf16" else None
+        with seeded(config.seed):
+            self.model = config.model.build()
+        self.model = self.model.to(self.device)
+        if config.compile:
+            # equal layers share what was compiled; there are as many kinds as kinds of layers, twice: in
+            # evaluation nothing is kept for a backward pass
+            torch._dynamo.config.recompile_limit = max(64, 4 * len(self.model.blocks))
+            for block in self.model.blocks:
+                block.compile(dynamic=False)
+        self.module = self.fabric.setup_module(LanguageModelLoss(self.model, dtype, config.recompute))
+        if dtype is not None:
+            for mixer in self.model.mixers:  # which form runs depends on the dtype that it will see
+                mixer.form = mixer.config.resolved_form(self.device, dtype)
+        names = decayed(self.model)
+        groups: list[dict[str, Any]] = [
+            {"params": [w for name, w in self.model.named_parameters() if (name in names) == decays],
+             "weight_decay": config.weight_decay if decays else 0.0}
+            for decays in (True, False)
+        ]  # fmt: skip
+        self.optimizer = torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=config.learning_rate,
+            betas=config.betas,
+            fused=True,
+        )
+
+    # ------------------------------------------------------------------------------------------ the loop
+
+    def run(self, should_stop: Callable[[], bool], checkpoint_seconds: float) -> dict[str, Any]:
+        try:
+            self._train(should_stop, checkpoint_seconds)
+            self._write_later("model.safetensors", self._weights())
+            self._written()
+        finally:
+            self.reader.shutdown(cancel_futures=True)
+            self.writer.shutdown()
+        return {
+            "steps": self.step,
+            "tokens": self.tokens,
+            "valid_loss": self.valid_loss,
+            "valid_perplexity": None if self.valid_loss is None else perplexity(self.valid_loss),
+            "best_valid_loss": self.best,
+            "seconds": round(self.seconds, 3),
+            "parameters": self.model.parameter_count(),
+            "forms": [mixer.form for mixer in self.model.mixers],
+        }
+
+    @property
+    def tokens(self) -> int:
+        """Read so far, over all devices."""
+        return self.step * self.config.batch * self.config.context_len
+
+    def _train(self, should_stop: Callable[[], bool], checkpoint_seconds: float) -> None:
+        config = self.config
+        self.told = saved = time.monotonic()
+        while self.step < config.steps:
+            self.train_step()
+            last = self.step == config.steps
+            evaluate = last or self.step % config.evaluate_every == 0
+            if not evaluate and not self._time_to_tell():
+                continue
+            self._tell()
+            stop, late = self.fabric.broadcast((should_stop(), time.monotonic() - saved > checkpoint_seconds))
+            if evaluate:
+                self._evaluate()
+            if evaluate or stop or late:
+                self._save()
+                saved = time.monotonic()
+            if stop and not last:
+                self._written()
+                self._end(Stopped())
+            self.told = time.monotonic()
+
+    def train_step(self) -> Tensor:
+        """One step; returns its loss and its gradient's norm, on the device."""
+        config = self.config
+        rows_BN = self.coming.result().to(self.device, non_blocking=True)
+        self.coming = self.reader.submit(self._rows, self.step + 1)
+        parts = rows_BN.split(config.micro_batch)
+        total = torch.zeros((), device=self.device)
+        for index, part in enumerate(parts):
+            more = self.world > 1 and index + 1 < len(parts)
+            with self.fabric.no_backward_sync(self.module, more) if more else contextlib.nullcontext():
+                loss = self.module(part) / len(parts)
+                self.fabric.backward(loss)
+            total += loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.rate(self.step)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        told = torch.stack((total, whole(norm)))
+        self.losses.append(told)
+        return told
+
+    def _rows(self, step: int) -> Tensor:
+        """This process' part of a step's rows, (B, N): the work of another thread, one step ahead."""
+        length, share = self.config.context_len + 1, self.config.batch // self.world
+        first = self.fabric.global_rank * share
+        starts = self.order.rows(step, self.config.batch)[first : first + share]
+        rows_BN = torch.from_numpy(np.stack([self.corpus.train[s : s + length] for s in starts.tolist()]))
+        return rows_BN.pin_memory() if self.device.type == "cuda" else rows_BN
+
+    def _time_to_tell(self) -> bool:
+        """In several processes by the step alone, or they would not agree."""
+        if self.step % TELL_STEPS == 0:
+            return True
+        return self.world == 1 and time.monotonic() - self.told > TELL_SECONDS
+
+    def _tell(self) -> None:
+        """Fetch and write down the losses of the steps since the last time; stop if they are no numbers."""
+        if not self.losses:
+            return
+        steps_S2 = self.fabric.all_reduce(torch.stack(self.losses), reduce_op="mean").tolist()
+        now = time.monotonic()
+        first, config = self.step - len(steps_S2), self.config
+        self.seconds += now - self.told
+        self.pace = len(steps_S2) * config.batch * config.context_len / (now - self.told)
+        self.told, self.losses = now, []
+        for index, (loss, norm) in enumerate(steps_S2):
+            step = first + index + 1
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                self._diverged(step, f"loss {loss:g}, gradient norm {norm:g}")
+            self._line(
+                {
+                    "step": step,
+                    "tokens": step * config.batch * config.context_len,
+                    "loss": loss,
+                    "learning_rate": config.rate(step - 1),
+                    "grad_norm": norm,
+                    "tokens_per_s": round(self.pace),
+                    "mfu": self.mfu,
+                    "memory": memory_bytes(self.device),
+                }
+            )
+        if self.fabric.is_global_zero:
+            loss = steps_S2[-1][0]
+            self.on_progress(Progress(self.step, config.steps, loss, self.pace, self.mfu, self.valid_loss))
+
+    @property
+    def mfu(self) -> float | None:
+        return None if self.share_per_pace is None else round(self.pace * self.share_per_pace, 4)
+
+    def _line(self, line: dict[str, Any]) -> None:
+        if self.fabric.is_global_zero:
+            runs.append_line(self.folder / "metrics.jsonl", line)
+            self.on_line(line)
+
+    def _diverged(self, step: int, what: str) -> NoReturn:
+        self._written()
+        last = self.folder / "last.safetensors"
+        kept = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
+        rate = self.config.rate(step - 1)
+        self._end(
+            RunError(
+                f"training diverged at step {step}: {what} at learning rate {rate:.3g}; {kept}. The same "
+                "command would diverge again: choose a smaller --learning-rate, a longer --warmup or "
+                "--precision fp32, and another --out"
+            )
+        )
+
+    def _end(self, error: Exception) -> NoReturn:
+        """Leave together: the first process says why."""
+        self.fabric.barrier()
+        raise error if self.fabric.is_global_zero else SystemExit(0)
+
+    @torch.no_grad()
+    def _evaluate(self) -> None:
+        """The mean loss over the first windows of the validation split, as many for each process."""
+        config, valid = self.config, self.corpus.valid
+        windows = min(config.evaluate_rows, (len(valid) - 1) // config.context_len)
+        share = max(1, windows // self.world)
+        first = self.fabric.global_rank * share % windows
+        starts = [window * config.context_len for window in range(first, min(first + share, windows))]
+        rows = np.stack([valid[start : start + config.context_len + 1] for start in starts])
+        total = torch.zeros((), device=self.device)
+        for part in torch.from_numpy(rows).split(config.micro_batch):
+            total += self.module(part.to(self.device)) * len(part)
+        self.valid_loss = float(self.fabric.all_reduce(total / len(starts), reduce_op="mean"))
+        if not math.isfinite(self.valid_loss):  # the last step's update broke it
+            self._diverged(self.step, f"validation loss {self.valid_loss:g}")
+        self._line(
+            {
+                "step": self.step,
+                "tokens": self.tokens,
+                "valid_loss": self.valid_loss,
+                "valid_perplexity": perplexity(self.valid_loss),
+            }
+        )
+        if self.best is None or self.valid_loss < self.best:
+            self.best = self.valid_loss
+            self._write_later("best.safetensors", self._weights())
+
+    # ---------------------------------------------------------------------------------------- checkpoints
+
+    def _weights(self) -> dict[str, Tensor]:
+        """Weights and lasting buffers, whole, copied to the CPU in the first process; empty in the others."""
+        found = {}
+        for name, tensor in self.model.state_dict().items():
+            if (copied := self._copied(tensor)) is not None:
+                found[name] = copied
+        return found
+
+    def _moments(self) -> dict[str, Tensor]:
+        """AdamW's moments, likewise, as exp_avg.NAME and exp_avg_sq.NAME."""
+        found = {}
+        for name, weight in self.model.named_parameters():
+            for key in MOMENTS:
+                if (copied := self._copied(self.optimizer.state[weight][key])) is not None:
+                    found[f"{key}.{name}"] = copied
+        return found
+
+    def _copied(self, tensor: Tensor) -> Tensor | None:
+        tensor = whole(tensor.detach())
+        if not self.fabric.is_global_zero:
+            return None
+        return torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format).copy_(tensor)
+
+    def _save(self) -> None:
+        """Begin to write a checkpoint: what it holds is copied now, the file is made by another thread."""
+        metrics = self.folder / "metrics.jsonl"
+        state = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "best": self.best,
+            "valid_loss": self.valid_loss,
+            "metrics_bytes": metrics.stat().st_size if metrics.exists() else 0,
+        }
+        weights = {f"model.{name}": tensor for name, tensor in self._weights().items()}
+        self._write_later("last.safetensors", {**weights, **self._moments()}, state)
+
+    def _write_later(
+        self, name: str, tensors: dict[str, Tensor], state: dict[str, Any] | None = None
+    ) -> None:
+        """Have the other thread replace a file of the run folder, after what it was told before."""
+        if not self.fabric.is_global_zero:
+            return
+        self._written()
+        metadata = {"state": json.dumps(state or {"step": self.step})}
+        self.writing = self.writer.submit(_write, self.folder / name, tensors, metadata)
+
+    def _written(self) -> None:
+        """Wait for the file that is being written, and raise what went wrong with it."""
+        if self.writing is not None:
+            self.writing.result()
+            self.writing = None
+
+    def _resume(self) -> None:
+        """Go back to the last checkpoint; lines of metrics written after it will be written again."""
+        path, metrics = self.folder / "last.safetensors", self.folder / "metrics.jsonl"
+        if not path.exists():
+            if self.fabric.is_global_zero:
+                metrics.unlink(missing_ok=True)
+            return
+        try:
+            with safe_open(path, framework="pt") as file:
+                state = json.loads(file.metadata()["state"])
+                for name, tensor in self.model.state_dict().items():
+                    put(tensor, file.get_tensor(f"model.{name}"))
+                for name, weight in self.model.named_parameters():
+                    moments = self.optimizer.state[weight]
+                    moments["step"] = torch.tensor(float(state["step"]), device=self.device)
+                    for key in MOMENTS:
+                        moments[key] = torch.zeros_like(weight)
+                        put(moments[key], file.get_tensor(f"{key}.{name}"))
+        except SafetensorError as error:
+            raise RunError(f"{path} is damaged ({error}); delete it to start this run again") from error
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.best, self.valid_loss = state["best"], state["valid_loss"]
+        if metrics.exists() and self.fabric.is_global_zero:
+            with runs.explained(metrics), metrics.open("r+b") as file:
+                file.truncate(state["metrics_bytes"])
+
+
+def perplexity(loss: float) -> float:
+    """Of a mean loss in nats, as large as a number can be."""
+    return math.exp(min(loss, 700.0))
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    with runs.replacing(path) as temporary:
+        save_file(tensors, temporary, metadata)
+
+
+# ------------------------------------------------------------------------------------------- afterwards
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """What a run folder holds: a model to evaluate, and what it was trained on."""
+
+    model: Model
+    config: PretrainConfig
+    corpus: Corpus
+    step: int
+
+
+def load_run(
+    folder: Path, which: Literal["best", "last", "model"] | None = None, *, device: torch.device | str = "cpu"
+) -> LoadedRun:
+    """A trained model, for evaluation, with its config and corpus.
+
+    Args:
+        which: the checkpoint: of the lowest validation loss, the last one, or the end's; None for the end's,
+            else the best, else the last.
+
+    Raises:
+        RunError: the folder holds no such checkpoint, or a damaged one, or the corpus is another by now.
+    """
+    names = (which,) if which else ("model", "best", "last")
+    path = next((p for name in names if (p := folder / f"{name}.safetensors").exists()), None)
+    if path is None or not (folder / "config.json").exists():
+        raise RunError(
+            f"{folder} holds no {which or 'checkpoint of a'} language model; `holdall train` makes one"
+        )
+    config = PretrainConfig.from_dict(json.loads((folder / "config.json").read_text()))
+    corpus = open_data(config)
+    _checked(config, corpus, 1)
+    model = config.model.build()
+    try:
+        with safe_open(path, framework="pt") as file:
+            step = json.loads(file.metadata()["state"])["step"]
+            prefix = "model." if path.stem == "last" else ""
+            for name, tensor in model.state_dict().items():
+                put(tensor, file.get_tensor(prefix + name))
+    except SafetensorError as error:
+        raise RunError(f"{path} is damaged ({error})") from error
+    return LoadedRun(model.to(device).eval(), config, corpus, step)
+
+
+@torch.no_grad()
+def generate(
+    model: Model, tokens_BT: Tensor, count: int, *, vocab: int, temperature: float = 0.8, seed: int = 0
+) -> Tensor:
+    """`count` more tokens for each row, (B, count): the prompt is read once, then token by token.
+
+    Args:
+        vocab: only ids below are drawn: a model's vocabulary may be padded.
+        temperature: 0 takes the likeliest token.
+        seed: of the draws, which are made on the CPU: the same on every device.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    h_BTD, states = model.hidden(tokens_BT)
+    found: list[Tensor] = []
+    while True:
+        logits_BV = (h_BTD[:, -1] @ model.embed.weight.T)[:, :vocab].float().cpu()
+        if temperature:
+            p_BV = (logits_BV / temperature).softmax(-1)
+            next_B1 = torch.multinomial(p_BV, 1, generator=generator)
+        else:
+            next_B1 = logits_BV.argmax(-1, keepdim=True)
+        found.append(next_B1)
+        if len(found) == count:
+            return torch.cat(found, dim=1)
+        h_BTD, states = model.hidden(next_B1.to(tokens_BT.device), states, inplace=True)

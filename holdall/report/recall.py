@@ -1,0 +1,265 @@
+"""Two models on the same real text: a page of passages that opens offline, and the slices' table on top.
+
+Each token is coloured by who has it right, and tells what both models expected and where its bigram was
+before. The template beside this file holds all HTML, CSS and JavaScript; this module fills it in. Texts are
+escaped once: here for HTML, and in the JSON that the page carries by writing "<" as an escape.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import itertools
+import json
+import re
+import unicodedata
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from holdall import runs
+from holdall.analysis.recall import SLICES, Scores, check_same, gap, slice_of, table
+from holdall.report import recall_curves
+
+TEMPLATE = Path(__file__).with_name("recall.html")
+NAMES = {"hits": "recall hits", "repeated": "other repeated bigrams", "rest": "the rest"}
+OUTCOMES = ("both right", "only A right", "only B right", "both wrong")
+AROUND = 7
+"""Tokens to show before and after an earlier occurrence that lies outside the passage."""
+
+
+def write(
+    scored: Sequence[Scores], out: Path, *, threshold: int, dark: bool = False, command: str = ""
+) -> list[Path]:
+    """Write slices.json (all that the table of these runs says) and recall.png (curves) into `out`.
+
+    The first run is the reference. Raises RunError unless all scored the same text.
+    """
+    lines = [
+        {
+            "label": run.label,
+            **{name: run.about.get(name) for name in ("parameters", "checkpoint", "step", "precision")},
+            "slices": table(run, threshold),
+            "gap": None if run is scored[0] else gap(run, scored[0], threshold)._asdict(),
+        }
+        for run in scored
+    ]
+    shared = ("corpus", "context_len", "windows", "of_windows", "train_tokens")
+    content = {
+        "command": command,
+        "threshold": threshold,
+        "reference": scored[0].label,
+        **{name: scored[0].about[name] for name in shared},
+        "runs": lines,
+    }
+    with runs.explained(out):
+        out.mkdir(parents=True, exist_ok=True)
+    picture = io.BytesIO()
+    recall_curves.save(scored, threshold, picture, dark=dark, command=command)
+    runs.write_json(out / "slices.json", content)
+    runs.write_atomically(out / "recall.png", picture.getvalue())
+    return [out / "slices.json", out / "recall.png"]
+
+
+def write_page(a: Scores, b: Scores, corpus: Any, out: Path, **options: Any) -> Path:
+    """Write recall.html into `out`; arguments and errors as those of `render`."""
+    with runs.explained(out):
+        out.mkdir(parents=True, exist_ok=True)
+    runs.write_atomically(out / "recall.html", render(a, b, corpus, **options).encode())
+    return out / "recall.html"
+
+
+def render(
+    a: Scores,
+    b: Scores,
+    corpus: Any,
+    *,
+    threshold: int,
+    passages: int = 40,
+    length: int = 512,
+    licence: str = "",
+    command: str = "",
+) -> str:
+    """The page as text: about 130 bytes a token of `passages` times `length`, and 300 KB of curves.
+
+    Args:
+        a, b: scores of the same windows; a is the reference. Raises RunError if they are not.
+        corpus: what both were scored on: names its documents and says what tokens stand for.
+        passages: how many, evenly from all windows. length: tokens of each, the last of its window.
+        licence: of the text, in words; what the corpus says of a document itself comes first.
+    """
+    check_same(a, b)
+    places = np.unique(np.linspace(0, len(a.start_W) - 1, min(passages, len(a.start_W))).round().astype(int))
+    pieces = _Pieces(corpus.tokenizer)
+    shown = [_passage(a, b, int(w), length, threshold, corpus, pieces, licence) for w in places]
+    names = [_plain(run.label) for run in (a, b)]
+    parts = {
+        "title": escape(f"Recall: {names[0]} and {names[1]}"),
+        "lede": _lede(a, b, threshold),
+        "a": escape(names[0]),
+        "b": escape(names[1]),
+        "rows": _rows(a, b, threshold),
+        "threshold": f"{threshold:,}",
+        "train_tokens": f"{a.about['train_tokens']:,}",
+        "context_len": f"{a.about['context_len']:,}",
+        "curves": _curves(a, b, threshold),
+        "command": escape(command),
+    }
+    content = {"names": names, "top": a.said.top.shape[-1], "pieces": pieces.texts, "passages": shown}
+    parts["data"] = json.dumps(content, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    # one pass, so that nothing that is filled in is ever read as a template itself
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], TEMPLATE.read_text(encoding="utf-8"))
+
+
+# ------------------------------------------------------------------------------------------------ passages
+
+
+class _Pieces:
+    """The tokens that a page shows: each gets a number, and its text is in the page once."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.index, self.texts = tokenizer, dict[int, int](), list[str]()
+
+    def of(self, ids: np.ndarray) -> np.ndarray:
+        """The numbers of these tokens, in the same shape."""
+        fresh = [i for i in dict.fromkeys(ids.flatten().tolist()) if i not in self.index]
+        self.index.update((i, len(self.texts) + k) for k, i in enumerate(fresh))
+        for i in fresh:  # a model's vocabulary may be padded
+            self.texts.append(legible(*self.tokenizer.pieces([i])) if i < self.tokenizer.vocab else f"<{i}>")
+        return np.vectorize(self.index.__getitem__, otypes=[np.int32])(ids)
+
+    def text(self, ids: np.ndarray) -> str:
+        return legible(self.tokenizer.decode(ids.tolist()))
+
+
+def legible(text: str) -> str:
+    """A text with all that cannot be seen made visible: line ends, tabs, control and format characters."""
+    marks = {"\n": "↵\n", "\r": "␍", "\t": "⇥\t"}
+    return "".join(
+        marks.get(letter)
+        or (letter if unicodedata.category(letter)[0] != "C" else letter.encode("unicode_escape").decode())
+        for letter in text
+    )
+
+
+def _passage(
+    a: Scores, b: Scores, w: int, length: int, threshold: int, corpus: Any, pieces: _Pieces, licence: str
+) -> dict[str, Any]:
+    """The last `length` tokens of window w: where a model has read the most."""
+    window_X = a.tokens_WX[w]
+    first = max(1, len(window_X) - length)  # the token at 0 is read, not predicted
+    within = np.s_[w, first - 1 :]
+    distance = a.distance_WN[within]
+    slices = slice_of(distance, a.count_WN[within], threshold)
+    fields = [pieces.of(window_X[first:]), slices, distance, np.minimum(a.count_WN[within], 2**31 - 1)]
+    for run in (a, b):
+        fields += [_milli(run.said.log_prob[within]), run.said.rank[within]]
+        fields += [*pieces.of(run.said.top[within]).T, *_milli(run.said.top_log_prob[within]).T]
+    earlier = {}
+    for place in np.flatnonzero(distance > np.arange(len(distance)) - 1).tolist():
+        if distance[place]:
+            then = first + place - int(distance[place])
+            cut = (max(0, then - 1 - AROUND), then - 1, then + 1, then + 1 + AROUND)
+            earlier[place] = [pieces.text(window_X[s:e]) for s, e in itertools.pairwise(cut)]
+    return {
+        "documents": _documents(corpus, int(a.start_W[w]) + first, len(distance), licence),
+        "first": first,
+        "earlier": earlier,
+        "data": base64.b64encode(np.concatenate([np.asarray(f, "<i4") for f in fields]).tobytes()).decode(),
+    }
+
+
+def _milli(log_prob: np.ndarray) -> np.ndarray:
+    """Thousandths of nats below zero; what is no finite number is as far below as anything can be."""
+    nats = np.nan_to_num(-log_prob.astype(np.float64), nan=1e6, posinf=1e6)
+    return np.minimum(np.maximum(nats, 0) * 1000, 1e9).round().astype(np.int32)
+
+
+def _documents(corpus: Any, position: int, length: int, licence: str) -> list[list[Any]]:
+    """Where in a passage a document begins, or goes on at 0, and what it is called."""
+    starts, found = np.asarray(corpus.valid.documents), []
+    index = int(corpus.valid.document_of(position))
+    while index < len(starts) and starts[index] < position + length:
+        about = corpus.valid.about(index)
+        licensed = about.get("licence") or about.get("license") or licence
+        title = about.get("title") or about.get("id") or f"document {index + 1}"
+        goes_on = bool(starts[index] < position)
+        found.append([max(0, int(starts[index]) - position), _plain(title), goes_on, _plain(licensed)])
+        index += 1
+    return found
+
+
+def _plain(text: Any) -> str:
+    return legible(str(text)).replace("\n", "")
+
+
+# --------------------------------------------------------------------------------------------------- tables
+
+
+def _lede(a: Scores, b: Scores, threshold: int) -> str:
+    lines, found = [table(run, threshold) for run in (a, b)], gap(b, a, threshold)
+    names = [f"<strong>{escape(_plain(run.label))}</strong>" for run in (a, b)]
+    ppl = [perplexity_text(line["all"]["perplexity"]) for line in lines]
+    text = (
+        f"A is {names[0]}, perplexity {ppl[0]}; B is {names[1]}, {ppl[1]}, on {a.tokens_WX[:, 1:].size:,} "
+        f"tokens of validation text. Recall hits are {lines[0]['hits']['share']:.1%} of them"
+    )
+    if share_text(found.share) == "–":
+        return text + "."
+    ahead = ", by which B is the better one" if found.gap < 0 else ""
+    share = f"<strong>{share_text(found.share)}</strong> of the gap{ahead}"
+    interval = f"95% interval {share_text(found.low)} to {share_text(found.high)}"
+    return f"{text} and carry {share} ({interval})."
+
+
+def share_text(share: float) -> str:
+    """A share of a gap; a dash where there is hardly a gap to share."""
+    return f"{share:.0%}".replace("-", "−") if abs(share) <= 10 else "–"
+
+
+def outcomes(a: Scores, b: Scores) -> np.ndarray:
+    """Who is right about each token, as an index into OUTCOMES."""
+    return np.where(a.right & b.right, 0, np.where(a.right, 1, np.where(b.right, 2, 3)))
+
+
+def _rows(a: Scores, b: Scores, threshold: int) -> str:
+    lines_a, lines_b = table(a, threshold), table(b, threshold)
+    slice_WN, who_WN = slice_of(a.distance_WN, a.count_WN, threshold), outcomes(a, b)
+    behind_WN = b.nll - a.nll
+    rows = []
+    for name in ("all", *SLICES):
+        mask = slice_WN >= 0 if name == "all" else slice_WN == SLICES.index(name)
+        whole = behind_WN.sum()
+        share = share_text(behind_WN[mask].sum() / whole) if whole else "–"
+        counts = np.bincount(who_WN[mask], minlength=4)
+        cells = [
+            f"{lines_a[name]['tokens']:,}",
+            f"{lines_a[name]['share']:.1%}",
+            *(perplexity_text(lines[name]["perplexity"]) for lines in (lines_a, lines_b)),
+            share,
+            *(f"{count / max(1, counts.sum()):.1%}" for count in counts),
+        ]
+        title = escape(NAMES.get(name, "all tokens"))
+        rows.append(f'<tr><th scope="row">{title}</th>{"".join(f"<td>{c}</td>" for c in cells)}</tr>')
+    return "\n".join(rows)
+
+
+def perplexity_text(value: float | None) -> str:
+    """A perplexity; a dash for that of no tokens."""
+    return "–" if value is None else f"{value:,.2f}"
+
+
+def _curves(a: Scores, b: Scores, threshold: int) -> str:
+    """Both pictures of the curves within the page; the reader's settings choose."""
+    urls = []
+    for dark in (False, True):
+        picture = io.BytesIO()
+        recall_curves.save([a, b], threshold, picture, dark=dark)
+        urls.append("data:image/png;base64," + base64.b64encode(picture.getvalue()).decode())
+    return (
+        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{urls[1]}"><img src="{urls[0]}" alt="'
+        'Perplexity of both models by distance to the last occurrence and by training frequency"></picture>'
+    )

@@ -1,0 +1,151 @@
+"""What `holdall data` does and shows in a terminal; without PyTorch, so that it starts at once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from holdall import runs, text
+from holdall.text.corpus import SPLITS
+from holdall.text.shards import Progress as DataProgress
+
+console = Console(highlight=False)
+USER_ERRORS = (runs.RunError, KeyError, TypeError, ValueError, FileNotFoundError)
+"""What a user can cause and mend; anything else is a fault of Holdall and keeps its traceback."""
+TELL_SECONDS = 30.0
+"""Between the lines of progress where nobody sees a bar move."""
+
+
+def fail(error: Exception) -> int:
+    """Say in one line what is wrong; returns the exit status."""
+    message = error.args[0] if isinstance(error, KeyError) else str(error)
+    stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+    stderr.print("[bold red]error[/]", end=" ")
+    stderr.print(message, markup=False)
+    return 2
+
+
+def data(
+    sources: Sequence[Path],
+    out: Path,
+    tokenizer: str,
+    valid: float | Path,
+    text_field: str,
+    separator: str,
+    strict: bool,
+    workers: int | None,
+    check: bool,
+    *,
+    command: str,
+) -> int:
+    """The command `holdall data`; returns the exit status."""
+    began = time.monotonic()
+    try:
+        if check:
+            return _check(out)
+        if not sources:
+            raise text.TextError("name at least one file or folder of text: holdall data SOURCE... --out DIR")
+        with _DataView(out) as view:
+            corpus = text.write_corpus(
+                sources,
+                out,
+                text.tokenizer(tokenizer),
+                valid=[valid] if isinstance(valid, Path) else valid,
+                text_field=text_field,
+                separator=separator.replace("\\n", "\n").replace("\\t", "\t"),
+                strict=strict,
+                workers=runs.cores() if workers is None else workers,
+                command=command,
+                on_progress=view.progress,
+            )
+    except KeyboardInterrupt:
+        told = f"Stopped. What is whole is in {out}; the same command goes on from there."
+        console.print(told, markup=False, soft_wrap=True)
+        return 130
+    except USER_ERRORS as error:
+        return fail(error)
+    _print_corpus(corpus)
+    seconds = time.monotonic() - began
+    if view.tokens:
+        console.print(f"  {seconds:,.1f} s, {view.tokens / seconds:,.0f} tokens/s", markup=False)
+    else:
+        console.print("  It was finished before; nothing was done.")
+    return 0
+
+
+class _DataView:
+    """The bar of what is read, and how fast tokens come."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.bars = Progress(
+            TextColumn("reading"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%  {task.fields[says]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self.bar = self.bars.add_task("", total=None, says="")
+        self.tokens = 0
+        """Since the command began."""
+        self.began = self.told = time.monotonic()
+
+    def __enter__(self) -> _DataView:
+        self.bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bars.stop()
+
+    def progress(self, progress: DataProgress) -> None:
+        self.tokens = progress.tokens - progress.tokens_before
+        now = time.monotonic()
+        says = f"{progress.documents:,} documents  {progress.tokens:,} tokens"
+        says += f"  {self.tokens / (now - self.began):,.0f}/s"
+        says += f"  {progress.left_out:,} left out" if progress.left_out else ""
+        self.bars.update(self.bar, completed=progress.bytes, total=progress.of_bytes, says=says)
+        if not console.is_terminal and now - self.told > TELL_SECONDS:
+            self.told = now
+            console.print(f"{progress.bytes / max(1, progress.of_bytes):4.0%}  {says}", markup=False)
+
+
+def _check(out: Path) -> int:
+    with console.status(f"reading {out}"):
+        corpus = text.open_corpus(out, verify=True)
+    _print_corpus(corpus)
+    console.print(f"  All {len(corpus.manifest['files'])} files are as they were written.")
+    return 0
+
+
+def _print_corpus(corpus: text.Corpus) -> None:
+    manifest = corpus.manifest
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table.add_column("split")
+    for column in ("documents", "tokens", "shards"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for split in SPLITS:
+        each = manifest[split]
+        table.add_row(split, f"{each['documents']:,}", f"{each['tokens']:,}", str(len(each["shards"])))
+    console.print(table)
+    for reason, count in manifest["left_out"].items():
+        console.print(f"  left out: {count:,} of {reason}", markup=False)
+    for example in manifest["examples"]:
+        console.print(f"    {example}", markup=False, soft_wrap=True)
+    if manifest["ignored_files"]:
+        console.print(f"  passed over: {manifest['ignored_files']:,} files in folders that are no text")
+    size = sum(each["bytes"] for each in manifest["files"].values()) / (1 << 20)
+    console.print(
+        f"  {corpus.folder}: tokenizer {corpus.tokenizer.name}, vocabulary {corpus.vocab:,}, "
+        f"{size:,.1f} MiB of {manifest['dtype']}, content {corpus.content_hash[:12]}",
+        markup=False,
+        soft_wrap=True,
+    )

@@ -1,0 +1,231 @@
+"""What `holdall recall` does and shows in a terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich import box
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+from safetensors import safe_open
+
+from holdall import mixers, runs
+from holdall.analysis import recall as slices
+from holdall.model import Model
+from holdall.pretrain import PretrainConfig, load_run, open_data
+from holdall.report import recall as recalls
+from holdall.show_data import TELL_SECONDS, USER_ERRORS, console, fail
+
+Checkpoint = Literal["best", "last", "model"]
+
+
+def recall(
+    folders: Sequence[Path],
+    out: Path,
+    which: Checkpoint | None,
+    rows: int | None,
+    context: int | None,
+    threshold: int,
+    passages: int,
+    length: int,
+    licence: str,
+    device: str,
+    load: Sequence[Path],
+    dark: bool,
+    *,
+    command: str,
+) -> int:
+    """The command `holdall recall`; returns the exit status."""
+    try:
+        for name, value in (("rows", rows), ("context", context), ("passages", passages), ("length", length)):
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} {value} is not positive")
+        if not folders:
+            raise ValueError("name at least one run: holdall recall RUN [RUN ...]")
+        for file in load:
+            mixers.load(file)
+        device = _device(device)
+        configs = [_config(folder) for folder in folders]
+        context = context or min(config.context_len for config in configs)
+        scored = []
+        with _ScoreView(len(folders)) as view:
+            for folder, config, label in zip(folders, configs, _labels(folders), strict=True):
+                view.start(label)
+                found = _scores(folder, config, which, context, rows, device, view.progress)
+                scored.append(dataclasses.replace(found, label=label))
+        console.print(_table(scored, threshold))
+        how: dict[str, Any] = {"threshold": threshold, "command": command}
+        for path in recalls.write(scored, out, dark=dark, **how):
+            console.print(f"  {path}", markup=False)
+        if len(scored) == 2:
+            how |= {"passages": passages, "length": length, "licence": licence}
+            path = recalls.write_page(scored[0], scored[1], open_data(configs[0]), out, **how)
+            console.print(f"  {path}", markup=False)
+    except KeyboardInterrupt:
+        console.print("Stopped. What was scored is in the run folders; the same command goes on from there.")
+        return 130
+    except USER_ERRORS as error:
+        return fail(error)
+    return 0
+
+
+def _config(folder: Path) -> PretrainConfig:
+    path = folder / "config.json"
+    if not path.exists():
+        raise runs.RunError(f"{folder} holds no run of a language model; `holdall train` makes one")
+    return PretrainConfig.from_dict(json.loads(path.read_text()))
+
+
+def _labels(folders: Sequence[Path]) -> list[str]:
+    """The folders' names, with as many parents as tell them apart."""
+    whole = [folder.absolute() for folder in folders]
+    if len(set(whole)) < len(whole):
+        raise ValueError("a run is named twice")
+    parts = 1
+    while len(labels := {"/".join(path.parts[-parts:]) for path in whole}) < len(whole):
+        parts += 1
+    assert labels
+    return ["/".join(path.parts[-parts:]) for path in whole]
+
+
+def _device(device: str) -> str:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("no CUDA device is available here; use --device cpu")
+    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def _scores(
+    folder: Path,
+    config: PretrainConfig,
+    which: Checkpoint | None,
+    context: int,
+    rows: int | None,
+    device: str,
+    on_progress: Callable[[int, int], None],
+) -> slices.Scores:
+    """What a run says of the validation text: as its folder keeps it, or computed now."""
+    names = (which,) if which else ("model", "best", "last")  # as load_run
+    path = next((p for name in names if (p := folder / f"{name}.safetensors").exists()), None)
+    if path is None:  # copied here without its weights?
+        kept = slices.find(folder)
+        if kept is None or not _has(kept, context, rows):
+            raise runs.RunError(
+                f"{folder} holds no {which or 'checkpoint of a'} language model, and no recall.json for "
+                f"--context {context}{f' --rows {rows}' if rows else ''}"
+            )
+        return kept
+    corpus = open_data(config)
+    dtype = torch.bfloat16 if config.precision == "bf16" and device != "cpu" else torch.float32
+
+    def model() -> Model:
+        return computing_in(dtype, load_run(folder, which, device=device).model)
+
+    with safe_open(path, framework="pt") as file:
+        step = json.loads(file.metadata()["state"])["step"]
+    about = {
+        "config": {**config.to_dict(), "data": ""},
+        "checkpoint": path.stem,
+        "step": step,
+        "precision": str(dtype).removeprefix("torch."),
+    }
+    return slices.score(folder, about, corpus, model, context_len=context, rows=rows, on_progress=on_progress)
+
+
+def computing_in(dtype: torch.dtype, model: Model) -> Model:
+    """The model with its blocks in a dtype, as in training: the residual stream and the head stay fp32."""
+    for tensor in (*model.blocks.parameters(), *model.blocks.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+    return model
+
+
+def _has(kept: slices.Scores, context: int, rows: int | None) -> bool:
+    windows = min(rows or kept.about["of_windows"], kept.about["of_windows"])
+    return bool((kept.about["context_len"], kept.about["windows"]) == (context, windows))
+
+
+class _ScoreView:
+    """A bar for the run that is being scored; without a terminal, a line now and then."""
+
+    def __init__(self, count: int) -> None:
+        self.bars = Progress(
+            TextColumn("{task.description}", justify="right", markup=False),
+            BarColumn(),
+            TextColumn("{task.completed} of {task.total} windows"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self.count, self.number, self.told = count, 0, time.monotonic()
+
+    def __enter__(self) -> _ScoreView:
+        self.bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bars.stop()
+
+    def start(self, label: str) -> None:
+        self.number += 1
+        self.label = f"{label} ({self.number} of {self.count})"
+        self.task = self.bars.add_task(self.label, total=None)
+
+    def progress(self, done: int, of: int) -> None:
+        self.bars.update(self.task, completed=done, total=of)
+        if not console.is_terminal and time.monotonic() - self.told > TELL_SECONDS:
+            self.told = time.monotonic()
+            console.print(f"{self.label}: {done} of {of} windows", markup=False)
+
+
+def _table(scored: Sequence[slices.Scores], threshold: int) -> Table:
+    """All runs beside each other; the first is the reference."""
+    first, wide = scored[0], console.width >= 100
+    lines = [slices.table(run, threshold) for run in scored]
+    names = ["all", "hits", "other", *(["repeated", "rest"] if wide else [])]
+    of = lines[0]
+    text = (
+        f"Perplexity. Hits complete a bigram seen before in the {first.about['context_len']:,} tokens of the "
+        f"context which is at most {threshold:,} times in the {first.about['train_tokens']:,} of training; "
+        f"they are {of['hits']['share']:.1%} of {of['all']['tokens']:,} tokens, other repeated bigrams "
+        f"{of['repeated']['share']:.1%}. Right: the most likely token is the true one."
+    )
+    if len(scored) > 1:
+        text += (
+            f" Gap: of log-perplexity to {first.label}; of it, the share that the hits explain with its 95% "
+            "interval over windows; above 100% where the run is better on other tokens."
+        )
+    table = Table(
+        box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), caption=Text(text), caption_justify="left"
+    )
+    table.add_column("run", overflow="fold", min_width=min(24, max(len(run.label) for run in scored)))
+    columns = [
+        *(["parameters"] if wide else []),
+        *names,
+        "hits right",
+        *(["gap", "of it hits"] if len(scored) > 1 else []),
+    ]
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for run, line in zip(scored, lines, strict=True):
+        gap = slices.gap(run, first, threshold)
+        share = recalls.share_text(gap.share)
+        if share != "–":
+            share += f" ({recalls.share_text(gap.low)} to {recalls.share_text(gap.high)})"
+        right = line["hits"]["accuracy"]
+        table.add_row(
+            Text(run.label),
+            *([f"{run.about['parameters']:,}"] if wide else []),
+            *(recalls.perplexity_text(line[name]["perplexity"]) for name in names),
+            "–" if right is None else f"{right:.1%}",
+            *([] if len(scored) == 1 else ["", ""] if run is first else [f"{gap.gap:+.4f}", share]),
+        )
+    return table

@@ -1,0 +1,331 @@
+"""Writing token shards: many processes encode, one reads sources and writes; after any end of it, it goes on.
+
+The work is cut into *parts*, each a run of records that fills a shard. A part's shards are
+written first and its record, part-00000.json, last; it says where the next part starts. So a crash costs one
+part at most, and the folder comes out the same, bit for bit, for any number of workers and interruptions.
+
+A document belongs to validation if a hash of its text says so: whatever its place, its neighbours and who
+read it, and together with every copy of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from holdall import runs
+from holdall.text import tokenizers
+from holdall.text.corpus import (
+    FORMAT,
+    MANIFEST,
+    PLAN,
+    SPLITS,
+    Corpus,
+    content_hash,
+    open_corpus,
+    read_manifest,
+    shard_files,
+)
+from holdall.text.encoding import BATCH_BYTES, Encoded, Job, Split, encode_all, in_batches
+from holdall.text.sources import TextError, find, records
+from holdall.text.tokenizers import Tokenizer
+
+SHARD_TOKENS = 1 << 24
+"""At which a part ends, both splits together: 32 MiB as uint16."""
+EXAMPLES = 5
+"""Bad records that are told one by one; the others are counted."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the work is, for whoever draws the bar: bytes of the sources as they are on disk."""
+
+    bytes: int
+    of_bytes: int
+    documents: int
+    tokens: int
+    tokens_before: int
+    """Those that were there when the work went on."""
+    left_out: int
+
+
+def write_corpus(
+    paths: Sequence[Path],
+    folder: Path,
+    tokenizer: Tokenizer,
+    *,
+    valid: float | Sequence[Path] = 0.01,
+    text_field: str = "text",
+    separator: str = "",
+    strict: bool = False,
+    workers: int = 1,
+    command: str = "",
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+    shard_tokens: int = SHARD_TOKENS,
+) -> Corpus:
+    """Turn documents into a corpus, or go on with it, or return it if it is finished.
+
+    Args:
+        paths: files and folders, see `sources.find`.
+        folder: where shards go; made if needed. What lies in it is no source.
+        valid: the share of documents for validation, or the files and folders that hold them.
+        text_field: where JSON lines keep their text.
+        separator: what parts the documents of a plain text file; each is one document if it is empty.
+        strict: raise at the first record that holds no document, instead of leaving it out.
+        workers: processes that encode.
+        command: how a user makes this folder; told where it must be made anew.
+        shard_tokens: tokens at which a part ends, both splits together.
+
+    Raises:
+        TextError: sources, tokenizer or folder do not fit; the message names the way out.
+        RunError: the folder cannot be written or is in use.
+    """
+    if workers < 1:
+        raise TextError(f"{workers} workers cannot do anything; give at least 1")
+    share = valid if isinstance(valid, float | int) else 0.0
+    if not 0 <= share < 1:
+        raise TextError(f"the share for validation is {share:g}; it must be at least 0 and below 1")
+    sources, ignored = find(paths, () if isinstance(valid, float | int) else valid, without=folder)
+    job = Job(tuple(sources), tokenizer, float(share), text_field, separator)
+    plan = {"format": FORMAT, **job.plan(), "shard_tokens": shard_tokens}
+    with runs.locked(folder):
+        if not _is_finished(folder, plan):
+            writer = _Writer(folder, job, strict, shard_tokens, on_progress)
+            writer.claim(plan)
+            found = records(sources, after=writer.last, separator=separator, on_bytes=writer.count)
+            # no more processes than there are batches: to start one takes a second
+            useful = min(workers, 1 + sum(source.size for source in sources) // BATCH_BYTES)
+            with contextlib.closing(encode_all(in_batches(found), job, useful)) as batches:
+                for encoded in batches:
+                    writer.add(encoded)
+            writer.finish(plan, ignored, command)
+    corpus = open_corpus(folder)
+    if strict:
+        _refuse(corpus.manifest["examples"])
+    return corpus
+
+
+def _refuse(examples: Sequence[str]) -> None:
+    if examples:
+        raise TextError(f"{examples[0]}. Mend it, or do without --strict: bad records are then left out")
+
+
+def _is_finished(folder: Path, plan: dict[str, Any]) -> bool:
+    """Whether a folder holds this corpus, TextError if it holds another or some of another."""
+    manifest, begun = folder / MANIFEST, folder / PLAN
+    if manifest.exists():
+        held = read_manifest(folder)["plan"]
+    elif begun.exists() and (folder / _record(0)).exists():
+        held = json.loads(begun.read_bytes())
+    else:
+        return False
+    if held != plan:
+        other = ", ".join(key for key in plan if held.get(key) != plan[key])
+        raise TextError(
+            f"{folder} holds tokens made otherwise (other {other}); remove it or choose another --out"
+        )
+    return manifest.exists()
+
+
+def _record(part: int) -> str:
+    return f"part-{part:05d}.json"
+
+
+# ---------------------------------------------------------------------------------------------- writing
+
+
+class _Writer:
+    """Gathers what was encoded into parts, and writes them."""
+
+    def __init__(
+        self,
+        folder: Path,
+        job: Job,
+        strict: bool,
+        shard_tokens: int,
+        on_progress: Callable[[Progress], None],
+    ) -> None:
+        self.folder, self.job, self.strict = folder, job, strict
+        self.shard_tokens, self.on_progress = shard_tokens, on_progress
+        self.parts: list[dict[str, Any]] = []
+        while (path := folder / _record(len(self.parts))).exists():
+            self.parts.append(json.loads(path.read_bytes()))
+        self.last: tuple[int, int] = tuple(self.parts[-1]["last"]) if self.parts else (0, 0)
+        self.left_out = sum((Counter(part["left_out"]) for part in self.parts), Counter[str]())
+        self.bytes = 0
+        self.tokens = sum(shard["tokens"] for part in self.parts for shard in part["shards"].values())
+        self.documents = sum(shard["documents"] for part in self.parts for shard in part["shards"].values())
+        self.tokens_before = self.tokens
+        for part in self.parts:
+            if strict:
+                _refuse(part["examples"])
+        self._start_part()
+
+    def _start_part(self) -> None:
+        self.splits = (Split(), Split())
+        self.part_tokens = 0
+        self.part_bad: Counter[str] = Counter()
+        self.examples: list[str] = []
+        self.least = 1.0
+
+    def claim(self, plan: dict[str, Any]) -> None:
+        """Make the folder this plan's, without what an interrupted write left."""
+        digits = "[0-9]" * 5
+        there = [file for name in (*SPLITS, "part") for file in self.folder.glob(f"{name}-{digits}.*")]
+        kept = {_record(number) for number in range(len(self.parts))}
+        kept |= {name for part in self.parts for shard in part["shards"].values() for name in shard["files"]}
+        if not (self.folder / PLAN).exists():
+            if there:
+                raise TextError(f"{there[0]} is in the way, and not of Holdall's; choose another --out")
+        else:
+            for file in (*there, *self.folder.glob(".*.tmp")):
+                if file.name not in kept:
+                    file.unlink()
+        runs.write_json(self.folder / PLAN, plan)
+        if self.job.tokenizer.file:
+            runs.write_atomically(self.folder / tokenizers.FILE, self.job.tokenizer.file)
+
+    def count(self, count: int) -> None:
+        self.bytes += count
+
+    def add(self, encoded: Encoded) -> None:
+        """Take a batch; it is on the disk when its part is full."""
+        told = [each.told for each in encoded.bad]
+        if self.strict:
+            _refuse(told)
+        self.part_bad.update(each.reason for each in encoded.bad)
+        self.left_out.update(each.reason for each in encoded.bad)
+        self.examples = (self.examples + told)[:EXAMPLES]
+        for mine, theirs in zip(self.splits, encoded.splits, strict=True):
+            mine.extend(theirs)
+            self.documents += len(theirs.lengths)
+            self.tokens += sum(theirs.lengths)
+            self.part_tokens += sum(theirs.lengths)
+        self.last, self.least = encoded.last, min(self.least, encoded.least)
+        if not self.documents and self.left_out["no text"]:
+            raise TextError(f"{self.examples[0]}. Name the right one with --text-field")
+        if self.part_tokens >= self.shard_tokens:
+            self._commit()
+        size = sum(source.size for source in self.job.sources)
+        left_out = self.left_out.total()
+        self.on_progress(
+            Progress(self.bytes, size, self.documents, self.tokens, self.tokens_before, left_out)
+        )
+
+    def _commit(self) -> None:
+        number = len(self.parts)
+        shards = {
+            name: self._write_shard(name, number, split)
+            for name, split in zip(SPLITS, self.splits, strict=True)
+            if split.lengths
+        }
+        part = {
+            "last": self.last,
+            "shards": shards,
+            "left_out": dict(self.part_bad),
+            "examples": self.examples,
+            "least": self.least,
+        }
+        runs.write_json(self.folder / _record(number), part)
+        self.parts.append(part)
+        self._start_part()
+
+    def _write_shard(self, name: str, number: int, split: Split) -> dict[str, Any]:
+        tokens = np.concatenate(split.tokens)
+        starts = np.cumsum([0, *split.lengths[:-1]], dtype="<i8")
+        contents = (_npy(tokens), _npy(starts), b"".join(split.about))
+        files = {}
+        for file, content in zip(shard_files(name, number), contents, strict=True):
+            runs.write_atomically(self.folder / file, content)
+            files[file] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        return {
+            "number": number,
+            "tokens": len(tokens),
+            "documents": len(starts),
+            "content": hashlib.sha256(tokens.tobytes() + starts.tobytes()).hexdigest(),
+            "files": files,
+        }
+
+    def finish(self, plan: dict[str, Any], ignored: int, command: str) -> None:
+        """Write the last part and, last of all, the manifest."""
+        if self.splits[0].lengths or self.splits[1].lengths or self.part_bad:
+            self._commit()
+        self._check_splits()
+        splits: dict[str, Any] = {}
+        files: dict[str, Any] = {}
+        for name in SPLITS:
+            shards = [part["shards"][name] for part in self.parts if name in part["shards"]]
+            for shard in shards:
+                files |= shard["files"]
+            splits[name] = {
+                "tokens": sum(shard["tokens"] for shard in shards),
+                "documents": sum(shard["documents"] for shard in shards),
+                "shards": [{key: shard[key] for key in shard if key != "files"} for shard in shards],
+            }
+        tokenizer = self.job.tokenizer
+        if tokenizer.file:
+            files[tokenizers.FILE] = {
+                "bytes": len(tokenizer.file),
+                "sha256": hashlib.sha256(tokenizer.file).hexdigest(),
+            }
+        manifest = {
+            "format": FORMAT,
+            "command": command,
+            "tokenizer": tokenizer.describe(),
+            "dtype": tokenizer.dtype.name,
+            **splits,
+            "left_out": dict(self.left_out),
+            "examples": [each for part in self.parts for each in part["examples"]][:EXAMPLES],
+            "ignored_files": ignored,
+            "plan": plan,
+            "files": files,
+        }
+        manifest["content_hash"] = content_hash(manifest)
+        runs.write_json(self.folder / MANIFEST, manifest)
+        self._remove_parts()
+
+    def _check_splits(self) -> None:
+        """Raise TextError if a split that was wanted has no document; the folder is then free for others."""
+        there = {name for part in self.parts for name in part["shards"]}
+        wrong = ""
+        if not there:
+            found = [example for part in self.parts for example in part["examples"][:1]]
+            wrong = "the sources hold no documents" + "".join(f"; {each}" for each in found[:1])
+        elif "train" not in there:
+            wrong = "every document is for validation and none for training; give a smaller --valid"
+        elif "valid" not in there and self.job.valid:
+            least = min(part["least"] for part in self.parts)
+            wrong = (
+                f"none of {self.documents:,} documents is for validation at --valid {self.job.valid:g}; give "
+                f"a share above {least:.2g}, a file of its own (--valid FILE) or 0 for none"
+            )
+            if self.documents < 10:
+                wrong += ". A plain text file is one document, unless --separator says what parts them"
+        if wrong:
+            for part in self.parts:
+                for shard in part["shards"].values():
+                    for name in shard["files"]:
+                        (self.folder / name).unlink()
+            self._remove_parts()
+            raise TextError(wrong)
+
+    def _remove_parts(self) -> None:
+        """Remove the records of parts, and last the plan, by which the folder is known to be ours."""
+        for number in range(len(self.parts)):
+            (self.folder / _record(number)).unlink(missing_ok=True)
+        (self.folder / PLAN).unlink(missing_ok=True)
+
+
+def _npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=False)
+    return file.getvalue()

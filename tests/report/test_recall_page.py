@@ -1,0 +1,512 @@
+"""Two models on the same text: the page of passages in a browser, the curves, and the command for them."""
+
+import io
+import json
+import math
+import re
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from holdall import show_recall
+from holdall.analysis import recall as slices
+from holdall.analysis.recall import Predictions, Scores
+from holdall.mixers.attention import AttentionConfig
+from holdall.mixers.mamba import MambaConfig
+from holdall.mixers.s4 import S4Config
+from holdall.model import ModelConfig, seeded
+from holdall.pretrain import PretrainConfig
+from holdall.report.recall import OUTCOMES, legible, outcomes, render, share_text
+from holdall.report.recall_curves import DARK, LIGHT, draw, save
+from holdall.runs import RunError
+from holdall.text import write_corpus
+from holdall.text.tokenizers import Bytes
+
+ATTACK = """<img src=x onerror="document.title = 'attacked'"></script>{{data}}"""
+FIRST, SECOND = "say ab\ncd ab say", "€ ab <i> ab say ab"
+IDS = [*FIRST.encode(), Bytes.end, *SECOND.encode()]  # 16 + 1 + 20 tokens
+N = 18
+
+
+class Valid:
+    """Two documents in two windows: the second window begins inside of the second document."""
+
+    documents = np.array([0, len(FIRST) + 1])
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+
+    def document_of(self, position: int) -> int:
+        return int(position > len(FIRST))
+
+    def about(self, index: int) -> dict[str, str]:
+        return {"source": "a.txt:1", **({"title": self.title, "licence": "CC0"} if index else {})}
+
+
+def corpus_of(title: str = "On ab") -> SimpleNamespace:
+    return SimpleNamespace(valid=Valid(title), tokenizer=Bytes())
+
+
+def made(label: str, right_WN: np.ndarray, nll: tuple[float, float], **more) -> Scores:
+    """A run that is right there, with these losses where it is right and where it is wrong."""
+    start_W, tokens_WX = slices.windows_of(np.array(IDS), N)
+    true_WN = tokens_WX[:, 1:]
+    log_prob = -np.where(right_WN, *nll).astype(np.float32)
+    top = np.stack(
+        [np.where(right_WN, true_WN, ord("Q")), *(np.full_like(true_WN, ord(c)) for c in "R\nS")], -1
+    )
+    top = np.concatenate([top, np.where(right_WN, 300, true_WN)[..., None]], -1)  # 300 is no token of bytes
+    logs = np.broadcast_to(np.log([0.5, 0.2, 0.1, 0.05, 0.0001]), top.shape).astype(np.float16)
+    about = {"corpus": "c" * 64, "context_len": N, "windows": 2, "of_windows": 2, "train_tokens": 12345}
+    return Scores(
+        label=label,
+        about={**about, "parameters": 7},
+        start_W=start_W,
+        tokens_WX=tokens_WX,
+        distance_WN=slices.distances(tokens_WX, Bytes.end),
+        count_WN=np.where(true_WN == ord("y"), 9999, 3),
+        said=Predictions(log_prob, np.where(right_WN, 0, 4).astype(np.int32), top, logs),
+        **more,
+    )
+
+
+@pytest.fixture
+def pair() -> tuple[Scores, Scores]:
+    """A is right wherever a bigram is repeated; B at spaces too, and not at "b"."""
+    tokens_WX = slices.windows_of(np.array(IDS), N)[1]
+    again = slices.distances(tokens_WX, Bytes.end) > 0
+    a = made("alpha", again, (0.1, 2.0))
+    b = made("beta", (again & (tokens_WX[:, 1:] != ord("b"))) | (tokens_WX[:, 1:] == 32), (0.1, 3.0))
+    return a, b
+
+
+def page_of(pair, corpus=None, **options) -> str:
+    return render(
+        *pair, corpus or corpus_of(), **{"threshold": 1250, "command": "holdall recall a b", **options}
+    )
+
+
+# ---------------------------------------------------------------------------------------------- as a text
+
+
+def test_pair_has_something_of_everything(pair):
+    a, b = pair
+    assert a.tokens_WX.shape == (2, N + 1)
+    who_WN, slice_WN = outcomes(a, b), slices.slice_of(a.distance_WN, a.count_WN)
+    assert {(k, w) for k, w in zip(slice_WN.flat, who_WN.flat, strict=True)} >= {
+        (0, 0),
+        (0, 1),
+        (2, 2),
+        (2, 3),
+    }
+    assert [OUTCOMES[w] for w in (who_WN[0, 0], who_WN[0, 2], who_WN[0, 10])] == [
+        "both wrong", "only B right", "only A right"
+    ]  # fmt: skip
+
+
+def test_table_is_of_all_windows_and_adds_up(pair):
+    page, (a, b) = page_of(pair, passages=1, length=3), pair
+    rows = re.findall(r'<tr><th scope="row">(.*?)</th>(.*?)</tr>', page)
+    cells = {name: re.findall(r"<td>(.*?)</td>", row) for name, row in rows}
+    assert list(cells) == ["all tokens", "recall hits", "other repeated bigrams", "the rest"]
+    lines, behind = slices.table(a, 1250), b.nll - a.nll
+    hits = slices.slice_of(a.distance_WN, a.count_WN) == 0
+    assert [cells[name][0] for name in cells] == [str(lines[k]["tokens"]) for k in ("all", *slices.SLICES)]
+    assert cells["recall hits"][2] == f"{math.exp(a.nll[hits].mean()):.2f}" == "1.11"
+    assert cells["recall hits"][4] == f"{behind[hits].sum() / behind.sum():.0%}"
+    assert sum(int(cells[name][0]) for name in list(cells)[1:]) == 2 * N
+    assert cells["recall hits"][6] == f"{(b.right[hits] == 0).mean():.1%}"
+    assert f"A is <strong>alpha</strong>, perplexity {lines['all']['perplexity']:.2f}; B is" in page
+    assert not re.search(r"\{\{\w+\}\}", page)
+    assert "12,345 tokens of training" in page
+
+
+def test_no_text_is_read_as_markup(pair):
+    runs = [replace(run, label=ATTACK) for run in pair]
+    page = page_of(runs, corpus_of(ATTACK), licence=ATTACK, command=ATTACK)
+    assert "<img src=x" not in page
+    assert page.count("</script>") == 2
+
+
+def test_what_cannot_be_seen_is_made_visible():
+    assert legible("a\n\tb\r\x00\u200b\x1b é") == "a↵\n⇥\tb␍\\x00\\u200b\\x1b é"
+    assert share_text(0.824) == "82%"
+    assert share_text(-0.05) == "−5%"
+    assert share_text(float("nan")) == share_text(400) == "–"
+
+
+def test_quoted_is_exactly_what_does_not_lie_within(pair):
+    for length in (1, 5, 9, N):
+        page = page_of(pair, length=length)
+        data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page)[1])
+        for passage, distance_N in zip(data["passages"], pair[0].distance_WN, strict=True):
+            shown = distance_N[N - length :].tolist()
+            assert passage["first"] == N - length + 1
+            places = [str(i) for i, distance in enumerate(shown) if distance and i - distance - 1 < 0]
+            assert list(passage["earlier"]) == places
+
+
+def test_documents_are_named_where_they_begin(pair):
+    def documents(**options):
+        page = page_of(pair, **options)
+        data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page)[1])
+        return [passage["documents"] for passage in data["passages"]]
+
+    begins = len(FIRST) + 1 - 1  # the end of the first, and the window's first token is not shown
+    assert documents(licence="mine") == [
+        [[0, "document 1", True, "mine"], [begins, "On ab", False, "CC0"]], [[0, "On ab", True, "CC0"]]
+    ]  # fmt: skip
+    assert documents(length=2, passages=1) == [[[0, "On ab", False, "CC0"]]]
+
+
+def test_page_of_other_text_is_refused(pair):
+    with pytest.raises(RunError, match="same text"):
+        page_of((pair[0], replace(pair[1], tokens_WX=pair[1].tokens_WX[:1])))
+
+
+# -------------------------------------------------------------------------------------------- in a browser
+
+
+@pytest.fixture
+def visit(open_file, tmp_path):
+    def open_page(*args, context=None, **options):
+        path = tmp_path / "recall.html"
+        path.write_text(page_of(*args, **options), encoding="utf-8")
+        return open_file(path, **(context or {}))
+
+    return open_page
+
+
+def token(page, index: int):
+    return page.locator(".t").nth(index)
+
+
+def detail(page) -> str:
+    return page.locator("#detail").inner_text()
+
+
+@pytest.mark.browser
+def test_every_token_is_there_in_its_colour(visit, pair):
+    page, (a, b) = visit(pair), pair
+    tokens = page.locator(".t")
+    assert tokens.count() == 2 * N
+    classes = tokens.evaluate_all("spans => spans.map(span => span.className)")
+    slice_WN = slices.slice_of(a.distance_WN, a.count_WN)
+    for name, who, kind in zip(classes, outcomes(a, b).flat, slice_WN.flat, strict=True):
+        assert name.split() == ["t", f"t{who}", *(["hit"] if kind == 0 else [])]
+    assert page.locator("article h3").all_inner_texts() == ["document 1, continued", "On ab, continued CC0"]
+    assert page.locator(".starts").all_inner_texts() == ["On ab CC0"]
+    texts = tokens.evaluate_all("spans => spans.map(span => span.textContent)")
+    assert texts[:9] == ["a", "y", " ", "a", "b", "↵", "c", "d", " "]
+    assert texts[15:18] == ["<|endoftext|>", "\\xe2", "\\x82"]  # predicted from the token before
+    # the line ends after its mark
+    assert page.locator(".text").first.inner_text().startswith("ay ab↵\ncd ab say")
+    looks = tokens.evaluate_all(
+        "spans => spans.map(s => [s.classList[1], getComputedStyle(s).backgroundColor,"
+        " getComputedStyle(s).textDecorationLine + getComputedStyle(s).textDecorationStyle])"
+    )
+    by_class = {name: (colour, line) for name, colour, line in looks}
+    assert len({colour for colour, _ in by_class.values()}) == 4
+    assert len({line for _, line in by_class.values()}) == 4  # told apart without colours too
+
+
+@pytest.mark.browser
+def test_pointing_tells_what_both_expected_and_where_it_was(visit, pair):
+    page = visit(pair)
+    # window 0: s|ay ab\ncd ab say: the second "b" is token 10 of those shown, 6 after the first
+    token(page, 10).hover()
+    said = detail(page)
+    assert "only A right" in said
+    assert "a recall hit: last seen 6 tokens before; training has its bigram 3 times" in said
+    seen = page.locator(".t.seen").evaluate_all("spans => spans.map(span => span.place)")
+    assert seen == [3, 4]
+    assert page.locator("#tops caption").all_inner_texts() == ["A alpha 90%, first", "B beta 5.0%, number 5"]
+    rows = page.locator("#tops table").nth(0).locator("tr").all_inner_texts()
+    assert [row.split("\t") for row in rows] == [
+        ["b", "50%"], ["R", "20%"], ["↵", "10%"], ["S", "5.0%"], ["<300>", "1·10⁻⁴"]
+    ]  # fmt: skip
+    assert page.locator("#tops tr.true td:first-child").all_inner_texts() == ["b", "b"]
+    token(page, 0).hover()
+    assert "both wrong" in detail(page)
+    assert "a new bigram" in detail(page)
+    assert page.locator(".t.seen").count() == 0
+
+
+@pytest.mark.browser
+def test_what_was_before_the_passage_is_quoted(visit, pair):
+    page = visit(pair, length=4)
+    a = pair[0]
+    assert page.locator(".t").count() == 8
+    token(page, 0).hover()  # the "y" of the last "say"
+    assert "another repeated bigram: last seen 13 tokens before; training has its bigram 9,999" in detail(
+        page
+    )
+    assert page.locator("#detail q").text_content() == "… say ab↵\ncd  …"
+    assert page.locator("#detail mark").text_content() == "ay"
+    # window 1 ends in "y ab": its last "b" was seen 7 before, in "ab say ab"
+    assert a.distance_WN[1, -1] == 7
+    token(page, 7).hover()
+    assert page.locator(".t.seen").count() == 0
+    assert page.locator("#detail q").text_content() == "… ab <i> ab say ab …"
+    assert page.locator("#detail mark").inner_text() == "ab"
+
+
+@pytest.mark.browser
+def test_disagreements_are_found_by_keys_and_buttons(visit, pair):
+    page, (a, b) = visit(pair), pair
+    places = np.flatnonzero(a.right != b.right).tolist()
+    assert len(places) > 5
+    count = page.locator("#count")
+    assert count.inner_text() == f"{len(places)} disagreements"
+    at = "() => document.activeElement.place"
+    for k, place in enumerate([*places, places[0]]):
+        page.keyboard.press("n")
+        assert page.evaluate(at) == place
+        assert count.inner_text() == f"{k % len(places) + 1} of {len(places)} disagreements"
+        assert page.locator(".t.at").evaluate("span => span.place") == place
+    page.keyboard.press("p")
+    assert page.evaluate(at) == places[-1]
+    page.get_by_role("button", name="Previous disagreement").click()
+    assert page.evaluate(at) == places[-2]
+    page.get_by_role("button", name="Next disagreement").click()
+    assert page.evaluate(at) == places[-1]
+    page.keyboard.press("ArrowLeft")
+    assert page.evaluate(at) == places[-1] - 1
+    assert OUTCOMES[outcomes(a, b).flat[places[-1] - 1]] in detail(page)
+
+
+@pytest.mark.browser
+def test_focus_holds_a_token_and_pointing_returns_to_it(visit, pair):
+    page = visit(pair)
+    for _ in range(30):  # by the tab key alone: checkboxes, buttons, then one token of all
+        page.keyboard.press("Tab")
+        if page.evaluate("() => document.activeElement.place") is not None:
+            break
+    assert page.evaluate("() => document.activeElement.place") == 0
+    page.keyboard.press("ArrowRight")
+    held = detail(page)
+    token(page, 10).hover()
+    assert detail(page) != held
+    page.mouse.move(2, 2)
+    assert detail(page) == held
+    assert page.locator(".t[tabindex='0']").count() == 1
+
+
+@pytest.mark.browser
+def test_filters_leave_others_pale_and_steps_follow_them(visit, pair):
+    page, (a, b) = visit(pair), pair
+    slice_WN, who_WN = slices.slice_of(a.distance_WN, a.count_WN), outcomes(a, b)
+
+    def off():
+        return page.locator(".t.off").evaluate_all("spans => spans.map(span => span.place)")
+
+    assert off() == []
+    page.get_by_label("the rest").uncheck()
+    page.get_by_label("other repeated").uncheck()
+    assert off() == np.flatnonzero(slice_WN > 0).tolist()
+    page.keyboard.press("n")
+    wanted = np.flatnonzero((slice_WN == 0) & ((who_WN == 1) | (who_WN == 2))).tolist()
+    assert page.evaluate("() => document.activeElement.place") == wanted[0]
+    page.get_by_label("only A").uncheck()
+    assert off() == np.flatnonzero((slice_WN > 0) | (who_WN == 1)).tolist()
+    page.get_by_label("only B").uncheck()
+    assert page.locator("#count").inner_text() == "no disagreements"
+    page.keyboard.press("n")  # nothing to go to
+    assert float(token(page, off()[0]).evaluate("span => getComputedStyle(span).opacity")) < 1
+
+
+# of letters on the ground of all that has one of the four colours, as WCAG counts it
+CONTRASTS = """() => [...document.querySelectorAll(".t0, .t1, .t2, .t3")].map(each => {
+  const part = c => c <= 10 ? c / 3294.6 : ((c / 255 + .055) / 1.055) ** 2.4;
+  const light = text => {
+    const [r, g, b] = text.match(/\\d+/g).map(Number).map(part);
+    return .2126 * r + .7152 * g + .0722 * b;
+  };
+  const style = getComputedStyle(each), [x, y] = [light(style.color), light(style.backgroundColor)];
+  return (Math.max(x, y) + .05) / (Math.min(x, y) + .05);
+})"""
+
+
+@pytest.mark.browser
+def test_page_follows_the_dark_and_fits_a_phone(visit, pair):
+    page = visit(pair)
+    source = "() => document.querySelector('picture img').currentSrc.length"
+    light = page.evaluate(source)
+    page.emulate_media(color_scheme="dark")
+    assert page.evaluate("() => getComputedStyle(document.body).backgroundColor") == "rgb(21, 23, 26)"
+    for _ in range(50):  # the browser takes the other picture when it finds the time
+        if page.evaluate(source) != light:
+            break
+        page.wait_for_timeout(100)
+    assert page.evaluate(source) != light
+    assert min(page.evaluate(CONTRASTS)) > 4.5
+    page.emulate_media(color_scheme="light")
+    assert min(page.evaluate(CONTRASTS)) > 4.5
+    page.set_viewport_size({"width": 390, "height": 800})
+    assert page.evaluate("() => document.documentElement.scrollWidth") == 390
+    page.keyboard.press("n")
+    box, panel = page.locator(".t.at").bounding_box(), page.locator("#detail").bounding_box()
+    assert box["y"] + box["height"] < panel["y"]  # what is shown is not hidden by what is said of it
+    assert page.evaluate("() => document.documentElement.scrollWidth") == 390
+
+
+@pytest.mark.browser
+def test_names_and_titles_are_inert(visit, pair):
+    page = visit([replace(run, label=ATTACK) for run in pair], corpus_of(ATTACK), command=ATTACK)
+    assert page.locator(".starts").inner_text().startswith(ATTACK)
+    token(page, 10).hover()
+    assert ATTACK in detail(page)
+    assert page.locator("img").count() == 1
+    assert "attacked" not in page.title().replace(ATTACK, "")
+
+
+# ------------------------------------------------------------------------------------------------- curves
+
+
+def many(label: str, factor: float) -> Scores:
+    random = np.random.default_rng(0)
+    run = made(label, np.zeros((2, N), bool), (1.0, 1.0))
+    distance = 2 ** random.integers(0, 8, (20, 400)).astype(np.int32) * (random.random((20, 400)) < 0.7)
+    nll = (0.5 + 0.1 * factor * np.log2(np.maximum(distance, 1))).astype(np.float32)
+    return Scores(
+        label=label,
+        about=run.about,
+        start_W=np.arange(20),
+        tokens_WX=np.zeros((20, 401), np.int32),
+        distance_WN=distance,
+        count_WN=random.integers(0, 5000, (20, 400)) * (random.random((20, 400)) < 0.8),
+        said=Predictions(-nll, np.zeros((20, 400), np.int32), *[np.zeros((20, 400, 5))] * 2),
+    )
+
+
+def test_curves_show_perplexity_and_how_many_times_the_reference():
+    from matplotlib.colors import to_rgba
+
+    figure = draw([many("near", 0), many("far", 2)], 1250)
+    perplexity, counts, times, _ = figure.axes
+    lines = {line.get_gid(): line for line in perplexity.lines}
+    assert lines["far"].get_xdata().tolist() == [1, 2, 4, 8, 16, 32, 64, 128]
+    assert lines["far"].get_ydata() == pytest.approx(np.exp(0.5 + 0.2 * np.arange(8)), rel=1e-5)
+    ratios = {line.get_gid(): line.get_ydata() for line in times.lines}
+    assert ratios["near"] == pytest.approx(1)
+    assert ratios["far"] == pytest.approx(np.exp(0.2 * np.arange(8)), rel=1e-5)
+    (threshold,) = [line for line in counts.lines if line.get_gid() == "threshold"]
+    assert threshold.get_xdata()[0] == 1250
+    assert {line.get_gid(): line.get_xdata()[0] for line in counts.lines}["far"] == 0.5  # none in training
+    assert figure.get_facecolor() == to_rgba(LIGHT[0])
+    assert draw([many("a", 0)], 1250, dark=True).get_facecolor() == to_rgba(DARK[0])
+    assert len(draw([many("a", 0)], 1250).axes) == 2
+
+
+def test_curves_of_seventeen_runs_stay_inside_and_tell_the_command():
+    figure = draw([many(f"a model with a long name, number {k}", k / 9) for k in range(17)], 1250)
+    renderer, page = figure.canvas.get_renderer(), figure.bbox
+    (legend,) = figure.legends
+    box = legend.get_window_extent(renderer)
+    assert page.x0 <= box.x0 < box.x1 <= page.x1
+    for axes in figure.axes:
+        place = axes.get_tightbbox(renderer)
+        assert page.x0 <= place.x0 < place.x1 <= page.x1
+        assert page.y0 <= place.y0 < place.y1 <= box.y0
+    picture = io.BytesIO()
+    save([many("a", 0)], 1250, picture, command="holdall recall a")
+    assert b"Description\0holdall recall a" in picture.getvalue()
+
+
+# ------------------------------------------------------------------------------------------------- command
+
+
+@pytest.fixture
+def runs_of(tmp_path):
+    """A corpus of bytes, and run folders of untrained models as training leaves them."""
+    source = tmp_path / "text.jsonl"
+    lines = [{"text": f"Number {k} of Bergey.\n" * 9, "title": f"Title {k}"} for k in range(30)]
+    source.write_text("\n".join(map(json.dumps, lines)))
+    corpus = write_corpus([source], tmp_path / "corpus", Bytes(), valid=0.3)
+
+    def make(name: str, seed: int, **more):
+        model = ModelConfig(vocab=260, width=8, layers=(AttentionConfig(width=8, rotary=1.0),))
+        config = PretrainConfig(
+            model=model, data=str(corpus.folder), data_hash=corpus.content_hash, context_len=64, **more
+        )
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps(config.to_dict()))
+        with seeded(seed):
+            weights = {key: value.contiguous() for key, value in model.build().state_dict().items()}
+        save_file(weights, folder / "model.safetensors", {"state": json.dumps({"step": 7})})
+        return folder
+
+    return make
+
+
+def command(*folders, out, **options):
+    defaults = {
+        "which": None, "rows": None, "context": None, "threshold": 1250, "passages": 2, "length": 20,
+        "licence": "", "device": "cpu", "load": (), "dark": False, "command": "holdall recall",
+    }  # fmt: skip
+    return show_recall.recall(folders, out, **{**defaults, **options})
+
+
+def test_command_compares_runs_from_their_folders(runs_of, tmp_path, monkeypatch, capsys):
+    a, b, out = runs_of("a", 0), runs_of("b", 1, steps=9), tmp_path / "out"
+    assert command(a, b, out=out, licence="my own text") == 0
+    assert sorted(path.name for path in out.iterdir()) == ["recall.html", "recall.png", "slices.json"]
+    found = json.loads((out / "slices.json").read_text())
+    assert [run["label"] for run in found["runs"]] == ["a", "b"]
+    assert found["runs"][1]["step"] == 7
+    assert 0 < found["runs"][1]["slices"]["hits"]["share"] < 1
+    page = (out / "recall.html").read_text()
+    assert "my own text" in page
+    assert "Title" in page
+    printed = capsys.readouterr().out
+    assert re.search(r"\bb +\d+\.\d\d +\d+\.\d\d +\d+\.\d\d", printed)
+    # again, and with more: from what the folders keep, even without weights
+    monkeypatch.setattr(slices, "predict", lambda *_: pytest.fail("scored again"))
+    (b / "model.safetensors").unlink()
+    assert command(b, out=tmp_path / "one", threshold=1) == 0
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["recall.png", "slices.json"]
+    assert command(a, b, out=out, rows=10**6) == 0
+    assert json.loads((a / "recall.json").read_text())["step"] == 7
+
+
+def test_bf16_is_that_of_training():
+    from holdall.parallel import LanguageModelLoss
+
+    with seeded(0):
+        mixers = (AttentionConfig(width=16, rotary=1.0), S4Config(width=16), MambaConfig(width=16))
+        model = ModelConfig(vocab=260, width=16, layers=mixers, mlp=32, norm="rms").build().eval()
+    tokens_BT = torch.from_numpy(np.random.default_rng(0).integers(0, 260, (3, 40)))
+    with torch.no_grad():
+        exact, _ = model.hidden(tokens_BT)
+        trained, _ = model.hidden(
+            tokens_BT, run=LanguageModelLoss(model, torch.bfloat16, recompute=False)._run
+        )
+        scored, _ = show_recall.computing_in(torch.bfloat16, model).hidden(tokens_BT)
+    assert (exact - trained).abs().max() > 1e-3
+    assert torch.equal(trained, scored)
+
+
+def test_command_says_what_is_wrong(runs_of, tmp_path, capsys):
+    a, out = runs_of("x/a", 0), tmp_path / "out"
+
+    def error(*folders, **options):
+        assert command(*folders, out=out, **options) == 2
+        return " ".join(capsys.readouterr().err.split())
+
+    assert "name at least one run" in error()
+    assert "named twice" in error(a, a)
+    assert "holds no run of a language model" in error(tmp_path)
+    assert "--rows 0 is not positive" in error(a, rows=0)
+    assert "choose a smaller --context" in error(a, context=10**6)
+    assert "holds no best language model" in error(a, which="best")
+    other = runs_of("y/a", 0)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "data_hash": "0" * 64}))
+    assert "not the one that this run is about" in error(a, other)
+    assert not out.exists()
+    assert show_recall._labels([a, other]) == ["x/a", "y/a"]

@@ -1,0 +1,473 @@
+"""Pretraining: golden losses, resumable after any kind of end, the same on several devices as on one."""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from holdall import pretrain as module
+from holdall import runs
+from holdall.mixers.attention import AttentionConfig
+from holdall.mixers.base_conv import BaseConvConfig
+from holdall.mixers.mamba import MambaConfig
+from holdall.mixers.sliding_window import SlidingWindowConfig
+from holdall.mixers.taylor import TaylorConfig
+from holdall.model import ModelConfig, seeded
+from holdall.operations import flops_per_token
+from holdall.parallel import LanguageModelLoss, decayed, launcher
+from holdall.pretrain import PretrainConfig, Pretrainer, Stopped, generate, load_run, open_data, pretrain
+from holdall.runs import RunError
+from holdall.text.shards import write_corpus
+from holdall.text.tokenizers import Bytes
+
+GOLDEN = Path(__file__).parent / "golden_losses.json"
+
+
+def write_text(folder: Path) -> Path:
+    """A small corpus that does not depend on anything: sentences with a name that comes back."""
+    draw = np.random.default_rng(0)
+    names, verbs = ("Ann", "Bob", "Cleo", "Dora", "Emil"), ("sees", "likes", "calls", "meets")
+    chapters = [
+        " ".join(f"{names[a]} {verbs[b]} {names[c]}." for a, b, c in draw.integers(0, 4, (40, 3)))
+        for _ in range(30)
+    ]
+    (folder / "text.txt").write_text("\n===\n".join(chapters))
+    write_corpus([folder / "text.txt"], folder / "corpus", Bytes(), valid=0.2, separator="\n===\n")
+    return folder / "corpus"
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text"))
+
+
+def config(corpus: Path, **changes: object) -> PretrainConfig:
+    width = 16
+    layers = (
+        BaseConvConfig(width=width, expand=4),
+        TaylorConfig(width=width, feature_dim=4, heads=2),
+        SlidingWindowConfig(width=width, window=5, heads=2, rotary=1.0, bias=False),
+        MambaConfig(width=width, state=4),
+    )
+    base = PretrainConfig(
+        model=ModelConfig(vocab=264, width=width, layers=layers, mlp=32, mlp_kind="swiglu", norm="rms"),
+        data=str(corpus),
+        context_len=24,
+        batch=8,
+        micro_batch=4,
+        steps=100,
+        learning_rate=0.01,
+        warmup=5,
+        evaluate_every=20,
+        evaluate_rows=16,
+    )
+    return dataclasses.replace(base, **changes)
+
+
+def lines(folder: Path) -> list[dict[str, object]]:
+    """The metrics without what time and memory are."""
+    return [
+        {name: value for name, value in line.items() if name not in ("tokens_per_s", "memory")}
+        for line in runs.read_lines(folder / "metrics.jsonl")
+    ]
+
+
+def losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in lines(folder) if "loss" in line]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert lines(a) == lines(b)
+    for name in ("model", "best", "last"):
+        one, other = (load_file(folder / f"{name}.safetensors") for folder in (a, b))
+        assert one.keys() == other.keys()
+        for key, tensor in one.items():
+            assert torch.equal(tensor, other[key]), key
+
+
+@pytest.fixture(scope="module")
+def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    pretrain(config(corpus), folder)
+    return folder
+
+
+# ----------------------------------------------------------------------------------------------- the loop
+
+
+def test_a_hundred_golden_losses(whole: Path) -> None:
+    """Whoever means to change them writes losses(folder) to golden_losses.json, and says why."""
+    golden = json.loads(GOLDEN.read_text())
+    assert len(golden) == 100
+    assert losses(whole) == pytest.approx(golden, rel=1e-4)
+
+
+def test_the_run_folder_is_complete(whole: Path, corpus: Path) -> None:
+    found = PretrainConfig.from_dict(json.loads((whole / "config.json").read_text()))
+    assert found == config(corpus, data_hash=open_data(config(corpus)).content_hash)
+    steps = [line for line in lines(whole) if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 101))
+    assert steps[-1]["tokens"] == 100 * 8 * 24
+    assert all(line["mfu"] is None and line["grad_norm"] > 0 for line in steps)
+    evaluations = [line for line in lines(whole) if "valid_loss" in line]
+    assert [line["step"] for line in evaluations] == [20, 40, 60, 80, 100]
+    for line in evaluations:
+        assert line["valid_perplexity"] == pytest.approx(math.exp(line["valid_loss"]))
+    result = json.loads((whole / "result.json").read_text())
+    assert result["best_valid_loss"] == min(line["valid_loss"] for line in evaluations)
+    assert evaluations[-1]["valid_loss"] < 2.0 < evaluations[0]["valid_loss"] < math.log(257)
+    assert {path.name for path in whole.iterdir()} >= {
+        "environment.json",
+        "last.safetensors",
+        "best.safetensors",
+    }
+
+
+def test_a_step_is_what_a_user_would_write(corpus: Path, tmp_path: Path) -> None:
+    """All logits, PyTorch's cross-entropy, whole batches, AdamW in two groups: the same losses."""
+    run = config(corpus, steps=6)
+    pretrain(run, tmp_path / "run")
+    data = open_data(run)
+    with seeded(0):
+        model = run.model.build()
+    matrices = decayed(model)
+    groups = [
+        {
+            "params": [w for n, w in model.named_parameters() if (n in matrices) is decays],
+            "weight_decay": decay,
+        }
+        for decays, decay in ((True, 0.1), (False, 0.0))
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    for step, expected in enumerate(losses(tmp_path / "run")):
+        starts = module.Order(len(data.train), 24, 0).rows(step, 8)
+        rows = torch.stack([torch.from_numpy(data.train[s : s + 25]) for s in starts])
+        loss = F.cross_entropy(model(rows[:, :-1])[0].flatten(0, 1), rows[:, 1:].flatten())
+        assert expected == pytest.approx(loss.item(), rel=1e-5)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = run.rate(step)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_the_learning_rate_rises_and_falls(corpus: Path) -> None:
+    run = config(corpus, learning_rate=1.0, warmup=10, steps=110)
+    assert [run.rate(step) for step in (0, 4, 9, 10)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
+    assert run.rate(60) == pytest.approx(0.55)
+    assert run.rate(110) == pytest.approx(0.1)
+
+
+def test_only_matrices_and_the_embedding_decay(corpus: Path) -> None:
+    model = config(corpus).model.build()
+    names = decayed(model)
+    assert {"embed.weight", "blocks.0.mixer.in_proj.weight", "blocks.3.mixer.dt_proj.weight"} <= names
+    assert names <= dict(model.named_parameters()).keys()
+    rest = dict(model.named_parameters()).keys() - names
+    assert {
+        "norm.weight",
+        "blocks.0.mixer.in_proj.bias",
+        "blocks.3.mixer.A_log",
+        "blocks.0.mixer.weight_DW",
+    } <= rest
+
+
+def test_recompute_gives_the_same_bits(corpus: Path, tmp_path: Path, whole: Path) -> None:
+    pretrain(config(corpus, recompute=True, steps=5), tmp_path / "run")  # within the warm-up
+    assert losses(tmp_path / "run") == losses(whole)[:5]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_bf16_is_near_and_its_masters_are_fp32(
+    corpus: Path, tmp_path: Path, whole: Path, recompute: bool
+) -> None:
+    pretrain(config(corpus, precision="bf16", recompute=recompute, steps=10), tmp_path / "run")
+    assert losses(tmp_path / "run")[:6] != losses(whole)[:6]
+    assert losses(tmp_path / "run")[:6] == pytest.approx(losses(whole)[:6], rel=0.02)
+    assert {t.dtype for t in load_file(tmp_path / "run" / "last.safetensors").values()} == {torch.float32}
+
+
+def test_in_bf16_blocks_see_bf16_weights_and_an_fp32_residual_stream(corpus: Path) -> None:
+    model, seen = config(corpus).model.build(), []
+    for block in model.blocks:
+        block.register_forward_pre_hook(
+            lambda block, args: seen.append((args[0].dtype, block.norm.weight.dtype))
+        )
+        block.mixer.register_forward_pre_hook(lambda mixer, args: seen.append((args[0].dtype, None)))
+    LanguageModelLoss(model, torch.bfloat16, False)(torch.randint(257, (2, 9))).backward()
+    assert seen == 4 * [(torch.float32, torch.bfloat16), (torch.bfloat16, None)]
+    assert {w.grad.dtype for w in model.parameters()} == {torch.float32}
+
+
+def test_in_bf16_the_form_is_the_one_for_bf16(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BaseConvConfig, "resolved_form", lambda self, device, dtype=torch.float32: str(dtype))
+    run = config(corpus, precision="bf16")
+    trainer = Pretrainer(run, open_data(run), tmp_path, launcher())
+    assert trainer.model.mixers[0].form == "torch.bfloat16"
+
+
+HIDDEN = "ignore:The .grad attribute of a Tensor:UserWarning"
+"""PyTorch's compiler causes this warning and hides it, which pytest does not notice."""
+
+
+@pytest.mark.filterwarnings(HIDDEN)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_too_it_goes_on_to_the_bit(corpus: Path, tmp_path: Path) -> None:
+    run = config(corpus, precision="bf16", compile=True, steps=30)
+    pretrain(run, tmp_path / "whole", fabric=launcher("cuda"))
+    with pytest.raises(Stopped):
+        pretrain(run, tmp_path / "cut", fabric=launcher("cuda"), should_stop=lambda: True)
+    pretrain(run, tmp_path / "cut", fabric=launcher("cuda"))
+    ours, other = ([{**line, "mfu": None} for line in lines(tmp_path / name)] for name in ("whole", "cut"))
+    assert ours == other
+
+
+@pytest.mark.compile
+@pytest.mark.filterwarnings(HIDDEN)
+def test_compiled_blocks_learn_the_same_and_equal_ones_are_compiled_once(
+    corpus: Path, tmp_path: Path
+) -> None:
+    layers = 3 * (BaseConvConfig(width=16, expand=4),)
+    model = dataclasses.replace(config(corpus).model, layers=layers)
+    steps = {}
+    for compiled in (False, True):
+        torch.compiler.reset()
+        torch._dynamo.utils.counters.clear()
+        run = config(corpus, model=model, compile=compiled, precision="bf16")
+        trainer = Pretrainer(run, open_data(run), tmp_path, launcher())
+        steps[compiled] = [trainer.train_step().tolist() for _ in range(3)]
+    assert steps[True] == [pytest.approx(step, rel=0.01) for step in steps[False]]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+# ------------------------------------------------------------------------------------- stopped and resumed
+
+
+def test_stopped_anywhere_it_goes_on_to_the_bit(
+    corpus: Path, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "TELL_STEPS", 1)
+    for stop_after in (3, 17, 30):
+        asked = iter(range(10**6))
+        with pytest.raises(Stopped):
+            pretrain(
+                config(corpus),
+                tmp_path / "cut",
+                should_stop=lambda asked=asked, last=stop_after: next(asked) == last,
+            )
+        assert not (tmp_path / "cut" / "result.json").exists()
+    resumed = Pretrainer(config(corpus), open_data(config(corpus)), tmp_path / "cut", launcher())
+    told = [line["valid_loss"] for line in lines(whole) if "valid_loss" in line and line["step"] <= 53]
+    assert (resumed.step, resumed.best, resumed.valid_loss) == (53, min(told), told[-1])
+    pretrain(config(corpus), tmp_path / "cut")
+    assert_same_run(whole, tmp_path / "cut")
+
+
+SCRIPT = """
+import json, sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+import test_pretrain as t
+folder, corpus, options, devices, strategy, stop = sys.argv[1:]
+fabric = t.launcher("cpu", int(devices), strategy)
+asked = iter(range(10**6))
+try:
+    t.pretrain(t.config(Path(corpus), **json.loads(options)), Path(folder), fabric=fabric,
+               checkpoint_seconds=0.1, should_stop=lambda: next(asked) == int(stop))
+except t.Stopped:
+    sys.exit(130)
+"""
+
+
+def command(
+    tmp_path: Path,
+    folder: str,
+    corpus: Path,
+    devices: int = 1,
+    strategy: str = "auto",
+    stop: int = -1,
+    **changes: object,
+) -> list[str]:
+    script = tmp_path / "run.py"
+    script.write_text(textwrap.dedent(SCRIPT.format(tests=str(Path(__file__).parent))))
+    options = [str(corpus), json.dumps(changes), str(devices), strategy, str(stop)]
+    return [sys.executable, str(script), str(tmp_path / folder), *options]
+
+
+def test_killed_at_any_moment_the_same_command_gives_the_same_losses(
+    corpus: Path, tmp_path: Path, whole: Path
+) -> None:
+    kills, folder = 0, tmp_path / "cut"
+    while not (folder / "result.json").exists():
+        process = subprocess.Popen(command(tmp_path, "cut", corpus))
+        if kills < 3:
+            until = time.monotonic() + 60
+            while process.poll() is None and time.monotonic() < until:
+                told = len(runs.read_lines(folder / "metrics.jsonl"))
+                if (folder / "last.safetensors").exists() and told > 15 + 30 * kills:
+                    break
+                time.sleep(0.003)
+            process.send_signal(signal.SIGKILL)
+            kills += process.wait() == -signal.SIGKILL
+        else:
+            assert process.wait(timeout=120) == 0
+    assert kills == 3
+    assert_same_run(whole, folder)
+
+
+def test_a_corpus_may_move(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        pretrain(config(corpus, steps=25), tmp_path / "run", should_stop=lambda: True)
+    moved = shutil.copytree(corpus, tmp_path / "moved")
+    pretrain(config(moved, steps=25), tmp_path / "run")
+    assert load_run(tmp_path / "run").corpus.folder == moved
+
+
+def test_a_finished_run_is_not_trained_again(whole: Path, corpus: Path) -> None:
+    before = (whole / "metrics.jsonl").read_bytes()
+    result = pretrain(config(corpus), whole, should_stop=lambda: True)
+    assert result["steps"] == 100
+    assert (whole / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("broken", "says", "good"), [(47, "step 48: loss nan", 40), (60, "step 60: validation loss nan", 40)]
+)
+def test_a_loss_that_is_no_number_ends_it_and_leaves_the_last_good_checkpoint(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: int, says: str, good: int
+) -> None:
+    folder, rate = tmp_path / "run", PretrainConfig.rate
+    monkeypatch.setattr(
+        PretrainConfig, "rate", lambda self, step: math.inf if step == broken - 1 else rate(self, step)
+    )
+    with pytest.raises(RunError, match=rf"diverged at {says}.*last good checkpoint is .*last\.safe"):
+        pretrain(config(corpus), folder)
+    kept = load_run(folder, "last")
+    assert kept.step == good
+    assert all(w.isfinite().all() for w in kept.model.parameters())
+    told = [line["loss"] for line in lines(folder) if "loss" in line]
+    assert told
+    assert all(map(math.isfinite, told))
+
+
+def test_what_does_not_fit_is_one_clear_line(corpus: Path, tmp_path: Path, whole: Path) -> None:
+    run = config(corpus)
+    with pytest.raises(RunError, match=r"another config.*choose another --out"):
+        pretrain(config(corpus, seed=1), whole)
+    with pytest.raises(RunError, match="is not the one that this run is about"):
+        pretrain(config(corpus, data_hash="0" * 64), tmp_path / "run")
+    small = dataclasses.replace(run.model, vocab=100)
+    with pytest.raises(RunError, match="vocab 100 is smaller than the corpus' 257"):
+        pretrain(config(corpus, model=small), tmp_path / "run")
+    with pytest.raises(RunError, match="fewer than one row of 1000001"):
+        pretrain(config(corpus, context_len=10**6), tmp_path / "run")
+    with pytest.raises(RunError, match="batch 8 is not a multiple of 1 devices times micro_batch 3"):
+        pretrain(config(corpus, micro_batch=3), tmp_path / "run")
+    with pytest.raises(ValueError, match=r"learning_rate -1\.0 must be positive"):
+        config(corpus, learning_rate=-1.0)
+
+
+def test_a_damaged_checkpoint_is_named(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        pretrain(config(corpus), tmp_path / "run", should_stop=lambda: True)
+    path = tmp_path / "run" / "last.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(RunError, match=r"last\.safetensors is damaged"):
+        pretrain(config(corpus), tmp_path / "run")
+
+
+def test_without_fabric_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lightning_fabric", None)
+    with pytest.raises(RunError, match=r"pip install 'holdall\[text\]'"):
+        launcher()
+
+
+# --------------------------------------------------------------------------------------- several processes
+
+
+@pytest.mark.parametrize(
+    ("strategy", "changes"), [("ddp", {"micro_batch": 2}), ("fsdp", {"recompute": True})]
+)
+def test_two_processes_learn_what_one_learns_and_one_goes_on_from_their_checkpoint(
+    corpus: Path, tmp_path: Path, whole: Path, strategy: str, changes: dict[str, object]
+) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    cut = command(tmp_path, "run", corpus, 2, strategy, stop=4, **changes)
+    assert subprocess.run(cut, env=environment, check=False, timeout=120).returncode == 130
+    first = losses(tmp_path / "run")
+    assert len(first) == 50  # told every ten steps and at evaluations, which all processes agree on
+    assert first == pytest.approx(losses(whole)[:50], rel=1e-3)
+    assert load_run(tmp_path / "run", "last").step == 50
+    pretrain(config(corpus, **changes), tmp_path / "run")
+    assert losses(tmp_path / "run") == pytest.approx(losses(whole), rel=1e-2)
+    ours = load_run(tmp_path / "run").model.state_dict()
+    for name, tensor in load_run(whole).model.state_dict().items():
+        assert ours[name] == pytest.approx(tensor, abs=0.02), name
+
+
+# -------------------------------------------------------------------------------------- costs, generation
+
+
+def test_operations_are_those_of_pytorchs_counter() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    # the loop computes what the mask leaves and no more
+    layers = 2 * (AttentionConfig(width=64, heads=2, bias=False, form="loop"),)
+    model = ModelConfig(vocab=96, width=64, layers=layers, mlp=128, mlp_kind="swiglu", norm="rms")
+    built = model.build()
+    with FlopCounterMode(display=False) as counter:
+        built(torch.randint(96, (2, 40)))[0].sum().backward()
+    norms = 6 * 64 * 5
+    assert counter.get_total_flops() / 80 == pytest.approx(flops_per_token(built, 40) - norms, rel=1e-4)
+    layers = 2 * (SlidingWindowConfig(width=64, window=4, bias=False),)
+    window = dataclasses.replace(model, layers=layers, positions=50).build()
+    trained, keys = window.parameter_count() - 50 * 64, (1 + 2 + 3 + 4 * 37) / 40
+    assert flops_per_token(window, 40) == pytest.approx(6 * trained + 12 * 64 * 2 * keys)
+
+
+def test_generation_with_states_is_generation_without(whole: Path) -> None:
+    model = load_run(whole).model
+    prompt = torch.tensor([list(b"Ann sees"), list(b"Bob call")])
+    drawn = generate(model, prompt, 12, vocab=257, temperature=0)
+    rows = prompt
+    for _ in range(12):
+        rows = torch.cat([rows, model(rows)[0][:, -1:, :257].argmax(-1)], dim=1)
+    assert torch.equal(rows[:, 8:], drawn)
+    hot = [generate(model, prompt, 12, vocab=257, temperature=1.0, seed=seed) for seed in (0, 0, 1)]
+    assert torch.equal(hot[0], hot[1])
+    assert not torch.equal(hot[0], hot[2])
+    assert int(generate(model, prompt, 50, vocab=98, temperature=5.0).max()) < 98
+
+
+def test_which_checkpoint_is_loaded(whole: Path, tmp_path: Path) -> None:
+    assert load_run(whole).step == load_run(whole, "last").step == 100
+    best = min((line["valid_loss"], line["step"]) for line in lines(whole) if "valid_loss" in line)[1]
+    assert load_run(whole, "best").step == best
+    with pytest.raises(RunError, match="holds no checkpoint of a language model"):
+        load_run(tmp_path)
+
+
+def test_a_pretrainer_keeps_only_its_own_random_state(corpus: Path, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    before = torch.random.get_rng_state()
+    Pretrainer(config(corpus), open_data(config(corpus)), tmp_path, launcher())
+    assert torch.equal(torch.random.get_rng_state(), before)

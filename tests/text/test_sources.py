@@ -1,0 +1,165 @@
+"""Documents from files: every kind, whole or by name refused."""
+
+import gzip
+import json
+import lzma
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from holdall.text import sources
+from holdall.text.sources import BadRecord, Source, TextError, find, parse, records
+
+LINES = [json.dumps({"text": f"text {i} é", "id": i}) for i in range(50)]
+
+
+def zst(data: bytes) -> bytes:
+    library = pytest.importorskip("zstandard", reason="the extra text is not installed")
+    return library.ZstdCompressor(write_checksum=True).compress(data)  # as the program zstd does
+
+
+PACK: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".xz": lzma.compress,
+    ".gz": gzip.compress,
+    ".zst": zst,
+}
+
+
+def datas(path: Path, separator: str = "", after: int = 0) -> list[bytes]:
+    found, _ = find([path])
+    return [record.data for record in records(found, after=(0, after), separator=separator)]
+
+
+@pytest.mark.parametrize("packed", PACK)
+def test_lines_are_read_from_every_kind_of_file(tmp_path: Path, packed: str) -> None:
+    path = tmp_path / f"a.jsonl{packed}"
+    half = len(LINES) // 2
+    # two streams in one file, as `cat a.gz b.gz` makes them; blank lines and a missing last new line
+    parts = ["\n".join(LINES[:half]) + "\n\n", "\n".join(LINES[half:])]
+    path.write_bytes(b"".join(PACK[packed](part.encode()) for part in parts))
+    assert [data.decode() for data in datas(path)] == LINES
+    found, ignored = find([path])
+    assert [record.number for record in records(found)] == [*range(1, half + 1), *range(half + 2, 52)]
+    assert ignored == 0
+
+
+@pytest.mark.parametrize("packed", [name for name in PACK if name])
+def test_a_truncated_or_damaged_file_is_refused_by_name(tmp_path: Path, packed: str) -> None:
+    path = tmp_path / f"a.jsonl{packed}"
+    noise = "\n".join(json.dumps({"text": os.urandom(40).hex()}) for _ in range(50))
+    whole = PACK[packed](noise.encode())
+    for share in (0.05, 0.5, 0.9, 0.999):
+        path.write_bytes(whole[: int(len(whole) * share)])
+        with pytest.raises(TextError, match=rf"a\.jsonl{packed} is (truncated|damaged).*leave it out"):
+            datas(path)
+    path.write_bytes(whole[:100] + bytes(byte ^ 0x55 for byte in whole[100:400]) + whole[400:])
+    with pytest.raises(TextError, match=r"is (truncated|damaged)"):
+        datas(path)
+
+
+@given(
+    st.lists(st.text("ab|=é\n", max_size=9), min_size=1, max_size=8),
+    st.sampled_from(["|", "=|=", "==", "é\n", "\n\n"]),
+    st.integers(1, 7),
+)
+def test_a_separator_is_found_wherever_the_file_is_cut(texts: list[str], separator: str, chunk: int) -> None:
+    whole = separator.join(texts).encode()
+    read = (whole[start : start + chunk] for start in range(0, len(whole), chunk))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "_chunks", lambda path, on_bytes: read)
+        source = Source(path=Path("a.txt"), size=0, modified=0)
+        found = [record.data for record in records([source], separator=separator)]
+    assert found == [part for part in whole.split(separator.encode()) if part.strip()]
+
+
+def test_a_plain_text_file_is_one_document_unless_something_parts_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbfone\n\ntwo<|end|>three\r\n<|end|>\n")
+    assert datas(path) == [b"one\n\ntwo<|end|>three\r\n<|end|>\n"]
+    assert datas(path, "<|end|>") == [b"one\n\ntwo", b"three\r\n"]
+    (tmp_path / "empty.txt").write_bytes(b"")
+    assert datas(tmp_path / "empty.txt") == [b""]
+
+
+def test_reading_goes_on_behind_any_record(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"{name}": {i}}}\n' for i in range(4)))
+    found, _ = find([tmp_path])
+    whole = list(records(found))
+    assert len(whole) == 12
+    for index, record in enumerate(whole):
+        read = []
+        rest = records(found, after=(record.file, record.number), on_bytes=read.append)
+        assert list(rest) == whole[index + 1 :]
+        assert sum(read) == sum(source.size for source in found)
+
+
+def test_folders_are_searched_in_order_and_other_files_counted(tmp_path: Path) -> None:
+    for name in ("b/1.txt.gz", "b/2.jsonl.xz", "a.md", "picture.png", ".hidden/x.txt", "b/.y.txt", "c.JSONL"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    found, ignored = find([tmp_path])
+    assert [str(each.path.relative_to(tmp_path)) for each in found] == [
+        "a.md", "b/1.txt.gz", "b/2.jsonl.xz", "c.JSONL",
+    ]  # fmt: skip
+    assert [each.is_json for each in found] == [False, False, True, True]
+    assert ignored == 1
+    assert [each.path.name for each in find([tmp_path], without=tmp_path / "b")[0]] == ["a.md", "c.JSONL"]
+    assert find([tmp_path / "picture.png"])[0][0].path.name == "picture.png"  # what is named is read
+
+
+def test_a_file_for_validation_is_for_nothing_else(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("x")
+    found, _ = find([tmp_path, tmp_path / "b.txt"], [tmp_path / "a.txt"])
+    assert [(each.path.name, each.valid) for each in found] == [("b.txt", False), ("a.txt", True)]
+
+
+def test_what_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(TextError, match=r"nowhere\.txt is neither a file nor a folder"):
+        find([tmp_path / "nowhere.txt"])
+    with pytest.raises(TextError, match=r"holds no text: no \.jsonl"):
+        find([tmp_path])
+
+
+@pytest.mark.parametrize(
+    ("data", "reason", "detail"),
+    [
+        (b'{"text": "caf\xe9"}', "bad UTF-8", "byte 14"),
+        (b'{"text": "\\ud800"}', "bad UTF-8", "surrogate"),
+        (b'{"text": "half', "broken JSON", "Unterminated string"),
+        (b'{"text": "a"} {"text": "b"}', "broken JSON", "Extra data"),
+        (b"[" * 200_000, "broken JSON", ""),
+        (b'["text"]', "broken JSON", "not an object"),
+        (b'{"title": "a", "body": "b"}', "no text", "no 'text' among the fields title, body"),
+        (b'{"text": null}', "no text", "no 'text'"),
+        (b'{"text": " \\n"}', "empty", ""),
+    ],
+)
+def test_a_record_that_is_no_document_is_told_with_the_reason(data: bytes, reason: str, detail: str) -> None:
+    with pytest.raises(BadRecord, match=f"^{reason}$") as found:
+        parse(data, is_json=True, text_field="text")
+    assert detail in found.value.detail
+
+
+def test_documents_keep_their_text_to_the_letter_and_what_is_said_of_them() -> None:
+    line = json.dumps({"id": 7, "title": "Ünder", "content": " a\r\n\u2028b\0", "text": "not this"}).encode()
+    document = parse(line, is_json=True, text_field="content")
+    assert document.text == " a\r\n\u2028b\0"
+    assert document.about == {"id": "7", "title": "Ünder"}
+    assert parse(b"{not json}", is_json=False, text_field="").text == "{not json}"
+    with pytest.raises(BadRecord, match="bad UTF-8"):
+        parse(b"\xff", is_json=False, text_field="")
+
+
+def test_zst_without_its_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt.zst").write_bytes(b"x")
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(TextError, match=r'zstandard: pip install "holdall\[text\]"'):
+        datas(tmp_path / "a.txt.zst")
