@@ -1,13 +1,14 @@
-"""The command line: `holdall frontier`, `report`, `zoo`, `soundness`, `matrix`.
+"""The command line: `holdall frontier`, `report`, `zoo`, `soundness`, `matrix`; `data`, `train`, `recall`.
 
 Nothing heavy is imported before a command is known to be well-formed, so that help is instant.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -365,10 +366,24 @@ def _command() -> str:
 def main() -> None:
     """Run the command line; errors that a user can mend are one line and exit with 2."""
     try:
-        code = app.cli(prog="holdall", description="Measure language models whose memory does not grow.")
-    except KeyboardInterrupt:
-        code = 130
+        code = _run()
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads, `head` for example, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
     sys.exit(code)
+
+
+def _run() -> Any:
+    """The exit status."""
+    try:
+        return app.cli(
+            prog="holdall", description="Measure and train language models whose memory does not grow."
+        )
+    except SystemExit as end:  # after help, or arguments that do not parse
+        return end.code
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":
