@@ -48,9 +48,9 @@ def frontier(
         precision: what training computes in, instead of what the recipe says.
         weights: keep the trained weights.
     """
-    from holdall import show
+    from holdall.show import sweeps as shown
 
-    return show.frontier(
+    return shown.frontier(
         recipe,
         out or Path("runs") / recipe,
         add,
@@ -79,9 +79,9 @@ def report(
             `holdall matrix` left.
         out: where picture and page go; the first folder by default.
     """
-    from holdall import show
+    from holdall.show import sweeps as shown
 
-    return show.report(folders, out)
+    return shown.report(folders, out)
 
 
 @app.command
@@ -104,9 +104,9 @@ def zoo(
         results: a folder that `holdall frontier zoo` left: write the page of what all mixers reached there.
         page: where that page goes.
     """
-    from holdall import show
+    from holdall.show import zoo as shown
 
-    return show.zoo(name, width, context, load) if results is None else show.zoo_page(results, page, load)
+    return shown.zoo(name, width, context, load) if results is None else shown.zoo_page(results, page, load)
 
 
 @app.command
@@ -129,9 +129,9 @@ def soundness(
         length: tokens to read in either dtype, instead of those.
         load: a mixer file of your own; its mixers join.
     """
-    from holdall import show
+    from holdall.show import zoo as shown
 
-    return show.soundness(names, out, width, length, load)
+    return shown.soundness(names, out, width, length, load)
 
 
 @app.command
@@ -168,9 +168,9 @@ def matrix(
         out: the folder that gets matrix.png, matrix.html, matrix.json and matrix.npz.
         dark: draw matrix.png on a dark ground.
     """
-    from holdall import show
+    from holdall.show import matrix as shown
 
-    return show.matrix(
+    return shown.matrix(
         names, length, width, input, scale, heads, jacobian, seed, load, out, dark, command=_command()
     )
 
@@ -206,9 +206,9 @@ def data(
         workers: processes that encode; by default one per core.
         check: make nothing, but read all of `out` and compare it with the hashes in its manifest.
     """
-    from holdall import show_data
+    from holdall.show import data as shown
 
-    return show_data.data(
+    return shown.data(
         sources, out, tokenizer, valid, text_field, separator, strict, workers, check, command=_command()
     )
 
@@ -281,7 +281,7 @@ def train(
         log: also to TensorBoard (in the run folder) or Weights & Biases.
         load: a mixer file of your own that the pattern uses.
     """
-    from holdall import show_train
+    from holdall.show import train as shown
 
     changes = {
         "context_len": context,
@@ -300,7 +300,7 @@ def train(
         "evaluate_rows": evaluate_rows,
     }
     shape = {"width": width, "depth": depth, "mlp": mlp}
-    return show_train.train(
+    return shown.train(
         preset, data, out, pattern, shape, changes, device, devices, nodes, strategy, log, load
     )
 
@@ -340,9 +340,9 @@ def recall(
         load: a mixer file of your own that a run was trained with.
         dark: draw recall.png on a dark ground.
     """
-    from holdall import show_recall
+    from holdall.show import recall as shown
 
-    return show_recall.recall(
+    return shown.recall(
         runs,
         out,
         which,

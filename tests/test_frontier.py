@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 import torch
 
-from holdall import contract, frontier, recipes, runs, show
+from holdall import contract, frontier, recipes, runs
 from holdall.frontier import OutOfTime, SweepConfig, Watcher, run_sweep
 from holdall.mixers.attention import AttentionConfig
 from holdall.mixers.sliding_window import SlidingWindowConfig
 from holdall.recipes import patterns, quick
 from holdall.runs import RunError
+from holdall.show import sweeps
 from holdall.tasks.data import MQARData, Segment
 from holdall.tasks.information import recall_bits
 from holdall.train import train
@@ -275,7 +276,7 @@ def test_a_mixer_file_of_the_user_s_own_joins_in_every_process(tmp_path: Path) -
         (line,) = run(tmp_path / "out", sweep, plugins=[file])
         assert line["mixer"] == "leaky-sum"
         assert line["state_bytes"] == 4 * (2 * 8 + 8)
-        quick_points = show._with_additions(recipes.sweeps("quick"), [f"{name}:memory=5.0"], [])[0].points
+        quick_points = sweeps._with_additions(recipes.sweeps("quick"), [f"{name}:memory=5.0"], [])[0].points
         assert quick_points[0].label == "leaky-sum, memory = 5.0"
         assert quick_points[0].train.model.layers[-1].options() == {"memory": 5.0}
         assert len(quick_points) == 13

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import holdall
-from holdall import cli, show
+from holdall import cli
 from holdall.analysis import gallery
 from holdall.analysis.matrix import (
     dependence,
@@ -28,6 +28,8 @@ from holdall.analysis.matrix import (
 )
 from holdall.contract import Mixer, MixerConfig
 from holdall.ops import conv, linear_attention, scan
+from holdall.show import matrix as shown
+from holdall.show import sweeps
 
 N, D = 12, 8
 EPS = 1e-12
@@ -409,7 +411,7 @@ def registry(monkeypatch):
 def command(*names, out, **options):
     settings = {"length": 16, "width": 8, "input": "repeats", "scale": 1.0, "heads": 1, "jacobian": False}
     settings |= {"seed": 0, "load": (), "dark": False, "command": "holdall matrix", **options}
-    return show.matrix(names, out=out, **settings)
+    return shown.matrix(names, out=out, **settings)
 
 
 def test_command_names_what_fails_and_draws_the_rest(tmp_path, registry, capsys):
@@ -436,7 +438,7 @@ def test_the_seed_decides_and_a_report_can_be_made_again(tmp_path):
     assert not np.allclose(taps[0], taps[2])
     page = (tmp_path / "again" / "matrix.html").read_bytes()
     (tmp_path / "again" / "matrix.html").unlink()
-    assert show.report([tmp_path / "again"], None) == 0
+    assert sweeps.report([tmp_path / "again"], None) == 0
     assert (tmp_path / "again" / "matrix.html").read_bytes() == page
 
 

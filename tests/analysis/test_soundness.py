@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 
-from holdall import mixers, show
+from holdall import mixers
 from holdall.analysis import soundness
 from holdall.analysis.soundness import drift, length_for
 from holdall.mixers.retnet import RetNet
 from holdall.runs import read_lines
+from holdall.show import zoo as shown
 
 
 def config(name: str, **options):
@@ -68,7 +69,7 @@ def test_a_mixer_whose_output_starts_at_zero_is_measured_too():
 
 
 def test_the_command_goes_on_where_it_was(tmp_path, monkeypatch):
-    assert show.soundness(["retnet"], tmp_path, 16, 64, ()) == 0
+    assert shown.soundness(["retnet"], tmp_path, 16, 64, ()) == 0
     lines = read_lines(tmp_path / "soundness.jsonl")
     assert [(line["mixer"], line["dtype"]) for line in lines] == [
         ("retnet", "float32"),
@@ -78,7 +79,7 @@ def test_the_command_goes_on_where_it_was(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(show, "drift", fail)
-    assert show.soundness(["retnet"], tmp_path, 16, 64, ()) == 0
+    monkeypatch.setattr(shown, "drift", fail)
+    assert shown.soundness(["retnet"], tmp_path, 16, 64, ()) == 0
     assert read_lines(tmp_path / "soundness.jsonl") == lines
-    assert show.soundness(["retnt"], tmp_path, 16, 64, ()) == 2
+    assert shown.soundness(["retnt"], tmp_path, 16, 64, ()) == 2

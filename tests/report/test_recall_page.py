@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from holdall import show_recall
 from holdall.analysis import recall as slices
 from holdall.analysis.recall import Predictions, Scores
 from holdall.mixers.attention import AttentionConfig
@@ -23,6 +22,7 @@ from holdall.pretrain import PretrainConfig
 from holdall.report.recall import OUTCOMES, legible, outcomes, render, share_text
 from holdall.report.recall_curves import DARK, LIGHT, draw, save
 from holdall.runs import RunError
+from holdall.show import recall as shown
 from holdall.text import write_corpus
 from holdall.text.tokenizers import Bytes
 
@@ -449,7 +449,7 @@ def command(*folders, out, **options):
         "which": None, "rows": None, "context": None, "threshold": 1250, "passages": 2, "length": 20,
         "licence": "", "device": "cpu", "load": (), "dark": False, "command": "holdall recall",
     }  # fmt: skip
-    return show_recall.recall(folders, out, **{**defaults, **options})
+    return shown.recall(folders, out, **{**defaults, **options})
 
 
 def test_command_compares_runs_from_their_folders(runs_of, tmp_path, monkeypatch, capsys):
@@ -486,7 +486,7 @@ def test_bf16_is_that_of_training():
         trained, _ = model.hidden(
             tokens_BT, run=LanguageModelLoss(model, torch.bfloat16, recompute=False)._run
         )
-        scored, _ = show_recall.computing_in(torch.bfloat16, model).hidden(tokens_BT)
+        scored, _ = shown.computing_in(torch.bfloat16, model).hidden(tokens_BT)
     assert (exact - trained).abs().max() > 1e-3
     assert torch.equal(trained, scored)
 
@@ -509,4 +509,4 @@ def test_command_says_what_is_wrong(runs_of, tmp_path, capsys):
     (other / "config.json").write_text(json.dumps({**config, "data_hash": "0" * 64}))
     assert "not the one that this run is about" in error(a, other)
     assert not out.exists()
-    assert show_recall._labels([a, other]) == ["x/a", "y/a"]
+    assert shown._labels([a, other]) == ["x/a", "y/a"]

@@ -32,7 +32,7 @@ from holdall.pretrain import (
 )
 from holdall.recipes import presets
 from holdall.runs import RunError
-from holdall.show_data import TELL_SECONDS, USER_ERRORS, console, fail
+from holdall.show import TELL_SECONDS, USER_ERRORS, console, fail, resolve_device
 
 SAMPLES, PROMPT, WRITTEN = 3, 64, 192
 """How many samples are written, tokens of the validation text that each goes on from, and tokens of each."""
@@ -60,7 +60,7 @@ def train(
     try:
         for file in load:
             mixers.load(file)
-        device = _device(device)
+        device = resolve_device(device)
         fabric = launcher(device, devices, strategy, nodes)
         console.quiet = not fabric.is_global_zero
         config = configured(name, data, pattern, shape, changes, device, fabric.world_size)
@@ -144,12 +144,6 @@ def _patterned(
         mlp_kind="swiglu",
         norm="rms",
     )
-
-
-def _device(device: str) -> str:
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("no CUDA device is available here; use --device cpu")
-    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 @contextlib.contextmanager

@@ -7,28 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich import box
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from holdall import runs, text
+from holdall.show import TELL_SECONDS, USER_ERRORS, console, fail
 from holdall.text.corpus import SPLITS
 from holdall.text.shards import Progress as DataProgress
-
-console = Console(highlight=False)
-USER_ERRORS = (runs.RunError, KeyError, TypeError, ValueError, FileNotFoundError)
-"""What a user can cause and mend; anything else is a fault of Holdall and keeps its traceback."""
-TELL_SECONDS = 30.0
-"""Between the lines of progress where nobody sees a bar move."""
-
-
-def fail(error: Exception) -> int:
-    """Say in one line what is wrong; returns the exit status."""
-    message = error.args[0] if isinstance(error, KeyError) else str(error)
-    stderr = Console(stderr=True, highlight=False, soft_wrap=True)
-    stderr.print("[bold red]error[/]", end=" ")
-    stderr.print(message, markup=False)
-    return 2
 
 
 def data(

@@ -21,7 +21,7 @@ from holdall.analysis import recall as slices
 from holdall.model import Model
 from holdall.pretrain import PretrainConfig, load_run, open_data
 from holdall.report import recall as recalls
-from holdall.show_data import TELL_SECONDS, USER_ERRORS, console, fail
+from holdall.show import TELL_SECONDS, USER_ERRORS, console, fail, resolve_device
 
 Checkpoint = Literal["best", "last", "model"]
 
@@ -51,7 +51,7 @@ def recall(
             raise ValueError("name at least one run: holdall recall RUN [RUN ...]")
         for file in load:
             mixers.load(file)
-        device = _device(device)
+        device = resolve_device(device)
         configs = [_config(folder) for folder in folders]
         context = context or min(config.context_len for config in configs)
         scored = []
@@ -93,12 +93,6 @@ def _labels(folders: Sequence[Path]) -> list[str]:
         parts += 1
     assert labels
     return ["/".join(path.parts[-parts:]) for path in whole]
-
-
-def _device(device: str) -> str:
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("no CUDA device is available here; use --device cpu")
-    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def _scores(

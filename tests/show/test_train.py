@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from holdall import cli, runs, show_train
+from holdall import cli, runs
 from holdall.pretrain import load_run
+from holdall.show import train as shown
 from holdall.text.shards import write_corpus
 from holdall.text.tokenizers import Bytes
 
@@ -44,7 +45,7 @@ def test_a_pattern_is_trained_and_writes_samples(
     said = capsys.readouterr().out
     assert "base-conv taylor:feature_dim=4: 2 layers of width 16 on cpu, form parallel, fp32" in said
     assert "step 4 of 4: validation loss" in said
-    assert said.count(" is ") >= show_train.SAMPLES  # the prompts are of the validation text
+    assert said.count(" is ") >= shown.SAMPLES  # the prompts are of the validation text
     loaded = load_run(out)
     assert [layer.name for layer in loaded.config.model.layers] == ["base-conv", "taylor"]
     assert (loaded.config.model.vocab, loaded.config.model.mlp, loaded.step) == (264, 32, 4)
@@ -55,7 +56,7 @@ def test_with_no_arguments_it_is_the_small_based_model_on_the_embedded_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    config = show_train.configured("based-mini", None, (), {}, {}, "cpu")
+    config = shown.configured("based-mini", None, (), {}, {}, "cpu")
     assert [layer.name for layer in config.model.layers] == [
         "base-conv",
         "taylor",
@@ -64,7 +65,7 @@ def test_with_no_arguments_it_is_the_small_based_model_on_the_embedded_text(
     ]
     assert (config.data, config.precision, config.compile) == ("", "fp32", False)
     assert config.steps * config.batch * config.context_len > 1e6
-    on_gpu = show_train.configured("based-360m", None, (), {}, {"batch": 12}, "cuda", 3)
+    on_gpu = shown.configured("based-360m", None, (), {}, {"batch": 12}, "cuda", 3)
     assert (on_gpu.precision, on_gpu.compile, on_gpu.micro_batch) == ("bf16", True, 4)
     assert (on_gpu.context_len, on_gpu.learning_rate, on_gpu.steps) == (2048, 8e-4, 20_000)
 
@@ -113,7 +114,7 @@ def test_ctrl_c_writes_a_checkpoint_and_the_same_command_goes_on(corpus: Path, t
 def test_the_code_in_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    page = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
     exec(compile(page.split("```python\n")[1].split("```")[0], "training.md", "exec"), {})
     assert (tmp_path / "runs" / "tiny" / "model.safetensors").exists()
 

@@ -1,0 +1,248 @@
+"""`holdall frontier`, live, and `holdall report`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from holdall import mixers, recipes
+from holdall import report as reports
+from holdall.frontier import OutOfTime, Point, SweepConfig, Watcher, planned, run_sweep
+from holdall.model import Precision
+from holdall.recipes import quick
+from holdall.report import matrix as matrices
+from holdall.report.style import bytes_text
+from holdall.runs import RunError
+from holdall.show import USER_ERRORS, console, fail, resolve_device
+from holdall.train import Progress as TrainProgress
+
+OUT_OF_TIME = 75
+"""Exit status where a time limit ended a command: sysexits.h's "try again later"."""
+
+
+def frontier(
+    recipe: str,
+    out: Path,
+    add: Sequence[str],
+    load: Sequence[Path],
+    seeds: int,
+    device: str,
+    precision: Precision | None,
+    *,
+    command: str,
+    minutes: float | None = None,
+    **options: Any,
+) -> int:
+    """The command `holdall frontier`; returns the exit status. Options are those of `run_sweep`."""
+    until = None if minutes is None else time.monotonic() + 60 * minutes
+    try:
+        sweeps = _with_additions(recipes.sweeps(recipe, seeds), add, load)
+        if precision is not None:
+            sweeps = tuple(_in_precision(sweep, precision) for sweep in sweeps)
+        device = resolve_device(device)
+    except USER_ERRORS as error:
+        return fail(error)
+    folders = [out / sweep.part if sweep.part else out for sweep in sweeps]
+    options = {"command": command, "device": device, "plugins": load, **options}
+    codes = []
+    for sweep, folder in zip(sweeps, folders, strict=True):
+        left = None if until is None else max(0.0, until - time.monotonic()) / 60
+        codes.append(_frontier(sweep, folder, minutes=left, **options))
+        if codes[-1] not in (0, OUT_OF_TIME):
+            return codes[-1]
+    if len(sweeps) > 1 and all((folder / "results.jsonl").stat().st_size for folder in folders):
+        for path in reports.write_widths(folders, out):
+            console.print(f"  {path}")
+    return max(codes)
+
+
+def _frontier(sweep: SweepConfig, out: Path, *, device: str, **options: Any) -> int:
+    """One sweep of a recipe; returns the exit status."""
+    view, code = _FrontierView(sweep, out, device), 0
+    try:
+        with view:
+            run_sweep(sweep, out, device=device, watcher=Watcher(view.progress, view.finished), **options)
+    except KeyboardInterrupt:
+        console.print(f"Stopped. Everything so far is in {out}; the same command goes on from here.")
+        return 130
+    except OutOfTime as stopped:
+        console.print(f"Time is up: {stopped}. Everything so far is in {out}; the same command goes on.")
+        code = OUT_OF_TIME
+    except (RunError, ValueError) as error:
+        return fail(error)
+    if view.lines:
+        view.print_table()
+        for path in reports.write([out], out):
+            console.print(f"  {path}")
+    return code
+
+
+def _in_precision(sweep: SweepConfig, precision: Precision) -> SweepConfig:
+    points = [
+        dataclasses.replace(point, train=dataclasses.replace(point.train, precision=precision))
+        for point in sweep.points
+    ]
+    return dataclasses.replace(sweep, points=tuple(points))
+
+
+def _with_additions(
+    sweeps: tuple[SweepConfig, ...], add: Sequence[str], load: Sequence[Path]
+) -> tuple[SweepConfig, ...]:
+    """The sweeps and, in the quick recipe, the user's own points."""
+    wanted = [name for file in load for name in mixers.load(file)] + list(add)
+    if not wanted:
+        return sweeps
+    sweep = sweeps[0]
+    if sweep.recipe != "quick":
+        raise ValueError(f"mixers can be added to the quick recipe, not to {sweep.recipe}")
+    points = [_added_point(each, len(sweep.points[0].train.seeds)) for each in wanted]
+    return (dataclasses.replace(sweep, points=(*points, *sweep.points)),)
+
+
+def _added_point(wanted: str, seeds: int) -> Point:
+    """A point of the quick recipe from "NAME" or "NAME:option=value,option=value"."""
+    label, config = mixers.configured(wanted, quick.WIDTH)
+    return quick.point(label, config.name, config, seeds)
+
+
+class _FrontierView:
+    """The live picture of a sweep: bars for what trains, a table that fills as models finish."""
+
+    def __init__(self, sweep: SweepConfig, out: Path, device: str) -> None:
+        self.sweep, self.jobs = sweep, planned(sweep, out, together=device != "cpu")
+        self.bars = Progress(
+            TextColumn("{task.description}", justify="right"),
+            BarColumn(),
+            TextColumn("{task.fields[says]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        count, device_name, gpus = len(self.jobs), device, torch.cuda.device_count()
+        if device == "cuda":
+            device_name = f"{f'{gpus} x ' if gpus > 1 else ''}{torch.cuda.get_device_name()}"
+        points = (
+            f"{len(sweep.points)} models, {count} runs" if count > len(sweep.points) else f"{count} models"
+        )
+        layers = [layer for point in sweep.points for layer in point.train.model.layers]
+        forms = sorted({layer.resolved_form(torch.device(device)) for layer in layers})
+        precisions = sorted({point.train.precision for point in sweep.points})
+        self.header = (
+            f"[bold]{sweep.recipe}[/]: {points} on {device_name}, form {' and '.join(forms)}, "
+            f"{' and '.join(precisions)}, in {out}"
+        )
+        self.whole = self.bars.add_task("all", total=count, says="")
+        self.tasks: dict[int, TaskID] = {}
+        self.shares = [0.0] * count
+        self.lines: list[dict[str, Any]] = []
+        self.done = 0
+        self.live = Live(self._picture(), console=console, transient=True, refresh_per_second=4)
+
+    def __enter__(self) -> _FrontierView:
+        console.print(self.header)
+        if console.is_terminal:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if console.is_terminal:
+            self.live.stop()
+
+    def progress(self, index: int, progress: TrainProgress) -> None:
+        if index not in self.tasks:
+            self.tasks[index] = self.bars.add_task(self.jobs[index].title, total=progress.steps, says="")
+        says = f"loss {progress.loss:.3f}  recall {progress.accuracy:.1%}"
+        self.bars.update(self.tasks[index], completed=progress.step, says=says)
+        self.shares[index] = progress.step / progress.steps
+        self._tell_whole()
+
+    def finished(self, index: int, lines: list[dict[str, Any]]) -> None:
+        self.lines += lines
+        self.done += 1
+        self.shares[index] = 1.0
+        if index in self.tasks:
+            self.bars.remove_task(self.tasks.pop(index))
+        self._tell_whole()
+        if console.is_terminal:
+            self.live.update(self._picture())
+        else:
+            best = max(lines, key=_accuracy)
+            says = f"recall {_percent(best['accuracy'])} from {bytes_text(best['state_bytes'])}"
+            says += f", {best['steps']} steps, {best['seconds']:.0f} s, {_pace(lines)} rows/s"
+            console.print(f"[{self.done}/{len(self.jobs)}] {self.jobs[index].title}: {says}", markup=False)
+
+    def _tell_whole(self) -> None:
+        self.bars.update(self.whole, completed=sum(self.shares), says=f"{self.done} of {len(self.jobs)} done")
+
+    def _picture(self) -> Group:
+        return Group(*([self._table()] if self.lines else []), self.bars)
+
+    def print_table(self) -> None:
+        console.print(self._table())
+
+    def _table(self) -> Table:
+        """Each model at its best learning rate so far, in order of state."""
+        best: dict[tuple[str, int], dict[str, Any]] = {}
+        for line in self.lines:
+            key = (line["label"], line["width"])
+            if key not in best or _accuracy(line) > _accuracy(best[key]):
+                best[key] = line
+        widths = len({width for _, width in best}) > 1
+        pairs = sorted({int(k) for line in best.values() for k in line["accuracy_by_pairs"]})
+        table = Table(title="recall at the best learning rate", title_justify="left", box=box.SIMPLE_HEAD)
+        table.add_column("model", no_wrap=True)
+        scores = ("recall", *(f"K={k}" for k in pairs))
+        for column in (*(["width"] if widths else []), "state", *scores, "lr", "s"):
+            table.add_column(column, justify="right", no_wrap=True)
+        for line in sorted(best.values(), key=lambda line: line["state_bytes"]):
+            table.add_row(
+                line["label"],
+                *([str(line["width"])] if widths else []),
+                bytes_text(line["state_bytes"]),
+                f"[bold]{_percent(line['accuracy'])}[/]",
+                *(_percent(line["accuracy_by_pairs"].get(str(k))) for k in pairs),
+                f"{line['learning_rate']:.2g}",
+                f"{line['seconds']:.0f}",
+            )
+        return table
+
+
+def _pace(lines: list[dict[str, Any]]) -> str:
+    """Rows per second of a run, all its members together."""
+    return f"{sum(line['rows'] for line in lines) / max(lines[0]['seconds'], 1e-3):,.0f}"
+
+
+def _accuracy(line: dict[str, Any]) -> float:
+    """For ordering: a diverged run is below every other."""
+    return -1.0 if line["accuracy"] is None else line["accuracy"]
+
+
+def _percent(score: float | None) -> str:
+    return "-" if score is None or math.isnan(score) else f"{score:.1%}"
+
+
+def report(folders: Sequence[Path], out: Path | None) -> int:
+    """The command `holdall report`."""
+    try:
+        if any((folder / "matrix.json").exists() for folder in folders):
+            if len(folders) > 1:
+                raise ValueError("mixing matrices are drawn from one folder at a time")
+            written = matrices.write(folders[0], out or folders[0])
+        else:
+            written = reports.write(folders, out or folders[0])
+        for path in written:
+            console.print(f"  {path}")
+    except USER_ERRORS as error:
+        return fail(error)
+    return 0

@@ -1,0 +1,130 @@
+"""`holdall zoo` and `holdall soundness`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.table import Table
+
+from holdall import mixers, runs
+from holdall.analysis.soundness import LENGTHS, drift, length_for
+from holdall.contract import Entry, bytes_per_row
+from holdall.report import zoo as zoo_pages
+from holdall.report.style import bytes_text
+from holdall.show import USER_ERRORS, console, fail
+
+
+def zoo(name: str | None, width: int, context: int, load: Sequence[Path]) -> int:
+    """The command `holdall zoo`."""
+    try:
+        for file in load:
+            mixers.load(file)
+        if name is not None:
+            console.print(str(mixers.entry(name)), markup=False, soft_wrap=True)
+            return 0
+    except USER_ERRORS as error:
+        return fail(error)
+    seeing = [name for name in mixers.names() if not mixers.entry(name).causal]
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1),
+        caption=f"State: elements that one layer carries per row, and the bytes of them, counted after N = "
+        f"{context} tokens at width D = {width} with bf16 activations. A wider terminal also shows papers "
+        "and costs of N tokens at once and of one more. `holdall zoo NAME` tells letters, paper and options. "
+        f"Not causal: {', '.join(seeing)}.",
+        caption_justify="left",
+    )
+    costs, papers = console.width >= 105, console.width >= 140
+    for column in ("mixer", *(["paper", "year"] if papers else []), "state"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("bytes", justify="right", no_wrap=True)
+    for column in ("training", "one token") if costs else ():
+        table.add_column(column, no_wrap=True)
+    for family, members in mixers.families().items():
+        table.add_section()
+        table.add_row(f"[bold]{family}[/]")
+        for entry in map(mixers.entry, members):
+            table.add_row(
+                entry.name,
+                *([entry.paper.authors.split(",")[0], str(entry.paper.year)] if papers else []),
+                entry.state,
+                bytes_text(_state_bytes(entry, width, context)),
+                *([entry.training, entry.inference] if costs else []),
+            )
+    console.print(table)
+    return 0
+
+
+def zoo_page(results: Path, page: Path, load: Sequence[Path]) -> int:
+    """The command `holdall zoo --results`."""
+    try:
+        for file in load:
+            mixers.load(file)
+        console.print(f"  {zoo_pages.write(results, page)}")
+    except USER_ERRORS as error:
+        return fail(error)
+    return 0
+
+
+def soundness(names: Sequence[str], out: Path, width: int, length: int | None, load: Sequence[Path]) -> int:
+    """The command `holdall soundness`."""
+    path = out / "soundness.jsonl"
+    found: list[dict[str, Any]] = []
+    try:
+        for file in load:
+            mixers.load(file)
+        wanted = [(each, mixers.configured(each, width)[1]) for each in names or mixers.names()]
+        out.mkdir(parents=True, exist_ok=True)
+        done = {
+            (line["mixer"], line["dtype"], line["width"], line["length"]): line
+            for line in runs.read_lines(path)
+        }
+    except USER_ERRORS as error:
+        return fail(error)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table.add_column("mixer")
+    for column in ("dtype", "tokens", "error", "late", "s"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.caption = (
+        "Error: largest difference from fp64, relative to the largest output; late: of the last tenth."
+    )
+    table.caption_justify = "left"
+    with console.status("") as status:
+        for label, config in wanted:
+            for dtype in LENGTHS:
+                name = str(dtype).removeprefix("torch.")
+                status.update(f"{label}, {name} ({len(found) + 1} of {len(LENGTHS) * len(wanted)})")
+                line = done.get((label, name, width, length_for(config, dtype, length)))
+                if line is None:
+                    measured = drift(config, dtype, length=length)
+                    line = {"mixer": label, "dtype": name, "width": width, **dataclasses.asdict(measured)}
+                    runs.append_line(path, line)
+                found.append(line)
+                table.add_row(
+                    label, name, f"{line['length']:,}", f"{line['error']:.1e}", f"{line['last']:.1e}",
+                    f"{line['seconds']:.1f}",
+                )  # fmt: skip
+    console.print(table)
+    console.print(f"  {path}")
+    unsound = [line["mixer"] for line in found if not math.isfinite(line["error"])]
+    if unsound:
+        console.print(f"not finite: {', '.join(unsound)}", markup=False, soft_wrap=True)
+    return 1 if unsound else 0
+
+
+@torch.no_grad()
+def _state_bytes(entry: Entry, width: int, context: int) -> int:
+    """Bytes of a mixer's state after really reading that many tokens."""
+    longest = entry.options.get("max_length", context)
+    config = entry.configure(width=width, **({"max_length": context} if longest < context else {}))
+    mixer = config.build().to(torch.bfloat16)
+    ids = {"tokens_BT": torch.zeros(1, context, dtype=torch.long)} if mixer.reads_tokens else {}
+    _, state = mixer(torch.zeros(1, context, width, dtype=torch.bfloat16), **ids)
+    return bytes_per_row(state)
