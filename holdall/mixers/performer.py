@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
 from holdall.ops.linear_attention import linear_attention, linear_attention_loop
+from holdall.ops.running import cumsum
 
 KEY_EPS = {"softmax": 1e-4, "relu": 1e-3}
 SUM_EPS = 1e-6
@@ -155,7 +156,7 @@ class Performer(Mixer):
         q_sum_BTH1, sum_eps = q_BTHF.sum(-1, keepdim=True), SUM_EPS
         after: FavorState | ReluState | None = None
         if isinstance(state, FavorState) and peak_BTH is not None:
-            total_BTHV = state.total_BHV[:, None] + v_BTHV.cumsum(1)
+            total_BTHV = state.total_BHV[:, None] + cumsum(v_BTHV, 1)
             o_BTHV, sum_eps = o_BTHV + eps * q_sum_BTH1 * total_BTHV, SUM_EPS * q_BTHF.shape[-1] ** 0.5
             if want_state and s_BHFV is not None:
                 after = FavorState(s_BHFV, total_BTHV[:, -1].clone(), peak_BTH[:, -1].clone())

@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from holdall.ops.linear_attention import decay_between, per_key
+from holdall.ops.running import cumsum
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:  # pytest checks the shapes; nothing else needs jaxtyping
     from jaxtyping import Float
@@ -197,7 +198,7 @@ def _side_by_side(
 ) -> tuple[Tensor, Tensor]:
     """Some chunks, (B, N, H, C, .) each; the system of each is solved before any state is known."""
     between_CCK = decay_between(log_w)
-    since_CK = log_w.cumsum(-2).exp()
+    since_CK = cumsum(log_w, -2).exp()
     before_CK = F.pad(since_CK[..., :-1, :], (0, 0, 1, 0), value=1.0)
     # the state after a token has two readers: that token's query and the next token's b
     reads_CRK = torch.stack((F.pad(b[..., 1:, :], (0, 0, 0, 1)), q), dim=-2)

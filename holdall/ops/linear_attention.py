@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from holdall.ops.running import cumsum
+
 if TYPE_CHECKING or "jaxtyping" in sys.modules:  # pytest checks the shapes; nothing else needs jaxtyping
     from jaxtyping import Float
 
@@ -200,7 +202,7 @@ def linear_attention(
         if s_BHFV is not None:
             q_BHCF = feature_map.features(q)
             if log_a_BHCF is not None:
-                q_BHCF = q_BHCF * log_a_BHCF.cumsum(2).exp()
+                q_BHCF = q_BHCF * cumsum(log_a_BHCF, 2).exp()
             y = y + q_BHCF @ s_BHFV
             if norm is not None and z_BHF is not None:
                 norm = norm + q_BHCF @ z_BHF[..., None]
@@ -284,7 +286,7 @@ def decay_between(log_a_CF: Tensor) -> Tensor:
     size = log_a_CF.shape[-2]
     future_CC1 = torch.ones(size, size, dtype=torch.bool, device=log_a_CF.device).triu(1)[..., None]
     log_a_CCF = log_a_CF[..., :, None, :].masked_fill(~future_CC1.transpose(0, 1), 0.0)
-    return log_a_CCF.cumsum(-3).masked_fill(future_CC1, -torch.inf).exp()
+    return cumsum(log_a_CCF, -3).masked_fill(future_CC1, -torch.inf).exp()
 
 
 def _advance(
@@ -301,7 +303,7 @@ def _advance(
     k_BHCF = feature_map.features(k)
     keep_BHF = None
     if log_a_BHCF is not None:
-        after_BHCF = F.pad(log_a_BHCF[:, :, 1:], (0, 0, 0, 1)).flip(2).cumsum(2).flip(2)
+        after_BHCF = cumsum(F.pad(log_a_BHCF[:, :, 1:], (0, 0, 0, 1)).flip(2), 2).flip(2)
         k_BHCF = k_BHCF * after_BHCF.exp()
         keep_BHF = log_a_BHCF.sum(2).exp()
     gain_BHFV, gain_BHF = k_BHCF.mT @ v, k_BHCF.sum(2) if normalise else None

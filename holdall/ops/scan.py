@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from holdall.ops.running import cumprod
+
 if TYPE_CHECKING or "jaxtyping" in sys.modules:  # pytest checks the shapes; nothing else needs jaxtyping
     from jaxtyping import Float, Inexact
 
@@ -59,7 +61,7 @@ def diagonal_scan(
     alone_BGCX = diagonal_scan_loop(
         a_BGCX.flatten(0, 1), b_BGCX.flatten(0, 1), zero.flatten(0, 1)
     ).unflatten(0, (rows, chunks))  # fmt: skip
-    kept_BGCX = a_BGCX.cumprod(2)
+    kept_BGCX = cumprod(a_BGCX, 2)
     after_BGX = diagonal_scan_loop(kept_BGCX[:, :, -1], alone_BGCX[:, :, -1], h_BX)
     before_BGX = torch.cat((h_BX[:, None], after_BGX[:, :-1]), dim=1)
     h_BGCX = torch.addcmul(alone_BGCX, kept_BGCX, before_BGX[:, :, None])
