@@ -23,7 +23,6 @@ import concurrent.futures
 import dataclasses
 import json
 import multiprocessing
-import os
 import re
 import signal
 import sys
@@ -423,17 +422,7 @@ _worker: dict[str, Any] = {}
 
 
 def _start_process(queue: Any, stop: Any, free: Any, plugins: list[str]) -> None:
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches the whole group; the parent says when to stop
-    parent = multiprocessing.parent_process()
-
-    def end_with_parent() -> None:
-        if parent is not None:
-            parent.join()  # returns when the parent is gone, kill -9 included
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    runs.follow_parent()
     torch.set_num_threads(1)
     keep_freed_memory()
     device = free.get()

@@ -41,7 +41,7 @@ from holdall.contract import Config
 from holdall.model import Model, ModelConfig, Precision, repeatable, seeded
 from holdall.operations import flops_per_token, memory_bytes, peak_flops
 from holdall.parallel import Fabric, LanguageModelLoss, decayed, launcher, put, whole
-from holdall.runs import RunError
+from holdall.runs import RunError, Stopped
 from holdall.text.corpus import Corpus, open_corpus
 from holdall.text.default import default_corpus
 from holdall.text.windows import Order
@@ -116,10 +116,6 @@ class Progress:
     mfu: float | None
     """Share of the device's peak operations; None where that is unknown."""
     valid_loss: float | None
-
-
-class Stopped(Exception):  # noqa: N818 - not an error: somebody asked for it
-    """Training was asked to stop; its state is in the run folder."""
 
 
 CHECKPOINT_SECONDS = 60.0

@@ -11,9 +11,12 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import multiprocessing
 import os
 import platform
+import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from importlib import metadata
@@ -23,6 +26,10 @@ from typing import Any
 
 class RunError(Exception):
     """Something about a run that its user can mend; the message says how."""
+
+
+class Stopped(Exception):  # noqa: N818 - not an error: somebody asked for it
+    """Training was asked to stop; its state is in the run folder."""
 
 
 @contextlib.contextmanager
@@ -146,3 +153,17 @@ def commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return out.stdout.strip() or None
+
+
+def follow_parent() -> None:
+    """Of a process that another one started to work for it: leave Ctrl-C to it, and end when it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it reaches the whole group; the parent says what to do
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def end_with_parent() -> None:
+        parent.join()  # returns when the parent is gone, kill -9 included
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()

@@ -32,7 +32,7 @@ from holdall import runs
 from holdall.contract import Config
 from holdall.model import Model, ModelConfig, Precision, repeatable, seeded
 from holdall.population import Member, Population, loss, right
-from holdall.runs import RunError
+from holdall.runs import RunError, Stopped
 from holdall.tasks.data import DataConfig, Questions, TaskData
 
 
@@ -98,10 +98,6 @@ class Progress:
     loss: float
     accuracy: float
     """Of the best member, at the last test."""
-
-
-class Stopped(Exception):  # noqa: N818 - not an error: somebody asked for it
-    """Training was asked to stop; its state is in the run folder."""
 
 
 CHECKPOINT_SECONDS = 20.0

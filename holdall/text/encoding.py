@@ -6,9 +6,6 @@ import concurrent.futures
 import hashlib
 import json
 import multiprocessing
-import os
-import signal
-import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from holdall import runs
 from holdall.text import tokenizers
 from holdall.text.corpus import SPLITS
 from holdall.text.sources import BadRecord, Record, Source, TextError, parse
@@ -138,15 +136,7 @@ def _begin(job: Job) -> None:
     global _job
     _job = job
     tokenizers.encode_alone()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a user's Ctrl-C reaches all; one answers
-    parent = multiprocessing.parent_process()
-    if parent is not None:  # a worker whose parent was killed would wait for work for ever
-
-        def end_with_parent() -> None:
-            parent.join()
-            os._exit(1)
-
-        threading.Thread(target=end_with_parent, daemon=True).start()
+    runs.follow_parent()
 
 
 def _work(batch: Sequence[Record]) -> Encoded:

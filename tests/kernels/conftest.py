@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import kernel_checks
 import laws
 import pytest
 import torch
@@ -31,12 +32,9 @@ def device() -> torch.device:
 
 @pytest.fixture
 def poisoned() -> Iterator[None]:
-    """Memory that nobody has written to yet holds NaN; and what cannot be deterministic raises."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(100).new_empty(7).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(before)
+    with kernel_checks.poisoned():
+        assert torch.empty(100).new_empty(7).isnan().all()
+        yield
 
 
 @pytest.fixture

@@ -5,12 +5,12 @@ Letters: B row, T time, X channels, P modes.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import laws
 import pytest
 import torch
+from kernel_checks import assert_trains_under_vmap, times_compiled
 from torch import Tensor
 
 import holdall
@@ -145,28 +145,8 @@ def test_a_mixer_in_pieces_is_the_plain_one(name: str, device: torch.device) -> 
 @pytest.mark.parametrize("name", MIXERS)
 def test_a_population_trains_under_vmap(name: str, autocast: bool, device: torch.device) -> None:
     fast, _ = mixers_of(name, device)
-    members = [copy.deepcopy(fast) for _ in range(2)]
-    with torch.no_grad():
-        for i, member in enumerate(members):
-            for parameter in member.parameters():
-                parameter += 0.1 * laws.draw(*parameter.shape, dtype=SINGLE, seed=i).to(device)
     x = laws.draw(2, 2, 6, 8, dtype=SINGLE).to(device)
-    weights, buffers = torch.func.stack_module_state(members)
-
-    def one(weights: dict, buffers: dict, x: Tensor) -> Tensor:
-        return torch.func.functional_call(fast, (weights, buffers), (x,), {"want_state": False})[0]
-
-    with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-        y = torch.func.vmap(one)(weights, buffers, x)
-        alone = [member(x[i], want_state=False)[0] for i, member in enumerate(members)]
-    y.float().square().sum().backward()
-    tolerance = 2e-2 if autocast else 1e-5
-    for i, member in enumerate(members):
-        torch.testing.assert_close(y[i].float(), alone[i].float(), rtol=tolerance, atol=tolerance)
-        alone[i].float().square().sum().backward()
-        for part, parameter in member.named_parameters():
-            scale = parameter.grad.abs().max().item()
-            assert laws.distance(weights[part].grad[i], parameter.grad) <= tolerance * scale, part
+    assert_trains_under_vmap(fast, x, autocast=autocast, still=True)
 
 
 @pytest.mark.compile
@@ -198,16 +178,13 @@ def test_a_cuda_graph_replays_training(steady: bool, device: torch.device, asser
 
 @pytest.mark.gpu
 def test_a_new_length_compiles_nothing(device: torch.device) -> None:
-    def compiled() -> int:
-        kernels = kernel._forward_kernel, kernel._backward_kernel, kernel._ends_kernel
-        return sum(len(entry[0]) for each in kernels for entry in each.device_caches.values())
-
+    kernels = kernel._forward_kernel, kernel._backward_kernel, kernel._ends_kernel
     for length in (64, 1000):  # one segment, and several
         results(kernel.diagonal_scan, inputs(length, device=device))
-    before = compiled()
+    before = times_compiled(*kernels)
     for length in (2, 16, 63, 128, 2048):
         results(kernel.diagonal_scan, inputs(length, device=device))
-    assert compiled() == before
+    assert times_compiled(*kernels) == before
 
 
 @pytest.mark.gpu("tens of GB")

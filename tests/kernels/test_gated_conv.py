@@ -9,6 +9,7 @@ from typing import Any
 import laws
 import pytest
 import torch
+from kernel_checks import times_compiled
 from torch import Tensor
 
 from holdall import forms
@@ -296,18 +297,11 @@ def test_runs_within_a_cuda_graph(device: torch.device, assert_replays: Any) -> 
 
 @pytest.mark.gpu
 def test_no_length_is_compiled_for(device: torch.device) -> None:
-    def compiled() -> int:
-        return sum(
-            len(caches[0])
-            for each in (kernel._forward_kernel, kernel._backward_kernel)
-            for caches in each.device_caches.values()
-        )
-
     counts = []
     for length, batch in ((100, 2), (16, 2), (17, 3), (101, 1), (1024, 16)):
         tensors, how = draw(batch, length, 48, 3, **BASED)
         pulled(kernel.gated_conv, moved(tensors, device, HALF), how)
-        counts.append(compiled())
+        counts.append(times_compiled(kernel._forward_kernel, kernel._backward_kernel))
     assert len(set(counts)) == 1, counts
 
 

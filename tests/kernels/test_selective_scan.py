@@ -5,7 +5,6 @@ Letters: B row, T time, D channels, N state per channel, M member of a populatio
 
 from __future__ import annotations
 
-import copy
 import functools
 from typing import Any
 
@@ -13,6 +12,7 @@ import laws
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_checks import assert_trains_under_vmap, times_compiled
 from torch import Tensor
 
 import holdall
@@ -246,28 +246,8 @@ def test_a_mixer_in_pieces_is_the_plain_one(device: torch.device) -> None:
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_population_trains_under_vmap(autocast: bool, device: torch.device) -> None:
     fast, _ = mixers_of(device)
-    members = [copy.deepcopy(fast) for _ in range(2)]
-    with torch.no_grad():
-        for i, member in enumerate(members):
-            for parameter in member.parameters():
-                parameter += 0.1 * laws.draw(*parameter.shape, dtype=SINGLE, seed=i).to(device)
     x = laws.draw(2, 2, 6, 8, dtype=SINGLE).to(device)
-    weights, buffers = torch.func.stack_module_state(members)
-
-    def one(weights: dict, buffers: dict, x: Tensor) -> Tensor:
-        return torch.func.functional_call(fast, (weights, buffers), (x,), {"want_state": False})[0]
-
-    with torch.autocast(device.type, HALF, enabled=autocast):
-        y = torch.func.vmap(one)(weights, buffers, x)
-        alone = [member(x[i], want_state=False)[0] for i, member in enumerate(members)]
-    y.float().square().sum().backward()
-    tolerance = 2e-2 if autocast else 1e-5
-    for i, member in enumerate(members):
-        torch.testing.assert_close(y[i].float(), alone[i].float(), rtol=tolerance, atol=tolerance)
-        alone[i].float().square().sum().backward()
-        for name, parameter in member.named_parameters():
-            scale = parameter.grad.abs().max().item()
-            assert laws.distance(weights[name].grad[i], parameter.grad) < tolerance * scale, name
+    assert_trains_under_vmap(fast, x, autocast=autocast)
 
 
 @torch.no_grad()
@@ -334,16 +314,13 @@ def test_a_cuda_graph_replays_training_and_steps(device: torch.device, assert_re
 
 @pytest.mark.gpu
 def test_a_new_length_compiles_nothing(device: torch.device) -> None:
-    def compiled() -> int:
-        kernels = kernel._forward_kernel, kernel._backward_kernel, kernel._ends_kernel
-        return sum(len(entry[0]) for each in kernels for entry in each.device_caches.values())
-
+    kernels = kernel._forward_kernel, kernel._backward_kernel, kernel._ends_kernel
     for length in (64, 1000):  # one segment, and several
         results(kernel.selective_scan, inputs(length, device=device))
-    before = compiled()
+    before = times_compiled(*kernels)
     for length in (2, 16, 63, 128, 2048):
         results(kernel.selective_scan, inputs(length, device=device))
-    assert compiled() == before
+    assert times_compiled(*kernels) == before
 
 
 @pytest.mark.gpu("tens of GB")

@@ -5,14 +5,13 @@ Letters: B row, H heads, K key dim, V value dim, F features.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import laws
 import pytest
 import torch
+from kernel_checks import poisoned
 from torch import Tensor
 
 import holdall
@@ -23,17 +22,6 @@ from holdall.ops.linear_attention import FEATURE_MAPS, linear_attention_loop
 
 SINGLE, HALF, DOUBLE = torch.float32, torch.bfloat16, torch.float64
 TAYLOR = FEATURE_MAPS["taylor"]
-
-
-@contextlib.contextmanager
-def poisoned() -> Iterator[None]:
-    """Memory that is allocated but not written holds NaN, and whatever is not deterministic raises."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
 
 
 def draw(

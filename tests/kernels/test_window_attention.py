@@ -6,14 +6,13 @@ dim.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import laws
 import pytest
 import torch
+from kernel_checks import assert_trains_under_vmap, poisoned, times_compiled
 from torch import Tensor
 
 import holdall
@@ -23,17 +22,6 @@ from holdall.ops.attention import KeyValueCache, window_attention, window_attent
 
 SINGLE, HALF, DOUBLE = torch.float32, torch.bfloat16, torch.float64
 attend = kernel.window_attention
-
-
-@contextlib.contextmanager
-def poisoned() -> Iterator[None]:
-    """Memory that is allocated but not written holds NaN, and whatever is not deterministic raises."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
 
 
 def inputs(
@@ -230,28 +218,8 @@ def test_a_mixer_in_pieces_is_the_plain_one(options: dict, device: torch.device)
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_population_trains_under_vmap(autocast: bool, device: torch.device) -> None:
     fast, _ = mixers_of(device, width=32, window=9, heads=2, rotary=1.0)
-    members = [laws.copy.deepcopy(fast) for _ in range(3)]
-    with torch.no_grad():
-        for i, member in enumerate(members):
-            for parameter in member.parameters():
-                parameter += 0.1 * laws.draw(*parameter.shape, dtype=SINGLE, seed=i).to(device)
     x = laws.draw(3, 2, 20, 32, dtype=SINGLE).to(device)
-    weights, buffers = torch.func.stack_module_state(members)
-
-    def one(weights: dict, buffers: dict, x: Tensor) -> Tensor:
-        return torch.func.functional_call(fast, (weights, buffers), (x,), {"want_state": False})[0]
-
-    with torch.autocast(device.type, HALF, enabled=autocast):
-        y = torch.func.vmap(one)(weights, buffers, x)
-        alone = [member(x[i], want_state=False)[0] for i, member in enumerate(members)]
-    y.float().square().sum().backward()
-    tolerance = 2e-2 if autocast else 1e-5
-    for i, member in enumerate(members):
-        torch.testing.assert_close(y[i].float(), alone[i].float(), rtol=tolerance, atol=tolerance)
-        alone[i].float().square().sum().backward()
-        for name, parameter in member.named_parameters():
-            scale = parameter.grad.abs().max().item()
-            assert laws.distance(weights[name].grad[i], parameter.grad) < tolerance * scale, name
+    assert_trains_under_vmap(fast, x, autocast=autocast)
 
 
 def test_several_gradients_at_once(device: torch.device) -> None:
@@ -314,18 +282,16 @@ def test_a_cuda_graph_replays_training_and_steps(device: torch.device, assert_re
 
 @pytest.mark.gpu
 def test_a_new_length_compiles_nothing(device: torch.device) -> None:
-    def compiled() -> int:
-        kernels = kernel._forward_kernel, kernel._backward_kernel
-        return sum(len(entry[0]) for each in kernels for entry in each.device_caches.values())
+    kernels = kernel._forward_kernel, kernel._backward_kernel
 
     def call(length: int) -> None:
         results(attend, *inputs(length, seen=(3, 40), window=17, dtype=HALF, device=device), window=17)
 
     call(64)
-    before = compiled()
+    before = times_compiled(*kernels)
     for length in (2, 16, 63, 128, 1000):
         call(length)
-    assert compiled() == before
+    assert times_compiled(*kernels) == before
 
 
 @pytest.mark.gpu("tens of GB")
