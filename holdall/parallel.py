@@ -74,11 +74,11 @@ class LanguageModelLoss(nn.Module):
         if self.sharded:
             return block(r, state, **options)
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(_cast_call, block, self.dtype, r, use_reentrant=False, **options)
-        return _cast_call(block, self.dtype, r, **options)
+            return checkpoint(cast_call, block, self.dtype, r, use_reentrant=False, **options)
+        return cast_call(block, self.dtype, r, **options)
 
 
-def _cast_call(block: nn.Module, dtype: torch.dtype | None, r: Tensor, **options: Any) -> Any:
+def cast_call(block: nn.Module, dtype: torch.dtype | None, r: Tensor, **options: Any) -> Any:
     """A block on copies of its weights and buffers in a dtype; the residual stream stays as it is."""
     if dtype is None:
         return block(r, **options)

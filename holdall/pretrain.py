@@ -25,6 +25,7 @@ import dataclasses
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from holdall import runs
+from holdall.compiled import compile_blocks
 from holdall.contract import Config
 from holdall.model import Model, ModelConfig, Precision, repeatable, seeded
 from holdall.operations import flops_per_token, memory_bytes, peak_flops
@@ -249,6 +251,8 @@ class Pretrainer:
         self.on_progress, self.on_line = on_progress, on_line
         self.device, self.world = fabric.device, fabric.world_size
         self.order = Order(len(corpus.train), config.context_len, config.seed)
+        self.uncompiled: dict[str, str] = {}
+        """Mixers that torch.compile fails on, and why."""
         self._build()
         self.step, self.seconds = 0, 0.0
         self.best: float | None = None
@@ -271,16 +275,14 @@ class Pretrainer:
         with seeded(config.seed):
             self.model = config.model.build()
         self.model = self.model.to(self.device)
-        if config.compile:
-            # equal layers share what was compiled; there are as many kinds as kinds of layers, twice: in
-            # evaluation nothing is kept for a backward pass
-            torch._dynamo.config.recompile_limit = max(64, 4 * len(self.model.blocks))
-            for block in self.model.blocks:
-                block.compile(dynamic=False)
-        self.module = self.fabric.setup_module(LanguageModelLoss(self.model, dtype, config.recompute))
         if dtype is not None:
             for mixer in self.model.mixers:  # which form runs depends on the dtype that it will see
                 mixer.form = mixer.config.resolved_form(self.device, dtype)
+        if config.compile:
+            self.uncompiled = compile_blocks(self.model, config.micro_batch, config.context_len, dtype)
+            for name, why in self.uncompiled.items():
+                warnings.warn(f"torch.compile fails on '{name}', which runs without it: {why}", stacklevel=2)
+        self.module = self.fabric.setup_module(LanguageModelLoss(self.model, dtype, config.recompute))
         names = decayed(self.model)
         groups: list[dict[str, Any]] = [
             {"params": [w for name, w in self.model.named_parameters() if (name in names) == decays],
@@ -313,6 +315,7 @@ class Pretrainer:
             "seconds": round(self.seconds, 3),
             "parameters": self.model.parameter_count(),
             "forms": [mixer.form for mixer in self.model.mixers],
+            **({"uncompiled": self.uncompiled} if self.uncompiled else {}),
         }
 
     @property

@@ -1,6 +1,7 @@
 """Pretraining: golden losses, resumable after any kind of end, the same on several devices as on one."""
 
 import dataclasses
+import importlib
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from holdall import pretrain as module
 from holdall import runs
 from holdall.mixers.attention import AttentionConfig
 from holdall.mixers.base_conv import BaseConvConfig
+from holdall.mixers.h3 import H3Config
 from holdall.mixers.mamba import MambaConfig
 from holdall.mixers.sliding_window import SlidingWindowConfig
 from holdall.mixers.taylor import TaylorConfig
@@ -257,6 +260,36 @@ def test_compiled_blocks_learn_the_same_and_equal_ones_are_compiled_once(
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.compile
+@pytest.mark.filterwarnings(HIDDEN)
+def test_what_the_compiler_fails_on_runs_without_it_and_says_so(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with complex numbers in some releases of PyTorch for GPUs."""
+    compiler = importlib.import_module("torch._inductor.compile_fx")
+    compile_fx, seen = compiler.compile_fx, []
+
+    def without_complex(graph: Any, *args: Any, **options: Any) -> Any:
+        seen.append(graph)
+        found = (node.meta.get("example_value") for node in graph.graph.nodes)
+        if any(isinstance(x, torch.Tensor) and x.is_complex() for x in found):
+            raise KeyError("complex64")
+        return compile_fx(graph, *args, **options)
+
+    monkeypatch.setattr(compiler, "compile_fx", without_complex)
+    torch.compiler.reset()
+    layers = (H3Config(width=16, state=4), BaseConvConfig(width=16, expand=4), H3Config(width=16, state=6))
+    model = dataclasses.replace(config(corpus).model, layers=layers)
+    run = config(corpus, model=model, compile=True, precision="bf16", steps=2)
+    with pytest.warns(UserWarning, match=r"torch.compile fails on 'h3', which runs without it: .*complex64"):
+        result = pretrain(run, tmp_path / "compiled")
+    assert list(result["uncompiled"]) == ["h3"]
+    assert len(seen) > 2  # its MLPs and norms are compiled, and the other layer
+    plain = pretrain(dataclasses.replace(run, compile=False), tmp_path / "plain")
+    assert "uncompiled" not in plain
+    assert result["valid_loss"] == pytest.approx(plain["valid_loss"], rel=0.01)
+
+
 # ------------------------------------------------------------------------------------- stopped and resumed
 
 
@@ -284,6 +317,7 @@ SCRIPT = """
 import json, sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
+from typing import Any
 import torch
 torch.set_num_threads(1)
 import test_pretrain as t

@@ -10,10 +10,11 @@ else 0:
     dg_C += 2^g_C sum(S dS) + sum_s 2^(g_C - g_s) (dS u_s) . k_s
 
 The package's kernel for it is mistranslated by Triton 3.4 to 3.7.0 for Hopper GPUs where there are decays
-(flash-linear-attention#640), and asks for more shared memory than there is with wide heads. Here no product
-adds to what was changed since the product before, and tiles are no larger than 64 x 64.
+(flash-linear-attention#640), and asks for more shared memory than there is with wide heads. Here tiles are
+small, and fp32 is multiplied as it is: three passes of tf32, which Triton makes of one product,
+come out as a single one for these GPUs, now and then with another result, or read where nothing is.
 
-Through memory: q, k, u, dy, du, S and dS once per 64 key dimensions, dq, dk and dw once. Operations per
+Through memory: q, k, u, dy, du, S and dS once per 32 key dimensions, dq, dk and dw once. Operations per
 chunk: 2 C V (C + 3 K) + 4 C^2 K, C = 64.
 
 Letters: B row, T time, N chunks, C time within a chunk, H heads, K key dim, V value dim, J blocks of keys.
@@ -27,7 +28,10 @@ import triton.language as tl
 from torch import Tensor
 
 from holdall.kernels import cdiv
-from holdall.kernels.language import INTERPRETED, narrow
+from holdall.kernels.language import dot, narrow
+
+TILE = 32
+"""Key and value dimensions at a time: of more, the sums of a chunk do not fit into registers."""
 
 
 def chunk_gradients(
@@ -43,26 +47,17 @@ def chunk_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk and dw in the dtype of q, and in fp32 the gradient of the summed decays, if there are any."""
     (rows, length, heads, key_dim), value_dim = q_BTHK.shape, u_BTHV.shape[3]
-    block_k, block_v = (min(64, max(16, triton.next_power_of_2(size))) for size in (key_dim, value_dim))
+    block_k, block_v = (min(TILE, max(16, triton.next_power_of_2(size))) for size in (key_dim, value_dim))
     blocks, chunks = cdiv(key_dim, block_k), cdiv(length, chunk)
     dq, dk, dw = (torch.empty_like(q_BTHK) for _ in range(3))
     dsums_JBTH = None if sums_BTH is None else sums_BTH.new_empty(blocks, *sums_BTH.shape)
-    warps = 4 if q_BTHK.element_size() == 2 else 8
     _kernel[(blocks * chunks * rows * heads,)](
         q_BTHK, k_BTHK, u_BTHV, dy_BTHV, du_BTHV, s_BNHKV, ds_BNHKV, sums_BTH,
         dq, dk, dw, dsums_JBTH, rows, length,
         H=heads, K=key_dim, V=value_dim, C=chunk, BLOCK_K=block_k, BLOCK_V=block_v,
-        num_warps=warps, num_stages=1,
+        num_warps=8, num_stages=1,
     )  # fmt: skip
     return dq, dk, dw, None if dsums_JBTH is None else dsums_JBTH.sum(0)
-
-
-@triton.jit
-def _dot(a, b, acc=None):
-    """a @ b + acc, of fp32 in three passes of tf32, as the package's own kernels have it."""
-    if INTERPRETED:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="tf32x3")
 
 
 @triton.jit(do_not_specialize=["rows", "length"])
@@ -90,7 +85,7 @@ def _kernel(
         tl.zeros((C, BLOCK_K), tl.float32),
     )  # fmt: skip
     to_last = tl.zeros((BLOCK_V, BLOCK_K), tl.float32)
-    for start in tl.static_range(0, V, BLOCK_V):
+    for start in range(0, V, BLOCK_V):
         real_v = start + value < V
         at_CV = token[:, None] * V + start + value[None, :]
         at_VK = state + key[None, :] * V + start + value[:, None]
@@ -103,10 +98,10 @@ def _kernel(
         if sums_ptr is not None:
             to_last += s_VK.to(tl.float32) * ds_VK.to(tl.float32)
         s_VK, ds_VK = narrow(s_VK.to(tl.float32), dtype), narrow(ds_VK.to(tl.float32), dtype)
-        pairs_CC = _dot(dy_CV, tl.trans(u_CV), pairs_CC)
-        dq_CK = _dot(dy_CV, s_VK, dq_CK)
-        dk_CK = _dot(u_CV, ds_VK, dk_CK)
-        dw_CK = _dot(du_CV, s_VK, dw_CK)
+        pairs_CC = dot(dy_CV, tl.trans(u_CV), pairs_CC)
+        dq_CK = dot(dy_CV, s_VK, dq_CK)
+        dk_CK = dot(u_CV, ds_VK, dk_CK)
+        dw_CK = dot(du_CV, s_VK, dw_CK)
 
     at_CK = token[:, None] * K + key[None, :]
     here_CK = real_t[:, None] & real_k[None, :]
@@ -123,8 +118,8 @@ def _kernel(
         dk_CK *= tl.where(real_t, tl.exp2(tl.where(real_t, g_last - g_C, 0.0)), 0.0)[:, None]
         dg_last = tl.sum(to_last) * tl.exp2(g_last) + tl.sum(dk_CK * k_CK.to(tl.float32))
     pairs_CC = narrow(pairs_CC, dtype)
-    dq_CK += _dot(pairs_CC, k_CK)
-    dk_CK += _dot(tl.trans(pairs_CC), q_CK)
+    dq_CK += dot(pairs_CC, k_CK)
+    dk_CK += dot(tl.trans(pairs_CC), q_CK)
     if sums_ptr is not None:
         dg_C = tl.sum(dq_CK * q_CK.to(tl.float32), 1) - tl.sum(dk_CK * k_CK.to(tl.float32), 1)
         dg_C += tl.where(t == last, dg_last, 0.0)

@@ -71,6 +71,15 @@ def _minus(a, b):
 
 
 @triton.jit
+def _decayed(a, low, h, STEADY: tl.constexpr, COMPLEX: tl.constexpr):
+    """a h; a steady a has two parts: its rounding would add up over all the tokens that h remembers."""
+    if STEADY:
+        return _plus(_times(a, h, COMPLEX), _times(low, h, COMPLEX), COMPLEX)
+    else:
+        return _times(a, h, COMPLEX)
+
+
+@triton.jit
 def _conj(a, COMPLEX: tl.constexpr):
     if COMPLEX:
         return a[0], -a[1]
@@ -125,7 +134,7 @@ NUMBERS = ["time", "channels", "group", "segments", "tiles"]
 
 @triton.jit(do_not_specialize=NUMBERS)
 def _ends_kernel(
-    a_ptr, b_ptr, ends_ptr, kept_ptr, time, channels, group, segments, tiles,
+    a_ptr, low_ptr, b_ptr, ends_ptr, kept_ptr, time, channels, group, segments, tiles,
     REVERSE: tl.constexpr, STEADY: tl.constexpr, COMPLEX: tl.constexpr,
     TILE: tl.constexpr, LEVELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -136,11 +145,12 @@ def _ends_kernel(
     """
     row, segment, inside_X, x_X = _whose(channels, segments, BLOCK)
     zero_X = tl.zeros((BLOCK,), tl.float32)
-    h_X, kept_X, a_X = (zero_X, zero_X), (zero_X + 1, zero_X), (zero_X, zero_X)
+    h_X, kept_X, a_X, low_X = (zero_X, zero_X), (zero_X + 1, zero_X), (zero_X, zero_X), (zero_X, zero_X)
     if STEADY:
         a_X = _read(a_ptr + row // group * channels + x_X, inside_X, False, COMPLEX)
+        low_X = _read(low_ptr + row // group * channels + x_X, inside_X, False, COMPLEX)
         if REVERSE:
-            a_X = _conj(a_X, COMPLEX)
+            a_X, low_X = _conj(a_X, COMPLEX), _conj(low_X, COMPLEX)
     count = tl.minimum(tiles, tl.cdiv(time, TILE) - segment * tiles)
     for i in range(count):
         start = (segment * tiles + (count - 1 - i if REVERSE else i)).to(tl.int64) * TILE
@@ -154,14 +164,14 @@ def _ends_kernel(
             for j in tl.static_range(TILE - 1, -1, -1):
                 if not STEADY:
                     a_X = _conj((many_a[0][j], many_a[1][j]), COMPLEX)
-                h_X = _times(a_X, _plus(h_X, (bs[0][j], bs[1][j]), COMPLEX), COMPLEX)
-                kept_X = _times(a_X, kept_X, COMPLEX)
+                h_X = _decayed(a_X, low_X, _plus(h_X, (bs[0][j], bs[1][j]), COMPLEX), STEADY, COMPLEX)
+                kept_X = _decayed(a_X, low_X, kept_X, STEADY, COMPLEX)
         else:
             for j in tl.static_range(TILE):
                 if not STEADY:
                     a_X = (many_a[0][j], many_a[1][j])
-                h_X = _plus(_times(a_X, h_X, COMPLEX), (bs[0][j], bs[1][j]), COMPLEX)
-                kept_X = _times(a_X, kept_X, COMPLEX)
+                h_X = _plus(_decayed(a_X, low_X, h_X, STEADY, COMPLEX), (bs[0][j], bs[1][j]), COMPLEX)
+                kept_X = _decayed(a_X, low_X, kept_X, STEADY, COMPLEX)
     at_X = (row * segments + segment) * channels + x_X
     _write(ends_ptr + at_X, h_X, inside_X, COMPLEX)
     _write(kept_ptr + at_X, kept_X, inside_X, COMPLEX)
@@ -169,7 +179,7 @@ def _ends_kernel(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def _forward_kernel(
-    a_ptr, b_ptr, start_ptr, ends_ptr, kept_ptr, h_ptr, time, channels, group, segments, tiles,
+    a_ptr, low_ptr, b_ptr, start_ptr, ends_ptr, kept_ptr, h_ptr, time, channels, group, segments, tiles,
     STEADY: tl.constexpr, COMPLEX: tl.constexpr,
     TILE: tl.constexpr, LEVELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -180,9 +190,10 @@ def _forward_kernel(
         kept_X = _read(kept_ptr + at_X, inside_X, False, COMPLEX)
         end_X = _read(ends_ptr + at_X, inside_X, False, COMPLEX)
         h_X = _plus(_times(kept_X, h_X, COMPLEX), end_X, COMPLEX)
-    a_X = h_X
+    a_X, low_X = h_X, h_X
     if STEADY:
         a_X = _read(a_ptr + row // group * channels + x_X, inside_X, False, COMPLEX)
+        low_X = _read(low_ptr + row // group * channels + x_X, inside_X, False, COMPLEX)
     for i in range(tl.minimum(tiles, tl.cdiv(time, TILE) - segment * tiles)):
         start = (segment * tiles + i).to(tl.int64) * TILE
         at = (row * time + start) * channels
@@ -195,14 +206,14 @@ def _forward_kernel(
         for j in tl.static_range(TILE):
             if not STEADY:
                 a_X = (many_a[0][j], many_a[1][j])
-            h_X = _plus(_times(a_X, h_X, COMPLEX), (bs[0][j], bs[1][j]), COMPLEX)
+            h_X = _plus(_decayed(a_X, low_X, h_X, STEADY, COMPLEX), (bs[0][j], bs[1][j]), COMPLEX)
             res, ims = append(res, h_X[0]), append(ims, h_X[1])
         _write_tile(h_ptr + at, channels, x_X, ok_JX, (res, ims), TILE, LEVELS, COMPLEX)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def _backward_kernel(
-    a_ptr, h_ptr, first_ptr, dh_ptr, ends_ptr, kept_ptr, da_ptr, db_ptr, dfirst_ptr,
+    a_ptr, low_ptr, h_ptr, first_ptr, dh_ptr, ends_ptr, kept_ptr, da_ptr, db_ptr, dfirst_ptr,
     time, channels, group, segments, tiles,
     STEADY: tl.constexpr, COMPLEX: tl.constexpr,
     TILE: tl.constexpr, LEVELS: tl.constexpr, BLOCK: tl.constexpr,
@@ -214,9 +225,10 @@ def _backward_kernel(
         at_X = before + (segments - 1 - i) * channels + x_X
         end_X = _read(ends_ptr + at_X, inside_X, False, COMPLEX)
         s_X = _plus(_times(_read(kept_ptr + at_X, inside_X, False, COMPLEX), s_X, COMPLEX), end_X, COMPLEX)
-    a_X, h_first_X = da_X, _read(first_ptr + row * channels + x_X, inside_X, False, COMPLEX)
+    a_X, low_X, h_first_X = da_X, da_X, _read(first_ptr + row * channels + x_X, inside_X, False, COMPLEX)
     if STEADY:
         a_X = _conj(_read(a_ptr + row // group * channels + x_X, inside_X, False, COMPLEX), COMPLEX)
+        low_X = _conj(_read(low_ptr + row // group * channels + x_X, inside_X, False, COMPLEX), COMPLEX)
     count = tl.minimum(tiles, tl.cdiv(time, TILE) - segment * tiles)
     for i in range(count):
         start = (segment * tiles + count - 1 - i).to(tl.int64) * TILE
@@ -240,7 +252,7 @@ def _backward_kernel(
                 is_first = start == 0
                 h_X = (tl.where(is_first, h_first_X[0], h_X[0]), tl.where(is_first, h_first_X[1], h_X[1]))
             g_X = _plus((dhs[0][j], dhs[1][j]), s_X, COMPLEX)
-            s_X = _times(a_X, g_X, COMPLEX)
+            s_X = _decayed(a_X, low_X, g_X, STEADY, COMPLEX)
             db_re, db_im = prepend(g_X[0], db_re), prepend(g_X[1], db_im)
             at_a_X = _times(g_X, _conj(h_X, COMPLEX), COMPLEX)
             if STEADY:
@@ -272,23 +284,28 @@ def diagonal_scan(
     Raises:
         KernelError: no kernel can run on these tensors.
     """
-    return _scan(a_BTX, b_BTX, h_BX, steady=False)
+    return _scan(a_BTX, None, b_BTX, h_BX)
 
 
 def steady_scan(
     log_a_X: Inexact[Tensor, "*x"], b_BTX: Inexact[Tensor, "b t *x"], h_BX: Inexact[Tensor, "b *x"]
 ) -> Inexact[Tensor, "b t *x"]:
     """`holdall.ops.scan.steady_scan`, likewise."""
-    return _scan(log_a_X.exp()[None], b_BTX, h_BX, steady=True)
+    exact_X = log_a_X.to(torch.complex128 if log_a_X.is_complex() else torch.float64).exp()
+    a_X = exact_X.to(torch.complex64 if log_a_X.is_complex() else torch.float32)
+    return _scan(a_X, (exact_X - a_X).detach().to(a_X.dtype), b_BTX, h_BX)
 
 
-def _scan(a: Tensor, b: Tensor, h: Tensor, *, steady: bool) -> Tensor:
+def _scan(a: Tensor, low: Tensor | None, b: Tensor, h: Tensor) -> Tensor:
+    """A steady a comes with what it rounds off."""
     dtype, shape = functools.reduce(torch.promote_types, (a.dtype, b.dtype, h.dtype)), b.shape
     if dtype.is_complex:
         a, b, h = (torch.view_as_real(u.to(dtype)) for u in (a, b, h))
+        low = None if low is None else torch.view_as_real(low.to(dtype))
     forms.require_kernel(a, b, h)
-    a = a.reshape(1, -1) if steady else a.reshape(*shape[:2], -1)
-    h_BTX = _forward(a, b.reshape(*shape[:2], -1), h.reshape(len(h), -1), dtype.is_complex)
+    a = a.reshape(*shape[:2], -1) if low is None else a.reshape(1, -1)
+    low = None if low is None else low.reshape(1, -1)
+    h_BTX = _forward(a, low, b.reshape(*shape[:2], -1), h.reshape(len(h), -1), dtype.is_complex)
     return torch.view_as_complex(h_BTX.reshape(*shape, 2)) if dtype.is_complex else h_BTX.reshape(shape)
 
 
@@ -315,49 +332,51 @@ class _Call:
         }  # fmt: skip
         self.grid = (self.rows * self.segments * cdiv(channels, CONFIG["BLOCK"]),)
 
-    def ends(self, a: Tensor, b: Tensor, *, reverse: bool) -> tuple[Tensor, Tensor]:
+    def ends(self, a: Tensor, low: Tensor, b: Tensor, *, reverse: bool) -> tuple[Tensor, Tensor]:
         """Of every segment by itself; nothing where there is but one."""
         dtype = b.dtype if b.dtype == torch.int64 else torch.float32
         ends, kept = (b.new_empty(self.rows, self.segments, b.shape[-1], dtype=dtype) for _ in range(2))
         if self.segments > 1:
-            _ends_kernel[self.grid](a, b, ends, kept, *self.numbers, REVERSE=reverse, **self.how)
+            _ends_kernel[self.grid](a, low, b, ends, kept, *self.numbers, REVERSE=reverse, **self.how)
         return ends, kept
 
 
-def _numbers(is_complex: bool, *tensors: Tensor) -> list[Tensor]:
-    """As the kernels see them: channels side by side, a complex number as one of 64 bits."""
+def _numbers(is_complex: bool, a: Tensor, low: Tensor | None, *tensors: Tensor) -> list[Tensor]:
+    """As the kernels see them: channels side by side, a complex number as one of 64 bits. Where there is no
+    low part they do not look at it."""
+    tensors = a, a if low is None else low, *tensors
     return [u.contiguous().view(torch.int64) if is_complex else u.contiguous() for u in tensors]
 
 
 @torch.library.custom_op("holdall::diagonal_scan_forward", mutates_args=())
-def _forward(a: Tensor, b: Tensor, h: Tensor, is_complex: bool) -> Tensor:
+def _forward(a: Tensor, low: Tensor | None, b: Tensor, h: Tensor, is_complex: bool) -> Tensor:
     """The states after each token. Complex numbers come as two real ones side by side."""
-    out = _forward_fake(a, b, h, is_complex)
-    a, b, h, states = _numbers(is_complex, a, b, h, out)
+    out = _forward_fake(a, low, b, h, is_complex)
+    a, low, b, h, states = _numbers(is_complex, a, low, b, h, out)
     call = _Call(a, b)
-    ends, kept = call.ends(a, b, reverse=False)
-    _forward_kernel[call.grid](a, b, h, ends, kept, states, *call.numbers, **call.how)
+    ends, kept = call.ends(a, low, b, reverse=False)
+    _forward_kernel[call.grid](a, low, b, h, ends, kept, states, *call.numbers, **call.how)
     return out
 
 
 @_forward.register_fake
-def _forward_fake(a: Tensor, b: Tensor, h: Tensor, is_complex: bool) -> Tensor:
+def _forward_fake(a: Tensor, low: Tensor | None, b: Tensor, h: Tensor, is_complex: bool) -> Tensor:
     dtype = functools.reduce(torch.promote_types, (a.dtype, b.dtype, h.dtype))
     return b.new_empty(b.shape, dtype=dtype)
 
 
 @torch.library.custom_op("holdall::diagonal_scan_backward", mutates_args=())
 def _backward(
-    a: Tensor, h: Tensor, out: Tensor, dout: Tensor, is_complex: bool
+    a: Tensor, low: Tensor | None, h: Tensor, out: Tensor, dout: Tensor, is_complex: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of a, of b in the dtype of the states, and of h."""
-    grads = da, db, dh = _backward_fake(a, h, out, dout, is_complex)
-    a, h, out, dout, *into = _numbers(is_complex, a, h, out, dout, *grads)
+    grads = da, db, dh = _backward_fake(a, low, h, out, dout, is_complex)
+    a, low, h, out, dout, *into = _numbers(is_complex, a, low, h, out, dout, *grads)
     call = _Call(a, out)
-    ends, kept = call.ends(a, dout, reverse=True)
+    ends, kept = call.ends(a, low, dout, reverse=True)
     if a.ndim == 2:
         into[0] = sums = torch.empty_like(ends)
-    _backward_kernel[call.grid](a, out, h, dout, ends, kept, *into, *call.numbers, **call.how)
+    _backward_kernel[call.grid](a, low, out, h, dout, ends, kept, *into, *call.numbers, **call.how)
     if a.ndim == 2:
         da = sums.view(torch.float32).unflatten(0, (len(a), -1)).sum((1, 2)).to(da.dtype)
     return da, db, dh
@@ -365,21 +384,21 @@ def _backward(
 
 @_backward.register_fake
 def _backward_fake(
-    a: Tensor, h: Tensor, out: Tensor, dout: Tensor, is_complex: bool
+    a: Tensor, low: Tensor | None, h: Tensor, out: Tensor, dout: Tensor, is_complex: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     return a.new_empty(a.shape), out.new_empty(out.shape), h.new_empty(h.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    a, b, h, ctx.is_complex = inputs
-    ctx.save_for_backward(a, h, output)
+    a, low, b, h, ctx.is_complex = inputs
+    ctx.save_for_backward(a, low, h, output)
     ctx.b_dtype = b.dtype
 
 
 def _gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-    a, h, out = ctx.saved_tensors
-    da, db, dh = _backward(a, h, out, dout, ctx.is_complex)
-    return da, db.to(ctx.b_dtype), dh, None
+    a, low, h, out = ctx.saved_tensors
+    da, db, dh = _backward(a, low, h, out, dout, ctx.is_complex)
+    return da, None, db.to(ctx.b_dtype), dh, None
 
 
 _forward.register_autograd(_gradients, setup_context=_save)

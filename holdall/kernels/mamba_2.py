@@ -193,7 +193,7 @@ def _outputs(projected: Tensor, past: Tensor, size: Sizes, keep: bool) -> tuple[
         projected.new_empty((M, B, size.heads, size.state, size.head_dim), dtype=torch.float32),
         projected.new_empty((M, B, T, size.channels)),
         projected.new_empty((M, B, T, size.inner)),
-        projected.new_empty((M, B, size.heads, 4, T), dtype=torch.float32),
+        projected.new_empty((M, B, size.heads, 5, T), dtype=torch.float32),
         projected.new_empty((M, *kept)),
     )
 
@@ -324,7 +324,8 @@ def _steps_kernel(
     dt_ptr, dt_bias_ptr, a_log_ptr, steps_ptr, dt_t, B, T,
     HEADS: tl.constexpr, CHUNK: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Of a chunk, for each head: dt, the log decay from the chunk's start and to its end, softplus's slope.
+    """Of a chunk, for each head: dt, the log decay from the chunk's start and to its end, softplus's slope,
+    and what the second rounds off: decays between tokens are differences of sums that may be far larger.
 
     A kernel of its own: within the others the compiler would repeat all this in every layout they need it in.
     """
@@ -340,9 +341,11 @@ def _steps_kernel(
     raw = tl.load(dt_ptr + (row * T + t) * dt_t + head[None, :], mask=here, other=0.0).to(tl.float32) + bias
     dt = tl.where(here, softplus(raw), 0.0)
     log_decay = -rate * dt
-    steps_ptr += (row * HEADS + head[None, :]) * 4 * T + t
+    steps_ptr += (row * HEADS + head[None, :]) * 5 * T + t
     tl.store(steps_ptr, dt, mask=here)
-    tl.store(steps_ptr + T, tl.cumsum(log_decay, 0), mask=here)
+    sums = tl.cumsum(log_decay.to(tl.float64), 0)
+    tl.store(steps_ptr + T, sums.to(tl.float32), mask=here)
+    tl.store(steps_ptr + 4 * T, (sums - sums.to(tl.float32).to(tl.float64)).to(tl.float32), mask=here)
     tl.store(steps_ptr + 2 * T, tl.cumsum(log_decay, 0, reverse=True) - log_decay, mask=here)
     small = exp(-tl.abs(raw), True)
     tl.store(steps_ptr + 3 * T, tl.where(raw < 0, small, 1.0) / (1 + small), mask=here)
@@ -350,20 +353,26 @@ def _steps_kernel(
 
 @triton.jit
 def _steps(steps_ptr, q, T, CHUNK: tl.constexpr, EXACT: tl.constexpr):
-    """dt, log decay from the chunk's start and decay to its end, and decay over all of it."""
+    """dt, log decay from the chunk's start, in two parts, and decay to its end, and over all of it."""
     t = q * CHUNK + tl.arange(0, CHUNK)
     dt = tl.load(steps_ptr + t, mask=t < T, other=0.0)
     sums = tl.load(steps_ptr + T + tl.minimum(t, T - 1))  # after the end nothing decays
+    low = sums
+    if EXACT:
+        low = tl.load(steps_ptr + 4 * T + tl.minimum(t, T - 1))
     rest = tl.load(steps_ptr + 2 * T + tl.minimum(t, T - 1))
     last = tl.load(steps_ptr + T + tl.minimum(q * CHUNK + CHUNK, T) - 1)
-    return dt, sums, exp(rest, EXACT), exp(last, EXACT)
+    return dt, sums, low, exp(rest, EXACT), exp(last, EXACT)
 
 
 @triton.jit
-def _between(sums, CHUNK: tl.constexpr, EXACT: tl.constexpr):
+def _between(sums, low, CHUNK: tl.constexpr, EXACT: tl.constexpr):
     """The decay from token j to token i, 0 where j comes later."""
     i, j = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
-    return tl.where(i >= j, exp(tl.minimum(sums[:, None] - sums[None, :], 0.0), EXACT), 0.0)
+    log_decay = sums[:, None] - sums[None, :]
+    if EXACT:
+        log_decay += low[:, None] - low[None, :]
+    return tl.where(i >= j, exp(tl.minimum(log_decay, 0.0), EXACT), 0.0)
 
 
 @triton.jit(do_not_specialize=["B", "T"])
@@ -384,7 +393,7 @@ def _forward_kernel(
     y_at = t[:, None] * (HEADS * DIM) + head * DIM + v[None, :]
     s_at = (row * HEADS + head) * STATE * DIM + n[None, :] * DIM + v[:, None]
     s_real = (v < DIM)[:, None] & (n < STATE)[None, :]
-    steps_ptr += (row * HEADS + head) * 4 * T
+    steps_ptr += (row * HEADS + head) * 5 * T
     h = tl.zeros((V, N), tl.float32)
     if s_ptr is not None:
         h += tl.load(s_ptr + s_at, mask=s_real, other=0.0).to(tl.float32)
@@ -397,12 +406,12 @@ def _forward_kernel(
         x = tl.load(xbc_ptr + token * CHANNELS + x_at, mask=x_ok, other=0.0)
         b = tl.load(xbc_ptr + token * CHANNELS + b_at, mask=b_ok, other=0.0)
         c = tl.load(xbc_ptr + token * CHANNELS + GROUPS * STATE + b_at, mask=b_ok, other=0.0)
-        dt, sums, after, whole = _steps(steps_ptr, q, T, CHUNK, EXACT)
+        dt, sums, low, after, whole = _steps(steps_ptr, q, T, CHUNK, EXACT)
         start = narrow(h, dtype)
         if starts_ptr is not None:
             starts_at = ((row * chunks + q) * HEADS + head) * (N * V) + v[:, None] * N + n[None, :]
             tl.store(starts_ptr + starts_at, start)
-        pairs = narrow(dot(c, tl.trans(b)) * _between(sums, CHUNK, EXACT) * dt[None, :], dtype)
+        pairs = narrow(dot(c, tl.trans(b)) * _between(sums, low, CHUNK, EXACT) * dt[None, :], dtype)
         y = dot(pairs, x, dot(c, tl.trans(start)) * exp(sums, EXACT)[:, None])
         tl.store(y_ptr + token * (HEADS * DIM) + y_at, narrow(y, dtype), mask=x_ok)
         weighted = narrow(b.to(tl.float32) * (dt * after)[:, None], dtype)
@@ -434,7 +443,7 @@ def _backward_kernel(
     db_at = t[:, None] * dbc_t + (head % EACH * (2 * GROUPS) + head // EACH) * STATE + n[None, :]
     s_at = (row * HEADS + head) * STATE * DIM + n[None, :] * DIM + v[:, None]
     s_real = (v < DIM)[:, None] & (n < STATE)[None, :]
-    steps_ptr += (row * HEADS + head) * 4 * T
+    steps_ptr += (row * HEADS + head) * 5 * T
     ds = tl.zeros((V, N), tl.float32)
     if ds_after_ptr is not None:
         ds += tl.load(ds_after_ptr + s_at, mask=s_real, other=0.0).to(tl.float32)
@@ -453,15 +462,20 @@ def _backward_kernel(
         dy = tl.load(dy_ptr + token * (HEADS * DIM) + y_at, mask=x_ok, other=0.0)
         starts_at = ((row * chunks + q) * HEADS + head) * (N * V) + v[:, None] * N + n[None, :]
         start = tl.load(starts_ptr + starts_at)
-        dt, sums, after, whole = _steps(steps_ptr, q, T, CHUNK, EXACT)
+        dt, sums, low, after, whole = _steps(steps_ptr, q, T, CHUNK, EXACT)
         until, weight = exp(sums, EXACT), dt * after
 
-        between = _between(sums, CHUNK, EXACT) * dt[None, :]
+        between = _between(sums, low, CHUNK, EXACT) * dt[None, :]
         dpairs = dot(dy, tl.trans(x))
         dpairs *= between
         pairs = dot(c, tl.trans(b))
         share = dpairs * pairs
-        dsums, share_j = tl.sum(share, 1), tl.sum(share, 0)
+        share_j = tl.sum(share, 0)
+        if EXACT:  # what decays on its way across token i, with nothing in the sum that has to cancel
+            across = tl.cumsum(share, 1) - share
+            dlog_decay = tl.sum(tl.where(t[:, None] >= t[None, :], across, 0.0), 0)
+        else:
+            dlog_decay = tl.cumsum(tl.sum(share, 1) - share_j, 0, reverse=True)
         dpairs, pairs = narrow(dpairs, dtype), narrow(pairs * between, dtype)
 
         ds_narrow = narrow(ds, dtype)
@@ -470,18 +484,18 @@ def _backward_kernel(
         tl.store(dxbc_ptr + token * CHANNELS + x_at, narrow(dx, dtype), mask=x_ok)
 
         from_end = dot(x, ds_narrow) * weight[:, None]
-        share_j += tl.sum(b.to(tl.float32) * from_end, 1)
-        to_last = tl.sum(tl.sum(b.to(tl.float32) * from_end, 1), 0)
+        to_end_j = tl.sum(b.to(tl.float32) * from_end, 1)
+        share_j += to_end_j
         db = dot(tl.trans(dpairs), c, from_end)
         tl.store(dbc_ptr + token * dbc_t + db_at, narrow(db, dtype), mask=b_ok)
 
         from_start = dot(dy, start) * until[:, None]
-        dsums += tl.sum(c.to(tl.float32) * from_start, 1) - share_j
         dc = dot(dpairs, b, from_start)
         tl.store(dbc_ptr + token * dbc_t + GROUPS * STATE + db_at, narrow(dc, dtype), mask=b_ok)
 
-        to_last += whole * tl.sum(tl.sum(start.to(tl.float32) * ds, 1), 0)
-        dlog_decay = tl.cumsum(dsums, 0, reverse=True) + to_last
+        dlog_decay += tl.cumsum(tl.sum(c.to(tl.float32) * from_start, 1), 0, reverse=True)
+        dlog_decay += tl.cumsum(to_end_j, 0) - to_end_j
+        dlog_decay += whole * tl.sum(tl.sum(start.to(tl.float32) * ds, 1), 0)
         slope = tl.load(steps_ptr + 3 * T + q * CHUNK + t, mask=ok, other=0.0)
         draw = (share_j / tl.where(dt > 0, dt, 1.0) - rate * dlog_decay) * slope
         dbias += draw

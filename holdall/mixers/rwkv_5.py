@@ -15,7 +15,6 @@ W_o to zero: the mixer is silent until W_o, which has a gradient from the start,
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -65,6 +64,7 @@ class RWKV5Config(MixerConfig):
     layers: int = 1
     chunk: int = 64
 
+    forms = ("loop", "parallel", "kernel")
     variants = ({}, {"head_size": 4, "layer": 1, "layers": 3, "chunk": 16})
 
     def validate(self) -> None:
@@ -78,6 +78,13 @@ class RWKV5Config(MixerConfig):
     @property
     def key_dim(self) -> int:
         return min(self.head_size, self.width)
+
+    def kernel_refusal(self, device: torch.device, dtype: torch.dtype) -> str:
+        if refusal := super().kernel_refusal(device, dtype):
+            return refusal
+        from holdall.kernels import fla
+
+        return fla.refusal(self.key_dim)
 
     def build(self) -> RWKV5:
         return RWKV5(self)
@@ -104,8 +111,6 @@ class RWKV5(Mixer):
         nn.init.zeros_(self.out_proj.weight)
         self.norm_weight_D = nn.Parameter(torch.full((width,), ((1 + config.layer) / config.layers) ** 0.7))
         self.norm_bias_D = nn.Parameter(torch.zeros(width))
-        loop = self.form == "loop"
-        self.wkv = matrix_wkv_loop if loop else functools.partial(matrix_wkv, chunk=config.chunk)
 
     def forward(
         self,
@@ -122,11 +127,20 @@ class RWKV5(Mixer):
         k, v, r, gate_BTD = (layer(z_BTD) for layer, z_BTD in zip(layers, mixed, strict=True))
         k, v, r = (z_BTD.unflatten(-1, (-1, self.config.key_dim)) for z_BTD in (k, v, r))
         log_decay_HK = -self.time_decay.to(state.s_BHKV.dtype).exp()
-        o_BTHV, s_BHKV = self.wkv(r, k, v, log_decay_HK, self.time_faaaa, state.s_BHKV)
+        o_BTHV, s_BHKV = self._wkv(r, k, v, log_decay_HK, self.time_faaaa, state.s_BHKV)
         o_BTD = F.layer_norm(o_BTHV, o_BTHV.shape[-1:], eps=NORM_EPS).flatten(2)
         o_BTD = torch.addcmul(self.norm_bias_D, o_BTD, self.norm_weight_D)
         y_BTD = self.out_proj(o_BTD * F.silu(gate_BTD))
         return y_BTD, RWKV5State(x_BTD[:, -1].clone(), s_BHKV) if want_state else None
+
+    def _wkv(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        if self.form == "loop":
+            return matrix_wkv_loop(*tensors)
+        if self.form == "kernel":
+            from holdall.kernels import wkv
+
+            return wkv.matrix_wkv(*tensors)
+        return matrix_wkv(*tensors, chunk=self.config.chunk)
 
     def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None) -> RWKV5State:
         width, size = self.config.width, self.config.key_dim

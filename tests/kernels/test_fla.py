@@ -25,8 +25,10 @@ from holdall.forms import KernelError
 from holdall.kernels import delta_rule as kernels_delta
 from holdall.kernels import fla
 from holdall.kernels import linear_attention as kernels_linear
+from holdall.kernels import wkv as kernels_wkv
 from holdall.ops import delta_rule as ops_delta
 from holdall.ops import linear_attention as ops_linear
+from holdall.ops import wkv as ops_wkv
 
 DOUBLE, SINGLE, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 gpu = pytest.mark.gpu
@@ -347,6 +349,33 @@ def test_offsets_beyond_32_bits(rule: str, device: torch.device) -> None:
     assert laws.distance(y[:, -tail:], want[:, -tail:]) < 0.02 * laws.size(want)
 
 
+# ----------------------------------------------------------------------------------------- RWKV-5's attention
+
+
+@pytest.mark.parametrize("w", [-0.05, -1.0, -50.0])
+@pytest.mark.parametrize(
+    ("length", "dtype"),
+    [(1, SINGLE), (65, SINGLE), *(pytest.param(n, t, marks=gpu) for n in (63, 1000) for t in (SINGLE, BF16))],
+)
+def test_a_past_that_fades_at_a_fixed_rate(
+    length: int, dtype: torch.dtype, w: float, device: torch.device
+) -> None:
+    """With a bonus for the present, and however fast it fades: then w hardly matters, and of its gradient, a
+    difference of sums, as little can be held as of theirs."""
+    r, k, v, s = inputs("no decay", length, device, rows=2, heads=2, dtype=dtype)
+    fade = w * (0.5 + torch.rand(2, 16, generator=torch.Generator().manual_seed(7))).to(device)
+    tensors = [r, k, v, fade, torch.linspace(-1, 1, 32, device=device).view(2, 16), s]
+    got, twin = (pulled_back(each.matrix_wkv, tensors) for each in (kernels_wkv, ops_wkv))
+    truth = pulled_back(ops_wkv.matrix_wkv_loop, [x.double() for x in tensors])
+    for i, (x, y) in enumerate(zip(got, twin, strict=True)):
+        assert (x.shape, x.dtype) == (y.shape, y.dtype), f"result or gradient {i}"
+    names = ("y", "state", *(f"gradient of {name}" for name in ("r", "k", "v", "w", "u", "state")))
+    sums = (truth[2] * r.double()).abs().sum((0, 1))
+    for name, x, y, right in zip(names, got, twin, truth, strict=True):
+        scale = laws.size(sums if name == "gradient of w" else right)
+        laws.assert_close(name, x.double(), right, max(SLACK[dtype] * scale, 2 * laws.distance(y, right)))
+
+
 # ------------------------------------------------------------------------------------------------- the mixers
 
 
@@ -356,6 +385,7 @@ MIXERS: dict[str, dict[str, Any]] = {
     "delta-net": {"heads": 1},
     "gated-delta-net": {"heads": 1, "value_ratio": 1},
     "kimi-delta-attention": {"heads": 1},
+    "rwkv-5": {},
     "rwkv-7": {"heads": 1},
 }
 

@@ -1,0 +1,60 @@
+"""A model's blocks by torch.compile, and those that it fails on as they are.
+
+What a compiler takes differs from one release of PyTorch and one device to the next: of complex numbers, say,
+some programs compile on a CPU and not on a GPU. A model should train all the same, and say what runs how.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch._dynamo.exc import TorchDynamoException
+
+from holdall.model import Block, Model
+from holdall.parallel import cast_call
+
+
+def compile_blocks(model: Model, rows: int, length: int, dtype: torch.dtype | None) -> dict[str, str]:
+    """Compile each block for training on (rows, length) tokens, with its weights in a dtype or as they are.
+
+    Every kind of block runs once, forward and backward. Where the compiler fails, the mixers of that kind run
+    without it, their MLPs and norms with it.
+
+    Returns:
+        what runs without it: the mixer's name, and the first line of why.
+    """
+    # equal layers share what was compiled; there are as many kinds as kinds of layers, twice: in evaluation
+    # nothing is kept for a backward pass
+    torch._dynamo.config.recompile_limit = max(64, 4 * len(model.blocks))
+    failed: dict[str, str] = {}
+    tried: set[object] = set()
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        mixer, name = block.mixer, block.mixer.config.name
+        if name in failed:
+            mixer.forward = torch.compiler.disable(mixer.forward)  # type: ignore[method-assign]
+        block.compile(dynamic=False)
+        if mixer.config in tried or name in failed:
+            continue
+        tried.add(mixer.config)
+        try:
+            _once(block, model, rows, length, dtype)
+        except TorchDynamoException as error:
+            failed[name] = _why(error)
+            mixer.forward = torch.compiler.disable(mixer.forward)  # type: ignore[method-assign]
+            block.compile(dynamic=False)
+    return failed
+
+
+def _why(error: BaseException) -> str:
+    """In a line."""
+    cause = getattr(error, "inner_exception", error)
+    return ": ".join((type(cause).__name__, *str(cause).strip().splitlines()[:1]))
+
+
+def _once(block: Block, model: Model, rows: int, length: int, dtype: torch.dtype | None) -> None:
+    """Forward and backward as in training."""
+    device = model.embed.weight.device
+    r_BTD = torch.zeros(rows, length, model.config.width, device=device, requires_grad=True)
+    tokens_BT = torch.zeros(rows, length, dtype=torch.long, device=device)
+    y_BTD, _ = cast_call(block, dtype, r_BTD, tokens_BT=tokens_BT, at_BQ=None, want_state=False)
+    torch.autograd.grad(y_BTD.sum(), [r_BTD, *block.parameters()], allow_unused=True)
