@@ -275,14 +275,13 @@ class Pretrainer:
         with seeded(config.seed):
             self.model = config.model.build()
         self.model = self.model.to(self.device)
-        if dtype is not None:
-            for mixer in self.model.mixers:  # which form runs depends on the dtype that it will see
-                mixer.form = mixer.config.resolved_form(self.device, dtype)
+        self._set_forms(dtype)
         if config.compile:
             self.uncompiled = compile_blocks(self.model, config.micro_batch, config.context_len, dtype)
             for name, why in self.uncompiled.items():
                 warnings.warn(f"torch.compile fails on '{name}', which runs without it: {why}", stacklevel=2)
         self.module = self.fabric.setup_module(LanguageModelLoss(self.model, dtype, config.recompute))
+        self._set_forms(dtype)  # moved to its device a model chooses them anew
         names = decayed(self.model)
         groups: list[dict[str, Any]] = [
             {"params": [w for name, w in self.model.named_parameters() if (name in names) == decays],
@@ -295,6 +294,11 @@ class Pretrainer:
             betas=config.betas,
             fused=True,
         )
+
+    def _set_forms(self, dtype: torch.dtype | None) -> None:
+        """Which form runs depends on the dtype that a mixer will see."""
+        for mixer in self.model.mixers:
+            mixer.form = mixer.config.resolved_form(self.device, dtype or torch.float32)
 
     # ------------------------------------------------------------------------------------------ the loop
 

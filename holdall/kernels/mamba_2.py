@@ -419,6 +419,14 @@ def _forward_kernel(
     tl.store(s_after_ptr + s_at, h, mask=s_real)
 
 
+@triton.jit
+def _add(total, more, lost):
+    """A sum, and what it rounds off, by Kahan's rule."""
+    more += lost
+    after = total + more
+    return after, more - (after - total)
+
+
 @triton.jit(do_not_specialize=["B", "T"])
 def _backward_kernel(
     xbc_ptr, steps_ptr, a_log_ptr, d_ptr, starts_ptr, dy_ptr, ds_after_ptr,
@@ -449,6 +457,7 @@ def _backward_kernel(
         ds += tl.load(ds_after_ptr + s_at, mask=s_real, other=0.0).to(tl.float32)
     # per token, summed over tokens at the end
     dbias, da_log = tl.zeros((CHUNK,), tl.float32), tl.zeros((CHUNK,), tl.float32)
+    lost_dbias, lost_da_log = dbias, da_log
 
     chunks = tl.cdiv(T, CHUNK)
     for back in range(chunks):
@@ -498,8 +507,12 @@ def _backward_kernel(
         dlog_decay += whole * tl.sum(tl.sum(start.to(tl.float32) * ds, 1), 0)
         slope = tl.load(steps_ptr + 3 * T + q * CHUNK + t, mask=ok, other=0.0)
         draw = (share_j / tl.where(dt > 0, dt, 1.0) - rate * dlog_decay) * slope
-        dbias += draw
-        da_log -= dlog_decay * rate * dt
+        if EXACT:
+            dbias, lost_dbias = _add(dbias, draw, lost_dbias)
+            da_log, lost_da_log = _add(da_log, -dlog_decay * rate * dt, lost_da_log)
+        else:
+            dbias += draw
+            da_log -= dlog_decay * rate * dt
         tl.store(ddt_ptr + token * ddt_t + head + t * ddt_t, narrow(draw, dtype), mask=ok)
         weighted = narrow(c.to(tl.float32) * until[:, None], dtype)
         ds = dot(tl.trans(dy), weighted, ds * whole)

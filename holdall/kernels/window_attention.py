@@ -556,11 +556,11 @@ def window_attention(
     ):
         if inplace and cache.k_BSHK.is_contiguous() and cache.v_BSHV.is_contiguous():
             y_B1HV, seen_B = _step_inplace(q, k, v, *cache, scale)
-            return y_B1HV, cache._replace(seen_B=seen_B)
+            return y_B1HV, KeyValueCache(cache.k_BSHK, cache.v_BSHV, seen_B)
         y_B1HV, *after = _step(q, k, v, *cache, scale)
         return y_B1HV, KeyValueCache(*after)
     if cache:
-        ring = cache._replace(k_BSHK=cache.k_BSHK.to(dtype), v_BSHV=cache.v_BSHV.to(dtype))
+        ring = KeyValueCache(cache.k_BSHK.to(dtype), cache.v_BSHV.to(dtype), cache.seen_B)
     else:
         ring = empty_cache(batch, 0, groups, key_dim, v.shape[-1], dtype=dtype, device=v.device)
     y_BTHV, _ = _forward(q, k, v, *ring, window, scale)
