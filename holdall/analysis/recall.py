@@ -154,7 +154,7 @@ def training_counts(corpus: Any) -> tuple[np.ndarray, np.ndarray]:
     wanted = np.unique(bigrams(corpus.valid[0 : len(corpus.valid)], corpus.vocab))
     count = count_bigrams(corpus.train, wanted, corpus.vocab)
     buffer = io.BytesIO()
-    np.savez(buffer, corpus=np.array(corpus.content_hash), bigrams=wanted, counts=count)
+    np.savez_compressed(buffer, corpus=np.array(corpus.content_hash), bigrams=wanted, counts=count)
     with contextlib.suppress(RunError):
         runs.write_atomically(path, buffer.getvalue())
     return wanted, count
@@ -352,7 +352,7 @@ def _joined(pieces: Sequence[Predictions]) -> Predictions:
 
 def _write(path: Path, arrays: Mapping[str, Any]) -> None:
     buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
+    np.savez_compressed(buffer, **arrays)
     runs.write_atomically(path, buffer.getvalue())
 
 
