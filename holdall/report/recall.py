@@ -22,10 +22,10 @@ import numpy as np
 
 from holdall import runs
 from holdall.analysis.recall import SLICES, Scores, check_same, gap, slice_of, table
-from holdall.report import recall_curves
+from holdall.report import recall_curves, recall_gaps
+from holdall.report.recall_gaps import NAMES
 
 TEMPLATE = Path(__file__).with_name("recall.html")
-NAMES = {"hits": "recall hits", "repeated": "other repeated bigrams", "rest": "the rest"}
 OUTCOMES = ("both right", "only A right", "only B right", "both wrong")
 AROUND = 7
 """Tokens to show before and after an earlier occurrence that lies outside the passage."""
@@ -34,7 +34,8 @@ AROUND = 7
 def write(
     scored: Sequence[Scores], out: Path, *, threshold: int, dark: bool = False, command: str = ""
 ) -> list[Path]:
-    """Write slices.json (all that the table of these runs says) and recall.png (curves) into `out`.
+    """Write slices.json (all that the table of these runs says), recall.png (curves) and, of several runs,
+    gaps.png (what their gaps are made of) into `out`.
 
     The first run is the reference. Raises RunError unless all scored the same text.
     """
@@ -57,11 +58,14 @@ def write(
     }
     with runs.explained(out):
         out.mkdir(parents=True, exist_ok=True)
-    picture = io.BytesIO()
-    recall_curves.save(scored, threshold, picture, dark=dark, command=command)
     runs.write_json(out / "slices.json", content)
-    runs.write_atomically(out / "recall.png", picture.getvalue())
-    return [out / "slices.json", out / "recall.png"]
+    written = [out / "slices.json"]
+    for name, figure in (("recall", recall_curves), ("gaps", recall_gaps))[: len(scored)]:
+        picture = io.BytesIO()
+        figure.save(scored, threshold, picture, dark=dark, command=command)
+        runs.write_atomically(out / f"{name}.png", picture.getvalue())
+        written.append(out / f"{name}.png")
+    return written
 
 
 def write_page(a: Scores, b: Scores, corpus: Any, out: Path, **options: Any) -> Path:

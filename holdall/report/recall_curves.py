@@ -7,7 +7,8 @@ the reference's perplexity that is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from io import BytesIO
 from typing import Any
 
@@ -40,10 +41,17 @@ def draw(runs: Sequence[Scores], threshold: int, *, dark: bool = False) -> Any:
 
     Raises RunError unless all runs scored the same text.
     """
-    import matplotlib
-
     for run in runs[1:]:
         check_same(runs[0], run)
+    with looks(dark) as (ground, _, muted):
+        return _draw(runs, threshold, ground, muted)
+
+
+@contextlib.contextmanager
+def looks(dark: bool) -> Iterator[tuple[str, str, str]]:
+    """Matplotlib's settings for the figures of recall; yields the colours of ground, ink, what is muted."""
+    import matplotlib
+
     ground, ink, muted, line = DARK if dark else LIGHT
     colours = {"edgecolor": muted, "labelcolor": ink}
     with matplotlib.rc_context(
@@ -52,7 +60,7 @@ def draw(runs: Sequence[Scores], threshold: int, *, dark: bool = False) -> Any:
         | {f"{axis}tick.{part}": c for axis in "xy" for part, c in (("color", muted), ("labelcolor", ink))}
         | {"text.color": ink, "grid.color": line, "axes.facecolor": ground}
     ):
-        return _draw(runs, threshold, ground, muted)
+        yield ground, ink, muted
 
 
 def _draw(runs: Sequence[Scores], threshold: int, ground: str, muted: str) -> Any:
@@ -60,7 +68,7 @@ def _draw(runs: Sequence[Scores], threshold: int, ground: str, muted: str) -> An
     from matplotlib.figure import Figure
 
     down = 1 if len(runs) == 1 else 2
-    letters = max(len(_cut(run.label)) for run in runs)
+    letters = max(len(cut(run.label)) for run in runs)
     across = min(len(runs), int(7.0 / (0.45 + 0.065 * letters)))
     legend = 0.2 * -(-len(runs) // across) + 0.12
     width, height = 7.8, 0.62 + legend + 2.25 * down
@@ -86,10 +94,10 @@ def _draw(runs: Sequence[Scores], threshold: int, ground: str, muted: str) -> An
         panels[-1, column].set_xlabel(AXES[by])
     panels[0, 0].set_ylabel("Perplexity")
     if down == 2:
-        panels[1, 0].set_ylabel(f"times that of {_cut(runs[0].label)}")
+        panels[1, 0].set_ylabel(f"times that of {cut(runs[0].label)}")
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(
-        handles, [_cut(label) for label in labels], loc="upper left", bbox_to_anchor=(0.075, 0.995),
+        handles, [cut(label) for label in labels], loc="upper left", bbox_to_anchor=(0.075, 0.995),
         ncol=across, frameon=False, fontsize=7.8, handlelength=1.9, handletextpad=0.5, columnspacing=1.4,
         borderaxespad=0.2,
     )  # fmt: skip
@@ -132,7 +140,8 @@ def _set_scales(axes: Any, by: str, threshold: int, muted: str) -> None:
     axes.xaxis.set_major_formatter(lambda value, _: "0" if value < 1 else _count(value))
 
 
-def _cut(label: str, most: int = 28) -> str:
+def cut(label: str, most: int = 28) -> str:
+    """A label as figures have room for it."""
     return label if len(label) <= most else label[: most - 1] + "…"
 
 

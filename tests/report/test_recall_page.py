@@ -19,6 +19,7 @@ from holdall.mixers.mamba import MambaConfig
 from holdall.mixers.s4 import S4Config
 from holdall.model import ModelConfig, seeded
 from holdall.pretrain import PretrainConfig
+from holdall.report import recall_gaps
 from holdall.report.recall import OUTCOMES, legible, outcomes, render, share_text
 from holdall.report.recall_curves import DARK, LIGHT, draw, save
 from holdall.runs import RunError
@@ -417,6 +418,47 @@ def test_curves_of_seventeen_runs_stay_inside_and_tell_the_command():
     assert b"Description\0holdall recall a" in picture.getvalue()
 
 
+# --------------------------------------------------------------------------------------------------- gaps
+
+
+def test_the_parts_of_a_bar_add_up_to_the_gap():
+    first, far = many("first", 0), many("far", 2)
+    better = replace(far, label="better", said=far.said._replace(log_prob=far.said.log_prob.copy()))
+    better.said.log_prob[far.distance_WN == 0] += 3.0  # where nothing is repeated
+    found = {run.label: recall_gaps.parts(run, first, 1250) for run in (far, better)}
+    for run in (far, better):
+        gap = float((run.nll - first.nll).mean())
+        assert sum(found[run.label].values()) == pytest.approx(gap)
+    assert found["far"]["rest"] == pytest.approx(0)
+    assert found["far"]["hits"] > found["far"]["repeated"] / 3 > 0
+    assert found["better"]["rest"] < 0 < found["better"]["hits"] == found["far"]["hits"]
+
+    figure = recall_gaps.draw([first, far, better], 1250)
+    (axes,) = figure.axes
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["better", "far"]
+    bars = {group.get_label(): group.patches for group in axes.containers}
+    assert bars["the rest"][0].get_x() + bars["the rest"][0].get_width() == pytest.approx(
+        found["better"]["rest"]
+    )
+    assert bars["recall hits"][1].get_width() == pytest.approx(found["far"]["hits"])
+    assert axes.lines[0].get_xdata() == pytest.approx(
+        [sum(found[name].values()) for name in ("better", "far")]
+    )
+    assert "behind first" in axes.get_xlabel()
+
+
+def test_bars_of_seventeen_runs_stay_inside():
+    runs = [many(f"a model with a long name, number {k}", k / 9) for k in range(17)]
+    for figure in (recall_gaps.draw(runs, 1250), recall_gaps.draw(runs[:2], 1250, dark=True)):
+        renderer, page = figure.canvas.get_renderer(), figure.bbox
+        box, place = (
+            figure.legends[0].get_window_extent(renderer),
+            figure.axes[0].get_tightbbox(renderer),
+        )
+        assert page.x0 <= place.x0 < place.x1 <= page.x1
+        assert page.y0 <= place.y0 < place.y1 <= box.y0 < box.y1 <= page.y1
+
+
 # ------------------------------------------------------------------------------------------------- command
 
 
@@ -455,7 +497,12 @@ def command(*folders, out, **options):
 def test_command_compares_runs_from_their_folders(runs_of, tmp_path, monkeypatch, capsys):
     a, b, out = runs_of("a", 0), runs_of("b", 1, steps=9), tmp_path / "out"
     assert command(a, b, out=out, licence="my own text") == 0
-    assert sorted(path.name for path in out.iterdir()) == ["recall.html", "recall.png", "slices.json"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "gaps.png",
+        "recall.html",
+        "recall.png",
+        "slices.json",
+    ]
     found = json.loads((out / "slices.json").read_text())
     assert [run["label"] for run in found["runs"]] == ["a", "b"]
     assert found["runs"][1]["step"] == 7
