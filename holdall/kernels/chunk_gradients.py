@@ -11,10 +11,10 @@ else 0:
 
 The package's kernel for it is mistranslated by Triton 3.4 to 3.7.0 for Hopper GPUs where there are decays
 (flash-linear-attention#640), and asks for more shared memory than there is with wide heads. Here tiles are
-small, and fp32 is multiplied as it is: three passes of tf32, which Triton makes of one product,
-come out as a single one for these GPUs, now and then with another result, or read where nothing is.
+small, and fp32 is multiplied as it is: three passes of tf32, which Triton makes of one product, came out as a
+single one on an H100, now and then with another result, or read where nothing is.
 
-Through memory: q, k, u, dy, du, S and dS once per 32 key dimensions, dq, dk and dw once. Operations per
+Through memory: q, k, u, dy, du, S and dS once per tile of key dimensions, dq, dk and dw once. Operations per
 chunk: 2 C V (C + 3 K) + 4 C^2 K, C = 64.
 
 Letters: B row, T time, N chunks, C time within a chunk, H heads, K key dim, V value dim, J blocks of keys.
@@ -30,8 +30,11 @@ from torch import Tensor
 from holdall.kernels import cdiv
 from holdall.kernels.language import dot, narrow
 
-TILE = 32
-"""Key and value dimensions at a time: of more, the sums of a chunk do not fit into registers."""
+
+def _tile(size: int, key_dim: int, value_dim: int, decays: bool) -> int:
+    """Key and value dimensions at a time: of more, the sums of a chunk do not fit into registers; of fewer,
+    the tokens' pairs are made more often. `size`: bytes of a number."""
+    return 32 if size == 4 or (max(key_dim, value_dim) <= 64 and not decays) else 64
 
 
 def chunk_gradients(
@@ -47,7 +50,8 @@ def chunk_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk and dw in the dtype of q, and in fp32 the gradient of the summed decays, if there are any."""
     (rows, length, heads, key_dim), value_dim = q_BTHK.shape, u_BTHV.shape[3]
-    block_k, block_v = (min(TILE, max(16, triton.next_power_of_2(size))) for size in (key_dim, value_dim))
+    tile = _tile(q_BTHK.element_size(), key_dim, value_dim, sums_BTH is not None)
+    block_k, block_v = (min(tile, max(16, triton.next_power_of_2(size))) for size in (key_dim, value_dim))
     blocks, chunks = cdiv(key_dim, block_k), cdiv(length, chunk)
     dq, dk, dw = (torch.empty_like(q_BTHK) for _ in range(3))
     dsums_JBTH = None if sums_BTH is None else sums_BTH.new_empty(blocks, *sums_BTH.shape)

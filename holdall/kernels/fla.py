@@ -84,15 +84,15 @@ def per_head_is_broken() -> bool:
     """Whether the delta rule with a decay per head would have wrong gradients.
 
     Triton 3.4 to 3.7.0 mistranslates the package's backward for Hopper GPUs, and the package then refuses
-    (flash-linear-attention#640). Ours in its place has not been held against our loops there yet: such decays
-    are spread over the key dimensions, for which there are other kernels.
+    (flash-linear-attention#640). Ours in its place was held against our loops there with Triton 3.6; with the
+    others such decays are spread over the key dimensions, for which there are other kernels.
     """
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
         return False
     import triton
 
     release = tuple(map(int, re.findall(r"\d+", triton.__version__)[:3]))
-    return (3, 4) <= release < (3, 7, 1)
+    return (3, 4) <= release < (3, 7, 1) and release[:2] != (3, 6)
 
 
 # ------------------------------------------------------------------------------- its kernels, as we call them

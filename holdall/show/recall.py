@@ -194,13 +194,16 @@ def _table(scored: Sequence[slices.Scores], threshold: int) -> Table:
     )
     if len(scored) > 1:
         text += (
-            f" Gap: of log-perplexity to {first.label}; of it, the share that the hits explain with its 95% "
-            "interval over windows; above 100% where the run is better on other tokens."
+            f" Gap: of log-perplexity to {first.label}; of it, the share that the hits explain"
+            f"{', with its 95% interval over windows' if wide else ''}; above 100% where the run is better "
+            "on other tokens."
         )
     table = Table(
         box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), caption=Text(text), caption_justify="left"
     )
-    table.add_column("run", overflow="fold", min_width=min(24, max(len(run.label) for run in scored)))
+    table.add_column(
+        "run", overflow="fold", min_width=min(24 if wide else 16, max(len(run.label) for run in scored))
+    )
     columns = [
         *(["parameters"] if wide else []),
         *names,
@@ -212,7 +215,7 @@ def _table(scored: Sequence[slices.Scores], threshold: int) -> Table:
     for run, line in zip(scored, lines, strict=True):
         gap = slices.gap(run, first, threshold)
         share = recalls.share_text(gap.share)
-        if share != "–":
+        if share != "–" and wide:
             share += f" ({recalls.share_text(gap.low)} to {recalls.share_text(gap.high)})"
         right = line["hits"]["accuracy"]
         table.add_row(

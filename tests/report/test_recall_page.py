@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import save_file
 
 from holdall.analysis import recall as slices
@@ -519,6 +520,19 @@ def test_command_compares_runs_from_their_folders(runs_of, tmp_path, monkeypatch
     assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["recall.png", "slices.json"]
     assert command(a, b, out=out, rows=10**6) == 0
     assert json.loads((a / "recall.json").read_text())["step"] == 7
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_the_table_is_whole_in_a_narrow_terminal(width, monkeypatch):
+    monkeypatch.setattr(shown, "console", Console(width=width, record=True, file=io.StringIO()))
+    shown.console.print(
+        shown._table([many("attention-lr0.002", 0), many("a-mixer-of-mine-lr0.002", 2)], 1250)
+    )
+    text = shown.console.export_text()
+    assert re.search(r"of it hits\s*\n", text)
+    assert re.search(r"\d%( \(\d+% to \d+%\))?\s*\n", text)
+    assert ("(" in text.split("Perplexity.")[0]) == (width == 160)  # its interval only where there is room
+    assert "better on other tokens." in " ".join(text.split())
 
 
 def test_bf16_is_that_of_training():
