@@ -264,8 +264,7 @@ class Pretrainer:
         flops = flops_per_token(self.model, config.context_len)
         self.share_per_pace = None if peak is None else flops / (peak * self.world)
         self.reader = concurrent.futures.ThreadPoolExecutor(1)
-        self.writer = concurrent.futures.ThreadPoolExecutor(1)
-        self.writing: concurrent.futures.Future[None] | None = None
+        self.writer = runs.Background()
         self._resume()
         self.coming = self.reader.submit(self._rows, self.step)
 
@@ -306,10 +305,10 @@ class Pretrainer:
         try:
             self._train(should_stop, checkpoint_seconds)
             self._write_later("model.safetensors", self._weights())
-            self._written()
+            self.writer.wait()
         finally:
             self.reader.shutdown(cancel_futures=True)
-            self.writer.shutdown()
+            self.writer.close()
         return {
             "steps": self.step,
             "tokens": self.tokens,
@@ -344,7 +343,7 @@ class Pretrainer:
                 self._save()
                 saved = time.monotonic()
             if stop and not last:
-                self._written()
+                self.writer.wait()
                 self._end(Stopped())
             self.told = time.monotonic()
 
@@ -425,7 +424,7 @@ class Pretrainer:
             self.on_line(line)
 
     def _diverged(self, step: int, what: str) -> NoReturn:
-        self._written()
+        self.writer.wait()
         last = self.folder / "last.safetensors"
         kept = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
         rate = self.config.rate(step - 1)
@@ -513,15 +512,8 @@ class Pretrainer:
         """Have the other thread replace a file of the run folder, after what it was told before."""
         if not self.fabric.is_global_zero:
             return
-        self._written()
         metadata = {"state": json.dumps(state or {"step": self.step})}
-        self.writing = self.writer.submit(_write, self.folder / name, tensors, metadata)
-
-    def _written(self) -> None:
-        """Wait for the file that is being written, and raise what went wrong with it."""
-        if self.writing is not None:
-            self.writing.result()
-            self.writing = None
+        self.writer.do(_write, self.folder / name, tensors, metadata)
 
     def _resume(self) -> None:
         """Go back to the last checkpoint; lines of metrics written after it will be written again."""

@@ -8,6 +8,7 @@ metrics.jsonl       one line per evaluation
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import fcntl
 import json
@@ -18,7 +19,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,28 @@ def append_line(path: Path, value: Any) -> None:
     with explained(path), path.open("ab") as file:
         file.write((json.dumps(value, ensure_ascii=False) + "\n").encode())
         file.flush()
+
+
+class Background:
+    """Another thread that does one thing at a time, such as writing a checkpoint, while training goes on."""
+
+    def __init__(self) -> None:
+        self._thread = concurrent.futures.ThreadPoolExecutor(1)
+        self._doing: concurrent.futures.Future[None] | None = None
+
+    def do(self, function: Callable[..., None], *args: Any) -> None:
+        """Begin with it, once what was begun before is done; raises what went wrong with that."""
+        self.wait()
+        self._doing = self._thread.submit(function, *args)
+
+    def wait(self) -> None:
+        """Until it is done; raises what went wrong with it."""
+        if self._doing is not None:
+            doing, self._doing = self._doing, None
+            doing.result()
+
+    def close(self) -> None:
+        self._thread.shutdown()
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

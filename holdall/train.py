@@ -12,7 +12,6 @@ Letters: P members that still train, B rows, N tokens, Q questions a row.
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import functools
 import json
@@ -208,8 +207,7 @@ class Trainer:
         self.seconds = 0.0
         self.epoch_steps = self.data.steps_per_epoch(config.batch)
         self.steps = config.epochs * self.epoch_steps
-        self.writer = concurrent.futures.ThreadPoolExecutor(1)
-        self.writing: concurrent.futures.Future[None] | None = None
+        self.writer = runs.Background()
         self._resume()
 
     def _member(self, rate: float, seed: int) -> Member:
@@ -238,9 +236,9 @@ class Trainer:
     ) -> list[dict[str, Any]]:
         try:
             self._train(on_progress, should_stop, checkpoint_seconds)
-            self._written()
+            self.writer.wait()
         finally:
-            self.writer.shutdown()
+            self.writer.close()
         if self.keep_weights:
             for index, member in enumerate(self.members):
                 self._write_weights(self.folder / f"model-{index}.safetensors", member)
@@ -260,7 +258,7 @@ class Trainer:
             self.seconds = earlier + now - started
             if should_stop():
                 self._save()
-                self._written()
+                self.writer.wait()
                 raise Stopped
             if now - saved > checkpoint_seconds:
                 self._save()
@@ -386,7 +384,7 @@ class Trainer:
 
     def _save(self) -> None:
         """Begin to write a checkpoint: what it holds is copied now, the file is made by another thread."""
-        self._written()
+        self.writer.wait()
         members = [
             {key: getattr(m, key) for key in ("stopped", "steps", "accuracy", "accuracy_by_pairs")}
             for m in self.members
@@ -403,7 +401,7 @@ class Trainer:
             for name, tensor, _ in self._tensors()
         }
         copied = torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
-        self.writing = self.writer.submit(self._write, tensors, {"state": json.dumps(state)}, copied)
+        self.writer.do(self._write, tensors, {"state": json.dumps(state)}, copied)
 
     def _write(self, tensors: dict[str, Tensor], metadata: dict[str, str], copied: Any) -> None:
         """Write a checkpoint: the other thread's part. It waits for the copy alone, not for later steps."""
@@ -412,12 +410,6 @@ class Trainer:
             with torch.cuda.stream(torch.cuda.Stream(self.device)):
                 tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
         runs.write_atomically(self.folder / "checkpoint.safetensors", save(tensors, metadata))
-
-    def _written(self) -> None:
-        """Wait for the checkpoint that is being written, and raise what went wrong with it."""
-        if self.writing is not None:
-            self.writing.result()
-            self.writing = None
 
     def _resume(self) -> None:
         """Go back to the last checkpoint; lines of metrics written after it will be written again."""
