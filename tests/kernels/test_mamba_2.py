@@ -54,18 +54,21 @@ def check(
     fast, other = (mixer_of(form, dtype, device, **options) for form in ("kernel", "parallel"))
     exact = copy.deepcopy(other).double()
     assert (fast.form, other.form, exact.form) == ("kernel", "parallel", "parallel")
-    x = laws.draw(batch, length, fast.config.width, dtype=DOUBLE).to(device, dtype)
     state = other.init_state(batch, dtype=dtype, device=device)
     state = Mamba2State(*(laws.draw(*u.shape, dtype=DOUBLE, seed=9).to(u) for u in state))
     wide = Mamba2State(*(u.double() for u in state))
-    got, again = (pull(fast, x, state if carried else None) for _ in range(2))
-    plain, truth = (
-        pull(other, x, state if carried else None),
-        pull(exact, x.double(), wide if carried else None),
-    )
-    for name, mine in got.items():
-        laws.assert_bitwise(name, mine, again[name])
-        laws.assert_as_good_as_plain(name, mine, plain[name], truth[name])
+    found: list[tuple[dict[str, Tensor], ...]] = []
+    # a head's few numbers err by luck: where it costs little, several draws tell
+    for seed in range(4 if device.type == "cuda" and length < 2000 else 1):
+        x = laws.draw(batch, length, fast.config.width, dtype=DOUBLE, seed=seed).to(device, dtype)
+        got, again = (pull(fast, x, state if carried else None) for _ in range(2))
+        for name, mine in got.items():
+            laws.assert_bitwise(name, mine, again[name])
+        plain = pull(other, x, state if carried else None)
+        found.append((got, plain, pull(exact, x.double(), wide if carried else None)))
+    for name in found[0][0]:
+        mine, plainly, right = (torch.stack([ways[k][name] for ways in found]) for k in range(3))
+        laws.assert_as_good_as_plain(name, mine, plainly, right)
 
 
 GPU_LENGTHS = [pytest.param(length, marks=pytest.mark.gpu) for length in (1000, 16384)]

@@ -18,7 +18,7 @@ from holdall.kernels import rwkv_7
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # rows, tokens, heads, dims of a head
-SIZES = ((1, 1, 1, 8), (2, 63, 2, 24), (1, 65, 1, 64))
+SIZES = ((16, 1, 1, 8), (2, 63, 2, 24), (1, 65, 1, 64))
 EPS = 1e-3
 
 pytestmark = pytest.mark.usefixtures("poisoned")
