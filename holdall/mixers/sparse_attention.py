@@ -89,34 +89,70 @@ def read_one_by_one(
     return torch.cat(ys, dim=1), kept
 
 
+SPAN = 32
+"""Chunks that are read side by side; what is kept goes from one such span to the next."""
+
+
 def read_in_chunks(
     q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, z_BT: Tensor, kept: Kept, *, keys: int, chunk: int
 ) -> tuple[Tensor, Kept]:
-    """A chunk of C queries at once, against the tokens kept before it and its own. O(T (k + C)) for C >= k.
-
-    A token is kept at time t if fewer than `keys` of those read by then come before it in rank.
-    """
+    """Chunks of C queries, each against the tokens kept before it and its own. O(T (k + C)) for C >= k."""
     ys = []
-    chunks = (u.split(chunk, dim=1) for u in (q_BTHK, k_BTHK, v_BTHV, z_BT))
-    for q_BCHK, k_BCHK, v_BCHV, z_BC in zip(*chunks, strict=True):
-        kept = _add(kept, k_BCHK, v_BCHV, z_BC)
-        count, new = kept.z_BS.shape[1], z_BC.shape[1]
-        filled_BS = _filled(kept)
-        z_BS = kept.z_BS.detach().masked_fill(~filled_BS, -torch.inf)
-        # newest first, so that a stable sort ranks the newer of equals higher
-        best_first_BS = count - 1 - z_BS.flip(1).argsort(dim=1, descending=True, stable=True)
-        rank_BS = best_first_BS.argsort(dim=1)
-        time_S = torch.arange(count, device=z_BS.device)
-        read_CS = time_S <= time_S[count - new :, None]
-        # in order of rank, how many have been read at t up to and with each; then back in order of time
-        read_BCS = read_CS.expand(z_BS.shape[0], -1, -1)
-        order_BCS, rank_BCS = (u[:, None].expand_as(read_BCS) for u in (best_first_BS, rank_BS))
-        place_BCS = read_BCS.take_along_dim(order_BCS, 2).cumsum(2).take_along_dim(rank_BCS, 2)
-        visible_BCS = read_BCS & (place_BCS <= keys) & filled_BS[:, None]
-        ys.append(_attend(q_BCHK, kept, visible_BCS))
-        if count > keys:
-            kept = _take(kept, best_first_BS[:, :keys].sort(dim=1).values)
+    for span in zip(*(u.split(SPAN * chunk, dim=1) for u in (q_BTHK, k_BTHK, v_BTHV, z_BT)), strict=True):
+        y_BTHV, kept = _read_span(*span, kept, keys, min(chunk, span[0].shape[1]))
+        ys.append(y_BTHV)
     return torch.cat(ys, dim=1), kept
+
+
+def _read_span(
+    q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, z_BT: Tensor, kept: Kept, keys: int, chunk: int
+) -> tuple[Tensor, Kept]:
+    """G chunks at once: what is kept before a chunk is the best of all that was read before it.
+
+    N are a chunk's candidates, in order of time: the best k before it, then its own C tokens. One is visible
+    at time t if it is read by then and fewer than `keys` of those read by then come before it in rank.
+    """
+    rows, new = z_BT.shape
+    kept = _add(kept, k_BTHK, v_BTHV, z_BT)
+    count, filled_BS = kept.z_BS.shape[1], _filled(kept)
+    z_BS = kept.z_BS.detach().masked_fill(~filled_BS, -torch.inf)
+    time_S, time_C = (torch.arange(n, device=z_BS.device) for n in (count, chunk))
+    start_G1 = count - new + chunk * torch.arange(-(-new // chunk), device=z_BS.device)[:, None]
+    groups = len(start_G1)
+
+    early_BGS = (time_S < start_G1) & filled_BS[:, None]
+    best_BGN = _best_first(z_BS[:, None].masked_fill(~early_BGS, -torch.inf))[..., :keys].sort(-1).values
+    own_GC = start_G1 + time_C
+    slot_BGN = torch.cat((best_BGN, own_GC.clamp(max=count - 1).expand(rows, -1, -1)), dim=2)
+    real_BGN = torch.cat(
+        (early_BGS.take_along_dim(best_BGN, 2), (own_GC < count).expand(rows, -1, -1)), dim=2
+    )
+    slot_BX = slot_BGN.flatten(1)
+    z_BGN = z_BS.take_along_dim(slot_BX, 1).view_as(slot_BGN).masked_fill(~real_BGN, -torch.inf)
+    order_BGN = _best_first(z_BGN)
+    rank_BGN = order_BGN.argsort(-1)
+    # in order of rank, how many have been read at t up to and with each; then back in order of time
+    read_CN = torch.cat(
+        (time_C.new_ones(chunk, best_BGN.shape[2], dtype=torch.bool), time_C <= time_C[:, None]), dim=1
+    )
+    read_BGCN = read_CN.expand(rows, groups, -1, -1)
+    order, rank = (u[:, :, None].expand_as(read_BGCN) for u in (order_BGN, rank_BGN))
+    place_BGCN = read_BGCN.take_along_dim(order, 3).cumsum(3).take_along_dim(rank, 3)
+    visible_BGCN = read_BGCN & (place_BGCN <= keys) & real_BGN[:, :, None]
+
+    looked_at = _take(kept, slot_BX)
+    own = Kept(*(u.unflatten(1, (groups, -1)).flatten(0, 1) for u in looked_at[:3]), kept.seen_B)
+    q_XCHK = F.pad(q_BTHK, (0, 0, 0, 0, 0, groups * chunk - new)).unflatten(1, (groups, -1)).flatten(0, 1)
+    y_XCHV = _attend(q_XCHK, own, visible_BGCN.flatten(0, 1))
+    y_BTHV = y_XCHV.unflatten(0, (rows, groups)).flatten(1, 2)[:, :new]
+    if count > keys:
+        kept = _take(kept, _best_first(z_BS)[:, :keys].sort(-1).values)
+    return y_BTHV, kept
+
+
+def _best_first(z_XS: Tensor) -> Tensor:
+    """Which is the largest, which the next; of equals the newer first, which a stable sort leaves so."""
+    return z_XS.shape[-1] - 1 - z_XS.flip(-1).argsort(dim=-1, descending=True, stable=True)
 
 
 def _add(kept: Kept, k_BTHK: Tensor, v_BTHV: Tensor, z_BT: Tensor) -> Kept:
