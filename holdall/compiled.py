@@ -7,7 +7,6 @@ some programs compile on a CPU and not on a GPU. A model should train all the sa
 from __future__ import annotations
 
 import torch
-from torch._dynamo.exc import TorchDynamoException
 
 from holdall.model import Block, Model
 from holdall.parallel import cast_call
@@ -22,6 +21,8 @@ def compile_blocks(model: Model, rows: int, length: int, dtype: torch.dtype | No
     Returns:
         what runs without it: the mixer's name, and the first line of why.
     """
+    from torch._dynamo.exc import TorchDynamoException  # takes seconds to import
+
     # equal layers share what was compiled; there are as many kinds as kinds of layers, twice: in evaluation
     # nothing is kept for a backward pass
     torch._dynamo.config.recompile_limit = max(64, 4 * len(model.blocks))
@@ -30,18 +31,16 @@ def compile_blocks(model: Model, rows: int, length: int, dtype: torch.dtype | No
     for block in model.blocks:
         assert isinstance(block, Block)
         mixer, name = block.mixer, block.mixer.config.name
+        block.compile(dynamic=False)
+        if name not in failed and mixer.config not in tried:
+            tried.add(mixer.config)
+            try:
+                _once(block, model, rows, length, dtype)
+            except TorchDynamoException as error:
+                failed[name] = _why(error)
         if name in failed:
             mixer.forward = torch.compiler.disable(mixer.forward)  # type: ignore[method-assign]
-        block.compile(dynamic=False)
-        if mixer.config in tried or name in failed:
-            continue
-        tried.add(mixer.config)
-        try:
-            _once(block, model, rows, length, dtype)
-        except TorchDynamoException as error:
-            failed[name] = _why(error)
-            mixer.forward = torch.compiler.disable(mixer.forward)  # type: ignore[method-assign]
-            block.compile(dynamic=False)
+            block.compile(dynamic=False)  # anew, around it
     return failed
 
 

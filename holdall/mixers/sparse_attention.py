@@ -98,8 +98,9 @@ def read_in_chunks(
 ) -> tuple[Tensor, Kept]:
     """Chunks of C queries, each against the tokens kept before it and its own. O(T (k + C)) for C >= k."""
     ys = []
-    for span in zip(*(u.split(SPAN * chunk, dim=1) for u in (q_BTHK, k_BTHK, v_BTHV, z_BT)), strict=True):
-        y_BTHV, kept = _read_span(*span, kept, keys, min(chunk, span[0].shape[1]))
+    spans = (u.split(SPAN * chunk, dim=1) for u in (q_BTHK, k_BTHK, v_BTHV, z_BT))
+    for q, k, v, z in zip(*spans, strict=True):
+        y_BTHV, kept = _read_span(q, k, v, z, kept, keys, min(chunk, z.shape[1]))
         ys.append(y_BTHV)
     return torch.cat(ys, dim=1), kept
 
@@ -141,8 +142,11 @@ def _read_span(
     visible_BGCN = read_BGCN & (place_BGCN <= keys) & real_BGN[:, :, None]
 
     looked_at = _take(kept, slot_BX)
-    own = Kept(*(u.unflatten(1, (groups, -1)).flatten(0, 1) for u in looked_at[:3]), kept.seen_B)
-    q_XCHK = F.pad(q_BTHK, (0, 0, 0, 0, 0, groups * chunk - new)).unflatten(1, (groups, -1)).flatten(0, 1)
+    q_BTHK = F.pad(q_BTHK, (0, 0, 0, 0, 0, groups * chunk - new))
+    q_XCHK, k_XNHK, v_XNHV, z_XN = (
+        u.unflatten(1, (groups, -1)).flatten(0, 1) for u in (q_BTHK, *looked_at[:3])
+    )
+    own = Kept(k_XNHK, v_XNHV, z_XN, kept.seen_B)
     y_XCHV = _attend(q_XCHK, own, visible_BGCN.flatten(0, 1))
     y_BTHV = y_XCHV.unflatten(0, (rows, groups)).flatten(1, 2)[:, :new]
     if count > keys:
