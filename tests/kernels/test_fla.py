@@ -482,6 +482,20 @@ def test_each_kernel_has_one_configuration(device: torch.device) -> None:
                 kernel = kernel.fn
 
 
+@pytest.mark.parametrize(
+    ("release", "hopper", "broken"),
+    [("3.3.1", True, False), ("3.4.0", True, True), ("3.5.1", True, True), ("3.6.0", True, False),
+     ("3.7.0", True, True), ("3.7.1", True, False), ("3.5.1", False, False)],
+)  # fmt: skip
+def test_where_triton_would_mistranslate_is_known(
+    release: str, hopper: bool, broken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("triton.__version__", release)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0) if hopper else (10, 0))
+    assert fla.per_head_is_broken() == broken
+
+
 @pytest.mark.parametrize("broken", [False, True])
 def test_a_decay_per_head_where_its_kernel_is_broken(
     broken: bool, monkeypatch: pytest.MonkeyPatch, device: torch.device
