@@ -67,7 +67,7 @@ def test_a_tiny_suite_from_corpus_to_table(
     assert [(line["kind"], line["steps"]) for line in lines] == [("tried", 1), ("whole", 2)]
     assert json.loads((out / "slices.json").read_text())["runs"][0]["label"] == "attention"
     assert (out / "recall.png").exists()
-    assert (out / "threshold-14" / "recall.png").exists()
+    assert (out / "threshold-4" / "recall.png").exists()
     assert not list(out.rglob("*.safetensors"))
     # again: nothing is left to do
     monkeypatch.setattr(suite.Suite, "_train", lambda *_: pytest.fail("trained again"))
