@@ -9,25 +9,26 @@ Every family of holdall/recipes/presets.py has 15 million parameters without emb
 are tried over 300 steps, with a schedule of that length, and the best is taken; the others have 2e-3.
 
 Each run is `holdall train` in a process of its own, two at a time on a GPU, and `holdall recall` afterwards;
-both go on where they stopped. Learning rates are tried in runs/tried, models stand in runs/whole, where runs
-at further learning rates may be put beside them: the best validation loss counts.
+both go on where they stopped, and what they print is in log.txt of the run's folder. Learning rates are tried
+in runs/tried, models stand in runs/whole, where runs at further learning rates may be put beside them: the
+best validation loss counts.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 import itertools
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,31 +36,31 @@ import torch
 from rich.console import Console
 
 from holdall import runs
-from holdall.analysis.recall import Scores, find, gap, table
+from holdall.analysis.recall import THRESHOLD, Scores, find, gap, table
 from holdall.pretrain import PretrainConfig
 from holdall.recipes.presets import FAMILIES
 from holdall.report import recall as recalls
-from holdall.report import recall_curves
 from holdall.report.recall import share_text
+from holdall.text import open_corpus
 
-SIZE, REFERENCE = "15m", "attention"
+SIZE, REFERENCE, SHOWN = "15m", "attention", "based"
 STEPS, TRIED_STEPS = 1600, 300
 RATES, RATE = (2e-3, 4e-3, 1e-3), 2e-3
 TRIED = ("rwkv", "mamba", "hyena", "attention", "based")
 DRAWN = ("attention", "based", "mamba", "rwkv", "conv-attention", "hyena", "base-conv", "linear-attention")
 """Lines of the figure of curves; of all 17 nobody could tell one from another."""
-THRESHOLD, RARE = 1250, 4
-"""The published threshold, of 10 billion tokens of training text, and the same share of 29 million."""
 SHAPE = {"context": 1024, "batch": 64, "micro-batch": 64, "warmup": 100, "evaluate-every": 400}
 PUBLISHED: dict[str, tuple[float, float, float]] = {
     "attention": (9.44, 1.98, 10.62),
     "long-conv": (13.13, 13.27, 13.12),
-    "hyena": (10.38, 4.81, 11.00),
-    "h3": (10.07, 3.83, 10.75),
+    "hyena": (10.07, 3.83, 10.75),
+    "h3": (10.38, 4.81, 11.00),
     "rwkv": (9.79, 3.82, 10.51),
 }
-"""Zoology (arXiv 2312.04927), table 1: perplexity of all tokens, of recall hits and of the others, at 355
-million parameters after 10 billion tokens of the Pile."""
+"""Zoology (arXiv 2312.04927), table 1: perplexity of all tokens, of recall hits and of the others, at about
+355 million parameters after PUBLISHED_TOKENS of the Pile."""
+PUBLISHED_TOKENS = 10e9
+FILES = ("config", "result", "environment")
 
 console = Console()
 
@@ -90,23 +91,30 @@ def jobs(out: Path, families: Sequence[str]) -> Iterator[Job]:
 
 
 def _done(folder: Path) -> bool:
-    return (folder / "result.json").exists()
+    return (folder / "result.json").exists() or (folder / DIVERGED).exists()
+
+
+DIVERGED = "diverged.txt"
+"""In the folder of a learning rate that was too high, with what `holdall train` said."""
 
 
 def _loss(folder: Path) -> float:
+    if not (folder / "result.json").exists():
+        return math.inf
     return json.loads((folder / "result.json").read_text())["valid_loss"]
 
 
 def best_rate(family: str, out: Path) -> float | None:
-    """The learning rate with the lowest validation loss; None until all were tried."""
+    """The learning rate with the lowest validation loss; None until all were tried, or if all diverged."""
     tried = {rate: Job(family, rate, TRIED_STEPS).folder(out) for rate in RATES}
-    return min(tried, key=lambda rate: _loss(tried[rate])) if all(map(_done, tried.values())) else None
+    best = min(tried, key=lambda rate: _loss(tried[rate]))
+    return best if all(map(_done, tried.values())) and _loss(tried[best]) < math.inf else None
 
 
 def models(family: str, out: Path) -> list[Path]:
     """The folders of a family's models that are trained and scored, the best first."""
     folders = (out / "runs" / "whole").glob(f"{family}-lr*")
-    return sorted((f for f in folders if _done(f) and (f / "recall.json").exists()), key=_loss)
+    return sorted((f for f in folders if _loss(f) < math.inf and (f / "recall.json").exists()), key=_loss)
 
 
 # ------------------------------------------------------------------------------------------------- training
@@ -118,16 +126,24 @@ class Suite:
     def __init__(self, asked: argparse.Namespace) -> None:
         self.asked, self.lock = asked, threading.Lock()
         self.taken: set[Job] = set()
+        self.failed: list[Job] = []
         self.running = 0
         self.until = time.monotonic() + 60 * asked.minutes
 
     def run(self) -> None:
-        gpus = [str(g) for g in range(torch.cuda.device_count())] or [""]
-        slots = gpus * self.asked.at_once
-        with ThreadPoolExecutor(len(slots)) as pool:
+        asked = self.asked
+        gpus = visible_gpus() if asked.device == "cuda" else [""]
+        done = sum(bool(models(family, asked.out)) for family in asked.families)
+        where = f"{len(gpus)} GPU{'s' * (len(gpus) > 1)}" if asked.device == "cuda" else "the CPU"
+        say(
+            f"{len(asked.families)} families, {done} of them done; on {where}, {asked.at_once} runs at once "
+            f"on each; in {asked.out}"
+        )
+        with ThreadPoolExecutor(len(gpus) * asked.at_once) as pool:
             try:
-                for working in [pool.submit(self._work, gpu) for gpu in slots]:
-                    working.result()
+                working = [pool.submit(self._work, gpu) for gpu in gpus * asked.at_once]
+                for each in as_completed(working):
+                    each.result()
             except BaseException:  # Ctrl-C reaches the processes by itself; nothing more is started
                 self.until = 0.0
                 raise
@@ -156,80 +172,117 @@ class Suite:
 
     def _train(self, job: Job, gpu: str) -> None:
         asked, folder, began = self.asked, job.folder(self.asked.out), time.monotonic()
-        shape = {**SHAPE, "steps": job.steps, "learning-rate": f"{job.rate:g}"}
+        what = f"{folder.parent.name} {job.family} at {job.rate:g} on {f'GPU {gpu}' if gpu else 'the CPU'}"
+        say(f"{what}: begins")
+        shape = {**SHAPE, "steps": job.steps, "learning-rate": f"{job.rate:g}", "device": asked.device}
         options = [word for name, value in shape.items() for word in (f"--{name}", str(value))]
-        status, said = self._holdall(
-            gpu, "train", f"{job.family}-{SIZE}", "--data", str(asked.data), *options, "--out", str(folder)
-        )
-        if status == 0 and job.steps == STEPS:
-            status, said = self._holdall(gpu, "recall", str(folder), "--out", str(folder / "recall"))
-        if status == 0 and (asked.no_weights or job.steps == TRIED_STEPS):
+        name = f"{job.family}-{SIZE}"
+        status = self._holdall(gpu, folder, "train", name, "--data", str(asked.data), *options)
+        whole = job.steps == STEPS
+        if status == 0 and whole and time.monotonic() < self.until:
+            status = self._holdall(
+                gpu, folder, "recall", str(folder), "--device", asked.device, out=folder / "recall"
+            )
+        if status == 0 and (not whole or (asked.no_weights and models(job.family, asked.out))):
             for path in folder.glob("*.safetensors"):
                 path.unlink()
-        end = f"ended with {status}: {said}"
+        said = (folder / "log.txt").read_text(errors="replace").strip().splitlines()
         if status == 0:
-            perplexity = json.loads((folder / "result.json").read_text())["valid_perplexity"]
+            perplexity = math.exp(_loss(folder))
             end = f"perplexity {perplexity:.2f}, {time.monotonic() - began:.0f} s"
+        elif time.monotonic() >= self.until:
+            end = "stopped; the same command goes on from there"
+        elif not whole and any("training diverged" in line for line in said):
+            end = "diverged"
+            runs.write_atomically(folder / DIVERGED, "\n".join(said[-5:]).encode())
+        else:
+            end = f"failed, see {folder / 'log.txt'}: {' '.join(said[-1:])[:200]}"
+            self.failed.append(job)
         left = len(list(jobs(asked.out, asked.families)))
-        what = f"{folder.parent.name} {job.family} at {job.rate:g} on {f'GPU {gpu}' if gpu else 'the CPU'}"
-        console.print(f"{what}: {end}; {left} to go or going", markup=False, highlight=False, soft_wrap=True)
+        say(f"{what}: {end}; {left} to go or going")
 
-    def _holdall(self, gpu: str, *words: str) -> tuple[int, str]:
-        """Run a command of Holdall until it ends or time is up; its status and the end of what it said."""
+    def _holdall(self, gpu: str, folder: Path, *words: str, out: Path | None = None) -> int:
+        """Run a command of Holdall until it ends or time is up; its status."""
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu, "COLUMNS": "150"}
         program = [sys.executable, "-c", "from holdall.cli import main; main()", *words]
         left = None if math.isinf(self.until) else max(0.0, self.until - time.monotonic())
-        with subprocess.Popen(
-            program, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        ) as process:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (
+            (folder / "log.txt").open("a") as log,
+            subprocess.Popen(
+                [*program, "--out", str(out or folder)], env=environment, stdout=log, stderr=subprocess.STDOUT
+            ) as process,
+        ):
             try:
-                said, _ = process.communicate(timeout=left)
+                return process.wait(timeout=left)
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGINT)
-                said, _ = process.communicate()
-        return process.returncode, " ".join(said.split())[-300:]
+                return process.wait()
+
+
+def visible_gpus() -> list[str]:
+    """As CUDA_VISIBLE_DEVICES names those that this process may use."""
+    count, named = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",")[:count] if named else [str(index) for index in range(count)]
+
+
+def say(text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 # ------------------------------------------------------------------------------------------------ collecting
 
 
-def collect(out: Path, command: str) -> list[Scores]:
-    """Write results.jsonl, the slices and the figures of what is there; the scores, the reference first."""
-    lines = []
-    for folder in sorted((out / "runs").glob("*/*-lr*")):
-        if _done(folder):
-            about = {name: json.loads((folder / f"{name}.json").read_text()) for name in FILES}
-            config = about["config"]
-            lines.append(
-                {
-                    "kind": folder.parent.name,
-                    "family": folder.name.rpartition("-lr")[0],
-                    **{
-                        key: config[key] for key in ("learning_rate", "steps", "batch", "context_len", "seed")
-                    },
-                    "data_hash": config["data_hash"],
-                    **about["result"],
-                    "environment": about["environment"],
-                }
-            )
-    runs.write_atomically(out / "results.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
-    scored = []
+def collect(asked: argparse.Namespace, command: str) -> str:
+    """Write results.jsonl, slices and figures of what is there; returns the table as README files have it.
+
+    Raises RunError, before anything is written, if the family that all are compared with is not there.
+    """
+    out, found = asked.out, {}
     for family in FAMILIES:
-        for folder in models(family, out)[:1]:
+        for folder in models(family, out):
             if (scores := find(folder)) is not None:
-                scored.append(replace(scores, label=family))
+                found[family] = folder, replace(scores, label=family)
+                break
+            say(f"{folder} has no recall.npz that can be read: left out")
+    if REFERENCE not in found:
+        raise runs.RunError(
+            f"{out} has no {REFERENCE} that was trained and scored, to which all others are compared"
+        )
+    scored = [scores for _, scores in found.values()]
     scored.sort(key=lambda run: (run.label != REFERENCE, run.nll.mean()))
-    if not scored or scored[0].label != REFERENCE:
-        raise runs.RunError(f"{out} has no {REFERENCE} that was scored, to which all others are compared")
-    for threshold, folder in ((THRESHOLD, out), (RARE, out / f"threshold-{RARE}")):
-        recalls.write(scored, folder, threshold=threshold, command=command)
-        picture = io.BytesIO()
-        recall_curves.save([run for run in scored if run.label in DRAWN], threshold, picture, command=command)
-        runs.write_atomically(folder / "recall.png", picture.getvalue())
-    return scored
+    for threshold, folder in ((THRESHOLD, out), (rare := rarer(scored[0]), out / f"threshold-{rare}")):
+        recalls.write(scored, folder, threshold=threshold, drawn=DRAWN, command=command)
+    if asked.licence and asked.data and SHOWN in found:
+        page = recalls.render(
+            scored[0], found[SHOWN][1], open_corpus(asked.data), threshold=THRESHOLD, passages=8, length=128,
+            licence=asked.licence, command=command,
+        )  # fmt: skip
+        runs.write_atomically(out / "passages.html", page.encode())
+    lines = [result_of(folder) for folder in sorted((out / "runs").glob("*/*-lr*"))]
+    text = "".join(json.dumps(line) + "\n" for line in lines if line)
+    runs.write_atomically(out / "results.jsonl", text.encode())
+    return markdown(scored, {family: folder for family, (folder, _) in found.items()})
 
 
-FILES = ("config", "result", "environment")
+def rarer(scores: Scores) -> int:
+    """The published threshold as the same share of this training text."""
+    return max(1, round(THRESHOLD * scores.about["train_tokens"] / PUBLISHED_TOKENS))
+
+
+def result_of(folder: Path) -> dict[str, object] | None:
+    """A run's line of results.jsonl."""
+    if _loss(folder) == math.inf:
+        return None
+    config, result, environment = (json.loads((folder / f"{name}.json").read_text()) for name in FILES)
+    return {
+        "kind": folder.parent.name,
+        "family": folder.name.rpartition("-lr")[0],
+        **{key: config[key] for key in ("learning_rate", "steps", "batch", "context_len", "seed")},
+        "data_hash": config["data_hash"],
+        **result,
+        "environment": environment,
+    }
 
 
 def state_numbers(folder: Path) -> int:
@@ -238,30 +291,28 @@ def state_numbers(folder: Path) -> int:
     return sum(layer.build().state_elements(config.context_len) for layer in config.model.layers)
 
 
-def markdown(scored: Sequence[Scores], out: Path) -> str:
-    """The table as README files have it."""
+def markdown(scored: Sequence[Scores], folders: dict[str, Path]) -> str:
+    rare = rarer(scored[0])
     head = (
         "family", "state", "learning rate", "all", "hits", "other", "hits right", "behind", "of it hits",
-        f"of it hits, at most {RARE} times", "published: all / hits / other",
+        f"of it hits, at most {rare} times", "published: all / hits / other",
     )  # fmt: skip
     rows = [head, ("---", *["---:"] * (len(head) - 1))]
     for run in scored:
-        line, first = table(run, THRESHOLD), run is scored[0]
-        behind, rare = (gap(run, scored[0], threshold) for threshold in (THRESHOLD, RARE))
-        (folder, *_) = models(run.label, out)
+        line, folder = table(run, THRESHOLD), folders[run.label]
+        behind, rarely = (gap(run, scored[0], threshold) for threshold in (THRESHOLD, rare))
         right = line["hits"]["accuracy"]
-        assert right is not None
         rows.append(
             (
                 f"`{run.label}`",
                 f"{state_numbers(folder) / 1e3:,.0f}k",
                 folder.name.rpartition("-lr")[2],
-                *(f"{line[name]['perplexity']:.2f}" for name in ("all", "hits", "other")),
-                f"{right:.1%}",
-                *(["", "", ""] if first else [
+                *(recalls.perplexity_text(line[name]["perplexity"]) for name in ("all", "hits", "other")),
+                "–" if right is None else f"{right:.1%}",
+                *(["", "", ""] if run is scored[0] else [
                     f"{behind.gap:.3f}",
                     f"{share_text(behind.share)} ({share_text(behind.low)} to {share_text(behind.high)})",
-                    share_text(rare.share),
+                    share_text(rarely.share),
                 ]),
                 " / ".join(f"{number:.2f}" for number in PUBLISHED.get(run.label, ())),
             )
@@ -272,26 +323,37 @@ def markdown(scored: Sequence[Scores], out: Path) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.suite", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", type=Path, help="the corpus, a folder that `holdall data` made")
-    parser.add_argument("--out", type=Path, default=Path("results/lm-suite"))
+    parser.add_argument("--out", type=Path, default=Path("runs/lm-suite"), help="default: %(default)s")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long, to go on later")
-    parser.add_argument("--family", action="append", dest="families", choices=list(FAMILIES))
-    parser.add_argument("--at-once", type=int, default=2, help="processes on a GPU")
+    parser.add_argument(
+        "--family", action="append", dest="families", choices=list(FAMILIES), help="only these"
+    )
+    parser.add_argument("--at-once", type=int, default=2, help="runs at once on a GPU (default: %(default)s)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="a CPU would take weeks")
     parser.add_argument("--no-weights", action="store_true", help="keep what a model says, not the model")
     parser.add_argument("--collect", action="store_true", help="train nothing")
+    parser.add_argument("--licence", help="of the corpus' text; with --data, passages.html shows some of it")
     asked = parser.parse_args()
     asked.families = asked.families or list(FAMILIES)
+    failed: list[Job] = []
     if not asked.collect:
         if asked.data is None:
             parser.error("--data names the corpus to train on; `holdall data` makes one")
-        Suite(asked).run()
-    words = ["python -m bench.suite", *([f"--data {asked.data.name}"] if asked.data else ["--collect"])]
+        if asked.device == "cuda" and not torch.cuda.is_available():
+            parser.error("there is no GPU here; --device cpu trains all the same, for weeks")
+        suite = Suite(asked)
+        try:
+            suite.run()
+        except KeyboardInterrupt:
+            say("Stopped. What is done is kept; the same command goes on from there.")
+            return 130
+        failed = suite.failed
     try:
-        scored = collect(asked.out, " ".join(words))
+        print(collect(asked, shlex.join(["python", "-m", "bench.suite", *sys.argv[1:]])))
     except runs.RunError as error:
-        print(error, file=sys.stderr)
-        return 1
-    print(markdown(scored, asked.out))
-    return 0
+        print(f"nothing to compare yet: {error}", file=sys.stderr)
+        return 1 if asked.collect or failed else 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from holdall import runs
-from holdall.analysis.recall import SLICES, Scores, check_same, gap, slice_of, table
+from holdall.analysis.recall import SLICES, Curve, Scores, check_same, curve, gap, slice_of, table
 from holdall.report import recall_curves, recall_gaps
 from holdall.report.recall_gaps import NAMES
 
@@ -32,18 +32,26 @@ AROUND = 7
 
 
 def write(
-    scored: Sequence[Scores], out: Path, *, threshold: int, dark: bool = False, command: str = ""
+    scored: Sequence[Scores],
+    out: Path,
+    *,
+    threshold: int,
+    drawn: Sequence[str] = (),
+    dark: bool = False,
+    command: str = "",
 ) -> list[Path]:
     """Write slices.json (all that the table of these runs says), recall.png (curves) and, of several runs,
     gaps.png (what their gaps are made of) into `out`.
 
-    The first run is the reference. Raises RunError unless all scored the same text.
+    The first run is the reference. `drawn` names the runs whose curves are drawn, if not those of all. Raises
+    RunError unless all scored the same text.
     """
     lines = [
         {
             "label": run.label,
             **{name: run.about.get(name) for name in ("parameters", "checkpoint", "step", "precision")},
             "slices": table(run, threshold),
+            "curves": {by: _numbers(curve(run, by, threshold)) for by in recall_curves.AXES},
             "gap": None if run is scored[0] else gap(run, scored[0], threshold)._asdict(),
         }
         for run in scored
@@ -60,12 +68,22 @@ def write(
         out.mkdir(parents=True, exist_ok=True)
     runs.write_json(out / "slices.json", content)
     written = [out / "slices.json"]
-    for name, figure in (("recall", recall_curves), ("gaps", recall_gaps))[: len(scored)]:
+    lines_of = [run for run in scored if run.label in (drawn or [run.label])]
+    for name, figure, of in (("recall", recall_curves, lines_of), ("gaps", recall_gaps, scored))[
+        : len(scored)
+    ]:
         picture = io.BytesIO()
-        figure.save(scored, threshold, picture, dark=dark, command=command)
+        figure.save(of, threshold, picture, dark=dark, command=command)
         runs.write_atomically(out / f"{name}.png", picture.getvalue())
         written.append(out / f"{name}.png")
     return written
+
+
+def _numbers(found: Curve) -> dict[str, list[float]]:
+    """A curve as slices.json has it: bins by their lowest value."""
+    perplexity = np.exp(found.nll)
+    columns = {"from": found.low, "tokens": found.tokens, "perplexity": perplexity}
+    return {name: [round(x, 4) for x in column.tolist()] for name, column in columns.items()}
 
 
 def write_page(a: Scores, b: Scores, corpus: Any, out: Path, **options: Any) -> Path:
