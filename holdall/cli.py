@@ -328,7 +328,7 @@ def recall(
 
     Args:
         runs: folders that `holdall train` left, all on one corpus; gaps are those to the first.
-        out: the folder that gets slices.json, recall.png and, of two runs, recall.html.
+        out: the folder that gets slices.json, recall.png, gaps.png and, of two runs, recall.html.
         which: the checkpoint; by default the end's, else the best, else the last.
         rows: windows of the validation text to score, spread evenly; by default all.
         context: tokens of a window; by default the shortest that one of the runs was trained on.
@@ -338,7 +338,7 @@ def recall(
         licence: of the text, for the page, where the corpus does not say it.
         device: where to run the models; auto takes a GPU if there is one.
         load: a mixer file of your own that a run was trained with.
-        dark: draw recall.png on a dark ground.
+        dark: draw on a dark ground.
     """
     from holdall.show import recall as shown
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from holdall.contract import MixerConfig
 from holdall.model import Block, Model
 from holdall.parallel import cast_call
 
@@ -15,33 +16,33 @@ from holdall.parallel import cast_call
 def compile_blocks(model: Model, rows: int, length: int, dtype: torch.dtype | None) -> dict[str, str]:
     """Compile each block for training on (rows, length) tokens, with its weights in a dtype or as they are.
 
-    Every kind of block runs once, forward and backward. Where the compiler fails, the mixers of that kind run
-    without it, their MLPs and norms with it.
+    Every kind of block, which are those of equal layers, runs once, forward and backward. Where the compiler
+    fails, mixers of that kind run without it, their MLPs and norms with it.
 
     Returns:
-        what runs without it: the mixer's name, and the first line of why.
+        which mixers run without it, by name, and the first line of why.
     """
     from torch._dynamo.exc import TorchDynamoException  # takes seconds to import
 
     # equal layers share what was compiled; there are as many kinds as kinds of layers, twice: in evaluation
     # nothing is kept for a backward pass
     torch._dynamo.config.recompile_limit = max(64, 4 * len(model.blocks))
-    failed: dict[str, str] = {}
-    tried: set[object] = set()
+    failed: dict[MixerConfig, str] = {}
+    tried: set[MixerConfig] = set()
     for block in model.blocks:
         assert isinstance(block, Block)
-        mixer, name = block.mixer, block.mixer.config.name
+        mixer, kind = block.mixer, block.mixer.config
         block.compile(dynamic=False)
-        if name not in failed and mixer.config not in tried:
-            tried.add(mixer.config)
+        if kind not in tried:
+            tried.add(kind)
             try:
                 _once(block, model, rows, length, dtype)
             except TorchDynamoException as error:
-                failed[name] = _why(error)
-        if name in failed:
+                failed[kind] = _why(error)
+        if kind in failed:
             mixer.forward = torch.compiler.disable(mixer.forward)  # type: ignore[method-assign]
             block.compile(dynamic=False)  # anew, around it
-    return failed
+    return {kind.name: why for kind, why in failed.items()}
 
 
 def _why(error: BaseException) -> str:

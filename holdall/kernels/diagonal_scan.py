@@ -291,9 +291,11 @@ def steady_scan(
     log_a_X: Inexact[Tensor, "*x"], b_BTX: Inexact[Tensor, "b t *x"], h_BX: Inexact[Tensor, "b *x"]
 ) -> Inexact[Tensor, "b t *x"]:
     """`holdall.ops.scan.steady_scan`, likewise."""
+    dtype = functools.reduce(torch.promote_types, (log_a_X.dtype, b_BTX.dtype, h_BX.dtype))
+    forms.require_kernel(*(torch.view_as_real(u) if u.is_complex() else u for u in (log_a_X, b_BTX, h_BX)))
     exact_X = log_a_X.to(torch.complex128 if log_a_X.is_complex() else torch.float64).exp()
     a_X = exact_X.to(torch.complex64 if log_a_X.is_complex() else torch.float32)
-    return _scan(a_X, (exact_X - a_X).detach().to(a_X.dtype), b_BTX, h_BX)
+    return _scan(a_X, (exact_X - a_X).detach().to(a_X.dtype), b_BTX, h_BX).to(dtype)
 
 
 def _scan(a: Tensor, low: Tensor | None, b: Tensor, h: Tensor) -> Tensor:

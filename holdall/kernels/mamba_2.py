@@ -22,10 +22,12 @@ Backward, from the last chunk to the first, with s the gradient of h' and A_ij =
     dl_t = sum_{i >= t} dL_i within the chunk             dA_log = sum_t dl_t l_t
     ddt_j = sum_i A_ij P_ij / dt_j + exp(L_last - L_j) r_j - exp(A_log) dl_j
 
-Differences of decays are only ever taken within a chunk. A program has one head of one row and walks over its
-chunks with the state in registers. The forward keeps the state that each chunk starts from, in x's dtype, so
-that the backward is one walk too. dt x, the decays between tokens and B and C per head are never written; the
-heads of a group write a gradient of B and C each, and another kernel adds them up. D x is the norm's part.
+In fp32 dl_t is summed as what it is, all that decays on its way across t, so that nothing has to cancel, and
+L is kept in two parts. Differences of decays are only ever taken within a chunk. A program has one head of
+one row and walks over its chunks with the state in registers. The forward keeps the state that each chunk
+starts from, in x's dtype, so that the backward is one walk too. dt x, the decays between tokens and B and C
+per head are never written; the heads of a group write a gradient of B and C each, and another kernel adds
+them up. D x is the norm's part.
 
 Through memory, per token, C = E + 2 G N: forward the convolution reads and writes C, the scan reads C and
 writes E and the states, N E / 32, and the norm reads 3 E and writes E; backward norm 6 E, scan 3 E + 2 G N +
@@ -170,6 +172,7 @@ def _forward(
         _steps_kernel[(M * B * cdiv(T, tile["CHUNK"]),)](
             dt, dt_bias.contiguous(), A_log.contiguous(), steps, dt.stride(2), B, T,
             HEADS=size.heads, CHUNK=tile["CHUNK"], PADDED=triton.next_power_of_2(size.heads),
+            EXACT=_exact(projected),
         )  # fmt: skip
         _forward_kernel[(M * B * size.heads,)](
             xbc, steps, None if s is None else s.contiguous(), y, s_after,
@@ -183,6 +186,11 @@ def _forward(
     return out, after, s_after, xbc, y, steps, starts
 
 
+def _exact(x: Tensor) -> bool:
+    """Whether decays keep what they round off."""
+    return x.dtype == torch.float32
+
+
 def _outputs(projected: Tensor, past: Tensor, size: Sizes, keep: bool) -> tuple[Tensor, ...]:
     M, B, T, _ = projected.shape
     tile = size.tile(projected.dtype)
@@ -193,7 +201,7 @@ def _outputs(projected: Tensor, past: Tensor, size: Sizes, keep: bool) -> tuple[
         projected.new_empty((M, B, size.heads, size.state, size.head_dim), dtype=torch.float32),
         projected.new_empty((M, B, T, size.channels)),
         projected.new_empty((M, B, T, size.inner)),
-        projected.new_empty((M, B, size.heads, 5, T), dtype=torch.float32),
+        projected.new_empty((M, B, size.heads, 4 + _exact(projected), T), dtype=torch.float32),
         projected.new_empty((M, *kept)),
     )
 
@@ -322,10 +330,11 @@ register_batch_vmap(_backward)
 @triton.jit(do_not_specialize=["B", "T"])
 def _steps_kernel(
     dt_ptr, dt_bias_ptr, a_log_ptr, steps_ptr, dt_t, B, T,
-    HEADS: tl.constexpr, CHUNK: tl.constexpr, PADDED: tl.constexpr,
+    HEADS: tl.constexpr, CHUNK: tl.constexpr, PADDED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Of a chunk, for each head: dt, the log decay from the chunk's start and to its end, softplus's slope,
-    and what the second rounds off: decays between tokens are differences of sums that may be far larger.
+    """Of a chunk, for each head: dt, the log decay from the chunk's start and to its end, softplus's slope.
+
+    In fp32 also what the second rounds off: decays between tokens are differences of sums far larger.
 
     A kernel of its own: within the others the compiler would repeat all this in every layout they need it in.
     """
@@ -341,11 +350,14 @@ def _steps_kernel(
     raw = tl.load(dt_ptr + (row * T + t) * dt_t + head[None, :], mask=here, other=0.0).to(tl.float32) + bias
     dt = tl.where(here, softplus(raw), 0.0)
     log_decay = -rate * dt
-    steps_ptr += (row * HEADS + head[None, :]) * 5 * T + t
+    steps_ptr += (row * HEADS + head[None, :]) * (5 if EXACT else 4) * T + t
     tl.store(steps_ptr, dt, mask=here)
-    sums = tl.cumsum(log_decay.to(tl.float64), 0)
-    tl.store(steps_ptr + T, sums.to(tl.float32), mask=here)
-    tl.store(steps_ptr + 4 * T, (sums - sums.to(tl.float32).to(tl.float64)).to(tl.float32), mask=here)
+    if EXACT:
+        sums = tl.cumsum(log_decay.to(tl.float64), 0)
+        tl.store(steps_ptr + T, sums.to(tl.float32), mask=here)
+        tl.store(steps_ptr + 4 * T, (sums - sums.to(tl.float32).to(tl.float64)).to(tl.float32), mask=here)
+    else:
+        tl.store(steps_ptr + T, tl.cumsum(log_decay, 0), mask=here)
     tl.store(steps_ptr + 2 * T, tl.cumsum(log_decay, 0, reverse=True) - log_decay, mask=here)
     small = exp(-tl.abs(raw), True)
     tl.store(steps_ptr + 3 * T, tl.where(raw < 0, small, 1.0) / (1 + small), mask=here)
@@ -393,7 +405,7 @@ def _forward_kernel(
     y_at = t[:, None] * (HEADS * DIM) + head * DIM + v[None, :]
     s_at = (row * HEADS + head) * STATE * DIM + n[None, :] * DIM + v[:, None]
     s_real = (v < DIM)[:, None] & (n < STATE)[None, :]
-    steps_ptr += (row * HEADS + head) * 5 * T
+    steps_ptr += (row * HEADS + head) * (5 if EXACT else 4) * T
     h = tl.zeros((V, N), tl.float32)
     if s_ptr is not None:
         h += tl.load(s_ptr + s_at, mask=s_real, other=0.0).to(tl.float32)
@@ -451,7 +463,7 @@ def _backward_kernel(
     db_at = t[:, None] * dbc_t + (head % EACH * (2 * GROUPS) + head // EACH) * STATE + n[None, :]
     s_at = (row * HEADS + head) * STATE * DIM + n[None, :] * DIM + v[:, None]
     s_real = (v < DIM)[:, None] & (n < STATE)[None, :]
-    steps_ptr += (row * HEADS + head) * 5 * T
+    steps_ptr += (row * HEADS + head) * (5 if EXACT else 4) * T
     ds = tl.zeros((V, N), tl.float32)
     if ds_after_ptr is not None:
         ds += tl.load(ds_after_ptr + s_at, mask=s_real, other=0.0).to(tl.float32)

@@ -49,14 +49,14 @@ def draw(runs: Sequence[Scores], threshold: int, *, dark: bool = False) -> Any:
         widest = max(len(curves.cut(label)) for label in labels)
         left = min(0.4, 0.03 + 0.0088 * widest)
         axes = figure.add_axes((left, 0.46 / height, 0.985 - left, 1 - 0.8 / height))
-        right, wrong = [0.0] * len(labels), [0.0] * len(labels)
+        above, below = [0.0] * len(labels), [0.0] * len(labels)
         for name in SLICES:
             sizes = [made[label][name] for label in labels]
-            starts = [wrong[i] if size < 0 else right[i] for i, size in enumerate(sizes)]
+            starts = [below[i] if size < 0 else above[i] for i, size in enumerate(sizes)]
             bars = axes.barh(range(len(labels)), sizes, left=starts, height=0.62, color=COLOURS[name])
             bars.set_label(NAMES[name])
             for i, size in enumerate(sizes):
-                wrong[i], right[i] = wrong[i] + min(size, 0.0), right[i] + max(size, 0.0)
+                below[i], above[i] = below[i] + min(size, 0.0), above[i] + max(size, 0.0)
         gaps = [sum(made[label].values()) for label in labels]
         axes.plot(
             gaps, range(len(labels)), "|", color=ink, markersize=11, markeredgewidth=1.6, label="the gap"

@@ -66,6 +66,31 @@ def test_lengths(steady: bool, dtype: torch.dtype, length: int, device: torch.de
 
 
 @pytest.mark.parametrize("dtype", [SINGLE, COMPLEX], ids=str)
+@pytest.mark.parametrize("length", [9, 29])
+def test_what_a_steady_decay_rounds_off_counts_like_the_rest(
+    length: int, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here it is a third of the decay: it is too small to be seen otherwise, both ways and in segments."""
+    monkeypatch.setattr(kernel, "TILE", 4)
+    monkeypatch.setattr(kernel, "LEAST", 2)
+    log_a, b, h = inputs(length, device=device, dtype=dtype, steady=True)
+    a = log_a.exp()
+    split = results(lambda a, b, h: kernel._scan(a * 2 / 3, (a / 3).detach(), b, h), [a, b, h])
+    whole = results(lambda a, b, h: scan.steady_scan(a.log(), b, h), [a, b, h])
+    whole["gradient of a"] = whole["gradient of a"] * 2 / 3  # the other third is a constant to autograd
+    for name, right in whole.items():
+        laws.assert_close(name, split[name], right, 1e-5 * laws.size(right))
+
+
+def test_a_steady_scan_has_its_twins_dtype_and_refuses_fp64(device: torch.device) -> None:
+    log_a, b, h = inputs(5, device=device, steady=True)
+    for dtype in (torch.bfloat16, SINGLE):
+        assert kernel.steady_scan(log_a.to(dtype), b.to(dtype), h.to(dtype)).dtype == dtype
+    with pytest.raises(KernelError, match="float64"):
+        kernel.steady_scan(log_a.double(), b, h)
+
+
+@pytest.mark.parametrize("dtype", [SINGLE, COMPLEX], ids=str)
 @pytest.mark.parametrize("steady", [False, True])
 def test_segments_of_time_are_the_whole(
     steady: bool, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch

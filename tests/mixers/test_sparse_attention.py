@@ -41,24 +41,32 @@ def test_every_query_sees_the_best_keys_of_its_prefix(form: str, keys: int) -> N
 
 @pytest.mark.parametrize("chunk", [3, 8, 40])
 @pytest.mark.parametrize("keys", [1, 5, 20])
-@torch.no_grad()
 def test_chunks_side_by_side_and_spans_of_them_in_turn_are_the_loop(
     chunk: int, keys: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From a state of which one row has read more than the other, and with equal scores."""
+    """From a state of which one row has read more than the other, with equal scores; gradients too."""
     monkeypatch.setattr(module, "SPAN", 2)
     loop = build("loop", keys=keys)
     mixer = laws.build(SparseAttentionConfig(width=8, heads=2, keys=keys, chunk=chunk)).to(DOUBLE)
     mixer.load_state_dict(loop.state_dict())
     x_BTD = laws.draw(2, 40, 8, dtype=DOUBLE)
     x_BTD[:, 10:20] = x_BTD[:, :10]
-    _, first = loop(x_BTD[:, :7])
-    _, fresh = loop(torch.zeros_like(x_BTD[:, :7]))
+    with torch.no_grad():
+        _, first = loop(x_BTD[:, :7])
+        _, fresh = loop(torch.zeros_like(x_BTD[:, :7]))
     state = Kept(*(torch.stack((a[0], b[1])) for a, b in zip(first, fresh, strict=True)))
     state = state._replace(seen_B=torch.tensor([7, 2]).clamp(max=keys))
-    for got, want in zip(mixer(x_BTD, state), loop(x_BTD, state), strict=True):
-        for x, right in zip(*((got, want) if isinstance(got, Kept) else ([got], [want])), strict=True):
-            laws.assert_close("output or state", x, right)
+
+    def read(which: SparseAttention) -> dict[str, Tensor]:
+        x = x_BTD.clone().requires_grad_()
+        found = laws.named(*which(x, state))
+        up = laws.draw(*found["output"].shape, dtype=DOUBLE, seed=3)
+        gradients = torch.autograd.grad(found["output"], [x, *which.parameters()], up)
+        return found | {f"gradient {i}": gradient for i, gradient in enumerate(gradients)}
+
+    got = read(mixer)
+    for name, right in read(loop).items():
+        laws.assert_close(name, got[name], right)
 
 
 @torch.no_grad()
