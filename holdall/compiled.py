@@ -19,11 +19,11 @@ def compile_blocks(model: Model, rows: int, length: int, dtype: torch.dtype | No
     Every kind of block, which are those of equal layers, runs once, forward and backward. Where the compiler
     fails, mixers of that kind run without it, their MLPs and norms with it.
 
+    Raises what the compiler is not to blame for.
+
     Returns:
         which mixers run without it, by name, and the first line of why.
     """
-    from torch._dynamo.exc import TorchDynamoException  # takes seconds to import
-
     # equal layers share what was compiled; there are as many kinds as kinds of layers, twice: in evaluation
     # nothing is kept for a backward pass
     torch._dynamo.config.recompile_limit = max(64, 4 * len(model.blocks))
@@ -33,15 +33,22 @@ def compile_blocks(model: Model, rows: int, length: int, dtype: torch.dtype | No
         assert isinstance(block, Block)
         mixer, kind = block.mixer, block.mixer.config
         block.compile(dynamic=False)
-        if kind not in tried:
+        new = kind not in tried
+        if new:
             tried.add(kind)
             try:
                 _once(block, model, rows, length, dtype)
-            except TorchDynamoException as error:
+            except torch.OutOfMemoryError:
+                raise  # it would need as much without the compiler
+            except (
+                Exception
+            ) as error:  # of Dynamo, Inductor, Triton or a driver, each with classes of its own
                 failed[kind] = _why(error)
         if kind in failed:
             mixer.forward = torch.compiler.disable(mixer.forward)  # type: ignore[method-assign]
             block.compile(dynamic=False)  # anew, around it
+            if new:  # what fails without the compiler too is raised
+                _once(block, model, rows, length, dtype)
     return {kind.name: why for kind, why in failed.items()}
 
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from holdall import pretrain as module
 from holdall import runs
 from holdall.mixers.attention import AttentionConfig
-from holdall.mixers.base_conv import BaseConvConfig
+from holdall.mixers.base_conv import BaseConv, BaseConvConfig
 from holdall.mixers.h3 import H3Config
 from holdall.mixers.mamba import MambaConfig
 from holdall.mixers.sliding_window import SlidingWindowConfig
@@ -294,6 +294,20 @@ def test_what_the_compiler_fails_on_runs_without_it_and_says_so(
     plain = pretrain(dataclasses.replace(run, compile=False), tmp_path / "plain")
     assert "uncompiled" not in plain
     assert result["valid_loss"] == pytest.approx(plain["valid_loss"], rel=0.01)
+
+
+@pytest.mark.compile
+def test_what_fails_without_the_compiler_too_is_raised(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **options: Any) -> None:
+        raise LookupError("no weights of that name")
+
+    monkeypatch.setattr(BaseConv, "forward", broken)
+    torch.compiler.reset()
+    run = config(corpus, compile=True, steps=2)
+    with pytest.raises(LookupError, match="no weights of that name"):
+        pretrain(run, tmp_path / "broken")
 
 
 # ------------------------------------------------------------------------------------- stopped and resumed
