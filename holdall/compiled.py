@@ -40,9 +40,7 @@ def compile_blocks(model: Model, rows: int, length: int, dtype: torch.dtype | No
                 _once(block, model, rows, length, dtype)
             except torch.OutOfMemoryError:
                 raise  # it would need as much without the compiler
-            except (
-                Exception
-            ) as error:  # of Dynamo, Inductor, Triton or a driver, each with classes of its own
+            except Exception as error:  # Dynamo, Inductor, Triton and drivers all have classes of their own
                 failed[kind] = _why(error)
         if kind in failed:
             mixer.forward = torch.compiler.disable(mixer.forward)  # type: ignore[method-assign]
