@@ -7,6 +7,7 @@ import dataclasses
 import math
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def train(
             for each in (view.line, *trackers):
                 each(line)
 
-        with _View(config) as view, _interrupted() as stop:
+        with _View(config) as view, _interrupted() as stop, _warnings_in_a_line():
             result = pretrain(
                 config,
                 out,
@@ -144,6 +145,18 @@ def _patterned(
         mlp_kind="swiglu",
         norm="rms",
     )
+
+
+@contextlib.contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    """As something said to the user, not as a place in the code; above the bar, not through it."""
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        console.print(f"warning: {message}", markup=False, soft_wrap=True)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 @contextlib.contextmanager

@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 
 from holdall import cli, runs
-from holdall.pretrain import load_run
+from holdall.pretrain import Stopped, load_run
 from holdall.show import train as shown
 from holdall.text.shards import write_corpus
 from holdall.text.tokenizers import Bytes
@@ -50,6 +51,21 @@ def test_a_pattern_is_trained_and_writes_samples(
     assert [layer.name for layer in loaded.config.model.layers] == ["base-conv", "taylor"]
     assert (loaded.config.model.vocab, loaded.config.model.mlp, loaded.step) == (264, 32, 4)
     assert loaded.config.data == str(corpus)
+
+
+@pytest.mark.filterwarnings("default::UserWarning")
+def test_a_warning_is_a_line_that_says_what_it_says(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def warned(*_: object, **__: object) -> None:
+        warnings.warn("torch.compile fails on 'h3', which runs without it", stacklevel=2)
+        raise Stopped
+
+    monkeypatch.setattr(shown, "pretrain", warned)
+    assert run(monkeypatch, *SMALL, "--data", corpus, "--steps", 4, "--out", tmp_path / "run") == 130
+    said = capsys.readouterr()
+    assert "\nwarning: torch.compile fails on 'h3', which runs without it\n" in said.out
+    assert "warn" not in said.err
 
 
 def test_with_no_arguments_it_is_the_small_based_model_on_the_embedded_text(
