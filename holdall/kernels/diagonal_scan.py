@@ -32,7 +32,7 @@ from torch import Tensor
 
 from holdall import forms
 from holdall.kernels import cdiv, register_batch_vmap
-from holdall.kernels.language import append, join_tokens, narrow, prepend, split_tokens
+from holdall.kernels.language import add_up, append, join_tokens, narrow, prepend, split_tokens
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:
     from jaxtyping import Inexact
@@ -63,11 +63,6 @@ def _plus(a, b, COMPLEX: tl.constexpr):
         return a[0] + b[0], a[1] + b[1]
     else:
         return a[0] + b[0], a[1]
-
-
-@triton.jit
-def _minus(a, b):
-    return a[0] - b[0], a[1] - b[1]
 
 
 @triton.jit
@@ -259,11 +254,10 @@ def _backward_kernel(
                 tile_da_X = _plus(tile_da_X, at_a_X, COMPLEX)
             else:
                 da_re, da_im = prepend(at_a_X[0], da_re), prepend(at_a_X[1], da_im)
-        if STEADY:  # a sum of thousands keeps what each addition rounds off, by Kahan's rule
-            tile_da_X = _plus(tile_da_X, lost_X, COMPLEX)
-            more_X = _plus(da_X, tile_da_X, COMPLEX)
-            lost_X = _minus(tile_da_X, _minus(more_X, da_X))
-            da_X = more_X
+        if STEADY:  # a sum of thousands
+            re_X, lost_re_X = add_up(da_X[0], tile_da_X[0], lost_X[0])
+            im_X, lost_im_X = add_up(da_X[1], tile_da_X[1], lost_X[1])
+            da_X, lost_X = (re_X, im_X), (lost_re_X, lost_im_X)
         _write_tile(db_ptr + at, channels, x_X, ok_JX, (db_re, db_im), TILE, LEVELS, COMPLEX)
         if not STEADY:
             _write_tile(da_ptr + at, channels, x_X, ok_JX, (da_re, da_im), TILE, LEVELS, COMPLEX)

@@ -37,6 +37,14 @@ def narrow(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def add_up(total, more, lost):
+    """A sum, and what it rounds off for the next time, by Kahan's rule."""
+    more += lost
+    after = total + more
+    return after, more - (after - total)
+
+
+@triton.jit
 def exp2(x):
     """Zero below 2^-126: without that, which tl.exp2 does not offer, the one instruction becomes four."""
     if INTERPRETED:

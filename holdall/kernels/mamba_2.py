@@ -54,7 +54,7 @@ from torch import Tensor
 
 from holdall import forms
 from holdall.kernels import cdiv, gated_conv, gated_norm, register_batch_vmap
-from holdall.kernels.language import dot, exp, narrow, softplus
+from holdall.kernels.language import add_up, dot, exp, narrow, softplus
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:
     from jaxtyping import Float
@@ -431,14 +431,6 @@ def _forward_kernel(
     tl.store(s_after_ptr + s_at, h, mask=s_real)
 
 
-@triton.jit
-def _add(total, more, lost):
-    """A sum, and what it rounds off, by Kahan's rule."""
-    more += lost
-    after = total + more
-    return after, more - (after - total)
-
-
 @triton.jit(do_not_specialize=["B", "T"])
 def _backward_kernel(
     xbc_ptr, steps_ptr, a_log_ptr, d_ptr, starts_ptr, dy_ptr, ds_after_ptr,
@@ -520,8 +512,8 @@ def _backward_kernel(
         slope = tl.load(steps_ptr + 3 * T + q * CHUNK + t, mask=ok, other=0.0)
         draw = (share_j / tl.where(dt > 0, dt, 1.0) - rate * dlog_decay) * slope
         if EXACT:
-            dbias, lost_dbias = _add(dbias, draw, lost_dbias)
-            da_log, lost_da_log = _add(da_log, -dlog_decay * rate * dt, lost_da_log)
+            dbias, lost_dbias = add_up(dbias, draw, lost_dbias)
+            da_log, lost_da_log = add_up(da_log, -dlog_decay * rate * dt, lost_da_log)
         else:
             dbias += draw
             da_log -= dlog_decay * rate * dt
