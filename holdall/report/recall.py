@@ -68,12 +68,13 @@ def write(
         out.mkdir(parents=True, exist_ok=True)
     runs.write_json(out / "slices.json", content)
     written = [out / "slices.json"]
-    lines_of = [run for run in scored if run.label in (drawn or [run.label])]
-    for name, figure, of in (("recall", recall_curves, lines_of), ("gaps", recall_gaps, scored))[
-        : len(scored)
-    ]:
+    looks: dict[str, Any] = {"threshold": threshold, "dark": dark}
+    figures = {"recall": recall_curves.draw([run for run in scored if run.label in drawn] or scored, **looks)}
+    if len(scored) > 1:
+        figures["gaps"] = recall_gaps.draw(scored, **looks)
+    for name, figure in figures.items():
         picture = io.BytesIO()
-        figure.save(of, threshold, picture, dark=dark, command=command)
+        recall_curves.save_figure(figure, picture, command)
         runs.write_atomically(out / f"{name}.png", picture.getvalue())
         written.append(out / f"{name}.png")
     return written

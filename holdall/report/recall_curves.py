@@ -32,7 +32,11 @@ def save(
     runs: Sequence[Scores], threshold: int, to: BytesIO, *, dark: bool = False, command: str = ""
 ) -> None:
     """Write the curves as PNG, with the command that made it in its metadata."""
-    figure = draw(runs, threshold, dark=dark)
+    save_figure(draw(runs, threshold, dark=dark), to, command)
+
+
+def save_figure(figure: Any, to: BytesIO, command: str) -> None:
+    """Write a figure of recall as PNG, with the command that made it in its metadata."""
     figure.canvas.print_png(to, metadata={"Software": "Holdall", "Description": command})
 
 

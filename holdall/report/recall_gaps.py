@@ -7,7 +7,6 @@ those to the left of zero counted as less, add up to the gap: the difference in 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from io import BytesIO
 from typing import Any
 
 from holdall.analysis.recall import SLICES, Scores, check_same, slice_of
@@ -24,14 +23,6 @@ def parts(run: Scores, reference: Scores, threshold: int) -> dict[str, float]:
     slice_WN = slice_of(run.distance_WN, run.count_WN, threshold)
     behind_WN = run.nll - reference.nll
     return {name: float(behind_WN[slice_WN == k].sum() / behind_WN.size) for k, name in enumerate(SLICES)}
-
-
-def save(
-    runs: Sequence[Scores], threshold: int, to: BytesIO, *, dark: bool = False, command: str = ""
-) -> None:
-    """Write the bars as PNG, with the command that made it in its metadata."""
-    figure = draw(runs, threshold, dark=dark)
-    figure.canvas.print_png(to, metadata={"Software": "Holdall", "Description": command})
 
 
 def draw(runs: Sequence[Scores], threshold: int, *, dark: bool = False) -> Any:
