@@ -36,7 +36,7 @@ import torch
 from rich.console import Console
 
 from holdall import runs
-from holdall.analysis.recall import THRESHOLD, Scores, find, gap, table
+from holdall.analysis.recall import THRESHOLD, Scores, find
 from holdall.pretrain import PretrainConfig
 from holdall.recipes.presets import FAMILIES
 from holdall.report import recall as recalls
@@ -269,7 +269,7 @@ def collect(asked: argparse.Namespace, command: str) -> str:
     lines = [result_of(folder) for folder in sorted((out / "runs").glob("*/*-lr*"))]
     text = "".join(json.dumps(line) + "\n" for line in lines if line)
     runs.write_atomically(out / "results.jsonl", text.encode())
-    return markdown(scored, {family: folder for family, (folder, _) in found.items()})
+    return markdown(out, rare, {family: folder for family, (folder, _) in found.items()})
 
 
 def rarer(scores: Scores) -> int:
@@ -298,30 +298,33 @@ def state_numbers(folder: Path) -> int:
     return sum(layer.build().state_elements(config.context_len) for layer in config.model.layers)
 
 
-def markdown(scored: Sequence[Scores], folders: dict[str, Path]) -> str:
-    rare = rarer(scored[0])
+def markdown(out: Path, rare: int, folders: dict[str, Path]) -> str:
+    """The table of what `recalls.write` left for both thresholds."""
+    usual, rarely = (
+        json.loads((folder / "slices.json").read_text())["runs"]
+        for folder in (out, out / f"threshold-{rare}")
+    )
     head = (
         "family", "state", "learning rate", "all", "hits", "other", "hits right", "behind", "of it hits",
         f"of it hits, at most {rare} times", "published: all / hits / other",
     )  # fmt: skip
     rows = [head, ("---", *["---:"] * (len(head) - 1))]
-    for run in scored:
-        line, folder = table(run, THRESHOLD), folders[run.label]
-        behind, rarely = (gap(run, scored[0], threshold) for threshold in (THRESHOLD, rare))
+    for run, rare_run in zip(usual, rarely, strict=True):
+        label, line, behind = run["label"], run["slices"], run["gap"]
         right = line["hits"]["accuracy"]
         rows.append(
             (
-                f"`{run.label}`",
-                f"{state_numbers(folder) / 1e3:,.0f}k",
-                folder.name.rpartition("-lr")[2],
+                f"`{label}`",
+                f"{state_numbers(folders[label]) / 1e3:,.0f}k",
+                folders[label].name.rpartition("-lr")[2],
                 *(recalls.perplexity_text(line[name]["perplexity"]) for name in ("all", "hits", "other")),
                 "–" if right is None else f"{right:.1%}",
-                *(["", "", ""] if run is scored[0] else [
-                    f"{behind.gap:.3f}",
-                    f"{share_text(behind.share)} ({share_text(behind.low)} to {share_text(behind.high)})",
-                    share_text(rarely.share),
+                *(["", "", ""] if behind is None else [
+                    f"{behind['gap']:.3f}",
+                    "{} ({} to {})".format(*(share_text(behind[end]) for end in ("share", "low", "high"))),
+                    share_text(rare_run["gap"]["share"]),
                 ]),
-                " / ".join(f"{number:.2f}" for number in PUBLISHED.get(run.label, ())),
+                " / ".join(f"{number:.2f}" for number in PUBLISHED.get(label, ())),
             )
         )  # fmt: skip
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
