@@ -24,9 +24,8 @@ def compile_blocks(model: Model, rows: int, length: int, dtype: torch.dtype | No
     Returns:
         which mixers run without it, by name, and the first line of why.
     """
-    # equal layers share what was compiled; there are as many kinds as kinds of layers, twice: in evaluation
-    # nothing is kept for a backward pass
-    torch._dynamo.config.recompile_limit = max(64, 4 * len(model.blocks))
+    # equal layers share what was compiled; there are as many kinds as kinds of layers
+    torch._dynamo.config.recompile_limit = max(64, 2 * len(model.blocks))
     failed: dict[MixerConfig, str] = {}
     tried: set[MixerConfig] = set()
     for block in model.blocks:

@@ -442,8 +442,13 @@ class Pretrainer:
         raise error if self.fabric.is_global_zero else SystemExit(0)
 
     @torch.no_grad()
+    @torch.compiler.set_stance("force_eager")
     def _evaluate(self) -> None:
-        """The mean loss over the first windows of the validation split, as many for each process."""
+        """The mean loss over the first windows of the validation split, as many for each process.
+
+        Without torch.compile: it would compile passes without gradients, and the last rows, anew for a few
+        passes, and may fail on them though it took the training.
+        """
         config, valid = self.config, self.corpus.valid
         windows = min(config.evaluate_rows, (len(valid) - 1) // config.context_len)
         share = max(1, windows // self.world)

@@ -169,11 +169,12 @@ def _add(kept: Kept, k_BTHK: Tensor, v_BTHV: Tensor, z_BT: Tensor) -> Kept:
 
 
 def _take(kept: Kept, slot_BS: Tensor) -> Kept:
-    slot_BS11 = slot_BS[:, :, None, None]
+    # by rows: the gradient adds whole tokens in a fixed order, that of take_along_dim each number by itself
+    row_B1 = torch.arange(len(slot_BS), device=slot_BS.device)[:, None]
     return Kept(
-        kept.k_BSHK.take_along_dim(slot_BS11, dim=1),
-        kept.v_BSHV.take_along_dim(slot_BS11, dim=1),
-        kept.z_BS.take_along_dim(slot_BS, dim=1),
+        kept.k_BSHK[row_B1, slot_BS],
+        kept.v_BSHV[row_B1, slot_BS],
+        kept.z_BS[row_B1, slot_BS],
         kept.seen_B,
     )
 

@@ -101,7 +101,8 @@ FAMILIES: dict[str, Family] = {
     "s4": lambda w, depth, n: (S4Config(width=w),) * depth,
     "base-conv": _base_conv,
     "griffin": lambda w, depth, n: patterns.griffin(w, repeats=math.ceil(depth / 3), heads=w // 64),
-    "long-conv": lambda w, depth, n: (LongConvConfig(width=w, max_length=n),) * depth,
+    # without the squash its filters start as noise that outweighs the text
+    "long-conv": lambda w, depth, n: (LongConvConfig(width=w, max_length=n, squash=0.003),) * depth,
     "conv-attention": lambda w, depth, n: patterns.conv_attention(
         w, repeats=depth // 4, convs=3, heads=w // 64
     ),
