@@ -6,6 +6,7 @@ matrix rate, measured in the same run, these give the ceiling that no implementa
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -116,4 +117,35 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
             f"{result['target_ms']:.3f}" if result["target_ms"] else "-",
             "\n".join(instead),
         )
+    return shown
+
+
+def profile(title: str, step: Callable[[], Any], *, steps: int = 5, top: int = 20) -> Table:
+    """The kernels of one step, after a few that warm up, the longest first, and how long the step takes."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiled
+
+    for _ in range(4):
+        step()
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(steps):
+        step()
+    torch.cuda.synchronize()
+    each = (time.perf_counter() - began) / steps
+    with profiled(activities=[ProfilerActivity.CUDA]) as seen:
+        for _ in range(steps):
+            step()
+        torch.cuda.synchronize()
+    kernels = sorted(seen.key_averages(), key=lambda kernel: -kernel.device_time_total)
+    whole = sum(kernel.device_time_total for kernel in kernels)
+    count = sum(kernel.count for kernel in kernels) // steps
+    shown = Table(
+        title=f"{title}: {1e3 * each:.2f} ms, of which {count} kernels take {whole / steps / 1e3:.2f} ms"
+    )
+    for column in ("share", "us", "times", "kernel"):
+        shown.add_column(column, justify="left" if column == "kernel" else "right", no_wrap=True)
+    for kernel in kernels[:top]:
+        us = kernel.device_time_total
+        shown.add_row(f"{us / whole:.1%}", f"{us / steps:.0f}", str(kernel.count // steps), kernel.key[:100])
     return shown

@@ -2,6 +2,7 @@
 
     python -m bench.lm            based-360m beside attention-360m, at 2,048 and 16,384 tokens of context
     python -m bench.lm --toy      small models of the same kinds, anywhere: that every part runs
+    python -m bench.lm --profile  where the time of a step goes
 
 Steps of 16,384 tokens of random text in bf16, blocks compiled: the pass forward and backward, clipping and
 AdamW. Attention is PyTorch's own. `repeatable` has every sum in a fixed order, as `holdall train` runs so
@@ -17,15 +18,17 @@ import dataclasses
 import math
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 from rich.table import Table
 
-from bench import show
+from bench import gpu, show
 from holdall.model import ModelConfig, repeatable
 from holdall.operations import flops_per_token, peak_flops
 from holdall.parallel import launcher
@@ -56,26 +59,34 @@ def _heads(layer: Any) -> dict[str, int]:
     return {"heads": 2} if hasattr(layer, "heads") else {}
 
 
-def measure(name: str, context: int, mode: str, *, small: bool) -> dict[str, Any]:
-    """One model at one length, after steps that compile and warm up."""
+@contextlib.contextmanager
+def training(name: str, context: int, mode: str, *, small: bool) -> Iterator[Pretrainer]:
+    """A model that is being trained on steps of equally many tokens, at any context."""
     model, tokens = preset(name, VOCAB, context_len=context), TOKENS
     if small:
         model, context, tokens = toy(model), context // 32, TOKENS // 32
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    fabric = launcher(device)
+    fabric = launcher("cuda" if torch.cuda.is_available() else "cpu")
     fabric.launch()
     rows = max(1, tokens // context)
     config = PretrainConfig(
         model=model, context_len=context, batch=rows, micro_batch=rows, precision="bf16", compile=True
     )
     ordered = repeatable(fabric.device) if mode == "repeatable" else contextlib.nullcontext()
+    torch.compiler.reset()  # what was compiled for one mode is not for the other
     with TemporaryDirectory() as folder, ordered:
         data: Any = RandomText(64 * rows * context, min(VOCAB, model.vocab))
         trainer = Pretrainer(config, data, Path(folder), fabric)
+        yield trainer
+        trainer.reader.shutdown(cancel_futures=True)
+
+
+def measure(name: str, context: int, mode: str, *, small: bool) -> dict[str, Any]:
+    """One model at one length, after steps that compile and warm up."""
+    with training(name, context, mode, small=small) as trainer:
         began = time.perf_counter()
         for _ in range(WARM):
             trainer.train_step().tolist()
-        warm, times = time.perf_counter() - began, []
+        warm, times = time.perf_counter() - began, list[float]()
         until = time.perf_counter() + (1.0 if small else SECONDS)
         while time.perf_counter() < until or len(times) < 3:
             before = time.perf_counter()
@@ -83,21 +94,27 @@ def measure(name: str, context: int, mode: str, *, small: bool) -> dict[str, Any
                 loss = trainer.train_step()
             assert math.isfinite(loss.tolist()[0])
             times.append((time.perf_counter() - before) / 2)
-        trainer.reader.shutdown(cancel_futures=True)
-    pace = rows * context / statistics.median(times)
-    peak, flops = peak_flops(fabric.device), flops_per_token(trainer.model, context)
+    config, device = trainer.config, trainer.device
+    pace = config.batch * config.context_len / statistics.median(times)
+    peak, flops = peak_flops(device), flops_per_token(trainer.model, config.context_len)
     return {
         "model": name,
         "parameters": trainer.model.parameter_count(),
-        "context": context,
-        "rows": rows,
+        "context": config.context_len,
+        "rows": config.batch,
         "mode": mode,
         "tokens_per_second": round(pace),
         "share_of_peak": None if peak is None else round(pace * flops / peak, 3),
-        "gigabytes": round(torch.cuda.max_memory_allocated() / 2**30, 1) if device == "cuda" else None,
+        "gigabytes": round(torch.cuda.max_memory_allocated() / 2**30, 1) if device.type == "cuda" else None,
         "warm_up_seconds": round(warm, 1),
         "forms": sorted({f"{mixer.config.name}: {mixer.form}" for mixer in trainer.model.mixers}),
     }
+
+
+def profile(name: str, context: int) -> Table:
+    """The kernels of one step as `holdall train` takes it."""
+    with training(name, context, "repeatable", small=False) as trainer:
+        return gpu.profile(f"{name}, context {context:,}", trainer.train_step, top=40)
 
 
 def run(*, small: bool = False) -> list[dict[str, Any]]:
@@ -106,7 +123,6 @@ def run(*, small: bool = False) -> list[dict[str, Any]]:
     for context in CONTEXTS:
         for name in MODELS:
             for mode in ("repeatable", "free"):
-                torch.compiler.reset()  # what was compiled for one mode is not for the other
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
                     torch.cuda.reset_peak_memory_stats()
@@ -145,10 +161,15 @@ def table(results: list[dict[str, Any]]) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.lm", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--toy", action="store_true", help="small models, on whatever device there is")
+    parser.add_argument("--profile", action="store_true", help="the kernels of a step, the longest first")
     asked = parser.parse_args()
     if not asked.toy and not torch.cuda.is_available():
         parser.error("models of 360 million parameters need a GPU; --toy runs anywhere")
-    show("lm", run(small=asked.toy), table)
+    if asked.profile:
+        for name in MODELS:
+            Console(width=140).print(profile(name, CONTEXTS[0]))
+    else:
+        show("lm", run(small=asked.toy), table)
 
 
 if __name__ == "__main__":

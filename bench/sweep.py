@@ -30,7 +30,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench import show
+from bench import gpu, show
 from bench.training import plain_loop
 from holdall import recipes
 from holdall.frontier import Point
@@ -140,33 +140,12 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
     return shown
 
 
-def profile(point: Point, length: int, pairs: int, *, steps: int = 5, top: int = 20) -> Table:
+def profile(point: Point, length: int, pairs: int) -> Table:
     """The kernels of one step of a population, the longest first."""
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as profiled
-
     device = torch.device("cuda")
     with TemporaryDirectory() as folder, repeatable(device), own_stream(device):
         trained = population(config(point, length, pairs), Path(folder))
-        for _ in range(4):
-            next(trained)
-        torch.cuda.synchronize()
-        with profiled(activities=[ProfilerActivity.CUDA]) as seen:
-            for _ in range(steps):
-                next(trained)
-            torch.cuda.synchronize()
-    kernels = sorted(seen.key_averages(), key=lambda kernel: -kernel.device_time_total)
-    whole = sum(kernel.device_time_total for kernel in kernels)
-    count = sum(kernel.count for kernel in kernels) // steps
-    shown = Table(
-        title=f"{point.label}, N = {length}, K = {pairs}: {whole / steps / 1e3:.2f} ms, {count} kernels"
-    )
-    for column in ("share", "us", "times", "kernel"):
-        shown.add_column(column, justify="left" if column == "kernel" else "right", no_wrap=True)
-    for kernel in kernels[:top]:
-        us = kernel.device_time_total
-        shown.add_row(f"{us / whole:.1%}", f"{us / steps:.0f}", str(kernel.count // steps), kernel.key[:100])
-    return shown
+        return gpu.profile(f"{point.label}, N = {length}, K = {pairs}", lambda: next(trained))
 
 
 def main() -> None:

@@ -58,8 +58,8 @@ def check(
     state = Mamba2State(*(laws.draw(*u.shape, dtype=DOUBLE, seed=9).to(u) for u in state))
     wide = Mamba2State(*(u.double() for u in state))
     found: list[tuple[dict[str, Tensor], ...]] = []
-    # a head's few numbers err by luck: where it costs little, several draws tell
-    for seed in range(4 if device.type == "cuda" and length < 2000 else 1):
+    # a head's few numbers err by luck: several draws tell, where they cost little
+    for seed in range(4 if device.type == "cuda" else 1):
         x = laws.draw(batch, length, fast.config.width, dtype=DOUBLE, seed=seed).to(device, dtype)
         got, again = (pull(fast, x, state if carried else None) for _ in range(2))
         for name, mine in got.items():
