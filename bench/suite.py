@@ -37,7 +37,6 @@ from rich.console import Console
 
 from holdall import runs
 from holdall.analysis.recall import THRESHOLD, Scores, find
-from holdall.pretrain import PretrainConfig
 from holdall.recipes.presets import FAMILIES
 from holdall.report import recall as recalls
 from holdall.report.recall import share_text
@@ -47,8 +46,8 @@ SIZE, REFERENCE, SHOWN = "15m", "attention", "based"
 STEPS, TRIED_STEPS = 1600, 300
 RATES, RATE = (2e-3, 4e-3, 1e-3), 2e-3
 TRIED = ("rwkv", "mamba", "hyena", "attention", "based")
-DRAWN = ("attention", "based", "mamba", "rwkv", "conv-attention", "hyena", "base-conv", "linear-attention")
-"""Lines of the figure of curves; of all 17 nobody could tell one from another."""
+DRAWN = ("attention", "based", "mamba-2", "griffin", "rwkv", "conv-attention", "hyena")
+"""Lines of the figure of curves, as many as it has colours."""
 SHAPE = {
     "context": 1024,
     "batch": 64,
@@ -292,12 +291,6 @@ def result_of(folder: Path) -> dict[str, object] | None:
     }
 
 
-def state_numbers(folder: Path) -> int:
-    """How many numbers a model carries from token to token, after a whole context."""
-    config = PretrainConfig.from_dict(json.loads((folder / "config.json").read_text()))
-    return sum(layer.build().state_elements(config.context_len) for layer in config.model.layers)
-
-
 def markdown(out: Path, rare: int, folders: dict[str, Path]) -> str:
     """The table of what `recalls.write` left for both thresholds."""
     usual, rarely = (
@@ -305,8 +298,8 @@ def markdown(out: Path, rare: int, folders: dict[str, Path]) -> str:
         for folder in (out, out / f"threshold-{rare}")
     )
     head = (
-        "family", "state", "learning rate", "all", "hits", "other", "hits right", "behind", "of it hits",
-        f"of it hits, at most {rare} times", "published: all / hits / other",
+        "family", "state", "learning rate", "all", "hits", "other", "hits right", "behind", "on hits",
+        "of it hits", f"of it hits, at most {rare} times", "published: all / hits / other",
     )  # fmt: skip
     rows = [head, ("---", *["---:"] * (len(head) - 1))]
     for run, rare_run in zip(usual, rarely, strict=True):
@@ -315,19 +308,24 @@ def markdown(out: Path, rare: int, folders: dict[str, Path]) -> str:
         rows.append(
             (
                 f"`{label}`",
-                f"{state_numbers(folders[label]) / 1e3:,.0f}k",
+                f"{run['state']['numbers'] / 1e3:,.0f}k",
                 folders[label].name.rpartition("-lr")[2],
                 *(recalls.perplexity_text(line[name]["perplexity"]) for name in ("all", "hits", "other")),
                 "–" if right is None else f"{right:.1%}",
-                *(["", "", ""] if behind is None else [
-                    f"{behind['gap']:.3f}",
-                    "{} ({} to {})".format(*(share_text(behind[end]) for end in ("share", "low", "high"))),
+                *([""] * 4 if behind is None else [
+                    *(f"{behind[part]:.3f}".replace("-", "−") for part in ("gap", "hits")),
+                    _with_interval(behind),
                     share_text(rare_run["gap"]["share"]),
                 ]),
                 " / ".join(f"{number:.2f}" for number in PUBLISHED.get(label, ())),
             )
         )  # fmt: skip
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _with_interval(behind: dict[str, float | None]) -> str:
+    share, low, high = (share_text(behind[end]) for end in ("share", "low", "high"))
+    return share if share == "–" else f"{share} ({low} to {high})"
 
 
 def main() -> int:

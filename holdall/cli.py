@@ -328,7 +328,7 @@ def recall(
 
     Args:
         runs: folders that `holdall train` left, all on one corpus; gaps are those to the first.
-        out: the folder that gets slices.json, recall.png, gaps.png and, of two runs, recall.html.
+        out: the folder that gets slices.json, recall.png, gaps.png, state.png and, of two runs, recall.html.
         which: the checkpoint; by default the end's, else the best, else the last.
         rows: windows of the validation text to score, spread evenly; by default all.
         context: tokens of a window; by default the shortest that one of the runs was trained on.

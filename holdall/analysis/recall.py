@@ -44,7 +44,7 @@ import numpy as np
 import torch
 
 from holdall import runs
-from holdall.model import Model
+from holdall.model import Model, ModelConfig, seeded
 from holdall.runs import RunError
 
 THRESHOLD = 1250
@@ -380,14 +380,18 @@ def table(scores: Scores, threshold: int) -> dict[str, dict[str, float | None]]:
 
 
 def gap_share(share_of_tokens: float, gap_hits: float, gap: float) -> float:
-    """The share of a gap that hits explain; both gaps are differences of mean nll. NaN without a gap."""
-    return share_of_tokens * gap_hits / gap if gap else float("nan")
+    """The share of a gap that hits explain; both are differences of mean nll. NaN if there is no gap."""
+    return share_of_tokens * gap_hits / gap if gap > 0 else float("nan")
 
 
 class Gap(NamedTuple):
-    """A run's gap to a reference in mean nll, and the share that hits explain with its 95% interval."""
+    """A run's gap to a reference in mean nll, below zero for one that is ahead, and what the hits add to it.
+
+    share: of the gap, with its 95% interval; NaN for a run that is not behind, infinite where it may not be.
+    """
 
     gap: float
+    hits: float
     share: float
     low: float
     high: float
@@ -411,10 +415,33 @@ def gap(run: Scores, reference: Scores, threshold: int, *, draws: int = 1000) ->
     )
     drawn_D2 = weight_DW @ sums_W2
     with np.errstate(divide="ignore", invalid="ignore"):
-        low, high = (
-            np.nanquantile(drawn_D2[:, 0] / drawn_D2[:, 1], [0.025, 0.975]) if overall else (share,) * 2
+        share_D = np.where(
+            drawn_D2[:, 1] > 0, drawn_D2[:, 0] / drawn_D2[:, 1], np.copysign(np.inf, drawn_D2[:, 0])
         )
-    return Gap(overall / count, share, float(low), float(high))
+    low, high = np.quantile(share_D, [0.025, 0.975], method="nearest") if overall > 0 else (share, share)
+    return Gap(overall / count, on_hits / count, share, float(low), float(high))
+
+
+class Carried(NamedTuple):
+    """What a model carries from token to token at the end of a context: how many numbers, and whether they
+    become more with every token."""
+
+    numbers: int
+    grows: bool
+
+
+def carried(run: Scores) -> Carried | None:
+    """The state of a run's model; None where its recall.json does not say what the model is."""
+    if "config" not in run.about:
+        return None
+    config, context_len = ModelConfig.from_dict(run.about["config"]["model"]), run.about["context_len"]
+    with seeded(0):
+        built = {layer: layer.build() for layer in set(config.layers)}
+    whole, half = (
+        sum(built[layer].state_elements(length) for layer in config.layers)
+        for length in (context_len, context_len // 2)
+    )
+    return Carried(whole, whole > half)
 
 
 def check_same(run: Scores, other: Scores) -> None:

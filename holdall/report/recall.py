@@ -11,6 +11,7 @@ import base64
 import io
 import itertools
 import json
+import math
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -21,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from holdall import runs
-from holdall.analysis.recall import SLICES, Curve, Scores, check_same, curve, gap, slice_of, table
-from holdall.report import recall_curves, recall_gaps
+from holdall.analysis.recall import SLICES, Curve, Scores, carried, check_same, curve, gap, slice_of, table
+from holdall.report import recall_curves, recall_gaps, recall_state
 from holdall.report.recall_gaps import NAMES
 
 TEMPLATE = Path(__file__).with_name("recall.html")
@@ -41,18 +42,20 @@ def write(
     command: str = "",
 ) -> list[Path]:
     """Write slices.json (all that the table of these runs says), recall.png (curves) and, of several runs,
-    gaps.png (what their gaps are made of) into `out`.
+    gaps.png (what their gaps are made of) and state.png (what they carry) into `out`.
 
     The first run is the reference. `drawn` names the runs whose curves are drawn, if not those of all. Raises
     RunError unless all scored the same text.
     """
-    lines = [
+    states = {run.label: carried(run) for run in scored}
+    lines: list[dict[str, Any]] = [
         {
             "label": run.label,
             **{name: run.about.get(name) for name in ("parameters", "checkpoint", "step", "precision")},
+            "state": state._asdict() if (state := states[run.label]) else None,
             "slices": table(run, threshold),
             "curves": {by: _numbers(curve(run, by, threshold)) for by in recall_curves.AXES},
-            "gap": None if run is scored[0] else gap(run, scored[0], threshold)._asdict(),
+            "gap": None if run is scored[0] else _finite(gap(run, scored[0], threshold)._asdict()),
         }
         for run in scored
     ]
@@ -72,6 +75,10 @@ def write(
     figures = {"recall": recall_curves.draw([run for run in scored if run.label in drawn] or scored, **looks)}
     if len(scored) > 1:
         figures["gaps"] = recall_gaps.draw(scored, **looks)
+    hits = {line["label"]: line["slices"]["hits"]["perplexity"] for line in lines}
+    known = {label: (state, hits[label]) for label, state in states.items() if state and hits[label]}
+    if len(known) > 1:
+        figures["state"] = recall_state.draw(known, scored[0].about["context_len"], dark=dark)
     for name, figure in figures.items():
         picture = io.BytesIO()
         recall_curves.save_figure(figure, picture, command)
@@ -85,6 +92,11 @@ def _numbers(found: Curve) -> dict[str, list[float]]:
     perplexity = np.exp(found.nll)
     columns = {"from": found.low, "tokens": found.tokens, "perplexity": perplexity}
     return {name: [round(x, 4) for x in column.tolist()] for name, column in columns.items()}
+
+
+def _finite(numbers: dict[str, float]) -> dict[str, float | None]:
+    """For JSON, which has no other numbers."""
+    return {name: x if math.isfinite(x) else None for name, x in numbers.items()}
 
 
 def write_page(a: Scores, b: Scores, corpus: Any, out: Path, **options: Any) -> Path:
@@ -230,17 +242,19 @@ def _lede(a: Scores, b: Scores, threshold: int) -> str:
         f"A is {names[0]}, perplexity {ppl[0]}; B is {names[1]}, {ppl[1]}, on {a.tokens_WX[:, 1:].size:,} "
         f"tokens of validation text. Recall hits are {lines[0]['hits']['share']:.1%} of them"
     )
+    if found.gap < 0:
+        on_hits = f"{'behind' if found.hits > 0 else 'ahead'} by {abs(found.hits):.3f}"
+        return f"{text}. B is ahead by {-found.gap:.3f} nats a token; on the hits {on_hits}."
     if share_text(found.share) == "–":
         return text + "."
-    ahead = ", by which B is the better one" if found.gap < 0 else ""
-    share = f"<strong>{share_text(found.share)}</strong> of the gap{ahead}"
+    share = f"<strong>{share_text(found.share)}</strong> of the gap"
     interval = f"95% interval {share_text(found.low)} to {share_text(found.high)}"
     return f"{text} and carry {share} ({interval})."
 
 
-def share_text(share: float) -> str:
-    """A share of a gap; a dash where there is hardly a gap to share."""
-    return f"{share:.0%}".replace("-", "−") if abs(share) <= 10 else "–"
+def share_text(share: float | None) -> str:
+    """A share of a gap; a dash where there is none, or hardly one, to share."""
+    return "–" if share is None or not abs(share) <= 10 else f"{share:.0%}".replace("-", "−")
 
 
 def outcomes(a: Scores, b: Scores) -> np.ndarray:
@@ -256,7 +270,7 @@ def _rows(a: Scores, b: Scores, threshold: int) -> str:
     for name in ("all", *SLICES):
         mask = slice_WN >= 0 if name == "all" else slice_WN == SLICES.index(name)
         whole = behind_WN.sum()
-        share = share_text(behind_WN[mask].sum() / whole) if whole else "–"
+        share = share_text(behind_WN[mask].sum() / whole if whole > 0 else None)
         counts = np.bincount(who_WN[mask], minlength=4)
         cells = [
             f"{lines_a[name]['tokens']:,}",

@@ -194,9 +194,9 @@ def _table(scored: Sequence[slices.Scores], threshold: int) -> Table:
     )
     if len(scored) > 1:
         text += (
-            f" Gap: of log-perplexity to {first.label}; of it, the share that the hits explain"
-            f"{', with its 95% interval over windows' if wide else ''}; above 100% where the run is better "
-            "on other tokens."
+            f" Gap: of log-perplexity to {first.label}{'; on hits: what they add to it' if wide else ''}; of "
+            f"it hits: the share that they explain{', with its 95% interval over windows' if wide else ''}; "
+            "above 100% where the run is better on other tokens, none where it is not behind."
         )
     table = Table(
         box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), caption=Text(text), caption_justify="left"
@@ -208,7 +208,7 @@ def _table(scored: Sequence[slices.Scores], threshold: int) -> Table:
         *(["parameters"] if wide else []),
         *names,
         "hits right",
-        *(["gap", "of it hits"] if len(scored) > 1 else []),
+        *(["gap", *(["on hits"] if wide else []), "of it hits"] if len(scored) > 1 else []),
     ]
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
@@ -218,11 +218,12 @@ def _table(scored: Sequence[slices.Scores], threshold: int) -> Table:
         if share != "–" and wide:
             share += f" ({recalls.share_text(gap.low)} to {recalls.share_text(gap.high)})"
         right = line["hits"]["accuracy"]
+        apart = [f"{gap.gap:+.4f}", *([f"{gap.hits:+.4f}"] if wide else []), share]
         table.add_row(
             Text(run.label),
             *([f"{run.about['parameters']:,}"] if wide else []),
             *(recalls.perplexity_text(line[name]["perplexity"]) for name in names),
             "–" if right is None else f"{right:.1%}",
-            *([] if len(scored) == 1 else ["", ""] if run is first else [f"{gap.gap:+.4f}", share]),
+            *([] if len(scored) == 1 else [""] * len(apart) if run is first else apart),
         )
     return table

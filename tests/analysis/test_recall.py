@@ -332,8 +332,25 @@ def test_gap_is_split_by_tokens_and_its_interval_holds_it():
     rounded = table(run, 1250), table(reference, 1250)
     by_hand = [math.log(rounded[0][s]["perplexity"] / rounded[1][s]["perplexity"]) for s in ("hits", "all")]
     assert found.share == pytest.approx(gap_share(rounded[0]["hits"]["share"], *by_hand), rel=1e-5)
+    assert found.hits == pytest.approx(found.share * found.gap, rel=1e-5)
     assert math.isnan(gap(reference, reference, 1250).share)
     assert gap(run, reference, -1).share == 0  # no hits, nothing explained
+
+
+def test_a_run_that_is_ahead_has_no_gap_to_share() -> None:
+    random = np.random.default_rng(0)
+    distance_WN = random.integers(0, 2, (200, 16))
+    reference = made(5 + random.random((200, 16)), "reference", distance_WN)
+    ahead = made(reference.nll + np.where(distance_WN > 0, 0.2, -0.3), "ahead", distance_WN)
+    found = gap(ahead, reference, 1250)
+    assert found.gap == pytest.approx(-0.05, abs=0.01)
+    assert found.hits == pytest.approx(0.1, abs=0.01)
+    assert all(map(math.isnan, (found.share, found.low, found.high)))
+    # behind by so little that another text of the kind might have it ahead: no upper end
+    near = made(reference.nll + np.where(distance_WN > 0, 0.2825, -0.3), "near", distance_WN)
+    found = gap(near, reference, 1250)
+    assert 0 < found.share < math.inf
+    assert found.high == math.inf
 
 
 # Zoology, table 1: perplexity of all, hits and other tokens, and the share of the gap in per cent, by

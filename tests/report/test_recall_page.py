@@ -1,6 +1,7 @@
 """Two models on the same text: the page of passages in a browser, the curves, and the command for them."""
 
 import io
+import itertools
 import json
 import math
 import re
@@ -20,7 +21,7 @@ from holdall.mixers.mamba import MambaConfig
 from holdall.mixers.s4 import S4Config
 from holdall.model import ModelConfig, seeded
 from holdall.pretrain import PretrainConfig
-from holdall.report import recall_gaps
+from holdall.report import recall_gaps, recall_state
 from holdall.report.recall import OUTCOMES, legible, outcomes, render, share_text
 from holdall.report.recall_curves import DARK, LIGHT, draw, save
 from holdall.runs import RunError
@@ -138,7 +139,17 @@ def test_what_cannot_be_seen_is_made_visible():
     assert legible("a\n\tb\r\x00\u200b\x1b é") == "a↵\n⇥\tb␍\\x00\\u200b\\x1b é"
     assert share_text(0.824) == "82%"
     assert share_text(-0.05) == "−5%"
-    assert share_text(float("nan")) == share_text(400) == "–"
+    assert share_text(float("nan")) == share_text(400) == share_text(None) == "–"
+
+
+def test_who_is_ahead_is_said_so(pair):
+    a, b = pair
+    page = page_of((b, a))
+    lead = re.search(r"B is ahead by ([\d.]+) nats a token; on the hits ahead by (\d\.\d+)", page)
+    assert lead is not None
+    hits_WN = a.distance_WN > 0
+    assert float(lead[1]) == pytest.approx((b.nll - a.nll).mean(), abs=6e-4)
+    assert float(lead[2]) == pytest.approx(((b.nll - a.nll) * hits_WN).mean(), abs=6e-4)
 
 
 def test_quoted_is_exactly_what_does_not_lie_within(pair):
@@ -460,6 +471,46 @@ def test_bars_of_seventeen_runs_stay_inside():
         assert page.y0 <= place.y0 < place.y1 <= box.y0 < box.y1 <= page.y1
 
 
+# ------------------------------------------------------------------------------------------------- state
+
+
+def test_what_a_run_carries_is_that_of_its_model():
+    layers = (AttentionConfig(width=16), MambaConfig(width=16), MambaConfig(width=16))
+    model = ModelConfig(vocab=260, width=16, layers=layers)
+    run = many("a", 0)
+    assert slices.carried(run) is None  # which does not say what it is
+    for layers, grows in ((model.layers, True), (model.layers[1:], False)):
+        config = PretrainConfig(model=replace(model, layers=layers))
+        about = {**run.about, "config": config.to_dict()}
+        found = slices.carried(replace(run, about=about))
+        states = [layer.build().state_elements(run.about["context_len"]) for layer in layers]
+        assert found == (sum(states), grows)
+
+
+def test_states_are_where_they_belong_and_their_labels_apart_and_inside():
+    from matplotlib.text import Text
+
+    made = {f"a model of length {k % 5}, {k}": (slices.Carried(4**k + k, k > 3), 60.0 - k) for k in range(8)}
+    made |= {f"the same place, {k}": (slices.Carried(500, False), 50.0 + k / 9) for k in range(6)}
+    for runs, dark in ((made, False), (dict(list(made.items())[-2:]), True)):
+        figure = recall_state.draw(runs, 1024, dark=dark)
+        (axes,) = figure.axes
+        fixed, growing = (set(zip(*line.get_data(), strict=True)) for line in axes.lines)
+        assert fixed == {(state.numbers, hits) for state, hits in runs.values() if not state.grows}
+        assert growing == {(state.numbers, hits) for state, hits in runs.values() if state.grows}
+        renderer, page = figure.canvas.get_renderer(), figure.bbox
+        figure.draw(renderer)
+        # of the words alone: an annotation counts its line too
+        boxes = {text.get_text(): Text.get_window_extent(text, renderer) for text in axes.texts}
+        assert boxes.keys() == runs.keys()
+        for box in boxes.values():
+            assert page.x0 <= box.x0 < box.x1 <= page.x1
+            assert page.y0 <= box.y0
+        for one, other in itertools.combinations(boxes.values(), 2):
+            assert not one.overlaps(other)
+        assert "after 1,024" in axes.get_xlabel()
+
+
 # ------------------------------------------------------------------------------------------------- command
 
 
@@ -503,6 +554,7 @@ def test_command_compares_runs_from_their_folders(runs_of, tmp_path, monkeypatch
         "recall.html",
         "recall.png",
         "slices.json",
+        "state.png",
     ]
     found = json.loads((out / "slices.json").read_text())
     assert [run["label"] for run in found["runs"]] == ["a", "b"]
@@ -532,7 +584,7 @@ def test_the_table_is_whole_in_a_narrow_terminal(width, monkeypatch):
     assert re.search(r"of it hits\s*\n", text)
     assert re.search(r"\d%( \(\d+% to \d+%\))?\s*\n", text)
     assert ("(" in text.split("Perplexity.")[0]) == (width == 160)  # its interval only where there is room
-    assert "better on other tokens." in " ".join(text.split())
+    assert "better on other tokens" in " ".join(text.split())
 
 
 def test_bf16_is_that_of_training():
