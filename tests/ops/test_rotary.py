@@ -1,10 +1,14 @@
 """Rotary positions: turned queries and keys know their distance and nothing else."""
 
+from collections.abc import Callable
+
 import laws
 import pytest
 import torch
 from torch import Tensor
 
+from holdall.mixers.attention import AttentionConfig
+from holdall.model import seeded
 from holdall.ops.rotary import rotate, standard_frequencies
 
 DOUBLE, K = torch.float64, 8
@@ -95,3 +99,26 @@ def test_angles_keep_their_digits_at_great_positions() -> None:
     truth = rotate(x_BTHK, position_BT, FREQUENCY)
     got = rotate(x_BTHK.float(), position_BT, standard_frequencies(K, 10000.0, torch.zeros(())))
     assert laws.distance(got, truth) < 4 * torch.finfo(torch.float32).eps * laws.size(truth)
+
+
+@pytest.mark.compile
+def test_compiled_a_layer_makes_its_angles_once() -> None:
+    """Within the loops over queries and keys they would be made for each number."""
+    from torch._inductor.utils import run_and_get_code
+
+    torch.compiler.reset()
+    with seeded(0):
+        mixer = AttentionConfig(width=16, heads=2, rotary=0.5).build()
+    x_BTD = laws.draw(2, 24, 16, dtype=torch.float32).requires_grad_()
+
+    def pull(function: Callable[..., tuple[Tensor, object]]) -> tuple[Tensor, Tensor]:
+        y_BTD, _ = function(x_BTD, want_state=False)
+        return y_BTD.detach(), torch.autograd.grad(y_BTD.square().sum(), x_BTD)[0]
+
+    (y_BTD, dx_BTD), codes = run_and_get_code(pull, torch.compile(mixer))
+    for name, got, want in zip(("output", "gradient"), (y_BTD, dx_BTD), pull(mixer), strict=True):
+        laws.assert_close(name, got, want)
+    written = "\n".join(codes)
+    assert written.count("ops.holdall.rotary_turn.default(") == 1
+    assert "cos()" not in written
+    assert "sin()" not in written
