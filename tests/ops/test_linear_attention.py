@@ -4,6 +4,7 @@ Letters: B row, T time, H heads, K key dim, F features, V value dim.
 """
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import laws
@@ -11,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from holdall.mixers.taylor import TaylorConfig
+from holdall.model import seeded
 from holdall.ops.linear_attention import (
     FEATURE_MAPS,
     absorb,
@@ -217,6 +220,42 @@ def test_quadratic_features_are_the_squared_dot_product(dim: int) -> None:
     q, k = laws.draw(7, dim, dtype=torch.float64), laws.draw(9, dim, dtype=torch.float64, seed=1)
     products = quadratic_features(q) @ quadratic_features(k).mT
     laws.assert_close("products", products, (q @ k.mT / dim**0.5) ** 2)
+
+
+@pytest.mark.parametrize("dim", [1, 2, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_quadratic_features_are_exact_products(dim: int, dtype: torch.dtype) -> None:
+    x = laws.draw(7, dim, dtype=dtype)
+    i, j = torch.triu_indices(dim, dim, offset=1)
+    want = torch.cat((x.square(), x[:, i] * x[:, j] * 2**0.5), dim=-1) / dim**0.5
+    laws.assert_bitwise("features", quadratic_features(x), want)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """What torch.compile makes for several threads differs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.compile
+def test_taylor_of_several_chunks_compiles_with_its_gradients(two_threads: None) -> None:
+    """Features that were looked up by index made a program that wrote past its memory, and died of it."""
+    with seeded(0):
+        mixer = TaylorConfig(width=32, feature_dim=16, heads=2, chunk=16).build()
+    x_BTD = laws.draw(2, 64, 32, dtype=torch.float32)
+
+    def pull(function: Any) -> tuple[Tensor, ...]:
+        y_BTD, _ = function(x_BTD, want_state=False)
+        return y_BTD.detach(), *torch.autograd.grad(y_BTD.square().sum(), list(mixer.parameters()))
+
+    torch.compiler.reset()
+    compiled, want = torch.compile(mixer, dynamic=False), pull(mixer)
+    for _ in range(15):
+        for k, got in enumerate(pull(compiled)):
+            laws.assert_close(f"result {k}", got, want[k])
 
 
 @pytest.mark.parametrize("name", FEATURE_MAPS)
