@@ -14,7 +14,6 @@ from torch import Tensor
 
 from bench.gpu import Case
 from holdall.kernels import diagonal_scan as diagonal_kernels
-from holdall.kernels import selective_scan as kernel
 from holdall.kernels.selective_scan import selective_scan
 from holdall.ops import scan
 
@@ -77,19 +76,6 @@ def _backward(
     return lambda: torch.autograd.grad(call(*leaves), leaves, up)
 
 
-def _in_tiles_of_16(function: Callable) -> Callable[[], Any]:
-    def call() -> Any:
-        before = kernel.TILE, kernel.LEAST, kernel.FORWARD, kernel.BACKWARD
-        kernel.TILE, kernel.LEAST = 16, 8
-        kernel.FORWARD, kernel.BACKWARD = {**before[2], "maxnreg": 80}, {**before[3], "maxnreg": 208}
-        try:
-            return function()
-        finally:
-            kernel.TILE, kernel.LEAST, kernel.FORWARD, kernel.BACKWARD = before
-
-    return call
-
-
 def _trained(members: int, rows: int, length: int, channels: int, size: int) -> Case:
     args, fused = _inputs(members * rows, length, channels, size)
     numbers = members * rows * length * channels
@@ -101,7 +87,6 @@ def _trained(members: int, rows: int, length: int, channels: int, size: int) -> 
         target_ms=TARGET * 2e3 * numbers * size / EXPONENTIALS,
         ways={
             "holdall": _backward(selective_scan, args, fused, members),
-            "in tiles of 16": _in_tiles_of_16(_backward(selective_scan, args, fused, members)),
             "plain PyTorch": _backward(_plain, args, fused, members),
         },
     )
