@@ -235,6 +235,7 @@ def train(
     precision: Literal["fp32", "bf16"] | None = None,
     compile: bool | None = None,
     recompute: bool = False,
+    in_order: bool = True,
     evaluate_every: int | None = None,
     evaluate_rows: int | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
@@ -271,6 +272,8 @@ def train(
         precision: of a pass; by default bf16 on a GPU and fp32 on a CPU. Weights stay fp32.
         compile: blocks by torch.compile; by default on a GPU.
         recompute: run each block twice and keep less (activation checkpointing).
+        in_order: on a GPU, add in a fixed order, so that the same run gives the same bits; without it
+            attention over long rows is faster.
         evaluate_every: steps between evaluations on the validation text.
         evaluate_rows: rows of an evaluation.
         device: where to train; auto takes a GPU if there is one.
@@ -301,7 +304,7 @@ def train(
     }
     shape = {"width": width, "depth": depth, "mlp": mlp}
     return shown.train(
-        preset, data, out, pattern, shape, changes, device, devices, nodes, strategy, log, load
+        preset, data, out, pattern, shape, changes, device, devices, nodes, strategy, log, load, in_order
     )
 
 

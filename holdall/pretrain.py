@@ -134,6 +134,7 @@ def pretrain(
     on_line: Callable[[dict[str, Any]], None] = lambda line: None,
     should_stop: Callable[[], bool] = lambda: False,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    in_order: bool = True,
 ) -> dict[str, Any]:
     """Train a language model, or go on with it, and return what result.json holds.
 
@@ -148,6 +149,7 @@ def pretrain(
         should_stop: asked twice a second, or every ten steps of several processes; True writes a checkpoint
             and raises Stopped.
         checkpoint_seconds: at most so much work is lost to a crash.
+        in_order: on a GPU, add in a fixed order, so that the same run gives the same bits.
 
     Raises:
         RunError: the folder cannot be written, is in use, or holds another config; the corpus is not the one
@@ -159,9 +161,9 @@ def pretrain(
     config = _checked(config, corpus, fabric.world_size)
     with (
         runs.locked(folder) if fabric.is_global_zero else contextlib.nullcontext(),
-        repeatable(fabric.device),
+        repeatable(fabric.device) if in_order else contextlib.nullcontext(),
     ):
-        _claim(folder, config, fabric)
+        _claim(folder, config, fabric, in_order)
         done = folder / "result.json"
         if done.exists():
             return json.loads(done.read_text())
@@ -216,7 +218,7 @@ def _checked(config: PretrainConfig, corpus: Corpus, world: int) -> PretrainConf
     return dataclasses.replace(config, data_hash=corpus.content_hash)
 
 
-def _claim(folder: Path, config: PretrainConfig, fabric: Fabric) -> None:
+def _claim(folder: Path, config: PretrainConfig, fabric: Fabric, in_order: bool) -> None:
     """Write what this run is, or check that the folder holds the same one; its corpus may have moved."""
     path = folder / "config.json"
     if path.exists():
@@ -228,6 +230,7 @@ def _claim(folder: Path, config: PretrainConfig, fabric: Fabric) -> None:
     elif fabric.is_global_zero:
         where = runs.environment(str(fabric.device), torch.get_num_threads())
         where |= {"devices": fabric.world_size, "strategy": type(fabric.strategy).__name__}
+        where |= {"in_order": in_order}
         runs.write_json(folder / "environment.json", where)
         runs.write_json(path, config.to_dict())
 

@@ -1,5 +1,6 @@
 """Pretraining: golden losses, resumable after any kind of end, the same on several devices as on one."""
 
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +244,23 @@ def test_on_a_gpu_too_it_goes_on_to_the_bit(corpus: Path, tmp_path: Path) -> Non
     assert ours == other
 
 
+@pytest.mark.parametrize("in_order", [True, False])
+def test_sums_have_a_fixed_order_where_it_is_asked_for(
+    in_order: bool, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    @contextlib.contextmanager
+    def repeatable(device: torch.device) -> Iterator[None]:
+        asked.append(device)
+        yield
+
+    monkeypatch.setattr("holdall.pretrain.repeatable", repeatable)
+    pretrain(config(corpus, steps=1), tmp_path, in_order=in_order)
+    assert asked == [torch.device("cpu")] * in_order
+    assert json.loads((tmp_path / "environment.json").read_text())["in_order"] is in_order
+
+
 @pytest.mark.compile
 @pytest.mark.filterwarnings(HIDDEN)
 def test_compiled_blocks_learn_the_same_and_equal_ones_are_compiled_once(
@@ -337,6 +356,7 @@ def test_stopped_anywhere_it_goes_on_to_the_bit(
 SCRIPT = """
 import json, sys
 sys.path.insert(0, {tests!r})
+from collections.abc import Iterator
 from pathlib import Path
 import torch
 torch.set_num_threads(1)

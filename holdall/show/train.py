@@ -52,6 +52,7 @@ def train(
     strategy: Strategy,
     log: Sequence[str],
     load: Sequence[Path],
+    in_order: bool,
 ) -> int:
     """The command; returns the exit status.
 
@@ -80,6 +81,7 @@ def train(
                 on_progress=view.progress,
                 on_line=tell,
                 should_stop=stop,
+                in_order=in_order,
             )
         if fabric.is_global_zero:
             _print_result(result, out)
