@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -83,8 +84,33 @@ def cast_call(block: nn.Module, dtype: torch.dtype | None, r: Tensor, **options:
     if dtype is None:
         return block(r, **options)
     own = {**dict(block.named_parameters()), **dict(block.named_buffers())}
-    own = {name: w.to(dtype) if w.is_floating_point() else w for name, w in own.items()}
-    return functional_call(block, own, (r,), options)
+    names = [name for name, w in own.items() if w.is_floating_point() and w.dtype != dtype]
+    copies = _Copies.apply(dtype, *(own[name] for name in names))
+    return functional_call(block, {**own, **dict(zip(names, copies, strict=True))}, (r,), options)
+
+
+class _Copies(torch.autograd.Function):
+    """Tensors in another dtype, all by one kernel, and their gradients back likewise: a block has many."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.dtypes = [tensor.dtype for tensor in tensors]
+        ctx.set_materialize_grads(False)
+        return _copied(tensors, [dtype] * len(tensors))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        there = [i for i, gradient in enumerate(gradients) if gradient is not None]
+        copies = _copied([gradients[i] for i in there], [ctx.dtypes[i] for i in there])
+        found = dict(zip(there, copies, strict=True))
+        return None, *(found.get(i) for i in range(len(gradients)))
+
+
+def _copied(tensors: Sequence[Any], dtypes: Sequence[torch.dtype]) -> tuple[Tensor, ...]:
+    copies = [torch.empty_like(tensor, dtype=dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
+    if copies:
+        torch._foreach_copy_(copies, list(tensors))
+    return tuple(copies)
 
 
 def _shard(module: nn.Module, mesh: Any) -> nn.Module:

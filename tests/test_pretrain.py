@@ -32,7 +32,7 @@ from holdall.mixers.sliding_window import SlidingWindowConfig
 from holdall.mixers.taylor import TaylorConfig
 from holdall.model import ModelConfig, seeded
 from holdall.operations import flops_per_token
-from holdall.parallel import LanguageModelLoss, decayed, launcher
+from holdall.parallel import LanguageModelLoss, cast_call, decayed, launcher
 from holdall.pretrain import PretrainConfig, Pretrainer, Stopped, generate, load_run, open_data, pretrain
 from holdall.runs import RunError
 from holdall.text.shards import write_corpus
@@ -242,6 +242,38 @@ def test_on_a_gpu_too_it_goes_on_to_the_bit(corpus: Path, tmp_path: Path) -> Non
     pretrain(run, tmp_path / "cut", fabric=launcher("cuda"))
     ours, other = ([{**line, "mfu": None} for line in lines(tmp_path / name)] for name in ("whole", "cut"))
     assert ours == other
+
+
+def test_copies_of_weights_hand_their_gradients_back() -> None:
+    class Odd(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(5, 7).T)
+            self.left_out = torch.nn.Parameter(torch.randn(3))
+            self.narrow = torch.nn.Parameter(torch.randn(5).bfloat16())
+            self.register_buffer("places", torch.arange(5))
+            self.register_buffer("scale", torch.full((5,), 1 / 3))
+
+        def forward(self, r: torch.Tensor) -> torch.Tensor:
+            assert {u.dtype for u in (self.weight, self.left_out, self.narrow)} == {torch.bfloat16}
+            return (r.bfloat16() @ self.weight)[:, self.places] * self.scale + self.narrow
+
+    with seeded(0):
+        block, r = Odd(), torch.randn(4, 7)
+    found = []
+    for ours in (True, False):
+        block.zero_grad()
+        if ours:
+            y = cast_call(block, torch.bfloat16, r)
+        else:
+            weight, scale = block.weight.to(torch.bfloat16), block.scale.to(torch.bfloat16)
+            y = (r.bfloat16() @ weight) * scale + block.narrow
+        y.float().square().sum().backward()
+        found.append((y.detach(), block.weight.grad, block.narrow.grad))
+        assert block.left_out.grad is None
+    for one, other in zip(*found, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("in_order", [True, False])
