@@ -52,7 +52,10 @@ def _turn(position_BT: Tensor, frequency_F: Tensor, dtype: torch.dtype) -> tuple
     return angle_BT1F.cos().to(dtype), angle_BT1F.sin().to(dtype)
 
 
-@torch.library.custom_op("holdall::rotary_turn", mutates_args=())
+_SCHEMA = "(Tensor position, Tensor frequency, ScalarType dtype) -> (Tensor, Tensor)"
+
+
+@torch.library.custom_op("holdall::rotary_turn", mutates_args=(), schema=_SCHEMA)
 def _turn_once(position_BT: Tensor, frequency_F: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """`_turn` that torch.compile does not look into: it would compute cosines and sines in fp64 for each
     feature of each head, forward and backward: a sixth of a Transformer's training step on an H100."""
