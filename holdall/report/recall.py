@@ -143,7 +143,7 @@ def render(
         "curves": _curves(a, b, threshold),
         "command": escape(command),
     }
-    content = {"names": names, "top": a.said.top.shape[-1], "pieces": pieces.texts, "passages": shown}
+    content = {"names": names, "top": _most(a, b), "pieces": pieces.texts, "passages": shown}
     parts["data"] = json.dumps(content, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     # one pass, so that nothing that is filled in is ever read as a template itself
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], TEMPLATE.read_text(encoding="utf-8"))
@@ -180,6 +180,11 @@ def legible(text: str) -> str:
     )
 
 
+def _most(a: Scores, b: Scores) -> int:
+    """How many of a model's best tokens are shown: as many as were kept of both."""
+    return min(run.said.top.shape[-1] for run in (a, b))
+
+
 def _passage(
     a: Scores, b: Scores, w: int, length: int, threshold: int, corpus: Any, pieces: _Pieces, licence: str
 ) -> dict[str, Any]:
@@ -192,7 +197,8 @@ def _passage(
     fields = [pieces.of(window_X[first:]), slices, distance, np.minimum(a.count_WN[within], 2**31 - 1)]
     for run in (a, b):
         fields += [_milli(run.said.log_prob[within]), run.said.rank[within]]
-        fields += [*pieces.of(run.said.top[within]).T, *_milli(run.said.top_log_prob[within]).T]
+        tops, logs = (x[within][:, : _most(a, b)] for x in (run.said.top, run.said.top_log_prob))
+        fields += [*pieces.of(tops).T, *_milli(logs).T]
     earlier = {}
     for place in np.flatnonzero(distance > np.arange(len(distance)) - 1).tolist():
         if distance[place]:

@@ -20,7 +20,7 @@ def draw(runs: Mapping[str, tuple[Carried, float]], context_len: int, *, dark: b
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 
     with curves.looks(dark) as (ground, _, muted):
         figure = Figure(figsize=(7.8, 4.6), dpi=DPI, facecolor=ground)
@@ -39,11 +39,11 @@ def draw(runs: Mapping[str, tuple[Carried, float]], context_len: int, *, dark: b
         axes.grid(linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.xaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
-        axes.yaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
         axes.xaxis.set_major_formatter(lambda value, _: _count(value))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         for axis in (axes.xaxis, axes.yaxis):
+            low, high = axis.get_view_interval()
+            axis.set_major_locator(MaxNLocator(5) if high / low < 8 else LogLocator(10, (1, 2, 5)))
             axis.set_minor_formatter(NullFormatter())
             axis.set_minor_locator(NullLocator())
         axes.set_xlabel(f"Numbers that are carried from token to token, after {context_len:,}")

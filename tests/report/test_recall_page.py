@@ -250,6 +250,16 @@ def test_pointing_tells_what_both_expected_and_where_it_was(visit, pair):
 
 
 @pytest.mark.browser
+def test_of_two_runs_that_kept_unequally_many_the_fewer_are_shown(visit, pair):
+    a, b = pair
+    said = b.said._replace(top=b.said.top[..., :1], top_log_prob=b.said.top_log_prob[..., :1])
+    for runs in ((a, replace(b, said=said)), (replace(b, said=said), a)):
+        page = visit(runs)
+        token(page, 3).hover()
+        assert page.locator("#tops tr").count() == 2
+
+
+@pytest.mark.browser
 def test_what_was_before_the_passage_is_quoted(visit, pair):
     page = visit(pair, length=4)
     a = pair[0]
