@@ -76,8 +76,12 @@ def write(
     if len(scored) > 1:
         figures["gaps"] = recall_gaps.draw(scored, **looks)
     hits = {line["label"]: line["slices"]["hits"]["perplexity"] for line in lines}
-    known = {label: (state, hits[label]) for label, state in states.items() if state and hits[label]}
-    if len(known) > 1:
+    known = {
+        label: (state, hits[label])
+        for label, state in states.items()
+        if state and state.numbers and math.isfinite(hits[label] or math.inf)
+    }
+    if len(known) > 1:  # of whom both are known, and have a place on axes without a zero
         figures["state"] = recall_state.draw(known, scored[0].about["context_len"], dark=dark)
     for name, figure in figures.items():
         picture = io.BytesIO()
