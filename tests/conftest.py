@@ -5,6 +5,7 @@ pytest tests/laws.py --load my_mixer.py     # so is the one in this file, and it
 """
 
 import logging
+import signal
 from pathlib import Path
 
 import hypothesis
@@ -16,6 +17,10 @@ import torch
 torch.set_num_threads(1)
 # torch.compile logs every step there, and pytest would print thousands of lines under a red test
 logging.getLogger("torch.__trace").propagate = False
+
+# where Ctrl-C is ignored, as in a background job of a script, processes that tests start would ignore it too
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # a red run is red again tomorrow, and no file on disk decides what is tried
 hypothesis.settings.register_profile(
