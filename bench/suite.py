@@ -39,7 +39,6 @@ from holdall import runs
 from holdall.analysis.recall import THRESHOLD, Scores, find
 from holdall.recipes.presets import FAMILIES
 from holdall.report import recall as recalls
-from holdall.report.recall import share_text
 from holdall.text import open_corpus
 
 SIZE, REFERENCE, SHOWN = "15m", "attention", "based"
@@ -314,18 +313,13 @@ def markdown(out: Path, rare: int, folders: dict[str, Path]) -> str:
                 "–" if right is None else f"{right:.1%}",
                 *([""] * 4 if behind is None else [
                     *(f"{behind[part]:.3f}".replace("-", "−") for part in ("gap", "hits")),
-                    _with_interval(behind),
-                    share_text(rare_run["gap"]["share"]),
+                    recalls.interval_text(behind["share"], behind["low"], behind["high"]),
+                    recalls.share_text(rare_run["gap"]["share"]),
                 ]),
                 " / ".join(f"{number:.2f}" for number in PUBLISHED.get(label, ())),
             )
         )  # fmt: skip
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
-def _with_interval(behind: dict[str, float | None]) -> str:
-    share, low, high = (share_text(behind[end]) for end in ("share", "low", "high"))
-    return share if share == "–" else f"{share} ({low} to {high})"
 
 
 def main() -> int:

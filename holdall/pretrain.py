@@ -229,8 +229,8 @@ def _claim(folder: Path, config: PretrainConfig, fabric: Fabric, in_order: bool)
             runs.write_json(path, config.to_dict())
     elif fabric.is_global_zero:
         where = runs.environment(str(fabric.device), torch.get_num_threads())
-        where |= {"devices": fabric.world_size, "strategy": type(fabric.strategy).__name__}
-        where |= {"in_order": in_order}
+        strategy = type(fabric.strategy).__name__
+        where |= {"devices": fabric.world_size, "strategy": strategy, "in_order": in_order}
         runs.write_json(folder / "environment.json", where)
         runs.write_json(path, config.to_dict())
 

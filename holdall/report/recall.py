@@ -267,6 +267,12 @@ def share_text(share: float | None) -> str:
     return "–" if share is None or not abs(share) <= 10 else f"{share:.0%}".replace("-", "−")
 
 
+def interval_text(share: float | None, low: float | None, high: float | None) -> str:
+    """A share of a gap with its interval; a dash alone where there is none."""
+    whole, *ends = map(share_text, (share, low, high))
+    return whole if whole == "–" else f"{whole} ({ends[0]} to {ends[1]})"
+
+
 def outcomes(a: Scores, b: Scores) -> np.ndarray:
     """Who is right about each token, as an index into OUTCOMES."""
     return np.where(a.right & b.right, 0, np.where(a.right, 1, np.where(b.right, 2, 3)))

@@ -8,6 +8,7 @@ from typing import Any
 from holdall.analysis.recall import Carried
 from holdall.report import recall_curves as curves
 from holdall.report.figure import DPI
+from holdall.report.recall_gaps import COLOURS
 
 APART = 0.034
 """Share of the figure's height between one label and the next."""
@@ -29,7 +30,7 @@ def draw(runs: Mapping[str, tuple[Carried, float]], context_len: int, *, dark: b
         for grows, name in ((False, "a state of fixed size"), (True, "grows with the context")):
             those = [(state.numbers, hits) for state, hits in runs.values() if state.grows == grows]
             axes.plot(
-                *zip(*those, strict=True) if those else ([], []), "o", label=name, color="#d55e00",
+                *zip(*those, strict=True) if those else ([], []), "o", label=name, color=COLOURS["hits"],
                 markerfacecolor=ground if grows else None, markersize=6, markeredgewidth=1.4,
             )  # fmt: skip
         axes.set_xscale("log")

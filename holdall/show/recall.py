@@ -214,9 +214,7 @@ def _table(scored: Sequence[slices.Scores], threshold: int) -> Table:
         table.add_column(column, justify="right", no_wrap=True)
     for run, line in zip(scored, lines, strict=True):
         gap = slices.gap(run, first, threshold)
-        share = recalls.share_text(gap.share)
-        if share != "–" and wide:
-            share += f" ({recalls.share_text(gap.low)} to {recalls.share_text(gap.high)})"
+        share = recalls.interval_text(gap.share, gap.low, gap.high) if wide else recalls.share_text(gap.share)
         right = line["hits"]["accuracy"]
         apart = [f"{gap.gap:+.4f}", *([f"{gap.hits:+.4f}"] if wide else []), share]
         table.add_row(
