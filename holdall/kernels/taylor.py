@@ -275,15 +275,15 @@ def _prefix(
 
 @triton.jit
 def _met(
-    y_CV, den_C, q_CK, t_C, k, v, start, k_t, v_t, T, CAUSAL: tl.constexpr,
+    y_CV, den_C, q_CK, t_C, k, v, start, first, k_t, v_t, T,
     K: tl.constexpr, V: tl.constexpr, FK: tl.constexpr, FV: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """Queries meet a block of keys."""
+    """Queries meet a block of keys, which may be their own."""
     t_S = start + tl.arange(0, S)
     k_SK, v_SV = _block(k, t_S, k_t, T, K, FK), _block(v, t_S, v_t, T, V, FV)
     s_CS = dot(q_CK, tl.trans(k_SK))
     p_CS = 1.0 + s_CS * (K**-0.5 + s_CS * (0.5 / K))
-    if CAUSAL:
+    if start >= first:
         p_CS = tl.where(t_C[:, None] >= t_S[None, :], p_CS, 0.0)
     return dot(narrow(p_CS, v_SV.dtype), v_SV, y_CV), den_C + tl.sum(p_CS, 1)
 
@@ -318,13 +318,11 @@ def _outputs(
         phi_CF = i_CF * j_CF
         den_C += tl.sum(phi_CF * z_F[None, :], 1)
         y_CV = dot(narrow(phi_CF, s_FV.dtype), s_FV, y_CV)
-    for start in range(n * L, first, S):
-        y_CV, den_C = _met(y_CV, den_C, q_CK, t_C, k, v, start, k_t, v_t, T, False, K, V, FK, FV, S)
-    for start in range(first, min(first + C, T), S):
-        y_CV, den_C = _met(y_CV, den_C, q_CK, t_C, k, v, start, k_t, v_t, T, True, K, V, FK, FV, S)
+    for start in range(n * L, min(first + C, T), S):
+        y_CV, den_C = _met(y_CV, den_C, q_CK, t_C, k, v, start, first, k_t, v_t, T, K, V, FK, FV, S)
     out = bh // H * T * H * V + bh % H * V + t_C.to(tl.int64)[:, None] * (H * V) + column[None, :]
     inside = (t_C < T)[:, None] & (column < V)[None, :]
-    tl.store(y + out, narrow(y_CV / (den_C + eps)[:, None], y.dtype.element_ty), mask=inside)
+    tl.store(y + out, narrow(y_CV * (1.0 / (den_C + eps))[:, None], y.dtype.element_ty), mask=inside)
     tl.store(den + bh * T + t_C, den_C, mask=t_C < T)
 
 
@@ -340,15 +338,15 @@ def _through(dx_CK, dphi_CF, i_CF, j_CF, i_KF, j_KF):
 
 @triton.jit
 def _grad_q_met(
-    dq_CK, q_CK, dy_CV, r_C, m_C, t_C, k, v, start, k_t, v_t, T, CAUSAL: tl.constexpr,
+    dq_CK, q_CK, dy_CV, r_C, m_C, t_C, k, v, start, first, k_t, v_t, T,
     K: tl.constexpr, V: tl.constexpr, FK: tl.constexpr, FV: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """What a block of keys adds to the gradients of queries."""
+    """What a block of keys, which may be their own, adds to the gradients of queries."""
     t_S = start + tl.arange(0, S)
     k_SK, v_SV = _block(k, t_S, k_t, T, K, FK), _block(v, t_S, v_t, T, V, FV)
     slope_CS = K**-0.5 + dot(q_CK, tl.trans(k_SK)) * (1.0 / K)
     ds_CS = (dot(dy_CV, tl.trans(v_SV)) * r_C[:, None] + m_C[:, None]) * slope_CS
-    if CAUSAL:
+    if start >= first:
         ds_CS = tl.where(t_C[:, None] >= t_S[None, :], ds_CS, 0.0)
     return dot(narrow(ds_CS, k_SK.dtype), k_SK, dq_CK)
 
@@ -388,13 +386,9 @@ def _grad_q(
         dphi_CF = dot(dy_CV, tl.trans(s_FV)) * r_C[:, None] + m_C[:, None] * z_F[None, :]
         i_CF, j_CF = _factors(q_CK, i_KF, j_KF, ones, tile, NF, TILE)
         dq_CK = _through(dq_CK, dphi_CF, i_CF, j_CF, i_KF, j_KF)
-    for start in range(n * L, first, S):
+    for start in range(n * L, min(first + C, T), S):
         dq_CK = _grad_q_met(
-            dq_CK, q_CK, dy_CV, r_C, m_C, t_C, k, v, start, k_t, v_t, T, False, K, V, FK, FV, S
-        )
-    for start in range(first, min(first + C, T), S):
-        dq_CK = _grad_q_met(
-            dq_CK, q_CK, dy_CV, r_C, m_C, t_C, k, v, start, k_t, v_t, T, True, K, V, FK, FV, S
+            dq_CK, q_CK, dy_CV, r_C, m_C, t_C, k, v, start, first, k_t, v_t, T, K, V, FK, FV, S
         )
     _store_block(dq, dq_CK, bh, H, t_C, T, K, FK)
 
@@ -477,13 +471,15 @@ def _grad_kv(
 
 # ------------------------------------------------------------------------------------------ the launches
 
+# Block sizes, found on an H100; lengths have no say. Segments are a multiple of all C and S.
 CONFIGS: dict[str, dict[str, int]] = {
     "sums": {"C": 32, "num_warps": 4, "num_stages": 4, "maxnreg": 168},
     "outputs": {"C": 128, "S": 64, "num_warps": 4, "num_stages": 3},
     "grad_q": {"C": 64, "S": 64, "num_warps": 4, "num_stages": 3, "maxnreg": 168},
     "grad_kv": {"C": 64, "S": 32, "num_warps": 4, "num_stages": 3, "maxnreg": 168},
 }
-"""Block sizes, found on an H100; the same for every shape. Segments are a multiple of all C and S."""
+WIDE: dict[str, dict[str, int]] = {"outputs": {"C": 64}, "grad_kv": {"maxnreg": 255}}
+"""What is different for values of more than 64 dimensions, whose sums would not fit into the registers."""
 
 
 class _Sizes:
@@ -504,8 +500,11 @@ class _Sizes:
         }  # fmt: skip
         self.empty = functools.partial(torch.empty, dtype=torch.float32, device=device)
 
+    def config(self, kernel: str) -> dict[str, int]:
+        return CONFIGS[kernel] | (WIDE.get(kernel, {}) if self.constants["FV"] > 64 else {})
+
     def blocks(self, kernel: str) -> tuple[int]:
-        return (self.batch * self.heads * cdiv(self.time, CONFIGS[kernel]["C"]),)
+        return (self.batch * self.heads * cdiv(self.time, self.config(kernel)["C"]),)
 
     def sums(
         self, k: Tensor, v: Tensor, scale: Tensor | None, shift: Tensor | None, first: int, count: int
@@ -521,7 +520,7 @@ class _Sizes:
                 k, v, scale, shift, *self.table, sums, self.time, self.segment, self.segments, first, count,
                 self.heads, *k.stride()[:3], *v.stride()[:3], WIDTH=self.width, SCALED=scale is not None,
                 GROUP=group,
-                **self.constants, **CONFIGS["sums"],
+                **self.constants, **self.config("sums"),
             )  # fmt: skip
         return sums
 
@@ -562,7 +561,7 @@ def _forward(
     _outputs[sizes.blocks("outputs")](
         q, k, v, states[0], states[1], *sizes.table, y, den, sizes.time, sizes.segment, sizes.segments,
         sizes.heads, eps, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], HAS_IN=s is not None,
-        **sizes.constants, **CONFIGS["outputs"],
+        **sizes.constants, **sizes.config("outputs"),
     )  # fmt: skip
     return y, den, states[0], states[1], states[2], states[3]
 
@@ -596,7 +595,7 @@ def _backward(
     lengths = sizes.time, sizes.segment, sizes.segments
     _grad_q[sizes.blocks("grad_q")](
         q, k, v, y, dy, den, s_prefix, z_prefix, *sizes.table, dq, scale, shift, *lengths, sizes.heads, eps,
-        *strides, HAS_IN=has_in, **sizes.constants, **CONFIGS["grad_q"],
+        *strides, HAS_IN=has_in, **sizes.constants, **sizes.config("grad_q"),
     )  # fmt: skip
     s_suffix, z_suffix = s_prefix, z_prefix  # never read where no later segment and no state has a gradient
     if ds is not None or has_in or sizes.segments > 1:
@@ -607,7 +606,7 @@ def _backward(
         )
     _grad_kv[sizes.blocks("grad_kv")](
         q, k, v, dy, scale, shift, s_suffix, z_suffix, *sizes.table, dk, dv, *lengths, sizes.heads,
-        *strides, HAS_OUT=ds is not None, PAIRS=True, **sizes.constants, **CONFIGS["grad_kv"],
+        *strides, HAS_OUT=ds is not None, PAIRS=True, **sizes.constants, **sizes.config("grad_kv"),
     )  # fmt: skip
     return dq, dk, dv, ds_in, dz_in
 
@@ -666,7 +665,7 @@ def _absorb_backward(k: Tensor, v: Tensor, ds: Tensor, dz: Tensor) -> tuple[Tens
     _grad_kv[sizes.blocks("grad_kv")](
         k, k, v, v, dz, dz, ds, dz, *sizes.table, dk, dv, sizes.time,
         sizes.segment, 1, sizes.heads, *strides, HAS_OUT=True, PAIRS=False, **sizes.constants,
-        **CONFIGS["grad_kv"],
+        **sizes.config("grad_kv"),
     )  # fmt: skip
     return dk, dv
 

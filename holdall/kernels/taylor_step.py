@@ -115,7 +115,7 @@ def _features(key_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return table.to(device), weight.to(device)
 
 
-def _config(value_dim: int, programs: int) -> dict[str, int]:
+def _config(value_dim: int) -> dict[str, int]:
     """Tiles of at least as many entries as there are threads: each entry of S has one thread that owns it."""
     block = min(128, max(16, triton.next_power_of_2(value_dim)))
     return {"BLOCK_V": block, "TILE": 2048 // block, "STAGES": 4, "num_warps": 4}
@@ -134,7 +134,7 @@ def _launch(
     _step_kernel[(batch * heads,)](
         q, k, v, s, z, y_B1HV, next_s, next_z, *_features(key_dim, s.device), *strides, eps, heads,
         F=features, V=value_dim, BLOCK_F=triton.next_power_of_2(features),
-        **_config(value_dim, batch * heads),
+        **_config(value_dim),
     )  # fmt: skip
     return y_B1HV
 
