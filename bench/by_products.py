@@ -8,6 +8,7 @@ Products: the projections, and one matrix of 256 x 256 per filter.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 
@@ -19,9 +20,9 @@ from holdall.mixers.hyena import HyenaConfig
 ROWS, LENGTH, WIDTH = 1024, 256, 128
 
 
-def cases() -> list[Case]:
+def cases() -> Iterator[Case]:
     pairs = (("Hyena", HyenaConfig(width=WIDTH), 1), ("H3", H3Config(width=WIDTH, state=32, head_dim=2), 3))
-    return [case(name, config, convolutions) for name, config, convolutions in pairs]
+    return (case(*each) for each in pairs)
 
 
 def case(name: str, config: MixerConfig, convolutions: int) -> Case:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +22,8 @@ SHAPES = [
 """Members, predictions of each, vocabulary, width."""
 
 
-def cases() -> list[Case]:
-    return [_case(*shape) for shape in SHAPES]
+def cases() -> Iterator[Case]:
+    return (_case(*shape) for shape in SHAPES)
 
 
 def _case(members: int, count: int, vocab: int, width: int) -> Case:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,16 +17,14 @@ HALF, SINGLE = torch.bfloat16, torch.float32
 TARGET_SHARE = 0.75
 
 
-def cases() -> list[Case]:
-    return [
-        _between_products(8, 2048, 3584, HALF, backward=False),
-        _between_products(8, 2048, 3584, HALF, backward=True),
-        _mixer(8, 2048, 1792),
-        _sweep(1024, 256, 128, HALF),
-        _sweep(1024, 256, 128, SINGLE),
-        _step(1, 1792),
-        _step(128, 1792),
-    ]
+def cases() -> Iterator[Case]:
+    yield _between_products(8, 2048, 3584, HALF, backward=False)
+    yield _between_products(8, 2048, 3584, HALF, backward=True)
+    yield _mixer(8, 2048, 1792)
+    yield _sweep(1024, 256, 128, HALF)
+    yield _sweep(1024, 256, 128, SINGLE)
+    yield _step(1, 1792)
+    yield _step(128, 1792)
 
 
 def _draw(*shape: int, dtype: torch.dtype = HALF) -> Tensor:

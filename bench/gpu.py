@@ -88,6 +88,7 @@ def measure(case: Case, limit: Ceiling) -> dict[str, Any]:
             times[name] = milliseconds(function)
         except Exception as error:
             times[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:80]}"
+        torch.cuda.empty_cache()  # which the next way's graph could not do while it is captured
     ours = next(iter(times.values()))
     least = 1e3 * limit.seconds(case)
     return {
@@ -101,18 +102,23 @@ def measure(case: Case, limit: Ceiling) -> dict[str, Any]:
     }
 
 
+def told(ms: float | str) -> str:
+    """A time, or why there is none."""
+    return f"{ms:.3f}" if isinstance(ms, float) else ms
+
+
 def table(results: Sequence[dict[str, Any]]) -> Table:
     shown = Table(title="kernels, ms (median); share = ceiling / ours")
     for column in ("what", "shape", "ceiling", "ours", "share", "target", "instead"):
         shown.add_column(column, justify="left" if column in ("what", "shape", "instead") else "right")
     for result in results:
         ours, *others = result["times_ms"].items()
-        instead = [f"{name} {f'{ms:.3f}' if isinstance(ms, float) else ms}" for name, ms in others]
+        instead = [f"{name} {told(ms)}" for name, ms in others]
         shown.add_row(
             result["what"],
             result["shape"],
             f"{result['ceiling_ms']:.3f}",
-            f"{ours[1]:.3f}" if isinstance(ours[1], float) else ours[1],
+            told(ours[1]),
             f"{result['share']:.0%}" if result["share"] else "-",
             f"{result['target_ms']:.3f}" if result["target_ms"] else "-",
             "\n".join(instead),

@@ -10,6 +10,7 @@ import importlib
 from collections.abc import Sequence
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 from bench import gpu
@@ -27,11 +28,17 @@ MODULES = (
 
 
 def run(*names: str) -> list[dict[str, Any]]:
-    """One result per case, after the card's own ceiling."""
-    limit = gpu.ceiling()
+    """One result per case, after the card's own ceiling.
+
+    A module makes its cases one after another: each has the card's memory for itself.
+    """
+    limit, progress = gpu.ceiling(), Console(stderr=True)
     results: list[dict[str, Any]] = [dataclasses.asdict(limit)]
     for name in names or MODULES:
-        results += [gpu.measure(case, limit) for case in importlib.import_module(f"bench.{name}").cases()]
+        for case in importlib.import_module(f"bench.{name}").cases():
+            results.append(gpu.measure(case, limit))
+            ours = next(iter(results[-1]["times_ms"].values()))
+            progress.print(f"{case.what}, {case.shape}: {gpu.told(ours)} ms", highlight=False)
     return results
 
 

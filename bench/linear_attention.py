@@ -9,7 +9,7 @@ twice per chunk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -98,11 +98,10 @@ def case(name: str, rule: str, shape: tuple[int, ...], *, gradient: bool, compil
     )
 
 
-def cases(names: Iterable[str] = tuple(SWEEP)) -> list[Case]:
+def cases(names: Iterable[str] = tuple(SWEEP)) -> Iterator[Case]:
     """All in bf16."""
-    found = []
     for name in names:
         rule, shape = SWEEP[name]
-        found += [case(name, rule, MODEL, gradient=gradient, compiled=False) for gradient in (False, True)]
-        found += [case(name, rule, shape, gradient=True, compiled=name in COMPILED)]
-    return found
+        for gradient in (False, True):
+            yield case(name, rule, MODEL, gradient=gradient, compiled=False)
+        yield case(name, rule, shape, gradient=True, compiled=name in COMPILED)

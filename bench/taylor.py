@@ -6,7 +6,7 @@ kernels for Based, or the plain chunked form.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -88,8 +88,7 @@ def _maybe_backward(function: Callable[[], Tensor], leaves: Any, gradient: bool)
     return lambda: torch.autograd.grad(function(), leaves, up)
 
 
-def cases() -> list[Case]:
-    found = []
+def cases() -> Iterator[Case]:
     for length, value, gradient, target in SHAPES:
         tokens = ROWS * HEADS * length
         ways = {
@@ -100,19 +99,16 @@ def cases() -> list[Case]:
         for way in ("fla parallel", "fla fused chunk", "plain PyTorch"):
             if not (way == "fla parallel" and length > 8192):
                 ways[way] = _lazily(way, length, value, gradient)
-        found.append(
-            Case(
-                what="Taylor forward + backward" if gradient else "Taylor forward",
-                shape=f"{ROWS} x {length} x {HEADS}, f {KEY}, value {value}",
-                # q, k, v, y; backward reads these and dy once more and writes dq, dk, dv
-                bytes=tokens * 2 * (2 * KEY + 2 * value) * (3 if gradient else 1),
-                # phi(q) S and phi(k) v^T; backward has five such products more
-                flops=tokens * 4 * FEATURES * value * (1 + 2 * gradient),
-                target_ms=target,
-                ways=ways,
-            )
+        yield Case(
+            what="Taylor forward + backward" if gradient else "Taylor forward",
+            shape=f"{ROWS} x {length} x {HEADS}, f {KEY}, value {value}",
+            # q, k, v, y; backward reads these and dy once more and writes dq, dk, dv
+            bytes=tokens * 2 * (2 * KEY + 2 * value) * (3 if gradient else 1),
+            # phi(q) S and phi(k) v^T; backward has five such products more
+            flops=tokens * 4 * FEATURES * value * (1 + 2 * gradient),
+            target_ms=target,
+            ways=ways,
         )
-    return found
 
 
 def _lazily(way: str, length: int, value: int, gradient: bool) -> Callable[[], Any]:

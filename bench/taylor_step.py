@@ -7,7 +7,7 @@ definition, or run the chunked form of PyTorch on one token.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -71,15 +71,13 @@ def _lazily(way: str, rows: int, value: int, dtype: torch.dtype) -> Callable[[],
     return lambda: built()()
 
 
-def cases() -> list[Case]:
+def cases() -> Iterator[Case]:
     features = TAYLOR.size(KEY)
-    return [
-        Case(
+    for rows, value, dtype, target in SHAPES:
+        yield Case(
             what="Taylor step",
             shape=f"{rows} rows, {HEADS} heads, f {KEY}, value {value}, {str(dtype).removeprefix('torch.')}",
             bytes=2 * rows * HEADS * features * value * dtype.itemsize,
             target_ms=target,
             ways={way: _lazily(way, rows, value, dtype) for way in WAYS},
         )
-        for rows, value, dtype, target in SHAPES
-    ]

@@ -7,7 +7,7 @@ attention with a mask, as our plain form does in blocks; or full attention's fas
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -104,32 +104,26 @@ def _step(way: str, rows: int, heads: int, dim: int, window: int) -> Callable[[]
     return lambda: built()()
 
 
-def cases() -> list[Case]:
-    found = []
+def cases() -> Iterator[Case]:
     for shape in SHAPES:
         rows, length, heads, dim, window = shape
         tokens = rows * heads * length
         pairs = sum(min(t + 1, window) for t in range(length)) / length
         for gradient in (False, True):
-            found.append(
-                Case(
-                    what="window forward + backward" if gradient else "window forward",
-                    shape=f"{rows} x {length} x {heads}, dim {dim}, window {window}",
-                    # q, k, v, y; backward reads these and dy and writes three gradients
-                    bytes=tokens * 2 * dim * (12 if gradient else 4),
-                    # two products for every pair; backward has five
-                    flops=tokens * pairs * 2 * dim * (7 if gradient else 2),
-                    ways={way: _lazily(way, shape, gradient) for way in WAYS},
-                )
+            yield Case(
+                what="window forward + backward" if gradient else "window forward",
+                shape=f"{rows} x {length} x {heads}, dim {dim}, window {window}",
+                # q, k, v, y; backward reads these and dy and writes three gradients
+                bytes=tokens * 2 * dim * (12 if gradient else 4),
+                # two products for every pair; backward has five
+                flops=tokens * pairs * 2 * dim * (7 if gradient else 2),
+                ways={way: _lazily(way, shape, gradient) for way in WAYS},
             )
     for step in STEPS:
         rows, heads, dim, window = step
-        found.append(
-            Case(
-                what="window step",
-                shape=f"{rows} rows, {heads} heads, dim {dim}, window {window}",
-                bytes=rows * heads * dim * 2 * (2 * (window - 1) + 6),
-                ways={way: _step(way, *step) for way in ("ours", "SDPA with a mask")},
-            )
+        yield Case(
+            what="window step",
+            shape=f"{rows} rows, {heads} heads, dim {dim}, window {window}",
+            bytes=rows * heads * dim * 2 * (2 * (window - 1) + 6),
+            ways={way: _step(way, *step) for way in ("ours", "SDPA with a mask")},
         )
-    return found
