@@ -300,9 +300,15 @@ def _lanes(x_D, BLOCK: tl.constexpr):
 
 @triton.jit
 def _fold(low, high, lane, AXIS: tl.constexpr):
-    """Sums over a pair of lanes: one lane keeps that of `low`, the other that of `high`."""
-    low, high = tl.sum(low, axis=AXIS, keep_dims=True), tl.sum(high, axis=AXIS, keep_dims=True)
-    return tl.where((lane >> (4 - AXIS)) & 1 == 0, low, high)
+    """Sums over a pair of lanes: one lane keeps that of `low`, the other that of `high`.
+
+    Each sends its neighbour what that one keeps: one exchange for two sums, where exchanges are what limits.
+    """
+    first = (lane >> (4 - AXIS)) & 1 == 0
+    kept, sent = tl.where(first, low, high), tl.where(first, high, low).to(tl.int32, bitcast=True)
+    # a neighbour's bits: those of both, without one's own
+    received = tl.xor_sum(sent, axis=AXIS, keep_dims=True) ^ sent
+    return kept + received.to(tl.float32, bitcast=True)
 
 
 @triton.jit(do_not_specialize=NUMBERS)

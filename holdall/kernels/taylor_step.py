@@ -57,12 +57,12 @@ def _indices(table_ptr, weight_ptr, f, F: tl.constexpr):
 
 @triton.jit
 def _normaliser(
-    q_ptr, k_ptr, z_ptr, next_z_ptr, table_ptr, weight_ptr, at, F: tl.constexpr, BLOCK_F: tl.constexpr
+    q_ptr, k_ptr, z, next_z_ptr, table_ptr, weight_ptr, at, F: tl.constexpr, BLOCK_F: tl.constexpr
 ):  # fmt: skip
     """The next phi(q) . z, and z where it belongs."""
     f = tl.arange(0, BLOCK_F)
     i, j, weight = _indices(table_ptr, weight_ptr, f, F)
-    z = tl.load(z_ptr + at + f, mask=f < F, other=0.0) + _feature(k_ptr, i, j, weight)
+    z += _feature(k_ptr, i, j, weight)
     norm = tl.sum(_feature(q_ptr, i, j, weight) * z, 0)
     # a thread may hold what another one stores: all have read before the first writes
     tl.debug_barrier()
@@ -85,8 +85,11 @@ def _step_kernel(
     s_ptr += row_head * F * V
     next_s_ptr += row_head * F * V
 
-    norm = eps + _normaliser(q_ptr, k_ptr, z_ptr, next_z_ptr, table_ptr, weight_ptr, row_head * F, F, BLOCK_F)
-    for first in range(0, V, BLOCK_V):
+    # z is on its way while S is read; the rest of the normaliser waits until then
+    f_z = tl.arange(0, BLOCK_F)
+    z = tl.load(z_ptr + row_head * F + f_z, mask=f_z < F, other=0.0)
+    norm = eps
+    for first in tl.static_range(0, V, BLOCK_V):
         d = first + tl.arange(0, BLOCK_V)
         v = tl.load(v_ptr + d, mask=d < V, other=0.0).to(tl.float32)
         y = tl.zeros((TILE, BLOCK_V), tl.float32)
@@ -99,6 +102,8 @@ def _step_kernel(
             s += _feature(k_ptr, i, j, weight)[:, None] * v[None, :]
             y += _feature(q_ptr, i, j, weight)[:, None] * s
             tl.store(next_s_ptr + at, narrow(s, next_s_ptr.dtype.element_ty), mask=mask)
+        if first == 0:
+            norm += _normaliser(q_ptr, k_ptr, z, next_z_ptr, table_ptr, weight_ptr, row_head * F, F, BLOCK_F)
         y_V = tl.sum(y, 0) / norm
         tl.store(y_ptr + row_head * V + d, narrow(y_V, y_ptr.dtype.element_ty), mask=d < V)
 
