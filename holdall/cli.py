@@ -72,7 +72,7 @@ def report(
     *,
     out: Path | None = None,
 ) -> int:
-    """Remake the figure and the page of one or several sweeps, from their folders alone.
+    """Remake figure, page and table of one or several sweeps, from their folders alone.
 
     Args:
         folders: folders that `holdall frontier` left, several are drawn over each other; or one that

@@ -6,7 +6,7 @@ A sweep is a list of points, each a population of one architecture. Its folder h
     environment.json
     results.jsonl   one line per model and learning rate, in the sweep's order, as models finish
     runs/           one run folder per population
-    frontier.png, frontier.html    made from the above alone (holdall.report)
+    frontier.png, frontier.html, table.md    made from the above alone (holdall.report)
 
 Stopped in any way, the same call goes on where it was. On a CPU every member of a population is its own run,
 one thread each, as many at once as there are cores: small models gain nothing from a second thread. On GPUs

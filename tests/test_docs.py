@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from holdall.report import table
+from holdall.report.data import load
+
 ROOT = Path(__file__).parents[1]
 PAGES = [path for path in (ROOT, ROOT / "docs", ROOT / "results") for path in path.glob("*.md")]
 
@@ -55,6 +58,13 @@ def test_the_commands_that_the_pages_name_exist() -> None:
     for page in PAGES:
         for target in re.findall(r"(?:^|`)make ([a-z-]+)", page.read_text(), flags=re.M):
             assert target in targets, f"{page.name} names 'make {target}'"
+
+
+@pytest.mark.parametrize("sweep", ["quick", "based-figure2"])
+def test_the_tables_of_sweeps_are_those_of_their_results(sweep: str) -> None:
+    folder = ROOT / "results" / sweep
+    shown, _ = table.render(load([folder])).split("\n\n")
+    assert shown in (folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

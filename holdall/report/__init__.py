@@ -1,7 +1,7 @@
 """Tables, figures and pages, made from sweep folders alone.
 
 from holdall.report import write
-write([Path("runs/quick")], Path("runs/quick"))     # frontier.png and frontier.html
+write([Path("runs/quick")], Path("runs/quick"))     # frontier.png, frontier.html and table.md
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from holdall.report import figure, page, widths
+from holdall.report import figure, page, table, widths
 from holdall.report.data import Sweep, load, load_each
 from holdall.report.style import FILLS
 
@@ -18,7 +18,7 @@ __all__ = ["write", "write_widths"]
 
 
 def write(folders: Sequence[Path], out: Path) -> list[Path]:
-    """Write frontier.png and frontier.html into `out` from the sweeps in `folders`; return their paths.
+    """Write frontier.png, frontier.html and table.md into `out`, from sweeps in `folders`; return the paths.
 
     Cheap enough to call after every trained model, and a reader never sees half a file. Several sweeps
     share one picture if they took the same test: the first is filled, the others are open or marked. A folder
@@ -33,10 +33,8 @@ def write(folders: Sequence[Path], out: Path) -> list[Path]:
             f"{len(folders)} sweeps on one picture cannot be told apart; name at most {len(FILLS)}"
         )
     sweeps = load(folders)
-    return [
-        _save(sweeps, save, out / name)
-        for name, save in (("frontier.png", figure.save), ("frontier.html", page.save))
-    ]
+    made = {"frontier.png": figure.save, "frontier.html": page.save, "table.md": table.save}
+    return [_save(sweeps, save, out / name) for name, save in made.items()]
 
 
 def write_widths(folders: Sequence[Path], out: Path) -> list[Path]:

@@ -5,12 +5,13 @@ Made from the registry, the folder of `holdall frontier zoo` and, beside it, sou
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from holdall import mixers, runs
 from holdall.contract import Entry
+from holdall.report import table
 from holdall.report.data import Model, load_each
 from holdall.report.style import bytes_text
 
@@ -83,11 +84,6 @@ def read_drifts(path: Path) -> dict[str, dict[str, Mapping[str, Any]]]:
     return found
 
 
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    rule = ["---" if column < left else "---:" for column in range(len(heads))]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (heads, rule, *rows)) + "\n"
-
-
 def _cited(authors: str) -> str:
     """One name, two, or the first of several and the others unnamed."""
     names = authors.split(", ")
@@ -105,7 +101,7 @@ def _what(entries: Sequence[Entry]) -> str:
             (f"`{entry.name}`{causal}", entry.summary, paper, entry.state, entry.training, entry.inference)
         )
     heads = ("mixer", "what it is", "paper", "state elements after N tokens", "N tokens at once", "one more")
-    return _table(heads, rows, left=len(heads))
+    return table.markdown(heads, rows, left=len(heads))
 
 
 def _how(entries: Sequence[Entry], models: Mapping[str, Model], drifts: Mapping[str, Any]) -> str:
@@ -130,7 +126,7 @@ def _how(entries: Sequence[Entry], models: Mapping[str, Model], drifts: Mapping[
         errors = [_error(drifts.get(entry.name, {}).get(dtype)) for dtype in ("float32", "bfloat16")]
         rows.append((f"`{entry.name}`", *cells, *errors))
     heads = ("mixer", "recall", "state", "efficiency", "parameters", "seconds", "error fp32", "error bf16")
-    return _table(heads, rows)
+    return table.markdown(heads, rows)
 
 
 def _error(drift: Mapping[str, Any] | None) -> str:

@@ -183,10 +183,11 @@ def test_sweeps_of_different_tests_do_not_share_a_picture(make_sweep, line):
             load([make_sweep("one", lines), make_sweep("two", lines, **change)])
 
 
-def test_write_makes_both_files_whole_or_not_at_all(sweep, tmp_path, monkeypatch):
+def test_write_makes_each_file_whole_or_not_at_all(sweep, tmp_path, monkeypatch):
     out = tmp_path / "made" / "here"
-    assert write([sweep], out) == [out / "frontier.png", out / "frontier.html"]
-    assert sorted(path.name for path in out.iterdir()) == ["frontier.html", "frontier.png"]
+    names = ["frontier.png", "frontier.html", "table.md"]
+    assert write([sweep], out) == [out / name for name in names]
+    assert sorted(path.name for path in out.iterdir()) == sorted(names)
     before = (out / "frontier.html").read_bytes()
 
     def fail(sweeps, path):
@@ -197,7 +198,7 @@ def test_write_makes_both_files_whole_or_not_at_all(sweep, tmp_path, monkeypatch
     with pytest.raises(OSError, match="disk full"):
         write([sweep], out)
     assert (out / "frontier.html").read_bytes() == before
-    assert sorted(path.name for path in out.iterdir()) == ["frontier.html", "frontier.png"]
+    assert sorted(path.name for path in out.iterdir()) == sorted(names)
 
 
 def test_write_refuses_what_cannot_be_told_apart(sweep, tmp_path):

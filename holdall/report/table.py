@@ -1,0 +1,89 @@
+"""A sweep as a Markdown table, to be read as it is or put into a page: a row per model.
+
+What counts of a model are its best learning rate for each seed; of several seeds, the mean and both extremes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from holdall.report.data import Model, Sweep, families
+from holdall.report.style import bytes_text
+
+LEGEND = """State: bytes that one sequence carries after {context} tokens, all layers, counted. Recall: share
+of right answers, at the best learning rate, then at single numbers of pairs{seeds}.
+Bits recalled: the least information that the answers of the hardest segment prove (Fano's inequality);
+efficiency: these bits per bit of state. Seconds of training; where several learning rates were trained at
+once, of all of them.
+"""
+
+
+def save(sweeps: Sequence[Sweep], path: Path) -> None:
+    """Write the table to `path`, and below it what its columns mean."""
+    path.write_text(render(sweeps), encoding="utf-8")
+
+
+def render(sweeps: Sequence[Sweep]) -> str:
+    """Table and legend. Several sweeps share the columns and follow one another."""
+    several = len(sweeps) > 1
+    pairs = sorted({k for sweep in sweeps for model in sweep.models for k in _by_pairs(model)})
+    heads = ["model", *(["sweep"] if several else []), "width", "state", "recall", *_titles(pairs)]
+    heads += ["bits recalled", "efficiency", "learning rate", "steps", "s"]
+    rows = [
+        [model.label, *([sweep.name] if several else []), *_cells(model, pairs)]
+        for sweep in sweeps
+        for family in families([sweep])
+        for model in sorted((m for m in sweep.models if m.family == family), key=lambda m: m.state_bytes)
+    ]
+    seeds = any(len(model.best) > 1 for sweep in sweeps for model in sweep.models)
+    legend = LEGEND.format(
+        context=f"{sweeps[0].context_len:,}",
+        seeds=" (mean over seeds, lowest to highest in brackets)" if seeds else "",
+    )
+    return markdown(heads, rows, left=1 + several) + "\n" + legend
+
+
+def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """A Markdown table whose first `left` columns are text, the others numbers."""
+    rule = ["---" if column < left else "---:" for column in range(len(heads))]
+    cells = ([cell.replace("|", r"\|") for cell in row] for row in (heads, rule, *rows))
+    return "\n".join("| " + " | ".join(row) + " |" for row in cells) + "\n"
+
+
+def _titles(pairs: Sequence[int]) -> list[str]:
+    return [f"{k} pairs" if k == pairs[0] else str(k) for k in pairs]
+
+
+def _cells(model: Model, pairs: Sequence[int]) -> list[str]:
+    cells = [str(model.width), bytes_text(model.state_bytes)]
+    if not model.best:
+        return [*cells, "diverged", *([""] * (len(pairs) + 5))]
+    recall = f"{model.accuracy:.1%}"
+    if len(model.best) > 1:
+        recall += f" ({100 * model.low:.1f} to {100 * model.high:.1f})"
+    by_pairs = _by_pairs(model)
+    rates = dict.fromkeys(f"{run.learning_rate:.2g}" for run in model.best)
+    return [
+        *cells,
+        recall,
+        *(f"{by_pairs[k]:.0%}" if k in by_pairs else "" for k in pairs),
+        _mean(model, "recall_bits", "{:,.0f}"),
+        _mean(model, "recall_efficiency", "{:.2%}"),
+        ", ".join(rates),
+        _mean(model, "steps", "{:,.0f}"),
+        _mean(model, "seconds", "{:,.0f}"),
+    ]
+
+
+def _by_pairs(model: Model) -> dict[int, float]:
+    """Mean over seeds; only what every seed was asked."""
+    asked = [run.by_pairs for run in model.best]
+    shared = set(asked[0]).intersection(*asked[1:]) if asked else set()
+    return {k: math.fsum(each[k] for each in asked) / len(asked) for k in shared}
+
+
+def _mean(model: Model, key: str, text: str) -> str:
+    values = [value for run in model.best if isinstance(value := run.line.get(key), int | float)]
+    return text.format(math.fsum(values) / len(values)) if len(values) == len(model.best) else ""
