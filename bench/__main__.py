@@ -1,6 +1,7 @@
 """All benchmarks, behind their tests: `make bench`.
 
     python -m bench [NAME...] [--results FILE]
+    python -m bench --last     the newest results there as Markdown, for results/bench.md; measures nothing
 
 generator and training run on a CPU, kernels, sweep and lm on a GPU; by default all that this machine can run.
 A part of the kernels is named kernels:taylor, kernels:gated_conv and so on.
@@ -20,7 +21,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from bench import generator, kernels, lm, sweep, training
+from bench import generator, kernels, lm, markdown, sweep, training
 from holdall import runs
 
 ROOT = Path(__file__).parents[1]
@@ -35,11 +36,22 @@ GATES = {
 ON_GPU = ("kernels", "sweep", "lm")
 
 
+def last(results: Path) -> dict[str, str]:
+    """The table of each benchmark's newest run, as Markdown."""
+    newest = {line["bench"]: line["results"] for line in runs.read_lines(results)}
+    return {name: markdown(BENCHES[name.partition(":")[0]].table(found)) for name, found in newest.items()}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Speed beside its ceiling.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHES)}")
     parser.add_argument("--results", type=Path, default=ROOT / "results" / "bench.jsonl")
+    parser.add_argument("--last", action="store_true", help="print the newest results as Markdown instead")
     asked = parser.parse_args()
+    if asked.last:
+        for name, text in last(asked.results).items():
+            print(f"## {name}\n\n{text}\n")
+        return 0
     gpu = torch.cuda.is_available()
     names = asked.names or [name for name in BENCHES if gpu or name not in ON_GPU]
     for name in names:
