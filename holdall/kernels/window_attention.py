@@ -140,7 +140,7 @@ def _forward_kernel(
         top, total, acc = _attend(q, k, v, visible, scale, top, total, acc, one)
 
     row = (b * T + t) * H + h
-    _store_rows(y_ptr, row * V, t < T, acc / total[:, None], V, BLOCK_V)
+    _store_rows(y_ptr, row * V, t < T, acc * (1.0 / total)[:, None], V, BLOCK_V)
     tl.store(log_ptr + row, top + tl.log2(total), mask=t < T)
 
 
@@ -155,11 +155,14 @@ def _grad_queries(dq, q, dy, log, mean, k, v, visible, scale, one):
 
 @triton.jit
 def _grad_keys(
-    k, v, j, valid, q_ptr, dy_ptr, y_ptr, log_ptr, b, g, q_t, q_h, first, last, T, window, scale, one,
+    k, v, j, q_ptr, dy_ptr, y_ptr, log_ptr, b, g, q_t, q_h, first, last, T, window, scale, one,
     H, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a block of keys and values at positions j from the queries first .. last - 1."""
+    """Gradients of a block of keys and values at positions j, from the queries first .. last - 1.
+
+    Queries beyond the last are zero, as are their outputs' gradients, and add nothing.
+    """
     dk = tl.zeros((BLOCK_S, BLOCK_K), tl.float32)
     dv = tl.zeros((BLOCK_S, BLOCK_V), tl.float32)
     for n in range(GROUP):
@@ -172,8 +175,7 @@ def _grad_keys(
             y = _load_rows(y_ptr, row * V, t < T, V, BLOCK_V)
             mean = tl.sum(dy.to(tl.float32) * y.to(tl.float32), 1)
             log = tl.load(log_ptr + row, mask=t < T, other=0.0)
-            visible = (t[None, :] >= j[:, None]) & (t[None, :] < j[:, None] + window) & (t < T)[None, :]
-            visible = visible & valid[:, None]
+            visible = (t[None, :] >= j[:, None]) & (t[None, :] < j[:, None] + window)
             score = dot(k, tl.trans(q)) * scale
             p = tl.exp2(tl.where(visible, score - log[None, :], float("-inf")))
             dv = _plus_product(dv, narrow(p, dy.dtype), dy, one)
@@ -241,7 +243,7 @@ def _backward_kernel(
         k = _load_rows(k_ptr + b * k_b + g * k_g, j.to(tl.int64) * k_t, j < T, K, BLOCK_K)
         v = _load_rows(v_ptr + b * v_b + g * v_g, j.to(tl.int64) * v_t, j < T, V, BLOCK_V)
         dk, dv = _grad_keys(
-            k, v, j, j < T, q_ptr, dy_ptr, y_ptr, log_ptr, b, g, q_t, q_h,
+            k, v, j, q_ptr, dy_ptr, y_ptr, log_ptr, b, g, q_t, q_h,
             begin, tl.minimum(begin + BLOCK_S + back, T), T, window, scale, one,
             H, GROUP, K, V, BLOCK_K, BLOCK_V, BLOCK_T, BLOCK_S,
         )  # fmt: skip
@@ -259,11 +261,12 @@ def _backward_kernel(
             k = _load_rows(ring_k_ptr, slot * K, filled, K, BLOCK_K)
             v = _load_rows(ring_v_ptr, slot * V, filled, V, BLOCK_V)
             dk, dv = _grad_keys(
-                k, v, j, filled, q_ptr, dy_ptr, y_ptr, log_ptr, b, g, q_t, q_h,
+                k, v, j, q_ptr, dy_ptr, y_ptr, log_ptr, b, g, q_t, q_h,
                 0, tl.minimum(tl.minimum(begin + BLOCK_S, 0) + back, T), T, window, scale, one,
                 H, GROUP, K, V, BLOCK_K, BLOCK_V, BLOCK_T, BLOCK_S,
             )  # fmt: skip
-            _store_rows(dring_k_ptr, slot * K, j < 0, dk * weight, K, BLOCK_K)
+            dk, dv = tl.where(filled[:, None], dk * weight, 0.0), tl.where(filled[:, None], dv, 0.0)
+            _store_rows(dring_k_ptr, slot * K, j < 0, dk, K, BLOCK_K)
             _store_rows(dring_v_ptr, slot * V, j < 0, dv, V, BLOCK_V)
 
 
