@@ -265,7 +265,7 @@ def _forward_kernel(
         a_next = _of_state(a_ptr, 0, CHANNELS, d_D, inside_D)
         h_next = _of_state(states_ptr, 0, CHANNELS, d_D, inside_D)
         first_next = tl.load(pair_ptr)
-        for n in range(size):
+        for n in tl.range(0, size, loop_unroll_factor=2):
             # what the next n needs is on its way meanwhile: one number of its line of pairs brings the others
             a_D, h_D, first, m = a_next, h_next, first_next, tl.minimum(n + 1, size - 1)
             a_next = _of_state(a_ptr, m, CHANNELS, d_D, inside_D)
@@ -367,7 +367,7 @@ def _backward_kernel(
         h_next = _of_state(state_ptr, 0, CHANNELS, d_D, inside_D)
         s_next = _of_state(carry_ptr, 0, CHANNELS, d_D, inside_D)
         first_next = tl.load(pair_ptr)
-        for n in range(size):
+        for n in tl.range(0, size, loop_unroll_factor=2):
             a_D, h_D, s_D, first, m = a_next, h_next, s_next, first_next, tl.minimum(n + 1, size - 1)
             a_next = _of_state(a_ptr, m, CHANNELS, d_D, inside_D)
             h_next = _of_state(state_ptr, m, CHANNELS, d_D, inside_D)
