@@ -192,20 +192,34 @@ class _FrontierView:
         console.print(self._table())
 
     def _table(self) -> Table:
-        """Each model at its best learning rate so far, in order of state."""
+        """Each model at its best learning rate so far, in order of state.
+
+        Where the terminal is too narrow for all numbers of pairs, the fewest go first: most solve those.
+        """
         best: dict[tuple[str, int], dict[str, Any]] = {}
         for line in self.lines:
             key = (line["label"], line["width"])
             if key not in best or _accuracy(line) > _accuracy(best[key]):
                 best[key] = line
-        widths = len({width for _, width in best}) > 1
         pairs = sorted({int(k) for line in best.values() for k in line["accuracy_by_pairs"]})
+        lines = sorted(best.values(), key=lambda line: line["state_bytes"])
+        unbounded = console.options.update(max_width=1000)
+        for left_out in range(len(pairs) + 1):
+            table = self._columns(lines, pairs[left_out:])
+            if console.measure(table, options=unbounded).maximum <= console.width:
+                break
+        if left_out:
+            table.caption = "all numbers of pairs are in table.md"
+        return table
+
+    def _columns(self, lines: Sequence[dict[str, Any]], pairs: Sequence[int]) -> Table:
+        widths = len({line["width"] for line in lines}) > 1
         table = Table(title="recall at the best learning rate", title_justify="left", box=box.SIMPLE_HEAD)
         table.add_column("model", no_wrap=True)
         scores = ("recall", *(f"K={k}" for k in pairs))
         for column in (*(["width"] if widths else []), "state", *scores, "lr", "s"):
             table.add_column(column, justify="right", no_wrap=True)
-        for line in sorted(best.values(), key=lambda line: line["state_bytes"]):
+        for line in lines:
             table.add_row(
                 line["label"],
                 *([str(line["width"])] if widths else []),
