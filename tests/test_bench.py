@@ -1,11 +1,15 @@
 """What the benchmarks write down; what they measure is measured by nobody's test."""
 
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.table import Table
 
-from bench import markdown
+from bench import gpu, kernels, markdown
 from bench.__main__ import last
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -20,6 +24,27 @@ def test_a_table_becomes_markdown() -> None:
     assert markdown(table).splitlines() == [
         "| what | ms |", "| --- | ---: |", "| ours | 0.1 |", "| theirs | 0.2; 0.3 |",
     ]  # fmt: skip
+
+
+def test_a_kernel_s_case_is_made_when_the_one_before_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    happened = []
+
+    def cases() -> Iterator[gpu.Case]:
+        for name in ("one", "two"):
+            happened.append(f"{name} made")
+            yield gpu.Case(what=name, shape="", bytes=1.0, ways={"ours": lambda: None})
+
+    def milliseconds(function: Callable[[], Any]) -> float:
+        happened.append("measured")
+        return 1.0
+
+    monkeypatch.setitem(sys.modules, "bench.fake", SimpleNamespace(cases=cases))
+    monkeypatch.setattr(gpu, "ceiling", lambda: gpu.Ceiling(bandwidth=1e3, flops=1e3))
+    monkeypatch.setattr(gpu, "milliseconds", milliseconds)
+    limit, *results = kernels.run("fake")
+    assert happened == ["one made", "measured", "two made", "measured"]
+    assert limit == {"bandwidth": 1e3, "flops": 1e3}
+    assert [result["what"] for result in results] == ["one", "two"]
 
 
 @pytest.mark.parametrize("name", last(RESULTS / "bench.jsonl"))

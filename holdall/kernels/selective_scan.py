@@ -302,7 +302,7 @@ def _lanes(x_D, BLOCK: tl.constexpr):
 def _fold(low, high, lane, AXIS: tl.constexpr):
     """Sums over a pair of lanes: one lane keeps that of `low`, the other that of `high`.
 
-    Each sends its neighbour what that one keeps: one exchange for two sums, where exchanges are what limits.
+    Each sends its neighbour what that one keeps: one exchange for two sums.
     """
     first = (lane >> (4 - AXIS)) & 1 == 0
     kept, sent = tl.where(first, low, high), tl.where(first, high, low).to(tl.int32, bitcast=True)
