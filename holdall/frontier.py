@@ -10,7 +10,8 @@ A sweep is a list of points, each a population of one architecture. Its folder h
 
 Stopped in any way, the same call goes on where it was. On a CPU every member of a population is its own run,
 one thread each, as many at once as there are cores: small models gain nothing from a second thread. On GPUs
-the learning rates of a seed are one run, one at once on each. More seeds can be asked for later.
+the learning rates of a seed are one run, one at once on each, and another process compiles what comes next.
+More seeds can be asked for later.
 
 What is finished is known by `runs` alone. So a sweep can be made in pieces, by time or by family, on several
 machines: put the pieces' `runs` into one folder, and the next call there, or one with no time to train
@@ -20,12 +21,15 @@ anything, gathers all of them into results.jsonl.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import multiprocessing
+import os
 import re
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -38,7 +42,7 @@ from holdall import mixers, runs
 from holdall.contract import Config, did_you_mean
 from holdall.model import ModelConfig, seeded
 from holdall.runs import RunError
-from holdall.tasks.data import DataConfig
+from holdall.tasks.data import DataConfig, Segment
 from holdall.tasks.information import recall_bits
 from holdall.train import Progress, Stopped, TrainConfig, finished, train
 
@@ -333,7 +337,10 @@ class _Pool:
     ) -> None:
         context = multiprocessing.get_context("spawn")
         self.stop, self.queue, free = context.Event(), context.Queue(), context.Queue()
-        for name in devices(device, workers):
+        self.context, self.devices, self.plugins = context, devices(device, workers), plugins
+        self.ahead: list[Any] = []
+        self.scratch = tempfile.TemporaryDirectory(prefix="holdall-")
+        for name in self.devices:
             free.put(name)
         self.executor = concurrent.futures.ProcessPoolExecutor(
             workers,
@@ -365,6 +372,10 @@ class _Pool:
         if self.limit is not None:
             self.timer.cancel()
         self.executor.shutdown(cancel_futures=True)
+        for process in self.ahead:
+            process.kill()  # nothing of what it does is kept, but for what it has compiled
+            process.join()
+        self.scratch.cleanup()
         self.queue.put(None)
         self.listener.join()
         if threading.current_thread() is threading.main_thread():
@@ -389,6 +400,7 @@ class _Pool:
             ): index
             for index, (job, folder) in jobs.items()
         }
+        self._compile_ahead([job.point.train for job, _ in jobs.values()])
         for future in concurrent.futures.as_completed(futures):
             if self.interrupted:
                 raise KeyboardInterrupt
@@ -405,6 +417,19 @@ class _Pool:
                     f"the GPU has too little memory for what trains at once ({error}); the same command goes "
                     "on from the last checkpoints (fewer at once with --workers)"
                 ) from error
+
+    def _compile_ahead(self, configs: Sequence[TrainConfig]) -> None:
+        """Start a process on each GPU for its share of the models that do not train at once."""
+        gpus = list(dict.fromkeys(name for name in self.devices if name.startswith("cuda")))
+        for at, gpu in enumerate(gpus if not self.stop.is_set() else []):
+            if share := to_compile(configs, len(self.devices))[at :: len(gpus)]:
+                plain, plugins = [each.to_dict() for each in share], [str(path) for path in self.plugins]
+                folder = str(Path(self.scratch.name) / str(at))
+                process = self.context.Process(
+                    target=compile_ahead, args=(plain, folder, gpu, plugins), daemon=True
+                )
+                process.start()
+                self.ahead.append(process)
 
     def _listen(self) -> None:
         while (said := self.queue.get()) is not None:
@@ -452,6 +477,47 @@ def _work(
         )
     except Stopped:
         return []
+
+
+def to_compile(configs: Sequence[TrainConfig], workers: int) -> list[TrainConfig]:
+    """Short trainings of all models but those that train at once, in order."""
+    short = [_shortened(config) for config in configs]
+    return [each for each in dict.fromkeys(short) if each not in short[:workers]]
+
+
+def _shortened(config: TrainConfig) -> TrainConfig:
+    """One step at every length and one test, with few rows, which need little of the GPU's memory."""
+    few = min(config.batch, 32)
+
+    def shorter(segments: Sequence[Segment]) -> tuple[Segment, ...]:
+        return tuple(dataclasses.replace(segment, rows=min(segment.rows, few)) for segment in segments)
+
+    data = dataclasses.replace(config.data, train=shorter(config.data.train), test=shorter(config.data.test))
+    seeds = tuple(range(len(config.seeds)))  # whichever they are, the kernels are the same
+    return dataclasses.replace(config, data=data, seeds=seeds, batch=few, epochs=1, evaluate_every=0)
+
+
+def compile_ahead(
+    configs: Sequence[dict[str, Any]], folder: str, device: str, plugins: Sequence[str]
+) -> None:
+    """Train these in folders under this one, for what that leaves in Triton's cache; a process of its own.
+
+    A width's first training waits some ten seconds for its kernels, and the GPU with it. What goes wrong here
+    goes wrong there as well, and is told there.
+    """
+    runs.follow_parent()
+    os.nice(10)  # those that train come first
+    torch.set_num_threads(1)
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    for plugin in plugins:
+        mixers.load(Path(plugin))
+    for index, plain in enumerate(configs):
+        with contextlib.suppress(Exception):
+            config = TrainConfig.from_dict(plain)
+            train(config, Path(folder) / str(index), device=device, keep_weights=False)
+        if device.startswith("cuda"):
+            torch.cuda.empty_cache()
 
 
 def keep_freed_memory() -> None:

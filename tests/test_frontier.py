@@ -2,14 +2,17 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +27,7 @@ from holdall.runs import RunError
 from holdall.show import sweeps
 from holdall.tasks.data import MQARData, Segment
 from holdall.tasks.information import recall_bits
-from holdall.train import train
+from holdall.train import TrainConfig, train
 
 HOLDALL = [sys.executable, "-m", "holdall.cli"]
 
@@ -211,6 +214,44 @@ def test_a_machines_gpus_are_taken_in_turn(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert frontier.devices("cuda", 3) == ["cuda:0", "cuda:1", "cuda:0"]
     assert frontier.devices("cpu", 2) == ["cpu", "cpu"]
+
+
+def test_every_model_but_the_first_is_compiled_ahead_once_on_one_of_the_gpus() -> None:
+    points = [point for sweep in recipes.sweeps("based-figure2", 2) for point in sweep.points]
+    configs = [job.point.train for job in SweepConfig(recipe="x", points=tuple(points)).jobs(together=True)]
+    assert len(configs) == 2 * len(points)
+    started: list[Any] = []
+    pool = object.__new__(frontier._Pool)
+    pool.ahead, pool.plugins, pool.devices = [], [], ["cuda:0", "cuda:1"]
+    pool.stop, pool.scratch = threading.Event(), SimpleNamespace(name="/scratch")  # type: ignore[assignment]
+    pool.context = SimpleNamespace(  # type: ignore[assignment]
+        Process=lambda args, **_: SimpleNamespace(start=lambda: started.append(args))
+    )
+    pool._compile_ahead(configs)
+    assert [gpu for _, _, gpu, _ in started] == ["cuda:0", "cuda:1"]
+    short = [TrainConfig.from_dict(plain) for plain, *_ in started for plain in plain]
+    trained = {(each.model, len(each.learning_rates)) for each in short}
+    assert len(short) == len(trained) == len(points) - 1  # two seeds of the first train at once
+    lengths = [segment.length for segment in configs[0].data.train]
+    for each in short:
+        assert [segment.length for segment in each.data.train] == lengths
+        assert each.epochs * sum(segment.rows for segment in each.data.train) == len(lengths) * each.batch
+    pool.stop.set()
+    started.clear()
+    pool._compile_ahead(configs)
+    assert not started
+
+
+def test_what_cannot_be_compiled_ahead_is_passed_over(tmp_path: Path) -> None:
+    short = [each.to_dict() for each in frontier.to_compile([point.train for point in tiny().points], 0)]
+    broken = short[0] | {"batch": 0}
+    process = multiprocessing.get_context("spawn").Process(
+        target=frontier.compile_ahead, args=([broken, *short], str(tmp_path), "cpu", [])
+    )
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+    assert sorted(path.parent.name for path in tmp_path.glob("*/result.json")) == ["1", "2"]
 
 
 @pytest.mark.gpu
