@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from holdall.report import table as tables
+
 
 def show(name: str, results: list[dict[str, Any]], table: Callable[[list[dict[str, Any]]], Table]) -> None:
     """Print results as a table, and as one JSON document on the last line."""
@@ -16,7 +18,7 @@ def show(name: str, results: list[dict[str, Any]], table: Callable[[list[dict[st
 
 def markdown(table: Table) -> str:
     """A table of rich's as Markdown, as results/bench.md has it."""
+    columns = [[str(cell).replace("\n", "; ") for cell in column.cells] for column in table.columns]
+    text = [index for index, column in enumerate(table.columns) if column.justify != "right"]
     heads = [str(column.header) for column in table.columns]
-    rule = ["---:" if column.justify == "right" else "---" for column in table.columns]
-    rows = zip(*([str(cell) for cell in column.cells] for column in table.columns), strict=True)
-    return "\n".join(f"| {' | '.join(row)} |".replace("\n", "; ") for row in (heads, rule, *rows))
+    return tables.markdown(heads, zip(*columns, strict=True), text)

@@ -39,6 +39,7 @@ from holdall import runs
 from holdall.analysis.recall import THRESHOLD, Scores, find
 from holdall.recipes.presets import FAMILIES
 from holdall.report import recall as recalls
+from holdall.report import table as tables
 from holdall.text import open_corpus
 
 SIZE, REFERENCE, SHOWN = "15m", "attention", "based"
@@ -300,7 +301,7 @@ def markdown(out: Path, rare: int, folders: dict[str, Path]) -> str:
         "family", "state", "learning rate", "all", "hits", "other", "hits right", "behind", "on hits",
         "of it hits", f"of it hits, at most {rare} times", "published: all / hits / other",
     )  # fmt: skip
-    rows = [head, ("---", *["---:"] * (len(head) - 1))]
+    rows = []
     for run, rare_run in zip(usual, rarely, strict=True):
         label, line, behind = run["label"], run["slices"], run["gap"]
         right = line["hits"]["accuracy"]
@@ -319,7 +320,7 @@ def markdown(out: Path, rare: int, folders: dict[str, Path]) -> str:
                 " / ".join(f"{number:.2f}" for number in PUBLISHED.get(label, ())),
             )
         )  # fmt: skip
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return tables.markdown(head, rows)
 
 
 def main() -> int:

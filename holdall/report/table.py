@@ -6,7 +6,7 @@ What counts of a model are its best learning rate for each seed; of several seed
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 
 from holdall.report.data import Model, Sweep, families
@@ -42,14 +42,14 @@ def render(sweeps: Sequence[Sweep]) -> str:
         context=f"{sweeps[0].context_len:,}",
         seeds=" (mean over seeds, lowest to highest in brackets)" if seeds else "",
     )
-    return markdown(heads, rows, left=1 + several) + "\n" + legend
+    return markdown(heads, rows, text=range(1 + several)) + "\n\n" + legend
 
 
-def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    """A Markdown table whose first `left` columns are text, the others numbers."""
-    rule = ["---" if column < left else "---:" for column in range(len(heads))]
+def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]], text: Container[int] = (0,)) -> str:
+    """A Markdown table; the columns in `text` stand to the left, the others, numbers, to the right."""
+    rule = ["---" if column in text else "---:" for column in range(len(heads))]
     cells = ([cell.replace("|", r"\|") for cell in row] for row in (heads, rule, *rows))
-    return "\n".join("| " + " | ".join(row) + " |" for row in cells) + "\n"
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
 def _titles(pairs: Sequence[int]) -> list[str]:

@@ -101,7 +101,7 @@ def _what(entries: Sequence[Entry]) -> str:
             (f"`{entry.name}`{causal}", entry.summary, paper, entry.state, entry.training, entry.inference)
         )
     heads = ("mixer", "what it is", "paper", "state elements after N tokens", "N tokens at once", "one more")
-    return table.markdown(heads, rows, left=len(heads))
+    return table.markdown(heads, rows, text=range(len(heads))) + "\n"
 
 
 def _how(entries: Sequence[Entry], models: Mapping[str, Model], drifts: Mapping[str, Any]) -> str:
@@ -126,7 +126,7 @@ def _how(entries: Sequence[Entry], models: Mapping[str, Model], drifts: Mapping[
         errors = [_error(drifts.get(entry.name, {}).get(dtype)) for dtype in ("float32", "bfloat16")]
         rows.append((f"`{entry.name}`", *cells, *errors))
     heads = ("mixer", "recall", "state", "efficiency", "parameters", "seconds", "error fp32", "error bf16")
-    return table.markdown(heads, rows)
+    return table.markdown(heads, rows) + "\n"
 
 
 def _error(drift: Mapping[str, Any] | None) -> str:
