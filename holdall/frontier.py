@@ -266,7 +266,10 @@ def run_sweep(
         left = [index for index in wanted if index not in lines]
         if together:  # the longest first, so that none is left alone at the end
             left.sort(key=lambda index: -jobs[index].point.train.model.width)
-        with _Pool(min(workers, max(len(left), 1)), device, plugins, watcher, minutes) as pool:
+        with (
+            _Pool(min(workers, max(len(left), 1)), device, plugins, watcher, minutes) as pool,
+            pool.compiling_ahead([jobs[index].point.train for index in left]),
+        ):
             for index, result in pool.results({i: (jobs[i], folders[i]) for i in left}, keep_weights):
                 enter(index, result)
                 _write_results(out, lines)
@@ -337,16 +340,15 @@ class _Pool:
     ) -> None:
         context = multiprocessing.get_context("spawn")
         self.stop, self.queue, free = context.Event(), context.Queue(), context.Queue()
-        self.context, self.devices, self.plugins = context, devices(device, workers), plugins
-        self.ahead: list[Any] = []
-        self.scratch = tempfile.TemporaryDirectory(prefix="holdall-")
+        self.context, self.devices = context, devices(device, workers)
+        self.plugins = [str(path) for path in plugins]
         for name in self.devices:
             free.put(name)
         self.executor = concurrent.futures.ProcessPoolExecutor(
             workers,
             mp_context=context,
             initializer=_start_process,
-            initargs=(self.queue, self.stop, free, [str(path) for path in plugins]),
+            initargs=(self.queue, self.stop, free, self.plugins),
         )
         self.watcher = watcher
         self.listener = threading.Thread(target=self._listen, daemon=True)
@@ -372,10 +374,6 @@ class _Pool:
         if self.limit is not None:
             self.timer.cancel()
         self.executor.shutdown(cancel_futures=True)
-        for process in self.ahead:
-            process.kill()  # nothing of what it does is kept, but for what it has compiled
-            process.join()
-        self.scratch.cleanup()
         self.queue.put(None)
         self.listener.join()
         if threading.current_thread() is threading.main_thread():
@@ -400,7 +398,6 @@ class _Pool:
             ): index
             for index, (job, folder) in jobs.items()
         }
-        self._compile_ahead([job.point.train for job, _ in jobs.values()])
         for future in concurrent.futures.as_completed(futures):
             if self.interrupted:
                 raise KeyboardInterrupt
@@ -418,18 +415,30 @@ class _Pool:
                     "on from the last checkpoints (fewer at once with --workers)"
                 ) from error
 
-    def _compile_ahead(self, configs: Sequence[TrainConfig]) -> None:
-        """Start a process on each GPU for its share of the models that do not train at once."""
+    @contextlib.contextmanager
+    def compiling_ahead(self, configs: Sequence[TrainConfig]) -> Iterator[None]:
+        """Meanwhile a process on each GPU compiles its share of the models that do not train at once."""
         gpus = list(dict.fromkeys(name for name in self.devices if name.startswith("cuda")))
-        for at, gpu in enumerate(gpus if not self.stop.is_set() else []):
-            if share := to_compile(configs, len(self.devices))[at :: len(gpus)]:
-                plain, plugins = [each.to_dict() for each in share], [str(path) for path in self.plugins]
-                folder = str(Path(self.scratch.name) / str(at))
-                process = self.context.Process(
-                    target=compile_ahead, args=(plain, folder, gpu, plugins), daemon=True
+        if self.stop.is_set() or not gpus:
+            yield
+            return
+        short = [config.to_dict() for config in to_compile(configs, len(self.devices))]
+        with tempfile.TemporaryDirectory(prefix="holdall-") as folder:
+            processes = [
+                self.context.Process(
+                    target=compile_ahead, daemon=True,
+                    args=(short[at :: len(gpus)], str(Path(folder) / str(at)), gpu, self.plugins),
                 )
+                for at, gpu in enumerate(gpus[: len(short)])
+            ]  # fmt: skip
+            for process in processes:
                 process.start()
-                self.ahead.append(process)
+            try:
+                yield
+            finally:
+                for process in processes:
+                    process.kill()  # nothing of what it does is kept, but for what it has compiled
+                    process.join()
 
     def _listen(self) -> None:
         while (said := self.queue.get()) is not None:
@@ -447,15 +456,20 @@ _worker: dict[str, Any] = {}
 
 
 def _start_process(queue: Any, stop: Any, free: Any, plugins: list[str]) -> None:
+    device = free.get()
+    _join_in(device, plugins)
+    keep_freed_memory()
+    _worker.update(queue=queue, stop=stop, device=device)
+
+
+def _join_in(device: str, plugins: Sequence[str]) -> None:
+    """What every process of a sweep begins with."""
     runs.follow_parent()
     torch.set_num_threads(1)
-    keep_freed_memory()
-    device = free.get()
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     for plugin in plugins:
         mixers.load(Path(plugin))
-    _worker.update(queue=queue, stop=stop, device=device)
 
 
 def _work(
@@ -505,19 +519,13 @@ def compile_ahead(
     A width's first training waits some ten seconds for its kernels, and the GPU with it. What goes wrong here
     goes wrong there as well, and is told there.
     """
-    runs.follow_parent()
     os.nice(10)  # those that train come first
-    torch.set_num_threads(1)
-    if device.startswith("cuda"):
-        torch.cuda.set_device(device)
-    for plugin in plugins:
-        mixers.load(Path(plugin))
+    _join_in(device, plugins)
     for index, plain in enumerate(configs):
         with contextlib.suppress(Exception):
             config = TrainConfig.from_dict(plain)
             train(config, Path(folder) / str(index), device=device, keep_weights=False)
-        if device.startswith("cuda"):
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
 
 
 def keep_freed_memory() -> None:

@@ -222,12 +222,16 @@ def test_every_model_but_the_first_is_compiled_ahead_once_on_one_of_the_gpus() -
     assert len(configs) == 2 * len(points)
     started: list[Any] = []
     pool = object.__new__(frontier._Pool)
-    pool.ahead, pool.plugins, pool.devices = [], [], ["cuda:0", "cuda:1"]
-    pool.stop, pool.scratch = threading.Event(), SimpleNamespace(name="/scratch")  # type: ignore[assignment]
+    ended: list[str] = []
+    pool.plugins, pool.devices, pool.stop = [], ["cuda:0", "cuda:1"], threading.Event()  # type: ignore[assignment]
     pool.context = SimpleNamespace(  # type: ignore[assignment]
-        Process=lambda args, **_: SimpleNamespace(start=lambda: started.append(args))
+        Process=lambda args, **_: SimpleNamespace(
+            start=lambda: started.append(args), kill=lambda: ended.append(args[2]), join=lambda: None
+        )
     )
-    pool._compile_ahead(configs)
+    with pool.compiling_ahead(configs):
+        assert not ended
+    assert ended == ["cuda:0", "cuda:1"]
     assert [gpu for _, _, gpu, _ in started] == ["cuda:0", "cuda:1"]
     short = [TrainConfig.from_dict(plain) for plain, *_ in started for plain in plain]
     trained = {(each.model, len(each.learning_rates)) for each in short}
@@ -238,8 +242,8 @@ def test_every_model_but_the_first_is_compiled_ahead_once_on_one_of_the_gpus() -
         assert each.epochs * sum(segment.rows for segment in each.data.train) == len(lengths) * each.batch
     pool.stop.set()
     started.clear()
-    pool._compile_ahead(configs)
-    assert not started
+    with pool.compiling_ahead(configs):
+        assert not started
 
 
 def test_what_cannot_be_compiled_ahead_is_passed_over(tmp_path: Path) -> None:
