@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from rich.table import Table
 
 from bench import gpu, kernels, markdown
@@ -45,6 +46,15 @@ def test_a_kernel_s_case_is_made_when_the_one_before_is_measured(monkeypatch: py
     assert happened == ["one made", "measured", "two made", "measured"]
     assert limit == {"bandwidth": 1e3, "flops": 1e3}
     assert [result["what"] for result in results] == ["one", "two"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_what_cannot_be_recorded_is_timed_and_leaves_nothing_behind() -> None:
+    numbers = torch.rand(1000, device="cuda")
+    assert gpu.milliseconds(lambda: numbers.sum().item()) > 0
+    assert 0 < torch.rand(1000, device="cuda").mean() < 1
+    assert gpu.milliseconds(lambda: torch.rand_like(numbers)) > 0
 
 
 @pytest.mark.parametrize("name", last(RESULTS / "bench.jsonl"))
