@@ -95,6 +95,23 @@ class Model:
     def high(self) -> float:
         return max((run.accuracy for run in self.best), default=math.nan)
 
+    @cached_property
+    def by_pairs(self) -> Mapping[int, float]:
+        """Mean over seeds for each number of pairs that every seed was asked."""
+        asked = [run.by_pairs for run in self.best]
+        shared = sorted(set(asked[0]).intersection(*asked[1:])) if asked else ()
+        return {k: math.fsum(each[k] for each in asked) / len(asked) for k in shared}
+
+    @property
+    def learning_rates(self) -> tuple[float, ...]:
+        """Those that count, each once."""
+        return tuple(dict.fromkeys(run.learning_rate for run in self.best))
+
+    def mean(self, key: str) -> float | None:
+        """Of one number of the lines, over the seeds; None where one of them lacks it, or all diverged."""
+        values = [value for run in self.best if isinstance(value := run.line.get(key), int | float)]
+        return math.fsum(values) / len(values) if values and len(values) == len(self.best) else None
+
     @property
     def drawn(self) -> bool:
         """Whether it has a place on the picture: a log axis holds no empty state, and no NaN."""
@@ -150,6 +167,15 @@ def load(folders: Sequence[Path]) -> tuple[Sweep, ...]:
                 "cannot share a picture; write one report for each"
             )
     return sweeps
+
+
+def grouped(runs: Iterable[Run]) -> tuple[Model, ...]:
+    """The models that these are runs of, in order of appearance."""
+    groups: dict[tuple[str, int, int], list[Run]] = {}
+    for run in runs:
+        # the state belongs to the key: two states under one label are two models, whatever the label says
+        groups.setdefault((run.label, run.width, run.state_bytes), []).append(run)
+    return tuple(Model(tuple(group)) for group in groups.values())
 
 
 def pareto(models: Iterable[Model]) -> list[Model]:
@@ -224,11 +250,7 @@ def _sweep(folder: Path, config: Mapping[str, Any], name: str) -> Sweep:
     if not segments:
         raise ValueError(f"{folder / 'config.json'} names no test segment; run the sweep again")
     runs, notes = _runs(folder)
-    groups: dict[tuple[str, int, int], list[Run]] = {}
-    for run in runs:
-        # the state belongs to the key: two states under one label are two models, whatever the label says
-        groups.setdefault((run.label, run.width, run.state_bytes), []).append(run)
-    models = tuple(Model(tuple(group)) for group in groups.values())
+    models = grouped(runs)
     notes += [f"{m.label} (width {m.width}) diverged at every learning rate." for m in models if not m.best]
     notes += [
         f"{m.label} (width {m.width}) carries no state: a log axis has no place for it."
@@ -272,7 +294,7 @@ def _runs(folder: Path) -> tuple[list[Run], list[str]]:
         try:
             # a training that was run again under its old name replaces what it wrote before; members of a
             # population share the name
-            run = _run(content)
+            run = run_of(content)
             runs[content.get("run", number), run.learning_rate, run.seed] = run
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
@@ -283,7 +305,8 @@ def _runs(folder: Path) -> tuple[list[Run], list[str]]:
     return list(runs.values()), notes
 
 
-def _run(line: Mapping[str, Any]) -> Run:
+def run_of(line: Mapping[str, Any]) -> Run:
+    """A line of results.jsonl; raises KeyError, TypeError or ValueError for one that is no result."""
     return Run(
         label=str(line["label"]),
         family=str(line.get("family") or line["mixer"]),

@@ -5,7 +5,6 @@ What counts of a model are its best learning rate for each seed; of several seed
 
 from __future__ import annotations
 
-import math
 from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 
@@ -28,7 +27,7 @@ def save(sweeps: Sequence[Sweep], path: Path) -> None:
 def render(sweeps: Sequence[Sweep]) -> str:
     """Table and legend. Several sweeps share the columns and follow one another."""
     several = len(sweeps) > 1
-    pairs = sorted({k for sweep in sweeps for model in sweep.models for k in _by_pairs(model)})
+    pairs = sorted({k for sweep in sweeps for model in sweep.models for k in model.by_pairs})
     heads = ["model", *(["sweep"] if several else []), "width", "state", "recall", *_titles(pairs)]
     heads += ["bits recalled", "efficiency", "learning rate", "steps", "s"]
     rows = [
@@ -63,27 +62,18 @@ def _cells(model: Model, pairs: Sequence[int]) -> list[str]:
     recall = f"{model.accuracy:.1%}"
     if len(model.best) > 1:
         recall += f" ({100 * model.low:.1f} to {100 * model.high:.1f})"
-    by_pairs = _by_pairs(model)
-    rates = dict.fromkeys(f"{run.learning_rate:.2g}" for run in model.best)
     return [
         *cells,
         recall,
-        *(f"{by_pairs[k]:.0%}" if k in by_pairs else "" for k in pairs),
+        *(f"{model.by_pairs[k]:.0%}" if k in model.by_pairs else "" for k in pairs),
         _mean(model, "recall_bits", "{:,.0f}"),
         _mean(model, "recall_efficiency", "{:.2%}"),
-        ", ".join(rates),
+        ", ".join(f"{rate:.2g}" for rate in model.learning_rates),
         _mean(model, "steps", "{:,.0f}"),
         _mean(model, "seconds", "{:,.0f}"),
     ]
 
 
-def _by_pairs(model: Model) -> dict[int, float]:
-    """Mean over seeds; only what every seed was asked."""
-    asked = [run.by_pairs for run in model.best]
-    shared = set(asked[0]).intersection(*asked[1:]) if asked else set()
-    return {k: math.fsum(each[k] for each in asked) / len(asked) for k in shared}
-
-
 def _mean(model: Model, key: str, text: str) -> str:
-    values = [value for run in model.best if isinstance(value := run.line.get(key), int | float)]
-    return text.format(math.fsum(values) / len(values)) if len(values) == len(model.best) else ""
+    mean = model.mean(key)
+    return "" if mean is None else text.format(mean)

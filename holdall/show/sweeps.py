@@ -21,6 +21,7 @@ from holdall import report as reports
 from holdall.frontier import OutOfTime, Point, SweepConfig, Watcher, planned, run_sweep
 from holdall.model import Precision
 from holdall.recipes import quick
+from holdall.report import data
 from holdall.report import matrix as matrices
 from holdall.report.style import bytes_text
 from holdall.runs import RunError
@@ -192,42 +193,40 @@ class _FrontierView:
         console.print(self._table())
 
     def _table(self) -> Table:
-        """Each model at its best learning rate so far, in order of state.
+        """Each model at its best learning rate so far, the mean of its seeds, in order of state.
 
         Where the terminal is too narrow for all numbers of pairs, the fewest go first: most solve those.
         """
-        best: dict[tuple[str, int], dict[str, Any]] = {}
-        for line in self.lines:
-            key = (line["label"], line["width"])
-            if key not in best or _accuracy(line) > _accuracy(best[key]):
-                best[key] = line
-        pairs = sorted({int(k) for line in best.values() for k in line["accuracy_by_pairs"]})
-        lines = sorted(best.values(), key=lambda line: line["state_bytes"])
+        models = sorted(data.grouped(map(data.run_of, self.lines)), key=lambda model: model.state_bytes)
+        pairs = sorted({k for model in models for k in model.by_pairs})
         unbounded = console.options.update(max_width=1000)
         for left_out in range(len(pairs) + 1):
-            table = self._columns(lines, pairs[left_out:])
+            table = self._columns(models, pairs[left_out:])
             if console.measure(table, options=unbounded).maximum <= console.width:
                 break
         if left_out:
             table.caption = "all numbers of pairs are in table.md"
         return table
 
-    def _columns(self, lines: Sequence[dict[str, Any]], pairs: Sequence[int]) -> Table:
-        widths = len({line["width"] for line in lines}) > 1
-        table = Table(title="recall at the best learning rate", title_justify="left", box=box.SIMPLE_HEAD)
+    def _columns(self, models: Sequence[data.Model], pairs: Sequence[int]) -> Table:
+        widths = len({model.width for model in models}) > 1
+        seeds = ", mean over seeds" if any(len(model.best) > 1 for model in models) else ""
+        title = f"recall at the best learning rate{seeds}"
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
         table.add_column("model", no_wrap=True)
         scores = ("recall", *(f"K={k}" for k in pairs))
         for column in (*(["width"] if widths else []), "state", *scores, "lr", "s"):
             table.add_column(column, justify="right", no_wrap=True)
-        for line in lines:
+        for model in models:
+            seconds = model.mean("seconds")
             table.add_row(
-                line["label"],
-                *([str(line["width"])] if widths else []),
-                bytes_text(line["state_bytes"]),
-                f"[bold]{_percent(line['accuracy'])}[/]",
-                *(_percent(line["accuracy_by_pairs"].get(str(k))) for k in pairs),
-                f"{line['learning_rate']:.2g}",
-                f"{line['seconds']:.0f}",
+                model.label,
+                *([str(model.width)] if widths else []),
+                bytes_text(model.state_bytes),
+                f"[bold]{_percent(model.accuracy)}[/]",
+                *(_percent(model.by_pairs.get(k)) for k in pairs),
+                ", ".join(f"{rate:.2g}" for rate in model.learning_rates) or "-",
+                "-" if seconds is None else f"{seconds:.0f}",
             )
         return table
 
