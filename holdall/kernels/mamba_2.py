@@ -348,7 +348,7 @@ def _steps_kernel(
     bias = tl.load(dt_bias_ptr + own, mask=real, other=0.0).to(tl.float32)[None, :]
     rate = exp(tl.load(a_log_ptr + own, mask=real, other=0.0).to(tl.float32), True)[None, :]
     raw = tl.load(dt_ptr + (row * T + t) * dt_t + head[None, :], mask=here, other=0.0).to(tl.float32) + bias
-    dt = tl.where(here, softplus(raw), 0.0)
+    dt = tl.where(here, softplus(raw, True), 0.0)
     log_decay = -rate * dt
     steps_ptr += (row * HEADS + head[None, :]) * (5 if EXACT else 4) * T + t
     tl.store(steps_ptr, dt, mask=here)

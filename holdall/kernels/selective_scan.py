@@ -101,11 +101,11 @@ def _load(ptrs, ok):
 
 
 @triton.jit
-def _load_dt(ptrs, ok, bias, SOFTPLUS: tl.constexpr):
+def _load_dt(ptrs, ok, bias, SOFTPLUS: tl.constexpr, EXACT: tl.constexpr):
     """The length of a step; zero beyond the last token or channel, so that nothing changes there."""
     dt = _load(ptrs, ok)
     if SOFTPLUS:
-        dt = tl.where(ok, softplus(dt + bias), 0.0)
+        dt = tl.where(ok, softplus(dt + bias, EXACT), 0.0)
     return dt
 
 
@@ -194,7 +194,7 @@ def _ends_kernel(
         start = tile * TILE
         ok_JD = _known(time - start, inside_D, TILE)
         dt_ptrs = _tile(dt_ptr + row * dt_row + start * DT_TIME, DT_TIME, d_D, TILE)
-        dt_JD = _load_dt(dt_ptrs, ok_JD, bias_D[None, :], SOFTPLUS)
+        dt_JD = _load_dt(dt_ptrs, ok_JD, bias_D[None, :], SOFTPLUS, EXACT)
         if REVERSE:
             u_JD = _load(_tile(dy_ptr + row * dy_row + start * DY_TIME, DY_TIME, d_D, TILE), ok_JD)
             if GATE:
@@ -255,7 +255,7 @@ def _forward_kernel(
         ok_JD = _known(time - start, inside_D, TILE)
         x_JD = _load(_tile(x_ptr + row * x_row + start * X_TIME, X_TIME, d_D, TILE), ok_JD)
         dt_ptrs = _tile(dt_ptr + row * dt_row + start * DT_TIME, DT_TIME, d_D, TILE)
-        dt_JD = _load_dt(dt_ptrs, ok_JD, bias_D[None, :], SOFTPLUS)
+        dt_JD = _load_dt(dt_ptrs, ok_JD, bias_D[None, :], SOFTPLUS, EXACT)
         dts, us = split_tokens(dt_JD, TILE, LEVELS), split_tokens(dt_JD * x_JD, TILE, LEVELS)
         ys = split_tokens(x_JD * skip_D[None, :], TILE, LEVELS)
         next_ptr = states_ptr + size * CHANNELS if KEEP else states_ptr
@@ -351,7 +351,7 @@ def _backward_kernel(
         ok_JD = _known(time - start, inside_D, TILE)
         x_JD = _load(_tile(x_ptr + row * x_row + start * X_TIME, X_TIME, d_D, TILE), ok_JD)
         dt_ptrs = _tile(dt_ptr + row * dt_row + start * DT_TIME, DT_TIME, d_D, TILE)
-        dt_JD = _load_dt(dt_ptrs, ok_JD, bias_D[None, :], SOFTPLUS)
+        dt_JD = _load_dt(dt_ptrs, ok_JD, bias_D[None, :], SOFTPLUS, EXACT)
         q_JD = _load(_tile(dy_ptr + row * dy_row + start * DY_TIME, DY_TIME, d_D, TILE), ok_JD)
         if GATE:
             z_JD = _load(_tile(z_ptr + row * z_row + start * Z_TIME, Z_TIME, d_D, TILE), ok_JD)
@@ -499,8 +499,8 @@ def _step_kernel(
     bias_D = tl.zeros((BLOCK,), tl.float32)
     if SOFTPLUS:
         bias_D = _load(bias_ptr + member * channels + d_D, inside_D)
-    dt_D = _load_dt(dt_ptr + row * dt_row + d_D, inside_D, bias_D, SOFTPLUS)
     EXACT: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
+    dt_D = _load_dt(dt_ptr + row * dt_row + d_D, inside_D, bias_D, SOFTPLUS, EXACT)
     h_DN = exp(dt_D[:, None] * a_DN, EXACT) * h_DN + (dt_D * x_D)[:, None] * b_N[None, :]
     tl.store(next_ptr + row * channels * size + at_DN, h_DN, mask=ok_DN)
     y_D = tl.sum(h_DN * c_N[None, :], axis=1)
