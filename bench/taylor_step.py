@@ -1,8 +1,8 @@
 """One token of Taylor linear attention: 16 heads, f = 16, packed state, in place.
 
 The target is 80 % of the copy bandwidth on the state, read and written. Instead, a user would compile the
-definition, or run the chunked form of PyTorch on one token. How near the bandwidth of a large copy a kernel can
-come on so few bytes is told by the last way, which negates the state in place and does nothing else.
+definition, or run the chunked form of PyTorch on one token. The last way negates the state in place and does
+nothing else: so near do so few bytes come to the bandwidth of a large copy.
 """
 
 from __future__ import annotations
