@@ -118,7 +118,6 @@ class Mamba(Mixer):
         inplace: bool = False,
         want_state: bool = True,
     ) -> tuple[Tensor, MambaState | None]:
-        config = self.config
         if state is None:
             state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
         x_BTE, z_BTE = self.in_proj(x_BTD).chunk(2, dim=-1)
@@ -131,11 +130,12 @@ class Mamba(Mixer):
         else:
             x_BTE, conv_BPE = self.short_conv(x_BTE, self.conv_weight_EW, self.conv_bias_E, state.conv_BPE)
             x_BTE = F.silu(x_BTE)
-        dt_BTR, b_BTN, c_BTN = self.x_proj(x_BTE).split([config.rank, config.state, config.state], dim=-1)
+        down_FE, up_ER, sizes = self._narrow_projections(fill=self.form == "kernel" and x_BTD.shape[1] > 1)
+        dt_BTR, b_BTN, c_BTN, _ = F.linear(x_BTE, down_FE).split(sizes, dim=-1)
         dtype = recurrent_dtype(x_BTD.dtype)
         # softplus of which gives the step sizes: they decide what is forgotten over thousands of tokens, and
         # so are not in bf16
-        raw_BTE, a_EN = F.linear(dt_BTR, self.dt_proj.weight), -self.A_log.to(dtype).exp()
+        raw_BTE, a_EN = F.linear(dt_BTR, up_ER), -self.A_log.to(dtype).exp()
         if self.form == "kernel":
             from holdall.kernels.selective_scan import selective_scan
 
@@ -148,6 +148,21 @@ class Mamba(Mixer):
             y_BTE, h_BEN = self.scan(x_BTE, dt_BTE, a_EN, b_BTN, c_BTN, state.h_BEN)
             y_BTE = torch.addcmul(y_BTE, x_BTE, self.D.to(y_BTE.dtype)) * F.silu(z_BTE)
         return self.out_proj(y_BTE), MambaState(conv_BPE, h_BEN) if want_state else None
+
+    def _narrow_projections(self, *, fill: bool) -> tuple[Tensor, Tensor, list[int]]:
+        """Weights of the products with rank and states, and the sizes of dt, B, C and nothing in the first.
+
+        To fill is to add zeros up to a multiple of 8 numbers: in bf16 the fast kernels for products want rows
+        that begin at multiples of 16 bytes. One token's product is too small for that to matter.
+        """
+        config, down_FE, up_ER = self.config, self.x_proj.weight, self.dt_proj.weight
+        ranks, states = (-config.rank % 8, -2 * config.state % 8) if fill else (0, 0)
+        if ranks:
+            up_ER = F.pad(up_ER, (0, ranks))
+        if ranks or states:
+            steps, others = down_FE.split([config.rank, 2 * config.state])
+            down_FE = torch.cat((F.pad(steps, (0, 0, 0, ranks)), F.pad(others, (0, 0, 0, states))))
+        return down_FE, up_ER, [config.rank + ranks, config.state, config.state, states]
 
     def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None) -> MambaState:
         config = self.config

@@ -243,6 +243,22 @@ def test_a_mixer_in_pieces_is_the_plain_one(device: torch.device) -> None:
                     laws.assert_as_good_as_plain(f"{name} in {sizes}", u, want[name], truth[name])
 
 
+def test_a_mixers_gradients_are_the_plain_ones(device: torch.device) -> None:
+    """With projections filled up, to 8 ranks and 8 inputs and outputs of the state, here of 1 and 4."""
+    fast, other = mixers_of(device)
+    down, up, sizes = fast._narrow_projections(fill=True)
+    assert (len(down), up.shape[1], sizes) == (16, 8, [8, 2, 2, 4])
+    x = laws.draw(2, 9, 8, dtype=SINGLE).to(device)
+
+    def gradients(mixer: Any, x: Tensor) -> list[Tensor]:
+        return list(torch.autograd.grad(mixer(x)[0].square().sum(), list(mixer.parameters())))
+
+    got, plain = gradients(fast, x), gradients(other, x)
+    truth = gradients(other.double(), x.double())
+    for (name, _), *three in zip(fast.named_parameters(), got, plain, truth, strict=True):
+        laws.assert_as_good_as_plain(name, *three)
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_population_trains_under_vmap(autocast: bool, device: torch.device) -> None:
     fast, _ = mixers_of(device)
