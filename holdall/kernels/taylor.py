@@ -53,8 +53,6 @@ SEGMENT = 512
 """Tokens whose pairs are met directly; as many as cost what a state's features would."""
 TILE = 64
 """Features at once."""
-MOST = 3
-"""Tiles of a state that one program sums up."""
 
 
 def refusal(key_dim: int, value_dim: int, dtype: torch.dtype) -> str:
@@ -471,14 +469,15 @@ def _grad_kv(
 
 # ------------------------------------------------------------------------------------------ the launches
 
-# Block sizes, found on an H100; lengths have no say. Segments are a multiple of all C and S.
+# Block sizes, found on an H100; lengths have no say. Segments are a multiple of all C and S; GROUP is
+# how many tiles of a state one program sums up at most.
 CONFIGS: dict[str, dict[str, int]] = {
-    "sums": {"C": 32, "num_warps": 4, "num_stages": 4, "maxnreg": 168},
+    "sums": {"C": 32, "GROUP": 3, "num_warps": 4, "num_stages": 4, "maxnreg": 168},
     "outputs": {"C": 128, "S": 64, "num_warps": 4, "num_stages": 3},
     "grad_q": {"C": 64, "S": 64, "num_warps": 4, "num_stages": 3, "maxnreg": 168},
     "grad_kv": {"C": 64, "S": 32, "num_warps": 4, "num_stages": 3, "maxnreg": 168},
 }
-WIDE: dict[str, dict[str, int]] = {"outputs": {"C": 64}, "grad_kv": {"maxnreg": 255}}
+WIDE: dict[str, dict[str, int]] = {"sums": {"GROUP": 1}, "outputs": {"C": 64}, "grad_kv": {"maxnreg": 255}}
 """What is different for values of more than 64 dimensions, whose sums would not fit into the registers."""
 
 
@@ -513,14 +512,13 @@ class _Sizes:
         sums = self.empty((self.batch, self.heads, self.segments, self.width))
         tiles = self.constants["NF"] // TILE
         # so many at once as fit into the registers: keys and values are read once for each group
-        most = MOST if self.constants["FV"] <= 64 else 1
-        group = next(size for size in range(most, 0, -1) if tiles % size == 0)
+        config = self.config("sums")
+        group = next(size for size in range(config["GROUP"], 0, -1) if tiles % size == 0)
         if count:
             _sums[(self.batch * self.heads * count * tiles // group,)](
                 k, v, scale, shift, *self.table, sums, self.time, self.segment, self.segments, first, count,
                 self.heads, *k.stride()[:3], *v.stride()[:3], WIDTH=self.width, SCALED=scale is not None,
-                GROUP=group,
-                **self.constants, **self.config("sums"),
+                **self.constants, **config | {"GROUP": group},
             )  # fmt: skip
         return sums
 
