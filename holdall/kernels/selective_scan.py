@@ -29,8 +29,8 @@ the ends and the total decays of the segments before theirs. That costs one more
 
 What limits: an exponential per token, channel and state each way, of which a multiprocessor does 16 a clock,
 132 x 16 x 1.755 GHz = 3.7e12 a second on an H100. For 4 x 256 rows of 256 tokens, 256 channels and 16 states
-that is 0.29 ms each way. With all that is around it there are 12 instructions forward and 36 backward, of
-which 8 add up across channels and 7 are due once per token and channel: 0.43 and 1.3 ms at 128 lanes a clock.
+that is 0.29 ms each way. With all that is around it there are 13 instructions forward and 34 backward, of
+which 8 add up across channels and 7 are due once per token and channel: 0.47 and 1.2 ms at 128 lanes a clock.
 Bytes per token and channel, bf16: forward x, dt, z, y and 4 N / TILE of states, 16 in all, or 0.36 ms;
 backward x, dt, z, dy, three gradients, the states, and 8 N / BLOCK of partial sums, written and read, 30 in
 all, or 0.67 ms.

@@ -306,7 +306,7 @@ def _runs(folder: Path) -> tuple[list[Run], list[str]]:
 
 
 def run_of(line: Mapping[str, Any]) -> Run:
-    """A line of results.jsonl; raises KeyError, TypeError or ValueError for one that is no result."""
+    """A line of results.jsonl; of any other an AttributeError, KeyError, TypeError or ValueError."""
     return Run(
         label=str(line["label"]),
         family=str(line.get("family") or line["mixer"]),

@@ -178,7 +178,8 @@ class _FrontierView:
         if console.is_terminal:
             self.live.update(self._picture())
         else:
-            best = max(lines, key=_accuracy)
+            (model,) = data.grouped(map(data.run_of, lines))  # a run is of one seed
+            best = (model.best or model.runs)[0].line
             says = f"recall {_percent(best['accuracy'])} from {bytes_text(best['state_bytes'])}"
             says += f", {best['steps']} steps, {best['seconds']:.0f} s, {_pace(lines)} rows/s"
             console.print(f"[{self.done}/{len(self.jobs)}] {self.jobs[index].title}: {says}", markup=False)
@@ -234,11 +235,6 @@ class _FrontierView:
 def _pace(lines: list[dict[str, Any]]) -> str:
     """Rows per second of a run, all its members together."""
     return f"{sum(line['rows'] for line in lines) / max(lines[0]['seconds'], 1e-3):,.0f}"
-
-
-def _accuracy(line: dict[str, Any]) -> float:
-    """For ordering: a diverged run is below every other."""
-    return -1.0 if line["accuracy"] is None else line["accuracy"]
 
 
 def _percent(score: float | None) -> str:
