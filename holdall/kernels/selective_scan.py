@@ -21,6 +21,7 @@ sends back,
 
 The sums over channels run across lanes: the 2 TILE of them that one n has are folded into each other, half of
 the lanes going on with one sum and half with another, until each holds a whole one (`_fold`).
+(Begun on tensor cores, by products with ones, they take fewer instructions and 6 to 13% more time.)
 Partial sums of programs are added up in their order, without atomics, so the same bits come out twice.
 
 Where rows and channels are too few to fill the GPU, time is cut into segments, too (`segments`): a first
