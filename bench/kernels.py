@@ -30,15 +30,21 @@ MODULES = (
 def run(*names: str) -> list[dict[str, Any]]:
     """One result per case, after the card's own ceiling.
 
-    A module makes its cases one after another: each has the card's memory for itself.
+    A module makes its cases one after another: each has the card's memory for itself. Control-C ends the run
+    with the cases that are measured.
     """
     limit, progress = gpu.ceiling(), Console(stderr=True)
     results: list[dict[str, Any]] = [dataclasses.asdict(limit)]
-    for name in names or MODULES:
-        for case in importlib.import_module(f"bench.{name}").cases():
-            results.append(gpu.measure(case, limit))
-            ours = next(iter(results[-1]["times_ms"].values()))
-            progress.print(f"{case.what}, {case.shape}: {gpu.told(ours)} ms", highlight=False)
+    try:
+        for name in names or MODULES:
+            for case in importlib.import_module(f"bench.{name}").cases():
+                results.append(gpu.measure(case, limit))
+                ours = next(iter(results[-1]["times_ms"].values()))
+                progress.print(f"{case.what}, {case.shape}: {gpu.told(ours)} ms", highlight=False)
+    except KeyboardInterrupt:
+        if len(results) == 1:
+            raise
+        progress.print(f"stopped; the {len(results) - 1} cases above are kept")
     return results
 
 

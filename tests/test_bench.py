@@ -48,6 +48,17 @@ def test_a_kernel_s_case_is_made_when_the_one_before_is_measured(monkeypatch: py
     assert [result["what"] for result in results] == ["one", "two"]
 
 
+def test_what_is_measured_before_a_stop_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def cases() -> Iterator[gpu.Case]:
+        yield gpu.Case(what="one", shape="", bytes=1.0, ways={"ours": lambda: None})
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "bench.fake", SimpleNamespace(cases=cases))
+    monkeypatch.setattr(gpu, "ceiling", lambda: gpu.Ceiling(bandwidth=1e3, flops=1e3))
+    monkeypatch.setattr(gpu, "milliseconds", lambda function: 1.0)
+    assert [result.get("what") for result in kernels.run("fake")] == [None, "one"]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_what_cannot_be_recorded_is_timed_and_leaves_nothing_behind() -> None:
