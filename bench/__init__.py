@@ -1,13 +1,26 @@
 """Speed beside what it is to be compared with, measured on the machine at hand."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from holdall.report import table as tables
+
+
+def collected(results: Iterable[dict[str, Any]]) -> tuple[list[dict[str, Any]], bool]:
+    """What a run measures, and whether that is all of it: Control-C ends it with what there is by then."""
+    found = []
+    try:
+        for result in results:
+            found.append(result)
+    except KeyboardInterrupt:
+        if not found:
+            raise
+        return found, False
+    return found, True
 
 
 def show(name: str, results: list[dict[str, Any]], table: Callable[[list[dict[str, Any]]], Table]) -> None:

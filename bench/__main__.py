@@ -8,6 +8,7 @@ A part of the kernels is named kernels:taylor, kernels:gated_conv and so on.
 
 A speed of something wrong is worth nothing, so the tests of what is measured run first and a red one ends
 it. Each benchmark's results are appended to results/bench.jsonl, one line with device, versions and commit.
+Control-C ends kernels, sweep and lm with what they have measured.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from bench import generator, kernels, lm, markdown, sweep, training
+from bench import collected, generator, kernels, lm, markdown, sweep, training
 from holdall import runs
 
 ROOT = Path(__file__).parents[1]
@@ -69,11 +70,16 @@ def main() -> int:
         return green
     for name in names:
         bench, _, part = name.partition(":")
-        results = BENCHES[bench].run(*filter(None, [part]))
-        Console().print(BENCHES[bench].table(results))
-        where = runs.environment("cuda" if bench in ON_GPU else "cpu", runs.cores())
-        line = {"bench": name, "command": f"python -m bench {name}", **where, "results": results}
-        runs.append_line(asked.results, line)
+        results, whole = collected(BENCHES[bench].run(*filter(None, [part])))
+        table = BENCHES[bench].table(results)
+        if table.row_count:
+            Console().print(table)
+            where = runs.environment("cuda" if bench in ON_GPU else "cpu", runs.cores())
+            line = {"bench": name, "command": f"python -m bench {name}", **where, "results": results}
+            runs.append_line(asked.results, line)
+        if not whole:
+            print(f"stopped; what of {name} is measured by now is kept", file=sys.stderr)
+            return 130
     return 0
 
 

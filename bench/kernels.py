@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -27,25 +27,19 @@ MODULES = (
 )
 
 
-def run(*names: str) -> list[dict[str, Any]]:
+def run(*names: str) -> Iterator[dict[str, Any]]:
     """One result per case, after the card's own ceiling.
 
-    A module makes its cases one after another: each has the card's memory for itself. Control-C ends the run
-    with the cases that are measured.
+    A module makes its cases one after another: each has the card's memory for itself.
     """
     limit, progress = gpu.ceiling(), Console(stderr=True)
-    results: list[dict[str, Any]] = [dataclasses.asdict(limit)]
-    try:
-        for name in names or MODULES:
-            for case in importlib.import_module(f"bench.{name}").cases():
-                results.append(gpu.measure(case, limit))
-                ours = next(iter(results[-1]["times_ms"].values()))
-                progress.print(f"{case.what}, {case.shape}: {gpu.told(ours)} ms", highlight=False)
-    except KeyboardInterrupt:
-        if len(results) == 1:
-            raise
-        progress.print(f"stopped; the {len(results) - 1} cases above are kept")
-    return results
+    yield dataclasses.asdict(limit)
+    for name in names or MODULES:
+        for case in importlib.import_module(f"bench.{name}").cases():
+            result = gpu.measure(case, limit)
+            ours = next(iter(result["times_ms"].values()))
+            progress.print(f"{case.what}, {case.shape}: {gpu.told(ours)} ms", highlight=False)
+            yield result
 
 
 def table(results: Sequence[dict[str, Any]]) -> Table:

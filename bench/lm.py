@@ -117,9 +117,8 @@ def profile(name: str, context: int) -> Table:
         return gpu.profile(f"{name}, context {context:,}", trainer.train_step, top=40)
 
 
-def run(*, small: bool = False) -> list[dict[str, Any]]:
+def run(*, small: bool = False) -> Iterator[dict[str, Any]]:
     """All models at all lengths; one that fails says why instead."""
-    results = []
     for context in CONTEXTS:
         for name in MODELS:
             for mode in ("repeatable", "free"):
@@ -127,13 +126,13 @@ def run(*, small: bool = False) -> list[dict[str, Any]]:
                     torch.cuda.empty_cache()
                     torch.cuda.reset_peak_memory_stats()
                 try:
-                    results.append(measure(name, context, mode, small=small))
+                    result = measure(name, context, mode, small=small)
                 except Exception as error:
                     if small:
                         raise
                     why = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
-                    results.append({"model": name, "context": context, "mode": mode, "failed": why})
-    return results
+                    result = {"model": name, "context": context, "mode": mode, "failed": why}
+                yield result
 
 
 def table(results: list[dict[str, Any]]) -> Table:
@@ -169,7 +168,7 @@ def main() -> None:
         for name in MODELS:
             Console(width=140).print(profile(name, CONTEXTS[0]))
     else:
-        show("lm", run(small=asked.toy), table)
+        show("lm", list(run(small=asked.toy)), table)
 
 
 if __name__ == "__main__":

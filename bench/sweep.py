@@ -114,13 +114,10 @@ def _or_reason(measured: Callable[[], float]) -> float | str:
         torch.cuda.empty_cache()
 
 
-def run(families: Sequence[str] = ()) -> list[dict[str, Any]]:
-    return [
-        line
-        for point in points(families)
-        for length, pairs in SHAPES
-        for line in measure(point, length, pairs)
-    ]
+def run(families: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+    for point in points(families):
+        for length, pairs in SHAPES:
+            yield from measure(point, length, pairs)
 
 
 def table(results: Sequence[dict[str, Any]]) -> Table:
@@ -158,7 +155,7 @@ def main() -> None:
             for length, pairs in SHAPES:
                 Console(width=140).print(profile(point, length, pairs))
     else:
-        show("sweep", run(asked.families), table)
+        show("sweep", list(run(asked.families)), table)
 
 
 if __name__ == "__main__":

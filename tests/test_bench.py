@@ -10,8 +10,10 @@ import pytest
 import torch
 from rich.table import Table
 
-from bench import gpu, kernels, markdown
+import bench.__main__
+from bench import collected, gpu, kernels, markdown
 from bench.__main__ import last
+from holdall import runs
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -27,7 +29,24 @@ def test_a_table_becomes_markdown() -> None:
     ]  # fmt: skip
 
 
-def test_a_kernel_s_case_is_made_when_the_one_before_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Iterator[dict[str, Any]]]:
+    """What a benchmark of such cases tells, on a card of round numbers."""
+
+    def run(
+        cases: Callable[[], Iterator[gpu.Case]], milliseconds: Callable[..., float] = lambda function: 1.0
+    ) -> Iterator[dict[str, Any]]:
+        monkeypatch.setitem(sys.modules, "bench.fake", SimpleNamespace(cases=cases))
+        monkeypatch.setattr(gpu, "ceiling", lambda: gpu.Ceiling(bandwidth=1e3, flops=1e3))
+        monkeypatch.setattr(gpu, "milliseconds", milliseconds)
+        return kernels.run("fake")
+
+    return run
+
+
+def test_a_kernel_s_case_is_made_when_the_one_before_is_measured(
+    measured: Callable[..., Iterator[dict[str, Any]]],
+) -> None:
     happened = []
 
     def cases() -> Iterator[gpu.Case]:
@@ -39,24 +58,46 @@ def test_a_kernel_s_case_is_made_when_the_one_before_is_measured(monkeypatch: py
         happened.append("measured")
         return 1.0
 
-    monkeypatch.setitem(sys.modules, "bench.fake", SimpleNamespace(cases=cases))
-    monkeypatch.setattr(gpu, "ceiling", lambda: gpu.Ceiling(bandwidth=1e3, flops=1e3))
-    monkeypatch.setattr(gpu, "milliseconds", milliseconds)
-    limit, *results = kernels.run("fake")
+    limit, *results = measured(cases, milliseconds)
     assert happened == ["one made", "measured", "two made", "measured"]
     assert limit == {"bandwidth": 1e3, "flops": 1e3}
     assert [result["what"] for result in results] == ["one", "two"]
 
 
-def test_what_is_measured_before_a_stop_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_measured_before_a_stop_is_kept(measured: Callable[..., Iterator[dict[str, Any]]]) -> None:
     def cases() -> Iterator[gpu.Case]:
         yield gpu.Case(what="one", shape="", bytes=1.0, ways={"ours": lambda: None})
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(sys.modules, "bench.fake", SimpleNamespace(cases=cases))
-    monkeypatch.setattr(gpu, "ceiling", lambda: gpu.Ceiling(bandwidth=1e3, flops=1e3))
-    monkeypatch.setattr(gpu, "milliseconds", lambda function: 1.0)
-    assert [result.get("what") for result in kernels.run("fake")] == [None, "one"]
+    results, whole = collected(measured(cases))
+    assert [result.get("what") for result in results] == [None, "one"]
+    assert not whole
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_a_stop_ends_all_benchmarks(
+    kept: int,
+    measured: Callable[..., Iterator[dict[str, Any]]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One that has told the card's ceiling alone has measured nothing yet, and leaves no line."""
+
+    def cases() -> Iterator[gpu.Case]:
+        for at in range(kept):
+            yield gpu.Case(what=str(at), shape="", bytes=1.0, ways={"ours": lambda: None})
+        raise KeyboardInterrupt
+
+    file = tmp_path / "bench.jsonl"
+    stopped = SimpleNamespace(run=lambda: measured(cases), table=kernels.table)
+    after = SimpleNamespace(run=lambda: pytest.fail("a benchmark began after the stop"))
+    green = SimpleNamespace(run=lambda *_, **__: SimpleNamespace(returncode=0))
+    monkeypatch.setattr(bench.__main__, "BENCHES", {"generator": stopped, "training": after})
+    monkeypatch.setattr(bench.__main__, "subprocess", green)
+    monkeypatch.setattr(sys, "argv", ["bench", "generator", "training", "--results", str(file)])
+    assert bench.__main__.main() == 130
+    lines = runs.read_lines(file)
+    assert [[result.get("what") for result in line["results"]] for line in lines] == [[None, "0"]] * kept
 
 
 @pytest.mark.gpu

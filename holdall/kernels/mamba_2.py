@@ -101,10 +101,11 @@ class Sizes(NamedTuple):
 
     def config(self, dtype: torch.dtype, *, backward: bool) -> dict[str, int]:
         state, dim = self.padded
-        large = dtype == torch.float32 or state * dim > 64 * 64
-        if backward and not large:  # so few registers that three programs share a multiprocessor, not two
+        if dtype == torch.float32 or state * dim > 64 * 64:
+            return {"num_warps": 8, "num_stages": 1}
+        if backward:  # so few registers that three programs share a multiprocessor, not two
             return {"num_warps": 4, "num_stages": 1, "maxnreg": 168}
-        return {"num_warps": 8 if large else 4, "num_stages": 1 if large else 3}
+        return {"num_warps": 4, "num_stages": 3}
 
 
 def refusal(head_dim: int, state: int, taps: int) -> str:
