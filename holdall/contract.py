@@ -29,7 +29,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from holdall import forms
+from holdall import files, forms
 
 State = tuple[Tensor, ...]
 """A NamedTuple of tensors, first dimension the batch row; each mixer names its own."""
@@ -57,6 +57,10 @@ def _fits(value: Any, kind: Any) -> bool:
         return any(value == choice and type(value) is type(choice) for choice in args)
     if origin in (Union, types.UnionType):
         return any(_fits(value, arg) for arg in args)
+    if origin in (dict, Mapping):
+        return isinstance(value, Mapping) and all(
+            _fits(key, args[0]) and _fits(item, args[1]) for key, item in value.items()
+        )
     if origin is tuple:
         each = args[:1] * len(value) if isinstance(value, tuple) and args[1:] == (...,) else args
         return isinstance(value, tuple) and len(value) == len(each) and all(map(_fits, value, each))
@@ -104,6 +108,25 @@ class Config:
                 raise TypeError(f"{cls.__name__} has no field '{name}'. {did_you_mean(name, known)}")
         hints = typing.get_type_hints(cls)
         return cls(**{name: _from_plain(value, hints[name]) for name, value in plain.items()})
+
+    @classmethod
+    def read(cls: type[C], path: Path, way_out: str = "") -> C:
+        """The config that a JSON file holds. Raises RunError, which names the file and what is wrong."""
+        return cls.checked(files.read_json(path, way_out), path, way_out)
+
+    @classmethod
+    def parse(cls: type[C], text: str, where: object, way_out: str = "") -> C:
+        """The config that a JSON text says; `where` is named by the RunError about anything else."""
+        return cls.checked(files.parse_json(text, where, way_out), where, way_out)
+
+    @classmethod
+    def checked(cls: type[C], plain: Mapping[str, Any], where: object, way_out: str = "") -> C:
+        """`from_dict` of values that come from a file: whatever is wrong with them is a RunError."""
+        try:
+            return cls.from_dict(plain)
+        except Exception as error:  # the values may be of any kind, and validate() calculates with them
+            reason = error.args[0] if isinstance(error, KeyError) and error.args else error
+            raise files.damaged(where, f"{reason or type(error).__name__}", way_out) from error
 
 
 def _to_plain(value: Any) -> Any:

@@ -33,11 +33,9 @@ from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from holdall import runs
+from holdall import checkpoints, files, runs
 from holdall.compiled import compile_blocks
 from holdall.contract import Config
 from holdall.model import Model, ModelConfig, Precision, repeatable, seeded
@@ -253,6 +251,7 @@ class Pretrainer:
         self.config, self.corpus, self.folder, self.fabric = config, corpus, folder, fabric
         self.on_progress, self.on_line = on_progress, on_line
         self.device, self.world = fabric.device, fabric.world_size
+        self.metrics = folder / "metrics.jsonl"
         self.order = Order(len(corpus.train), config.context_len, config.seed)
         self.uncompiled: dict[str, str] = {}
         """Mixers that torch.compile fails on, and why."""
@@ -423,7 +422,7 @@ class Pretrainer:
 
     def _line(self, line: dict[str, Any]) -> None:
         if self.fabric.is_global_zero:
-            runs.append_line(self.folder / "metrics.jsonl", line)
+            files.append_line(self.metrics, line)
             self.on_line(line)
 
     def _diverged(self, step: int, what: str) -> NoReturn:
@@ -503,51 +502,54 @@ class Pretrainer:
 
     def _save(self) -> None:
         """Begin to write a checkpoint: what it holds is copied now, the file is made by another thread."""
-        metrics = self.folder / "metrics.jsonl"
-        state = {
-            "step": self.step,
-            "seconds": self.seconds,
-            "best": self.best,
-            "valid_loss": self.valid_loss,
-            "metrics_bytes": metrics.stat().st_size if metrics.exists() else 0,
-        }
+        state = RunState(
+            step=self.step,
+            seconds=self.seconds,
+            best=self.best,
+            valid_loss=self.valid_loss,
+            metrics_bytes=files.size_on_disk(self.metrics) if self.fabric.is_global_zero else 0,
+        )
         weights = {f"model.{name}": tensor for name, tensor in self._weights().items()}
         self._write_later("last.safetensors", {**weights, **self._moments()}, state)
 
-    def _write_later(
-        self, name: str, tensors: dict[str, Tensor], state: dict[str, Any] | None = None
-    ) -> None:
-        """Have the other thread replace a file of the run folder, after what it was told before."""
+    def _write_later(self, name: str, tensors: dict[str, Tensor], state: RunState | None = None) -> None:
+        """Have the other thread replace a file of the run folder, after what it was given before."""
         if not self.fabric.is_global_zero:
             return
-        metadata = {"state": json.dumps(state or {"step": self.step})}
-        self.writer.do(_write, self.folder / name, tensors, metadata)
+        about = {
+            "state": json.dumps((state or RunState(step=self.step)).to_dict()),
+            "model": json.dumps(self.config.model.to_dict()),
+        }
+        self.writer.do(checkpoints.write, self.folder / name, tensors, about)
 
     def _resume(self) -> None:
-        """Go back to the last checkpoint; lines of metrics written after it will be written again."""
-        path, metrics = self.folder / "last.safetensors", self.folder / "metrics.jsonl"
+        """Return to the last checkpoint; lines of metrics written after it will be written again."""
+        path = self.folder / "last.safetensors"
         if not path.exists():
             if self.fabric.is_global_zero:
-                metrics.unlink(missing_ok=True)
+                self.metrics.unlink(missing_ok=True)
             return
-        try:
-            with safe_open(path, framework="pt") as file:
-                state = json.loads(file.metadata()["state"])
-                for name, tensor in self.model.state_dict().items():
-                    put(tensor, file.get_tensor(f"model.{name}"))
-                for name, weight in self.model.named_parameters():
-                    moments = self.optimizer.state[weight]
-                    moments["step"] = torch.tensor(float(state["step"]), device=self.device)
-                    for key in MOMENTS:
-                        moments[key] = torch.zeros_like(weight)
-                        put(moments[key], file.get_tensor(f"{key}.{name}"))
-        except SafetensorError as error:
-            raise RunError(f"{path} is damaged ({error}); delete it to start this run again") from error
-        self.step, self.seconds = state["step"], state["seconds"]
-        self.best, self.valid_loss = state["best"], state["valid_loss"]
-        if metrics.exists() and self.fabric.is_global_zero:
-            with runs.explained(metrics), metrics.open("r+b") as file:
-                file.truncate(state["metrics_bytes"])
+        weights = self.model.state_dict()
+        names = {id(weight): name for name, weight in self.model.named_parameters()}
+        with checkpoints.opened(path, "Remove it to start this run again.") as file:
+            state = _state_of(file, self.config.model)
+            if state.step > self.config.steps:
+                raise file.damaged(f"it is of step {state.step:,} of {self.config.steps:,}")
+            targets = {f"model.{name}": tensor for name, tensor in weights.items()}
+            for weight in self.model.parameters():
+                moments = self.optimizer.state[weight]
+                moments["step"] = torch.tensor(float(state.step), device=self.device)
+                for key in MOMENTS:
+                    moments[key] = torch.zeros_like(weight)
+                    targets[f"{key}.{names[id(weight)]}"] = moments[key]
+            file.fill(targets, put=put)
+        self.step, self.seconds, self.best, self.valid_loss = (
+            state.step, state.seconds, state.best, state.valid_loss
+        )  # fmt: skip
+        if self.fabric.is_global_zero and (lost := files.shorten(self.metrics, state.metrics_bytes)):
+            warnings.warn(
+                f"{self.metrics} lacks {lost:,} bytes that were there at step {self.step:,}", stacklevel=2
+            )
 
 
 def perplexity(loss: float) -> float:
@@ -558,9 +560,33 @@ def perplexity(loss: float) -> float:
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    with runs.replacing(path) as temporary:
-        save_file(tensors, temporary, metadata)
+@dataclass(frozen=True, kw_only=True)
+class RunState(Config):
+    """What a checkpoint says beside its tensors."""
+
+    step: int
+    seconds: float = 0.0
+    """Of training, over all calls."""
+    best: float | None = None
+    """The lowest validation loss so far."""
+    valid_loss: float | None = None
+    metrics_bytes: int = 0
+    """Of metrics.jsonl at this step; what is behind is written again."""
+
+    def validate(self) -> None:
+        if min(self.step, self.seconds, self.metrics_bytes) < 0:
+            raise ValueError(
+                f"step {self.step}, seconds {self.seconds} or metrics_bytes {self.metrics_bytes} is negative"
+            )
+
+
+def _state_of(file: checkpoints.TensorFile, model: ModelConfig) -> RunState:
+    """What a checkpoint says of its run; RunError if it is of another model than the config."""
+    if "state" not in file.about:
+        raise file.damaged("its header does not say which step it is of")
+    if "model" in file.about and model != ModelConfig.parse(file.about["model"], file.path, file.way_out):
+        raise file.damaged("its header describes another model than config.json")
+    return RunState.parse(file.about["state"], f"the header of {file.path}", file.way_out)
 
 
 # ------------------------------------------------------------------------------------------- afterwards
@@ -594,18 +620,13 @@ def load_run(
         raise RunError(
             f"{folder} holds no {which or 'checkpoint of a'} language model; `holdall train` makes one"
         )
-    config = PretrainConfig.from_dict(json.loads((folder / "config.json").read_text()))
+    config = PretrainConfig.read(folder / "config.json")
     corpus = open_data(config)
     _checked(config, corpus, 1)
-    model = config.model.build()
-    try:
-        with safe_open(path, framework="pt") as file:
-            step = json.loads(file.metadata()["state"])["step"]
-            prefix = "model." if path.stem == "last" else ""
-            for name, tensor in model.state_dict().items():
-                put(tensor, file.get_tensor(prefix + name))
-    except SafetensorError as error:
-        raise RunError(f"{path} is damaged ({error})") from error
+    with checkpoints.opened(path, "Get it from a copy, or train again in another folder.") as file:
+        step = _state_of(file, config.model).step  # before a forged config is built
+        model = config.model.build()
+        file.fill(model.state_dict(), prefix="model." if path.stem == "last" else "", put=put)
     return LoadedRun(model.to(device).eval(), config, corpus, step)
 
 

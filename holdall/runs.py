@@ -1,4 +1,4 @@
-"""Run folders: everything that a run leaves, written so that a crash loses nothing.
+"""Run folders: everything that a run leaves, written so that a crash loses nothing (holdall/files.py).
 
 config.json         complete, defaults included
 environment.json    versions, device, threads, commit
@@ -10,76 +10,31 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import fcntl
-import json
 import multiprocessing
 import os
 import platform
 import signal
 import subprocess
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-
-class RunError(Exception):
-    """Something about a run that its user can mend; the message says how."""
+from holdall.files import (  # noqa: F401 - until callers name files themselves
+    RunError,
+    append_line,
+    explained,
+    locked,
+    read_lines,
+    replacing,
+    write_atomically,
+    write_json,
+)
 
 
 class Stopped(Exception):  # noqa: N818 - not an error: somebody asked for it
     """Training was asked to stop; its state is in the run folder."""
-
-
-@contextlib.contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """Turn an error of the file system into a RunError that names the path, the reason and the way out."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise RunError(
-            f"cannot write {path}: {reason}. Free some space or make the folder writable, then give the same "
-            "command again: it goes on from the last checkpoint. Or choose another folder with --out."
-        ) from error
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to; what was written replaces the file at `path` in one step.
-
-    A reader, or a crash, finds the old content or the new, nothing between.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with explained(path):
-        try:
-            yield temporary
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file in one step: a reader, or a crash, finds the old content or the new, nothing between."""
-    with replacing(path) as temporary:
-        temporary.write_bytes(data)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a value as readable JSON, atomically."""
-    write_atomically(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
-
-
-def append_line(path: Path, value: Any) -> None:
-    """Append one JSON line. A crash can tear only the last line, which `read_lines` skips."""
-    with explained(path), path.open("ab") as file:
-        file.write((json.dumps(value, ensure_ascii=False) + "\n").encode())
-        file.flush()
 
 
 class Background:
@@ -102,39 +57,6 @@ class Background:
 
     def close(self) -> None:
         self._thread.shutdown()
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSON lines file; a torn last line is left out. Empty if there is no file."""
-    if not path.exists():
-        return []
-    text = path.read_bytes()
-    return [json.loads(line) for line in text[: text.rfind(b"\n") + 1].splitlines()]
-
-
-@contextlib.contextmanager
-def locked(folder: Path, *, patience: float = 10.0) -> Iterator[None]:
-    """Hold a run folder for this process alone; it is created if needed.
-
-    The lock falls with the process, however that ends. Raises RunError if another process keeps the folder
-    for longer than `patience` seconds.
-    """
-    with explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
-    with file:
-        until = time.monotonic() + patience
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > until:
-                    raise RunError(
-                        f"{folder} is in use by another run; wait for it or choose --out"
-                    ) from None
-                time.sleep(0.1)
-        yield
 
 
 def environment(device: str, threads: int) -> dict[str, Any]:

@@ -13,21 +13,21 @@ Letters: P members that still train, B rows, N tokens, Q questions a row.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from holdall import runs
+from holdall import checkpoints, files, runs
 from holdall.contract import Config
 from holdall.model import Model, ModelConfig, Precision, repeatable, seeded
 from holdall.population import Member, Population, loss, right
@@ -187,6 +187,34 @@ def _rows(config: DataConfig, device: torch.device) -> TaskData:
     return data
 
 
+@dataclass(frozen=True, kw_only=True)
+class MemberState(Config):
+    """What a checkpoint says of a member beside its tensors; the fields are those of Member."""
+
+    stopped: Literal["", "accuracy", "diverged", "end"]
+    steps: int
+    accuracy: float
+    accuracy_by_pairs: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunState(Config):
+    """What a checkpoint says beside its tensors."""
+
+    step: int
+    seconds: float
+    """Of training, over all calls."""
+    members: tuple[MemberState, ...]
+    metrics_bytes: int
+    """Of metrics.jsonl at this step; what is behind is written again."""
+
+    def validate(self) -> None:
+        if min(self.step, self.seconds, self.metrics_bytes) < 0:
+            raise ValueError(
+                f"step {self.step}, seconds {self.seconds} or metrics_bytes {self.metrics_bytes} is negative"
+            )
+
+
 class Trainer:
     """A population in training."""
 
@@ -199,7 +227,7 @@ class Trainer:
         keep_weights: bool = True,
     ) -> None:
         self.config, self.folder, self.device, self.together = config, folder, device, together
-        self.keep_weights = keep_weights
+        self.keep_weights, self.metrics = keep_weights, folder / "metrics.jsonl"
         self.data = _rows(config.data, device)
         self.members = [self._member(rate, seed) for rate, seed in config.members]
         self.population: Population | None = None
@@ -340,7 +368,7 @@ class Trainer:
                 "accuracy_by_pairs": member.accuracy_by_pairs,
                 "seconds": round(self.seconds, 3),
             }
-            runs.append_line(self.folder / "metrics.jsonl", line)
+            files.append_line(self.metrics, line)
 
     def _accuracies(self, alive: Sequence[Member]) -> list[list[float]]:
         """The accuracy of each member on each test segment."""
@@ -369,39 +397,36 @@ class Trainer:
 
     # ---------------------------------------------------------------------------------------- checkpoints
 
-    def _tensors(self) -> Iterator[tuple[str, Tensor, Callable[[Tensor], object]]]:
-        """Every tensor of the run's state: its name, its value, and how to set it."""
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the run's state, by name."""
         for index, member in enumerate(self.members):
             for name, weight in member.model.named_parameters():
-                yield f"{index}.{name}", weight.data, weight.data.copy_
+                yield f"{index}.{name}", weight.data
                 moments = member.optimizer.state[weight]
                 if not moments:  # AdamW makes them at its first step
                     moments["step"] = torch.zeros((), device=self.device)
                     moments["exp_avg"] = torch.zeros_like(weight)
                     moments["exp_avg_sq"] = torch.zeros_like(weight)
                 for key in ("step", "exp_avg", "exp_avg_sq"):
-                    yield f"{index}.{name}.{key}", moments[key], moments[key].copy_
+                    yield f"{index}.{name}.{key}", moments[key]
 
     def _save(self) -> None:
         """Begin to write a checkpoint: what it holds is copied now, the file is made by another thread."""
         self.writer.wait()
-        members = [
-            {key: getattr(m, key) for key in ("stopped", "steps", "accuracy", "accuracy_by_pairs")}
-            for m in self.members
-        ]
-        metrics = self.folder / "metrics.jsonl"
-        state = {
-            "step": self.step,
-            "seconds": self.seconds,
-            "members": members,
-            "metrics_bytes": metrics.stat().st_size if metrics.exists() else 0,
-        }
+        fields = [field.name for field in dataclasses.fields(MemberState)]
+        members = tuple(MemberState(**{name: getattr(m, name) for name in fields}) for m in self.members)
+        state = RunState(
+            step=self.step,
+            seconds=self.seconds,
+            members=members,
+            metrics_bytes=files.size_on_disk(self.metrics),
+        )
         tensors = {
             name: tensor.detach().clone(memory_format=torch.contiguous_format)
-            for name, tensor, _ in self._tensors()
+            for name, tensor in self._tensors()
         }
         copied = torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
-        self.writer.do(self._write, tensors, {"state": json.dumps(state)}, copied)
+        self.writer.do(self._write, tensors, {"state": json.dumps(state.to_dict())}, copied)
 
     def _write(self, tensors: dict[str, Tensor], metadata: dict[str, str], copied: Any) -> None:
         """Write a checkpoint: the other thread's part. It waits for the copy alone, not for later steps."""
@@ -409,35 +434,34 @@ class Trainer:
             copied.synchronize()
             with torch.cuda.stream(torch.cuda.Stream(self.device)):
                 tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
-        runs.write_atomically(self.folder / "checkpoint.safetensors", save(tensors, metadata))
+        checkpoints.write(self.folder / "checkpoint.safetensors", tensors, metadata)
 
     def _resume(self) -> None:
-        """Go back to the last checkpoint; lines of metrics written after it will be written again."""
-        path, metrics = self.folder / "checkpoint.safetensors", self.folder / "metrics.jsonl"
+        """Return to the last checkpoint; lines of metrics written after it will be written again."""
+        path = self.folder / "checkpoint.safetensors"
         if not path.exists():
-            metrics.unlink(missing_ok=True)
+            self.metrics.unlink(missing_ok=True)
             return
-        try:
-            with safe_open(path, framework="pt") as file:
-                state = json.loads(file.metadata()["state"])
-                for name, _, put in self._tensors():
-                    put(file.get_tensor(name))
-        except SafetensorError as error:
-            raise RunError(f"{path} is damaged ({error}); delete it to start this run again") from error
-        self.step, self.seconds = state["step"], state["seconds"]
-        for member, saved in zip(self.members, state["members"], strict=True):
-            for key, value in saved.items():
-                setattr(member, key, value)
-        if metrics.exists():
-            with runs.explained(metrics), metrics.open("r+b") as file:
-                file.truncate(state["metrics_bytes"])
+        with checkpoints.opened(path, "Remove it to start this run again.") as file:
+            state = RunState.parse(file.about.get("state", ""), f"the header of {path}", file.way_out)
+            if state.step > self.steps or len(state.members) != len(self.members):
+                raise file.damaged(f"it is of step {state.step:,} of {len(state.members)} members")
+            file.fill(dict(self._tensors()))
+        self.step, self.seconds = state.step, state.seconds
+        for member, saved in zip(self.members, state.members, strict=True):
+            for field in dataclasses.fields(saved):
+                setattr(member, field.name, getattr(saved, field.name))
+        if lost := files.shorten(self.metrics, state.metrics_bytes):
+            warnings.warn(
+                f"{self.metrics} lacks {lost:,} bytes that were there at step {self.step:,}", stacklevel=2
+            )
 
     def _write_weights(self, path: Path, member: Member) -> None:
         tensors = {
             name: weight.detach().contiguous().cpu() for name, weight in member.model.named_parameters()
         }
         metadata = {"config": json.dumps(self.config.model.to_dict())}
-        runs.write_atomically(path, save(tensors, metadata))
+        checkpoints.write(path, tensors, metadata)
 
 
 @torch.no_grad()

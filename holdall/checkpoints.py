@@ -1,0 +1,102 @@
+"""Tensors in files: the one place that writes and reads safetensors. Nothing that Holdall loads is a pickle.
+
+A file is either whole, and then exactly what its reader expects, or refused by name: tensors of another shape
+or dtype are neither broadcast nor cast, and none may be missing or left over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from holdall import files
+
+NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.complex64: "C64", torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+"""What safetensors calls our dtypes."""
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
+    """Write tensors, contiguous and on the CPU, and what is to be said about them; atomically."""
+    with files.replacing(path) as temporary:
+        try:
+            save_file(dict(tensors), temporary, dict(about))
+        except SafetensorError as error:  # its word for a full disk
+            raise OSError(None, str(error)) from error
+
+
+class TensorFile:
+    """An open file of tensors, of which only what is asked for is read.
+
+    Attributes:
+        about: what its writer said about it.
+        names: of its tensors.
+    """
+
+    def __init__(self, path: Path, file: Any, way_out: str) -> None:
+        self.path, self._file, self.way_out = path, file, way_out
+        self.about: dict[str, str] = file.metadata() or {}
+        self.names: list[str] = list(file.keys())
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, on the CPU; RunError if there is none of this name."""
+        if name not in self.names:
+            raise self.damaged(f"it has no tensor {name!r}")
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor
+
+    def fill(
+        self,
+        targets: Mapping[str, Tensor],
+        *,
+        prefix: str = "",
+        put: Callable[[Tensor, Tensor], object] = lambda target, value: target.copy_(value),
+    ) -> None:
+        """Copy the tensors whose names begin with `prefix` into those of the same names without it.
+
+        Raises RunError, before anything is copied, unless names, shapes and dtypes are the same.
+        """
+        there = {name.removeprefix(prefix) for name in self.names if name.startswith(prefix)}
+        if missing := sorted(targets.keys() - there):
+            raise self.damaged(f"it has no tensor {prefix + missing[0]!r}")
+        if left := sorted(there - targets.keys()):
+            raise self.damaged(f"it has a tensor {prefix + left[0]!r}, which nothing here is called")
+        for name, target in targets.items():
+            found = self._file.get_slice(prefix + name)
+            has = tuple(found.get_shape()), found.get_dtype()
+            if has != (wants := (tuple(target.shape), NAMES[target.dtype])):
+                raise self.damaged(
+                    f"{prefix + name} is {_kind(*has)}, where {_kind(*wants)} is needed: the file is "
+                    "of another model"
+                )
+        for name, target in targets.items():
+            put(target, self._file.get_tensor(prefix + name))
+
+    def damaged(self, reason: object) -> files.RunError:
+        """The error about this file."""
+        return files.damaged(self.path, reason, self.way_out)
+
+
+@contextlib.contextmanager
+def opened(path: Path, way_out: str = "") -> Iterator[TensorFile]:
+    """Open a file of tensors. Raises RunError, which names file and way out, if it is none or is damaged."""
+    files.open_file(path, way_out).close()  # a pipe or a folder in its place
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield TensorFile(path, file, way_out)
+    except (SafetensorError, OSError, UnicodeDecodeError) as error:
+        raise files.damaged(path, error, way_out) from error
+
+
+def _kind(shape: tuple[int, ...], dtype: str) -> str:
+    return f"{dtype} of shape {shape}"
