@@ -71,6 +71,14 @@ def _fits(value: Any, kind: Any) -> bool:
     return isinstance(value, origin or kind)
 
 
+def check_fields(kind: type, values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The values, if a dataclass can be made of them; TypeError for one of another type than its field's."""
+    for name, hint in typing.get_type_hints(kind).items():
+        if name in values and not _fits(values[name], hint):
+            raise TypeError(f"{name} = {values[name]!r:.80} is not of type {hint}")
+    return values
+
+
 C = TypeVar("C", bound="Config")  # not typing.Self, which the shape checks at test time cannot resolve
 
 

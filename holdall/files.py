@@ -2,8 +2,8 @@
 
 A folder may come from somebody else. What lies in it is data, never authority:
 
-    read        regular files only; the outcome is a value or a RunError that names file and way out. A pipe or
-                a device is refused, not waited for
+    read        regular files only; the outcome is a value or a RunError that names file and way out. A pipe
+                or a device is refused, not waited for
     write       beside the file, in a temporary folder, then put in its place in one step: readers and crashes
                 find the old content or the new. A link is replaced, never followed
     append      to a regular file that is no link, whole lines only
@@ -120,6 +120,7 @@ def parse_json(data: bytes | str, where: object, way_out: str = "") -> dict[str,
     """The object that JSON says; `where` is named if it says anything else, or nothing."""
     try:
         value = json.loads(data)
+        json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is no text
     except RecursionError as error:
         raise damaged(where, "its JSON is nested too deeply", way_out) from error
     except ValueError as error:

@@ -6,8 +6,6 @@ The arrays of matrix.npz are plain numbers, one (S, N, N) per mixer under its la
 from __future__ import annotations
 
 import dataclasses
-import io
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +13,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from holdall import runs
+from holdall import files
+from holdall.files import RunError
 
 FORMAT = "holdall-matrix-1"
 """Written into every matrix.json; changes when a folder of before can no longer be read."""
@@ -108,14 +107,10 @@ class Gallery:
 
 def save(gallery: Gallery, folder: Path) -> list[Path]:
     """Write matrix.npz and matrix.json into the folder; returns their paths."""
-    with runs.explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    files.make_folder(folder)
     numbers, about = folder / "matrix.npz", folder / "matrix.json"
-    buffer = io.BytesIO()
-    arrays: dict[str, Any] = {each.label: each.values_STJ for each in gallery.matrices}
-    np.savez_compressed(buffer, **arrays)
-    runs.write_atomically(numbers, buffer.getvalue())
-    runs.write_json(
+    files.write_arrays(numbers, {each.label: each.values_STJ for each in gallery.matrices})
+    files.write_json(
         about, {"format": FORMAT, **_plain(gallery), "matrices": list(map(_plain, gallery.matrices))}
     )
     return [about, numbers]
@@ -127,20 +122,36 @@ def _plain(value: Gallery | MixingMatrix) -> dict[str, Any]:
     return {name: item for name, item in fields.items() if name not in ("values_STJ", "matrices")}
 
 
+AGAIN = "Make it again with `holdall matrix`."
+
+
 def load(folder: Path) -> Gallery:
-    """Read what `save` wrote. Raises FileNotFoundError or ValueError, naming the folder."""
-    about = folder / "matrix.json"
+    """Read what `save` wrote. Raises RunError, which names the file that is missing or damaged."""
+    from holdall.contract import check_fields  # not above: it needs PyTorch, which pages do without
+
+    about, arrays = folder / "matrix.json", folder / "matrix.npz"
     if not about.exists():
-        raise FileNotFoundError(f"{folder} holds no matrix.json: `holdall matrix --out {folder}` makes one")
-    plain = json.loads(about.read_text(encoding="utf-8"))
+        raise RunError(f"{folder} holds no matrix.json: `holdall matrix --out {folder}` makes one")
+    plain = files.read_json(about, AGAIN)
     if plain.pop("format", None) != FORMAT:
-        raise ValueError(f"{about} is not of the format {FORMAT}: make it again with `holdall matrix`")
-    with np.load(folder / "matrix.npz", allow_pickle=False) as numbers:
-        matrices = tuple(
-            MixingMatrix(**{**_tuples(each), "values_STJ": numbers[each["label"]]})
-            for each in plain["matrices"]
-        )
-    return Gallery(**{**_tuples(plain), "matrices": matrices})
+        raise RunError(f"{about} is not of the format {FORMAT}. {AGAIN}")
+    numbers = files.read_arrays(arrays, AGAIN)
+    try:
+        entries = [{**_tuples(each), "values_STJ": numbers[each["label"]]} for each in plain["matrices"]]
+        matrices = tuple(MixingMatrix(**check_fields(MixingMatrix, entry)) for entry in entries)
+        gallery = Gallery(**check_fields(Gallery, {**_tuples(plain), "matrices": matrices}))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise files.damaged(about, f"it holds no matrices ({error!r})", AGAIN) from error
+    for each in matrices:
+        shape = (len(each.shown), gallery.length, gallery.length)
+        if each.values_STJ.shape != shape or not np.isfinite(each.values_STJ).all():
+            reason = f"{each.label!r} is {each.values_STJ.shape} or not finite, where {shape} is needed"
+            raise files.damaged(arrays, reason, AGAIN)
+        if not all(0 <= shown < each.count for shown in each.shown) or min(each.count, each.full_rank) < 1:
+            raise files.damaged(about, f"{each.label!r} shows what it does not have", AGAIN)
+    if len(gallery.tokens) not in (0, gallery.length):
+        raise files.damaged(about, f"it names {len(gallery.tokens)} tokens of {gallery.length}", AGAIN)
+    return gallery
 
 
 def _tuples(plain: Mapping[str, Any]) -> dict[str, Any]:

@@ -32,7 +32,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -43,9 +42,9 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 import torch
 
-from holdall import runs
+from holdall import files
+from holdall.files import RunError
 from holdall.model import Model, ModelConfig, seeded
-from holdall.runs import RunError
 
 THRESHOLD = 1250
 """Zoology's: a bigram that training has more often is known by heart."""
@@ -148,15 +147,19 @@ def training_counts(corpus: Any) -> tuple[np.ndarray, np.ndarray]:
     that cannot be written to is no error; the next call counts again.
     """
     path = Path(corpus.folder) / "bigrams.npz"
-    with contextlib.suppress(OSError, ValueError, KeyError), np.load(path, allow_pickle=False) as kept:
-        if str(kept["corpus"]) == corpus.content_hash:
-            return kept["bigrams"], kept["counts"]
     wanted = np.unique(bigrams(corpus.valid[0 : len(corpus.valid)], corpus.vocab))
+    with contextlib.suppress(RunError):  # missing or damaged: counted again
+        kept = files.read_arrays(path)
+        names = "corpus", "bigrams", "counts"
+        corpus_hash, known, count = (kept.get(name, np.empty(0)) for name in names)
+        same = str(corpus_hash) == corpus.content_hash and np.array_equal(known, wanted)
+        if same and (count.shape, count.dtype) == (wanted.shape, np.int64) and count.min(initial=0) >= 0:
+            return wanted, count
     count = count_bigrams(corpus.train, wanted, corpus.vocab)
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, corpus=np.array(corpus.content_hash), bigrams=wanted, counts=count)
     with contextlib.suppress(RunError):
-        runs.write_atomically(path, buffer.getvalue())
+        files.write_arrays(
+            path, {"corpus": np.array(corpus.content_hash), "bigrams": wanted, "counts": count}
+        )
     return wanted, count
 
 
@@ -280,9 +283,10 @@ def score(
         "of_windows": (len(corpus.valid) - 1) // context_len,
         "train_tokens": len(corpus.train),
     }
-    kept = find(folder)
-    if kept is not None and kept.about == {**kept.about, **settings}:
-        return kept
+    with contextlib.suppress(RunError):  # damaged: computed again
+        kept = find(folder)
+        if kept is not None and kept.about == {**kept.about, **settings}:
+            return kept
     key = _key(settings)
     partial = folder / "recall.partial.npz"
     arrays = {
@@ -291,7 +295,7 @@ def score(
         "distance_WN": distances(tokens_WX, corpus.tokenizer.end),
         "count_WN": look_up(tokens_WX, corpus.vocab, *training_counts(corpus)),
     }
-    said = _unfinished(partial, key)
+    said = _unfinished(partial, key, (len(start_W), context_len))
     done = 0 if said is None else len(said.log_prob)
     runner = model()
     per_call = max(1, 4 * TOKENS_AT_ONCE.get(runner.embed.weight.device.type, 1 << 12) // context_len)
@@ -303,7 +307,7 @@ def score(
         done += len(pieces[-1].log_prob)
         if time.monotonic() - saved > save_seconds and done < len(start_W):
             pieces = [_joined(pieces)]
-            _write(partial, {"key": np.array(key), **pieces[0]._asdict()})
+            files.write_arrays(partial, {"key": np.array(key), **pieces[0]._asdict()})
             saved = time.monotonic()
     on_progress(done, len(start_W))
     said = _joined(pieces)
@@ -313,47 +317,92 @@ def score(
         "seconds": round(time.monotonic() - began, 1),
     }
     scores = Scores(label=folder.name, about={**settings, **found}, said=said, **arrays)
-    _write(folder / "recall.npz", {"key": np.array(key), **arrays, **said._asdict()})
-    runs.write_json(folder / "recall.json", {**scores.about, "slices": table(scores, THRESHOLD)})
+    files.write_arrays(folder / "recall.npz", {"key": np.array(key), **arrays, **said._asdict()})
+    digest = hashlib.sha256((folder / "recall.npz").read_bytes()).hexdigest()
+    files.write_json(
+        folder / "recall.json", {**scores.about, "npz": digest, "slices": table(scores, THRESHOLD)}
+    )
     partial.unlink(missing_ok=True)
     return scores
 
 
+BESIDES = ("settings", "parameters", "seconds", "npz", "slices")
+"""What recall.json says besides the settings."""
+
+
 def find(folder: Path) -> Scores | None:
-    """What `score` left in a run folder; None if there is nothing, or of another format."""
-    try:
-        about = json.loads((folder / "recall.json").read_text(encoding="utf-8"))
-        with np.load(folder / "recall.npz", allow_pickle=False) as kept:
-            arrays = dict(kept.items())
-    except (FileNotFoundError, ValueError):
+    """What `score` left in a run folder; None if there is nothing, or of another format.
+
+    Raises RunError, which names the file, if it is damaged.
+    """
+    said, numbers = folder / "recall.json", folder / "recall.npz"
+    if not said.exists() or not numbers.exists():
         return None
+    way_out = f"Remove it, and `holdall recall` scores the model of {folder} again."
+    about = files.read_json(said, way_out)
+    if about.get("format") != FORMAT:
+        return None
+    settings = {name: value for name, value in about.items() if name not in BESIDES}
+    counts = [
+        about.get(name) for name in ("context_len", "windows", "of_windows", "train_tokens", "parameters")
+    ]
+    if about.get("settings") != _key(settings) or any(type(n) is not int or n < 1 for n in counts):
+        raise files.damaged(said, "its settings were altered", way_out)
+    arrays = files.read_arrays(numbers, way_out)
     # both name what they are of, so that a call that ended between the two leaves no false pair
-    if about.get("format") != FORMAT or about.get("settings") != str(arrays.pop("key", "")):
+    if about["settings"] != str(arrays.pop("key", "")):
         return None
-    said = Predictions(*(arrays.pop(name) for name in Predictions._fields))
-    about.pop("slices", None)
-    return Scores(label=folder.name, about=about, said=said, **arrays)
+    if about.get("npz") not in (None, hashlib.sha256(files.read_bytes(numbers)).hexdigest()):
+        raise files.damaged(numbers, "it is not what was written", way_out)
+    if wrong := _misfit(arrays, about["windows"], about["context_len"]):
+        raise files.damaged(numbers, wrong, way_out)
+    found = Predictions(*(arrays.pop(name) for name in Predictions._fields))
+    about = {name: value for name, value in about.items() if name not in ("npz", "slices")}
+    return Scores(label=folder.name, about=about, said=found, **arrays)
+
+
+def _misfit(arrays: Mapping[str, np.ndarray], windows: int, context_len: int) -> str:
+    """What is wrong with the arrays of so many windows; empty if nothing is."""
+    each = (windows, context_len)
+    shapes = {
+        "start_W": (windows,),
+        "tokens_WX": (windows, context_len + 1),
+        **dict.fromkeys(("distance_WN", "count_WN", "log_prob", "rank"), each),
+    }
+    if arrays.keys() != {*shapes, "top", "top_log_prob"}:
+        return f"it holds {', '.join(sorted(arrays))}"
+    shapes |= dict.fromkeys(
+        ("top", "top_log_prob"), (*each, arrays["top"].shape[-1] if arrays["top"].ndim else 0)
+    )
+    for name, array in arrays.items():
+        kind = "f" if "log_prob" in name else "i"
+        if array.shape != shapes[name] or array.dtype.kind != kind:
+            return f"{name} is {array.dtype} of shape {array.shape}, not {shapes[name]}"
+        if kind == "i" and array.min(initial=0) < 0:
+            return f"{name} has a value below 0"
+        if kind == "f" and array.max(initial=0.0) > 1e-3:  # a NaN is what a model may say
+            return f"{name} has a probability above 1"
+    return ""
 
 
 def _key(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
-def _unfinished(path: Path, key: str) -> Predictions | None:
-    with contextlib.suppress(OSError, ValueError, KeyError), np.load(path, allow_pickle=False) as kept:
-        if str(kept["key"]) == key:
-            return Predictions(*(kept[name] for name in Predictions._fields))
+def _unfinished(path: Path, key: str, shape: tuple[int, int]) -> Predictions | None:
+    """What an interrupted call has left of so many windows and tokens; None if that cannot be used."""
+    with contextlib.suppress(RunError):
+        kept = files.read_arrays(path)
+        names = Predictions._fields
+        if str(kept.get("key")) == key and all(name in kept for name in names):
+            said = Predictions(*(kept[name] for name in names))
+            if all(part.ndim > 1 and part.shape[:2] == (len(said.log_prob), shape[1]) for part in said):
+                return said if len(said.log_prob) <= shape[0] else None
     return None
 
 
 def _joined(pieces: Sequence[Predictions]) -> Predictions:
     return Predictions(*(np.concatenate(column) for column in zip(*pieces, strict=True)))
-
-
-def _write(path: Path, arrays: Mapping[str, Any]) -> None:
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
-    runs.write_atomically(path, buffer.getvalue())
 
 
 # ------------------------------------------------------------------------------------------- the measures

@@ -10,10 +10,11 @@ import copy
 import dataclasses
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from holdall import mixers
+from holdall import files, mixers
 from holdall.contract import MixerConfig
 
 LENGTHS = {torch.float32: 100_000, torch.bfloat16: 16_384}
@@ -37,6 +38,33 @@ class Drift:
     error: float
     last: float
     seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured(Drift):
+    """A measurement and what it is of: a line of soundness.jsonl."""
+
+    mixer: str
+    dtype: str
+    width: int
+
+
+def read(path: Path) -> list[Measured]:
+    """The lines of a soundness.jsonl; empty if there is no such file.
+
+    Raises RunError, which names the line that is none.
+    """
+    kinds = {"mixer": str, "dtype": str, "width": int, "length": int} | dict.fromkeys(
+        ("error", "last", "seconds"), float
+    )
+    found = []
+    for number, line in enumerate(files.read_lines(path), 1):
+        wrong = [name for name, kind in kinds.items() if type(line.get(name)) is not kind]
+        if wrong or min(line["width"], line["length"]) < 1:
+            reason = f"it has no usable {wrong[0] if wrong else 'width and length'}"
+            raise files.damaged(f"line {number} of {path}", reason, "Remove that line.")
+        found.append(Measured(**{name: line[name] for name in kinds}))
+    return found
 
 
 def length_for(config: MixerConfig, dtype: torch.dtype, length: int | None = None) -> int:

@@ -6,10 +6,11 @@ write([Path("runs/quick")], Path("runs/quick"))     # frontier.png, frontier.htm
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from holdall import files
+from holdall.files import RunError
 from holdall.report import figure, page, table, widths
 from holdall.report.data import Sweep, load, load_each
 from holdall.report.style import FILLS
@@ -23,13 +24,12 @@ def write(folders: Sequence[Path], out: Path) -> list[Path]:
     Cheap enough to call after every trained model, and a reader never sees half a file. Several sweeps
     share one picture if they took the same test: the first is filled, the others are open or marked. A folder
     that holds the sweeps of a recipe's parts gets widths.png, as `write_widths` does.
-    Raises FileNotFoundError or ValueError, naming the folder and the way out, where there is nothing to
-    draw from.
+    Raises RunError, naming the folder and the way out, where there is nothing to draw from.
     """
     if len(folders) == 1 and (parts := _parts(folders[0])):
         return write_widths(parts, out)
     if len(folders) > len(FILLS):
-        raise ValueError(
+        raise RunError(
             f"{len(folders)} sweeps on one picture cannot be told apart; name at most {len(FILLS)}"
         )
     sweeps = load(folders)
@@ -56,11 +56,7 @@ def _parts(folder: Path) -> list[Path]:
 
 
 def _save(sweeps: Sequence[Sweep], save: Callable[[Sequence[Sweep], Path], None], target: Path) -> Path:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.parent / f".{target.name}.{os.getpid()}"
-    try:
+    files.make_folder(target.parent)
+    with files.replacing(target) as unfinished:
         save(sweeps, unfinished)
-        os.replace(unfinished, target)
-    finally:
-        unfinished.unlink(missing_ok=True)
     return target

@@ -9,13 +9,17 @@ Nothing here draws. State is in bytes per sequence over all layers, accuracy lie
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from holdall import files
+from holdall.files import RunError
+
+AGAIN = "Restore it from a copy, or run the sweep again into a new folder."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,11 +149,10 @@ class Sweep:
 def load_each(folders: Sequence[Path]) -> tuple[Sweep, ...]:
     """Read sweep folders, whatever tests they took.
 
-    Raises FileNotFoundError for a missing folder or file and ValueError for a file that cannot be used; each
-    names the folder and the way out.
+    Raises RunError for a file that is missing or cannot be used; it names the folder and the way out.
     """
     if not folders:
-        raise ValueError("no sweep folder was named; make one with: holdall frontier quick --out runs/quick")
+        raise RunError("no sweep folder was named; make one with: holdall frontier quick --out runs/quick")
     configs = [_config(folder) for folder in folders]
     return tuple(
         _sweep(folder, config, name)
@@ -158,11 +161,11 @@ def load_each(folders: Sequence[Path]) -> tuple[Sweep, ...]:
 
 
 def load(folders: Sequence[Path]) -> tuple[Sweep, ...]:
-    """Read sweep folders that took the same test; raises as `load_each`, and ValueError if they did not."""
+    """Read sweep folders that took the same test; raises as `load_each`, and if they did not."""
     sweeps = load_each(folders)
     for other in sweeps[1:]:
         if other.test != sweeps[0].test:
-            raise ValueError(
+            raise RunError(
                 f"{sweeps[0].folder} and {other.folder} took different tests, so their accuracies and states "
                 "cannot share a picture; write one report for each"
             )
@@ -201,24 +204,12 @@ def is_series(models: Iterable[Model]) -> bool:
 
 def _config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
-        raise FileNotFoundError(
-            f"no sweep folder {folder}; make one with: holdall frontier quick --out {folder}"
+        raise RunError(f"no sweep folder {folder}; make one with: holdall frontier quick --out {folder}")
+    if not (path := folder / "config.json").exists():
+        raise RunError(
+            f"{folder} holds no {path.name}, so it is no sweep folder; name one made by holdall frontier"
         )
-    return _json(folder / "config.json")
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{path.parent} holds no {path.name}, so it is no sweep folder; name one made by holdall frontier"
-        ) from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); run the sweep again into a new folder") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object; run the sweep again into a new folder")
-    return content
+    return files.read_json(path, AGAIN)
 
 
 def _names(folders: Sequence[Path], configs: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -236,19 +227,18 @@ def _sweep(folder: Path, config: Mapping[str, Any], name: str) -> Sweep:
     try:
         segments = tuple(
             Segment(
-                **{key: int(part[key]) for key in ("vocab", "length", "pairs", "rows")},
-                values=int(part.get("values", part["vocab"] // 2)),
-                questions=int(part.get("questions", part["pairs"])),
+                **{key: _whole(part, key, low=1) for key in ("vocab", "length", "pairs", "rows")},
+                values=_whole({"values": part["vocab"] // 2, **part}, "values", low=1),
+                questions=_whole({"questions": part["pairs"], **part}, "questions", low=1),
             )
             for part in config["test"]
         )
-        context_len = int(config["context_len"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{folder / 'config.json'} lacks a usable test or context_len ({error!r}); run the sweep again"
-        ) from None
+        context_len = _whole(config, "context_len", low=1)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = f"it lacks a usable test or context_len ({error!r})"
+        raise files.damaged(folder / "config.json", reason, AGAIN) from None
     if not segments:
-        raise ValueError(f"{folder / 'config.json'} names no test segment; run the sweep again")
+        raise files.damaged(folder / "config.json", "it names no test segment", AGAIN)
     runs, notes = _runs(folder)
     models = grouped(runs)
     notes += [f"{m.label} (width {m.width}) diverged at every learning rate." for m in models if not m.best]
@@ -264,7 +254,7 @@ def _sweep(folder: Path, config: Mapping[str, Any], name: str) -> Sweep:
         command=str(config.get("command", "")),
         context_len=context_len,
         segments=segments,
-        environment=_json(folder / "environment.json") if has_environment else {},
+        environment=files.read_json(folder / "environment.json", AGAIN) if has_environment else {},
         models=models,
         notes=tuple(notes),
     )
@@ -272,54 +262,84 @@ def _sweep(folder: Path, config: Mapping[str, Any], name: str) -> Sweep:
 
 def _runs(folder: Path) -> tuple[list[Run], list[str]]:
     path = folder / "results.jsonl"
-    if not path.is_file():
-        raise FileNotFoundError(
+    if not path.exists():
+        raise RunError(
             f"{folder} holds no results.jsonl; the sweep has not started or this is another kind of folder"
         )
-    # a sweep that is still writing may have cut a letter in half
-    text = path.read_bytes().decode("utf-8", errors="replace")
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    lines = [
+        (number, line) for number, line in enumerate(files.read_bytes(path).split(b"\n"), 1) if line.strip()
+    ]
     runs: dict[object, Run] = {}
     notes = []
+    way_out = "Delete that line and run the sweep again to fill the gap."
     for number, line in lines:
+        where = f"line {number} of {path}"
         try:
-            content = json.loads(line)
-        except ValueError:
+            content = files.parse_json(line, where, way_out)
+        except RunError:
             if number == lines[-1][0]:
-                notes.append(f"Skipped line {number} of {path}: it is torn, as while a sweep is writing it.")
+                notes.append(f"Skipped {where}: it is torn, as while a sweep is writing it.")
                 continue
-            raise ValueError(
-                f"line {number} of {path} is broken; delete that line and run the sweep again to fill the gap"
-            ) from None
+            raise
         try:
             # a training that was run again under its old name replaces what it wrote before; members of a
             # population share the name
             run = run_of(content)
             runs[content.get("run", number), run.learning_rate, run.seed] = run
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"line {number} of {path} is no result ({error!r}); delete that line and run the sweep again"
-            ) from None
+            raise files.damaged(where, f"it is no result ({error!r})", way_out) from None
     if not runs:
-        raise ValueError(f"{folder} holds no results yet; wait for the first model to finish")
+        raise RunError(f"{folder} holds no results yet; wait for the first model to finish")
     return list(runs.values()), notes
+
+
+WHOLE, REAL = ("parameters", "steps", "rows"), ("seconds", "recall_bits", "recall_efficiency")
+"""What a line may say besides, and pages show."""
 
 
 def run_of(line: Mapping[str, Any]) -> Run:
     """A line of results.jsonl; of any other an AttributeError, KeyError, TypeError or ValueError."""
+    for key in WHOLE:
+        if line.get(key) is not None:
+            _whole(line, key)
+    for key in REAL:
+        if not isinstance(line.get(key, 0.0), float | int | None) or _is_too_large(line.get(key)):
+            raise ValueError(f"{key} is {line[key]!r}, not a number")
     return Run(
         label=str(line["label"]),
         family=str(line.get("family") or line["mixer"]),
-        width=int(line["width"]),
-        state_bytes=int(line["state_bytes"]),
+        width=_whole(line, "width", low=1),
+        state_bytes=_whole(line, "state_bytes"),
         accuracy=_accuracy(line["accuracy"]),
         by_pairs={int(k): _accuracy(v) for k, v in (line.get("accuracy_by_pairs") or {}).items()},
-        learning_rate=float(line["learning_rate"]),
-        seed=int(line["seed"]),
+        learning_rate=_rate(line["learning_rate"]),
+        seed=_whole(line, "seed"),
         line=line,
     )
 
 
-def _accuracy(value: float | int | None) -> float:
+def _whole(line: Mapping[str, Any], key: str, *, low: int = 0) -> int:
+    value = line[key]
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or _is_too_large(value):
+        raise ValueError(f"{key} is {value!r}, not a whole number from {low} up")
+    return value
+
+
+def _is_too_large(value: Any) -> bool:
+    """A number that nothing here can be, and no axis can show."""
+    return isinstance(value, int) and abs(value) >= 1 << 63
+
+
+def _rate(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"learning_rate is {value!r}, not a positive number")
+    return float(value)
+
+
+def _accuracy(value: Any) -> float:
     """JSON has no NaN of its own, so a diverged training may say null; infinities count as diverged too."""
-    return float(value) if value is not None and math.isfinite(value) else math.nan
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"an accuracy is {value!r}, which is not from 0 to 1")
+    return float(value)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import json
 import math
-import os
 import re
 from collections.abc import Callable
 from html import escape
@@ -19,7 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from holdall import files
 from holdall.analysis.gallery import Gallery, MixingMatrix, load
+from holdall.files import RunError
 
 __all__ = ["write"]
 
@@ -36,12 +37,12 @@ def write(folder: Path, out: Path, *, dark: bool = False) -> list[Path]:
 
     dark: the picture's ground is dark, for slides; the page follows its reader's settings anyway.
 
-    Raises FileNotFoundError or ValueError, naming the folder, where there is nothing to draw from.
+    Raises RunError, naming the folder, where there is nothing to draw from.
     """
     gallery = load(folder)
     if not gallery.matrices:
-        raise ValueError(f"{folder} holds no matrix to draw")
-    out.mkdir(parents=True, exist_ok=True)
+        raise RunError(f"{folder} holds no matrix to draw")
+    files.make_folder(out)
     page = render(gallery).encode()
     written: list[Path] = []
     makers: dict[str, Callable[[Path], Any]] = {
@@ -49,12 +50,8 @@ def write(folder: Path, out: Path, *, dark: bool = False) -> list[Path]:
         "matrix.html": lambda path: path.write_bytes(page),
     }
     for name, make in makers.items():
-        unfinished = out / f".{name}.{os.getpid()}"
-        try:
+        with files.replacing(out / name) as unfinished:
             make(unfinished)
-            os.replace(unfinished, out / name)
-        finally:
-            unfinished.unlink(missing_ok=True)
         written.append(out / name)
     return written
 

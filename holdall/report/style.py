@@ -75,7 +75,7 @@ def byte_range(sweeps: Sequence[Sweep], floor: float) -> tuple[float, float]:
     """The ends of the byte axis: from where the `floor` is low to beyond the largest state."""
     drawn = [model.state_bytes for sweep in sweeps for model in sweep.models if model.drawn]
     powers = [round(math.log2(floor / 16)), *(math.ceil(math.log2(state)) - 2 for state in drawn)]
-    return 2.0 ** min(powers), max([floor, *drawn]) * 2.0
+    return 2.0 ** min(powers), max([floor, *drawn]) * 2.5  # room for a label in any font
 
 
 def pairs_text(sweep: Sweep) -> str:

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from holdall import mixers, runs
+from holdall import files, mixers
+from holdall.analysis import soundness
 from holdall.contract import Entry
 from holdall.report import table
 from holdall.report.data import Model, load_each
@@ -37,11 +38,11 @@ in fp32 after 100,000 tokens and in bf16 after 16,384 (where the cost is quadrat
 def markdown(folder: Path) -> str:
     """The page, from a folder that `holdall frontier zoo` left.
 
-    Raises FileNotFoundError or ValueError, naming what is missing and the way out.
+    Raises RunError, naming what is missing and the way out.
     """
     (sweep,) = load_each([folder])
-    models = {str(model.runs[0].line["mixer"]): model for model in sweep.models}
-    drifts = read_drifts(folder / "soundness.jsonl")
+    models = {str(model.runs[0].line.get("mixer")): model for model in sweep.models}
+    drifts = {(each.mixer, each.dtype): each for each in soundness.read(folder / "soundness.jsonl")}
     lines = [model.runs[0].line for model in sweep.models]
     rates, seeds = (
         {run.learning_rate for model in sweep.models for run in model.runs},
@@ -52,10 +53,10 @@ def markdown(folder: Path) -> str:
         INTRO.format(
             command=f"`{sweep.command}`",
             test=", ".join(parts),
-            width=lines[0]["width"],
+            width=sweep.models[0].width,
             rates=len(rates),
             seeds="one seed" if len(seeds) == 1 else f"the mean of {len(seeds)} seeds",
-            steps=max(line["steps"] for line in lines),
+            steps=max(line.get("steps", 0) for line in lines),
             context=sweep.context_len,
         )
     ]
@@ -71,17 +72,9 @@ def markdown(folder: Path) -> str:
 def write(folder: Path, target: Path) -> Path:
     """Write the page; raises as `markdown`."""
     text = markdown(folder)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    runs.write_atomically(target, text.encode())
+    files.make_folder(target.parent)
+    files.write_atomically(target, text.encode())
     return target
-
-
-def read_drifts(path: Path) -> dict[str, dict[str, Mapping[str, Any]]]:
-    """The measurements of `holdall soundness`: by mixer, then by dtype. Empty if there is no such file."""
-    found: dict[str, dict[str, Mapping[str, Any]]] = {}
-    for content in runs.read_lines(path):
-        found.setdefault(content["mixer"], {})[content["dtype"]] = content
-    return found
 
 
 def _cited(authors: str) -> str:
@@ -104,7 +97,7 @@ def _what(entries: Sequence[Entry]) -> str:
     return table.markdown(heads, rows, text=range(len(heads))) + "\n"
 
 
-def _how(entries: Sequence[Entry], models: Mapping[str, Model], drifts: Mapping[str, Any]) -> str:
+def _how(entries: Sequence[Entry], models: Mapping[str, Model], drifts: Mapping[tuple[str, str], Any]) -> str:
     rows = []
     for entry in sorted(
         entries, key=lambda entry: -models[entry.name].accuracy if entry.name in models else 1
@@ -117,17 +110,22 @@ def _how(entries: Sequence[Entry], models: Mapping[str, Model], drifts: Mapping[
             cells = [
                 f"{model.accuracy:.1%}",
                 bytes_text(model.state_bytes),
-                f"{line['recall_efficiency']:.2%}",
-                f"{line['parameters']:,}",
-                f"{line['seconds']:.0f}",
+                *(
+                    "-" if line.get(key) is None else text.format(line[key])
+                    for key, text in (
+                        ("recall_efficiency", "{:.2%}"),
+                        ("parameters", "{:,}"),
+                        ("seconds", "{:.0f}"),
+                    )
+                ),
             ]
         elif model is not None:
             cells[:2] = ["diverged", bytes_text(model.state_bytes)]
-        errors = [_error(drifts.get(entry.name, {}).get(dtype)) for dtype in ("float32", "bfloat16")]
+        errors = [_error(drifts.get((entry.name, dtype))) for dtype in ("float32", "bfloat16")]
         rows.append((f"`{entry.name}`", *cells, *errors))
     heads = ("mixer", "recall", "state", "efficiency", "parameters", "seconds", "error fp32", "error bf16")
     return table.markdown(heads, rows) + "\n"
 
 
-def _error(drift: Mapping[str, Any] | None) -> str:
-    return "-" if drift is None else f"{drift['error']:.0e}"
+def _error(drift: soundness.Drift | None) -> str:
+    return "-" if drift is None else f"{drift.error:.0e}"

@@ -27,6 +27,7 @@ from holdall.analysis.matrix import (
     toeplitz_distance,
 )
 from holdall.contract import Mixer, MixerConfig
+from holdall.files import RunError
 from holdall.ops import conv, linear_attention, scan
 from holdall.show import matrix as shown
 from holdall.show import sweeps
@@ -364,7 +365,7 @@ def test_folder_gives_back_what_was_put_in(tmp_path, x_BTD):
         length=N,
         width=D,
         input="random",
-        tokens=("a", "b"),
+        tokens=tuple("abcdefghijkl"),
         matrices=(matrix,),
         failures={"x": "y"},
         environment={"torch": "0"},
@@ -375,9 +376,9 @@ def test_folder_gives_back_what_was_put_in(tmp_path, x_BTD):
     assert {**vars(loaded), "matrices": 0} == {**vars(saved), "matrices": 0}
     assert {**vars(loaded.matrices[0]), "values_STJ": 0} == {**vars(matrix), "values_STJ": 0}
     (tmp_path / "matrix.json").write_text(json.dumps({"format": "other"}))
-    with pytest.raises(ValueError, match="format"):
+    with pytest.raises(RunError, match="format"):
         gallery.load(tmp_path)
-    with pytest.raises(FileNotFoundError, match="holdall matrix"):
+    with pytest.raises(RunError, match="holdall matrix"):
         gallery.load(tmp_path / "nowhere")
 
 

@@ -272,8 +272,20 @@ def test_what_is_no_result_is_none(tmp_path):
     (tmp_path / "recall.json").write_text('{"format": "holdall-recall-0", "settings": "a"}')
     np.savez(tmp_path / "recall.npz", key="a")
     assert find(tmp_path) is None
-    (tmp_path / "recall.json").write_text(json.dumps({"format": recall.FORMAT}))
-    assert find(tmp_path) is None
+
+
+def test_what_is_damaged_is_named_and_computed_again(corpus, tmp_path):
+    first = scored(corpus, tmp_path / "run")
+    for name, harm in {
+        "recall.json": lambda text: text.replace(b'"step": 7', b'"step": 6'),
+        "recall.npz": lambda packed: packed[:-100],
+    }.items():
+        whole = (tmp_path / "run" / name).read_bytes()
+        (tmp_path / "run" / name).write_bytes(harm(whole))
+        assert harm(whole) != whole
+        with pytest.raises(RunError, match=rf"{name} is damaged: .*scores the model of .*run again"):
+            find(tmp_path / "run")
+        assert same(scored(corpus, tmp_path / "run"), first)
 
 
 def test_a_crash_between_its_two_files_leaves_no_false_pair(corpus, tmp_path):

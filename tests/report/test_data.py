@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from holdall.files import RunError
 from holdall.report import write
 from holdall.report.data import families, load, pareto
 
@@ -145,33 +146,31 @@ def config_with_empty_test(folder):
 
 
 @pytest.mark.parametrize(
-    ("harm", "kind", "says"),
+    ("harm", "says"),
     [
-        (folder_missing, FileNotFoundError, "no sweep folder {folder}; make one with: holdall frontier"),
-        (lambda f: (f / "results.jsonl").unlink(), FileNotFoundError, "{folder} holds no results.jsonl"),
-        (lambda f: (f / "config.json").unlink(), FileNotFoundError, "{folder} holds no config.json"),
-        (lambda f: (f / "results.jsonl").write_text("\n"), ValueError, "{folder} holds no results yet; wait"),
+        (folder_missing, "no sweep folder {folder}; make one with: holdall frontier"),
+        (lambda f: (f / "results.jsonl").unlink(), "{folder} holds no results.jsonl"),
+        (lambda f: (f / "config.json").unlink(), "{folder} holds no config.json"),
+        (lambda f: (f / "results.jsonl").write_text("\n"), "{folder} holds no results yet; wait"),
         (
             lambda f: (f / "results.jsonl").write_text('{"la'),
-            ValueError,
             "{folder} holds no results yet; wait",
         ),
-        (line_broken, ValueError, "line 2 of {folder}/results.jsonl is broken; delete that line"),
-        (key_missing, ValueError, "line 1 of {folder}/results.jsonl is no result (KeyError('width'))"),
-        (lambda f: (f / "config.json").write_text("{"), ValueError, "{folder}/config.json is not JSON"),
+        (line_broken, "line 2 of {folder}/results.jsonl is damaged: it is no JSON"),
+        (key_missing, "line 1 of {folder}/results.jsonl is damaged: it is no result (KeyError('width'))"),
+        (lambda f: (f / "config.json").write_text("{"), "{folder}/config.json is damaged: it is no JSON"),
         (
             lambda f: (f / "config.json").write_text("[]"),
-            ValueError,
-            "{folder}/config.json holds no JSON object",
+            "{folder}/config.json is damaged: it holds no JSON object",
         ),
-        (config_without_test, ValueError, "{folder}/config.json lacks a usable test or context_len"),
-        (config_with_empty_test, ValueError, "{folder}/config.json names no test segment"),
+        (config_without_test, "{folder}/config.json is damaged: it lacks a usable test or context_len"),
+        (config_with_empty_test, "{folder}/config.json is damaged: it names no test segment"),
     ],
 )
-def test_errors_name_the_folder_and_the_way_out(make_sweep, line, harm, kind, says):
+def test_errors_name_the_folder_and_the_way_out(make_sweep, line, harm, says):
     folder = make_sweep("s", [line("a", 64, 0.5)])
     harm(folder)
-    with pytest.raises(kind, match=re.escape(says.format(folder=folder))):
+    with pytest.raises(RunError, match=re.escape(says.format(folder=folder))):
         load([folder])
 
 
@@ -179,7 +178,7 @@ def test_sweeps_of_different_tests_do_not_share_a_picture(make_sweep, line):
     lines = [line("a", 64, 0.5)]
     other = [{"vocab": 512, "length": 64, "pairs": 8, "rows": 1000}]
     for change in ({"test": other}, {"context_len": 128}):
-        with pytest.raises(ValueError, match=r"one and .*two took different tests.*one report for each"):
+        with pytest.raises(RunError, match=r"one and .*two took different tests.*one report for each"):
             load([make_sweep("one", lines), make_sweep("two", lines, **change)])
 
 
@@ -195,14 +194,14 @@ def test_write_makes_each_file_whole_or_not_at_all(sweep, tmp_path, monkeypatch)
         raise OSError("disk full")
 
     monkeypatch.setattr("holdall.report.page.save", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(RunError, match=r"frontier\.html: disk full"):
         write([sweep], out)
     assert (out / "frontier.html").read_bytes() == before
     assert sorted(path.name for path in out.iterdir()) == sorted(names)
 
 
 def test_write_refuses_what_cannot_be_told_apart(sweep, tmp_path):
-    with pytest.raises(ValueError, match="no sweep folder was named"):
+    with pytest.raises(RunError, match="no sweep folder was named"):
         write([], tmp_path)
-    with pytest.raises(ValueError, match="5 sweeps on one picture"):
+    with pytest.raises(RunError, match="5 sweeps on one picture"):
         write([sweep] * 5, tmp_path)

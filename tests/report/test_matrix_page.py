@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from holdall.analysis.gallery import Gallery, MixingMatrix, save
+from holdall.files import RunError
 from holdall.report.matrix import DARK, LIGHT, columns, draw, reference, render, write
 
 N = 8
@@ -108,7 +109,7 @@ def test_files_are_written_and_nothing_else(trio, tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["matrix.html", "matrix.png"]
     assert b"Description\0holdall matrix" in paths[0].read_bytes()
     save(gallery_of(), tmp_path / "empty")
-    with pytest.raises(ValueError, match="no matrix to draw"):
+    with pytest.raises(RunError, match="no matrix to draw"):
         write(tmp_path / "empty", tmp_path / "out")
 
 

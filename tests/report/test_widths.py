@@ -2,6 +2,7 @@
 
 import pytest
 
+from holdall.files import RunError
 from holdall.report import widths, write, write_widths
 from holdall.report.data import load_each
 
@@ -65,5 +66,5 @@ def test_one_width_needs_no_panels(sweep, tmp_path):
 
 
 def test_a_folder_without_sweeps_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds no config"):
+    with pytest.raises(RunError, match="holds no config"):
         write([tmp_path], tmp_path)

@@ -17,8 +17,10 @@ def folder(make_sweep, line):
     ]
     found = make_sweep("zoo", lines)
     drifts = [
-        {"mixer": "attention", "dtype": "float32", "length": 16_384, "error": 1.234e-7, "last": 1e-7},
-        {"mixer": "attention", "dtype": "bfloat16", "length": 16_384, "error": 0.0041, "last": 0.004},
+        {"mixer": "attention", "dtype": "float32", "width": 64, "length": 16_384, "seconds": 1.5}
+        | {"error": 1.234e-7, "last": 1e-7},
+        {"mixer": "attention", "dtype": "bfloat16", "width": 64, "length": 16_384, "seconds": 1.5}
+        | {"error": 0.0041, "last": 0.004},
     ]
     (found / "soundness.jsonl").write_text("".join(json.dumps(each) + "\n" for each in drifts))
     return found
