@@ -35,7 +35,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from holdall import runs
+from holdall import files, runs
 from holdall.analysis.recall import THRESHOLD, Scores, find
 from holdall.recipes.presets import FAMILIES
 from holdall.report import recall as recalls
@@ -107,7 +107,7 @@ DIVERGED = "diverged.txt"
 def _loss(folder: Path) -> float:
     if not (folder / "result.json").exists():
         return math.inf
-    return json.loads((folder / "result.json").read_text())["valid_loss"]
+    return files.read_json(folder / "result.json")["valid_loss"]
 
 
 def best_rate(family: str, out: Path) -> float | None:
@@ -280,7 +280,7 @@ def result_of(folder: Path) -> dict[str, object] | None:
     """A run's line of results.jsonl."""
     if _loss(folder) == math.inf:
         return None
-    config, result, environment = (json.loads((folder / f"{name}.json").read_text()) for name in FILES)
+    config, result, environment = (files.read_json(folder / f"{name}.json") for name in FILES)
     return {
         "kind": folder.parent.name,
         "family": folder.name.rpartition("-lr")[0],
@@ -294,8 +294,7 @@ def result_of(folder: Path) -> dict[str, object] | None:
 def markdown(out: Path, rare: int, folders: dict[str, Path]) -> str:
     """The table of what `recalls.write` left for both thresholds."""
     usual, rarely = (
-        json.loads((folder / "slices.json").read_text())["runs"]
-        for folder in (out, out / f"threshold-{rare}")
+        files.read_json(folder / "slices.json")["runs"] for folder in (out, out / f"threshold-{rare}")
     )
     head = (
         "family", "state", "learning rate", "all", "hits", "other", "hits right", "behind", "on hits",

@@ -111,13 +111,13 @@ def read_bytes(path: Path, way_out: str = "") -> bytes:
             raise unreadable(path, error.strerror or error, way_out) from error
 
 
-def read_json(path: Path, way_out: str = "") -> dict[str, Any]:
-    """The object that a JSON file holds. Raises RunError if it cannot be read, or holds anything else."""
-    return parse_json(read_bytes(path, way_out), path, way_out)
+def read_json(path: Path, way_out: str = "", kind: type = dict) -> Any:
+    """The object, or list, that a JSON file holds. Raises RunError if it holds anything else, or nothing."""
+    return parse_json(read_bytes(path, way_out), path, way_out, kind)
 
 
-def parse_json(data: bytes | str, where: object, way_out: str = "") -> dict[str, Any]:
-    """The object that JSON says; `where` is named if it says anything else, or nothing."""
+def parse_json(data: bytes | str, where: object, way_out: str = "", kind: type = dict) -> Any:
+    """The object, or list, that JSON says; `where` is named if it says anything else, or nothing."""
     try:
         value = json.loads(data)
         json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is no text
@@ -125,8 +125,8 @@ def parse_json(data: bytes | str, where: object, way_out: str = "") -> dict[str,
         raise damaged(where, "its JSON is nested too deeply", way_out) from error
     except ValueError as error:
         raise damaged(where, f"it is no JSON ({error})", way_out) from error
-    if not isinstance(value, dict):
-        raise damaged(where, "it holds no JSON object", way_out)
+    if not isinstance(value, kind):
+        raise damaged(where, f"it holds no JSON {'object' if kind is dict else kind.__name__}", way_out)
     return value
 
 

@@ -164,7 +164,7 @@ def pretrain(
         _claim(folder, config, fabric, in_order)
         done = folder / "result.json"
         if done.exists():
-            return json.loads(done.read_text())
+            return Result.read(done, "Remove it, and the same command makes it again.").to_dict()
         fabric.launch()
         with _together(fabric):
             run = Pretrainer(config, corpus, folder, fabric, on_progress, on_line)
@@ -311,17 +311,17 @@ class Pretrainer:
         finally:
             self.reader.shutdown(cancel_futures=True)
             self.writer.close()
-        return {
-            "steps": self.step,
-            "tokens": self.tokens,
-            "valid_loss": self.valid_loss,
-            "valid_perplexity": None if self.valid_loss is None else perplexity(self.valid_loss),
-            "best_valid_loss": self.best,
-            "seconds": round(self.seconds, 3),
-            "parameters": self.model.parameter_count(),
-            "forms": [mixer.form for mixer in self.model.mixers],
-            **({"uncompiled": self.uncompiled} if self.uncompiled else {}),
-        }
+        return Result(
+            steps=self.step,
+            tokens=self.tokens,
+            valid_loss=self.valid_loss,
+            valid_perplexity=None if self.valid_loss is None else perplexity(self.valid_loss),
+            best_valid_loss=self.best,
+            seconds=round(self.seconds, 3),
+            parameters=self.model.parameter_count(),
+            forms=tuple(mixer.form for mixer in self.model.mixers),
+            uncompiled=self.uncompiled,
+        ).to_dict()
 
     @property
     def tokens(self) -> int:
@@ -561,6 +561,30 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True, kw_only=True)
+class Result(Config):
+    """What result.json holds, once a run has ended."""
+
+    steps: int
+    tokens: int
+    """Read in training, over all devices."""
+    valid_loss: float | None
+    """Mean cross-entropy on the validation text, in nats."""
+    valid_perplexity: float | None
+    best_valid_loss: float | None
+    seconds: float
+    """Of training, over all calls."""
+    parameters: int
+    forms: tuple[str, ...]
+    """Which form of each layer's mixer ran."""
+    uncompiled: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Mixers that torch.compile failed on, and why."""
+
+    def validate(self) -> None:
+        if min(self.steps, self.tokens, self.seconds, self.parameters) < 0:
+            raise ValueError("steps, tokens, seconds and parameters are not negative")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunState(Config):
     """What a checkpoint says beside its tensors."""
 
@@ -602,6 +626,15 @@ class LoadedRun:
     step: int
 
 
+def step_of(path: Path, model: ModelConfig) -> int:
+    """The training step that a checkpoint is of. Raises RunError if it is damaged, or of another model."""
+    with checkpoints.opened(path, COPY) as file:
+        return _state_of(file, model).step
+
+
+COPY = "Get it from a copy, or train again in another folder."
+
+
 def load_run(
     folder: Path, which: Literal["best", "last", "model"] | None = None, *, device: torch.device | str = "cpu"
 ) -> LoadedRun:
@@ -623,7 +656,7 @@ def load_run(
     config = PretrainConfig.read(folder / "config.json")
     corpus = open_data(config)
     _checked(config, corpus, 1)
-    with checkpoints.opened(path, "Get it from a copy, or train again in another folder.") as file:
+    with checkpoints.opened(path, COPY) as file:
         step = _state_of(file, config.model).step  # before a forged config is built
         model = config.model.build()
         file.fill(model.state_dict(), prefix="model." if path.stem == "last" else "", put=put)

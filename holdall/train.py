@@ -159,8 +159,16 @@ def finished(config: TrainConfig, folder: Path) -> list[dict[str, Any]] | None:
     Raises RunError if the folder holds another config.
     """
     _check(folder, config)
-    done = folder / "result.json"
-    return json.loads(done.read_text()) if done.exists() else None
+    if not (done := folder / "result.json").exists():
+        return None
+    way_out = "Remove it, and the same command makes it again."
+    found = files.read_json(done, way_out, list)
+    results = [
+        MemberResult.checked(each, f"result {index} in {done}", way_out) for index, each in enumerate(found)
+    ]
+    if [(each.learning_rate, each.seed) for each in results] != list(config.members):
+        raise files.damaged(done, "it is of other learning rates or seeds", way_out)
+    return [each.to_dict() for each in results]
 
 
 def _check(folder: Path, config: TrainConfig) -> bool:
@@ -187,11 +195,43 @@ def _rows(config: DataConfig, device: torch.device) -> TaskData:
     return data
 
 
+Ending = Literal["", "accuracy", "diverged", "end"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemberResult(Config):
+    """What result.json says of a member, once a run has ended."""
+
+    learning_rate: float
+    seed: int
+    accuracy: float | None
+    """On the test rows; None where training diverged."""
+    accuracy_by_pairs: dict[str, float]
+    steps: int
+    rows: int
+    """Read in training."""
+    stopped: Ending
+    """By what training ended."""
+    seconds: float
+    """Of training, over all calls, all members together."""
+    forms: tuple[str, ...]
+    """Which form of each layer's mixer ran."""
+    weights: str | None
+    """The file that has the trained weights."""
+
+    def validate(self) -> None:
+        scores = [0.0 if self.accuracy is None else self.accuracy, *self.accuracy_by_pairs.values()]
+        if not all(0 <= score <= 1 for score in scores) or min(self.steps, self.rows, self.seconds) < 0:
+            raise ValueError("accuracies are from 0 to 1, steps, rows and seconds not negative")
+        if not all(pairs.isdecimal() for pairs in self.accuracy_by_pairs):
+            raise ValueError(f"accuracy_by_pairs is by numbers of pairs, not {list(self.accuracy_by_pairs)}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class MemberState(Config):
     """What a checkpoint says of a member beside its tensors; the fields are those of Member."""
 
-    stopped: Literal["", "accuracy", "diverged", "end"]
+    stopped: Ending
     steps: int
     accuracy: float
     accuracy_by_pairs: dict[str, float]
@@ -381,19 +421,18 @@ class Trainer:
         ]
 
     def _result(self, index: int, member: Member) -> dict[str, Any]:
-        diverged = member.stopped == "diverged"
-        return {
-            "learning_rate": member.learning_rate,
-            "seed": member.seed,
-            "accuracy": None if diverged else member.accuracy,
-            "accuracy_by_pairs": member.accuracy_by_pairs,
-            "steps": member.steps,
-            "rows": self.data.rows_before(member.steps, self.config.batch),
-            "stopped": member.stopped,
-            "seconds": round(self.seconds, 3),
-            "forms": [mixer.form for mixer in member.model.mixers],
-            "weights": f"model-{index}.safetensors" if self.keep_weights else None,
-        }
+        return MemberResult(
+            learning_rate=member.learning_rate,
+            seed=member.seed,
+            accuracy=None if member.stopped == "diverged" else member.accuracy,
+            accuracy_by_pairs=member.accuracy_by_pairs,
+            steps=member.steps,
+            rows=self.data.rows_before(member.steps, self.config.batch),
+            stopped=member.stopped,  # type: ignore[arg-type]
+            seconds=round(self.seconds, 3),
+            forms=tuple(mixer.form for mixer in member.model.mixers),
+            weights=f"model-{index}.safetensors" if self.keep_weights else None,
+        ).to_dict()
 
     # ---------------------------------------------------------------------------------------- checkpoints
 

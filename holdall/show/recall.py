@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,12 +13,12 @@ from rich import box
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
-from safetensors import safe_open
 
-from holdall import mixers, runs
+from holdall import mixers
 from holdall.analysis import recall as slices
+from holdall.files import RunError
 from holdall.model import Model
-from holdall.pretrain import PretrainConfig, load_run, open_data
+from holdall.pretrain import PretrainConfig, load_run, open_data, step_of
 from holdall.report import recall as recalls
 from holdall.show import TELL_SECONDS, USER_ERRORS, console, fail, resolve_device
 
@@ -79,8 +78,8 @@ def recall(
 def _config(folder: Path) -> PretrainConfig:
     path = folder / "config.json"
     if not path.exists():
-        raise runs.RunError(f"{folder} holds no run of a language model; `holdall train` makes one")
-    return PretrainConfig.from_dict(json.loads(path.read_text()))
+        raise RunError(f"{folder} holds no run of a language model; `holdall train` makes one")
+    return PretrainConfig.read(path)
 
 
 def _labels(folders: Sequence[Path]) -> list[str]:
@@ -110,7 +109,7 @@ def _scores(
     if path is None:  # copied here without its weights?
         kept = slices.find(folder)
         if kept is None or not _has(kept, context, rows):
-            raise runs.RunError(
+            raise RunError(
                 f"{folder} holds no {which or 'checkpoint of a'} language model, and no recall.json for "
                 f"--context {context}{f' --rows {rows}' if rows else ''}"
             )
@@ -121,12 +120,10 @@ def _scores(
     def model() -> Model:
         return computing_in(dtype, load_run(folder, which, device=device).model)
 
-    with safe_open(path, framework="pt") as file:
-        step = json.loads(file.metadata()["state"])["step"]
     about = {
         "config": {**config.to_dict(), "data": ""},
         "checkpoint": path.stem,
-        "step": step,
+        "step": step_of(path, config.model),
         "precision": str(dtype).removeprefix("torch."),
     }
     return slices.score(folder, about, corpus, model, context_len=context, rows=rows, on_progress=on_progress)
