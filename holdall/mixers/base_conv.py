@@ -5,11 +5,16 @@
     expand: [u | g] = W_in x + b_in,   c_t = sum_{i < W} w_i u_{t - W + 1 + i},   y = W_out (silu(c) * g) + b
 
 Arora et al., "Zoology", 2023, arXiv 2312.04927; and, expanded, the gated convolution of the Based language
-models, Arora et al., 2024, arXiv 2402.18668. Weights map one to one onto Zoology's BaseConv, whose input is
-added inside the mixer; and onto Based's BaseConv, which has no residual: in_proj, out_proj, and
-conv.conv.weight (D, 1, W) as `weight_DW`. Deviations: none up to `max_length` L; beyond it, where Zoology
-stops with an error, the filter's features go on along the same functions of time. Of the W inputs in Based's
-state the oldest is never used again, and ours holds the other W - 1.
+models, Arora et al., 2024, arXiv 2402.18668.
+Weights:
+- Zoology's BaseConv, short: its convolution's weight (D, 1, W) and bias are `weight_DW` and `bias_D`, and the
+  input is added inside the mixer;
+- Zoology's BaseConv, long: its filter's two linear layers are `filter.fc1` and `filter.fc2`;
+- Based's BaseConv: in_proj, out_proj, and conv.conv.weight (D, 1, W) as `weight_DW`. It has no residual.
+Deviations:
+- beyond `max_length` L, where Zoology stops with an error, the filter's features continue as the same
+  functions of time;
+- of the W inputs in Based's state the oldest is never used again, and ours holds the other W - 1.
 """
 
 from __future__ import annotations

@@ -5,12 +5,15 @@
     S_i = S_{i-1} + phi_i(k_i) v_i^T        z_i = z_{i-1} + phi_i(k_i)
     y_i = W_o [ phi_i(q_i)^T S_i / max(phi_i(q_i) . z_i, 1e-6) ]
 
-Qin et al., "cosFormer: Rethinking Softmax in Attention", 2022, arXiv 2202.08791. Weights map onto the
-official CosformerAttention's q_proj, k_proj, v_proj (rows of `qkv`, in that order) and out_proj.
-Deviations: in the official code M is the length of the sequence at hand, so that outputs change when more
-tokens come and no state can be carried on; here M is `max_length`, fixed, and the two agree on a sequence of
-that length. Beyond M, where cos(theta_i - theta_j) would become negative and the divisor with it, positions
-stay at M: tokens there count fully for each other, and those of before as they do from position M.
+Qin et al., "cosFormer: Rethinking Softmax in Attention", 2022, arXiv 2202.08791.
+Weights map onto the official CosformerAttention's q_proj, k_proj, v_proj (rows of `qkv`, in that order) and
+out_proj.
+Deviations:
+- in the official code M is the length of the sequence at hand, so that outputs change when more tokens come
+  and no state can be carried on; here M is `max_length`, fixed, and the two agree on a sequence of that
+  length;
+- beyond M, where cos(theta_i - theta_j) would become negative and the divisor with it, positions stay at M:
+  tokens there count fully for each other, and those of before as they do from position M.
 """
 
 from __future__ import annotations

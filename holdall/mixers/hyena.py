@@ -5,10 +5,13 @@
     y = W_out (x_0 * v) + b
     h(t) = MLP_sin([t, cos w t, -sin w t]) * exp(-t |delta|),  t from 0 to 1 over max_length tokens
 
-Poli et al., "Hyena Hierarchy", 2023, arXiv 2302.10866. Weights map onto safari's standalone HyenaOperator
-(filters ordered i slowest); Zoology's order-2 Hyena is the same with the blocks of x_0 and x_1 swapped.
-Deviations: none up to `max_length`; beyond it the filter goes on along the same functions of time. It has
-no recurrence of fixed size: the state holds the inputs of every long convolution and grows with the context.
+Poli et al., "Hyena Hierarchy", 2023, arXiv 2302.10866. It has no recurrence of fixed size: the state holds
+the inputs of every long convolution and grows with the context.
+Weights map onto safari's standalone HyenaOperator (filters ordered i slowest); Zoology's order-2 Hyena is the
+same with the blocks of x_0 and x_1 swapped.
+Deviations:
+- the features of time are fixed, where both learn them (pos_emb.z) at a rate of 1e-5, starting from these;
+- beyond `max_length` the filter continues as the same functions of time.
 """
 
 from __future__ import annotations

@@ -4,12 +4,15 @@
     y_t = W_o [ phi(q_t)^T S_t / (phi(q_t) . z_t + eps) ]
 
 Katharopoulos, Vyas, Pappas, Fleuret, "Transformers are RNNs", 2020, arXiv 2006.16236: phi(u) = elu(u) + 1.
-The other maps here are those without parameters that Zoology compares; taylor.py, performer.py, hedgehog.py
-and more have their own. Weights map one to one onto fast-transformers' query, key and value projections
-(rows of `qkv`, in that order; `bias=True`, eps 1e-6) and Zoology's proj_q, proj_k, proj_v (no bias, eps
-1e-12).
-Deviations: with map "identity" the normaliser is a sum of signed numbers and can come near zero:
-`normalise=False` is the sound choice there, though Zoology divides.
+The other maps here have no parameters either; taylor.py, performer.py, hedgehog.py and more have their own.
+Weights:
+- fast-transformers' query, key and value projections are the rows of `qkv`, in that order, and its output
+  projection `out_proj`; `bias=True`, eps 1e-6;
+- Zoology's proj_q, proj_k, proj_v likewise, and its proj_o; no bias, eps 1e-12, its pos_elu is elu1, its
+  SquaredMap square.
+Deviations:
+- both always normalise. With map "identity" the normaliser is a sum of signed terms and can come near zero:
+  `normalise=False` is the sound choice there.
 """
 
 from __future__ import annotations

@@ -3,12 +3,14 @@
     y_t = x_t + sum_{j <= t, t - j < L} h_{t - j} x_j          h: L taps per channel, explicit parameters
     with squash s:  h = sign(g) max(|g| - s, 0)                of the parameters g
 
-Fu et al., "Simple Hardware-Efficient Long Convolutions for Sequence Modeling", 2023, arXiv 2302.06646,
-as the convolution without gates of Zoology's comparison (arXiv 2312.04927). The one weight of Zoology's
-LongConvolution, `filter`, is transposed here to (taps, channels).
-Deviations: Zoology's transform is as long as twice the input, so that with a filter longer than the input by
-more than one tap late tokens wrap around to early outputs; here none do. The squashed filter is the kernel of
-Fu et al.'s layer; their learned skip, GELU and GLU around it are left to the block, as in Zoology.
+Fu et al., "Simple Hardware-Efficient Long Convolutions for Sequence Modeling", 2023, arXiv 2302.06646, as the
+convolution without gates of Zoology's comparison (arXiv 2312.04927).
+Weights: the one of Zoology's LongConvolution, `filter`, is transposed here to (taps, channels).
+Deviations:
+- Zoology's transform is as long as twice the input, so that with a filter longer than the input by more than
+  one tap late tokens wrap around to early outputs; here none do;
+- the squashed filter is the kernel of Fu et al.'s layer; their learned skip, GELU and GLU around it are left
+  to the block, as in Zoology.
 """
 
 from __future__ import annotations

@@ -8,12 +8,16 @@ matrix: two block-diagonal products and a permutation (ops/monarch.py). Zeros be
 h(t) = MLP_sin([t, cos w t, -sin w t]) exp(-t |delta|), Hyena's filter, t from 0 to 1 over max_length tokens.
 
 Fu, Arora, Grogan et al., "Monarch Mixer: A Simple Sub-Quadratic GEMM-Based Architecture", 2023, arXiv
-2310.12109. Weights map onto MonarchMixerSequenceMixing: in_linear, short_filter (without its middle
-dimension), filter_fn.implicit_filter (layers 0, 2, 4 are `filter.hidden`, layer 6 `filter.last`, and the
-sines' one `freq` times hyena_w_mod is `frequency_H`), filter_fn.bias (`skip_D`), filter_fn2 likewise for the
-residual, out_linear. Deviations: beyond `max_length` the filters go on along the same functions of time.
-M2-BERT's bidirectional mixer is not offered: it adds a filter over the tokens to come. M2's Monarch products
-along the width are the MLP's half of the block. As Hyena's, the state grows with the context.
+2310.12109. M2's Monarch products along the width are the MLP's half of the block. As Hyena's, the state grows
+with the context.
+Weights map onto MonarchMixerSequenceMixing: in_linear, short_filter (without its middle dimension),
+filter_fn.implicit_filter (layers 0, 2, 4 are `filter.hidden`, layer 6 `filter.last`, and the sines' one
+`freq` times hyena_w_mod is `frequency_H`), filter_fn.bias (`skip_D`), filter_fn2 likewise for the residual,
+out_linear.
+Deviations:
+- the features of time are fixed, where M2 learns them (pos_emb.z) at a rate of 1e-5, starting from these;
+- beyond `max_length` the filters continue as the same functions of time;
+- M2-BERT's bidirectional mixer is not offered: it adds a filter over the tokens to come.
 """
 
 from __future__ import annotations

@@ -6,14 +6,15 @@
     y_t = W_o [ phi(q_t)^T S_t / (phi(q_t) . z_t + eps) ]
 
 at every t, inside the prefix too, whose tokens so see all of it. They count twice, once through each pair of
-projections. After the prefix this is linear attention: there is one state, S and z.
-Arora et al., "Just read twice: closing the recall gap for recurrent language models", 2024, arXiv 2407.05483.
-What the prefix is: the first min(E, T) tokens of a row's first call, which brings T. All calls after that are
-causal, however few tokens the first one had; so does the official code.
+projections. After the prefix this is linear attention: there is one state, S and z. Arora et al., "Just read
+twice: closing the recall gap for recurrent language models", 2024, arXiv 2407.05483. What the prefix is: the
+first min(E, T) tokens of a row's first call, which brings T. All calls after that are causal, however few
+tokens the first one had.
 Weights map one to one onto the official module: proj_q, proj_k, proj_v are the rows of `qkv`, proj_k_enc,
 proj_v_enc those of `prefix_kv`, in that order.
-Deviations: the Taylor map keeps the symmetric half of the second order (same outputs, fewer features); there
-is no mask of padding, since rows of other lengths are other calls.
+Deviations:
+- the Taylor map keeps the symmetric half of the second order: the same outputs from fewer features;
+- there is no mask of padding: rows of other lengths are other calls, whose states join.
 """
 
 from __future__ import annotations

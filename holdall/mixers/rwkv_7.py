@@ -7,15 +7,18 @@
     S_t = diag(w) S_{t-1} - (a kk) (kk^T S_{t-1}) + k v^T       o_t = S_t^T r
     y_t = W_o [ g (GroupNorm_head(o_t) + (sum_head r k r_k) v) ]
 
-Peng et al., "RWKV-7 "Goose" with Expressive Dynamic State Evolution", 2025, arXiv 2503.14456. Weights map one
-to one onto RWKV-LM's RWKV_Tmix_x070: receptance, key, value, output (`out_proj`), w0 to w2, a0 to a2, g1, g2,
-k_k, k_a, r_k; x_r, x_w, x_k, x_v, x_a, x_g are the rows of `mix_ZD`, ln_x is `norm_weight_D`, `norm_bias_D`.
-The state is (key, value), the official one (value, key). Channel mixing is an MLP and no part of the mixer.
-Deviations: the value residual (v0, v1, v2), by which later layers mix in the first layer's values, is left
-out: a mixer sees one layer, and each is what the official first layer is. The epsilon of GroupNorm is 1e-5
-per dimension of a head, the official 64e-5 at its head size of 64, whatever the head size is.
-The published initialisation depends on the layer (options `layer` and `layers`), and sets W_o to zero: the
-mixer is silent until W_o has moved, the one of its weights that has a gradient at the start.
+Peng et al., "RWKV-7 "Goose" with Expressive Dynamic State Evolution", 2025, arXiv 2503.14456. Channel mixing
+is an MLP and no part of the mixer. The published initialisation depends on the layer (options `layer` and
+`layers`), and sets W_o to zero: the mixer is silent until W_o has moved, the one of its weights that has a
+gradient at the start.
+Weights map one to one onto RWKV-LM's RWKV_Tmix_x070: receptance, key, value, output (`out_proj`), w0 to w2,
+a0 to a2, g1, g2, k_k, k_a, r_k; x_r, x_w, x_k, x_v, x_a, x_g are the rows of `mix_ZD`, ln_x is
+`norm_weight_D`, `norm_bias_D`. The state is (key, value), the official one (value, key).
+Deviations:
+- the value residual (v0, v1, v2), by which later layers mix in the first layer's values, is left out: a mixer
+  sees one layer, and each is what the official first layer is;
+- the epsilon of GroupNorm is 1e-5 per dimension of a head, the official 64e-5 at its head size of 64,
+  whatever the head size is.
 """
 
 from __future__ import annotations

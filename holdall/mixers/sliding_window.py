@@ -3,10 +3,15 @@
     y_t = W_o [ sum_{t - w < j <= t} softmax_j(q_t . k_j / sqrt(K)) v_j ] + b
 
 Beltagy, Peters, Cohan, "Longformer", 2020, arXiv 2004.05150. `window` counts the token itself, so the state
-holds the w - 1 tokens before it. Zoology's `block_size` b is window b + 1; the Based repository's
-`window_size` s, which its code halves, is window s / 2 + 1. recurrentgemma's LocalAttentionBlock (Griffin) of
-window_size s is window s + 1 with kv_heads 1, rotary 0.5 and bias "out"; proj_q, proj_k and proj_v are the
-rows of `qkv`, in that order, and proj_final is `out_proj`. Deviations: none otherwise.
+holds the w - 1 tokens before it.
+Weights:
+- Zoology's SlidingAttn, of one head, as those of `attention`; its `block_size` b is window b + 1;
+- Based's SlidingAttention, with rotary 1 and no bias: Wqkv is `qkv`; its `window_size` s, which its code
+  halves, is window s / 2 + 1;
+- recurrentgemma's LocalAttentionBlock (Griffin) of window_size s is window s + 1 with kv_heads 1, rotary 0.5
+  and bias "out"; proj_q, proj_k and proj_v are the rows of `qkv`, in that order, and proj_final is
+  `out_proj`.
+Deviations: none.
 """
 
 from __future__ import annotations

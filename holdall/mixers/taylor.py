@@ -5,10 +5,12 @@
     y_t = W_o [ phi(q_t)^T S_t / (phi(q_t) . z_t + eps) ]
 
 with q, k of f dimensions per head. Arora et al., "Simple linear attention language models balance the
-recall-throughput tradeoff", 2024, arXiv 2402.18668. Weights map one to one onto Based's and Zoology's proj_q,
-proj_k, proj_v (rows of `qkv`, in that order) and out_proj.
-Deviations: the map keeps the symmetric half of the second order: the same outputs from 1 + f + f (f + 1) / 2
-features, 153 and not 273 at f = 16.
+recall-throughput tradeoff", 2024, arXiv 2402.18668.
+Weights map one to one onto Based's and Zoology's proj_q, proj_k, proj_v (rows of `qkv`, in that order) and
+out_proj.
+Deviations:
+- the map keeps the symmetric half of the second order: the same outputs from 1 + f + f (f + 1) / 2 features,
+  153 and not 273 at f = 16.
 """
 
 from __future__ import annotations

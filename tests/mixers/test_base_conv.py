@@ -33,6 +33,7 @@ class Official(nn.Module):
         return self.out_proj(F.silu(c_BDT).mT * u_BTE[..., self.inner :])
 
 
+@pytest.mark.claim("mixers/base_conv.py", "Based's BaseConv", "of the W inputs")
 @pytest.mark.parametrize("form", ["loop", "parallel"])
 @pytest.mark.parametrize("expand", [1, 2, 4])
 @pytest.mark.parametrize("kernel", [2, 3, 5])

@@ -14,6 +14,7 @@ def build(**options) -> LongConv:
     return laws.build(LongConvConfig(width=6, **options)).to(DOUBLE)
 
 
+@pytest.mark.claim("mixers/long_conv.py", "the squashed filter")
 @pytest.mark.parametrize("squash", [0.0, 0.05])
 @pytest.mark.parametrize("length", [3, 20, 60])
 @torch.no_grad()

@@ -39,6 +39,7 @@ def test_the_residual_is_a_convolution_of_the_input_behind_the_gate() -> None:
     laws.assert_close("y", mixer(x_BTD)[0], plain(x_BTD)[0] + added_BTD @ mixer.out_proj.weight.T)
 
 
+@pytest.mark.claim("mixers/monarch_mixer.py", "M2-BERT's")
 def test_the_bidirectional_mixer_is_refused_by_name() -> None:
     with pytest.raises(TypeError, match="monarch-mixer has no option 'bidirectional'"):
         holdall.describe("monarch-mixer").configure(bidirectional=True)

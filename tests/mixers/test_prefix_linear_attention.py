@@ -92,6 +92,7 @@ def test_a_first_call_shorter_than_the_prefix_ends_it(
         laws.assert_close(name, laws.named(y_BTD, state)[name], tensor)
 
 
+@pytest.mark.claim("mixers/prefix_linear_attention.py", "there is no mask")
 @both_forms
 @torch.no_grad()
 def test_rows_that_start_beside_rows_that_go_on(config: PrefixLinearAttentionConfig) -> None:

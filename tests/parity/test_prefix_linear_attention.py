@@ -24,6 +24,7 @@ def naive() -> ModuleType:
         return pytest.importorskip("fla.ops.based.naive", reason="fla-core is not installed")
 
 
+@pytest.mark.claim("mixers/prefix_linear_attention.py", "Weights")
 @pytest.mark.parametrize("form", ["loop", "parallel"])
 @torch.no_grad()
 def test_outputs_are_those_of_based_behind_the_prefix(naive: ModuleType, form: str) -> None:
