@@ -5,12 +5,13 @@
 
 with s' as s from weights of its own, of flip(x). All maps W have biases. Each channel has its own n modes but
 A, C, dt and the scalar D are one for all of them: A = min(A_re, -1e-4) + i A_im, dt = exp(log_step).
-Wang, Yan, Gu, Rush, "Pretraining Without Attention", 2022, arXiv 2212.10544. Weights map onto the official
-BiGSLayer: dv, dol and do are `v`, `mix` and `out_proj`; du_forward, fs4 (D, and its kernel's A_re, A_im, C
-and log_step) and duc_forward are `forwards`, with `u` and `c`; those of the other direction are `backwards`.
-Its LayerNorm (eps 1e-12) and its residual are the model's here.
-Deviations: the published model is bidirectional; the causal one leaves out the backward factor of c and keeps
-the rest. Bidirectional, the backward state space reads only the tokens of the call; the forward one goes on.
+Wang, Yan, Gu, Rush, "Pretraining Without Attention", 2022, arXiv 2212.10544.
+Weights map onto the official BiGSLayer: dv, dol and do are `v`, `mix` and `out_proj`; du_forward, fs4 (D, and
+its kernel's A_re, A_im, C and log_step) and duc_forward are `forwards`, with `u` and `c`; those of the other
+direction are `backwards`. Its LayerNorm (eps 1e-12) and its residual are the model's here.
+Deviations:
+- the published model is bidirectional; the causal one leaves out the backward factor of c and keeps the rest;
+- bidirectional, the backward state space reads only the tokens of the call, where the forward one resumes.
 """
 
 from __future__ import annotations

@@ -6,11 +6,12 @@
     out = W_out GELU(y) + bias
 
 Gupta, Gu, Berant, "Diagonal State Spaces are as Effective as Structured State Spaces", 2022, arXiv
-2203.14343: their DSS-exp. Parameters have the names and shapes of ag1988/dss's module with version "exp", but
-for the first dimension of D and W, which counts one channel there, and for output_linear, which is
-`out_proj`.
-Deviations: DSS-softmax is refused. It divides each mode by the sum of its own powers over the whole kernel,
-so all outputs depend on how long the text will be, and nothing of fixed size can carry it on.
+2203.14343: their DSS-exp.
+Weights have the names and shapes of ag1988/dss's module with version "exp", but for the first dimension of D
+and W, which counts one channel there, and for output_linear, which is `out_proj`.
+Deviations:
+- DSS-softmax is refused. It divides each mode by the sum of its own powers over the whole kernel, so all
+  outputs depend on how long the sequence will be, and nothing of fixed size can carry it on.
 """
 
 from __future__ import annotations

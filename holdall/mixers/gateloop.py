@@ -10,7 +10,8 @@ recurrence. Katsch, "GateLoop: Fully Data-Controlled Linear Recurrence for Seque
 Weights map onto the GateLoopedAttention of the package gateloop-transformer: to_qkv, then to_gates.0, are the
 rows of `qkvg`; to_a.0 is `transition`, whose rows 2h and 2h + 1 give the real and imaginary part for head h;
 to_out is `out_proj`. (The paper's own repository has a real-valued recurrence only.)
-Deviations: the package scales the gradient of c by 0.9, a learning rate in disguise; here it is the gradient.
+Deviations:
+- the package scales the gradient of c by 0.9, a learning rate in disguise; here it is the gradient.
 """
 
 from __future__ import annotations

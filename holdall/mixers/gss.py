@@ -7,10 +7,12 @@
 A = -exp(A_real) + i exp(A_imag) are n modes that the channels of v share, each with a state of its own; C is
 (R, n) for R = D / r channels. There is no step size and no B, and no mode stands for a conjugate pair.
 Mehta, Gupta, Cutkosky, Neyshabur, "Long Range Language Modeling via Gated State Spaces", 2022, arXiv
-2206.13947. The authors published pseudocode; weights map onto gated-state-spaces-pytorch, which follows it:
-to_u.0 and to_v.0 are the rows of `uv`, in that order; dss holds norm, Lambda_real and Lambda_imag (A_real and
-A_imag), C_real and C_imag (C's last dimension) and param_D; to_gate and to_out are `gate` and `out_proj`.
-Its first LayerNorm and its residual are the model's here; the LayerNorm on v is kept. Deviations: none.
+2206.13947. The authors published pseudocode, which gated-state-spaces-pytorch follows.
+Weights map onto that package's GSS: to_u.0 and to_v.0 are the rows of `uv`, in that order; dss holds norm,
+Lambda_real and Lambda_imag (A_real and A_imag), C_real and C_imag (C's last dimension) and param_D; to_gate
+and to_out are `gate` and `out_proj`. Its first LayerNorm and its residual are the model's here; the LayerNorm
+on v is kept.
+Deviations: none.
 """
 
 from __future__ import annotations

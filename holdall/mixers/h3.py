@@ -11,8 +11,9 @@ Weights map onto the H3 of HazyResearch/H3 and Zoology: q_proj, k_proj, v_proj a
 order; ssm_k_kernel.kernel holds shift_B and (with a first dimension of 1) shift_C, ssm_k_D is shift_D;
 kernel.kernel holds log_dt, B, (with a first dimension of 1) C, inv_A_real and A_imag; output_linear is
 out_proj. As there, channel h r + i of q, k and v is dimension i of head h, but value i of head h reaches
-out_proj as channel i D / r + h. Deviations: none. The shift's state is the last n - 1 keys, and not what B
-makes of the last n; the official step() stops with an error where r > 1.
+out_proj as channel i D / r + h.
+Deviations:
+- the shift's state is the last n - 1 keys, and not what B makes of the last n.
 """
 
 from __future__ import annotations

@@ -7,12 +7,16 @@
     y_t = W_out (gelu_tanh(u_t) * h_t) + b
 
 De et al., "Griffin: Mixing Gated Linear Recurrences with Local Attention for Efficient Language Models",
-2024, arXiv 2402.19427. Weights map onto recurrentgemma's RecurrentBlock: linear_y and linear_x are the rows
-of `in_proj`, in that order, linear_out is `out_proj`, conv_1d.w and .b are `conv_weight_EW` (transposed) and
-`conv_bias_E`, rg_lru.input_gate and .a_gate are the two entries of `gate_weight_GHIJ` and `gate_bias_GHJ`.
-Deviations: a^8 is drawn uniformly from [0.9, 0.999], as the paper says; the released code draws a instead.
-That code also bounds the derivative of the square root, whose argument 1 - a^2 is often rounded to zero in
-bf16. Here it is expm1(2 log a) at full relative precision, so the gates' gradients are finite as they are.
+2024, arXiv 2402.19427.
+Weights map onto recurrentgemma's RecurrentBlock: linear_y and linear_x are the rows of `in_proj`, in that
+order, linear_out is `out_proj`, conv_1d.w and .b are `conv_weight_EW` (transposed) and `conv_bias_E`,
+rg_lru.input_gate and .a_gate are the two entries of `gate_weight_GHIJ` and `gate_bias_GHJ`.
+Deviations:
+- a^8 is drawn uniformly from [0.9, 0.999], as the paper says; the released code draws a from there, a^2
+  uniformly;
+- that code bounds the derivative of the square root, whose argument 1 - a^2 is often rounded to zero in bf16.
+  Here the argument is -expm1(2 log a) at full relative precision, and the gates' gradients are finite as they
+  are.
 """
 
 from __future__ import annotations

@@ -12,11 +12,13 @@ with its liquid kernel (C A^l B^p)_l, those of p neighbours, for all p up to a d
 So kb is S4 with more inputs, pb is S4 and a polynomial of the last P inputs; either way these are all the
 state that comes to S4's. Hasani, Lechner, Wang, Chahine, Amini, Rus, "Liquid Structural State-Space Models",
 2022, arXiv 2209.12951. `kernel` holds S4's parameters, as in holdall.mixers.s4.
-Deviations: from the paper's code, not from its equations. There the products are added in reversed order of
-time, so that outputs see the future; its recurrent step leaves them out; its kb multiplies spectra on
-different grids, which is no convolution; its B^p is B^(p-1) times the sum of its modes, without the term of
-rank one. And for pb, a kernel that stays C B^p at all lags would add up all products ever: as in the code, it
-is that at lag 0 only.
+Deviations, from the paper's code and not from its equations:
+- there the products are added in reversed order of time, so that outputs see the future; here in order;
+- its recurrent step leaves the products out; here all forms have them;
+- its kb multiplies spectra on different grids, which is no convolution; here it is one;
+- its B^p is B^(p-1) times the sum of its modes, without the term of rank one; here each mode's power, with
+  it;
+- as in the code, pb's kernel is C B^p at lag 0 only: at all lags it would add up all products ever.
 """
 
 from __future__ import annotations

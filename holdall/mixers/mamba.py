@@ -5,9 +5,10 @@
     out = W_out (y * silu(z))
 
 Gu, Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023, arXiv 2312.00752.
-Parameters have the names and shapes of mamba_ssm's module (conv1d.weight without its middle dimension).
-Deviations: the convolution's state holds the 3 inputs that are needed, where the official one holds 4, and
-the recurrent state is fp32 whatever the weights are.
+Weights have the names and shapes of mamba_ssm's module (conv1d.weight without its middle dimension).
+Deviations:
+- the convolution's state holds the 3 inputs that are needed, where the official one holds 4;
+- the recurrent state is fp32 whatever the weights are.
 """
 
 from __future__ import annotations

@@ -7,11 +7,13 @@
 Per head S is (state, head_dim), A and D are numbers; C, B and dt x are queries, keys and values, and the
 heads of a group share B and C. Dao, Gu, "Transformers are SSMs: Generalized Models and Efficient Algorithms
 Through Structured State Space Duality", 2024, arXiv 2405.21060.
-Parameters have the names, orders and shapes of mamba_ssm's Mamba2 (conv1d.weight without its middle
-dimension; norm.weight is `norm_weight_E`). With several groups each is normalised by itself, as in Mamba2 and
-the released models; mamba_ssm's Mamba2Simple takes the norm over all channels.
-Deviations: the convolution's state holds the 3 inputs that are needed, where the official one holds 4, and
-the recurrent state is fp32 whatever the weights are, (state, head_dim) where the official one is transposed.
+Weights have the names, orders and shapes of mamba_ssm's Mamba2 (conv1d.weight without its middle dimension;
+norm.weight is `norm_weight_E`). With several groups each is normalised by itself, as in Mamba2 and the
+released models; mamba_ssm's Mamba2Simple takes the norm over all channels.
+Deviations:
+- the convolution's state holds the 3 inputs that are needed, where the official one holds 4;
+- the recurrent state is fp32 whatever the weights are;
+- it is (state, head_dim), where the official one is transposed.
 """
 
 from __future__ import annotations

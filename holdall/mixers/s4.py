@@ -10,12 +10,13 @@ the identity of Woodbury a step is a diagonal matrix less one of rank one, O(N);
 paper trains on the kernel C dA^l dB of the whole length, found at roots of unity; here it is needed in chunks
 only.
 
-Weights map onto state-spaces/s4's S4Block with mode "dplr": inv_dt is `log_dt`, A_real is `log_A_real`,
-A_imag is `-A_imag` (it is subtracted there), output_linear.0 is `out_proj`; B, C, D and P lack their first
-dimension, of one. A checkpoint's C is C (1 - dA^L) with L its l_kernel, and has to be multiplied by the
-inverse.
-Deviations: the code clips the imaginary parts of B to 2 at the start, and what is imaginary depends on the
-phases that a linear algebra library happens to pick; here B and P start real, and nothing is clipped.
+Weights map onto state-spaces/s4's S4Block with mode "dplr" and n_ssm the width: inv_dt is `log_dt`, A_real is
+`log_A_real`, A_imag is `-A_imag` (it is subtracted there), output_linear.0 is `out_proj`; B, C, D and P lack
+their first dimension, of one. A checkpoint's C is C (1 - dA^L) with L its l_kernel, and has to be multiplied
+by the inverse.
+Deviations:
+- the code clips the imaginary parts of B to 2 at the start, and what is imaginary depends on the phases that
+  a linear algebra library happens to pick; here B and P start real, and nothing is clipped.
 """
 
 from __future__ import annotations

@@ -5,11 +5,13 @@
     out = a * sigmoid(g)      [a | g] = W_out GELU(y) + bias
 
 Gu, Gupta, Goel, Ré, "On the Parameterization and Initialization of Diagonal State Space Models", 2022, arXiv
-2206.11893. Weights map onto state-spaces/s4's S4Block with mode "diag": inv_dt is `log_dt`, A_real is
+2206.11893.
+Weights map onto state-spaces/s4's S4Block with mode "diag" and n_ssm the width: inv_dt is `log_dt`, A_real is
 `log_A_real`, A_imag is `-A_imag` (it is subtracted there), output_linear.0 is `out_proj`; B, C (pairs re, im)
 and D lack their first dimension, of one. The standalone s4d.py has the sign of here, and no B, which is ones.
-Deviations: the code clips the imaginary parts of LegS's B to 2, and what is imaginary depends on the phases
-that a linear algebra library happens to pick; here they are such that B is real, and nothing is clipped.
+Deviations:
+- the code clips the imaginary parts of LegS's B to 2, and what is imaginary depends on the phases that a
+  linear algebra library happens to pick; here they are such that B is real, and nothing is clipped.
 """
 
 from __future__ import annotations

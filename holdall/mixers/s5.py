@@ -8,11 +8,14 @@
     full_glu:   y = (W_1 gelu(s) + b_1) * sigmoid(W gelu(s) + b)           gelu:  y = gelu(s)
 
 B is (P, D), C (D, P). Smith, Warrington, Linderman, "Simplified State Space Layers for Sequence Modeling",
-2022, arXiv 2208.04933. Weights map onto the official JAX module by name (A_re, A_im are Lambda_re, Lambda_im;
-log_step loses its last dimension; gate and out_proj are out2 and out1, their kernels transposed), whose
-SequenceLayer also holds the norm and the residual that here are the model's.
-Deviations: the real parts of A are kept below -1e-4 unless `clip_eigs` is off; the official code advises that
-for sequences without end and has it off by default. Of its initialisations of C only the default is here.
+2022, arXiv 2208.04933.
+Weights map onto the official JAX module by name (A_re, A_im are Lambda_re, Lambda_im; log_step loses its last
+dimension; gate and out_proj are out2 and out1, their kernels transposed), whose SequenceLayer also holds the
+norm and the residual that here are the model's.
+Deviations:
+- the real parts of A are kept below -1e-4 unless `clip_eigs` is off; the official code advises that for
+  sequences without end and has it off by default;
+- of its initialisations of C only the default is here.
 """
 
 from __future__ import annotations

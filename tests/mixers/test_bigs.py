@@ -42,6 +42,7 @@ def one_direction(direction: Direction, x_BTD: Tensor) -> Tensor:
     return linear(direction.c, s_BTD)
 
 
+@pytest.mark.claim("mixers/bigs.py", "Weights", "the published model is")
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("form", ["loop", "parallel"])
 @torch.no_grad()
@@ -56,6 +57,7 @@ def test_outputs_are_the_sums_over_all_pairs(bidirectional: bool, form: str) -> 
     laws.assert_close("y", mixer(x_BTD)[0], want_BTD)
 
 
+@pytest.mark.claim("mixers/bigs.py", "bidirectional, the backward")
 @torch.no_grad()
 def test_a_second_call_of_both_directions_goes_on_from_the_left_and_ends_where_it_ends() -> None:
     mixer = bigs(bidirectional=True)

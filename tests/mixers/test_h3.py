@@ -48,6 +48,7 @@ def by_sums(mixer: H3, x_BTD: Tensor) -> Tensor:
     return y @ mixer.out_proj.weight.T + mixer.out_proj.bias
 
 
+@pytest.mark.claim("mixers/h3.py", "Weights")
 @pytest.mark.parametrize("head_dim", [1, 2, 3])
 @pytest.mark.parametrize("form", ["loop", "parallel"])
 @torch.no_grad()
@@ -57,6 +58,15 @@ def test_outputs_are_the_sums_over_all_pairs(head_dim: int, form: str) -> None:
     assert isinstance(mixer, H3)
     x_BTD = laws.tokens(mixer, 11)
     laws.assert_close("y", mixer(x_BTD)[0], by_sums(mixer, x_BTD))
+
+
+@pytest.mark.claim("mixers/h3.py", "the shift's state")
+@torch.no_grad()
+def test_the_shifts_state_is_the_last_keys_as_they_are() -> None:
+    mixer = laws.build(H3Config(width=6, state=4, head_dim=2)).to(DOUBLE)
+    x_BTD = laws.tokens(mixer, 11)
+    _, state = mixer(x_BTD)
+    laws.assert_close("keys", state.past_BPD, mixer.qkv(x_BTD)[:, -3:, 6:12])
 
 
 @torch.no_grad()

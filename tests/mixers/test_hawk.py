@@ -49,6 +49,7 @@ def test_a_row_of_zeros_that_was_read_is_not_a_row_that_read_nothing() -> None:
     assert laws.distance(y_BTD[1], want_BTD[1]) > 1e-3
 
 
+@pytest.mark.claim("mixers/hawk.py", "a^8 is drawn")
 def test_it_starts_from_the_published_numbers() -> None:
     torch.manual_seed(0)
     mixer = HawkConfig(width=512, lru_width=768).build()
@@ -68,6 +69,7 @@ def test_it_starts_from_the_published_numbers() -> None:
         assert not bias.any()
 
 
+@pytest.mark.claim("mixers/hawk.py", "that code bounds")
 @pytest.mark.parametrize("gate", [-30.0, -90.0, -1000.0])
 @pytest.mark.parametrize("form", ["loop", "parallel"])
 def test_gates_that_never_forget_have_finite_gradients(form: str, gate: float) -> None:
@@ -81,6 +83,25 @@ def test_gates_that_never_forget_have_finite_gradients(form: str, gate: float) -
     for name, parameter in mixer.named_parameters():
         assert parameter.grad is not None
         assert parameter.grad.isfinite().all(), f"gradient of {name}"
+
+
+@pytest.mark.claim("mixers/hawk.py", "that code bounds")
+@pytest.mark.parametrize("form", ["loop", "parallel"])
+@torch.no_grad()
+def test_what_enters_beside_a_decay_of_nearly_one_has_all_its_digits(form: str) -> None:
+    """A first token of zeros leaves nothing, the second sqrt(1 - a^2) of its own; a rounds to 1."""
+    mixer = laws.build(HawkConfig(width=16, form=form))
+    for bias in (mixer.in_proj.bias, mixer.conv_bias_E):
+        bias.zero_()
+    mixer.gate_weight_GHIJ[1] = 0
+    mixer.gate_bias_GHJ[1] = -16
+    x_BTD = laws.tokens(mixer, 2)
+    x_BTD[:, 0] = 0
+    log_a_E = -8 * torch.sigmoid(torch.tensor(-16.0)) * F.softplus(mixer.a_param_E)
+    assert (log_a_E.exp() == 1).all()
+    h_BE, truth_BE = mixer(x_BTD)[1].h_BE, laws.loop_of(mixer, DOUBLE)(x_BTD.double())[1].h_BE
+    assert laws.size(truth_BE) > 1e-5
+    torch.testing.assert_close(h_BE.double(), truth_BE, rtol=1e-5, atol=1e-9)
 
 
 def test_configs_that_do_not_fit_are_refused() -> None:

@@ -50,6 +50,7 @@ def state_space(mixer: S5, x_BTD: Tensor) -> Tensor:
     return torch.stack(ys, dim=1)
 
 
+@pytest.mark.claim("mixers/s5.py", "Weights")
 @pytest.mark.parametrize("discretisation", ["zoh", "bilinear"])
 @pytest.mark.parametrize("conj_sym", [True, False])
 @pytest.mark.parametrize("activation", ["half_glu1", "half_glu2", "full_glu", "gelu"])
@@ -71,6 +72,7 @@ def test_outputs_are_those_of_the_continuous_system(
     laws.assert_close("y", mixer(x_BTD)[0], want[activation])
 
 
+@pytest.mark.claim("mixers/s5.py", "of its initialisations")
 def test_it_starts_as_published() -> None:
     torch.manual_seed(0)
     mixer = S5Config(width=64).build()
@@ -92,6 +94,7 @@ def test_it_starts_as_published() -> None:
     assert not mixer.gate.bias.any()
 
 
+@pytest.mark.claim("mixers/s5.py", "the real parts of A")
 @torch.no_grad()
 def test_a_mode_cannot_grow_unless_it_may() -> None:
     for clip in (True, False):

@@ -39,6 +39,7 @@ def fresh(config) -> torch.nn.Module:
         return config.build()
 
 
+@pytest.mark.claim("mixers/s4d.py", "Weights")
 @torch.no_grad()
 @pytest.mark.parametrize("form", ["loop", "parallel"])
 @pytest.mark.parametrize("discretisation", ["zoh", "bilinear"])
@@ -63,6 +64,7 @@ def test_s4d_is_the_papers_convolution(init: str, discretisation: str, form: str
     laws.assert_close("output", mixer(x_BTD)[0], want_BTD)
 
 
+@pytest.mark.claim("mixers/dss.py", "Weights")
 @torch.no_grad()
 @pytest.mark.parametrize("form", ["loop", "parallel"])
 def test_dss_is_the_papers_convolution(form: str) -> None:
@@ -78,6 +80,24 @@ def test_dss_is_the_papers_convolution(form: str) -> None:
     y_BTD = convolved(x_BTD, kernel_DL) + mixer.D * x_BTD
     want_BTD = F.gelu(y_BTD) @ mixer.out_proj.weight.T + mixer.out_proj.bias
     laws.assert_close("output", mixer(x_BTD)[0], want_BTD)
+
+
+@pytest.mark.claim("mixers/dss.py", "DSS-softmax is refused")
+@torch.no_grad()
+def test_dss_softmaxs_kernel_depends_on_its_length() -> None:
+    """Its taps are powers divided by their sum over all L, (exp(L z) - 1) / (exp(z) - 1), and by Lambda."""
+    mixer = laws.build(DSSConfig(width=6, modes=5)).double()
+    lambda_N = torch.complex(-mixer.Lambda_log_neg_re.exp(), mixer.Lambda_im)
+    z_DN = torch.complex(mixer.log_dt[:, :1].exp() * lambda_N.real, mixer.log_dt[:, 1:].exp() * lambda_N.imag)
+
+    def taps(length: int) -> Tensor:
+        powers_DNL = (z_DN[..., None] * torch.arange(length)).exp()
+        weight_DN = torch.view_as_complex(mixer.W) / lambda_N / powers_DNL.sum(-1)
+        return (weight_DN[..., None] * powers_DNL).sum(1).real
+
+    assert laws.distance(taps(40)[:, :20], taps(20)) > 0.1 * laws.size(taps(20))
+    with pytest.raises(ValueError, match="version 'softmax'"):
+        DSSConfig(version="softmax")
 
 
 def dense(legs) -> list[Tensor]:
@@ -124,6 +144,7 @@ def kernel_at_roots_of_unity(legs, length: int) -> Tensor:
     return torch.fft.ifft(values_DL).real / 0.999 ** torch.arange(length, dtype=DOUBLE)
 
 
+@pytest.mark.claim("mixers/s4.py", "Weights")
 @torch.no_grad()
 @pytest.mark.parametrize("form", ["loop", "parallel"])
 def test_s4_is_the_papers_convolution(form: str) -> None:
@@ -135,6 +156,36 @@ def test_s4_is_the_papers_convolution(form: str) -> None:
     laws.assert_close("kernel", kernel_at_roots_of_unity(mixer.kernel, LENGTH), kernel_DL)
     want_BTD = glu_block(mixer, convolved(x_BTD, kernel_DL) + mixer.D * x_BTD)
     laws.assert_close("output", mixer(x_BTD)[0], want_BTD)
+
+
+@pytest.mark.claim("mixers/s4.py", "Weights")
+@torch.no_grad()
+def test_a_checkpoints_c_is_ours_cut_at_the_length_of_its_kernel() -> None:
+    """S4Block takes its C (1 - dA z)^-1 dB at the roots of unity z for the kernel's spectrum."""
+    mixer = laws.build(S4Config(width=3, state=4, chunk=16)).double()
+    a_DMM, b_DM, c_DM, dt_D1 = dense(mixer.kernel)
+    a_DMM, b_DM = discretised(a_DMM, b_DM, dt_D1)
+    eye_MM = torch.eye(a_DMM.shape[-1], dtype=a_DMM.dtype)
+    checkpoint_DM = (c_DM[:, None] @ (eye_MM - torch.linalg.matrix_power(a_DMM, LENGTH)))[:, 0]
+    z_L = torch.exp(-2j * math.pi * torch.arange(LENGTH, dtype=DOUBLE) / LENGTH)
+    spectrum_DL = torch.stack(
+        [(checkpoint_DM * torch.linalg.solve(eye_MM - a_DMM * z, b_DM)).sum(-1) for z in z_L], dim=-1
+    )
+    x_BTD = laws.tokens(mixer, LENGTH)
+    y_BTD = convolved(x_BTD, torch.fft.ifft(spectrum_DL).real) + mixer.D * x_BTD
+    laws.assert_close("output", mixer(x_BTD)[0], glu_block(mixer, y_BTD))
+
+
+@pytest.mark.claim("mixers/s4.py", "the code clips")
+@pytest.mark.claim("mixers/s4d.py", "the code clips")
+@pytest.mark.parametrize("name", ["s4", "s4d", "liquid-s4"])
+def test_legs_starts_real_and_unclipped(name: str) -> None:
+    options = {"init": "legs"} if name == "s4d" else {}
+    mixer = fresh(holdall.describe(name).configure(width=3, state=64, **options))
+    kernel = mixer if name == "s4d" else mixer.kernel
+    for parameter in (kernel.B,) if name == "s4d" else (kernel.B, kernel.P):
+        assert laws.size(parameter[..., 1]) < 1e-12
+    assert kernel.B[..., 0].max() > 2
 
 
 @torch.no_grad()
@@ -185,6 +236,14 @@ def unrolled(kernel, x_TD: Tensor, kept) -> Tensor:
     return torch.stack(ys)
 
 
+@pytest.mark.claim(
+    "mixers/liquid_s4.py",
+    "there the products",
+    "its recurrent step",
+    "its kb",
+    "its B^p",
+    "as in the code, pb's",
+)
 @torch.no_grad()
 @pytest.mark.parametrize("form", ["loop", "parallel"])
 @pytest.mark.parametrize("degree", [2, 4])

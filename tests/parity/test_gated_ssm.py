@@ -29,6 +29,7 @@ def perturb(module: torch.nn.Module) -> None:
             parameter += 0.1 * torch.randn(parameter.shape, dtype=parameter.dtype)
 
 
+@pytest.mark.claim("mixers/s5.py", "Weights")
 @pytest.mark.parametrize("discretisation", ["zoh", "bilinear"])
 @torch.no_grad()
 def test_s5(discretisation: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,6 +57,7 @@ def test_s5(discretisation: str, monkeypatch: pytest.MonkeyPatch) -> None:
         laws.assert_close("state", state.h_BP2[row], torch.view_as_real(end_P))
 
 
+@pytest.mark.claim("mixers/gss.py", "Weights", "Deviations: none")
 @pytest.mark.parametrize("imag_exp", [True, False])
 @torch.no_grad()
 def test_gss(imag_exp: bool) -> None:

@@ -36,6 +36,7 @@ def load(theirs: nn.Module, mixer: GateLoop) -> None:
     mixer.load_state_dict(ours)
 
 
+@pytest.mark.claim("mixers/gateloop.py", "Weights")
 @pytest.mark.parametrize("form", ["loop", "parallel"])
 @pytest.mark.parametrize("heads", [1, 4, 16])
 @torch.no_grad()
@@ -48,3 +49,23 @@ def test_outputs_are_those_of_the_package(package: ModuleType, heads: int, form:
     x_BTD = laws.tokens(mixer, 100)
     want_BTD = theirs(x_BTD)
     assert laws.distance(mixer(x_BTD)[0], want_BTD) <= 1e-12 * laws.size(want_BTD)
+
+
+@pytest.mark.claim("mixers/gateloop.py", "the package scales the gradient")
+def test_the_package_scales_the_gradient_of_its_gates_alone(package: ModuleType) -> None:
+    theirs = package.GateLoopedAttention(16, heads=4).eval().double()
+    mixer = GateLoopConfig(width=16, heads=4, chunk=16).build().double()
+    load(theirs, mixer)
+    x_BTD = laws.tokens(mixer, 20).requires_grad_()
+    up_BTD = laws.draw(2, 20, 16, dtype=torch.float64, seed=1)
+    mixer(x_BTD)[0].backward(up_BTD)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # theirs about checkpoints
+        theirs(x_BTD).backward(up_BTD)
+    grads = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    for name in ("weight", "bias"):
+        own = mixer.transition.get_parameter(name).grad
+        laws.assert_close(name, grads[f"to_a.0.{name}"], 0.9 * own)
+    qkvg = torch.cat((grads["to_qkv.weight"], grads["to_gates.0.weight"]))
+    laws.assert_close("qkvg", qkvg, mixer.qkvg.weight.grad)
+    laws.assert_close("out_proj", grads["to_out.weight"], mixer.out_proj.weight.grad)

@@ -33,6 +33,7 @@ def convolved(x_BTE: Tensor, weight_EW: Tensor) -> Tensor:
     return F.silu(F.conv1d(past_BEP, weight_EW[:, None], groups=channels)).mT
 
 
+@pytest.mark.claim("mixers/gla.py", "Weights", "Deviations: none")
 @pytest.mark.parametrize("form", ["loop", "parallel"])
 @pytest.mark.parametrize("kernel", [0, 4])
 @torch.no_grad()

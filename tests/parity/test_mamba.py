@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import holdall
 from holdall.mixers.mamba import Mamba, MambaConfig
 
 WIDTH, STATE, STEPS = 16, 6, 4
@@ -33,6 +34,7 @@ def load(theirs: nn.Module, mixer: Mamba) -> None:
     mixer.load_state_dict(weights)
 
 
+@pytest.mark.claim("mixers/mamba.py", "Weights", "the convolution's state")
 @pytest.mark.parametrize("form", ["loop", "parallel"])
 @pytest.mark.parametrize("prompt", [2, 37])  # shorter than the convolution, and longer than two chunks
 @pytest.mark.parametrize(("expand", "kernel", "rank"), [(2, 4, 0), (1, 3, 5)])
@@ -65,3 +67,14 @@ def test_outputs_and_states_are_those_of_transformers(
             ("convolution's inputs", state.conv_BPE.mT, want_BEP),
         ):
             laws.assert_close(name, got, want, 1e-5 * laws.size(want))
+
+
+@pytest.mark.claim("mixers/mamba.py", "the recurrent state is fp32")
+@pytest.mark.claim("mixers/mamba_2.py", "the recurrent state is fp32")
+@pytest.mark.parametrize(("name", "field"), [("mamba", "h_BEN"), ("mamba-2", "s_BHNV")])
+@torch.no_grad()
+def test_weights_in_bf16_leave_the_recurrent_state_in_fp32(name: str, field: str) -> None:
+    mixer = holdall.build(name, width=WIDTH).to(torch.bfloat16)
+    _, state = mixer(laws.tokens(mixer, 5))
+    assert getattr(state, field).dtype == torch.float32
+    assert (state.conv_BPE.dtype, state.conv_BPE.shape[1]) == (torch.bfloat16, 3)

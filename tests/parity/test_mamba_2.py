@@ -33,6 +33,7 @@ def load(theirs: nn.Module, mixer: Mamba2) -> None:
     mixer.load_state_dict(weights)
 
 
+@pytest.mark.claim("mixers/mamba_2.py", "Weights", "the convolution's state", "it is (state")
 @pytest.mark.parametrize("form", ["loop", "parallel"])
 @pytest.mark.parametrize(("head_dim", "groups"), [(8, 1), (8, 2), (4, 4)])
 @torch.no_grad()

@@ -59,6 +59,7 @@ def load_recurrent_block(block: nn.Module, mixer: Hawk) -> None:
     mixer.load_state_dict(ours)
 
 
+@pytest.mark.claim("mixers/hawk.py", "Weights")
 @pytest.mark.parametrize("form", ["loop", "parallel"])
 @pytest.mark.parametrize("lru_width", [WIDTH, 24])
 @torch.no_grad()
@@ -85,6 +86,7 @@ def test_hawk_is_recurrent_gemmas_block(gemma: ModuleType, lru_width: int, form:
         laws.assert_close(name, got, want, 1e-6 * laws.size(want))
 
 
+@pytest.mark.claim("mixers/sliding_window.py", "recurrentgemma's")
 @pytest.mark.parametrize("form", ["loop", "parallel"])
 @torch.no_grad()
 def test_griffins_window_is_recurrent_gemmas_attention(gemma: ModuleType, form: str) -> None:
@@ -108,3 +110,15 @@ def test_griffins_window_is_recurrent_gemmas_attention(gemma: ModuleType, form: 
     y_BTD, state = mixer(x_BTD)
     laws.assert_close("output", y_BTD, want_BTD, 1e-6 * laws.size(want_BTD))
     assert state.k_BSHK.shape == state.v_BSHV.shape == (2, past, 1, WIDTH // HEADS)
+
+
+@pytest.mark.claim("mixers/hawk.py", "a^8 is drawn")
+@torch.no_grad()
+def test_hawk_draws_the_eighth_power_of_what_the_released_code_draws(gemma: ModuleType) -> None:
+    torch.manual_seed(0)
+    theirs = gemma.RecurrentGemmaModel(config_of(gemma, lru_width=400)).layers[0].temporal_block.rg_lru
+    a_E = torch.exp(-nn.functional.softplus(theirs.recurrent_param))
+    b_E = torch.exp(-nn.functional.softplus(HawkConfig(width=16, lru_width=400).build().a_param_E))
+    for name, kept_E in (("theirs", a_E), ("ours", b_E**8)):
+        assert 0.9 - 1e-6 <= kept_E.min() < 0.905, name
+        assert 0.994 < kept_E.max() <= 0.9991, name
