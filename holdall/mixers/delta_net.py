@@ -12,8 +12,9 @@ reverse what the state holds (Grazzi et al., 2024, arXiv 2411.12537).
 Weights map onto flash-linear-attention's DeltaNet: q_proj, k_proj, v_proj are the rows of `qkv`, in that
 order, q_conv1d, k_conv1d, v_conv1d (without their middle dimension) those of `conv_weight_EW`; b_proj is
 `beta_proj`, g_proj `gate_proj`, o_norm.weight `norm_weight_V`, o_proj `out_proj`.
-Deviations: none in what is computed. Convolutions start as torch's do: as small as the other weights, they
-would let the values of a small model vanish below the norm's epsilon.
+Deviations:
+- convolutions start as torch's do: as small as the other weights, they would let the values of a small model
+  vanish below the norm's epsilon.
 """
 
 from __future__ import annotations

@@ -12,8 +12,9 @@ arXiv 2412.06464; it is the linear layer of Qwen3-Next and Olmo Hybrid. `negativ
 Weights map onto flash-linear-attention's GatedDeltaNet: q_proj, k_proj, v_proj are the rows of `qkv`, in that
 order, q_conv1d, k_conv1d, v_conv1d (without their middle dimension) those of `conv_weight_EW`, a_proj and
 b_proj those of `ab_proj`; g_proj is `gate_proj`, o_norm.weight `norm_weight_V`, o_proj `out_proj`.
-Deviations: exp(A_log) is drawn from [1e-4, 16] and not from [0, 16], whose logarithm has no lower end.
-Convolutions start as torch's do, where that library's language model draws N(0, 0.02) for them too.
+Deviations:
+- exp(A_log) is drawn from [1e-4, 16] and not from [0, 16], whose logarithm has no lower end;
+- convolutions start as torch's do, where that library's language model draws N(0, 0.02) for them too.
 """
 
 from __future__ import annotations

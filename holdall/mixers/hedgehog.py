@@ -6,11 +6,13 @@
 
 Zhang, Bhatia, Kumbong, Re, "The Hedgehog & the Porcupine: Expressive Linear Attentions with Softmax Mimicry",
 2024, arXiv 2402.04347. The two softmaxes, each over a head's features, are taken apart, as in the paper and
-in LoLCATs (flash-linear-attention takes one over both). The maps start as the identity. Official weights:
-feature_map_q.mlp.layer and feature_map_k.mlp.layer of LoLCATs are map_q_HKF and map_k_HKF; the rows of `qkv`
-are q_proj, k_proj and v_proj, in that order.
-Deviations: none. LoLCATs turns queries and keys by rotary positions before the map, as the softmax attention
-that it replaces does; here nothing marks positions.
+in LoLCATs. The maps start as the identity.
+Weights: feature_map_q.mlp.layer and feature_map_k.mlp.layer of LoLCATs are map_q_HKF and map_k_HKF; the rows
+of `qkv` are q_proj, k_proj and v_proj, in that order.
+Deviations:
+- LoLCATs turns queries and keys by rotary positions before the map, as the softmax attention that it replaces
+  does; here nothing marks positions;
+- flash-linear-attention takes one softmax over both halves, and doubles the map's outputs before.
 """
 
 from __future__ import annotations

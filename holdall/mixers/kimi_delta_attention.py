@@ -10,10 +10,11 @@ head has dimensions. Kimi Team, "Kimi Linear: An Expressive, Efficient Attention
 2510.26692. `negative_eigenvalues` doubles beta (Grazzi et al., 2024, arXiv 2411.12537).
 Weights map onto the released model's and transformers' layer: q_proj, k_proj, v_proj are the rows of `qkv`,
 in that order, the convolutions (without their middle dimension) those of `conv_weight_EW`; f_a_proj and
-f_b_proj are `decay_proj`'s 0 and 1, dt_bias (flat) and A_log those here, g_a_proj and g_b_proj `gate_proj`'s;
+f_b_proj are `decay_proj`'s 0 and 1, dt_bias and A_log (flat) those here, g_a_proj and g_b_proj `gate_proj`'s;
 b_proj is `beta_proj`, o_norm.weight `norm_weight_V`, o_proj `out_proj`.
-Deviations: none from those; flash-linear-attention's layer has a bias after W_g2 besides. Convolutions start
-as torch's do, where that library's language model draws N(0, 0.02) for them too.
+Deviations:
+- flash-linear-attention's layer, but not those, has a bias after W_g2; here there is none;
+- convolutions start as torch's do, where that library's language model draws N(0, 0.02) for them too.
 """
 
 from __future__ import annotations

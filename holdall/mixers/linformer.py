@@ -3,13 +3,15 @@
     K~ = sum_t e_t k_t^T     V~ = sum_t f_t v_t^T      e_t, f_t: rows of E and F, (max_length, r)
     y_t = W_o [ sum_{i < r} softmax_i(q_t . K~_i / sqrt(K)) V~_i ] + b,   H heads, E and F common to them
 
-Wang, Li, Khabsa, Fang, Ma, "Linformer: Self-Attention with Linear Complexity", 2020, arXiv 2006.04768.
+Wang, Li, Khabsa, Fang, Ma, "Linformer: Self-Attention with Linear Complexity", 2020, arXiv 2006.04768. What
+is causal about it: K~ and V~ are sums over tokens, so they are carried from call to call, in r D numbers
+each. What is not: every output looks at sums over the whole sequence, the tokens behind it included, so no
+language model can be made of it.
 Weights map onto lucidrains' LinformerSelfAttention: to_q, to_k, to_v are the rows of `qkv`, in that order,
 proj_k is `e_LR`, proj_v `f_LR`, to_out `out_proj`; its share_kv is `shared` with equal rows for k and v.
-What is causal about it: K~ and V~ are sums over tokens, so they are carried from call to call, in r D numbers
-each. What is not: every output looks at sums over the whole sequence, the tokens behind it included, so no
-language model can be made of it. Here an output sees all of its own call and all calls before; the published
-operator is one call. Deviations: none; positions beyond `max_length` are an error, as there.
+Positions beyond `max_length` are an error, as there.
+Deviations:
+- an output sees all of its own call and all calls before; the published operator is one call.
 """
 
 from __future__ import annotations

@@ -8,15 +8,18 @@
 
 (FAVOR+), with e = 1e-4 and d = 1e-6 sqrt(F). Kernel "relu", the generalised attention of the paper, has
 phi(u) = relu(P u) + 1e-3 for both and d = 1e-6. Choromanski et al., "Rethinking Attention with Performers",
-2020, arXiv 2009.14794. Weights map onto performer-pytorch's SelfAttention: to_q, to_k, to_v are the rows of
-`qkv`, in that order, to_out is out_proj, and fast_attention.projection_matrix is projection_FK.
+2020, arXiv 2009.14794.
 
 The state carries A = sum_j exp(P w_j - |w_j|^2 / 2 - M_t) v_j^T, shrunk by exp(M_{t-1} - M_t) whenever the
 maximum grows, and sum_j v_j for what e adds; a one behind every v_j makes the same sums the divisor.
-Deviations: performer-pytorch (and the original) take M over the whole sequence, the future included, and as e
-does not shrink with it, early outputs depend on later tokens. Here y_t is what their code gives for the t
-tokens up to there. Their rows of P are no uniform draw (see orthogonal_rows), so that their estimate of
-exp(q . k) is biased. They also redraw P while training; here one draw stays with the weights.
+Weights map onto performer-pytorch's SelfAttention: to_q, to_k, to_v are the rows of `qkv`, in that order,
+to_out is out_proj, and fast_attention.projection_matrix is projection_FK.
+Deviations:
+- performer-pytorch (and the original) take M over the whole sequence, the future included, and as e does not
+  shrink with it, early outputs depend on later tokens. Here y_t is what their code gives for the t tokens up
+  to there;
+- their rows of P are no uniform draw (see orthogonal_rows), so that their estimate of exp(q . k) is biased;
+- they can redraw P while training; here one draw stays with the weights.
 """
 
 from __future__ import annotations

@@ -6,10 +6,12 @@
     y_t = W_o [ sum_{j<=t} a_tj v_j / (sum_{j<=t} a_tj + 1e-12) ]
 
 Aksenov, Balagansky, Lo Cicero Vaina, Shaposhnikov, Gorbatovski, Gavrilov, "Linear Transformers with Learnable
-Kernel Functions are Better In-Context Models", 2024, arXiv 2402.10644. Weights map onto the official ReBased:
-proj_q, proj_k, proj_v are the rows of `qkv`, in that order, proj_o is out_proj, and ln_q and ln_k have their
-names. (flash-linear-attention's port norms every head by itself, queries and keys with the same weights.)
-Deviations: none; the state keeps the symmetric half of the squares.
+Kernel Functions are Better In-Context Models", 2024, arXiv 2402.10644.
+Weights map onto the official ReBased: proj_q, proj_k, proj_v are the rows of `qkv`, in that order, proj_o is
+out_proj, and ln_q and ln_k have their names. (flash-linear-attention's port norms every head by itself,
+queries and keys with the same weights.)
+Deviations:
+- the state keeps the symmetric half of the squares.
 """
 
 from __future__ import annotations

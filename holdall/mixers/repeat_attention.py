@@ -5,9 +5,10 @@
 
 The rule that Arora et al. give by hand before they learn one, "Zoology", 2023, arXiv 2312.04927: recall needs
 attention only where something of before comes up again, and the rest is left to the convolution beside it.
-Weights map as those of `attention`. The tokens' ids decide, and the state keeps them. All outputs are
-computed here and those of new tokens set to zero; a kernel could leave them out.
-Deviations: there is no official code of this rule to compare with; the paper describes it in words.
+The tokens' ids decide, and the state keeps them. All outputs are computed here and those of new tokens set to
+zero; a kernel could leave them out. There is no code of this rule to compare with: the paper has it in words.
+Weights map as those of `attention`.
+Deviations: none.
 """
 
 from __future__ import annotations

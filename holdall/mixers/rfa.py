@@ -7,12 +7,14 @@
 
 R_h: one Gaussian draw per head, P rows. phi(q) . phi(k) estimates P / 100 exp(-|q^ - k^|^2 / (2 tau^2)), as
 softmax weighs unit vectors: their norms cancel. Peng, Pappas, Yogatama, Schwartz, Smith, Kong, "Random
-Feature Attention", 2021, arXiv 2103.02143. Weights of the official CausalAttention: q_proj, k_proj, v_proj
-are the rows of `qkv`, in that order; sigma, without its middle dimension, is sigma_HK; random_matrices is
-rows_HPK.
-Deviations: the official code draws R from a pool of 500 for every batch that it trains on; here one draw
-stays with the weights. It has no gate, which is the paper's; gated sums are averages, phi(q) . z <= P / 100,
-so the official floor of 1 would never let go: gated, the floor is a tenth of that bound.
+Feature Attention", 2021, arXiv 2103.02143.
+Weights map onto the official CausalAttention: q_proj, k_proj, v_proj are the rows of `qkv`, in that order;
+sigma, without its middle dimension, is sigma_HK; random_matrices is rows_HPK.
+Deviations:
+- the official code draws R from a pool of 500 for every batch that it trains on; here one draw stays with the
+  weights;
+- it has no gate, which is the paper's; gated sums are averages, phi(q) . z <= P / 100, so the official floor
+  of 1 would never let go: gated, the floor is a tenth of that bound.
 """
 
 from __future__ import annotations

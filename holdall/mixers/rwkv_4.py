@@ -5,13 +5,15 @@
     y_t = W_o [ r (sum_{i<t} e^{(t-1-i) w + k_i} v_i + e^{u + k_t} v_t)
                 / (sum_{i<t} e^{(t-1-i) w + k_i}     + e^{u + k_t}) ]
 
-Peng et al., "RWKV: Reinventing RNNs for the Transformer Era", 2023, arXiv 2305.13048. Weights map one to one
-onto RWKV-LM's RWKV_TimeMix: key, value, receptance, output (`out_proj`), time_decay, time_first; time_mix_k,
-time_mix_v and time_mix_r are the rows of `time_mix_ZD`. Channel mixing is an MLP and no part of the mixer.
-Deviations: the state has two numbers per channel where the official one has three. Those are p, q and o, with
-p e^o and q e^o the two sums over the past; here they are the quotient m = p / q and the log l = o + log q.
-The published initialisation depends on the layer (options `layer` and `layers`), and sets W_k, W_r and W_o to
-zero: the mixer is silent until W_o has moved, the one of them that has a gradient at the start.
+Peng et al., "RWKV: Reinventing RNNs for the Transformer Era", 2023, arXiv 2305.13048. Channel mixing is an
+MLP and no part of the mixer. The published initialisation depends on the layer (options `layer` and
+`layers`), and sets W_k, W_r and W_o to zero: the mixer is silent until W_o has moved, the one of them that
+has a gradient at the start.
+Weights map one to one onto RWKV-LM's RWKV_TimeMix: key, value, receptance, output (`out_proj`), time_decay,
+time_first; time_mix_k, time_mix_v and time_mix_r are the rows of `time_mix_ZD`.
+Deviations:
+- the state has two numbers per channel where the official one has three. Those are p, q and o, with p e^o and
+  q e^o the two sums over the past; here they are the quotient m = p / q and the log l = o + log q.
 """
 
 from __future__ import annotations

@@ -6,11 +6,12 @@
     y_t = W_o [ g_t * GroupNorm_H(o_t / 8) ]
 
 Peng et al., "Eagle and Finch: RWKV with Matrix-Valued States and Dynamic Recurrence", 2024, arXiv 2404.05892.
-Weights map one to one onto RWKV-LM's RWKV_Tmix_x052: receptance, key, value, gate, output (`out_proj`),
-ln_x (`norm_weight_D`, `norm_bias_D`), time_decay and time_faaaa; time_mix_k, time_mix_v, time_mix_r and
-time_mix_g are the rows of `time_mix_ZD`.
-Deviations: none. The published initialisation depends on the layer (options `layer` and `layers`), and sets
-W_o to zero: the mixer is silent until W_o, which has a gradient from the start, has moved.
+The published initialisation depends on the layer (options `layer` and `layers`), and sets W_o to zero: the
+mixer is silent until W_o, which has a gradient from the start, has moved.
+Weights map one to one onto RWKV-LM's RWKV_Tmix_x052: receptance, key, value, gate, output (`out_proj`), ln_x
+(`norm_weight_D`, `norm_bias_D`), time_decay and time_faaaa; time_mix_k, time_mix_v, time_mix_r and time_mix_g
+are the rows of `time_mix_ZD`.
+Deviations: none.
 """
 
 from __future__ import annotations

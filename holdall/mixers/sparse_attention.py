@@ -5,14 +5,17 @@
     y_t = sigmoid(w_query . x_t) (W_o a_t + b)
 
 The tokens kept at t + 1 are among those kept at t and the new one: a cache of `keys` slots is exact.
-Arora et al., "Zoology", 2023, arXiv 2312.04927. Weights map onto Zoology's SigmoidLookups: Wqkv is
-`project.qkv`, selecting is the first row of `select`, out_proj.
-Deviations: SigmoidLookups trains on full attention times sigmoid(w . x_t), and when tested writes only the
-outputs where this is among the k largest of the whole sequence: that leaks the future, and needs all keys.
-Here the choice is causal and the same in training and use, and it is of keys, not of outputs, so that memory
-is bounded. It has a score of its own (`w_key`, second row of `select`), which learns through log sigmoid(z);
-the auxiliary loss against too many lookups has nothing left to do. With w_key = 0 and `keys` at least the
-length this is the train form, less residual and loss; with w_key = 0 and fewer keys, a gated sliding window.
+Arora et al., "Zoology", 2023, arXiv 2312.04927.
+Weights map onto Zoology's SigmoidLookups: Wqkv is `project.qkv`, selecting is the first row of `select`,
+out_proj. With w_key = 0 and `keys` at least the length this is its train form, less residual and loss.
+Deviations:
+- SigmoidLookups trains on full attention times sigmoid(w . x_t), and when tested writes only the outputs
+  where this is among the k largest of the whole sequence: that leaks the future, and needs all keys. Here the
+  choice is causal and the same in training and use, and it is of keys, not of outputs, so that memory is
+  bounded;
+- the choice has a score of its own (`w_key`, second row of `select`), which learns through log sigmoid(z);
+  the auxiliary loss against too many lookups has nothing left to do;
+- with w_key = 0 and fewer keys it is a gated sliding window.
 """
 
 from __future__ import annotations

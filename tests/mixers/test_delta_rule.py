@@ -113,6 +113,7 @@ def assert_between(tensor: Tensor, low: float, high: float) -> None:
     assert high - margin < tensor.max() <= high + 1e-6
 
 
+@pytest.mark.claim("mixers/gated_delta_net.py", "exp(A_log) is drawn")
 @pytest.mark.parametrize(
     ("config", "rate"),
     [
@@ -131,6 +132,9 @@ def test_decays_start_from_the_published_numbers(config: Any, rate: tuple[float,
     assert abs(dt.log10().mean() + 2) < 0.1  # log-uniform
 
 
+@pytest.mark.claim("mixers/delta_net.py", "convolutions start")
+@pytest.mark.claim("mixers/gated_delta_net.py", "convolutions start")
+@pytest.mark.claim("mixers/kimi_delta_attention.py", "convolutions start")
 @pytest.mark.parametrize("name", NAMES[:3])
 @pytest.mark.parametrize("kernel", [2, 4])
 def test_convolutions_start_as_torchs_do(name: str, kernel: int) -> None:

@@ -109,6 +109,7 @@ def test_performer_takes_as_many_features_as_published() -> None:
 # ------------------------------------------------------------------------------------------------ hedgehog
 
 
+@pytest.mark.claim("mixers/hedgehog.py", "Weights", "LoLCATs turns")
 @torch.no_grad()
 def test_hedgehog_is_its_formula() -> None:
     mixer = built("hedgehog", feature_dim=5, chunk=16)
@@ -152,6 +153,7 @@ def angles(mixer: Rfa, u_BHTK: Tensor) -> Tensor:
     return unit @ (mixer.rows_HPK * mixer.sigma_HK[:, None] / mixer.config.tau).mT
 
 
+@pytest.mark.claim("mixers/rfa.py", "Weights", "it has no gate")
 @pytest.mark.parametrize("gate", [False, True])
 @torch.no_grad()
 def test_rfa_is_its_formula(gate: bool) -> None:
@@ -212,6 +214,7 @@ def test_rfa_starts_as_published_and_stays_so_in_a_model() -> None:
 # ------------------------------------------------------------------------------------------------ cosformer
 
 
+@pytest.mark.claim("mixers/cosformer.py", "beyond M")
 @pytest.mark.parametrize("max_length", [LENGTH, 20])
 @torch.no_grad()
 def test_cosformer_is_its_formula(max_length: int) -> None:
@@ -225,6 +228,7 @@ def test_cosformer_is_its_formula(max_length: int) -> None:
     laws.assert_close("output", mixer(x_BTD)[0], want_BTD)
 
 
+@pytest.mark.claim("mixers/cosformer.py", "beyond M")
 @torch.no_grad()
 def test_far_beyond_its_length_cosformer_still_averages_values() -> None:
     """Were distances beyond max_length weighed by their cosine, divisors would cross zero."""
@@ -239,6 +243,7 @@ def test_far_beyond_its_length_cosformer_still_averages_values() -> None:
 # -------------------------------------------------------------------------------------------------- rebased
 
 
+@pytest.mark.claim("mixers/rebased.py", "Weights")
 @torch.no_grad()
 def test_rebased_is_its_formula() -> None:
     """Norms are over both heads at once, squares over all pairs."""

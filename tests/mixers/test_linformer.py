@@ -9,6 +9,7 @@ from holdall.mixers.linformer import LinformerConfig
 DOUBLE = torch.float64
 
 
+@pytest.mark.claim("mixers/linformer.py", "an output sees")
 @torch.no_grad()
 def test_an_output_sees_its_whole_call_and_all_calls_before() -> None:
     mixer = laws.build(LinformerConfig(width=8, heads=2, rank=3, max_length=40)).double()
@@ -25,6 +26,7 @@ def test_an_output_sees_its_whole_call_and_all_calls_before() -> None:
     assert laws.distance(mixer(other_BTD)[0][:, 0], whole_BTD[:, 0]) > 1e-4
 
 
+@pytest.mark.claim("mixers/linformer.py", "Weights")
 def test_positions_beyond_max_length_are_an_error() -> None:
     mixer = LinformerConfig(width=8, max_length=10).build()
     with pytest.raises(ValueError, match="11 tokens, but linformer has max_length 10"):

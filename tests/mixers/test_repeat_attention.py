@@ -25,6 +25,7 @@ def test_an_empty_slot_is_no_token_0(find) -> None:
     assert find(torch.tensor([[0, 0]]), torch.zeros(1, 3, dtype=torch.long)).tolist() == [[False, True]]
 
 
+@pytest.mark.claim("mixers/repeat_attention.py", "Weights", "Deviations: none")
 @torch.no_grad()
 def test_it_is_attention_where_a_token_repeats_and_zero_elsewhere() -> None:
     mixer = RepeatAttentionConfig(width=8, heads=2).build().double()

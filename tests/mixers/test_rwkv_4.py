@@ -9,6 +9,7 @@ import laws
 import pytest
 import torch
 
+import holdall
 from holdall.mixers.rwkv_4 import RWKV4Config
 from holdall.model import ModelConfig
 
@@ -81,3 +82,14 @@ def test_configs_that_do_not_fit_are_refused() -> None:
         RWKV4Config(layer=2, layers=2)
     with pytest.raises(ValueError, match="chunk 0"):
         RWKV4Config(chunk=0)
+
+
+@pytest.mark.parametrize("name", ["rwkv-4", "rwkv-5", "rwkv-7"])
+def test_at_the_start_a_mixer_is_silent_and_its_last_matrix_alone_has_a_gradient(name: str) -> None:
+    torch.manual_seed(0)
+    mixer = holdall.build(name, width=WIDTH)
+    y_BTD, _ = mixer(laws.tokens(mixer, 5))
+    assert not y_BTD.any()
+    y_BTD.sum().backward()
+    moved = {n for n, p in mixer.named_parameters() if p.grad is not None and p.grad.any()}
+    assert moved == {"out_proj.weight"}

@@ -30,13 +30,17 @@ def textbook(mixer: SparseAttention, x_BTD: Tensor, keys: int) -> Tensor:
     return mixer.out_proj(torch.einsum("bhts,bshv->bthv", p, v).flatten(2)) * gate_BT.sigmoid()[..., None]
 
 
+@pytest.mark.claim("mixers/sparse_attention.py", "SigmoidLookups trains")
 @pytest.mark.parametrize("form", ["loop", "parallel"])
 @pytest.mark.parametrize("keys", [1, 5, 8, 20, 50])
 @torch.no_grad()
 def test_every_query_sees_the_best_keys_of_its_prefix(form: str, keys: int) -> None:
     mixer, x_BTD = build(form, keys=keys), laws.draw(2, 40, 8, dtype=DOUBLE)
     x_BTD[:, 10:20] = x_BTD[:, :10]  # equal scores
-    laws.assert_close("y", mixer(x_BTD)[0], textbook(mixer, x_BTD, keys))
+    y_BTD = mixer(x_BTD)[0]
+    laws.assert_close("y", y_BTD, textbook(mixer, x_BTD, keys))
+    laws.assert_bitwise("y in training", mixer.train()(x_BTD)[0], y_BTD)
+    assert mixer.state_elements(1000) == mixer.state_elements(2000)
 
 
 @pytest.mark.parametrize("chunk", [3, 8, 40])
@@ -69,6 +73,7 @@ def test_chunks_side_by_side_and_spans_of_them_in_turn_are_the_loop(
         laws.assert_close(name, got[name], right)
 
 
+@pytest.mark.claim("mixers/sparse_attention.py", "Weights")
 @torch.no_grad()
 def test_with_room_for_all_and_no_preference_it_is_zoologys_train_form() -> None:
     mixer, x_BTD = build(keys=40), laws.draw(2, 40, 8, dtype=DOUBLE)
@@ -81,6 +86,7 @@ def test_with_room_for_all_and_no_preference_it_is_zoologys_train_form() -> None
     laws.assert_close("y", mixer(x_BTD)[0], attended_BTD * selection_BT1)
 
 
+@pytest.mark.claim("mixers/sparse_attention.py", "with w_key = 0")
 @pytest.mark.parametrize("form", ["loop", "parallel"])
 @torch.no_grad()
 def test_without_preference_the_newest_are_kept_a_gated_sliding_window(form: str) -> None:
@@ -92,6 +98,7 @@ def test_without_preference_the_newest_are_kept_a_gated_sliding_window(form: str
     laws.assert_close("y", mixer(x_BTD)[0], window(x_BTD)[0] * gate_BT1)
 
 
+@pytest.mark.claim("mixers/sparse_attention.py", "the choice has")
 def test_what_is_kept_is_learned() -> None:
     mixer = build(keys=5)
     mixer(laws.draw(2, 40, 8, dtype=DOUBLE))[0].square().sum().backward()

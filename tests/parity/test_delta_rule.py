@@ -150,6 +150,7 @@ def convolved(x_BTE: Tensor, weight_EW: Tensor) -> Tensor:
     return F.conv1d(past_BEP, weight_EW[:, None], groups=x_BTE.shape[-1]).mT
 
 
+@pytest.mark.claim("mixers/delta_net.py", "Weights")
 @forms
 @pytest.mark.parametrize("alternative", [False, True])
 @torch.no_grad()
@@ -200,6 +201,7 @@ def assert_same_layer(mixer: nn.Module, layer: nn.Module, config: Any) -> None:
     assert_same("convolution's inputs", state.conv_BPE, past_BPE)
 
 
+@pytest.mark.claim("mixers/gated_delta_net.py", "Weights")
 @forms
 @pytest.mark.parametrize("value_heads", [2, 4])
 @torch.no_grad()
@@ -239,6 +241,7 @@ def test_gated_delta_net_is_qwen3_nexts_layer(
     assert_same_layer(mixer, layer, config)
 
 
+@pytest.mark.claim("mixers/gated_delta_net.py", "Weights")
 @forms
 @torch.no_grad()
 def test_gated_delta_net_is_olmo_hybrids_layer(transformers: Transformers, form: str) -> None:
@@ -273,6 +276,7 @@ def test_gated_delta_net_is_olmo_hybrids_layer(transformers: Transformers, form:
     assert_same_layer(mixer, layer, config)
 
 
+@pytest.mark.claim("mixers/kimi_delta_attention.py", "Weights", "flash-linear-attention's layer")
 @forms
 @torch.no_grad()
 def test_kimi_delta_attention_is_transformers_layer(transformers: Transformers, form: str) -> None:
@@ -326,6 +330,7 @@ def rwkv(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     cudnn.allow_tf32, cudnn.benchmark, matmul.allow_tf32 = before
 
 
+@pytest.mark.claim("mixers/rwkv_7.py", "Weights", "the value residual")
 @forms
 @torch.no_grad()
 def test_rwkv_7_is_the_packages_first_layer(rwkv: ModuleType, form: str) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 
 import holdall
 from holdall.contract import Mixer
+from holdall.mixers.performer import orthogonal_rows
 
 WIDTH, HEADS, LENGTH = 16, 2, 40
 
@@ -63,6 +64,7 @@ def performers(kernel: str, form: str, dtype: torch.dtype) -> tuple[nn.Module, M
     return theirs, mixer
 
 
+@pytest.mark.claim("mixers/performer.py", "Weights", "performer-pytorch (and")
 @pytest.mark.parametrize(("dtype", "relative"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=str)
 @pytest.mark.parametrize("form", ["loop", "parallel"])
 @pytest.mark.parametrize("kernel", ["softmax", "relu"])
@@ -115,6 +117,7 @@ def test_hedgehog(form: str) -> None:
     assert_same("state.z", state.z_BHF, z_B1HF[:, 0], 1e-5)
 
 
+@pytest.mark.claim("mixers/rebased.py", "the state keeps")
 @pytest.mark.parametrize("form", ["loop", "parallel"])
 @pytest.mark.parametrize("heads", [1, 2])
 @torch.no_grad()
@@ -149,3 +152,49 @@ def test_rebased(heads: int, form: str) -> None:
         k_BHTF = squares(k_BHTK)
     assert_same("state.s", state.s_BHFV, k_BHTF.mT @ v_BHTV, 1e-12)
     assert_same("state.z", state.z_BHF, k_BHTF.sum(2), 1e-12)
+
+
+@pytest.mark.claim("mixers/performer.py", "their rows of P")
+@torch.no_grad()
+def test_performers_rows_are_uniform_and_the_packages_are_not() -> None:
+    """E exp(p . x - |x|^2 / 2) is 1 for Gaussian p; theirs have a first entry that is never positive."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        ours = orthogonal_rows(4000, 8).double()
+        theirs = performer_pytorch().performer_pytorch.gaussian_orthogonal_random_matrix(4000, 8).double()
+    assert (theirs[::8, 0] <= 0).all()
+    assert 0.4 < (ours[::8, 0] <= 0).double().mean() < 0.6
+    x_K = torch.tensor([0.5] * 8, dtype=torch.float64)
+
+    def estimate(rows: torch.Tensor) -> float:
+        return (rows @ x_K - x_K.square().sum() / 2).exp().mean().item()
+
+    assert abs(estimate(ours) - 1) < 0.15  # four standard errors
+    assert estimate(theirs) < 1 - 0.15
+
+
+@pytest.mark.claim("mixers/performer.py", "they can redraw P")
+@pytest.mark.claim("mixers/rfa.py", "the official code draws R")
+@pytest.mark.parametrize(("name", "rows"), [("performer", "projection_FK"), ("rfa", "rows_HPK")])
+def test_one_draw_stays_with_the_weights(name: str, rows: str) -> None:
+    """A mixer that trains keeps its random rows, no optimizer has them, and they are saved."""
+    mixer = holdall.build(name, width=WIDTH).train()
+    before = mixer.state_dict()[rows].clone()
+    for seed in range(2):
+        mixer(laws.tokens(mixer, LENGTH, seed=seed))[0].sum().backward()
+    laws.assert_bitwise("rows", mixer.get_buffer(rows), before)
+    assert rows not in dict(mixer.named_parameters())
+
+
+@pytest.mark.claim("mixers/hedgehog.py", "flash-linear-attention takes one softmax")
+@torch.no_grad()
+def test_flas_hedgehog_map_is_one_softmax() -> None:
+    theirs = fla("modules.feature_map").HedgehogFeatureMap(4).double()
+    u = laws.draw(3, 4, dtype=torch.float64)
+    both = torch.cat((u, -u), dim=-1)
+    assert_same("features", theirs(u), (2 * both).exp() / (2 * both).exp().sum(-1, keepdim=True), 1e-12)
+    ours = holdall.build("hedgehog", width=4, heads=1).double()
+    ours.qkv.weight.copy_(torch.eye(4, dtype=torch.float64).repeat(3, 1))
+    _, state = ours(u[:, None])
+    want = torch.cat((u.softmax(-1), (-u).softmax(-1)), dim=-1)
+    assert_same("ours", state.z_BHF[:, 0], want, 1e-12)

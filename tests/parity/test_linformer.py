@@ -24,6 +24,7 @@ def ours(theirs: torch.nn.Module, shared: bool) -> Linformer:
     return mixer
 
 
+@pytest.mark.claim("mixers/linformer.py", "Weights")
 @pytest.mark.parametrize("dtype", [DOUBLE, torch.float32], ids=["fp64", "fp32"])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("length", [1, 20, 48])
@@ -36,3 +37,13 @@ def test_outputs_are_the_packages(length: int, shared: bool, dtype: torch.dtype)
     y_BTD, _ = ours(theirs, shared).to(dtype)(x_BTD)
     want_BTD = theirs.to(dtype)(x_BTD)
     assert laws.distance(y_BTD, want_BTD) < (1e-14 if dtype == DOUBLE else 1e-6) * laws.size(want_BTD)
+
+
+@pytest.mark.claim("mixers/linformer.py", "Weights")
+def test_the_package_refuses_positions_beyond_its_length_too() -> None:
+    package = pytest.importorskip("linformer", reason="needs the package linformer")
+    theirs = package.LinformerSelfAttention(dim=16, seq_len=10, k=6, heads=4)
+    with pytest.raises(AssertionError, match="sequence length"):
+        theirs(torch.zeros(1, 11, 16))
+    with pytest.raises(ValueError, match="max_length 10"):
+        ours(theirs, shared=False)(torch.zeros(1, 11, 16))

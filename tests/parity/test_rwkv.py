@@ -18,6 +18,7 @@ from holdall.mixers.rwkv_5 import RWKV5Config
 WIDTH, LENGTH, MORE = 16, 40, 5
 
 
+@pytest.mark.claim("mixers/rwkv_4.py", "Weights", "the state has two")
 @pytest.mark.parametrize("form", ["loop", "parallel"])
 @torch.no_grad()
 def test_rwkv_4_is_transformers(form: str) -> None:
@@ -77,6 +78,7 @@ def package() -> Iterator[ModuleType]:
     cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = flags
 
 
+@pytest.mark.claim("mixers/rwkv_5.py", "Weights", "Deviations: none")
 @pytest.mark.parametrize("form", ["loop", "parallel"])
 @torch.no_grad()
 def test_rwkv_5_is_the_packages(package: ModuleType, form: str) -> None:
