@@ -3,8 +3,9 @@
 Arora et al., 2024, arXiv 2402.18668, and its published configs: attention, sliding windows and Taylor linear
 attention after a short convolution, and so GLA, DeltaNet, Gated DeltaNet and RWKV-7, which Zoology added
 later; Mamba, Mamba-2, Hyena and H3 in both layers.
-Deviations: as in zoology_figure2, and passes in bf16 (holdall/population.py). A published window of b sees b
-tokens and itself, which is `window` b + 1 here.
+A published window of b sees b tokens and itself, which is `window` b + 1 here.
+Deviations:
+- as in zoology_figure2, and passes in bf16 (holdall/population.py).
 """
 
 from __future__ import annotations

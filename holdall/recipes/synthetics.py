@@ -5,9 +5,12 @@ fail where H3 and attention do not. Two layers of width 32 with MLPs, 5,000 trai
 tokens, batches of 32, AdamW with weight decay 0.1 and a warm-up over a tenth of the steps, then a cosine.
 Each task is trained twice: on every token, as published, most of which are random; and on the answers
 alone.
-Deviations: 100 epochs (50 on the answers alone) instead of 400 for induction heads and 200 for associative
-recall; the published learning rate, 0.0005, beside one four times as large; no dropout of embeddings
-(published: 0.1); the cosine ends at zero; the gated state space has 64 modes instead of 512.
+Deviations:
+- 100 epochs (50 on the answers alone) instead of 400 for induction heads and 200 for associative recall, and
+  the cosine ends at zero;
+- the published learning rate, 0.0005, beside one four times as large;
+- no dropout (published: 0.1 of embeddings);
+- the gated state space has 64 modes instead of 512.
 """
 
 from __future__ import annotations

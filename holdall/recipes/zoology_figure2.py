@@ -2,8 +2,10 @@
 
 Arora et al., 2023, arXiv 2312.04927, section 4 and its published configs. Attention solves every length at
 width 64; gated convolutions need a width that grows with the length.
-Deviations: no dropout in attention (the published configs have 0.1); a model without MLP adds nothing after
-its mixer, where Zoology's identity adds the normalised stream once more.
+Deviations:
+- no dropout (published: 0.1 in attention and of embeddings);
+- a model without MLP adds nothing after its mixer, where Zoology's identity adds the normalised stream once
+  more.
 """
 
 from __future__ import annotations
