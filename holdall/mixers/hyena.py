@@ -10,7 +10,7 @@ the inputs of every long convolution and grows with the context.
 Weights map onto safari's standalone HyenaOperator (filters ordered i slowest); Zoology's order-2 Hyena is the
 same with the blocks of x_0 and x_1 swapped.
 Deviations:
-- the features of time are fixed, where both learn them (pos_emb.z) at a rate of 1e-5, starting from these;
+- the features of time are fixed, where both learn them (pos_emb.z, marked for a rate of 1e-5) from these on;
 - beyond `max_length` the filter continues as the same functions of time.
 """
 

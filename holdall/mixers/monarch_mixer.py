@@ -15,7 +15,7 @@ filter_fn.implicit_filter (layers 0, 2, 4 are `filter.hidden`, layer 6 `filter.l
 `freq` times hyena_w_mod is `frequency_H`), filter_fn.bias (`skip_D`), filter_fn2 likewise for the residual,
 out_linear.
 Deviations:
-- the features of time are fixed, where M2 learns them (pos_emb.z) at a rate of 1e-5, starting from these;
+- the features of time are fixed, where M2 learns them (pos_emb.z, marked for a rate of 1e-5) from these on;
 - beyond `max_length` the filters continue as the same functions of time;
 - M2-BERT's bidirectional mixer is not offered: it adds a filter over the tokens to come.
 """

@@ -6,8 +6,8 @@
 
 with q, k of f dimensions per head. Arora et al., "Simple linear attention language models balance the
 recall-throughput tradeoff", 2024, arXiv 2402.18668.
-Weights map one to one onto Based's and Zoology's proj_q, proj_k, proj_v (rows of `qkv`, in that order) and
-out_proj.
+Weights map one to one onto Based's and Zoology's proj_q, proj_k, proj_v (rows of `qkv`, in that order), and
+Based's out_proj or Zoology's proj_o.
 Deviations:
 - the map keeps the symmetric half of the second order: the same outputs from 1 + f + f (f + 1) / 2 features,
   153 and not 273 at f = 16.

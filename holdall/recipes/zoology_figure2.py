@@ -4,6 +4,7 @@ Arora et al., 2023, arXiv 2312.04927, section 4 and its published configs. Atten
 width 64; gated convolutions need a width that grows with the length.
 Deviations:
 - no dropout (published: 0.1 in attention and of embeddings);
+- Hyena's filters come out of an MLP of width 16 (published: 64);
 - a model without MLP adds nothing after its mixer, where Zoology's identity adds the normalised stream once
   more.
 """

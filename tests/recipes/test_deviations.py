@@ -1,6 +1,6 @@
 """What the published experiments' recipes do otherwise than the experiments."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import laws
 import pytest
@@ -37,7 +37,7 @@ def test_nothing_is_dropped_in_training() -> None:
     ]
     for sweep in (synthetics.sweeps()[0], zoology_figure2.sweeps()[0]):
         config = next(point for point in sweep.points if point.family == "attention").train.model
-        model = config.build()
+        model = replace(config, vocab=11).build()
         ids_BT = torch.arange(10)[None]
         first, second, used = model(ids_BT)[0], model(ids_BT)[0], model.eval()(ids_BT)[0]
         laws.assert_bitwise("again", second, first)
@@ -47,13 +47,21 @@ def test_nothing_is_dropped_in_training() -> None:
 @pytest.mark.claim("recipes/zoology_figure2.py", "a model without MLP")
 @torch.no_grad()
 def test_without_an_mlp_a_layer_adds_its_mixers_outputs_alone() -> None:
-    for point in zoology_figure2.sweeps()[0].points:
-        assert point.train.model.mlp == 0
-    model = zoology_figure2.sweeps()[0].points[0].train.model.build().double()
+    points = zoology_figure2.sweeps()[0].points
+    assert {point.train.model.mlp for point in points} == {0}
+    model = replace(points[0].train.model, vocab=11).build().double()
     x_BTD = laws.draw(2, 10, model.config.width, dtype=torch.float64)
     block = model.blocks[0]
     y_BTD, _ = block(x_BTD, tokens_BT=torch.zeros(2, 10, dtype=torch.long))
     laws.assert_close("y", y_BTD, x_BTD + block.mixer(block.norm(x_BTD))[0])
+
+
+@pytest.mark.claim("recipes/zoology_figure2.py", "Hyena's filters")
+def test_hyenas_filters_are_narrow() -> None:
+    """Published are the 64 of Zoology's default."""
+    points = [point for recipe in (zoology_figure2, based_figure2) for point in recipe.sweeps()[0].points]
+    layers = [layer for point in points if point.family == "Hyena" for layer in point.train.model.layers]
+    assert {layer.hidden for layer in layers} == {16}
 
 
 @pytest.mark.claim("recipes/based_figure2.py", "as in zoology_figure2")
