@@ -1,7 +1,7 @@
 """Hyena between its projections on a GPU, for rows short enough that all pairs of tokens are products.
 
     s = shortconv(u + b_in), split into x_0 .. x_{n-1}, v
-    z_i = x_i v_i        v_{i-1} = M_i z_i        y = x_0 v_0        for i = n - 1 .. 1, from v_{n-1} = v
+    z_o = x_{n-1-o} v_o      v_{o+1} = M_o z_o      y = x_0 v_{n-1}      for o = 0 .. n - 2, from v_0 = v
 
 with each long filter as the Toeplitz matrix M of its taps, the skip d added to the first. The long
 convolutions are batched products that tensor cores run in the dtype of the activations, with sums in fp32.
@@ -57,7 +57,8 @@ def gated_convolutions(
     Args:
         u_UBT: what the first projection gives without its bias, input_bias_U.
         weight_UW, bias_U: the short convolution.
-        matrices_ETS: long filters and skips as matrices (holdall/kernels/toeplitz.py), i slowest.
+        matrices_ETS: long filters and skips as matrices (holdall/kernels/toeplitz.py), in the order
+            in which they are used, each of D channels.
 
     Raises KernelError if no kernel can run on these tensors.
     """
@@ -75,11 +76,11 @@ def _forward(
     if not u.numel():
         return y, gated, convolved
     value = None
-    for i in range(call.order - 1, 0, -1):
-        into = call.part(gated, i - 1)
-        call.gate(i, value, into)
-        value = call.part(convolved, i - 1)
-        convolve(into, call.part(matrices, i - 1), value)
+    for o in range(call.order - 1):
+        into = call.part(gated, o)
+        call.gate(call.order - 1 - o, value, into)
+        value = call.part(convolved, o)
+        convolve(into, call.part(matrices, o), value)
     call.gate(0, value, y)
     return y, gated, convolved
 
@@ -102,12 +103,12 @@ def _backward(
     if not u.numel():
         return du, torch.zeros_like(matrices), sums.zero_()
     dmatrices, dgated = [], dy.contiguous()
-    for i in range(call.order - 1):
+    for o in reversed(range(call.order - 1)):
         dconvolved = torch.empty_like(dgated)
-        call.gate_backward(i, call.part(convolved, i), dgated, du, dconvolved, sums)
-        dmatrices.append(pull_on_matrix(dconvolved, call.part(gated, i)))
+        call.gate_backward(call.order - 2 - o, call.part(convolved, o), dgated, du, dconvolved, sums)
+        dmatrices.insert(0, pull_on_matrix(dconvolved, call.part(gated, o)))
         dgated = torch.empty_like(dconvolved)
-        convolve(dconvolved, call.part(matrices, i).mT, dgated)
+        convolve(dconvolved, call.part(matrices, o).mT, dgated)
     call.gate_backward(call.order - 1, None, dgated, du, None, sums)
     return du, dmatrices[0] if len(dmatrices) == 1 else torch.cat(dmatrices, 1), sums
 
@@ -163,7 +164,7 @@ class _Call:
         return self.u.new_empty((*self.u.shape[:2], self.taps + 2), dtype=torch.float32)
 
     def part(self, x: Tensor, i: int) -> Tensor:
-        """The i-th D channels."""
+        """The i-th D channels: of a split or, in the order in which they are used, of a long convolution."""
         return x[:, i * self.width : (i + 1) * self.width]
 
     def gate(self, i: int, value: Tensor | None, into: Tensor) -> None:

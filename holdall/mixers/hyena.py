@@ -1,14 +1,15 @@
 """Hyena: long implicit convolutions between gates.
 
     u = shortconv_3(W_in x + b), split into x_0 .. x_{n-1}, v
-    for i = n - 1 .. 1:  v <- x_i * v;  v <- h_i conv v + d_i v
+    for i = n - 1 .. 1:  v <- x_i * v;  v <- h_o conv v + d_o v,  o = n - 1 - i
     y = W_out (x_0 * v) + b
     h(t) = MLP_sin([t, cos w t, -sin w t]) * exp(-t |delta|),  t from 0 to 1 over max_length tokens
 
 Poli et al., "Hyena Hierarchy", 2023, arXiv 2302.10866. It has no recurrence of fixed size: the state holds
 the inputs of every long convolution and grows with the context.
-Weights map onto safari's standalone HyenaOperator (filters ordered i slowest); Zoology's order-2 Hyena is the
-same with the blocks of x_0 and x_1 swapped.
+Weights map onto safari's standalone HyenaOperator: gates are met from the last to the first and filters h,
+skips d in the order o in which they are used, o slowest; Zoology's order-2 Hyena is the same with the blocks
+of x_0 and x_1 swapped.
 Deviations:
 - the features of time are fixed, where both learn them (pos_emb.z, marked for a rate of 1e-5) from these on;
 - beyond `max_length` the filter continues as the same functions of time.
@@ -134,7 +135,7 @@ class Hyena(Mixer):
         inplace: bool = False,
         want_state: bool = True,
     ) -> tuple[Tensor, HyenaState | None]:
-        order, width = self.config.order, self.config.width
+        width = self.config.width
         if self.form == "kernel" and state is None and not want_state and x_BTD.shape[1] <= conv.BY_PRODUCTS:
             return self.by_products(x_BTD), None
         if state is None:
@@ -149,11 +150,11 @@ class Hyena(Mixer):
         filters = self.filter(state.long_BPE.shape[1] + x_BTD.shape[1]).split(width, dim=-1)
         pasts, skips = state.long_BPE.split(width, dim=-1), self.skip_E.split(width)
         kept: list[Tensor] = []
-        for i in range(order - 1, 0, -1):
-            v_BTD = v_BTD * gates[i]
-            c_BTD, past = self.long_conv(v_BTD, filters[i - 1], pasts[i - 1])
-            v_BTD = c_BTD + skips[i - 1] * v_BTD
-            kept.insert(0, past)
+        for gate_BTD, h_LD, d_D, old_BPD in zip(reversed(gates[1:]), filters, skips, pasts, strict=True):
+            v_BTD = v_BTD * gate_BTD
+            c_BTD, past_BPD = self.long_conv(v_BTD, h_LD, old_BPD)
+            v_BTD = c_BTD + d_D * v_BTD
+            kept.append(past_BPD)
         after = HyenaState(short_BPU, torch.cat(kept, dim=-1)) if want_state else None
         return self.out_proj(v_BTD * gates[0]), after
 

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import by_hand
 import laws
 import pytest
 import torch
@@ -69,6 +70,18 @@ def test_it_is_as_exact_as_plain_pytorch(
     # weights together: the gradient of a handful of numbers errs by luck
     for parts in (["y"], ["x"], [part for part in exact if part not in ("x", "y")]):
         assert error(ours, parts) <= 2 * error(plain, parts) + torch.finfo(dtype).eps, parts
+
+
+@pytest.mark.parametrize("order", [2, 3, 4])
+@torch.no_grad()
+def test_every_gate_of_hyena_meets_its_own_filters(order: int, device: torch.device) -> None:
+    """Fresh rows, which are products, and rows read in pieces, which are transforms."""
+    mixer = laws.build(HyenaConfig(width=3, order=order, max_length=16, form="kernel"))
+    x = laws.tokens(mixer, 9)
+    want = by_hand.hyena(mixer.state_dict(), x, order=order, max_length=16, bands=1)
+    mixer, x = mixer.to(device), x.to(device)
+    for y in (mixer(x, want_state=False)[0], laws.read_in_pieces(mixer, x, (4, 5))[0]):
+        torch.testing.assert_close(y.cpu().double(), want, rtol=1e-4, atol=1e-4 * laws.size(want))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
