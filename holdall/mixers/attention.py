@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from holdall.contract import Mixer, MixerConfig, Paper, register
 from holdall.ops import attention
 from holdall.ops.attention import KeyValueCache
-from holdall.ops.rotary import rotate, standard_frequencies
+from holdall.ops.rotary import rotary_dims, rotate, standard_frequencies
 
 
 @register(
@@ -61,6 +61,7 @@ class AttentionConfig(MixerConfig):
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         if not 0 <= self.rotary <= 1:
             raise ValueError(f"rotary {self.rotary} is a share of the head's dimensions, between 0 and 1")
+        rotary_dims(self.width // self.heads, self.rotary)
         # mixers without these options check theirs here too
         kv_heads = getattr(self, "kv_heads", 0)
         if kv_heads < 0 or (kv_heads and self.heads % kv_heads):
@@ -82,12 +83,12 @@ class QKV(nn.Module):
         self.heads = [heads, kv_heads or heads, kv_heads or heads]
         self.head_dim = width // heads
         self.qkv = nn.Linear(width, sum(self.heads) * self.head_dim, bias=bias)
-        self.turned, self.rotary_base = int(rotary * self.head_dim) // 2 * 2, rotary_base
+        self.rotary_dims, self.rotary_base = rotary_dims(self.head_dim, rotary), rotary_base
 
     def forward(self, x_BTD: Tensor, seen_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self.qkv(x_BTD).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)
-        if self.turned:
-            frequency_F = standard_frequencies(self.turned, self.rotary_base, x_BTD)
+        if self.rotary_dims:
+            frequency_F = standard_frequencies(self.rotary_dims, self.rotary_base, x_BTD)
             position_BT = seen_B[:, None] + torch.arange(x_BTD.shape[1], device=x_BTD.device)
             q, k = rotate(q, position_BT, frequency_F), rotate(k, position_BT, frequency_F)
         return q, k, v

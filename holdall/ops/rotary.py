@@ -32,8 +32,11 @@ def rotate(
         interleaved: pairs are (0, 1), (2, 3), ...; otherwise (0, F), (1, F + 1), ...
 
     The angle is computed in fp64: in fp32, position 100,000 would be off by up to a hundredth of a radian.
+    Raises ValueError if a head has fewer than 2F features.
     """
     (turns,) = frequency_F.shape
+    if 2 * turns > x_BTHK.shape[-1]:
+        raise ValueError(f"{turns} pairs to turn are more than heads of {x_BTHK.shape[-1]} dimensions have")
     turn = _turn_once if torch.compiler.is_compiling() else _turn
     cos, sin = turn(position_BT, frequency_F, x_BTHK.dtype)
     turned, rest = x_BTHK[..., : 2 * turns], x_BTHK[..., 2 * turns :]
@@ -67,8 +70,23 @@ def _(position_BT: Tensor, frequency_F: Tensor, dtype: torch.dtype) -> tuple[Ten
     return _turn(position_BT, frequency_F, dtype)
 
 
+def rotary_dims(head_dim: int, share: float) -> int:
+    """The number d = int(share * head_dim) that sets the frequencies of heads of which a share is turned.
+
+    As in flash-attention and GPT-NeoX an odd d makes (d + 1) / 2 pairs, so that d + 1 dimensions turn.
+    Raises ValueError if a head has no more than d dimensions then.
+    """
+    dims = int(share * head_dim)
+    if dims + dims % 2 > head_dim:
+        raise ValueError(
+            f"rotary {share} of heads of {head_dim} dimensions makes {dims // 2 + 1} pairs, {dims + 1}"
+            f" dimensions: take heads of an even number of dimensions, or rotary below {dims}/{head_dim}"
+        )
+    return dims
+
+
 def standard_frequencies(dims: int, base: float, like: Tensor) -> Float[Tensor, "f"]:
-    """The usual frequencies base^(-2i / dims) for `dims` rotated features, (dims / 2,).
+    """The usual frequencies base^(-2i / dims) for all 2i < dims, (F,), F = dims / 2 rounded up.
 
     On the device of `like` and in fp64. They are made when needed and not kept as a buffer, which a cast of
     the module to bf16 would round: at position 2,048 by a third of a radian.

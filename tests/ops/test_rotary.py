@@ -1,5 +1,7 @@
 """Rotary positions: turned queries and keys know their distance and nothing else."""
 
+import itertools
+import math
 from collections.abc import Callable
 
 import laws
@@ -7,9 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from holdall.mixers.attention import AttentionConfig
+from holdall.mixers.attention import QKV, AttentionConfig
+from holdall.mixers.repeat_attention import RepeatAttentionConfig
+from holdall.mixers.sliding_window import SlidingWindowConfig
 from holdall.model import seeded
-from holdall.ops.rotary import rotate, standard_frequencies
+from holdall.ops.rotary import rotary_dims, rotate, standard_frequencies
+from holdall.recipes.presets import preset
 
 DOUBLE, K = torch.float64, 8
 FREQUENCY = standard_frequencies(K, 10000.0, torch.zeros((), dtype=torch.float64))
@@ -92,6 +97,58 @@ def test_standard_frequencies() -> None:
         rtol=1e-15,
         atol=0,
     )
+
+
+PARTS = [(70, 0.5), (6, 0.5), (7, 0.25), (9, 0.6), (8, 0.5), (8, 0.8), (8, 1.0), (5, 0.0), (7, 0.1)]
+"""Dimensions of a head and the share of them: 35, 3, 1, 5, 4, 6, 8, 0 and 0 of them set the frequencies."""
+
+
+def turned_by_hand(x: list[float], position: int, share: float, base: float) -> list[float]:
+    """flash-attention's rotation of one head: halves of 2P dimensions, P = ceil(d / 2), d = int(share K)."""
+    d = int(share * len(x))
+    exponents, y = [i / d for i in range(0, d, 2)], list(x)
+    for first, exponent in enumerate(exponents):
+        second, angle = first + len(exponents), position / base**exponent
+        y[first] = x[first] * math.cos(angle) - x[second] * math.sin(angle)
+        y[second] = x[second] * math.cos(angle) + x[first] * math.sin(angle)
+    return y
+
+
+@pytest.mark.parametrize(("head_dim", "share"), PARTS)
+@torch.no_grad()
+def test_a_share_of_a_head_is_turned_as_in_flash_attention(head_dim: int, share: float) -> None:
+    """Queries and keys of rows that have read differently many tokens; values stay."""
+    project = QKV(2 * head_dim, 2, share, 500.0, bias=True, kv_heads=1).double()
+    x_BTD, seen_B = laws.draw(2, 3, 2 * head_dim, dtype=DOUBLE), torch.tensor([0, 11])
+    rows = project.qkv(x_BTD).unflatten(-1, (4, head_dim))
+    want = rows.clone()
+    for b, t, h in itertools.product(range(2), range(3), range(3)):
+        turned = turned_by_hand(rows[b, t, h].tolist(), int(seen_B[b]) + t, share, 500.0)
+        want[b, t, h] = torch.tensor(turned, dtype=DOUBLE)
+    laws.assert_close("queries, keys and values", torch.cat(project(x_BTD, seen_B), dim=2), want)
+
+
+def test_the_published_attention_of_a_billion_turns_18_pairs() -> None:
+    layer = preset("attention-1b", 50257).layers[0]
+    assert isinstance(layer, AttentionConfig)
+    dims = rotary_dims(layer.width // layer.heads, layer.rotary)
+    frequency_F = standard_frequencies(dims, layer.rotary_base, torch.zeros(()))
+    assert dims == 35
+    assert frequency_F.tolist() == pytest.approx([10000 ** (-2 * i / 35) for i in range(18)], rel=1e-14)
+
+
+@pytest.mark.parametrize("config", [AttentionConfig, SlidingWindowConfig, RepeatAttentionConfig])
+@pytest.mark.parametrize(("head_dim", "share"), [(1, 1.0), (7, 1.0), (3, 1.0)])
+def test_more_pairs_than_a_head_has_are_refused(config: type, head_dim: int, share: float) -> None:
+    """flash-attention has no room for them either; a pair fewer would be another model."""
+    with pytest.raises(ValueError, match=f"of heads of {head_dim} dimensions makes .* even number"):
+        config(width=2 * head_dim, heads=2, rotary=share)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_more_frequencies_than_a_head_has_pairs_are_refused(interleaved: bool) -> None:
+    with pytest.raises(ValueError, match="2 pairs to turn are more than heads of 3 dimensions have"):
+        rotate(torch.zeros(1, 1, 1, 3), torch.tensor([[1]]), torch.ones(2), interleaved=interleaved)
 
 
 def test_angles_keep_their_digits_at_great_positions() -> None:

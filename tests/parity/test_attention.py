@@ -116,7 +116,7 @@ def test_attention_is_llamas(transformers: ModuleType, kv_heads: int, bias: bool
 
 
 @FORMS
-@pytest.mark.parametrize("rotary", [0.25, 0.5])
+@pytest.mark.parametrize("rotary", [0.25, 0.4, 0.5])  # of 8 dimensions: 0.4 makes 2 pairs of 3
 @torch.no_grad()
 def test_attention_with_part_of_a_head_turned_is_gpt_neoxs(
     transformers: ModuleType, rotary: float, form: str
