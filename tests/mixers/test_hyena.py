@@ -8,6 +8,7 @@ import torch
 from holdall.mixers.hyena import HyenaConfig
 
 
+@pytest.mark.claim("mixers/hyena.py", "Weights")
 @pytest.mark.parametrize("order", [2, 3, 4])
 @pytest.mark.parametrize("form", ["loop", "parallel"])
 @torch.no_grad()
