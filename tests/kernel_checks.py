@@ -11,6 +11,8 @@ import laws
 import torch
 from torch import Tensor, nn
 
+from holdall.contract import Mixer, State, map_state
+
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
@@ -58,3 +60,34 @@ def assert_trains_under_vmap(
             bound = tolerance * parameter.grad.abs().max().item()
             apart = laws.distance(weights[name].grad[i], parameter.grad)
             assert apart < bound or (still and apart == bound), name
+
+
+def mixer_pulled_back(mixer: Mixer, x_BTD: Tensor, state: State, cut: int) -> dict[str, Tensor]:
+    """Of two pieces read one after the other: outputs, final state, and gradients from both together."""
+    x_BTD = x_BTD.detach().clone().requires_grad_()
+    state = map_state(state, lambda t: t.detach().clone().requires_grad_(laws.differentiable(t)))
+    y_BTD, after = laws.read_in_pieces(mixer, x_BTD, (cut, x_BTD.shape[1] - cut), state)
+    ends = {n: t for n, t in laws.named(y_BTD, after).items() if laws.differentiable(t)}
+    ups = [laws.draw(*t.shape, dtype=torch.float64, seed=3 + i).to(t) for i, t in enumerate(ends.values())]
+    leaves = {**dict(mixer.named_parameters()), "x": x_BTD, **laws.named(x_BTD, state)}
+    leaves = {f"gradient of {name}": t for name, t in leaves.items() if t.requires_grad}
+    grads = torch.autograd.grad(list(ends.values()), list(leaves.values()), ups, materialize_grads=True)
+    return {n: t.detach() for n, t in (*ends.items(), *zip(leaves, grads, strict=True))}
+
+
+def strengths(*shape: int) -> Tensor:
+    """Log decays, the last dimension of four kinds: a token forgets up to 5%, all but at most e^-10,
+    all but at most e^-50, or one in four forgets all but e^-30, the others up to 5%."""
+    share = torch.rand(shape, generator=torch.Generator().manual_seed(1))
+    rare = torch.rand(shape, generator=torch.Generator().manual_seed(2)) < 0.25
+    kinds = (0.05 * share, 10 + 20 * share, 50 + 50 * share, torch.where(rare, 30.0, 0.05 * share))
+    which = torch.arange(shape[-1]) % len(kinds)
+    return -torch.stack(kinds).gather(0, which.expand(1, *shape))[0]
+
+
+def apart(got: Tensor, right: Tensor, dim: int) -> Tensor:
+    """The largest difference at each place of a dimension, in shares of the largest right entry there: what
+    forgets fast has tiny gradients beside what does not."""
+    rest = [i for i in range(right.ndim) if i != dim % right.ndim]
+    size = right.abs().amax(rest).clamp(min=torch.finfo(torch.float64).tiny)
+    return (got.double() - right).abs().amax(rest) / size

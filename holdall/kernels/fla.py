@@ -12,7 +12,9 @@ refused by name. What is added here to what it does:
   2 to 11 seconds (7 to 22 in fp32), and a new length for none;
 - fp32 that is fp32: tensors of that type are multiplied in three passes of tf32 instead of one;
 - a kernel of our own where one of its is unsound, holdall/kernels/chunk_gradients.py, and a route around it:
-  see `per_head_is_broken`.
+  see `per_head_is_broken`;
+- the gradient of decays by a kernel of our own, holdall/kernels/decay_gradients.py, where it takes a
+  difference of sums that leaves no digits of strong decays. What rounding is left: see `LOST_PER_NAT`.
 
 The package's other backends (tilelang and the like), which it would take unasked where they are installed,
 stay off, unless it was imported before this file needed it.
@@ -42,11 +44,18 @@ from torch import Tensor
 from holdall import forms
 from holdall.kernels import register_batch_vmap
 from holdall.kernels.chunk_gradients import chunk_gradients
+from holdall.kernels.decay_gradients import decay_gradients
 
 KNOWN_GOOD = ("0.6.0",)
 """Versions of fla-core whose results tests/kernels/test_fla.py held against our loops on a GPU."""
 CHUNK = 64
 """Tokens per chunk, the package's own choice."""
+LOST_PER_NAT = 2.0**-22
+"""The package takes decays between tokens as differences of sums from a chunk's start: in a chunk of 64
+tokens that forgets all but e^-G, what is left is known to within G times this, 1e-4 where G is 420. Of the
+generalised delta rule, with chunks of 16, the gradient of decays itself is a difference of sums, to within
+that of what it would be if nothing were forgotten: digits enough for RWKV-7, whose decays are above e^-0.61.
+Where more is forgotten, form "parallel" has them all."""
 WIDEST_KEY = 256
 """Key dimensions of a head, where a program holds all of them: not with a decay per head alone."""
 
@@ -133,8 +142,8 @@ def load(name: str) -> Any:
 
 
 def _chunk_gradients(q: Tensor, k: Tensor, v: Tensor, w: Tensor, g: Tensor | None, **own: Any) -> Any:
-    """Ours under the package's names."""
-    return chunk_gradients(q, k, v, own["do"], own["dv"], own["h"], own["dh"], g, own["chunk_size"])
+    """Ours under the package's names, for the rule without decays."""
+    return *chunk_gradients(q, k, v, own["do"], own["dv"], own["h"], own["dh"], g, own["chunk_size"]), None
 
 
 def _distance(config: Any) -> float:
@@ -198,8 +207,9 @@ class Inputs(NamedTuple):
 
 Forward = Callable[[Inputs, bool], tuple[Tensor, Tensor | None, tuple[Tensor, ...]]]
 """Inputs and whether the final state is wanted to output, final state, and what is kept for the backward."""
-Backward = Callable[[Inputs, tuple[Tensor, ...], Tensor, Tensor | None], dict[str, Tensor | None]]
-"""Inputs, what was kept, gradients of output and final state to those of the inputs, by name."""
+Backward = Callable[[Inputs, tuple[Tensor, ...], Tensor, Tensor | None, bool], dict[str, Tensor | None]]
+"""Inputs, what was kept, gradients of output and final state, and whether the decays' gradient is wanted, to
+those of the inputs, by name."""
 
 
 def _log2_sums(log_decay: Tensor | None) -> Tensor:
@@ -213,6 +223,13 @@ def _log2_sums(log_decay: Tensor | None) -> Tensor:
     return sums.view(log_decay.shape)
 
 
+def _d_decay(
+    x: Inputs, u_BTHV: Tensor, dy: Tensor, dv: Tensor | None, states: Tensor, d_states: Tensor
+) -> Tensor:
+    assert x.log_decay is not None
+    return decay_gradients(x.q_BTHK, x.k_BTHK, u_BTHV, dy, dv, states, d_states, x.log_decay, CHUNK)
+
+
 def _per_head_forward(x: Inputs, want_state: bool) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
     """No decay or one per head: a program walks through the chunks of a head with the state in registers."""
     q, k, v, sums, starts = _end_to_end(x)
@@ -223,17 +240,20 @@ def _per_head_forward(x: Inputs, want_state: bool) -> tuple[Tensor, Tensor | Non
 
 
 def _per_head_backward(
-    x: Inputs, kept: tuple[Tensor, ...], dy: Tensor, ds: Tensor | None
+    x: Inputs, kept: tuple[Tensor, ...], dy: Tensor, ds: Tensor | None, want_decay: bool
 ) -> dict[str, Tensor | None]:
     q, k, v, sums, starts = _end_to_end(x)
-    dq, dk, dv, d_decay, ds0 = load("ops.common.fused_chunk").fused_chunk_bwd(
+    dq, dk, dv, _, ds0 = load("ops.common.fused_chunk").fused_chunk_bwd(
         q, k, v, sums, None, dy.view(v.shape), 1.0, x.s_BHKV, ds, cu_seqlens=starts, chunk_size=CHUNK
     )
-    found = {"q_BTHK": dq, "k_BTHK": dk, "v_BTHV": dv, "log_decay": d_decay}
-    return {
-        **{n: None if d is None else d.view(getattr(x, n).shape) for n, d in found.items()},
-        "s_BHKV": ds0,
-    }
+    found = {n: d.view(getattr(x, n).shape) for n, d in {"q_BTHK": dq, "k_BTHK": dk, "v_BTHV": dv}.items()}
+    if want_decay:
+        parts = load("ops.common.chunk_h")
+        own = {"g": _log2_sums(x.log_decay), "h0": x.s_BHKV, "chunk_size": CHUNK}
+        states, _ = parts.chunk_fwd_h(x.k_BTHK, x.v_BTHV, **own)
+        d_states, _ = parts.chunk_bwd_dh(x.q_BTHK, x.k_BTHK, x.v_BTHV, dy, dht=ds, scale=1.0, **own)
+        found["log_decay"] = _d_decay(x, x.v_BTHV, dy, None, states, d_states)
+    return {**found, "s_BHKV": ds0}
 
 
 def _end_to_end(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
@@ -254,12 +274,19 @@ def _per_key_forward(x: Inputs, want_state: bool) -> tuple[Tensor, Tensor | None
 
 
 def _per_key_backward(
-    x: Inputs, kept: tuple[Tensor, ...], dy: Tensor, ds: Tensor | None
+    x: Inputs, kept: tuple[Tensor, ...], dy: Tensor, ds: Tensor | None, want_decay: bool
 ) -> dict[str, Tensor | None]:
-    dq, dk, dv, d_decay, ds0 = load("ops.gla.chunk").chunk_gla_bwd(
-        x.q_BTHK, x.k_BTHK, x.v_BTHV, None, _log2_sums(x.log_decay), 1.0, x.s_BHKV, None, kept[0],
-        dy, ds, chunk_size=CHUNK,
-    )  # fmt: skip
+    parts, sums = load("ops.gla.chunk"), _log2_sums(x.log_decay)
+    own = {"gk": sums, "h0": x.s_BHKV, "chunk_size": CHUNK, "states_in_fp32": True}
+    states, _ = parts.chunk_fwd_h(x.k_BTHK, x.v_BTHV, **own)
+    d_states, ds0 = parts.chunk_bwd_dh(x.q_BTHK, x.k_BTHK, x.v_BTHV, dy, dht=ds, scale=1.0, **own)
+    dv = parts.chunk_gla_bwd_dv(x.k_BTHK, sums, kept[0], dy, d_states, chunk_size=CHUNK)
+    d_pairs = parts.chunk_gla_bwd_dA(x.v_BTHV, dy, 1.0, chunk_size=CHUNK)
+    dq, dk = parts.chunk_gla_bwd_dqk_intra(x.q_BTHK, x.k_BTHK, sums, d_pairs, chunk_size=CHUNK)
+    dq, dk, _ = parts.chunk_gla_bwd_dqkg(
+        x.q_BTHK, x.k_BTHK, x.v_BTHV, states, sums, dy, d_states, dq, dk, 1.0, chunk_size=CHUNK
+    )
+    d_decay = _d_decay(x, x.v_BTHV, dy, None, states, d_states) if want_decay else None
     return {"q_BTHK": dq, "k_BTHK": dk, "v_BTHV": dv, "log_decay": d_decay, "s_BHKV": ds0}
 
 
@@ -271,7 +298,7 @@ def _delta_forward(x: Inputs, want_state: bool) -> tuple[Tensor, Tensor | None, 
 
 
 def _delta_backward(
-    x: Inputs, kept: tuple[Tensor, ...], dy: Tensor, ds: Tensor | None
+    x: Inputs, kept: tuple[Tensor, ...], dy: Tensor, ds: Tensor | None, want_decay: bool
 ) -> dict[str, Tensor | None]:
     dq, dk, dv, d_beta, ds0 = load("ops.delta_rule.chunk").chunk_delta_rule_bwd(
         x.q_BTHK, x.k_BTHK, x.v_BTHV, x.beta_BTH, kept[0], 1.0, x.s_BHKV, dy, ds, chunk_size=CHUNK
@@ -287,14 +314,23 @@ def _delta_per_head_forward(x: Inputs, want_state: bool) -> tuple[Tensor, Tensor
 
 
 def _delta_per_head_backward(
-    x: Inputs, kept: tuple[Tensor, ...], dy: Tensor, ds: Tensor | None
+    x: Inputs, kept: tuple[Tensor, ...], dy: Tensor, ds: Tensor | None, want_decay: bool
 ) -> dict[str, Tensor | None]:
-    dq, dk, dv, d_beta, d_decay, ds0, *_ = load("ops.gated_delta_rule.chunk").chunk_gated_delta_rule_bwd(
-        x.q_BTHK, x.k_BTHK, x.v_BTHV, _log2_sums(x.log_decay), x.beta_BTH, kept[0], 1.0, x.s_BHKV, dy, ds,
-        chunk_size=CHUNK,
-    )  # fmt: skip
+    parts, sums = load("ops.gated_delta_rule.chunk"), _log2_sums(x.log_decay)
+    q, k, v, beta = x.q_BTHK, x.k_BTHK, x.v_BTHV, x.beta_BTH
+    w, u = parts.recompute_w_u_fwd(k, v, beta, kept[0], g=sums)
+    states, u, _ = parts.chunk_gated_delta_rule_fwd_h(
+        k, w, u, g=sums, initial_state=x.s_BHKV, chunk_size=CHUNK
+    )
+    du = parts.chunk_bwd_dv_local(q, k, dy, g=sums, scale=1.0, chunk_size=CHUNK)
+    d_states, ds0, du = parts.chunk_gated_delta_rule_bwd_dhu(
+        q, k, w, dy, du, g=sums, h0=x.s_BHKV, dht=ds, scale=1.0, chunk_size=CHUNK
+    )
+    dq, dk, dw = chunk_gradients(q, k, u, dy, du, states, d_states, sums, CHUNK)
+    dk_too, dv, d_beta, _ = parts.prepare_wy_repr_bwd(k, v, beta, kept[0], dw, du, g=sums)
     return {
-        "q_BTHK": dq, "k_BTHK": dk, "v_BTHV": dv, "beta_BTH": d_beta, "log_decay": d_decay, "s_BHKV": ds0,
+        "q_BTHK": dq, "k_BTHK": dk.add_(dk_too), "v_BTHV": dv, "beta_BTH": d_beta, "s_BHKV": ds0,
+        "log_decay": _d_decay(x, u, dy, dv, states, d_states) if want_decay else None,
     }  # fmt: skip
 
 
@@ -306,14 +342,27 @@ def _delta_per_key_forward(x: Inputs, want_state: bool) -> tuple[Tensor, Tensor 
 
 
 def _delta_per_key_backward(
-    x: Inputs, kept: tuple[Tensor, ...], dy: Tensor, ds: Tensor | None
+    x: Inputs, kept: tuple[Tensor, ...], dy: Tensor, ds: Tensor | None, want_decay: bool
 ) -> dict[str, Tensor | None]:
-    dq, dk, dv, d_beta, d_decay, ds0, *_ = load("ops.kda.chunk_bwd").chunk_kda_bwd(
-        x.q_BTHK, x.k_BTHK, x.v_BTHV, x.beta_BTH, *kept, 1.0, x.s_BHKV, dy, ds,
-        g=_log2_sums(x.log_decay), chunk_size=CHUNK,
-    )  # fmt: skip
+    parts, sums = load("ops.kda.chunk_bwd"), _log2_sums(x.log_decay)
+    q, k, v, beta, (pairs_BTHC, solved_BTHC) = x.q_BTHK, x.k_BTHK, x.v_BTHV, x.beta_BTH, kept
+    w, u, q_since, k_until = parts.recompute_w_u_fwd(k, v, beta, solved_BTHC, gk=sums, q=q)
+    states, u, _ = parts.chunk_gated_delta_rule_fwd_h(
+        k_until, w, u, gk=sums, initial_state=x.s_BHKV, chunk_size=CHUNK
+    )
+    d_pairs, du = parts.chunk_kda_bwd_dAv(q, k, u, dy, pairs_BTHC, 1.0, chunk_size=CHUNK)
+    d_states, ds0, du = parts.chunk_gated_delta_rule_bwd_dhu(
+        q_since, k_until, w, dy, du, gk=sums, h0=x.s_BHKV, dht=ds, scale=1.0, chunk_size=CHUNK
+    )
+    dq, dk, dv, d_beta, d_sums, d_solved = parts.chunk_kda_bwd_wy_dqkg_fused(
+        q, k, v, u, sums, beta, solved_BTHC, states, dy, d_states, du, 1.0, chunk_size=CHUNK
+    )
+    dq, dk, d_beta, _ = parts.chunk_kda_bwd_intra(
+        q, k, sums, beta, d_pairs, d_solved, dq, dk, d_beta, d_sums, chunk_size=CHUNK
+    )
     return {
-        "q_BTHK": dq, "k_BTHK": dk, "v_BTHV": dv, "beta_BTH": d_beta, "log_decay": d_decay, "s_BHKV": ds0,
+        "q_BTHK": dq, "k_BTHK": dk, "v_BTHV": dv, "beta_BTH": d_beta, "s_BHKV": ds0,
+        "log_decay": _d_decay(x, u, dy, dv, states, d_states) if want_decay else None,
     }  # fmt: skip
 
 
@@ -338,7 +387,7 @@ class _Context:
 
 
 def _generalised_backward(
-    x: Inputs, kept: tuple[Tensor, ...], dy: Tensor, ds: Tensor | None
+    x: Inputs, kept: tuple[Tensor, ...], dy: Tensor, ds: Tensor | None, want_decay: bool
 ) -> dict[str, Tensor | None]:
     function = load("ops.generalized_delta_rule.dplr.chunk").ChunkDPLRDeltaRuleFunction
     context = _Context(x.q_BTHK, x.k_BTHK, x.v_BTHV, x.b_BTHK, x.a_BTHK, x.log_decay, x.s_BHKV)
@@ -415,6 +464,7 @@ def _(
 @torch.library.custom_op("holdall::fla_backward", mutates_args=())
 def fla_backward(
     rule: str,
+    want_decay: bool,
     dy: Tensor,
     ds: Tensor | None,
     first: Tensor,
@@ -432,7 +482,9 @@ def fla_backward(
     inputs = Inputs(*_contiguous(q, k, v, a, b, beta, log_decay, s))
     dy, ds = _contiguous(dy, ds)
     with _running(v):
-        found = RULES[rule].backward(inputs, (first, second)[: len(RULES[rule].kept)], dy, ds)
+        found = RULES[rule].backward(inputs, (first, second)[: len(RULES[rule].kept)], dy, ds, want_decay)
+    if not want_decay:
+        inputs = inputs._replace(log_decay=None)
     return tuple(  # type: ignore[return-value]
         _present(None if x is None else found[name].to(x.dtype), q)  # type: ignore[union-attr]
         for name, x in inputs._asdict().items()
@@ -442,6 +494,7 @@ def fla_backward(
 @fla_backward.register_fake
 def _(
     rule: str,
+    want_decay: bool,
     dy: Tensor,
     ds: Tensor | None,
     first: Tensor,
@@ -455,7 +508,7 @@ def _(
     log_decay: Tensor | None,
     s: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    inputs = (q, k, v, a, b, beta, log_decay, s)
+    inputs = (q, k, v, a, b, beta, log_decay if want_decay else None, s)
     return tuple(_present(None if x is None else x.new_empty(x.shape), q) for x in inputs)  # type: ignore[return-value]
 
 
@@ -470,8 +523,10 @@ def _pull_back(ctx: Any, dy: Tensor | None, ds: Tensor | None, *_: Any) -> tuple
     first, second, *inputs = ctx.saved_tensors
     v = inputs[2]
     dy = torch.zeros_like(v) if dy is None else dy
-    found = fla_backward(ctx.rule, dy, ds, first, second, *inputs)
-    return None, None, *(None if x is None else d for x, d in zip(inputs, found, strict=True))
+    want_decay = inputs[6] is not None and ctx.needs_input_grad[8]
+    found = fla_backward(ctx.rule, want_decay, dy, ds, first, second, *inputs)
+    wanted = [*inputs[:6], inputs[6] if want_decay else None, inputs[7]]
+    return None, None, *(None if x is None else d for x, d in zip(wanted, found, strict=True))
 
 
 fla_forward.register_autograd(_pull_back, setup_context=_keep)
