@@ -5,6 +5,7 @@ and definition stay right. What has to come is an AssertionError of the law's ow
 """
 
 import dataclasses
+import functools
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import laws
 import pytest
 import torch
+from nudges import Nudges
 from torch import Tensor, nn
 
 import holdall
@@ -350,24 +352,113 @@ def test_every_law_has_been_seen_red() -> None:
 # --------------------------------------------------------------------------------------- tolerances, refusals
 
 
-@pytest.mark.parametrize("wrong", [torch.zeros_like, torch.neg, lambda t: t * torch.nan, lambda t: t[:-1]])
-@pytest.mark.parametrize("dtype", [torch.float64, FP32, BF16])
+DOUBLE = torch.float64
+
+
+def lone_key(q: Tensor, k: Tensor, v: Tensor, dy: Tensor) -> dict[str, Tensor]:
+    """Softmax attention to one key: the gradient of q is zero, by cancellation of dy . v with itself."""
+    q = q.detach().requires_grad_()
+    y = ((q * k).sum(-1, keepdim=True)[..., None].softmax(-1) * v[..., None, :]).sum(-2)
+    return {"y": y, "gradient": torch.autograd.grad(y, q, dy)[0]}
+
+
+def by_another_way(q: Tensor, k: Tensor, v: Tensor, dy: Tensor) -> Tensor:
+    """The same gradient as some kernels have it: two sums, each in its own order."""
+    return ((dy * v).sum(-1, keepdim=True) - (dy * v).flip(-1).cumsum(-1)[..., -1:]) * k
+
+
+def sums(x: Tensor, w: Tensor, *_: Tensor) -> dict[str, Tensor]:
+    return {"y": torch.tanh(x @ w.mT).softmax(-1) @ w}
+
+
+def four(dtype: torch.dtype) -> list[Tensor]:
+    return [laws.draw(50, 16, dtype=DOUBLE, seed=seed).to(dtype) for seed in range(4)]
+
+
+@pytest.mark.parametrize("wrong", [
+    torch.zeros_like, torch.neg, lambda t: t * torch.nan, lambda t: t[:-1], lambda t: t.roll(1, 0),
+    lambda t: t * (1.01 if t.dtype != BF16 else 1.1),
+    lambda t: torch.where(t == t.max(), t * (1.01 if t.dtype != BF16 else 1.1), t),
+], ids=["zero", "negated", "nan", "shorter", "elsewhere", "1%", "1% of one"])  # fmt: skip
+@pytest.mark.parametrize("dtype", [DOUBLE, FP32, BF16], ids=str)
 def test_tolerances_let_no_wrong_answer_through(wrong: Callable, dtype: torch.dtype) -> None:
-    truth = laws.draw(100, dtype=torch.float64)
-    plain = truth.to(dtype)
-    laws.assert_right("the same", plain, plain, truth)
+    tensors = four(dtype)
+    plain, truth = laws.plainly(sums, *tensors)["y"], sums(*(t.double() for t in tensors))["y"]
+    laws.assert_right("the same", plain.tensor, plain, truth)
     with pytest.raises(AssertionError):
-        laws.assert_right("another", wrong(plain), plain, truth)
+        laws.assert_right("another", wrong(plain.tensor), plain, truth)
     with pytest.raises(AssertionError):
-        laws.assert_right("another dtype", plain.half(), plain, truth)
+        laws.assert_right("another dtype", plain.tensor.half(), plain, truth)
 
 
 def test_tolerance_is_twice_what_plain_torch_errs() -> None:
-    truth = laws.draw(100, dtype=torch.float64)
-    plain = (truth * (1 + 1e-3)).float()
+    truth = laws.draw(100, dtype=DOUBLE)
+    plain = laws.plainly(lambda: (truth * (1 + 1e-3)).float())
     laws.assert_as_good_as_plain("nearly twice", (truth * (1 + 1.9e-3)).float(), plain, truth)
     with pytest.raises(AssertionError):
         laws.assert_as_good_as_plain("more than twice", (truth * (1 + 2.1e-3)).float(), plain, truth)
+
+
+@pytest.mark.parametrize("dtype", [DOUBLE, FP32, BF16], ids=str)
+def test_a_sum_of_terms_that_cancel_may_err_by_their_rounding_and_no_more(dtype: torch.dtype) -> None:
+    tensors = four(dtype)
+    plain = laws.plainly(lone_key, *tensors)["gradient"]
+    truth = lone_key(*(t.double() for t in tensors))["gradient"]
+    assert laws.size(plain.tensor) == laws.size(truth) == 0  # on any processor: it is p - p
+    laws.assert_right("plain", plain.tensor, plain, truth)
+    laws.assert_right("another way", by_another_way(*tensors), plain, truth)
+    _, k, v, dy = tensors
+    term = (dy * v).sum(-1, keepdim=True) * k
+    for factor in (1.0, -1.0, 1e-2 if dtype != BF16 else 1e-1, 32 * torch.finfo(dtype).eps):
+        with pytest.raises(AssertionError, match="rounding explains"):
+            laws.assert_right(f"{factor} of a term", factor * term, plain, truth)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_where_nothing_cancels_a_nudged_run_errs_twice_as_much_as_plain_torch(dtype: torch.dtype) -> None:
+    factors = [laws.draw(50, 16, dtype=DOUBLE, seed=seed).to(dtype) for seed in range(20)]
+    plain = laws.plainly(functools.reduce, torch.mul, factors)
+    truth = functools.reduce(torch.mul, [u.double() for u in factors])
+
+    def error(got: Tensor) -> float:
+        return ((got - truth) / truth).square().mean().sqrt().item()
+
+    for nudged in plain.nudged():
+        assert 1.8 < error(nudged) / error(plain.tensor) < 2.2
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_where_nothing_cancels_bounds_are_what_plain_torch_earns(dtype: torch.dtype) -> None:
+    tensors = four(dtype)
+    plain, truth = laws.plainly(sums, *tensors)["y"], sums(*(t.double() for t in tensors))["y"]
+    usual, *others = laws.earned(plain, truth)
+    assert len(others) == laws.RUNS
+    assert max(others) < 1.5 * usual
+
+
+def test_nudges_move_computed_elements_to_their_neighbours_and_nothing_else() -> None:
+    x = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1.0, -3.0, 1e-40]).repeat(1000, 1)
+    before = x.clone()
+    with Nudges(0):
+        moved = torch.cat((x.flip(0), x.mT.mT)).clone()
+        got = x * 1.0
+    laws.assert_bitwise("what came in", x.view(torch.int32), before.view(torch.int32))
+    laws.assert_bitwise("what was moved", moved[1000:].view(torch.int32), before.view(torch.int32))
+    apart = got.view(torch.int32) - before.view(torch.int32)
+    assert (apart[:, :5] == 0).all()
+    for column in apart[:, 5:].unbind(1):
+        assert set(column.tolist()) == {-1, 0, 1}
+        assert 0.2 < (column != 0).float().mean() < 0.3
+    with Nudges(0):
+        laws.assert_bitwise("from the same seed", (x * 1.0).view(torch.int32), got.view(torch.int32))
+
+
+def test_a_nudged_run_that_overflows_explains_nothing() -> None:
+    largest = torch.full((100,), torch.finfo(torch.half).max, dtype=torch.half)
+    plain = laws.plainly(lambda: largest * 1)
+    assert any(nudged.isinf().any() for nudged in plain.nudged())
+    with pytest.raises(AssertionError):
+        laws.assert_as_good_as_plain("half as large", largest / 2, plain, largest.double())
 
 
 def refusing(mixer: Mixer, **refusals: str) -> Mixer:

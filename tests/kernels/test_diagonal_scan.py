@@ -48,7 +48,7 @@ def results(function: Any, args: list[Tensor]) -> dict[str, Tensor]:
 def check(args: list[Tensor], *, steady: bool) -> dict[str, Tensor]:
     ours, plain = FORMS[steady]
     wide = torch.complex128 if args[0].is_complex() else DOUBLE
-    got, other = results(ours, args), results(plain, args)
+    got, other = results(ours, args), laws.plainly(results, plain, args)
     truth = results(plain, [u.to(wide) for u in args])
     for name, mine in got.items():
         laws.assert_as_good_as_plain(name, mine, other[name], truth[name])
@@ -159,8 +159,8 @@ def test_a_mixer_in_pieces_is_the_plain_one(name: str, device: torch.device) -> 
     fast, plain = mixers_of(name, device)
     x = laws.draw(2, 9, 8, dtype=SINGLE).to(device)
     with torch.no_grad():
-        want = laws.named(*plain(x))
-        truth = laws.named(*plain.double()(x.double()))
+        want = laws.plainly(laws.outcome, plain, x)
+        truth = laws.outcome(laws.twin(plain, dtype=DOUBLE).to(device), x.double())
         for sizes in ([9], [3, 5, 1]):
             for part, u in laws.named(*laws.read_in_pieces(fast, x, sizes)).items():
                 laws.assert_as_good_as_plain(f"{part} in {sizes}", u, want[part], truth[part])

@@ -73,7 +73,7 @@ def check(
     """At most twice as far from the truth as plain PyTorch, in all outputs and gradients."""
     rounded = moved(tensors, device, dtype)
     truth = pulled(definition, moved(rounded, DOUBLE), how)
-    plain = pulled(ops.gated_conv, rounded, how)
+    plain = laws.plainly(pulled, ops.gated_conv, rounded, how)
     got = pulled(kernel.gated_conv, rounded, how)
     for name in plain:
         laws.assert_as_good_as_plain(name, got[name], plain[name], truth[name])
@@ -360,17 +360,20 @@ def test_the_mixer_in_its_kernel_form(options: dict, dtype: torch.dtype, device:
     x_BTD = laws.draw(2, 10, 12, dtype=dtype).to(device)
     past = 3 if options.get("kernel") else 2
     state = ConvState(laws.draw(2, past, 24 if "expand" in options else 12, dtype=dtype, seed=1).to(device))
-    results = []
-    for form, kind in (("kernel", dtype), ("parallel", dtype), ("loop", DOUBLE)):
+
+    def results(form: str, kind: torch.dtype) -> dict[str, Tensor]:
         each = mixer(device, form, options, dtype).to(kind)
         leaf, start = x_BTD.to(kind).requires_grad_(), state.past_BPD.to(kind).requires_grad_()
         y_BTD, after = each(leaf, ConvState(start))
         ends = (y_BTD, after.past_BPD)
         ups = [laws.draw(*end.shape, dtype=dtype, seed=4 + i).to(end) for i, end in enumerate(ends)]
-        results.append([*ends, *torch.autograd.grad(ends, [leaf, start, *each.parameters()], ups)])
-    names = ("y", "past", "x", "start", *dict(each.named_parameters()))
-    for name, got, plain, truth in zip(names, *results, strict=True):
-        laws.assert_as_good_as_plain(name, got, plain, truth)
+        grads = torch.autograd.grad(ends, [leaf, start, *each.parameters()], ups)
+        names = ("y", "past", "x", "start", *dict(each.named_parameters()))
+        return dict(zip(names, (*ends, *grads), strict=True))
+
+    got, truth = results("kernel", dtype), results("loop", DOUBLE)
+    for name, plain in laws.plainly(results, "parallel", dtype).items():
+        laws.assert_as_good_as_plain(name, got[name], plain, truth[name])
 
 
 @pytest.mark.parametrize("options", MIXERS, ids=str)

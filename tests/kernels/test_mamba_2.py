@@ -47,6 +47,12 @@ def pull(mixer: nn.Module, x_BTD: Tensor, state: Any) -> dict[str, Tensor]:
     return {"output": y_BTD, **after._asdict(), **gradients}
 
 
+def pulls(mixer: nn.Module, xs: list[Tensor], state: Mamba2State | None) -> dict[str, Tensor]:
+    """The same of several draws of tokens, one after the other."""
+    runs = [pull(mixer, x_BTD, state) for x_BTD in xs]
+    return {name: torch.stack([run[name] for run in runs]) for name in runs[0]}
+
+
 def check(
     length: int, device: torch.device, dtype: torch.dtype = SINGLE, *, batch: int = 2, carried: bool = True,
     **options: Any,
@@ -55,20 +61,20 @@ def check(
     exact = copy.deepcopy(other).double()
     assert (fast.form, other.form, exact.form) == ("kernel", "parallel", "parallel")
     state = other.init_state(batch, dtype=dtype, device=device)
-    state = Mamba2State(*(laws.draw(*u.shape, dtype=DOUBLE, seed=9).to(u) for u in state))
-    wide = Mamba2State(*(u.double() for u in state))
-    found: list[tuple[dict[str, Tensor], ...]] = []
-    # a head's few numbers err by luck: several draws tell, where they cost little
-    for seed in range(4 if device.type == "cuda" else 1):
-        x = laws.draw(batch, length, fast.config.width, dtype=DOUBLE, seed=seed).to(device, dtype)
-        got, again = (pull(fast, x, state if carried else None) for _ in range(2))
-        for name, mine in got.items():
-            laws.assert_bitwise(name, mine, again[name])
-        plain = pull(other, x, state if carried else None)
-        found.append((got, plain, pull(exact, x.double(), wide if carried else None)))
-    for name in found[0][0]:
-        mine, plainly, right = (torch.stack([ways[k][name] for ways in found]) for k in range(3))
-        laws.assert_as_good_as_plain(name, mine, plainly, right)
+    state = (
+        Mamba2State(*(laws.draw(*u.shape, dtype=DOUBLE, seed=9).to(u) for u in state)) if carried else None
+    )
+    # several draws tell more of a head's few numbers, where they cost little
+    xs = [
+        laws.draw(batch, length, fast.config.width, dtype=DOUBLE, seed=seed).to(device, dtype)
+        for seed in range(4 if device.type == "cuda" else 1)
+    ]
+    got, again = (pulls(fast, xs, state) for _ in range(2))
+    plain = laws.plainly(pulls, other, xs, state)
+    truth = pulls(exact, [x.double() for x in xs], state and Mamba2State(*(u.double() for u in state)))
+    for name, mine in got.items():
+        laws.assert_bitwise(name, mine, again[name])
+        laws.assert_as_good_as_plain(name, mine, plain[name], truth[name])
 
 
 GPU_LENGTHS = [pytest.param(length, marks=pytest.mark.gpu) for length in (1000, 16384)]

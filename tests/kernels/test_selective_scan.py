@@ -81,7 +81,7 @@ def results(function: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check(given: dict[str, Tensor]) -> dict[str, Tensor]:
-    got, other = results(kernel.selective_scan, given), results(plain, given)
+    got, other = results(kernel.selective_scan, given), laws.plainly(results, plain, given)
     truth = results(plain, {name: u.double() for name, u in given.items()})
     for name, mine in got.items():
         laws.assert_as_good_as_plain(name, mine, other[name], truth[name])
@@ -167,7 +167,8 @@ def test_softplus_is_exact_wherever_its_argument_is(device: torch.device) -> Non
 @torch.no_grad()
 def test_one_token(dtype: torch.dtype, fused: tuple[str, ...], device: torch.device) -> None:
     given = inputs(1, device=device, dtype=dtype, batch=3, channels=33, fused=fused)
-    other, truth = call(plain, given), call(plain, {name: u.double() for name, u in given.items()})
+    other = laws.plainly(call, plain, dict(given))
+    truth = call(plain, {name: u.double() for name, u in given.items()})
     before = given["h"].clone()
     got = call(kernel.selective_scan, given)
     for name, mine, theirs, right in zip(("y", "state"), got, other, truth, strict=True):
@@ -234,8 +235,8 @@ def test_a_mixer_in_pieces_is_the_plain_one(device: torch.device) -> None:
     fast, other = mixers_of(device)
     x = laws.draw(2, 9, 8, dtype=SINGLE).to(device)
     with torch.no_grad():
-        want = laws.named(*other(x))
-        truth = laws.named(*other.double()(x.double()))
+        want = laws.plainly(laws.outcome, other, x)
+        truth = laws.outcome(laws.twin(other, dtype=DOUBLE).to(device), x.double())
         for sizes in ([9], [3, 5, 1], [6, 1, 1, 1]):
             for inplace in (False, True):
                 got = laws.named(*laws.read_in_pieces(functools.partial(fast, inplace=inplace), x, sizes))
@@ -253,8 +254,8 @@ def test_a_mixers_gradients_are_the_plain_ones(device: torch.device) -> None:
     def gradients(mixer: Any, x: Tensor) -> list[Tensor]:
         return list(torch.autograd.grad(mixer(x)[0].square().sum(), list(mixer.parameters())))
 
-    got, plain = gradients(fast, x), gradients(other, x)
-    truth = gradients(other.double(), x.double())
+    got, plain = gradients(fast, x), laws.plainly(gradients, other, x)
+    truth = gradients(laws.twin(other, dtype=DOUBLE).to(device), x.double())
     for (name, _), *three in zip(fast.named_parameters(), got, plain, truth, strict=True):
         laws.assert_as_good_as_plain(name, *three)
 

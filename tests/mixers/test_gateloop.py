@@ -45,7 +45,7 @@ def test_after_5000_tokens_of_turning_with_a_long_memory_it_errs_no_more_than_th
     mixer = laws.build(GateLoopConfig(width=16))
     open_wide(mixer, 2.0)
     x_BTD = laws.tokens(mixer, 5_000, batch=1)
-    plain = laws.named(*laws.loop_of(mixer, torch.float32)(x_BTD))
+    plain = laws.plainly(laws.outcome, laws.loop_of(mixer, torch.float32), x_BTD)
     truth = laws.named(*laws.twin(mixer, dtype=torch.float64)(x_BTD.double()))
     for name, got in laws.named(*mixer(x_BTD)).items():
         laws.assert_as_good_as_plain(name, got, plain[name], truth[name])

@@ -82,7 +82,7 @@ def test_gradcheck_of_the_diagonal_scan(dtype: torch.dtype) -> None:
 def test_forgetting_everything_or_nothing_is_exact(a: float) -> None:
     decay = torch.full((B, 100, D), a)
     b, h = laws.draw(B, 100, D, dtype=torch.float32), laws.draw(B, D, dtype=torch.float32, seed=1)
-    plain, got = diagonal_scan_loop(decay, b, h), diagonal_scan(decay, b, h, chunk=8)
+    plain, got = laws.plainly(diagonal_scan_loop, decay, b, h), diagonal_scan(decay, b, h, chunk=8)
     truth = diagonal_scan_loop(decay.double(), b.double(), h.double())
     laws.assert_as_good_as_plain("states", got, plain, truth)
 
@@ -114,7 +114,7 @@ def test_selective_is_a_diagonal_scan_of_its_steps() -> None:
 @pytest.mark.parametrize("dt", [1e-4, 1.0, 100.0])
 def test_step_sizes_of_any_kind_are_sound_and_exact_in_fp32(dt: float) -> None:
     tensors = selective_inputs(100, dtype=torch.float32, dt=dt)
-    plain = results_and_gradients(selective_scan_loop, tensors)
+    plain = laws.plainly(results_and_gradients, selective_scan_loop, tensors)
     truth = results_and_gradients(selective_scan_loop, [t.double() for t in tensors])
     for i, got in enumerate(results_and_gradients(selective_scan, tensors, chunk=16)):
         assert got.isfinite().all()

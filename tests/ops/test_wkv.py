@@ -75,7 +75,7 @@ def test_gradcheck(function) -> None:
 def test_keys_of_any_size_are_sound_and_exact_in_fp32(start, scale: float) -> None:
     how = {"dtype": torch.float32}
     tensors = [*inputs(100, scale=scale, **how), *start(**how)]
-    plain = results_and_gradients(wkv_loop, tensors)
+    plain = laws.plainly(results_and_gradients, wkv_loop, tensors)
     truth = results_and_gradients(wkv_loop, [t.double() for t in tensors])
     for name, got, loop, true in zip(
         NAMES, results_and_gradients(chunked, tensors), plain, truth, strict=True
@@ -180,7 +180,7 @@ def test_it_is_linear_attention_that_asks_one_token_late_and_the_bonus() -> None
 @pytest.mark.parametrize("w", [None, -1e-9, -1.0, -50.0, -1e9])
 def test_however_fast_it_fades_halves_are_as_exact_as_the_loop(w: float | None) -> None:
     tensors = matrix_inputs(100, dtype=torch.float32, w=w)
-    plain = results_and_gradients(matrix_wkv_loop, tensors)
+    plain = laws.plainly(results_and_gradients, matrix_wkv_loop, tensors)
     truth = results_and_gradients(matrix_wkv_loop, [t.double() for t in tensors])
     got = results_and_gradients(matrix_wkv, tensors)
     for name, tensor, loop, true in zip(MATRIX_NAMES, got, plain, truth, strict=True):
