@@ -237,8 +237,8 @@ def view_of_more(state: Any, x_BTD: Tensor) -> Any:
 
 
 def coarse(y_BTD: Tensor, x_BTD: Tensor) -> Tensor:
-    """Three bits fewer than the dtype has."""
-    unit = 8 * torch.finfo(y_BTD.dtype).eps * y_BTD.abs().max()
+    """Six bits fewer than the dtype has."""
+    unit = 64 * torch.finfo(y_BTD.dtype).eps * y_BTD.abs().max()
     return (y_BTD / unit).round() * unit
 
 
@@ -331,6 +331,11 @@ FAULTS: list[tuple[str, str, Callable[[], Mixer]]] = [
 ]  # fmt: skip
 
 
+ROOM = 4
+"""How much wider bounds are here. Where plain PyTorch errs more they are wider, and a fault that only just
+exceeds them, as one of 4 units does where 2 + 2 times 0.7 are earned, would be missed on that processor."""
+
+
 @pytest.mark.parametrize(
     ("law", "make"),
     [
@@ -338,7 +343,12 @@ FAULTS: list[tuple[str, str, Callable[[], Mixer]]] = [
         for law, fault, make in FAULTS
     ],
 )
-def test_a_planted_fault_is_found(law: str, make: Callable[[], Mixer]) -> None:
+def test_a_planted_fault_is_found(
+    law: str, make: Callable[[], Mixer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    earned = laws.earned
+    monkeypatch.setattr(laws, "earned", lambda *args: (ROOM * bound for bound in earned(*args)))
+    monkeypatch.setattr(laws, "SPREAD", ROOM * laws.SPREAD)
     with pytest.raises(AssertionError) as caught:
         laws.LAWS[law](make())
     # by the law's own judgement, and not by an assertion of torch's that it ran into
