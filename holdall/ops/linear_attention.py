@@ -104,17 +104,35 @@ def elu_plus_one(x: Float[Tensor, "*b k"]) -> Float[Tensor, "*b k"]:
     return F.relu(x) + x.clamp(max=0).exp()
 
 
+def identity_features(x: Float[Tensor, "*b k"]) -> Float[Tensor, "*b k"]:
+    return x
+
+
+def square_features(x: Float[Tensor, "*b k"]) -> Float[Tensor, "*b k"]:
+    return x.square() * math.sqrt(0.5)
+
+
+def as_many(dim: int) -> int:
+    """How many features a map has that works on each dimension by itself."""
+    return dim
+
+
+def pairs_of(dim: int) -> int:
+    return dim * (dim + 1) // 2
+
+
+def taylor_size(dim: int) -> int:
+    return 1 + dim + pairs_of(dim)
+
+
+# functions with a name, so that a mixer that holds one can be pickled
 FEATURE_MAPS = {
-    "identity": FeatureMap(features=lambda x: x, size=lambda dim: dim),
-    "relu": FeatureMap(features=F.relu, size=lambda dim: dim),
-    "square": FeatureMap(features=lambda x: x.square() * math.sqrt(0.5), size=lambda dim: dim),
-    "elu1": FeatureMap(features=elu_plus_one, size=lambda dim: dim),
-    "quadratic": FeatureMap(
-        features=quadratic_features, scores=quadratic_scores, size=lambda dim: dim * (dim + 1) // 2
-    ),
-    "taylor": FeatureMap(
-        features=taylor_features, scores=taylor_scores, size=lambda dim: 1 + dim + dim * (dim + 1) // 2
-    ),
+    "identity": FeatureMap(features=identity_features, size=as_many),
+    "relu": FeatureMap(features=F.relu, size=as_many),
+    "square": FeatureMap(features=square_features, size=as_many),
+    "elu1": FeatureMap(features=elu_plus_one, size=as_many),
+    "quadratic": FeatureMap(features=quadratic_features, scores=quadratic_scores, size=pairs_of),
+    "taylor": FeatureMap(features=taylor_features, scores=taylor_scores, size=taylor_size),
 }
 """Parameter-free maps by name."""
 
