@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import textwrap
 import types
@@ -22,12 +23,13 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, Union
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, Union
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.utils.stateless import _reparametrize_module
 
 from holdall import files, forms
 
@@ -232,6 +234,7 @@ class Mixer(nn.Module):
     Attributes:
         config: the config that built it.
         form: the form that runs, resolved when the mixer is built and when it moves.
+        owner: what errors call it.
     """
 
     state_type: ClassVar[type[State]]
@@ -243,10 +246,18 @@ class Mixer(nn.Module):
     reads_tokens: ClassVar[bool] = False
     """Whether `forward` also takes the tokens' ids, as the keyword argument `tokens_BT`."""
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Every mixer's `forward`, whoever wrote it, is called through the one check at the border."""
+        super().__init_subclass__(**options)
+        if "forward" in vars(cls):
+            cls.forward = _checked(vars(cls)["forward"])  # type: ignore[method-assign]
+
     def __init__(self, config: MixerConfig) -> None:
         super().__init__()
         self.config = config
         self.form = config.resolved_form(torch.get_default_device(), torch.get_default_dtype())
+        self.owner = f"{config.name} of width {config.width}"
+        self._state_fields: dict[torch.dtype, tuple[Field, ...]] = {}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mixer:
         """Behind `to`, `cuda`, `half` and the like: another device may run another form."""
@@ -260,7 +271,11 @@ class Mixer(nn.Module):
     def forward(
         self, x_BTD: Tensor, state: Any = None, *, inplace: bool = False, want_state: bool = True
     ) -> tuple[Tensor, Any]:
-        """Read T >= 1 more tokens.
+        """Read T >= 1 more tokens of any number of rows, none included.
+
+        What does not fit together is refused by name (ValueError): no tokens, another width, and a state of
+        other rows, sizes, dtype, device or kind. Under `torch.autocast` a mixer computes what it computes in
+        that dtype, on copies of its weights; what it keeps wide stays wide.
 
         Args:
             x_BTD: the tokens' activations.
@@ -281,8 +296,162 @@ class Mixer(nn.Module):
     def state_elements(self, context_len: int) -> int:
         """Elements of all tensors in one row's state after `context_len` tokens."""
 
+    def state_fields(self, dtype: torch.dtype) -> tuple[Field, ...]:
+        """What `init_state` makes beside activations of `dtype`, as the check at the border needs it."""
+        fields = self._state_fields.get(dtype)
+        if fields is None:
+            start = self.init_state(1, dtype=dtype, device=torch.device("meta"))
+            grows = self.state_elements(1) > self.state_elements(0)
+            fields = self._state_fields[dtype] = fields_of(start, grows)
+        return fields
+
     def extra_repr(self) -> str:
         return f"form={self.form}"
+
+
+class StateError(ValueError):
+    """A state that is not of the rows, sizes, dtype, device or kind that a mixer carries."""
+
+
+class Field(NamedTuple):
+    """One tensor of a state, whatever its rows: `sizes` begins with its second dimension, or with its third
+    where the second is `time` and grows."""
+
+    name: str
+    time: bool
+    sizes: tuple[int, ...]
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"({', '.join(('rows', *['time'] * self.time, *map(str, self.sizes)))})"
+
+
+def fields_of(start: State, grows: bool) -> tuple[Field, ...]:
+    """The fields of a state in which nothing was read: where time grows, the second dimension is empty.
+
+    So it may be where it never grows, as of a convolution that is switched off: `grows` says whether the
+    state has more elements after a token. What has no elements either way, a count of tokens, always may.
+    """
+    fields = []
+    for name, tensor in zip(type(start)._fields, start, strict=True):  # type: ignore[attr-defined]
+        time = tensor.ndim > 1 and tensor.shape[1] == 0 and (grows or 0 in tensor.shape[2:])
+        fields.append(Field(name, time, tuple(tensor.shape[1 + time :]), tensor.dtype))
+    return tuple(fields)
+
+
+def misfit(
+    state: Any,
+    kind: type[tuple],
+    fields: tuple[Field, ...],
+    owner: str,
+    *,
+    rows: int | None = None,
+    device: torch.device | None = None,
+    layer: str = "",
+) -> str:
+    """Why a state is none that `owner` carries; empty if it is one.
+
+    Shapes, dtypes and devices alone are compared, which costs a few microseconds and never waits for a
+    device. Without `rows`, all fields must have the same. Without `device`, as for a state from a file, it is
+    anywhere and beside activations of any dtype.
+    """
+    if not isinstance(state, kind):
+        return f"the state{layer} is a {type(state).__name__}, where {owner} needs a {kind.__name__}"
+    for found, field in zip(state, fields, strict=True):
+        name, time, sizes, dtype = field
+        if not isinstance(found, Tensor):
+            return f"{name}{layer} is a {type(found).__name__}, where {owner} needs a tensor"
+        shape = found.shape
+        if len(shape) != 1 + time + len(sizes) or shape[1 + time :] != sizes:
+            return f"{name}{layer} has shape {tuple(shape)}, where {owner} needs {field}"
+        if rows is None:
+            rows = shape[0]
+        if shape[0] != rows:
+            return f"{name}{layer} has shape {tuple(shape)}, where {owner} needs {rows} rows"
+        if device is None:
+            if found.is_floating_point() != dtype.is_floating_point:
+                return f"{name}{layer} is {found.dtype}, where {owner} needs {dtype}"
+        elif found.dtype != dtype:
+            return f"{name}{layer} is {found.dtype}, where {owner} needs {dtype}"
+        elif found.device != device:
+            return f"{name}{layer} is on {found.device}, where {owner} is on {device}"
+    return ""
+
+
+def _checked(forward: Callable[..., tuple[Tensor, Any]]) -> Callable[..., tuple[Tensor, Any]]:
+    """A mixer's forward behind its border."""
+
+    @functools.wraps(forward)
+    def checked(self: Mixer, x_BTD: Tensor, state: Any = None, **how: Any) -> tuple[Tensor, Any]:
+        _check_border(self, x_BTD, state, how.get("tokens_BT"))
+        run, device = forward, x_BTD.device.type
+        if device != "meta" and torch.is_autocast_enabled(device):
+            run = functools.partial(_beside_autocast, forward)
+        if x_BTD.shape[0] == 0:
+            return _no_rows(run, self, x_BTD, state, **how)
+        return run(self, x_BTD, state, **how)
+
+    return checked
+
+
+def _check_border(mixer: Mixer, x_BTD: Tensor, state: Any, tokens_BT: Tensor | None) -> None:
+    """Refuse with ValueError what a mixer would otherwise broadcast, or fail on somewhere inside."""
+    name, width, shape = mixer.config.name, mixer.config.width, x_BTD.shape
+    if len(shape) != 3 or shape[2] != width:
+        raise ValueError(f"x_BTD has shape {tuple(shape)}, where {name} needs (rows, tokens, width {width})")
+    if shape[1] == 0:
+        raise ValueError(f"{name} needs at least one token, and x_BTD has shape {tuple(shape)}")
+    if tokens_BT is not None and tokens_BT.shape != shape[:2]:
+        raise ValueError(
+            f"tokens_BT has shape {tuple(tokens_BT.shape)}, where {name} needs {tuple(shape[:2])}, as x_BTD"
+        )
+    if state is not None:
+        kind, fields = mixer.state_type, mixer.state_fields(x_BTD.dtype)
+        if why := misfit(state, kind, fields, mixer.owner, rows=shape[0], device=x_BTD.device):
+            raise StateError(why)
+
+
+def _no_rows(
+    forward: Callable[..., tuple[Tensor, Any]], mixer: Mixer, x_BTD: Tensor, state: Any, **how: Any
+) -> tuple[Tensor, Any]:
+    """No rows in, no rows out: what comes of one row of zeros, without that row."""
+
+    def one_row(tensor: Tensor) -> Tensor:
+        return torch.cat((tensor, tensor.new_zeros(1, *tensor.shape[1:])))
+
+    how = {key: one_row(value) if isinstance(value, Tensor) else value for key, value in how.items()}
+    start = None if state is None else map_state(state, one_row)
+    y_BTD, after = forward(mixer, one_row(x_BTD), start, **how)
+    return y_BTD[:0].clone(), None if after is None else map_state(after, lambda tensor: tensor[:0].clone())
+
+
+def _beside_autocast(
+    forward: Callable[..., tuple[Tensor, Any]], mixer: Mixer, x_BTD: Tensor, state: Any, **how: Any
+) -> tuple[Tensor, Any]:
+    """Under autocast: what the mixer computes in autocast's dtype, from copies of its weights in it.
+
+    Autocast itself would take every product to that dtype, those of a recurrence with its wide state too; so
+    within it is off, and what a mixer keeps wide in that dtype stays wide. Outputs have autocast's dtype, as
+    a linear layer's have; states have those that they have beside x without autocast, so that they continue
+    in and out of it. As in autocast itself, fp64 stays.
+    """
+    device = x_BTD.device.type
+    dtype = x_BTD.dtype if x_BTD.dtype == torch.float64 else torch.get_autocast_dtype(device)
+
+    def copied(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+
+    def beside(dtype: torch.dtype, state: Any) -> Any:
+        fields = mixer.state_fields(dtype)
+        return type(state)(*(tensor.to(field.dtype) for tensor, field in zip(state, fields, strict=True)))
+
+    own = {**dict(mixer.named_parameters()), **dict(mixer.named_buffers())}
+    copies = {name: copied(tensor) for name, tensor in own.items()}
+    start = None if state is None else beside(dtype, state)
+    # functional_call would call the mixer's hooks once more
+    with torch.autocast(device, enabled=False), _reparametrize_module(mixer, copies):
+        y_BTD, after = forward(mixer, x_BTD.to(dtype), start, **how)
+    return y_BTD, None if after is None else beside(x_BTD.dtype, after)
 
 
 def recurrent_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -292,6 +461,16 @@ def recurrent_dtype(dtype: torch.dtype) -> torch.dtype:
     every term below 1/256 of the sum.
     """
     return torch.promote_types(dtype, torch.float32)
+
+
+def readout_dtype(form: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the values, and so of what is read out of a recurrence, where a norm follows.
+
+    A readout can be thousands of times larger than what the norm makes of it: in fp16, beyond the largest
+    number. So it is narrowed after the norm. A kernel multiplies in the dtype of the activations, which does
+    as well in bf16 with the exponents of fp32.
+    """
+    return dtype if form == "kernel" and dtype != torch.float16 else recurrent_dtype(dtype)
 
 
 # --------------------------------------------------------------------------------------------- registry
@@ -413,6 +592,39 @@ def registered() -> list[str]:
 # ---------------------------------------------------------------------------------------- states as values
 
 
+class Position(NamedTuple):
+    """How many tokens a row has read: what a model with learned positions carries beside its mixers' states.
+
+    `seen_B` counts them where they are needed, on the device. To refuse what lies beyond the last position,
+    the host has to know too, without waiting for the device: it reads the length of `read_BT0`, a tensor with
+    no elements, which grows as a cache of keys does and is as long as the longest row.
+    """
+
+    seen_B: Tensor
+    read_BT0: Tensor
+
+
+def none_read(batch: int, device: torch.device | None = None) -> Position:
+    """The counts of rows that have read nothing."""
+    seen_B = torch.zeros(batch, dtype=torch.long, device=device)
+    return Position(seen_B, seen_B.new_zeros(batch, 0, 0))
+
+
+def count_on(position: Position, new: int, limit: int, limited: str) -> Position:
+    """The counts after `new` more tokens; more than `limit` in a row are refused with ValueError.
+
+    A row that was longer than the others may have been taken out since. So only where the limit seems to be
+    passed are the rows' own counts asked for, which waits for the device.
+    """
+    seen_B, read_BT0 = position
+    total = read_BT0.shape[1] + new
+    if total > limit and read_BT0.shape[1] and len(seen_B):
+        total = int(seen_B.max()) + new
+    if total > limit:
+        raise ValueError(f"{total} tokens, {new} of them new, but {limited}")
+    return Position(seen_B + new, seen_B.new_zeros(len(seen_B), total, 0))
+
+
 S = TypeVar("S", bound=State)
 
 
@@ -421,18 +633,46 @@ def map_state(state: S, function: Callable[[Tensor], Tensor]) -> S:
     return type(state)(*map(function, state))
 
 
-def select_rows(state: S, rows: Sequence[int] | Tensor) -> S:
-    """The state of some batch rows, copied; rows may repeat (one prompt read once, continued often)."""
-    index = torch.as_tensor(rows, dtype=torch.long)
+def select_rows(state: S, rows: Sequence[int] | Sequence[bool] | Tensor) -> S:
+    """The state of some batch rows, copied; rows may repeat (one prompt read once, continued often).
+
+    Rows are chosen as a tensor's are: by number, from the end if negative, or by a mask that says of each
+    whether it stays. Rows that are on a GPU are waited for.
+    """
+    index, count = _row_numbers(rows, state[0].shape[0]), state[0].shape[0]
+    if index.numel() and not -count <= int(index.min()) <= int(index.max()) < count:
+        raise ValueError(f"rows {index.tolist()} of a state that has {count} rows, numbered from 0")
+    index = torch.where(index < 0, index + count, index)
     return map_state(state, lambda tensor: tensor.index_select(0, index.to(tensor.device)))
+
+
+def _row_numbers(rows: Sequence[int] | Sequence[bool] | Tensor, count: int) -> Tensor:
+    index = torch.as_tensor(rows)
+    if index.ndim != 1 or (index.numel() and (index.is_floating_point() or index.is_complex())):
+        raise ValueError(f"rows are a list of numbers or a mask, not {rows!r}")
+    if index.dtype != torch.bool:
+        return index.long()
+    if len(index) != count:
+        raise ValueError(f"a mask of {len(index)} rows for a state that has {count}")
+    return index.nonzero()[:, 0]
 
 
 def join_rows(states: Sequence[S]) -> S:
     """One state of the rows of several, in order: how requests of different lengths become one batch.
 
     A tensor that grows with the context has time as its second dimension, newest last; shorter ones get
-    zeros in front, which every mixer that carries such a tensor must take for "nothing was there".
+    zeros in front, which every mixer that carries such a tensor must take for "nothing was there". States of
+    different kinds are refused.
     """
+    if not states:
+        raise ValueError("there is no state to join")
+    first = states[0]
+    for number, state in enumerate(states):
+        # but for time; a state of another number of slots that are not time is refused where it is read
+        fields = [Field(name, tensor.ndim > 1, tuple(tensor.shape[2:]), tensor.dtype)
+                  for name, tensor in zip(type(first)._fields, first, strict=True)]  # type: ignore[attr-defined]  # fmt: skip
+        if why := misfit(state, type(first), tuple(fields), "the first", device=first[0].device):
+            raise StateError(f"state {number} cannot be joined with the first: {why}")
     joined = []
     for tensors in zip(*states, strict=True):
         longest = max(tensor.shape[1] if tensor.ndim > 1 else 0 for tensor in tensors)
@@ -440,7 +680,7 @@ def join_rows(states: Sequence[S]) -> S:
                   if tensor.ndim > 1 else None for tensor in tensors]  # fmt: skip
         joined.append(torch.cat([tensor if front is None else torch.cat((front, tensor), dim=1)
                                  for front, tensor in zip(fronts, tensors, strict=True)]))  # fmt: skip
-    return type(states[0])(*joined)
+    return type(first)(*joined)
 
 
 def elements_per_row(state: State) -> int:
@@ -453,6 +693,9 @@ def bytes_per_row(state: State) -> int:
     return sum(tensor[0].numel() * tensor.element_size() for tensor in state)
 
 
+POSITION_FIELDS = fields_of(none_read(1, torch.device("meta")), True)
+
+
 def save_states(states: Sequence[State], path: Path) -> None:
     """Write the states of a stack of mixers, one per layer, to a safetensors file."""
     tensors = {
@@ -463,22 +706,10 @@ def save_states(states: Sequence[State], path: Path) -> None:
     save_file(tensors, path, metadata={"format": STATE_FORMAT})
 
 
-def _check_fits(path: Path, layer: int, state: State, mixer: Mixer) -> None:
-    """Refuse a state of other sizes than the mixer's; time, where it grows, may have any length."""
-    own_state = mixer.init_state(1, dtype=torch.float32)
-    for field, found, own in zip(type(state)._fields, state, own_state, strict=True):  # type: ignore[attr-defined]
-        grows = own.ndim > 1 and own.shape[1] == 0
-        sizes, wanted = (tuple(tensor.shape[2 if grows else 1 :]) for tensor in (found, own))
-        if sizes != wanted or found.is_floating_point() != own.is_floating_point():
-            needs = f"(rows, {'time, ' * grows}{str(wanted)[1:]}"
-            raise ValueError(
-                f"{path}: {field} of layer {layer} has shape {tuple(found.shape)}, where {mixer.config.name} "
-                f"of width {mixer.config.width} needs {needs}"
-            )
-
-
 def load_states(path: Path, mixers: Sequence[Mixer]) -> list[State]:
     """Read what `save_states` wrote, for the mixers of the same stack.
+
+    A model's states end with the `Position` of its learned positions, if it has some: so do these.
 
     Raises ValueError naming the first layer whose state is not of the kind that its mixer carries.
     """
@@ -486,15 +717,18 @@ def load_states(path: Path, mixers: Sequence[Mixer]) -> list[State]:
         if (file.metadata() or {}).get("format") != STATE_FORMAT:
             raise ValueError(f"{path} is not a state file of Holdall ({STATE_FORMAT})")
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    kinds = [(mixer.state_type, mixer.state_fields(torch.float32), mixer.owner) for mixer in mixers]
+    if any(name.startswith(f"{len(mixers)}.{Position.__name__}.") for name in tensors):
+        kinds.append((Position, POSITION_FIELDS, "a model with learned positions"))
     states: list[State] = []
-    for layer, mixer in enumerate(mixers):
-        kind = mixer.state_type
-        fields = [f"{layer}.{kind.__name__}.{field}" for field in kind._fields]  # type: ignore[attr-defined]
-        if any(name not in tensors for name in fields):
+    for layer, (kind, fields, owner) in enumerate(kinds):
+        names = [f"{layer}.{kind.__name__}.{field.name}" for field in fields]
+        if any(name not in tensors for name in names):
             found = sorted(name for name in tensors if name.startswith(f"{layer}."))
-            raise ValueError(f"{path}: layer {layer} needs {fields} but the file holds {found}")
-        state = kind(*(tensors.pop(name) for name in fields))
-        _check_fits(path, layer, state, mixer)
+            raise ValueError(f"{path}: layer {layer} needs {names} but the file holds {found}")
+        state = kind(*(tensors.pop(name) for name in names))
+        if why := misfit(state, kind, fields, owner, layer=f" of layer {layer}"):
+            raise StateError(f"{path}: {why}")
         states.append(state)
     if tensors:
         raise ValueError(f"{path} holds states of more than {len(mixers)} layers: {sorted(tensors)}")

@@ -14,14 +14,26 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdall import forms
-from holdall.contract import Config, Mixer, MixerConfig, State, bytes_per_row
+from holdall.contract import (
+    POSITION_FIELDS,
+    Config,
+    Mixer,
+    MixerConfig,
+    Position,
+    State,
+    StateError,
+    bytes_per_row,
+    count_on,
+    misfit,
+    none_read,
+)
 from holdall.kernels import fold, unfold
 from holdall.ops import cross_entropy
 
@@ -99,12 +111,6 @@ def repeatable(device: torch.device) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before)
         settings.fill_uninitialized_memory = fill
-
-
-class Position(NamedTuple):
-    """How many tokens a row has read; carried by models with learned positions."""
-
-    seen_B: Tensor
 
 
 class MLP(nn.Module):
@@ -275,31 +281,55 @@ class Model(nn.Module):
             run: what calls a block, with the block and its arguments: training may have its own way.
 
         Returns:
-            h_BTD or h_BQD, and the states, one per layer (and one more of learned positions).
+            h_BTD or h_BQD, and the states, one per layer (and one more of learned positions). Tokens beyond
+            the last learned position, and states of another model or of other rows, are refused (ValueError).
         """
+        self._check_states(tokens_BT, states)
         r = self.embed(tokens_BT)
         after: list[State] = []
         position: Position | None = None
         if self.position_embed is not None:
-            position = Position(tokens_BT.new_zeros(tokens_BT.shape[0])) if states is None else states[-1]  # type: ignore[assignment]
-            assert position is not None
-            if states is None and tokens_BT.shape[1] > self.config.positions:
-                length, positions = tokens_BT.shape[1], self.config.positions
-                raise ValueError(f"{length} tokens, but the model has {positions} learned positions")
-            index_BT = position.seen_B[:, None] + torch.arange(tokens_BT.shape[1], device=r.device)
+            start = none_read(len(tokens_BT), r.device) if states is None else states[-1]
+            positions = self.config.positions
+            assert isinstance(start, Position)
+            position = count_on(
+                start, tokens_BT.shape[1], positions, f"the model has {positions} learned positions"
+            )
+            index_BT = start.seen_B[:, None] + torch.arange(tokens_BT.shape[1], device=r.device)
             r = r + self.position_embed(index_BT)
         for depth, block in enumerate(self.blocks):
             before = None if states is None else states[depth]
             at = at_BQ if depth == len(self.blocks) - 1 else None
-            r, state = run(
-                block, r, before, tokens_BT=tokens_BT, at_BQ=at, inplace=inplace, want_state=want_states
-            )
+            try:
+                r, state = run(
+                    block, r, before, tokens_BT=tokens_BT, at_BQ=at, inplace=inplace, want_state=want_states
+                )
+            except StateError as error:
+                raise StateError(f"layer {depth}: {error}") from None
             if want_states:
                 assert state is not None
                 after.append(state)
         if position is not None:
-            after.append(Position(position.seen_B + tokens_BT.shape[1]))
+            after.append(position)
         return self.norm(r), after if want_states else None
+
+    def _check_states(self, tokens_BT: Tensor, states: Sequence[State] | None) -> None:
+        """Refuse with ValueError tokens and states that are not of this model; mixers check their own."""
+        shape, layers = tuple(tokens_BT.shape), len(self.blocks)
+        if len(shape) != 2 or not shape[1]:
+            raise ValueError(f"tokens_BT has shape {shape}, where a model needs rows of at least one token")
+        if states is None:
+            return
+        owner = f"a model of {layers} layers"
+        with_positions = self.position_embed is not None
+        if with_positions:
+            owner += " and learned positions"
+        if len(states) != layers + with_positions:
+            raise StateError(f"{owner} needs {layers + with_positions} states, not {len(states)}")
+        if with_positions:
+            device = tokens_BT.device
+            if why := misfit(states[-1], Position, POSITION_FIELDS, owner, rows=shape[0], device=device):
+                raise StateError(why)
 
     def forward(
         self, tokens_BT: Tensor, states: Sequence[State] | None = None, **options: Any

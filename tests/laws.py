@@ -30,7 +30,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -45,6 +45,7 @@ from holdall.contract import (
     Mixer,
     MixerConfig,
     State,
+    StateError,
     did_you_mean,
     elements_per_row,
     join_rows,
@@ -158,7 +159,10 @@ def read_in_pieces(
     ys = []
     # whole tokens are handed on as they are: they may be a leaf, of which torch.compile is fond
     for piece in x_BTD.split(list(sizes), dim=1) if len(sizes) > 1 else [x_BTD]:
-        y_BTD, state = mixer(piece, state)
+        try:
+            y_BTD, state = mixer(piece, state)
+        except StateError as error:
+            raise AssertionError(f"what the mixer returned is no state of it: {error}") from error
         ys.append(y_BTD)
     return torch.cat(ys, dim=1), state
 
@@ -648,6 +652,112 @@ def law_saved(mixer: Mixer, lengths: Sequence[int] = (1, 65), batches: Sequence[
 
 
 @torch.no_grad()
+def law_state_border(mixer: Mixer) -> None:
+    """A state of other rows, sizes, dtype or kind is refused by name, and never broadcast or cast.
+
+    So are no tokens and tokens of another width. No rows are no rows of output and of state.
+    """
+    x_BTD = tokens(mixer, 5, batch=3)
+    _, state = mixer(x_BTD)
+    start = mixer.init_state(1, dtype=x_BTD.dtype)
+    wrong = {
+        "3 rows for 1 of tokens": (x_BTD[:1], state),
+        "1 row for 3 of tokens": (x_BTD, select_rows(state, [0])),
+        "no rows for 3 of tokens": (x_BTD, select_rows(state, [])),
+        "a tuple": (x_BTD, tuple(state)),
+        "a tuple that lacks the last field": (x_BTD, tuple(state)[:-1]),
+        "another kind": (x_BTD, KeyValuePair(*(state * 2)[:2])),
+        "no tokens": (x_BTD[:, :0], state),
+        "another width": (x_BTD[..., :-1], state),
+        "no time": (x_BTD[:, 0], state),
+    }
+    grows = mixer.state_elements(5) > mixer.state_elements(0)
+    for field, tensor in state._asdict().items():  # type: ignore[attr-defined]
+        own = getattr(start, field)
+        others = {
+            "1 row": tensor[:1],
+            "another dimension": tensor[None].expand(3, *tensor.shape),
+            "another dtype": tensor.to({DOUBLE: SINGLE, torch.long: torch.int}.get(tensor.dtype, DOUBLE)),
+        }
+        first = 2 if own.ndim > 1 and own.shape[1] == 0 and (grows or 0 in own.shape[2:]) else 1
+        for dim in range(first, tensor.ndim):
+            for length in {0, 1, tensor.shape[dim] + 1} - {tensor.shape[dim]}:
+                shape = [*tensor.shape[:dim], length, *tensor.shape[dim + 1 :]]
+                others[f"shape {shape}"] = tensor.new_zeros(shape)
+        for what, other in others.items():
+            wrong[f"{field} of {what}"] = x_BTD, state._replace(**{field: other})  # type: ignore[attr-defined]
+    for what, (u_BTD, other) in wrong.items():
+        try:
+            mixer(u_BTD, other)
+            said = "nothing: it is taken"
+        except ValueError as error:
+            said = str(error)
+        except Exception as error:
+            raise AssertionError(f"{what} ends in {type(error).__name__}: {error}") from error
+        assert mixer.config.name in said, f"{what}, which should be refused by the mixer's name: {said}"
+    for before in (None, select_rows(state, [])):
+        y_BTD, after = mixer(x_BTD[:0], before)
+        assert y_BTD.shape == x_BTD[:0].shape, f"no rows give outputs of {tuple(y_BTD.shape)}"
+        assert all(len(tensor) == 0 for tensor in after), "no rows give rows of state"
+
+
+class KeyValuePair(NamedTuple):
+    """A state that no mixer has."""
+
+    k_BK: Tensor
+    v_BV: Tensor
+
+
+def law_autocast(mixer: Mixer, sizes: Sequence[int] = (1, 20, 13)) -> None:
+    """Under autocast a mixer errs as in that dtype, in pieces too; gradients have their parameters' dtypes.
+
+    States are as wide as `init_state` has them beside the same tokens.
+    """
+    x_BTD = tokens(mixer, sum(sizes)).requires_grad_()
+    start = mixer.init_state(len(x_BTD), dtype=x_BTD.dtype)
+    for dtype in (torch.bfloat16, torch.float16):
+        try:
+            with torch.autocast(x_BTD.device.type, dtype):
+                whole, pieces = mixer(x_BTD), read_in_pieces(mixer, x_BTD, sizes)
+            ends = [y for y in (whole[0], *whole[1]) if y.requires_grad]
+            grads = torch.autograd.grad([y.float().square().mean() for y in ends], list(mixer.parameters()),
+                                        allow_unused=True)  # fmt: skip
+        except RuntimeError as error:
+            raise AssertionError(f"under autocast to {dtype}: {error}") from error
+        for field, first, now in zip(type(start)._fields, start, whole[1], strict=True):  # type: ignore[attr-defined]
+            assert now.dtype == first.dtype, f"state.{field} is {now.dtype} under autocast, not {first.dtype}"
+        for (name, parameter), grad in zip(mixer.named_parameters(), grads, strict=True):
+            good = grad is None or (grad.dtype == parameter.dtype and grad.isfinite().all())
+            assert good, f"gradient of {name} under autocast is {grad.dtype}, or not finite"
+        with torch.no_grad():
+            plain = named(*loop_of(mixer, dtype)(x_BTD.to(dtype)))
+            truth = named(*loop_of(mixer, torch.float64)(x_BTD.double()))
+            rounding = Rounding(twin(mixer, dtype=dtype), x_BTD.to(dtype))
+            got, cut = (
+                {n: t.to(plain[n].dtype) for n, t in named(*ends).items()} for ends in (whole, pieces)
+            )
+            for part, tensor in plain.items():
+                assert_as_good_as_plain(f"under autocast, {part}", got[part], tensor, truth[part])
+            if "splits" not in mixer.refusals:
+                rounding.check("in pieces under autocast", cut, got)
+
+
+@torch.no_grad()
+def law_fp16(mixer: Mixer, length: int = 60, scales: Sequence[float] = (40.0, 200.0)) -> None:
+    """In fp16 nothing overflows on the way to outputs that fp32 has moderate, in the loop neither.
+
+    All tokens are large, or the first one alone, which a recurrence then remembers beside the small ones.
+    """
+    small = copy.deepcopy(mixer).to(torch.float16)
+    full, x_BTD = twin(small, dtype=SINGLE), tokens(small, length, batch=1)
+    for each, scale in itertools.product((small, loop_of(small, torch.float16)), scales):
+        for large_BTD in (scale * x_BTD, torch.cat((scale * x_BTD[:, :1], x_BTD[:, 1:] / 10), dim=1)):
+            if size(full(large_BTD.float())[0]) < 1000:
+                for name, tensor in named(*each(large_BTD)).items():
+                    assert tensor.isfinite().all(), f"{name} is not finite in fp16, for tokens of {scale:g}"
+
+
+@torch.no_grad()
 def law_bf16(mixer: Mixer, lengths: Sequence[int] = (1, 65)) -> None:
     """In bf16 a mixer errs at most twice as much as its loop in bf16, both against the loop in fp64."""
     small = copy.deepcopy(mixer).to(torch.bfloat16)
@@ -762,8 +872,9 @@ def test_law_state_dtype(case: Case, dtype: torch.dtype) -> None:
     hold(case.mixer(dtype), law_state_dtype)
 
 
-def test_law_bf16(case: Case) -> None:
-    hold(case.mixer(SINGLE), law_bf16)
+@pytest.mark.parametrize("law", ["bf16", "autocast", "fp16", "state_border"])
+def test_law_in_fp32(case: Case, law: str) -> None:
+    hold(case.mixer(SINGLE), LAWS[law])
 
 
 def test_law_sound(case: Case) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+import pickle
 import subprocess
 import sys
 import time
@@ -321,6 +323,39 @@ def test_rows_are_joined_with_zeros_in_front_of_the_shorter() -> None:
     assert joined.seen_B.tolist() == [1, 3, 3]
 
 
+def test_rows_are_selected_by_a_mask_or_from_the_end_as_those_of_a_tensor() -> None:
+    state = Grows(torch.arange(6.0).view(3, 1, 2), torch.tensor([5, 6, 7]))
+    for rows in ([True, False, True], torch.tensor([True, False, True]), [0, 2], [-3, -1]):
+        assert select_rows(state, rows).seen_B.tolist() == [5, 7], rows
+    for rows in ([], [False] * 3, torch.tensor([], dtype=torch.long)):
+        assert select_rows(state, rows).past_BPD.shape == (0, 1, 2), rows
+    wrong = ([[0, 1]], [0.0, 1.0], 1)
+    for rows in ([3], [-4], [True, False], *map(torch.tensor, wrong)):
+        with pytest.raises(ValueError, match=r"rows|mask"):
+            select_rows(state, rows)
+
+
+def test_states_of_different_kinds_are_not_joined() -> None:
+    one, two = grown(1), grown(3)
+    other = KeyValues(*two)
+    for wrong in (
+        other,
+        two._replace(past_BPD=two.past_BPD.double()),
+        two._replace(past_BPD=two.past_BPD[..., :1]),
+        two._replace(seen_B=two.seen_B.repeat(2)),
+        tuple(two),
+    ):
+        with pytest.raises(ValueError, match="state 1 cannot be joined with the first"):
+            join_rows([one, wrong])
+    with pytest.raises(ValueError, match="no state to join"):
+        join_rows([])
+
+
+class KeyValues(NamedTuple):
+    past_BPD: Tensor
+    seen_B: Tensor
+
+
 def test_elements_and_bytes_are_of_one_row() -> None:
     assert elements_per_row(grown(3, 3)) == 7
     assert bytes_per_row(grown(3, 3)) == 6 * 4 + 8
@@ -361,6 +396,55 @@ def test_a_file_that_is_no_state_is_refused_by_name(tmp_path: Path) -> None:
     save_file({"w": torch.zeros(1)}, file)
     with pytest.raises(ValueError, match=r"weights\.safetensors is not a state file of Holdall"):
         load_states(file, [])
+
+
+# --------------------------------------------------------------------------------------- mixers as objects
+
+
+@pytest.mark.parametrize("name", holdall.names())
+def test_every_mixer_is_pickled_and_copied(name: str) -> None:
+    entry = holdall.describe(name)
+    for options in entry.config.variants:
+        mixer = entry.configure(width=16, **options).build()
+        x_BTD = torch.ones(2, 3, 16)
+        ids = {"tokens_BT": torch.zeros(2, 3, dtype=torch.long)} if mixer.reads_tokens else {}
+        with torch.no_grad():
+            want = mixer(x_BTD, **ids)
+            for other in (pickle.loads(pickle.dumps(mixer)), copy.deepcopy(mixer)):
+                y_BTD, state = other(x_BTD, pickle.loads(pickle.dumps(want[1])), **ids)
+                assert torch.equal(y_BTD, mixer(x_BTD, want[1], **ids)[0]), options
+                assert type(state) is type(want[1])
+
+
+def test_autocast_calls_hooks_once_and_leaves_fp64_as_it_is() -> None:
+    mixer, calls = holdall.build("gla", width=16), []
+    mixer.register_forward_hook(lambda *_: calls.append(1))
+    x_BTD = torch.ones(2, 3, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        y_BTD, _ = mixer(x_BTD)
+        wide_BTD, state = mixer.double()(x_BTD.double())
+    assert len(calls) == 2
+    assert (y_BTD.dtype, wide_BTD.dtype) == (torch.bfloat16, torch.float64)
+    assert torch.equal(wide_BTD, mixer(x_BTD.double())[0])
+    assert all(tensor.dtype == torch.float64 for tensor in state)
+
+
+def test_a_state_is_the_same_kind_in_and_out_of_autocast() -> None:
+    mixer, x_BTD = holdall.build("attention", width=16), torch.ones(2, 3, 16)
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            _, state = mixer(x_BTD)
+        y_BTD, state = mixer(x_BTD, state)
+        assert {tensor.dtype for tensor in state} == {torch.float32, torch.long}
+        with torch.autocast("cpu", torch.bfloat16):
+            z_BTD, _ = mixer(x_BTD, state)
+    assert (y_BTD.dtype, z_BTD.dtype) == (torch.float32, torch.bfloat16)
+
+
+def test_token_ids_of_another_shape_are_refused() -> None:
+    mixer = holdall.build("repeat-attention", width=16)
+    with pytest.raises(ValueError, match=r"tokens_BT has shape \(2, 4\), where repeat-attention needs"):
+        mixer(torch.ones(2, 3, 16), tokens_BT=torch.zeros(2, 4, dtype=torch.long))
 
 
 # ------------------------------------------------------------------------------------------------- the import

@@ -6,6 +6,7 @@ and definition stay right. What has to come is an AssertionError of the law's ow
 
 import dataclasses
 import functools
+import inspect
 import subprocess
 import sys
 from collections.abc import Callable
@@ -242,6 +243,22 @@ def coarse(y_BTD: Tensor, x_BTD: Tensor) -> Tensor:
     return (y_BTD / unit).round() * unit
 
 
+def leave_the_border_open(mixer: Mixer) -> None:
+    """The forward that its file has, without the check in front."""
+    type(mixer).forward = inspect.unwrap(type(mixer).forward)  # type: ignore[method-assign]
+
+
+def narrow_states_too(mixer: Mixer) -> None:
+    """Autocast's dtype for all that comes out, behind the border."""
+    right = type(mixer).forward
+
+    def forward(self: Mixer, x_BTD: Tensor, state: Any = None, **how: Any) -> Any:
+        y_BTD, new = right(self, x_BTD, state, **how)
+        return y_BTD, map_state(new, Tensor.bfloat16) if torch.is_autocast_enabled("cpu") else new
+
+    type(mixer).forward = forward  # type: ignore[method-assign]
+
+
 def double_scores(mixer: Any) -> None:
     mixer.feature_map = dataclasses.replace(mixer.feature_map, scores=lambda q, k: 1 + 1.0001 * (q @ k.mT))
 
@@ -312,6 +329,13 @@ FAULTS: list[tuple[str, str, Callable[[], Mixer]]] = [
     ("bf16", "coarse", plant("mamba", FP32, forward=output(coarse))),
     ("bf16", "not a number", plant("retnet", FP32, forward=output(
         lambda y, x: y / (y.dtype != torch.bfloat16) * (y.dtype != torch.bfloat16)))),
+    ("state_border", "rows are broadcast", plant("gla", FP32, prepare=leave_the_border_open)),
+    ("state_border", "any rows of a cache", plant("attention", FP32, prepare=leave_the_border_open)),
+    ("autocast", "autocast inside", plant("mamba-2", FP32, prepare=leave_the_border_open)),
+    ("autocast", "a state as narrow as the products", plant("gla", FP32, prepare=narrow_states_too)),
+    ("autocast", "coarse", plant("mamba", FP32, forward=output(coarse))),
+    ("fp16", "a readout that is narrowed before its norm", plant("retnet", FP32, forward=output(
+        lambda y, x: (y * 1e6) / 1e6))),
     ("sound", "an exponential that cancels on paper", plant("linear-attention", FP32, forward=output(
         exponential_that_cancels_on_paper))),
     ("sound", "infinite after a while", plant("mamba", FP32, forward=output(infinite_after_a_while))),

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from holdall.contract import load_states, save_states, select_rows
+from holdall.contract import bytes_per_row, join_rows, load_states, save_states, select_rows
 from holdall.mixers.attention import AttentionConfig
 from holdall.mixers.base_conv import BaseConvConfig
+from holdall.mixers.linformer import LinformerConfig
 from holdall.mixers.mamba import MambaConfig
 from holdall.mixers.repeat_attention import RepeatAttentionConfig
 from holdall.mixers.taylor import TaylorConfig
@@ -65,6 +66,85 @@ def test_a_state_is_saved_and_its_rows_selected(tmp_path: Path) -> None:
     loaded = load_states(tmp_path / "state.safetensors", model.mixers)
     again, _ = model(tokens()[[1]], [select_rows(state, [1]) for state in loaded])
     torch.testing.assert_close(again, model(tokens(), states)[0][[1]], rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_all_states_are_saved_and_loaded_learned_positions_too(tmp_path: Path) -> None:
+    model, file = build(), tmp_path / "state.safetensors"
+    _, states = model(tokens())
+    save_states(states, file)
+    loaded = load_states(file, model.mixers)
+    assert [type(state) for state in loaded] == [type(state) for state in states]
+    assert torch.equal(model(tokens(), loaded)[0], model(tokens(), states)[0])
+    bare = build(dataclasses.replace(CONFIG, positions=0))
+    with pytest.raises(ValueError, match=r"a model of 3 layers needs 3 states, not 4"):
+        bare(tokens(), loaded)
+    joined = [join_rows(pair) for pair in zip(states, model(tokens(length=9))[1], strict=True)]
+    assert joined[-1].seen_B.tolist() == [30, 30, 9, 9]
+    assert bytes_per_row(joined[-1]) == 8
+
+
+@torch.no_grad()
+def test_states_that_are_not_the_model_s_are_refused_by_layer() -> None:
+    model = build()
+    _, states = model(tokens())
+    for wrong, why in (
+        (states[:-1], "a model of 3 layers and learned positions needs 4 states, not 3"),
+        ([*states, states[-1]], "needs 4 states, not 5"),
+        ([*states[:-1], states[0]], "the state is a ConvState, where a model .* needs a Position"),
+        ([states[1], states[0], *states[2:]], "layer 0: the state is a .*, where base-conv of width 16"),
+        (
+            [*states[:2], select_rows(states[2], [0]), states[3]],
+            "layer 2: .* where sliding-window of width 16",
+        ),
+        ([*states[:3], select_rows(states[3], [0])], "seen_B has shape .* needs 2 rows"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            model(tokens(), wrong)
+    for shape in ((2, 0), (5,), (1, 2, 3)):
+        with pytest.raises(ValueError, match="tokens"):
+            model(torch.zeros(shape, dtype=torch.long))
+    logits, after = model(tokens()[:0])
+    assert logits.shape == (0, 30, 40)
+    assert model(tokens()[:0], after)[0].shape == (0, 30, 40)
+
+
+@torch.no_grad()
+def test_positions_run_out_while_decoding_only_for_rows_that_have_read_so_many() -> None:
+    model = build()
+    _, long = model(tokens(1, 60))
+    _, short = model(tokens(1, 10))
+    joined = [join_rows(pair) for pair in zip(long, short, strict=True)]
+    _, joined = model(tokens(2, 4), joined)
+    with pytest.raises(ValueError, match="65 tokens, 1 of them new, but the model has 64 learned positions"):
+        model(tokens(2, 1), joined)
+    rest = [select_rows(state, [1]) for state in joined]  # the long row is done
+    logits, rest = model(tokens(1, 1), rest)
+    alone = model(tokens(1, 1), model(tokens(2, 4)[1:], short)[1])[0]
+    torch.testing.assert_close(logits, alone, rtol=0, atol=1e-12)
+    assert rest[-1].read_BT0.shape == (1, 15, 0)
+
+
+@torch.no_grad()
+def test_a_linformer_s_positions_run_out_likewise() -> None:
+    mixer = LinformerConfig(width=8, max_length=8, rank=2).build()
+    x_BTD = torch.ones(2, 9, 8)
+    _, state = mixer(x_BTD[:, :5])
+    with pytest.raises(ValueError, match="9 tokens, 4 of them new, but linformer has max_length 8"):
+        mixer(x_BTD[:, 5:], state)
+    assert mixer(x_BTD[:, 5:8], state)[1].seen_B.tolist() == [8, 8]
+
+
+def test_a_model_runs_and_learns_under_autocast() -> None:
+    torch.manual_seed(0)
+    model = CONFIG.build()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, states = model(tokens())
+        more, _ = model(tokens(length=3), states)
+    (logits.float().square().mean() + more.float().square().mean()).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.dtype == torch.float32, name
+        assert parameter.grad.isfinite().all(), name
 
 
 def test_a_state_of_another_model_is_refused_by_name(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from holdall.contract import Mixer, MixerConfig, Paper, State, recurrent_dtype, register
+from holdall.contract import Mixer, MixerConfig, Paper, State, readout_dtype, recurrent_dtype, register
 from holdall.ops import conv
 from holdall.ops.linear_attention import linear_attention, linear_attention_loop
 
@@ -142,8 +142,7 @@ class GLA(Mixer):
             qkv_BTE, *convs = short_conv(qkv_BTE, self.conv_weight_EW, None, *convs)
             qkv_BTE = F.silu(qkv_BTE)
         log_decay_BTE = self._log_decay(self.gate_down(x_BTD), dtype)
-        if self.form != "kernel":  # which multiplies in the dtype of x, and sums in fp32
-            qkv_BTE = qkv_BTE.to(dtype)
+        qkv_BTE = qkv_BTE.to(readout_dtype(self.form, x_BTD.dtype))
         q, k, v, log_decay_BTHK = (
             u.unflatten(-1, (config.heads, -1)) for u in (*qkv_BTE.split(self.sizes, dim=-1), log_decay_BTE)
         )
@@ -166,11 +165,11 @@ class GLA(Mixer):
             y_BTE = gated_rms_norm(o_BTHV, gate_BTHV, self.norm_weight_V, config.eps, after=True).flatten(2)
         else:
             o_BTHV = F.rms_norm(o_BTHV.to(dtype), o_BTHV.shape[-1:], eps=config.eps) * self.norm_weight_V
-            y_BTE = (o_BTHV.flatten(2) * F.silu(gate_BTE.to(dtype))).to(x_BTD.dtype)
+            y_BTE = o_BTHV.flatten(2) * F.silu(gate_BTE.to(dtype))
         after: State | None = None
         if want_state and s_BHKV is not None:
             after = GLAConvState(s_BHKV, *convs) if config.kernel else GLAState(s_BHKV)
-        return self.out_proj(y_BTE), after
+        return self.out_proj(y_BTE.to(x_BTD.dtype)), after
 
     def _log_decay(self, low_BTR: Tensor, dtype: torch.dtype) -> Tensor:
         """What is forgotten adds up over thousands of tokens: not in bf16."""

@@ -23,15 +23,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
+from holdall.contract import (
+    Mixer,
+    MixerConfig,
+    Paper,
+    Position,
+    count_on,
+    none_read,
+    recurrent_dtype,
+    register,
+)
 
 
 class LinformerState(NamedTuple):
-    """The mixtures of keys and of values so far, and how many tokens a row has read."""
+    """The mixtures of keys and of values so far, and how many tokens a row has read, as in `Position`."""
 
     k_BRHK: Tensor
     v_BRHK: Tensor
     seen_B: Tensor
+    read_BT0: Tensor
 
 
 @register(
@@ -104,12 +114,11 @@ class Linformer(Mixer):
         want_state: bool = True,
     ) -> tuple[Tensor, LinformerState | None]:
         config, new = self.config, x_BTD.shape[1]
-        if new > config.max_length:
-            raise ValueError(f"{new} tokens, but linformer has max_length {config.max_length}")
         if state is None:
             state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
+        start, limit = Position(state.seen_B, state.read_BT0), config.max_length
+        position = count_on(start, new, limit, f"linformer has max_length {limit}")
         q, k, v = self.qkv(x_BTD).unflatten(-1, (3, config.heads, -1)).unbind(2)
-        # beyond max_length the lookup fails, where the position is known: on the device
         position_BT = state.seen_B[:, None] + torch.arange(new, device=x_BTD.device)
         e_BTR = F.embedding(position_BT, self.e_LR)
         f_BTR = e_BTR if config.shared else F.embedding(position_BT, self.f_LR)
@@ -117,7 +126,7 @@ class Linformer(Mixer):
         k_BRHK, v_BRHK = mix(e_BTR, k, state.k_BRHK), mix(f_BTR, v, state.v_BRHK)
         score_BHTR = torch.einsum("bthk,brhk->bhtr", q.to(k_BRHK.dtype) * q.shape[-1] ** -0.5, k_BRHK)
         y_BTHK = torch.einsum("bhtr,brhk->bthk", score_BHTR.softmax(-1), v_BRHK).to(x_BTD.dtype)
-        after = LinformerState(k_BRHK, v_BRHK, state.seen_B + new) if want_state else None
+        after = LinformerState(k_BRHK, v_BRHK, *position) if want_state else None
         return self.out_proj(y_BTHK.flatten(2)), after
 
     def init_state(
@@ -132,7 +141,7 @@ class Linformer(Mixer):
             dtype=recurrent_dtype(dtype),
             device=device,
         )
-        return LinformerState(nothing, nothing.clone(), torch.zeros(batch, dtype=torch.long, device=device))
+        return LinformerState(nothing, nothing.clone(), *none_read(batch, device))
 
     def state_elements(self, context_len: int) -> int:
         return 2 * self.config.rank * self.config.width + 1

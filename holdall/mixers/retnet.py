@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
+from holdall.contract import Mixer, MixerConfig, Paper, readout_dtype, recurrent_dtype, register
 from holdall.ops.linear_attention import linear_attention, linear_attention_loop
 from holdall.ops.rotary import rotate
 
@@ -107,6 +107,7 @@ class RetNet(Mixer):
         if state is None:
             state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
         q, k, v, gate_BTE = self.qkvg(x_BTD).split(self.sizes, dim=-1)
+        v = v.to(readout_dtype(self.form, x_BTD.dtype))
         q, k, v = (u.unflatten(-1, (config.heads, -1)) for u in (q, k, v))
         position_BT = state.seen_B[:, None] + torch.arange(new, device=x_BTD.device)
         dtype, device = recurrent_dtype(x_BTD.dtype), x_BTD.device
@@ -131,7 +132,7 @@ class RetNet(Mixer):
         # sum of gamma^j over j = 0 .. n
         total_BTH = torch.expm1((position_BT[..., None] + 1) * log_gamma_H) / torch.expm1(log_gamma_H)
         o_BTHV = o_BTHV * total_BTH.rsqrt()[..., None].to(o_BTHV.dtype)
-        o_BTHV = F.rms_norm(o_BTHV, o_BTHV.shape[-1:], eps=config.eps)
+        o_BTHV = F.rms_norm(o_BTHV, o_BTHV.shape[-1:], eps=config.eps).to(x_BTD.dtype)
         after = None if s_BHKV is None or not want_state else RetNetState(s_BHKV, state.seen_B + new)
         return self.out_proj(F.silu(gate_BTE) * o_BTHV.flatten(2)), after
 

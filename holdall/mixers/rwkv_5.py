@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
+from holdall.contract import Mixer, MixerConfig, Paper, readout_dtype, recurrent_dtype, register
 from holdall.mixers.rwkv_4 import depths, mix_start, ramp, shift, zigzag
 from holdall.ops.wkv import matrix_wkv, matrix_wkv_loop
 
@@ -127,9 +127,10 @@ class RWKV5(Mixer):
         layers = (self.key, self.value, self.receptance, self.gate)
         k, v, r, gate_BTD = (layer(z_BTD) for layer, z_BTD in zip(layers, mixed, strict=True))
         k, v, r = (z_BTD.unflatten(-1, (-1, self.config.key_dim)) for z_BTD in (k, v, r))
+        v = v.to(readout_dtype(self.form, x_BTD.dtype))
         log_decay_HK = -self.time_decay.to(state.s_BHKV.dtype).exp()
         o_BTHV, s_BHKV = self._wkv(r, k, v, log_decay_HK, self.time_faaaa, state.s_BHKV)
-        o_BTD = F.layer_norm(o_BTHV, o_BTHV.shape[-1:], eps=NORM_EPS).flatten(2)
+        o_BTD = F.layer_norm(o_BTHV, o_BTHV.shape[-1:], eps=NORM_EPS).flatten(2).to(x_BTD.dtype)
         o_BTD = torch.addcmul(self.norm_bias_D, o_BTD, self.norm_weight_D)
         y_BTD = self.out_proj(o_BTD * F.silu(gate_BTD))
         return y_BTD, RWKV5State(x_BTD[:, -1].clone(), s_BHKV) if want_state else None

@@ -98,6 +98,8 @@ class RWKV7Config(MixerConfig):
     def kernel_refusal(self, device: torch.device, dtype: torch.dtype) -> str:
         if refusal := super().kernel_refusal(device, dtype):
             return refusal
+        if dtype == torch.float16:
+            return "it reads the state out in fp16, which overflows before the norm: take bfloat16"
         from holdall.kernels import fla
 
         return fla.refusal(self.width // self.heads)
@@ -156,7 +158,7 @@ class RWKV7(Mixer):
             return self._fused(x_BTD, state, want_state)
         before_BTD = shift(x_BTD, state.last_BD)
         r, w, k, v, a, g = torch.lerp(x_BTD, before_BTD, self.mix_ZD[:, None, None]).unbind(0)
-        r, k, v = self.receptance(r), self.key(k), self.value(v)
+        r, k, v = self.receptance(r), self.key(k), self.value(v).to(dtype)
         # decay and removal decide what is kept over thousands of tokens: not in bf16
         w = ((w @ self.w1).tanh() @ self.w2).to(dtype) + self.w0.to(dtype)
         a = ((a @ self.a1 @ self.a2).to(dtype) + self.a0.to(dtype)).sigmoid()
@@ -168,9 +170,10 @@ class RWKV7(Mixer):
         log_w = -math.exp(-0.5) * w.sigmoid()
         o_BTHV, s_BHKV = self._delta_rule(r, k, v, -a * removal, removal, state.s_BHKV, log_w)
         o_BTHV = F.layer_norm(o_BTHV, o_BTHV.shape[-1:], eps=1e-5 * o_BTHV.shape[-1])
-        y_BTD = torch.addcmul(self.norm_bias_D, o_BTHV.flatten(2), self.norm_weight_D)
+        norm_bias_D, norm_weight_D = self.norm_bias_D.to(dtype), self.norm_weight_D.to(dtype)
+        y_BTD = torch.addcmul(norm_bias_D, o_BTHV.flatten(2), norm_weight_D)
         bonus_BTHV = (r * k * self.r_k.to(dtype)).sum(-1, keepdim=True) * v
-        y_BTD = self.out_proj(g * (y_BTD + bonus_BTHV.flatten(2).to(y_BTD.dtype)))
+        y_BTD = self.out_proj((g * (y_BTD + bonus_BTHV.flatten(2))).to(x_BTD.dtype))
         return y_BTD, RWKV7State(x_BTD[:, -1].clone(), s_BHKV) if want_state else None
 
     def _fused(self, x_BTD: Tensor, state: RWKV7State, want_state: bool) -> tuple[Tensor, RWKV7State | None]:

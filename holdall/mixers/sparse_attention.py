@@ -189,8 +189,11 @@ def _filled(kept: Kept) -> Tensor:
 
 
 def _attend(q_BTHK: Tensor, kept: Kept, visible_BTS: Tensor) -> Tensor:
-    score_BHTS = torch.einsum("bthk,bshk->bhts", q_BTHK * q_BTHK.shape[-1] ** -0.5, kept.k_BSHK)
-    score_BHTS = score_BHTS.to(kept.z_BS.dtype) + F.logsigmoid(kept.z_BS)[:, None, None]
+    dtype = kept.z_BS.dtype
+    score_BHTS = torch.einsum(
+        "bthk,bshk->bhts", q_BTHK.to(dtype) * q_BTHK.shape[-1] ** -0.5, kept.k_BSHK.to(dtype)
+    )
+    score_BHTS = score_BHTS + F.logsigmoid(kept.z_BS)[:, None, None]
     p_BHTS = score_BHTS.masked_fill(~visible_BTS[:, None], -torch.inf).softmax(-1)
     return torch.einsum("bhts,bshv->bthv", p_BHTS.to(kept.v_BSHV.dtype), kept.v_BSHV)
 

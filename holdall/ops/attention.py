@@ -123,9 +123,12 @@ def full_attention_loop(
         k_BSHK = torch.cat((k_BSHK, k_BTHK[:, t : t + 1]), dim=1)
         v_BSHV = torch.cat((v_BSHV, v_BTHV[:, t : t + 1]), dim=1)
         seen_B = seen_B + 1
-        score_BHS = scale * torch.einsum("bhk,bshk->bhs", q_BTHK[:, t], _for_heads(k_BSHK, heads))
+        # in fp16 a score can be too large, which the softmax of them would bring back
+        score_BHS = scale * torch.einsum(
+            "bhk,bshk->bhs", _wide(q_BTHK[:, t]), _wide(_for_heads(k_BSHK, heads))
+        )
         p_BHS = score_BHS.masked_fill(_empty(k_BSHK, seen_B)[:, None], -torch.inf).softmax(-1)
-        ys.append(torch.einsum("bhs,bshv->bhv", p_BHS, _for_heads(v_BSHV, heads)))
+        ys.append(torch.einsum("bhs,bshv->bhv", p_BHS.to(v_BSHV.dtype), _for_heads(v_BSHV, heads)))
     return torch.stack(ys, dim=1), KeyValueCache(k_BSHK, v_BSHV, seen_B)
 
 
@@ -272,7 +275,7 @@ def _scores(
 
 
 def _wide(x: Tensor) -> Tensor:
-    """Sums over thousands of tokens are kept in at least fp32."""
+    """Sums over thousands of tokens, and scores, are kept in at least fp32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -297,10 +300,10 @@ def window_attention_loop(
             _for_heads(torch.cat((old, new[:, t, None]), dim=1), heads)
             for old, new in ((k_BSHK, k_BTHK), (v_BSHV, v_BTHV))
         )
-        score_BHS = torch.einsum("bhk,bshk->bhs", q_BTHK[:, t], seen_k)
+        score_BHS = torch.einsum("bhk,bshk->bhs", _wide(q_BTHK[:, t]), _wide(seen_k))
         filled_BS = F.pad(slot_S < seen_B[:, None], (0, 1), value=True)
         p_BHS = (scale * score_BHS).masked_fill(~filled_BS[:, None], -torch.inf).softmax(-1)
-        ys.append(torch.einsum("bhs,bshv->bhv", p_BHS, seen_v))
+        ys.append(torch.einsum("bhs,bshv->bhv", p_BHS.to(seen_v.dtype), seen_v))
         oldest_BS11 = (slot_S == (seen_B % (window - 1))[:, None])[:, :, None, None]
         k_BSHK = torch.where(oldest_BS11, k_BTHK[:, t, None], k_BSHK)
         v_BSHV = torch.where(oldest_BS11, v_BTHV[:, t, None], v_BSHV)
