@@ -439,8 +439,12 @@ class Trainer:
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the run's state, by name."""
         for index, member in enumerate(self.members):
-            for name, weight in member.model.named_parameters():
-                yield f"{index}.{name}", weight.data
+            weights = dict(member.model.named_parameters())
+            for name, tensor in member.model.state_dict().items():
+                yield f"{index}.{name}", tensor
+                if name not in weights:  # a buffer
+                    continue
+                weight = weights[name]
                 moments = member.optimizer.state[weight]
                 if not moments:  # AdamW makes them at its first step
                     moments["step"] = torch.zeros((), device=self.device)
@@ -496,9 +500,8 @@ class Trainer:
             )
 
     def _write_weights(self, path: Path, member: Member) -> None:
-        tensors = {
-            name: weight.detach().contiguous().cpu() for name, weight in member.model.named_parameters()
-        }
+        """All that makes the model what it is: parameters, and what was drawn and stays."""
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in member.model.state_dict().items()}
         metadata = {"config": json.dumps(self.config.model.to_dict())}
         checkpoints.write(path, tensors, metadata)
 

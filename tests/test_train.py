@@ -15,13 +15,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import holdall
 from holdall import runs
 from holdall.mixers.base_conv import BaseConvConfig
 from holdall.mixers.taylor import TaylorConfig
 from holdall.model import ModelConfig
 from holdall.runs import RunError
 from holdall.tasks.data import MQARData, Segment, TaskData
-from holdall.train import Progress, Stopped, TrainConfig, train
+from holdall.train import Progress, Stopped, TrainConfig, Trainer, train
 
 TASK = MQARData(
     vocab=32,
@@ -223,6 +224,38 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     first = train(config(), tmp_path / "run")
     again = train(config(), tmp_path / "run", should_stop=lambda: True)
     assert first == again
+
+
+def test_the_weights_of_every_mixer_make_the_trained_model_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = []
+    write = Trainer._write_weights
+    monkeypatch.setattr(Trainer, "_write_weights", lambda self, path, member: (
+        trained.append(member.model), write(self, path, member)))  # fmt: skip
+    entries = map(holdall.describe, holdall.names())
+    layers = tuple(entry.configure(width=16, **entry.config.variants[0]) for entry in entries)
+    few = (Segment(length=8, pairs=1, rows=4),)
+    task = dataclasses.replace(TASK, train=few, test=few)
+    model = ModelConfig(vocab=32, width=16, layers=layers)
+    train(config(model=model, data=task, batch=4, epochs=1), tmp_path)
+    again, tokens = model.build(), torch.arange(10)[None]
+    again.load_state_dict(weights(tmp_path))
+    with torch.no_grad():
+        assert torch.equal(again(tokens)[0], trained[0](tokens)[0])
+    assert again(tokens)[0].isfinite().all()
+
+
+def test_a_checkpoint_holds_buffers_too(tmp_path: Path) -> None:
+    layers = (holdall.describe("performer").configure(width=16),)
+    again = config(model=ModelConfig(vocab=32, width=16, layers=layers))
+    calls = iter(range(100))
+    with pytest.raises(Stopped):
+        train(again, tmp_path, should_stop=lambda: next(calls) > 2)
+    assert "0.blocks.0.mixer.projection_FK" in load_file(tmp_path / "checkpoint.safetensors")
+    train(again, tmp_path)
+    train(again, tmp_path / "at once")
+    assert_same_run(tmp_path, tmp_path / "at once")
 
 
 def test_another_config_in_the_same_folder_is_refused(tmp_path: Path) -> None:
