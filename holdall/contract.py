@@ -23,7 +23,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, Union
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, Union
 
 import torch
 from safetensors import safe_open
@@ -31,7 +31,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
 
-from holdall import files, forms
+from holdall import files, forms, settings
+from holdall.settings import PositiveInt
 
 State = tuple[Tensor, ...]
 """A NamedTuple of tensors, first dimension the batch row; each mixer names its own."""
@@ -55,6 +56,8 @@ def _fits(value: Any, kind: Any) -> bool:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return True
+    if origin is Annotated:
+        return _fits(value, args[0])
     if origin is Literal:
         return any(value == choice and type(value) is type(choice) for choice in args)
     if origin in (Union, types.UnionType):
@@ -86,18 +89,21 @@ C = TypeVar("C", bound="Config")  # not typing.Self, which the shape checks at t
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Base of all configs: frozen, keyword-only, and picky about unknown fields and wrong types.
+    """Base of all configs: frozen, keyword-only, and picky about unknown fields, types and ranges.
 
-    A subclass checks values in `validate()`, which runs after the types were found right.
+    A field declares which numbers it takes beside its type (holdall/settings.py); NaN and infinity are taken
+    nowhere. A subclass checks in `validate()` what fields must be to each other; types and ranges are right
+    by then.
     """
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
+        hints, plain = field_types(type(self))
         for field in dataclasses.fields(self):
-            value, kind = getattr(self, field.name), hints[field.name]
+            value, kind = getattr(self, field.name), plain[field.name]
             if not _fits(value, kind):
                 says = str(kind).replace("typing.", "") if typing.get_origin(kind) else kind.__name__
                 raise TypeError(f"{type(self).__name__}.{field.name} = {value!r} is not of type {says}")
+            settings.check(f"{type(self).__name__}.{field.name}", value, hints[field.name])
             if kind is float:
                 object.__setattr__(self, field.name, float(value))
         self.validate()
@@ -116,7 +122,7 @@ class Config:
         for name in plain:
             if name not in known:
                 raise TypeError(f"{cls.__name__} has no field '{name}'. {did_you_mean(name, known)}")
-        hints = typing.get_type_hints(cls)
+        _, hints = field_types(cls)
         return cls(**{name: _from_plain(value, hints[name]) for name, value in plain.items()})
 
     @classmethod
@@ -137,6 +143,12 @@ class Config:
         except Exception as error:  # the values may be of any kind, and validate() calculates with them
             reason = error.args[0] if isinstance(error, KeyError) and error.args else error
             raise files.damaged(where, f"{reason or type(error).__name__}", way_out) from error
+
+
+@functools.cache
+def field_types(config: type[Config]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The types of a config's fields, with the ranges that they declare and without."""
+    return typing.get_type_hints(config, include_extras=True), typing.get_type_hints(config)
 
 
 def _to_plain(value: Any) -> Any:
@@ -172,7 +184,7 @@ class MixerConfig(Config):
     built mixer's `form` says which that is (holdall/forms.py).
     """
 
-    width: int = 64
+    width: PositiveInt = 64
     form: str = "auto"
 
     name: ClassVar[str] = ""
@@ -183,8 +195,6 @@ class MixerConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.width < 1:
-            raise ValueError(f"width {self.width} is not positive")
         if self.form not in ("auto", *self.forms):
             raise ValueError(f"{self.name} has no form '{self.form}'. {did_you_mean(self.form, self.forms)}")
 

@@ -38,7 +38,7 @@ from typing import Any
 
 import torch
 
-from holdall import mixers, runs
+from holdall import mixers, runs, settings
 from holdall.contract import Config, did_you_mean
 from holdall.model import ModelConfig, seeded
 from holdall.runs import RunError
@@ -78,6 +78,8 @@ class SweepConfig(Config):
         return max(self.data.row_length(segment) for segment in self.data.test)
 
     def validate(self) -> None:
+        if not self.points:
+            raise ValueError("a sweep needs at least one point")
         for point in self.points:
             if _test_of(point.train.data) != _test_of(self.data):
                 raise ValueError(f"'{point.label}' is tested on other rows than '{self.points[0].label}'")
@@ -248,10 +250,10 @@ def run_sweep(
     together = device != "cpu" if together is None else together
     workers = workers or (torch.cuda.device_count() if device == "cuda" else runs.cores())
     watcher = watcher or Watcher()
-    with runs.locked(out):
-        _claim(out, sweep, command, device)
+    with runs.locked(out), contextlib.ExitStack() as stack:
         jobs = planned(sweep, out, together=together)
         folders = [out / "runs" / job.folder for job in jobs]
+        stack.enter_context(_claimed(out, sweep, command, device, folders))
         lines: dict[int, list[dict[str, Any]]] = {}
 
         def enter(index: int, result: list[dict[str, Any]]) -> None:
@@ -287,6 +289,32 @@ def planned(sweep: SweepConfig, out: Path, *, together: bool) -> list[Job]:
     return found
 
 
+@contextlib.contextmanager
+def _claimed(
+    out: Path, sweep: SweepConfig, command: str, device: str, folders: Sequence[Path]
+) -> Iterator[None]:
+    """The folder says which sweep it holds; not what it said before, if none of its runs could begin.
+
+    So a sweep that is refused leaves its folder to the corrected command.
+    """
+    path = out / "config.json"
+    before = path.read_bytes() if path.exists() else None
+    begun = {folder for folder in folders if (folder / "config.json").exists()}
+    _claim(out, sweep, command, device)
+    try:
+        yield
+    except OutOfTime:
+        raise
+    except BaseException:
+        now = {folder for folder in folders if (folder / "config.json").exists()}
+        if before is None and not now:
+            for name in ("config.json", "environment.json", "results.jsonl"):
+                (out / name).unlink(missing_ok=True)
+        elif before is not None and now == begun:
+            runs.write_atomically(path, before)
+        raise
+
+
 def _claim(out: Path, sweep: SweepConfig, command: str, device: str) -> None:
     """Write what this sweep is, or check that the folder holds the same one, perhaps with fewer seeds."""
     path, plain = out / "config.json", sweep.to_dict()
@@ -294,8 +322,8 @@ def _claim(out: Path, sweep: SweepConfig, command: str, device: str) -> None:
         held = json.loads(path.read_text()).get("points")
         if held == plain["points"]:
             return
-        if _without_seeds(held) != _without_seeds(plain["points"]):
-            raise RunError(f"{out} holds another sweep ({path}); choose another folder with --out")
+        if said := _difference(held, plain["points"]):
+            raise RunError(f"{out} holds another sweep ({said}); choose another folder with --out")
         for point, wanted in zip(held, plain["points"], strict=True):
             if missing := set(point["train"]["seeds"]) - set(wanted["train"]["seeds"]):
                 raise RunError(
@@ -320,11 +348,24 @@ def _claim(out: Path, sweep: SweepConfig, command: str, device: str) -> None:
     runs.write_json(path, {**about, "points": plain["points"]})
 
 
-def _without_seeds(points: Any) -> list[dict[str, Any]]:
-    return [
-        {**point, "train": {name: value for name, value in point["train"].items() if name != "seeds"}}
-        for point in points or ()
-    ]
+def _difference(held: Any, wanted: Any) -> str:
+    """Where the points of two sweeps differ, but for seeds: by their labels, not by their places."""
+
+    def labelled(points: Any) -> dict[str, Any]:
+        found = {}
+        for point in points or ():
+            train = {name: value for name, value in point["train"].items() if name != "seeds"}
+            found[f"{point['label']}, width {train['model']['width']}"] = {**point, "train": train}
+        return found
+
+    held, wanted = labelled(held), labelled(wanted)
+    missing = [f"without '{name}' there" for name in wanted if name not in held]
+    missing += [f"without '{name}' here" for name in held if name not in wanted]
+    both = [name for name in wanted if name in held]
+    if not missing and list(held) != list(wanted):
+        missing = ["its models in another order"]
+    named = {name: held[name] for name in both}, {name: wanted[name] for name in both}
+    return settings.listed(missing + settings.differences(*named))
 
 
 def _write_results(out: Path, lines: dict[int, list[dict[str, Any]]]) -> None:

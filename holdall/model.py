@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,7 @@ from holdall.contract import (
 )
 from holdall.kernels import fold, unfold
 from holdall.ops import cross_entropy
+from holdall.settings import NonNegativeFloat, NonNegativeInt, PositiveInt, Range
 
 Precision = Literal["fp32", "bf16"]
 """What a training pass computes in.
@@ -56,21 +57,16 @@ class ModelConfig(Config):
     norm: "layer" with bias, or "rms".
     """
 
-    vocab: int
-    width: int
+    vocab: Annotated[int, Range(least=2)]
+    width: PositiveInt
     layers: tuple[MixerConfig, ...]
-    mlp: int = 0
+    mlp: NonNegativeInt = 0
     mlp_kind: Literal["gelu", "swiglu"] = "gelu"
-    positions: int = 0
+    positions: NonNegativeInt = 0
     norm: Literal["layer", "rms"] = "layer"
-    eps: float = 1e-5
+    eps: NonNegativeFloat = 1e-5
 
     def validate(self) -> None:
-        if self.vocab < 2 or self.width < 1 or self.mlp < 0 or self.positions < 0:
-            raise ValueError(
-                f"vocab {self.vocab} must be at least 2, width {self.width} positive, mlp {self.mlp} and "
-                f"positions {self.positions} not negative"
-            )
         if not self.layers:
             raise ValueError("a model needs at least one layer")
         for depth, layer in enumerate(self.layers):

@@ -22,6 +22,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import time
@@ -29,19 +30,29 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from holdall import checkpoints, files, runs
+from holdall import checkpoints, files, runs, settings
 from holdall.compiled import compile_blocks
 from holdall.contract import Config
 from holdall.model import Model, ModelConfig, Precision, repeatable, seeded
 from holdall.operations import flops_per_token, memory_bytes, peak_flops
 from holdall.parallel import Fabric, LanguageModelLoss, decayed, launcher, put, whole
 from holdall.runs import RunError, Stopped
+from holdall.settings import (
+    Betas,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    Seed,
+    Share,
+)
 from holdall.text.corpus import Corpus, open_corpus
 from holdall.text.default import default_corpus
 from holdall.text.windows import Order
@@ -65,33 +76,24 @@ class PretrainConfig(Config):
     model: ModelConfig
     data: str = ""
     data_hash: str = ""
-    context_len: int = 2048
-    batch: int = 256
-    micro_batch: int = 8
-    steps: int = 20_000
-    learning_rate: float = 8e-4
-    min_learning_rate: float = 0.1
-    warmup: int = 200
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.1
-    clip: float = 1.0
-    seed: int = 0
+    context_len: PositiveInt = 2048
+    batch: PositiveInt = 256
+    micro_batch: PositiveInt = 8
+    steps: PositiveInt = 20_000
+    learning_rate: PositiveFloat = 8e-4
+    min_learning_rate: Share = 0.1
+    warmup: NonNegativeInt = 200
+    betas: Betas = (0.9, 0.95)
+    weight_decay: NonNegativeFloat = 0.1
+    clip: NonNegativeFloat = 1.0
+    seed: Seed = 0
     precision: Precision = "fp32"
     compile: bool = False
     recompute: bool = False
-    evaluate_every: int = 1000
-    evaluate_rows: int = 256
+    evaluate_every: PositiveInt = 1000
+    evaluate_rows: PositiveInt = 256
 
     def validate(self) -> None:
-        for name in ("context_len", "batch", "micro_batch", "steps", "evaluate_every", "evaluate_rows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} is not positive")
-        if self.learning_rate <= 0 or not 0 <= self.min_learning_rate <= 1 or min(self.warmup, self.clip) < 0:
-            raise ValueError(
-                f"learning_rate {self.learning_rate} must be positive, min_learning_rate "
-                f"{self.min_learning_rate} a share of it, warmup {self.warmup} and clip {self.clip} not "
-                "negative"
-            )
         if 0 < self.model.positions < self.context_len:
             raise ValueError(
                 f"the model has {self.model.positions} positions, context_len is {self.context_len}"
@@ -161,13 +163,15 @@ def pretrain(
         runs.locked(folder) if fabric.is_global_zero else contextlib.nullcontext(),
         repeatable(fabric.device) if in_order else contextlib.nullcontext(),
     ):
-        _claim(folder, config, fabric, in_order)
+        if _check(folder, config) is not None:
+            _claim(folder, config, fabric, in_order)
         done = folder / "result.json"
         if done.exists():
             return Result.read(done, "Remove it, and the same command makes it again.").to_dict()
         fabric.launch()
         with _together(fabric):
             run = Pretrainer(config, corpus, folder, fabric, on_progress, on_line)
+            run.claim = functools.partial(_claim, folder, config, fabric, in_order)
             result = run.run(should_stop, checkpoint_seconds)
         if fabric.is_global_zero:
             runs.write_json(done, result)
@@ -216,16 +220,30 @@ def _checked(config: PretrainConfig, corpus: Corpus, world: int) -> PretrainConf
     return dataclasses.replace(config, data_hash=corpus.content_hash)
 
 
-def _claim(folder: Path, config: PretrainConfig, fabric: Fabric, in_order: bool) -> None:
-    """Write what this run is, or check that the folder holds the same one; its corpus may have moved."""
+def _check(folder: Path, config: PretrainConfig) -> dict[str, Any] | None:
+    """What config.json holds, None if there is none. RunError if it is another run; its corpus may move."""
     path = folder / "config.json"
-    if path.exists():
-        found = json.loads(path.read_text())
-        if {**found, "data": config.data} != config.to_dict():
-            raise RunError(f"{folder} holds a run with another config ({path}); choose another --out")
-        if found["data"] != config.data and fabric.is_global_zero:
+    if not path.exists():
+        return None
+    held = json.loads(path.read_text())
+    if said := settings.differ({**held, "data": config.data}, config.to_dict()):
+        raise RunError(f"{folder} holds a run with another config ({said}); choose another --out")
+    return held
+
+
+def _claim(folder: Path, config: PretrainConfig, fabric: Fabric, in_order: bool) -> None:
+    """Write what this run is, where the folder does not say so yet, or where its corpus is by now.
+
+    After the first step, before anything else is written: a run that is refused earlier leaves its folder to
+    the corrected command.
+    """
+    if not fabric.is_global_zero:
+        return
+    path, held = folder / "config.json", _check(folder, config)
+    if held is not None:
+        if held["data"] != config.data:
             runs.write_json(path, config.to_dict())
-    elif fabric.is_global_zero:
+    else:
         where = runs.environment(str(fabric.device), torch.get_num_threads())
         strategy = type(fabric.strategy).__name__
         where |= {"devices": fabric.world_size, "strategy": strategy, "in_order": in_order}
@@ -256,6 +274,8 @@ class Pretrainer:
         self.uncompiled: dict[str, str] = {}
         """Mixers that torch.compile fails on, and why."""
         self._build()
+        self.claim: Callable[[], None] = lambda: None
+        """Called once, after the first step and before anything is written."""
         self.step, self.seconds = 0, 0.0
         self.best: float | None = None
         self.valid_loss: float | None = None
@@ -331,8 +351,12 @@ class Pretrainer:
     def _train(self, should_stop: Callable[[], bool], checkpoint_seconds: float) -> None:
         config = self.config
         self.told = saved = time.monotonic()
+        claimed = False
         while self.step < config.steps:
             self.train_step()
+            if not claimed:
+                self.claim()
+                claimed = True
             last = self.step == config.steps
             evaluate = last or self.step % config.evaluate_every == 0
             if not evaluate and not self._time_to_tell():
@@ -673,18 +697,45 @@ def generate(
         vocab: only ids below are drawn: a model's vocabulary may be padded.
         temperature: 0 takes the likeliest token.
         seed: of the draws, which are made on the CPU: the same on every device.
+
+    Raises:
+        ValueError: a setting is out of range, the prompt is empty or has ids that the model does not know, or
+            the logits are NaN or infinite.
     """
+    settings.check("count", count, NonNegativeInt)
+    settings.check("temperature", temperature, NonNegativeFloat)
+    settings.check("vocab", vocab, Annotated[int, Range(least=1, most=model.config.vocab)])
+    rows, length = tokens_BT.shape
+    if not length:
+        raise ValueError("the prompt has no tokens: give at least one, such as the corpus' end of a document")
+    if rows and not 0 <= int(tokens_BT.min()) <= int(tokens_BT.max()) < model.config.vocab:
+        raise ValueError(
+            f"the prompt has ids outside of the model's vocabulary, 0 to {model.config.vocab - 1}"
+        )
     generator = torch.Generator().manual_seed(seed)
+    drawn_BN = torch.empty(rows, count, dtype=torch.long)
+    if not rows or not count:
+        return drawn_BN
     h_BTD, states = model.hidden(tokens_BT)
-    found: list[Tensor] = []
-    while True:
+    for place in range(count):
         logits_BV = (h_BTD[:, -1] @ model.embed.weight.T)[:, :vocab].float().cpu()
-        if temperature:
-            p_BV = (logits_BV / temperature).softmax(-1)
-            next_B1 = torch.multinomial(p_BV, 1, generator=generator)
-        else:
-            next_B1 = logits_BV.argmax(-1, keepdim=True)
-        found.append(next_B1)
-        if len(found) == count:
-            return torch.cat(found, dim=1)
-        h_BTD, states = model.hidden(next_B1.to(tokens_BT.device), states, inplace=True)
+        if not logits_BV.isfinite().all():
+            raise ValueError("the model's logits are NaN or infinite: its weights are, or it diverged")
+        drawn_BN[:, place] = _drawn(logits_BV, temperature, generator)
+        if place < count - 1:
+            next_B1 = drawn_BN[:, place : place + 1].to(tokens_BT.device)
+            h_BTD, states = model.hidden(next_B1, states, inplace=True)
+    return drawn_BN
+
+
+def _drawn(logits_BV: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+    """One token of each row, (B,).
+
+    Divided in fp64, and after the largest logit is subtracted: the smallest temperature then gives -inf where
+    a token is less likely than the likeliest, never NaN.
+    """
+    if temperature == 0:
+        return logits_BV.argmax(-1)
+    below_BV = logits_BV.double() - logits_BV.amax(-1, keepdim=True)
+    p_BV = (below_BV / temperature).softmax(-1).float()
+    return torch.multinomial(p_BV, 1, generator=generator)[:, 0]

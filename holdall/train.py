@@ -27,11 +27,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from holdall import checkpoints, files, runs
+from holdall import checkpoints, files, runs, settings
 from holdall.contract import Config
 from holdall.model import Model, ModelConfig, Precision, repeatable, seeded
 from holdall.population import Member, Population, loss, right
 from holdall.runs import RunError, Stopped
+from holdall.settings import Betas, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed, Share
 from holdall.tasks.data import DataConfig, Questions, TaskData
 
 
@@ -49,16 +50,16 @@ class TrainConfig(Config):
 
     model: ModelConfig
     data: DataConfig
-    learning_rates: tuple[float, ...]
-    seeds: tuple[int, ...] = (0,)
-    batch: int = 256
-    epochs: int = 1
+    learning_rates: tuple[PositiveFloat, ...]
+    seeds: tuple[Seed, ...] = (0,)
+    batch: PositiveInt = 256
+    epochs: PositiveInt = 1
     schedule: Literal["step", "epoch"] = "step"
-    warmup: int = 0
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.999)
-    evaluate_every: int = 0
-    stop_at: float = 0.99
+    warmup: NonNegativeInt = 0
+    weight_decay: NonNegativeFloat = 0.1
+    betas: Betas = (0.9, 0.999)
+    evaluate_every: NonNegativeInt = 0
+    stop_at: Share = 0.99
     precision: Precision = "fp32"
 
     def validate(self) -> None:
@@ -75,11 +76,6 @@ class TrainConfig(Config):
         if 0 < self.model.positions < self.data.longest:
             raise ValueError(
                 f"the model has {self.model.positions} positions, the task rows of {self.data.longest} tokens"
-            )
-        if min(self.learning_rates) <= 0 or self.batch < 1 or self.epochs < 1 or self.evaluate_every < 0:
-            raise ValueError(
-                f"learning rates {self.learning_rates}, batch {self.batch} and epochs {self.epochs} must be "
-                f"positive, evaluate_every {self.evaluate_every} not negative"
             )
 
     @property
@@ -133,7 +129,6 @@ def train(
     device = torch.device(device)
     together = device.type != "cpu" if together is None else together
     with runs.locked(folder), repeatable(device), own_stream(device):
-        _claim(folder, config, device)
         if (done := finished(config, folder)) is not None:
             return done
         run = Trainer(config, folder, device, together, keep_weights)
@@ -174,13 +169,19 @@ def finished(config: TrainConfig, folder: Path) -> list[dict[str, Any]] | None:
 def _check(folder: Path, config: TrainConfig) -> bool:
     """Whether the folder holds this run; RunError if it holds another."""
     path = folder / "config.json"
-    if path.exists() and json.loads(path.read_text()) != config.to_dict():
-        raise RunError(f"{folder} holds a run with another config ({path}); choose another folder")
-    return path.exists()
+    if not path.exists():
+        return False
+    if said := settings.differ(json.loads(path.read_text()), config.to_dict()):
+        raise RunError(f"{folder} holds a run with another config ({said}); choose another folder")
+    return True
 
 
 def _claim(folder: Path, config: TrainConfig, device: torch.device) -> None:
-    """Write what this run is, or check that the folder holds the same one."""
+    """Write what this run is, if the folder does not say so yet.
+
+    After the first step, before anything else is written: a run that is refused earlier leaves its folder to
+    the corrected command.
+    """
     if not _check(folder, config):
         runs.write_json(folder / "environment.json", runs.environment(str(device), torch.get_num_threads()))
         runs.write_json(folder / "config.json", config.to_dict())
@@ -319,19 +320,23 @@ class Trainer:
         checkpoint_seconds: float,
     ) -> None:
         started = saved = told = time.monotonic()
-        earlier, loss = self.seconds, math.nan
+        earlier, loss, claimed = self.seconds, math.nan, False
         every = self.config.evaluate_every or self.epoch_steps
         while self.step < self.steps and (alive := [m for m in self.members if not m.stopped]):
             now = time.monotonic()
             self.seconds = earlier + now - started
             if should_stop():
-                self._save()
-                self.writer.wait()
+                if self.step:
+                    self._save()
+                    self.writer.wait()
                 raise Stopped
-            if now - saved > checkpoint_seconds:
+            if self.step and now - saved > checkpoint_seconds:
                 self._save()
                 saved = now
             losses_P = self.train_step(alive)
+            if not claimed:
+                _claim(self.folder, self.config, self.device)
+                claimed = True
             self.step += 1
             if self.step % every == 0 or self.step == self.steps:
                 self._test(alive, losses_P)

@@ -172,7 +172,7 @@ def test_another_mixers_dictionary_is_refused() -> None:
 def test_a_form_is_one_that_the_mixer_has() -> None:
     with pytest.raises(ValueError, match=r"mamba has no form 'lop'. Did you mean 'loop'\?"):
         holdall.build("mamba", width=16, form="lop")
-    with pytest.raises(ValueError, match="width 0"):
+    with pytest.raises(ValueError, match="width = 0"):
         holdall.build("mamba", width=0)
 
 

@@ -21,6 +21,7 @@ import torch
 from holdall import contract, frontier, recipes, runs
 from holdall.frontier import OutOfTime, SweepConfig, Watcher, run_sweep
 from holdall.mixers.attention import AttentionConfig
+from holdall.mixers.linformer import LinformerConfig
 from holdall.mixers.sliding_window import SlidingWindowConfig
 from holdall.recipes import patterns, quick
 from holdall.runs import RunError
@@ -117,8 +118,11 @@ def test_a_finished_sweep_trains_nothing_again(tmp_path: Path) -> None:
 
 def test_another_sweep_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     run(tmp_path / "out")
-    with pytest.raises(RunError, match=r"holds another sweep.*--out"):
+    says = r"holds another sweep \(.*attention, width 8\.train\.learning_rates: .*\); choose .*--out"
+    with pytest.raises(RunError, match=says):
         run(tmp_path / "out", tiny(rates=(0.05,)))
+    with pytest.raises(RunError, match=r"\(without 'window 4, width 8' here\)"):
+        run(tmp_path / "out", SweepConfig(recipe="tiny", points=tiny().points[:1]))
 
 
 def test_seeds_can_be_added_later(tmp_path: Path) -> None:
@@ -448,3 +452,12 @@ def test_report_remakes_figure_and_page_from_the_folder_alone(tmp_path: Path) ->
     for name, least in (("frontier.png", 10_000), ("frontier.html", 10_000), ("table.md", 500)):
         assert (tmp_path / "shown" / name).stat().st_size > least
         assert name in says
+
+
+def test_a_sweep_that_is_refused_leaves_its_folder_free(tmp_path: Path) -> None:
+    few = LinformerConfig(width=8, max_length=8)  # rows are longer than that
+    point = tiny(rates=(0.01,)).points[0]
+    train = dataclasses.replace(point.train, model=dataclasses.replace(point.train.model, layers=(few,)))
+    with pytest.raises(ValueError, match="max_length"):
+        run(tmp_path / "out", SweepConfig(recipe="tiny", points=(dataclasses.replace(point, train=train),)))
+    assert len(run(tmp_path / "out", SweepConfig(recipe="tiny", points=(point,)))) == 1

@@ -30,7 +30,7 @@ from holdall.mixers.h3 import H3Config
 from holdall.mixers.mamba import MambaConfig
 from holdall.mixers.sliding_window import SlidingWindowConfig
 from holdall.mixers.taylor import TaylorConfig
-from holdall.model import ModelConfig, seeded
+from holdall.model import Model, ModelConfig, seeded
 from holdall.operations import flops_per_token
 from holdall.parallel import LanguageModelLoss, cast_call, decayed, launcher
 from holdall.pretrain import PretrainConfig, Pretrainer, Stopped, generate, load_run, open_data, pretrain
@@ -477,7 +477,7 @@ def test_a_loss_that_is_no_number_ends_it_and_leaves_the_last_good_checkpoint(
 
 def test_what_does_not_fit_is_one_clear_line(corpus: Path, tmp_path: Path, whole: Path) -> None:
     run = config(corpus)
-    with pytest.raises(RunError, match=r"another config.*choose another --out"):
+    with pytest.raises(RunError, match=r"another config \(seed: 0 there, 1 here\); choose another --out"):
         pretrain(config(corpus, seed=1), whole)
     with pytest.raises(RunError, match="is not the one that this run is about"):
         pretrain(config(corpus, data_hash="0" * 64), tmp_path / "run")
@@ -488,8 +488,23 @@ def test_what_does_not_fit_is_one_clear_line(corpus: Path, tmp_path: Path, whole
         pretrain(config(corpus, context_len=10**6), tmp_path / "run")
     with pytest.raises(RunError, match="batch 8 is not a multiple of 1 devices times micro_batch 3"):
         pretrain(config(corpus, micro_batch=3), tmp_path / "run")
-    with pytest.raises(ValueError, match=r"learning_rate -1\.0 must be positive"):
+    with pytest.raises(ValueError, match=r"learning_rate = -1\.0 must be positive and finite"):
         config(corpus, learning_rate=-1.0)
+
+
+@pytest.mark.parametrize("part", ["_build", "_resume", "train_step"])
+def test_a_run_that_is_refused_before_its_first_step_leaves_its_folder_free(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    def refuse(*_: object) -> None:
+        raise ValueError("not this one")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Pretrainer, part, refuse)
+        with pytest.raises(ValueError, match="not this one"):
+            pretrain(config(corpus, steps=2), tmp_path / "run")
+    assert pretrain(config(corpus, steps=2, seed=1), tmp_path / "run")["steps"] == 2
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 1
 
 
 def test_a_damaged_checkpoint_is_named(corpus: Path, tmp_path: Path) -> None:
@@ -577,3 +592,57 @@ def test_a_pretrainer_keeps_only_its_own_random_state(corpus: Path, tmp_path: Pa
     before = torch.random.get_rng_state()
     Pretrainer(config(corpus), open_data(config(corpus)), tmp_path, launcher())
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def random_model() -> Model:
+    with seeded(0):
+        layers = (BaseConvConfig(width=8),)
+        return ModelConfig(vocab=20, width=8, layers=layers).build()
+
+
+def test_no_more_tokens_are_an_empty_result() -> None:
+    prompt = torch.zeros(3, 4, dtype=torch.long)
+    assert generate(random_model(), prompt, 0, vocab=20).shape == (3, 0)
+    assert generate(random_model(), prompt[:0], 5, vocab=20).shape == (0, 5)
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"count": -1}, "count = -1 must be at least 0"),
+        ({"temperature": math.nan}, "temperature = nan must be at least 0 and finite"),
+        ({"temperature": math.inf}, "temperature = inf must be"),
+        ({"temperature": -1.0}, r"temperature = -1\.0 must be"),
+        ({"vocab": 0}, "vocab = 0 must be from 1 to 20"),
+        ({"vocab": 21}, "vocab = 21 must be from 1 to 20"),
+        ({"tokens_BT": torch.zeros(2, 0, dtype=torch.long)}, "the prompt has no tokens"),
+        ({"tokens_BT": torch.tensor([[3, 20]])}, "ids outside of the model's vocabulary, 0 to 19"),
+        ({"tokens_BT": torch.tensor([[3, -1]])}, "ids outside of the model's vocabulary, 0 to 19"),
+    ],
+)
+def test_what_generation_cannot_do_is_refused(changed: dict[str, Any], says: str) -> None:
+    options = {"tokens_BT": torch.zeros(2, 4, dtype=torch.long), "count": 3, "vocab": 20, **changed}
+    with pytest.raises(ValueError, match=says):
+        generate(random_model(), **options)
+    broken = random_model()
+    with torch.no_grad():
+        broken.embed.weight.fill_(math.nan)
+    with pytest.raises(ValueError, match="logits are NaN or infinite"):
+        generate(broken, torch.zeros(2, 4, dtype=torch.long), 3, vocab=20)
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-45, 1e-30, 1e-4])
+def test_a_small_temperature_takes_the_likeliest_token(temperature: float) -> None:
+    model, prompt = random_model(), torch.arange(12).view(3, 4)
+    with torch.no_grad():
+        model.embed.weight.mul_(40)  # logits as large as those of a trained model
+    greedy = generate(model, prompt, 6, vocab=20, temperature=0)
+    assert torch.equal(generate(model, prompt, 6, vocab=20, temperature=temperature), greedy)
+
+
+def test_draws_follow_the_softmax_of_the_logits() -> None:
+    logits_BV = torch.tensor([[0.3, -1.0, 2.0, 1.5]]).expand(40_000, 4)
+    wanted_V = (logits_BV[0].double() / 0.7).softmax(-1)
+    drawn_B = module._drawn(logits_BV, 0.7, torch.Generator().manual_seed(0))
+    shares_V = drawn_B.bincount(minlength=4).double() / len(drawn_B)
+    assert shares_V == pytest.approx(wanted_V, abs=0.01)

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import math
 import os
 import signal
 import subprocess
@@ -260,13 +261,15 @@ def test_a_checkpoint_holds_buffers_too(tmp_path: Path) -> None:
 
 def test_another_config_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     train(config(), tmp_path / "run")
-    with pytest.raises(RunError, match=r"another config.*choose another folder"):
+    says = r"another config \(learning_rates\[0\]: 0.01 there, 0.02 here\); choose another folder"
+    with pytest.raises(RunError, match=says):
         train(config(learning_rates=(0.02,)), tmp_path / "run")
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    asked = iter(range(100))
     with pytest.raises(Stopped):
-        train(config(), tmp_path / "run", should_stop=lambda: True)
+        train(config(), tmp_path / "run", should_stop=lambda: next(asked) == 2)
     checkpoint = tmp_path / "run" / "checkpoint.safetensors"
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
     with pytest.raises(RunError, match=r"checkpoint\.safetensors is damaged"):
@@ -300,6 +303,23 @@ def test_an_unwritable_folder_is_a_clear_error(tmp_path: Path) -> None:
         train(config(), tmp_path / "file" / "run")
 
 
+@pytest.mark.parametrize("part", ["_member", "_resume", "train_step"])
+def test_a_run_that_is_refused_before_its_first_step_leaves_its_folder_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    def refuse(*_: object) -> None:
+        raise ValueError("not this one")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, part, refuse)
+        with pytest.raises(ValueError, match="not this one"):
+            train(config(), tmp_path / "run")
+    with pytest.raises(Stopped):  # and one that is stopped before it
+        train(config(), tmp_path / "run", should_stop=lambda: True)
+    train(config(batch=32), tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["batch"] == 32
+
+
 def test_two_processes_never_share_a_folder(tmp_path: Path) -> None:
     used = pytest.raises(RunError, match="in use by another run")
     with runs.locked(tmp_path / "run"), used, runs.locked(tmp_path / "run", patience=0.2):
@@ -316,6 +336,8 @@ def test_a_torn_last_line_is_left_out_and_an_atomic_write_leaves_no_trace(tmp_pa
 
 
 def test_bad_settings_name_the_numbers() -> None:
+    with pytest.raises(ValueError, match=r"learning_rates = \(nan,\) must be positive and finite"):
+        config(learning_rates=(math.nan,))
     with pytest.raises(ValueError, match="16 positions, the task rows of 24"):
         config(model=dataclasses.replace(config().model, positions=16))
     with pytest.raises(ValueError, match=r"vocab 16 is smaller than the task's 32"):

@@ -22,6 +22,7 @@ from holdall.contract import Mixer, MixerConfig, Paper, register
 from holdall.ops import attention
 from holdall.ops.attention import KeyValueCache
 from holdall.ops.rotary import rotary_dims, rotate, standard_frequencies
+from holdall.settings import NonNegativeInt, PositiveFloat, PositiveInt, Share
 
 
 @register(
@@ -42,12 +43,12 @@ class AttentionConfig(MixerConfig):
         PyTorch with memory linear in the length; "parallel" is PyTorch's own attention.
     """
 
-    heads: int = 1
-    kv_heads: int = 0
-    rotary: float = 0.0
-    rotary_base: float = 10000.0
+    heads: PositiveInt = 1
+    kv_heads: NonNegativeInt = 0
+    rotary: Share = 0.0
+    rotary_base: PositiveFloat = 10000.0
     bias: bool = True
-    block: int = 256
+    block: PositiveInt = 256
 
     forms = ("loop", "blockwise", "parallel")
     variants = (
@@ -57,17 +58,12 @@ class AttentionConfig(MixerConfig):
     )
 
     def validate(self) -> None:
-        if self.heads < 1 or self.width % self.heads:
+        if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
-        if not 0 <= self.rotary <= 1:
-            raise ValueError(f"rotary {self.rotary} is a share of the head's dimensions, between 0 and 1")
         rotary_dims(self.width // self.heads, self.rotary)
-        # mixers without these options check theirs here too
-        kv_heads = getattr(self, "kv_heads", 0)
-        if kv_heads < 0 or (kv_heads and self.heads % kv_heads):
+        kv_heads = getattr(self, "kv_heads", 0)  # mixers without this option check theirs here too
+        if kv_heads and self.heads % kv_heads:
             raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {kv_heads}")
-        if getattr(self, "block", 1) < 1:
-            raise ValueError(f"block {self.block} must be positive")
 
     def build(self) -> Attention:
         return Attention(self)

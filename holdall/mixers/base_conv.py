@@ -20,7 +20,7 @@ Deviations:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from holdall.contract import Mixer, MixerConfig, Paper, register
 from holdall.forms import KernelError
 from holdall.ops import conv, gated_conv
+from holdall.settings import PositiveInt, Range
 
 
 class ConvState(NamedTuple):
@@ -63,11 +64,11 @@ class BaseConvConfig(MixerConfig):
     """
 
     filter: Literal["short", "long"] = "short"
-    kernel: int = 3
-    max_length: int = 1024
-    hidden: int = 16
+    kernel: Annotated[int, Range(least=2)] = 3
+    max_length: Annotated[int, Range(least=2)] = 1024
+    hidden: PositiveInt = 16
     activation: Literal["none", "silu"] = "none"
-    expand: int | None = None
+    expand: PositiveInt | None = None
 
     forms = ("loop", "parallel", "kernel")
     variants = (
@@ -83,12 +84,10 @@ class BaseConvConfig(MixerConfig):
         return self.width if self.expand is None else self.expand * self.width // 2
 
     def validate(self) -> None:
-        if self.kernel < 2 or self.max_length < 2:
-            raise ValueError(f"kernel {self.kernel} and max_length {self.max_length} must be at least 2")
         if self.expand is None:
             return
-        if self.expand < 1 or self.expand * self.width % 2:
-            raise ValueError(f"expand {self.expand} times width {self.width} is not a positive even number")
+        if self.expand * self.width % 2:
+            raise ValueError(f"expand {self.expand} times width {self.width} is not an even number")
         if self.filter == "long" or self.activation != "none":
             raise ValueError(
                 "expand has a short filter and its own SiLU: leave filter and activation at their defaults"

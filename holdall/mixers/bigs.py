@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
 from holdall.ops import hippo, ssm
+from holdall.settings import PositiveInt
 
 
 class BiGSState(NamedTuple):
@@ -56,18 +57,12 @@ class BiGSConfig(MixerConfig):
     Fourier transform.
     """
 
-    modes: int = 64
-    expand: int = 4
+    modes: PositiveInt = 64
+    expand: PositiveInt = 4
     bidirectional: bool = False
-    chunk: int = ssm.CHUNK
+    chunk: PositiveInt = ssm.CHUNK
 
     variants = ({"modes": 4, "chunk": 16}, {"modes": 3, "expand": 1, "bidirectional": True})
-
-    def validate(self) -> None:
-        if min(self.modes, self.expand, self.chunk) < 1:
-            raise ValueError(
-                f"modes {self.modes}, expand {self.expand} and chunk {self.chunk} must be positive"
-            )
 
     def build(self) -> BiGS:
         return BiGS(self)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
 from holdall.ops.linear_attention import linear_attention, linear_attention_loop
+from holdall.settings import PositiveInt
 
 FLOOR = 1e-6
 
@@ -61,17 +62,15 @@ class CosformerConfig(MixerConfig):
         sequences trained on.
     """
 
-    heads: int = 2
-    max_length: int = 512
-    chunk: int = 128
+    heads: PositiveInt = 2
+    max_length: PositiveInt = 512
+    chunk: PositiveInt = 128
 
     variants = ({"chunk": 16}, {"heads": 1, "max_length": 48})
 
     def validate(self) -> None:
-        if self.heads < 1 or self.width % self.heads:
+        if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
-        if self.max_length < 1 or self.chunk < 1:
-            raise ValueError(f"max_length {self.max_length} and chunk {self.chunk} must be positive")
 
     def build(self) -> Cosformer:
         return Cosformer(self)

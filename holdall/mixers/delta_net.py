@@ -20,7 +20,7 @@ Deviations:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
 from holdall.ops import conv, delta_rule
 from holdall.ops.linear_attention import elu_plus_one
+from holdall.settings import NonNegativeFloat, PositiveInt, Range
 
 
 class DeltaNetState(NamedTuple):
@@ -60,13 +61,13 @@ class DeltaNetConfig(MixerConfig):
     eps: of that norm; chunk: tokens whose corrections are solved at once.
     """
 
-    heads: int = 2
+    heads: PositiveInt = 2
     key_map: Literal["silu", "elu1"] = "silu"
-    kernel: int = 4
+    kernel: Annotated[int, Range(least=2, zero="no convolution")] = 4
     gate: bool = False
     negative_eigenvalues: bool = False
-    eps: float = 1e-5
-    chunk: int = delta_rule.CHUNK
+    eps: NonNegativeFloat = 1e-5
+    chunk: PositiveInt = delta_rule.CHUNK
 
     forms = ("loop", "parallel", "kernel")
     variants = (
@@ -75,10 +76,8 @@ class DeltaNetConfig(MixerConfig):
     )
 
     def validate(self) -> None:
-        if self.heads < 1 or self.width % self.heads:
+        if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
-        if self.kernel < 0 or self.kernel == 1 or self.chunk < 1:
-            raise ValueError(f"kernel {self.kernel} must be 0 or at least 2, chunk {self.chunk} positive")
 
     def kernel_refusal(self, device: torch.device, dtype: torch.dtype) -> str:
         if refusal := super().kernel_refusal(device, dtype):

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
 from holdall.ops import hippo, ssm
+from holdall.settings import PositiveInt
 
 
 class DSSState(NamedTuple):
@@ -54,9 +55,9 @@ class DSSConfig(MixerConfig):
     that can be carried on; chunk: tokens per Fourier transform.
     """
 
-    modes: int = 64
+    modes: PositiveInt = 64
     version: str = "exp"
-    chunk: int = ssm.CHUNK
+    chunk: PositiveInt = ssm.CHUNK
 
     variants = ({}, {"modes": 3, "chunk": 16})
 
@@ -68,8 +69,6 @@ class DSSConfig(MixerConfig):
             )
         if self.version != "exp":
             raise ValueError(f"dss has no version '{self.version}', only 'exp'")
-        if self.modes < 1 or self.chunk < 1:
-            raise ValueError(f"modes {self.modes} and chunk {self.chunk} must be positive")
 
     def build(self) -> DSS:
         return DSS(self)

@@ -20,7 +20,7 @@ Deviations:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
 from holdall.mixers.delta_net import linear_wide, norm_heads, run_delta_rule
 from holdall.ops import conv, delta_rule, hippo
+from holdall.settings import NonNegativeFloat, NonNegativeInt, PositiveInt, Range
 
 
 class GatedDeltaNetState(NamedTuple):
@@ -61,15 +62,15 @@ class GatedDeltaNetConfig(MixerConfig):
     chunk: tokens whose corrections are solved at once.
     """
 
-    heads: int = 2
-    head_dim: int = 0
-    value_ratio: int = 2
-    value_heads: int = 0
-    kernel: int = 4
+    heads: PositiveInt = 2
+    head_dim: NonNegativeInt = 0
+    value_ratio: PositiveInt = 2
+    value_heads: NonNegativeInt = 0
+    kernel: Annotated[int, Range(least=2)] = 4
     gate: bool = True
     negative_eigenvalues: bool = False
-    eps: float = 1e-5
-    chunk: int = delta_rule.CHUNK
+    eps: NonNegativeFloat = 1e-5
+    chunk: PositiveInt = delta_rule.CHUNK
 
     forms = ("loop", "parallel", "kernel")
     variants = (
@@ -78,15 +79,10 @@ class GatedDeltaNetConfig(MixerConfig):
     )
 
     def validate(self) -> None:
-        if self.heads < 1 or self.value_heads % self.heads or self.value_heads < 0:
+        if self.value_heads % self.heads:
             raise ValueError(f"value_heads {self.value_heads} is not a multiple of heads {self.heads}")
-        if self.head_dim < 0 or (not self.head_dim and self.width % self.heads):
+        if not self.head_dim and self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}: give a head_dim")
-        if self.value_ratio < 1 or self.kernel < 2 or self.chunk < 1:
-            raise ValueError(
-                f"value_ratio {self.value_ratio} and chunk {self.chunk} must be positive, "
-                f"kernel {self.kernel} at least 2"
-            )
 
     @property
     def key_dim(self) -> int:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
 from holdall.ops.complex_decay import complex_decay, complex_decay_loop
+from holdall.settings import PositiveInt
 
 
 class GateLoopState(NamedTuple):
@@ -54,16 +55,14 @@ class GateLoopConfig(MixerConfig):
     chunk: tokens whose pairs are computed at once.
     """
 
-    heads: int = 4
-    chunk: int = 32
+    heads: PositiveInt = 4
+    chunk: PositiveInt = 32
 
     variants = ({"chunk": 16}, {"heads": 16})
 
     def validate(self) -> None:
-        if self.heads < 1 or self.width % self.heads:
+        if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
-        if self.chunk < 1:
-            raise ValueError(f"chunk {self.chunk} must be positive")
 
     def build(self) -> GateLoop:
         return GateLoop(self)

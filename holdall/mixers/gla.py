@@ -17,7 +17,7 @@ Deviations: none.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from holdall.contract import Mixer, MixerConfig, Paper, State, readout_dtype, recurrent_dtype, register
 from holdall.ops import conv
 from holdall.ops.linear_attention import linear_attention, linear_attention_loop
+from holdall.settings import NonNegativeFloat, PositiveFloat, PositiveInt, Range
 
 
 class GLAState(NamedTuple):
@@ -64,13 +65,13 @@ class GLAConfig(MixerConfig):
     eps: of the norm of each head's output.
     """
 
-    heads: int = 4
-    key_ratio: float = 0.5
-    value_ratio: float = 1.0
-    gate_rank: int = 16
-    tau: float = 16.0
-    kernel: int = 0
-    eps: float = 1e-5
+    heads: PositiveInt = 4
+    key_ratio: PositiveFloat = 0.5
+    value_ratio: PositiveFloat = 1.0
+    gate_rank: PositiveInt = 16
+    tau: PositiveFloat = 16.0
+    kernel: Annotated[int, Range(least=2, zero="no convolution")] = 0
+    eps: NonNegativeFloat = 1e-5
 
     forms = ("loop", "parallel", "kernel")
     variants = (
@@ -79,14 +80,9 @@ class GLAConfig(MixerConfig):
     )
 
     def validate(self) -> None:
-        if min(self.heads, self.gate_rank, self.tau) <= 0 or self.kernel < 0 or self.kernel == 1:
-            raise ValueError(
-                f"heads {self.heads}, gate_rank {self.gate_rank} and tau {self.tau} must be positive, "
-                f"kernel {self.kernel} at least 2, or 0 for no convolution"
-            )
         for name in ("key_ratio", "value_ratio"):
             dims = getattr(self, name) * self.width
-            if dims < 1 or dims % self.heads:
+            if not (dims >= 1 and dims % self.heads == 0):
                 raise ValueError(f"{name} * width = {dims:g} is not a multiple of heads {self.heads}")
 
     @property

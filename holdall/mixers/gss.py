@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
 from holdall.ops import ssm
+from holdall.settings import PositiveInt
 
 
 class GSSState(NamedTuple):
@@ -56,20 +57,15 @@ class GSSConfig(MixerConfig):
     the pseudocode, or A_imag itself; chunk: tokens per Fourier transform.
     """
 
-    modes: int = 512
-    reduce: int = 4
-    expand: int = 4
+    modes: PositiveInt = 512
+    reduce: PositiveInt = 4
+    expand: PositiveInt = 4
     imag_exp: bool = True
-    chunk: int = ssm.CHUNK
+    chunk: PositiveInt = ssm.CHUNK
 
     variants = ({"modes": 8}, {"modes": 5, "reduce": 2, "expand": 1, "imag_exp": False, "chunk": 16})
 
     def validate(self) -> None:
-        if min(self.modes, self.reduce, self.expand, self.chunk) < 1:
-            raise ValueError(
-                f"modes {self.modes}, reduce {self.reduce}, expand {self.expand} and chunk {self.chunk} "
-                "must be positive"
-            )
         if self.width % self.reduce:
             raise ValueError(f"width {self.width} is not a multiple of reduce {self.reduce}")
 

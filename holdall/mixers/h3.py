@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
 from holdall.ops import conv, hippo, ssm
+from holdall.settings import PositiveInt
 
 
 class H3State(NamedTuple):
@@ -58,22 +59,18 @@ class H3Config(MixerConfig):
     up to 512 tokens from a fresh start without leaving a state, as in training; the rest is transforms.
     """
 
-    state: int = 64
-    head_dim: int = 1
-    chunk: int = ssm.CHUNK
+    state: PositiveInt = 64
+    head_dim: PositiveInt = 1
+    chunk: PositiveInt = ssm.CHUNK
 
     forms = ("loop", "parallel", "kernel")
     variants = ({"state": 8}, {"state": 6, "head_dim": 2, "chunk": 16})
 
     def validate(self) -> None:
-        if self.state < 2 or self.state % 2:
-            raise ValueError(
-                f"state {self.state} is not a positive even number: modes come in conjugate pairs"
-            )
-        if self.head_dim < 1 or self.width % self.head_dim:
+        if self.state % 2:
+            raise ValueError(f"state {self.state} is not an even number: modes come in conjugate pairs")
+        if self.width % self.head_dim:
             raise ValueError(f"width {self.width} is not a multiple of head_dim {self.head_dim}")
-        if self.chunk < 1:
-            raise ValueError(f"chunk {self.chunk} is not positive")
 
     @property
     def heads(self) -> int:

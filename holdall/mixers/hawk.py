@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
 from holdall.ops import conv, scan
+from holdall.settings import NonNegativeInt, PositiveInt, Range
 
 
 class HawkState(NamedTuple):
@@ -63,19 +64,17 @@ class HawkConfig(MixerConfig):
     after another, all chunks side by side.
     """
 
-    lru_width: int = 0
-    heads: int = 4
-    kernel: int = 4
-    chunk: int = scan.CHUNK
+    lru_width: NonNegativeInt = 0
+    heads: PositiveInt = 4
+    kernel: Annotated[int, Range(least=2)] = 4
+    chunk: PositiveInt = scan.CHUNK
 
     forms = ("loop", "parallel", "kernel")
     variants = ({}, {"lru_width": 12, "heads": 2, "kernel": 3, "chunk": 16})
 
     def validate(self) -> None:
-        if self.lru_width < 0 or self.heads < 1 or self.inner % self.heads:
+        if self.inner % self.heads:
             raise ValueError(f"lru_width {self.inner} is not a multiple of heads {self.heads}")
-        if self.kernel < 2 or self.chunk < 1:
-            raise ValueError(f"kernel {self.kernel} must be at least 2, chunk {self.chunk} positive")
 
     @property
     def inner(self) -> int:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
 from holdall.ops.linear_attention import linear_attention, linear_attention_loop
+from holdall.settings import NonNegativeInt, PositiveInt
 
 EPS = 1e-12
 
@@ -56,20 +57,16 @@ class HedgehogConfig(MixerConfig):
     feature_dim: outputs f of a head's map, 2f features; 0 for as many as a head has dimensions, D / H.
     """
 
-    heads: int = 2
-    feature_dim: int = 0
+    heads: PositiveInt = 2
+    feature_dim: NonNegativeInt = 0
     bias: bool = False
-    chunk: int = 128
+    chunk: PositiveInt = 128
 
     variants = ({"chunk": 16}, {"heads": 4, "feature_dim": 3, "bias": True})
 
     def validate(self) -> None:
-        if self.heads < 1 or self.width % self.heads:
+        if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
-        if self.feature_dim < 0 or self.chunk < 1:
-            raise ValueError(
-                f"feature_dim {self.feature_dim} must not be negative, chunk {self.chunk} positive"
-            )
 
     @property
     def resolved_feature_dim(self) -> int:

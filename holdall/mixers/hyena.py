@@ -20,7 +20,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, register
 from holdall.ops import conv
+from holdall.settings import PositiveFloat, PositiveInt, Range
 
 
 class HyenaState(NamedTuple):
@@ -58,21 +59,14 @@ class HyenaConfig(MixerConfig):
     hidden: width of the MLP that makes the filters; bands: sines of growing frequency that it sees.
     """
 
-    order: int = 2
-    max_length: int = 1024
-    hidden: int = 16
-    bands: int = 1
-    sine_frequency: float = 1.0
+    order: Annotated[int, Range(least=2)] = 2
+    max_length: Annotated[int, Range(least=2)] = 1024
+    hidden: PositiveInt = 16
+    bands: PositiveInt = 1
+    sine_frequency: PositiveFloat = 1.0
 
     forms = ("loop", "parallel", "kernel")
     variants = ({}, {"order": 3, "max_length": 64, "bands": 2})
-
-    def validate(self) -> None:
-        if self.order < 2 or self.max_length < 2 or self.bands < 1:
-            raise ValueError(
-                f"order {self.order} and max_length {self.max_length} must be at least 2, "
-                f"bands {self.bands} at least 1"
-            )
 
     def build(self) -> Hyena:
         return Hyena(self)

@@ -20,7 +20,7 @@ Deviations:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
 from holdall.mixers.delta_net import run_delta_rule
 from holdall.ops import conv, delta_rule, hippo
+from holdall.settings import NonNegativeFloat, NonNegativeInt, PositiveInt, Range
 
 
 class KimiDeltaState(NamedTuple):
@@ -60,21 +61,19 @@ class KimiDeltaConfig(MixerConfig):
     norm of each head's output; chunk: tokens whose corrections are solved at once, at most 16.
     """
 
-    heads: int = 2
-    head_dim: int = 0
-    kernel: int = 4
+    heads: PositiveInt = 2
+    head_dim: NonNegativeInt = 0
+    kernel: Annotated[int, Range(least=2)] = 4
     negative_eigenvalues: bool = False
-    eps: float = 1e-5
-    chunk: int = delta_rule.CHUNK
+    eps: NonNegativeFloat = 1e-5
+    chunk: Annotated[int, Range(least=1, most=16)] = delta_rule.CHUNK
 
     forms = ("loop", "parallel", "kernel")
     variants = ({}, {"heads": 3, "head_dim": 8, "kernel": 3, "negative_eigenvalues": True, "chunk": 8})
 
     def validate(self) -> None:
-        if self.heads < 1 or self.head_dim < 0 or (not self.head_dim and self.width % self.heads):
+        if not self.head_dim and self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}: give a head_dim")
-        if self.kernel < 2 or not 1 <= self.chunk <= 16:
-            raise ValueError(f"kernel {self.kernel} must be at least 2, chunk {self.chunk} from 1 to 16")
 
     @property
     def key_dim(self) -> int:

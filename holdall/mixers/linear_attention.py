@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, State, recurrent_dtype, register
 from holdall.ops.linear_attention import FEATURE_MAPS, linear_attention, linear_attention_loop
+from holdall.settings import NonNegativeFloat, PositiveInt
 
 if TYPE_CHECKING:
     from holdall.mixers.taylor import TaylorConfig
@@ -65,11 +66,11 @@ class LinearAttentionConfig(MixerConfig):
     """
 
     feature_map: Literal["elu1", "relu", "square", "identity"] = "elu1"
-    feature_dim: int = 16
-    heads: int = 1
+    feature_dim: PositiveInt = 16
+    heads: PositiveInt = 1
     normalise: bool = True
-    eps: float = 1e-12
-    chunk: int = 128
+    eps: NonNegativeFloat = 1e-12
+    chunk: PositiveInt = 128
     bias: bool = False
 
     state_dtype: ClassVar[str] = "fp32"
@@ -81,10 +82,8 @@ class LinearAttentionConfig(MixerConfig):
     )
 
     def validate(self) -> None:
-        if self.heads < 1 or self.width % self.heads:
+        if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
-        if self.feature_dim < 1 or self.chunk < 1:
-            raise ValueError(f"feature_dim {self.feature_dim} and chunk {self.chunk} must be positive")
 
     def build(self) -> LinearAttention:
         return LinearAttention(self)

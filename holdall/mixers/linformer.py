@@ -33,6 +33,7 @@ from holdall.contract import (
     recurrent_dtype,
     register,
 )
+from holdall.settings import PositiveInt
 
 
 class LinformerState(NamedTuple):
@@ -66,9 +67,9 @@ class LinformerConfig(MixerConfig):
     mixed as keys are, F = E.
     """
 
-    rank: int = 32
-    heads: int = 1
-    max_length: int = 1024
+    rank: PositiveInt = 32
+    heads: PositiveInt = 1
+    max_length: PositiveInt = 1024
     shared: bool = False
 
     # as long as the longest of the laws
@@ -78,10 +79,8 @@ class LinformerConfig(MixerConfig):
     )
 
     def validate(self) -> None:
-        if self.heads < 1 or self.width % self.heads:
+        if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
-        if self.rank < 1 or self.max_length < 1:
-            raise ValueError(f"rank {self.rank} and max_length {self.max_length} must be positive")
 
     def build(self) -> Linformer:
         return Linformer(self)

@@ -24,7 +24,7 @@ Deviations, from the paper's code and not from its equations:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
 from holdall.mixers.s4 import LegS
 from holdall.ops import dplr
+from holdall.settings import PositiveInt, Range
 
 
 class LiquidS4State(NamedTuple):
@@ -64,21 +65,17 @@ class LiquidS4Config(MixerConfig):
     read at once, a power of two.
     """
 
-    state: int = 64
-    degree: int = 2
+    state: PositiveInt = 64
+    degree: Annotated[int, Range(least=2)] = 2
     kernel: Literal["pb", "kb"] = "pb"
-    chunk: int = dplr.CHUNK
+    chunk: PositiveInt = dplr.CHUNK
 
     variants = ({}, {"state": 6, "degree": 3, "kernel": "kb", "chunk": 16})
 
     def validate(self) -> None:
-        if self.state < 2 or self.state % 2:
-            raise ValueError(f"state {self.state} is no positive even number: modes come in conjugate pairs")
-        if self.degree < 2:
-            raise ValueError(
-                f"degree {self.degree} is less than 2, and without products this is the mixer s4"
-            )
-        if self.chunk < 1 or self.chunk & (self.chunk - 1):
+        if self.state % 2:
+            raise ValueError(f"state {self.state} is not an even number: modes come in conjugate pairs")
+        if self.chunk & (self.chunk - 1):
             raise ValueError(f"chunk {self.chunk} is not a power of two")
 
     def build(self) -> LiquidS4:

@@ -16,7 +16,7 @@ Deviations:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
 from holdall.ops import conv
+from holdall.settings import NonNegativeFloat, Range
 
 
 class LongConvState(NamedTuple):
@@ -54,16 +55,10 @@ class LongConvConfig(MixerConfig):
         the parameters start small and fade along the filter, as published; without, as N(0, 1).
     """
 
-    max_length: int = 1024
-    squash: float = 0.0
+    max_length: Annotated[int, Range(least=2)] = 1024
+    squash: NonNegativeFloat = 0.0
 
     variants = ({"max_length": 40}, {"max_length": 200, "squash": 0.01})
-
-    def validate(self) -> None:
-        if self.max_length < 2 or self.squash < 0:
-            raise ValueError(
-                f"max_length {self.max_length} must be at least 2, squash {self.squash} at least 0"
-            )
 
     def build(self) -> LongConv:
         return LongConv(self)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
 from holdall.ops import conv, hippo, scan
+from holdall.settings import NonNegativeInt, PositiveInt, Range
 
 
 class MambaState(NamedTuple):
@@ -55,21 +56,14 @@ class MambaConfig(MixerConfig):
     chunk: steps of the scan that are taken one after another, all chunks side by side; not the kernel's.
     """
 
-    state: int = 16
-    expand: int = 2
-    kernel: int = 4
-    dt_rank: int = 0
-    chunk: int = scan.CHUNK
+    state: PositiveInt = 16
+    expand: PositiveInt = 2
+    kernel: Annotated[int, Range(least=2)] = 4
+    dt_rank: NonNegativeInt = 0
+    chunk: PositiveInt = scan.CHUNK
 
     forms = ("loop", "parallel", "kernel")
     variants = ({}, {"state": 4, "expand": 1, "dt_rank": 3, "chunk": 16})
-
-    def validate(self) -> None:
-        if min(self.state, self.expand, self.chunk) < 1 or self.kernel < 2 or self.dt_rank < 0:
-            raise ValueError(
-                f"state {self.state}, expand {self.expand} and chunk {self.chunk} must be positive, "
-                f"kernel {self.kernel} at least 2, dt_rank {self.dt_rank} not negative"
-            )
 
     @property
     def rank(self) -> int:

@@ -19,7 +19,7 @@ Deviations:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
 from holdall.ops import conv, hippo
 from holdall.ops.linear_attention import linear_attention, linear_attention_loop
+from holdall.settings import NonNegativeFloat, PositiveInt, Range
 
 
 class Mamba2State(NamedTuple):
@@ -61,13 +62,13 @@ class Mamba2Config(MixerConfig):
     chunk: tokens whose pairs are computed at once.
     """
 
-    state: int = 128
-    expand: int = 2
-    head_dim: int = 64
-    groups: int = 1
-    kernel: int = 4
-    eps: float = 1e-5
-    chunk: int = 128
+    state: PositiveInt = 128
+    expand: PositiveInt = 2
+    head_dim: PositiveInt = 64
+    groups: PositiveInt = 1
+    kernel: Annotated[int, Range(least=2)] = 4
+    eps: NonNegativeFloat = 1e-5
+    chunk: PositiveInt = 128
 
     forms = ("loop", "parallel", "kernel")
     variants = (
@@ -76,11 +77,6 @@ class Mamba2Config(MixerConfig):
     )
 
     def validate(self) -> None:
-        if min(self.state, self.expand, self.head_dim, self.groups, self.chunk) < 1 or self.kernel < 2:
-            raise ValueError(
-                f"state {self.state}, expand {self.expand}, head_dim {self.head_dim}, groups {self.groups} "
-                f"and chunk {self.chunk} must be positive, kernel {self.kernel} at least 2"
-            )
         if self.inner % min(self.head_dim, self.inner):
             raise ValueError(f"expand * width = {self.inner} is not a multiple of head_dim {self.head_dim}")
         if self.heads % self.groups:

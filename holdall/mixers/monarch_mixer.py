@@ -23,7 +23,7 @@ Deviations:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from holdall.contract import Mixer, MixerConfig, Paper, State, register
 from holdall.mixers.hyena import HyenaConfig, HyenaFilter
 from holdall.ops import conv
 from holdall.ops.monarch import monarch_conv
+from holdall.settings import PositiveFloat, PositiveInt, Range
 
 
 class MonarchState(NamedTuple):
@@ -71,16 +72,13 @@ class MonarchMixerConfig(MixerConfig):
     residual: a second long convolution, of the mixer's input, is added behind the gate (as in M2-BERT).
     """
 
-    max_length: int = 1024
-    hidden: int = 16
-    bands: int = 1
-    sine_frequency: float = 10.0
+    max_length: Annotated[int, Range(least=2)] = 1024
+    hidden: PositiveInt = 16
+    bands: PositiveInt = 1
+    sine_frequency: PositiveFloat = 10.0
     residual: bool = False
 
     variants = ({}, {"max_length": 64, "bands": 2, "sine_frequency": 1.0, "residual": True})
-
-    def validate(self) -> None:
-        self.filter_config.validate()
 
     @property
     def filter_config(self) -> HyenaConfig:

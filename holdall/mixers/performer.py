@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
 from holdall.ops.linear_attention import linear_attention, linear_attention_loop
 from holdall.ops.running import cumsum
+from holdall.settings import NonNegativeInt, PositiveInt
 
 KEY_EPS = {"softmax": 1e-4, "relu": 1e-3}
 SUM_EPS = 1e-6
@@ -76,18 +77,16 @@ class PerformerConfig(MixerConfig):
     """
 
     kernel: Literal["softmax", "relu"] = "softmax"
-    heads: int = 2
-    features: int = 0
+    heads: PositiveInt = 2
+    features: NonNegativeInt = 0
     bias: bool = False
-    chunk: int = 128
+    chunk: PositiveInt = 128
 
     variants = ({"features": 12, "chunk": 16, "bias": True}, {"kernel": "relu", "heads": 1, "chunk": 32})
 
     def validate(self) -> None:
-        if self.heads < 1 or self.width % self.heads:
+        if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
-        if self.features < 0 or self.chunk < 1:
-            raise ValueError(f"features {self.features} must not be negative, chunk {self.chunk} positive")
 
     @property
     def resolved_features(self) -> int:

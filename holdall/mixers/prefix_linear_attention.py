@@ -34,6 +34,7 @@ from holdall.ops.linear_attention import (
     linear_attention,
     linear_attention_loop,
 )
+from holdall.settings import NonNegativeFloat, PositiveInt
 
 
 class PrefixState(NamedTuple):
@@ -68,12 +69,12 @@ class PrefixLinearAttentionConfig(MixerConfig):
     chunk: tokens whose pairs are computed at once.
     """
 
-    prefix: int = 64
+    prefix: PositiveInt = 64
     feature_map: Literal["taylor", "elu1"] = "taylor"
-    feature_dim: int = 16
-    heads: int = 1
-    eps: float = 1e-12
-    chunk: int = 128
+    feature_dim: PositiveInt = 16
+    heads: PositiveInt = 1
+    eps: NonNegativeFloat = 1e-12
+    chunk: PositiveInt = 128
 
     forms = ("loop", "parallel", "kernel")
     variants = (
@@ -82,13 +83,8 @@ class PrefixLinearAttentionConfig(MixerConfig):
     )
 
     def validate(self) -> None:
-        if self.heads < 1 or self.width % self.heads:
+        if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
-        if min(self.prefix, self.feature_dim, self.chunk) < 1:
-            raise ValueError(
-                f"prefix {self.prefix}, feature_dim {self.feature_dim} and chunk {self.chunk} "
-                "must be positive"
-            )
 
     @property
     def has_kernel(self) -> bool:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
 from holdall.ops.linear_attention import FEATURE_MAPS, linear_attention, linear_attention_loop
+from holdall.settings import NonNegativeFloat, PositiveInt
 
 SQUARES = FEATURE_MAPS["quadratic"]
 EPS = 1e-12
@@ -56,18 +57,16 @@ class RebasedConfig(MixerConfig):
     feature_dim: dimensions f of a head's queries and keys, F = f (f + 1) / 2 features; eps: of the norms.
     """
 
-    heads: int = 1
-    feature_dim: int = 16
-    eps: float = 1e-5
-    chunk: int = 128
+    heads: PositiveInt = 1
+    feature_dim: PositiveInt = 16
+    eps: NonNegativeFloat = 1e-5
+    chunk: PositiveInt = 128
 
     variants = ({"feature_dim": 4, "heads": 2, "chunk": 16},)
 
     def validate(self) -> None:
-        if self.heads < 1 or self.width % self.heads:
+        if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
-        if self.feature_dim < 1 or self.chunk < 1:
-            raise ValueError(f"feature_dim {self.feature_dim} and chunk {self.chunk} must be positive")
 
     def build(self) -> Rebased:
         return Rebased(self)

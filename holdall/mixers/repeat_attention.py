@@ -23,6 +23,7 @@ from holdall.contract import Mixer, MixerConfig, Paper, register
 from holdall.mixers.attention import QKV, AttentionConfig
 from holdall.ops import attention
 from holdall.ops.attention import KeyValueCache
+from holdall.settings import PositiveFloat, PositiveInt, Share
 
 
 class RepeatState(NamedTuple):
@@ -54,9 +55,9 @@ class RepeatAttentionConfig(MixerConfig):
     rotary: share of each head's dimensions that rotary positions turn; 0 for none, 1 for all.
     """
 
-    heads: int = 1
-    rotary: float = 0.0
-    rotary_base: float = 10000.0
+    heads: PositiveInt = 1
+    rotary: Share = 0.0
+    rotary_base: PositiveFloat = 10000.0
     bias: bool = True
 
     variants = ({"heads": 2, "rotary": 0.5},)

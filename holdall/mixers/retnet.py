@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from holdall.contract import Mixer, MixerConfig, Paper, readout_dtype, recurrent_dtype, register
 from holdall.ops.linear_attention import linear_attention, linear_attention_loop
 from holdall.ops.rotary import rotate
+from holdall.settings import NonNegativeFloat, PositiveInt
 
 
 class RetNetState(NamedTuple):
@@ -53,19 +54,17 @@ class RetNetConfig(MixerConfig):
     value_ratio: value dimensions per model dimension, r; eps: of the norm of each head's output.
     """
 
-    heads: int = 2
-    value_ratio: int = 2
-    eps: float = 1e-6
-    chunk: int = 128
+    heads: PositiveInt = 2
+    value_ratio: PositiveInt = 2
+    eps: NonNegativeFloat = 1e-6
+    chunk: PositiveInt = 128
 
     forms = ("loop", "parallel", "kernel")
     variants = ({}, {"heads": 4, "value_ratio": 1, "chunk": 16})
 
     def validate(self) -> None:
-        if self.heads < 1 or self.width % (2 * self.heads):
+        if self.width % (2 * self.heads):
             raise ValueError(f"width {self.width} is not a multiple of twice the heads {self.heads}")
-        if self.value_ratio < 1 or self.chunk < 1:
-            raise ValueError(f"value_ratio {self.value_ratio} and chunk {self.chunk} must be positive")
 
     def kernel_refusal(self, device: torch.device, dtype: torch.dtype) -> str:
         if refusal := super().kernel_refusal(device, dtype):

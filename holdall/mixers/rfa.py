@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
 from holdall.ops.linear_attention import linear_attention, linear_attention_loop
+from holdall.settings import NonNegativeFloat, PositiveFloat, PositiveInt
 
 SCALE = 0.1
 NORM_EPS = 1e-3
@@ -61,22 +62,18 @@ class RfaConfig(MixerConfig):
     floor: the least that outputs are divided by; 0 for 1 without and P / 1000 with the gate.
     """
 
-    heads: int = 2
-    frequencies: int = 64
-    tau: float = 1.0
+    heads: PositiveInt = 2
+    frequencies: PositiveInt = 64
+    tau: PositiveFloat = 1.0
     gate: bool = False
-    floor: float = 0.0
-    chunk: int = 128
+    floor: NonNegativeFloat = 0.0
+    chunk: PositiveInt = 128
 
     variants = ({"frequencies": 12, "chunk": 16, "tau": 0.8}, {"frequencies": 8, "heads": 4, "gate": True})
 
     def validate(self) -> None:
-        if self.heads < 1 or self.width % self.heads:
+        if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
-        if self.frequencies < 1 or self.chunk < 1:
-            raise ValueError(f"frequencies {self.frequencies} and chunk {self.chunk} must be positive")
-        if self.tau <= 0 or self.floor < 0:
-            raise ValueError(f"tau {self.tau} must be positive, floor {self.floor} not negative")
 
     @property
     def resolved_floor(self) -> float:

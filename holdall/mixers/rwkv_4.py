@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
 from holdall.ops.scan import CHUNK
 from holdall.ops.wkv import NOTHING, wkv, wkv_loop
+from holdall.settings import NonNegativeInt, PositiveInt
 
 
 class RWKV4State(NamedTuple):
@@ -60,17 +61,15 @@ class RWKV4Config(MixerConfig):
     chunk: steps of the scan that are taken one after another, all chunks side by side.
     """
 
-    layer: int = 0
-    layers: int = 1
-    chunk: int = CHUNK
+    layer: NonNegativeInt = 0
+    layers: PositiveInt = 1
+    chunk: PositiveInt = CHUNK
 
     variants = ({}, {"layer": 1, "layers": 3, "chunk": 16})
 
     def validate(self) -> None:
-        if not 0 <= self.layer < self.layers:
+        if not self.layer < self.layers:
             raise ValueError(f"layer {self.layer} is none of {self.layers}, counted from 0")
-        if self.chunk < 1:
-            raise ValueError(f"chunk {self.chunk} must be positive")
 
     def build(self) -> RWKV4:
         return RWKV4(self)

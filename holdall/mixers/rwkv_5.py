@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from holdall.contract import Mixer, MixerConfig, Paper, readout_dtype, recurrent_dtype, register
 from holdall.mixers.rwkv_4 import depths, mix_start, ramp, shift, zigzag
 from holdall.ops.wkv import matrix_wkv, matrix_wkv_loop
+from holdall.settings import NonNegativeInt, PositiveInt
 
 NORM_EPS = 64e-5
 """1e-5 beside the variance of o / 8."""
@@ -60,20 +61,20 @@ class RWKV5Config(MixerConfig):
     chunk: tokens between which no state is built, a power of two.
     """
 
-    head_size: int = 64
-    layer: int = 0
-    layers: int = 1
-    chunk: int = 64
+    head_size: PositiveInt = 64
+    layer: NonNegativeInt = 0
+    layers: PositiveInt = 1
+    chunk: PositiveInt = 64
 
     forms = ("loop", "parallel", "kernel")
     variants = ({}, {"head_size": 4, "layer": 1, "layers": 3, "chunk": 16})
 
     def validate(self) -> None:
-        if self.head_size < 1 or self.width % self.key_dim:
+        if self.width % self.key_dim:
             raise ValueError(f"width {self.width} is not a multiple of head_size {self.head_size}")
-        if not 0 <= self.layer < self.layers:
+        if not self.layer < self.layers:
             raise ValueError(f"layer {self.layer} is none of {self.layers}, counted from 0")
-        if self.chunk < 1 or self.chunk & (self.chunk - 1):
+        if self.chunk & (self.chunk - 1):
             raise ValueError(f"chunk {self.chunk} is not a power of two")
 
     @property

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
 from holdall.mixers.rwkv_4 import depths, mix_start, ramp, shift
 from holdall.ops.delta_rule import CHUNK, generalised_delta_rule, generalised_delta_rule_loop
+from holdall.settings import NonNegativeInt, PositiveInt, Range
 
 
 class RWKV7State(NamedTuple):
@@ -65,13 +66,13 @@ class RWKV7Config(MixerConfig):
     from 0, for the initialisation; chunk: tokens whose corrections are solved at once, at most 16.
     """
 
-    heads: int = 2
-    decay_rank: int = 0
-    a_rank: int = 0
-    gate_rank: int = 0
-    layer: int = 0
-    layers: int = 1
-    chunk: int = CHUNK
+    heads: PositiveInt = 2
+    decay_rank: NonNegativeInt = 0
+    a_rank: NonNegativeInt = 0
+    gate_rank: NonNegativeInt = 0
+    layer: NonNegativeInt = 0
+    layers: PositiveInt = 1
+    chunk: Annotated[int, Range(least=1, most=16)] = CHUNK
 
     forms = ("loop", "parallel", "kernel")
     variants = (
@@ -80,14 +81,9 @@ class RWKV7Config(MixerConfig):
     )
 
     def validate(self) -> None:
-        if self.heads < 1 or self.width % self.heads or self.width == self.heads:
+        if self.width % self.heads or self.width == self.heads:
             raise ValueError(f"width {self.width} is no multiple of heads {self.heads}, by 2 or more")
-        if min(self.decay_rank, self.a_rank, self.gate_rank) < 0 or not 1 <= self.chunk <= 16:
-            raise ValueError(
-                f"decay_rank {self.decay_rank}, a_rank {self.a_rank} and gate_rank {self.gate_rank} must not "
-                f"be negative, chunk {self.chunk} from 1 to 16"
-            )
-        if not 0 <= self.layer < self.layers:
+        if not self.layer < self.layers:
             raise ValueError(f"layer {self.layer} is none of {self.layers}, counted from 0")
 
     @property

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
 from holdall.ops import dplr, hippo
 from holdall.ops.ssm import as_complex
+from holdall.settings import PositiveInt
 
 
 class S4State(NamedTuple):
@@ -60,15 +61,15 @@ class S4Config(MixerConfig):
     at once, a power of two.
     """
 
-    state: int = 64
-    chunk: int = dplr.CHUNK
+    state: PositiveInt = 64
+    chunk: PositiveInt = dplr.CHUNK
 
     variants = ({}, {"state": 6, "chunk": 16})
 
     def validate(self) -> None:
-        if self.state < 2 or self.state % 2:
-            raise ValueError(f"state {self.state} is no positive even number: modes come in conjugate pairs")
-        if self.chunk < 1 or self.chunk & (self.chunk - 1):
+        if self.state % 2:
+            raise ValueError(f"state {self.state} is not an even number: modes come in conjugate pairs")
+        if self.chunk & (self.chunk - 1):
             raise ValueError(f"chunk {self.chunk} is not a power of two")
 
     def build(self) -> S4:

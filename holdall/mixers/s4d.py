@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
 from holdall.ops import hippo, ssm
+from holdall.settings import PositiveInt
 
 
 class S4DState(NamedTuple):
@@ -55,20 +56,16 @@ class S4DConfig(MixerConfig):
     discretisation: "zoh" (the input is held) or "bilinear"; chunk: tokens per Fourier transform.
     """
 
-    state: int = 64
+    state: PositiveInt = 64
     init: Literal["lin", "inv", "legs"] = "lin"
     discretisation: Literal["zoh", "bilinear"] = "zoh"
-    chunk: int = ssm.CHUNK
+    chunk: PositiveInt = ssm.CHUNK
 
     variants = ({}, {"state": 8, "init": "legs", "discretisation": "bilinear", "chunk": 16})
 
     def validate(self) -> None:
-        if self.state < 2 or self.state % 2:
-            raise ValueError(
-                f"state {self.state} is not a positive even number: modes come in conjugate pairs"
-            )
-        if self.chunk < 1:
-            raise ValueError(f"chunk {self.chunk} is not positive")
+        if self.state % 2:
+            raise ValueError(f"state {self.state} is not an even number: modes come in conjugate pairs")
 
     def build(self) -> S4D:
         return S4D(self)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
 from holdall.ops import hippo, scan, ssm
+from holdall.settings import PositiveInt
 
 
 class S5State(NamedTuple):
@@ -58,13 +59,13 @@ class S5Config(MixerConfig):
     conj_sym: n / 2 modes that stand for conjugate pairs, instead of n free ones.
     """
 
-    state: int = 256
-    blocks: int = 8
+    state: PositiveInt = 256
+    blocks: PositiveInt = 8
     conj_sym: bool = True
     discretisation: Literal["zoh", "bilinear"] = "zoh"
     activation: Literal["half_glu1", "half_glu2", "full_glu", "gelu"] = "half_glu1"
     clip_eigs: bool = True
-    chunk: int = 64
+    chunk: PositiveInt = 64
 
     forms = ("loop", "parallel", "kernel")
     variants = (
@@ -74,12 +75,9 @@ class S5Config(MixerConfig):
     )  # fmt: skip
 
     def validate(self) -> None:
-        if min(self.state, self.blocks, self.chunk) < 1 or self.state % (self.blocks * (1 + self.conj_sym)):
+        if self.state % (self.blocks * (1 + self.conj_sym)):
             pairs = ", of pairs of modes" * self.conj_sym
-            raise ValueError(
-                f"state {self.state} is not made of {self.blocks} equal blocks{pairs}, or chunk {self.chunk} "
-                "is not positive"
-            )
+            raise ValueError(f"state {self.state} is not made of {self.blocks} equal blocks{pairs}")
 
     @property
     def modes(self) -> int:

@@ -17,7 +17,7 @@ Deviations: none.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from holdall.contract import Mixer, MixerConfig, Paper, register
 from holdall.mixers.attention import QKV, AttentionConfig
 from holdall.ops import attention
 from holdall.ops.attention import KeyValueCache
+from holdall.settings import NonNegativeInt, PositiveFloat, PositiveInt, Range, Share
 
 MAX_KERNEL_HEAD_DIM = 128
 """Above, blocks of queries, keys and values no longer lie in a GPU's shared memory together."""
@@ -53,11 +54,11 @@ class SlidingWindowConfig(MixerConfig):
     bias: of all projections, or "out" of the last one alone.
     """
 
-    window: int = 16
-    heads: int = 1
-    kv_heads: int = 0
-    rotary: float = 0.0
-    rotary_base: float = 10000.0
+    window: Annotated[int, Range(least=2)] = 16
+    heads: PositiveInt = 1
+    kv_heads: NonNegativeInt = 0
+    rotary: Share = 0.0
+    rotary_base: PositiveFloat = 10000.0
     bias: bool | Literal["out"] = True
 
     forms = ("loop", "parallel", "kernel")
@@ -70,8 +71,6 @@ class SlidingWindowConfig(MixerConfig):
 
     def validate(self) -> None:
         AttentionConfig.validate(self)  # type: ignore[arg-type]
-        if self.window < 2:
-            raise ValueError(f"window {self.window} must be at least 2: the token itself and one before it")
 
     def kernel_refusal(self, device: torch.device, dtype: torch.dtype) -> str:
         head_dim = self.width // self.heads

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
 from holdall.mixers.attention import QKV
+from holdall.settings import PositiveInt
 
 
 class Kept(NamedTuple):
@@ -60,17 +61,15 @@ class SparseAttentionConfig(MixerConfig):
     keys: how many tokens are kept, k. chunk: tokens that are read at once, C.
     """
 
-    keys: int = 64
-    heads: int = 1
-    chunk: int = 64
+    keys: PositiveInt = 64
+    heads: PositiveInt = 1
+    chunk: PositiveInt = 64
 
     variants = ({"keys": 8, "heads": 2, "chunk": 32}, {"keys": 70, "chunk": 32})
 
     def validate(self) -> None:
-        if self.heads < 1 or self.width % self.heads:
+        if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
-        if self.keys < 1 or self.chunk < 1:
-            raise ValueError(f"keys {self.keys} and chunk {self.chunk} must be positive")
 
     def build(self) -> SparseAttention:
         return SparseAttention(self)

@@ -22,6 +22,7 @@ import torch
 
 from holdall.contract import MixerConfig, Paper, register
 from holdall.mixers.linear_attention import LinearAttention
+from holdall.settings import NonNegativeFloat, PositiveInt
 
 
 @register(
@@ -49,10 +50,10 @@ class TaylorConfig(MixerConfig):
         values have a mean by 27% after 1024 (holdall/kernels/taylor_step.py). A prompt is rounded once.
     """
 
-    feature_dim: int = 16
-    heads: int = 1
-    eps: float = 1e-12
-    chunk: int = 128
+    feature_dim: PositiveInt = 16
+    heads: PositiveInt = 1
+    eps: NonNegativeFloat = 1e-12
+    chunk: PositiveInt = 128
     state_dtype: Literal["fp32", "bf16"] = "fp32"
 
     feature_map: ClassVar[str] = "taylor"
@@ -62,10 +63,8 @@ class TaylorConfig(MixerConfig):
     variants = ({"feature_dim": 4, "chunk": 16}, {"heads": 2})
 
     def validate(self) -> None:
-        if self.heads < 1 or self.width % self.heads:
+        if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
-        if self.feature_dim < 1 or self.chunk < 1:
-            raise ValueError(f"feature_dim {self.feature_dim} and chunk {self.chunk} must be positive")
 
     def kernel_refusal(self, device: torch.device, dtype: torch.dtype) -> str:
         if why := super().kernel_refusal(device, dtype):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from holdall.contract import Config, did_you_mean
+from holdall.settings import PositiveFloat, PositiveInt, Seed
 from holdall.tasks.mqar import MQAR
 from holdall.tasks.single_query import AssociativeRecall, InductionHeads, SingleQuery
 
@@ -34,9 +35,9 @@ class Questions(NamedTuple):
 class Segment(Config):
     """So many rows of one length with one number of key-value pairs, which is how hard they are."""
 
-    length: int
-    pairs: int
-    rows: int
+    length: PositiveInt
+    pairs: PositiveInt
+    rows: PositiveInt
 
 
 Task = MQAR | SingleQuery
@@ -53,10 +54,10 @@ class DataConfig(Config):
     seed: of the rows; training and test rows never share a stream. All runs of a sweep see the same rows.
     """
 
-    vocab: int
+    vocab: PositiveInt
     train: tuple[Segment, ...]
     test: tuple[Segment, ...]
-    seed: int = 0
+    seed: Seed = 0
 
     kind: ClassVar[str]
     """The task's name in files."""
@@ -115,7 +116,7 @@ class DataConfig(Config):
 class MQARData(DataConfig):
     """Multi-query associative recall."""
 
-    power: float = 0.01
+    power: PositiveFloat = 0.01
     filler: Literal["zero", "random", "key-free"] = "random"
 
     kind = "mqar"

@@ -44,6 +44,7 @@ import torch
 from torch import Tensor
 
 from holdall.contract import Config, did_you_mean
+from holdall.settings import PositiveFloat, PositiveInt
 
 NOTHING_ASKED = -100
 """The target where no question is; what PyTorch's cross-entropy ignores by default."""
@@ -148,17 +149,15 @@ class MQAR(Config):
     Raises TypeError for a wrong type and ValueError for settings that do not fit, each naming the field.
     """
 
-    vocab: int = 8192
-    length: int = 64
-    pairs: int = 4
-    power: int | float = 0.01
+    vocab: PositiveInt = 8192
+    length: PositiveInt = 64
+    pairs: PositiveInt = 4
+    power: PositiveInt | PositiveFloat = 0.01
     filler: str = "random"
 
     def validate(self) -> None:
         if self.filler not in FILLERS:
             raise ValueError(f"unknown filler '{self.filler}'. {did_you_mean(self.filler, FILLERS)}")
-        if self.pairs < 1:
-            raise ValueError(f"pairs {self.pairs} is not positive: a row needs something to ask for")
         if 4 * self.pairs > self.length:
             raise ValueError(
                 f"{self.pairs} pairs do not fit into length {self.length}: a pair takes 2 tokens and its "
@@ -170,8 +169,6 @@ class MQAR(Config):
                 f"vocab {self.vocab} has {max(0, self.keys)} keys (1 .. vocab // 2 - 1), fewer than "
                 f"{self.pairs} pairs: raise vocab to {2 * self.pairs + 2} or lower pairs"
             )
-        if not 0 < self.power < math.inf:
-            raise ValueError(f"power {self.power} is not a positive number")
         if (self.power - 1) * math.log(self.space) > 700:
             raise ValueError(
                 f"power {self.power} makes the last of {self.space} slots likelier than the first by more "

@@ -31,13 +31,14 @@ from __future__ import annotations
 import hashlib
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from holdall.contract import Config
+from holdall.settings import PositiveInt, Range
 
 BLOCK = 4096
 """Rows drawn from one generator; part of what a seed means."""
@@ -75,8 +76,8 @@ class SingleQuery(Config):
     Raises TypeError for a wrong type and ValueError for settings that do not fit, each naming the field.
     """
 
-    vocab: int
-    length: int
+    vocab: PositiveInt
+    length: PositiveInt
 
     @property
     def trigger(self) -> int:
@@ -129,14 +130,8 @@ class SingleQuery(Config):
 class InductionHeads(SingleQuery):
     """The token after the trigger's first occurrence, asked for by its second; see the module."""
 
-    vocab: int = 20
-    length: int = 30
-
-    def validate(self) -> None:
-        if self.vocab < 4:
-            raise ValueError(f"vocab {self.vocab} leaves nothing to ask for: it must be at least 4")
-        if self.length < 3:
-            raise ValueError(f"length {self.length} has no place for trigger and answer: at least 3")
+    vocab: Annotated[int, Range(least=4)] = 20
+    length: Annotated[int, Range(least=3)] = 30
 
     @property
     def values(self) -> int:
@@ -162,16 +157,14 @@ class InductionHeads(SingleQuery):
 class AssociativeRecall(SingleQuery):
     """The value of one key among pairs that were shown; see the module."""
 
-    vocab: int = 10
-    length: int = 20
+    vocab: Annotated[int, Range(least=6)] = 10
+    length: Annotated[int, Range(least=2)] = 20
 
     def validate(self) -> None:
-        if self.vocab < 6 or self.vocab % 2:
-            raise ValueError(
-                f"vocab {self.vocab} must be even and at least 6: two keys, two values, two more"
-            )
-        if self.length < 2 or self.length % 2:
-            raise ValueError(f"length {self.length} must be a positive even number: pairs take two tokens")
+        if self.vocab % 2:
+            raise ValueError(f"vocab {self.vocab} must be even: two keys, two values, two more")
+        if self.length % 2:
+            raise ValueError(f"length {self.length} must be even: pairs take two tokens")
 
     @property
     def values(self) -> int:

@@ -83,8 +83,8 @@ def test_zoologys_is_its_equation_to_the_bit(activation: str, dtype: torch.dtype
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"width": 5, "expand": 3}, "expand 3 times width 5 is not a positive even number"),
-        ({"expand": 0}, "expand 0"),
+        ({"width": 5, "expand": 3}, "expand 3 times width 5 is not an even number"),
+        ({"expand": 0}, "expand = 0"),
         ({"expand": 4, "filter": "long"}, "leave filter and activation"),
         ({"expand": 4, "activation": "silu"}, "leave filter and activation"),
     ],

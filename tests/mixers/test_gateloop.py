@@ -67,7 +67,7 @@ def test_a_gate_of_zero_keeps_half_and_does_not_turn(form: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"heads": 3}, "not a multiple of heads 3"), ({"chunk": 0}, "chunk 0")]
+    ("options", "message"), [({"heads": 3}, "not a multiple of heads 3"), ({"chunk": 0}, "chunk = 0")]
 )
 def test_options_that_do_not_fit_are_refused(options: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):

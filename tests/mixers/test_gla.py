@@ -50,9 +50,9 @@ def test_published_decays_start_near_one() -> None:
     [
         ({"heads": 3}, "key_ratio [*] width = 8 is not a multiple of heads 3"),
         ({"value_ratio": 0.3}, "value_ratio [*] width = 4.8 is not a multiple"),
-        ({"key_ratio": 0.0}, "key_ratio [*] width = 0"),
-        ({"kernel": 1}, "kernel 1 at least 2, or 0"),
-        ({"tau": 0.0}, "tau 0.0"),
+        ({"key_ratio": 0.0}, "key_ratio = 0"),
+        ({"kernel": 1}, "kernel = 1 must be at least 2"),
+        ({"tau": 0.0}, "tau = 0.0"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options: dict[str, float], message: str) -> None:

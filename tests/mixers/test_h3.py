@@ -128,7 +128,12 @@ def test_a_mode_is_the_bilinear_oscillation_of_its_frequency() -> None:
 
 @pytest.mark.parametrize(
     ("options", "says"),
-    [({"state": 7}, "even"), ({"state": 0}, "even"), ({"head_dim": 3}, "multiple"), ({"chunk": 0}, "chunk")],
+    [
+        ({"state": 7}, "even"),
+        ({"state": 0}, "state = 0"),
+        ({"head_dim": 3}, "multiple"),
+        ({"chunk": 0}, "chunk"),
+    ],
 )
 def test_what_does_not_fit_is_refused(options: dict, says: str) -> None:
     with pytest.raises(ValueError, match=says):

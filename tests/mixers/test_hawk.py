@@ -109,5 +109,5 @@ def test_configs_that_do_not_fit_are_refused() -> None:
         HawkConfig(width=16, heads=3)
     with pytest.raises(ValueError, match="lru_width 18"):
         HawkConfig(width=16, lru_width=18)
-    with pytest.raises(ValueError, match="kernel 1"):
+    with pytest.raises(ValueError, match="kernel = 1"):
         HawkConfig(width=16, kernel=1)

@@ -88,8 +88,8 @@ def test_a_model_narrower_than_a_head_has_one() -> None:
         ({"head_dim": 12}, "not a multiple of head_dim 12"),
         ({"head_dim": 20}, "not a multiple of head_dim 20"),
         ({"head_dim": 8, "groups": 3}, "not a multiple of groups 3"),
-        ({"kernel": 1}, "kernel 1 at least 2"),
-        ({"state": 0}, "state 0"),
+        ({"kernel": 1}, "kernel = 1 must be at least 2"),
+        ({"state": 0}, "state = 0"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options: dict[str, int], message: str) -> None:

@@ -46,5 +46,5 @@ def test_the_bidirectional_mixer_is_refused_by_name() -> None:
 
 
 def test_bad_settings_name_the_numbers() -> None:
-    with pytest.raises(ValueError, match="max_length 1"):
+    with pytest.raises(ValueError, match="max_length = 1"):
         MonarchMixerConfig(max_length=1)

@@ -123,7 +123,7 @@ def test_after_the_prefix_it_is_linear_attention() -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"prefix": 0}, "prefix 0"), ({"heads": 3}, "not a multiple of heads 3"), ({"chunk": 0}, "chunk 0")],
+    [({"prefix": 0}, "prefix = 0"), ({"heads": 3}, "not a multiple of heads 3"), ({"chunk": 0}, "chunk = 0")],
 )
 def test_options_that_do_not_fit_are_refused(options: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):

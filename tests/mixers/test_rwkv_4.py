@@ -80,7 +80,7 @@ def test_a_model_of_silent_layers_learns() -> None:
 def test_configs_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="layer 2 is none of 2"):
         RWKV4Config(layer=2, layers=2)
-    with pytest.raises(ValueError, match="chunk 0"):
+    with pytest.raises(ValueError, match="chunk = 0"):
         RWKV4Config(chunk=0)
 
 

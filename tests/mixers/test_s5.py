@@ -110,7 +110,7 @@ def test_a_mode_cannot_grow_unless_it_may() -> None:
     [
         ({"state": 12, "blocks": 4}, "pairs of modes"),
         ({"state": 9, "blocks": 2, "conj_sym": False}, "equal blocks"),
-        ({"chunk": 0}, "not positive"),
+        ({"chunk": 0}, "chunk = 0"),
     ],
 )
 def test_what_does_not_fit_is_refused(options: dict, says: str) -> None:

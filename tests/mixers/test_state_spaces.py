@@ -296,15 +296,15 @@ def test_dss_starts_as_published() -> None:
     ("name", "options", "says"),
     [
         ("s4d", {"state": 7}, "conjugate pairs"),
-        ("s4d", {"chunk": 0}, "chunk 0"),
+        ("s4d", {"chunk": 0}, "chunk = 0"),
         ("s4", {"state": 7}, "conjugate pairs"),
         ("s4", {"chunk": 48}, "power of two"),
         ("liquid-s4", {"state": 7}, "conjugate pairs"),
         ("liquid-s4", {"chunk": 48}, "power of two"),
-        ("liquid-s4", {"degree": 1}, "the mixer s4"),
+        ("liquid-s4", {"degree": 1}, "degree = 1 must be at least 2"),
         ("dss", {"version": "softmax"}, "length of the kernel"),
         ("dss", {"version": "sofmax"}, "no version 'sofmax'"),
-        ("dss", {"modes": 0}, "modes 0"),
+        ("dss", {"modes": 0}, "modes = 0"),
     ],
 )
 def test_configs_say_what_does_not_fit(name: str, options: dict, says: str) -> None:

@@ -1,0 +1,156 @@
+"""What the numbers of a config may be, declared beside their types, and how two configs differ.
+
+    learning_rate: PositiveFloat = 8e-4
+    kernel: Annotated[int, Range(least=2, zero="no convolution")] = 4
+
+A comparison affirms what is allowed, so that NaN, of which no comparison holds, is refused like any other
+value outside. Infinity is refused everywhere.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Union
+
+
+@dataclass(frozen=True, kw_only=True)
+class Range:
+    """The numbers that a field takes. A bound that is None is none.
+
+    above, below: bounds that are excluded; least, most: bounds that are included.
+    zero: what 0 stands for, where it is allowed besides.
+    """
+
+    above: float | None = None
+    least: float | None = None
+    below: float | None = None
+    most: float | None = None
+    zero: str = ""
+
+    def __contains__(self, value: float) -> bool:
+        return bool(self.zero and value == 0) or (
+            (self.above is None or value > self.above)
+            and (self.least is None or value >= self.least)
+            and (self.below is None or value < self.below)
+            and (self.most is None or value <= self.most)
+        )
+
+    def __str__(self) -> str:
+        if self.least is not None and self.most is not None:
+            says = f"from {self.least:,} to {self.most:,}"
+        else:
+            ends = [
+                "" if self.above is None else f"above {self.above:g}" if self.above else "positive",
+                "" if self.least is None else f"at least {self.least:g}",
+                "" if self.below is None else f"below {self.below:g}",
+                "" if self.most is None else f"at most {self.most:g}",
+            ]
+            says = " and ".join(filter(None, ends)) or "a number"
+        return says + (f", or 0 for {self.zero}" if self.zero else "")
+
+    @property
+    def bounded(self) -> bool:
+        """Whether it ends above, so that nobody needs to hear that infinity is outside."""
+        return self.below is not None or self.most is not None
+
+
+PositiveInt = Annotated[int, Range(above=0)]
+NonNegativeInt = Annotated[int, Range(least=0)]
+PositiveFloat = Annotated[float, Range(above=0)]
+NonNegativeFloat = Annotated[float, Range(least=0)]
+Share = Annotated[float, Range(least=0, most=1)]
+Seed = Annotated[int, Range(least=0, most=2**63 - 1)]
+"""Of a random generator: PyTorch's and NumPy's both take it."""
+Betas = tuple[Annotated[float, Range(least=0, below=1)], Annotated[float, Range(least=0, below=1)]]
+"""Of Adam's moving averages."""
+
+
+def is_finite(value: float) -> bool:
+    """Whether a number is neither NaN nor infinite, nor an int beyond all floats."""
+    return abs(value) <= MOST
+
+
+MOST = 1.7976931348623157e308
+"""The largest float."""
+
+
+def refusal(value: Any, kind: Any) -> str:
+    """What a value of the annotated type `kind` must be and is not, as "positive"; empty if nothing is wrong.
+
+    Types are not checked here: a value of another type has no range.
+    """
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        declared = [each for each in args[1:] if isinstance(each, Range)]
+        if not declared or not _is_number(value):
+            return refusal(value, args[0])
+        endless = args[0] is float and not any(each.bounded for each in declared)
+        wants = " and ".join(map(str, declared)) + " and finite" * endless
+        if args[0] is int and isinstance(value, float):
+            return f"an integer, {wants}"
+        return "" if is_finite(value) and all(value in each for each in declared) else wants
+    if origin in (Union, types.UnionType):
+        fitting = [arg for arg in args if not _is_number(value) or arg in (int, float) or _declares(arg)]
+        found = [refusal(value, arg) for arg in fitting]
+        return "" if "" in found or not found else found[-1]
+    if origin is tuple and isinstance(value, tuple):
+        each = args[:1] * len(value) if args[1:] == (...,) else args
+        return next(filter(None, map(refusal, value, each)), "")
+    return "finite" if kind is float and _is_number(value) and not is_finite(value) else ""
+
+
+def _declares(kind: Any) -> bool:
+    return typing.get_origin(kind) is Annotated
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def check(name: str, value: Any, kind: Any) -> None:
+    """Raise ValueError, naming the setting, if its value is outside of what `kind` declares."""
+    if wants := refusal(value, kind):
+        raise ValueError(f"{name} = {value!r} must be {wants}")
+
+
+def differences(held: Any, wanted: Any, path: str = "") -> list[str]:
+    """Where two configs, as plain JSON values, differ: "model.width: 64 there, 32 here"."""
+    if isinstance(held, Mapping) and isinstance(wanted, Mapping):
+        names = [*held, *(name for name in wanted if name not in held)]
+        pairs = [
+            (f"{path}.{name}".lstrip("."), held.get(name, ABSENT), wanted.get(name, ABSENT)) for name in names
+        ]
+    elif isinstance(held, list) and isinstance(wanted, list) and len(held) == len(wanted):
+        pairs = [(f"{path}[{i}]", *both) for i, both in enumerate(zip(held, wanted, strict=True))]
+    else:
+        return [] if _same(held, wanted) else [f"{path}: {_short(held)} there, {_short(wanted)} here"]
+    return [line for where, one, other in pairs for line in differences(one, other, where)]
+
+
+ABSENT = object()
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Equal and of one type, but for 1 and 1.0, which JSON does not tell apart; True is not 1."""
+    return one == other and isinstance(one, bool) == isinstance(other, bool)
+
+
+def _short(value: Any) -> str:
+    if value is ABSENT:
+        return "nothing"
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def differ(held: Any, wanted: Any, *, most: int = 6) -> str:
+    """The differences of two configs in one line; empty if there are none."""
+    return listed(differences(held, wanted), most=most)
+
+
+def listed(differences: Sequence[str], *, most: int = 6) -> str:
+    """The first of these in one line, and how many more there are."""
+    more = f"; and {len(differences) - most} more" if len(differences) > most else ""
+    return "; ".join(differences[:most]) + more
