@@ -5,28 +5,62 @@ Nothing heavy is imported before a command is known to be well-formed, so that h
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import sys
+import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
+from holdall import settings
+from holdall.settings import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range, Seed
+
 app = tyro.extras.SubcommandApp()
 
 
-@app.command
+Yes = Annotated[
+    bool | None,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=0,
+        metavar="",
+        instance_from_str=lambda words: True,
+        is_instance=lambda value: value in (True, None),
+        str_from_instance=lambda value: [],
+    ),
+]
+"""A flag without a value beside a default that depends on the machine."""
+
+
+def command(function: Callable[..., int]) -> Callable[..., int]:
+    """A command whose numbers are those that its signature declares (holdall/settings.py)."""
+    kinds = typing.get_type_hints(function, include_extras=True)
+
+    @functools.wraps(function)
+    def checked(*args: Any, **options: Any) -> int:
+        given = inspect.signature(function).bind(*args, **options).arguments
+        for name, value in given.items():
+            settings.check(f"--{name.replace('_', '-')}", value, kinds[name])
+        return function(*args, **options)
+
+    return app.command(checked)
+
+
+@command
 def frontier(
     recipe: Annotated[str, tyro.conf.Positional] = "quick",
     *,
     out: Path | None = None,
     add: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
     load: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = (),
-    seeds: int = 1,
+    seeds: PositiveInt = 1,
     device: Literal["auto", "cpu", "cuda"] = "auto",
-    workers: int | None = None,
+    workers: PositiveInt | None = None,
     family: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
-    minutes: float | None = None,
+    minutes: NonNegativeFloat | None = None,
     precision: Literal["fp32", "bf16"] | None = None,
     weights: bool = True,
 ) -> int:
@@ -66,9 +100,9 @@ def frontier(
     )
 
 
-@app.command
+@command
 def report(
-    folders: Annotated[tuple[Path, ...], tyro.conf.Positional],
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional] = (),
     *,
     out: Path | None = None,
 ) -> int:
@@ -84,12 +118,12 @@ def report(
     return shown.report(folders, out)
 
 
-@app.command
+@command
 def zoo(
     name: Annotated[str | None, tyro.conf.Positional] = None,
     *,
-    width: int = 1024,
-    context: int = 2048,
+    width: PositiveInt = 1024,
+    context: PositiveInt = 2048,
     load: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = (),
     results: Path | None = None,
     page: Path = Path("zoo.md"),
@@ -109,13 +143,13 @@ def zoo(
     return shown.zoo(name, width, context, load) if results is None else shown.zoo_page(results, page, load)
 
 
-@app.command
+@command
 def soundness(
     names: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
     *,
     out: Path = Path("runs/zoo"),
-    width: int = 64,
-    length: int | None = None,
+    width: PositiveInt = 64,
+    length: PositiveInt | None = None,
     load: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = (),
 ) -> int:
     """Measure how far each mixer drifts from fp64: over 100,000 tokens in fp32, over 16,384 in bf16.
@@ -134,17 +168,17 @@ def soundness(
     return shown.soundness(names, out, width, length, load)
 
 
-@app.command
+@command
 def matrix(
     names: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
     *,
-    length: int = 64,
-    width: int = 32,
+    length: Annotated[int, Range(least=4)] = 64,
+    width: PositiveInt = 32,
     input: Literal["random", "repeats", "constant"] = "random",
-    scale: float = 2.0,
-    heads: int = 1,
+    scale: NonNegativeFloat = 2.0,
+    heads: Annotated[int, Range(least=1, most=4)] = 1,
     jacobian: bool = False,
-    seed: int = 0,
+    seed: Seed = 0,
     load: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = (),
     out: Path = Path("runs/matrix"),
     dark: bool = False,
@@ -175,17 +209,17 @@ def matrix(
     )
 
 
-@app.command
+@command
 def data(
     sources: Annotated[tuple[Path, ...], tyro.conf.Positional] = (),
     *,
     out: Path,
     tokenizer: str = "bytes",
-    valid: float | Path = 0.01,
+    valid: Annotated[float, Range(least=0, below=1)] | Path = 0.01,
     text_field: str = "text",
     separator: str = "",
     strict: bool = False,
-    workers: int | None = None,
+    workers: PositiveInt | None = None,
     check: bool = False,
 ) -> int:
     """Turn text into token shards that `holdall train --data` reads.
@@ -213,34 +247,35 @@ def data(
     )
 
 
-@app.command
+@command
 def train(
     preset: Annotated[str, tyro.conf.Positional] = "based-mini",
     *,
     data: Path | None = None,
     out: Path | None = None,
     pattern: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
-    width: int | None = None,
-    depth: int | None = None,
-    mlp: int | None = None,
-    context: int | None = None,
-    batch: int | None = None,
-    micro_batch: int | None = None,
-    steps: int | None = None,
-    learning_rate: float | None = None,
-    warmup: int | None = None,
-    weight_decay: float | None = None,
-    clip: float | None = None,
-    seed: int = 0,
+    width: PositiveInt | None = None,
+    depth: PositiveInt | None = None,
+    mlp: NonNegativeInt | None = None,
+    context: PositiveInt | None = None,
+    batch: PositiveInt | None = None,
+    micro_batch: PositiveInt | None = None,
+    steps: PositiveInt | None = None,
+    learning_rate: PositiveFloat | None = None,
+    warmup: NonNegativeInt | None = None,
+    weight_decay: NonNegativeFloat | None = None,
+    clip: NonNegativeFloat | None = None,
+    seed: Seed = 0,
     precision: Literal["fp32", "bf16"] | None = None,
-    compile: bool | None = None,
+    compile: Yes = None,
+    no_compile: tyro.conf.FlagCreatePairsOff[bool] = False,
     recompute: bool = False,
     in_order: bool = True,
-    evaluate_every: int | None = None,
-    evaluate_rows: int | None = None,
+    evaluate_every: PositiveInt | None = None,
+    evaluate_rows: PositiveInt | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
-    devices: int = 1,
-    nodes: int = 1,
+    devices: PositiveInt = 1,
+    nodes: PositiveInt = 1,
     strategy: Literal["auto", "ddp", "fsdp"] = "auto",
     log: Annotated[tuple[Literal["tensorboard", "wandb"], ...], tyro.conf.UseAppendAction] = (),
     load: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = (),
@@ -271,6 +306,7 @@ def train(
         seed: of weights and order.
         precision: of a pass; by default bf16 on a GPU and fp32 on a CPU. Weights stay fp32.
         compile: blocks by torch.compile; by default on a GPU.
+        no_compile: on a GPU too, run blocks as they are written.
         recompute: run each block twice and keep less (activation checkpointing).
         in_order: on a GPU, add in a fixed order, so that the same run gives the same bits; without it
             attention over long rows is faster.
@@ -286,6 +322,8 @@ def train(
     """
     from holdall.show import train as shown
 
+    if compile and no_compile:
+        raise ValueError("--compile and --no-compile were both given")
     changes = {
         "context_len": context,
         "batch": batch,
@@ -297,7 +335,7 @@ def train(
         "clip": clip,
         "seed": seed,
         "precision": precision,
-        "compile": compile,
+        "compile": False if no_compile else compile,
         "recompute": recompute,
         "evaluate_every": evaluate_every,
         "evaluate_rows": evaluate_rows,
@@ -308,17 +346,17 @@ def train(
     )
 
 
-@app.command
+@command
 def recall(
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional],
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = (),
     *,
     out: Path = Path("runs/recall"),
     which: Literal["best", "last", "model"] | None = None,
-    rows: int | None = None,
-    context: int | None = None,
-    threshold: int = 1250,
-    passages: int = 40,
-    length: int = 512,
+    rows: PositiveInt | None = None,
+    context: PositiveInt | None = None,
+    threshold: NonNegativeInt = 1250,
+    passages: PositiveInt = 40,
+    length: PositiveInt = 512,
     licence: str = "",
     device: Literal["auto", "cpu", "cuda"] = "auto",
     load: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = (),
@@ -367,7 +405,7 @@ def _command() -> str:
 
 
 def main() -> None:
-    """Run the command line; errors that a user can mend are one line and exit with 2."""
+    """Run the command line. What a user can mend ends in one line and exit status 2 (holdall/errors.py)."""
     try:
         code = _run()
         sys.stdout.flush()
@@ -379,10 +417,11 @@ def main() -> None:
 
 def _run() -> Any:
     """The exit status."""
+    from holdall import show
+
     try:
-        return app.cli(
-            prog="holdall", description="Measure and train language models whose memory does not grow."
-        )
+        about = "Measure and train language models whose memory does not grow."
+        return show.guarded(lambda: app.cli(prog="holdall", description=about))
     except SystemExit as end:  # after help, or arguments that do not parse
         return end.code
     except KeyboardInterrupt:

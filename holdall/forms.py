@@ -15,12 +15,14 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from holdall.runs import RunError
+
 STRICT = "HOLDALL_STRICT"
 """The environment variable: inherited by the processes of a sweep."""
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-class KernelError(RuntimeError):
+class KernelError(RunError, RuntimeError):
     """A kernel was asked for that cannot run here; the message says why and what would."""
 
 

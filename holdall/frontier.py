@@ -38,7 +38,7 @@ from typing import Any
 
 import torch
 
-from holdall import mixers, runs, settings
+from holdall import errors, mixers, runs, settings
 from holdall.contract import Config, did_you_mean
 from holdall.model import ModelConfig, seeded
 from holdall.runs import RunError
@@ -532,6 +532,10 @@ def _work(
         )
     except Stopped:
         return []
+    except Exception as error:
+        if errors.is_refusal(error):  # where it was raised is known here only
+            raise RunError(f"{Path(folder).name}: {errors.message(error)}") from error
+        raise
 
 
 def to_compile(configs: Sequence[TrainConfig], workers: int) -> list[TrainConfig]:

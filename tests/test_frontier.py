@@ -458,6 +458,6 @@ def test_a_sweep_that_is_refused_leaves_its_folder_free(tmp_path: Path) -> None:
     few = LinformerConfig(width=8, max_length=8)  # rows are longer than that
     point = tiny(rates=(0.01,)).points[0]
     train = dataclasses.replace(point.train, model=dataclasses.replace(point.train.model, layers=(few,)))
-    with pytest.raises(ValueError, match="max_length"):
+    with pytest.raises(RunError, match=r"attention-width-8-lr-0\.01-seed-0: .* max_length 8"):
         run(tmp_path / "out", SweepConfig(recipe="tiny", points=(dataclasses.replace(point, train=train),)))
     assert len(run(tmp_path / "out", SweepConfig(recipe="tiny", points=(point,)))) == 1

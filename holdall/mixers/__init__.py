@@ -6,12 +6,15 @@ file of a user's own does the same and is read by `load`.
 
 import importlib
 import importlib.util
+import linecache
 import pkgutil
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
 from holdall.contract import Entry, MixerConfig, lookup, registered
+from holdall.runs import RunError
 
 for _module in pkgutil.iter_modules(__path__, __name__ + "."):
     importlib.import_module(_module.name)
@@ -44,7 +47,8 @@ def families() -> dict[str, list[str]]:
 def load(file: Path) -> list[str]:
     """Run a user's own mixer file and return the names that it registered, sorted.
 
-    Raises FileNotFoundError if there is no such file and ValueError if it registers nothing.
+    Raises FileNotFoundError if there is no such file, RunError with the line if running it fails, and
+    ValueError if it registers nothing.
     """
     if not file.is_file():
         raise FileNotFoundError(f"no mixer file at {file}")
@@ -56,6 +60,9 @@ def load(file: Path) -> list[str]:
     sys.modules[name] = module  # where dataclasses look up what annotations mean
     try:
         spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        raise RunError(_failure(file, error)) from error
     except BaseException:
         del sys.modules[name]
         raise
@@ -64,6 +71,18 @@ def load(file: Path) -> list[str]:
     if not new:
         raise ValueError(f"{file} registered no mixer: decorate its config with holdall.contract.register")
     return new
+
+
+def _failure(file: Path, error: BaseException) -> str:
+    """What went wrong in a user's file, and in which of its lines."""
+    lines = [
+        frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)
+    ]
+    line = error.lineno if isinstance(error, SyntaxError) and error.filename == str(file) else None
+    where = f"line {line or lines[-1]}" if line or lines else "before its first line"
+    text = linecache.getline(str(file), line or lines[-1]).strip() if line or lines else ""
+    what = error.msg if isinstance(error, SyntaxError) else error
+    return f"{file}, {where}: {type(error).__name__}: {what}" + (f"\n    {text}" if text else "")
 
 
 def configured(wanted: str, width: int) -> tuple[str, MixerConfig]:

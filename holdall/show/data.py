@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich import box
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from holdall import runs, text
-from holdall.show import TELL_SECONDS, USER_ERRORS, console, fail
+from holdall.show import TELL_SECONDS, Words, busy, console
 from holdall.text.corpus import SPLITS
 from holdall.text.shards import Progress as DataProgress
 
@@ -51,14 +51,12 @@ def data(
             )
     except KeyboardInterrupt:
         told = f"Stopped. What is whole is in {out}; the same command goes on from there."
-        console.print(told, markup=False, soft_wrap=True)
+        console.print(told, soft_wrap=True)
         return 130
-    except USER_ERRORS as error:
-        return fail(error)
     _print_corpus(corpus)
     seconds = time.monotonic() - began
     if view.tokens:
-        console.print(f"  {seconds:,.1f} s, {view.tokens / seconds:,.0f} tokens/s", markup=False)
+        console.print(f"  {seconds:,.1f} s, {view.tokens / seconds:,.0f} tokens/s")
     else:
         console.print("  It was finished before; nothing was done.")
     return 0
@@ -70,9 +68,9 @@ class _DataView:
     def __init__(self, out: Path) -> None:
         self.out = out
         self.bars = Progress(
-            TextColumn("reading"),
+            Words("reading"),
             BarColumn(),
-            TextColumn("{task.percentage:>3.0f}%  {task.fields[says]}"),
+            Words("{task.percentage:>3.0f}%  {task.fields[says]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,
@@ -100,11 +98,11 @@ class _DataView:
         self.bars.update(self.bar, completed=progress.bytes, total=progress.of_bytes, says=says)
         if not console.is_terminal and now - self.told > TELL_SECONDS:
             self.told = now
-            console.print(f"{progress.bytes / max(1, progress.of_bytes):4.0%}  {says}", markup=False)
+            console.print(f"{progress.bytes / max(1, progress.of_bytes):4.0%}  {says}")
 
 
 def _check(out: Path) -> int:
-    with console.status(f"reading {out}"):
+    with busy(f"reading {out}"):
         corpus = text.open_corpus(out, verify=True)
     _print_corpus(corpus)
     console.print(f"  All {len(corpus.manifest['files'])} files are as they were written.")
@@ -122,15 +120,14 @@ def _print_corpus(corpus: text.Corpus) -> None:
         table.add_row(split, f"{each['documents']:,}", f"{each['tokens']:,}", str(len(each["shards"])))
     console.print(table)
     for reason, count in manifest["left_out"].items():
-        console.print(f"  left out: {count:,} of {reason}", markup=False)
+        console.print(f"  left out: {count:,} of {reason}")
     for example in manifest["examples"]:
-        console.print(f"    {example}", markup=False, soft_wrap=True)
+        console.print(f"    {example}", soft_wrap=True)
     if manifest["ignored_files"]:
         console.print(f"  passed over: {manifest['ignored_files']:,} files in folders that are no text")
     size = sum(each["bytes"] for each in manifest["files"].values()) / (1 << 20)
     console.print(
         f"  {corpus.folder}: tokenizer {corpus.tokenizer.name}, vocabulary {corpus.vocab:,}, "
         f"{size:,.1f} MiB of {manifest['dtype']}, content {corpus.content_hash[:12]}",
-        markup=False,
         soft_wrap=True,
     )

@@ -14,7 +14,7 @@ from holdall import mixers, runs
 from holdall.analysis import gallery
 from holdall.analysis.matrix import inputs, matrix_of
 from holdall.report import matrix as matrices
-from holdall.show import USER_ERRORS, console, fail
+from holdall.show import busy, console
 
 
 def matrix(
@@ -34,24 +34,17 @@ def matrix(
 ) -> int:
     """The command `holdall matrix`; 1 if some mixer has no matrix, which stops no other."""
     wanted = dict.fromkeys(names)
-    try:
-        for file in load:
-            mixers.load(file)
-        for each in wanted:  # what a user typed is checked before anything is computed
-            mixers.configured(each, width)
-        if length < 4 or width < 1 or not 1 <= heads <= 4:
-            raise ValueError(
-                f"length {length} is below 4, width {width} below 1, or heads {heads} not 1 to 4"
-            )
-    except USER_ERRORS as error:
-        return fail(error)
+    for file in load:
+        mixers.load(file)
+    for each in wanted:  # what a user typed is checked before anything is computed
+        mixers.configured(each, width)
     settings: dict[str, Any] = {"length": length, "kind": input, "scale": scale, "seed": seed, "shown": heads}
     found: list[gallery.MixingMatrix] = []
     failures: dict[str, str] = {}
     wanted = wanted or dict.fromkeys(name for members in mixers.families().values() for name in members)
-    with console.status("") as status:
+    with busy() as say:
         for each in wanted:
-            status.update(f"{each} ({len(found) + len(failures) + 1} of {len(wanted)})")
+            say(f"{each} ({len(found) + len(failures) + 1} of {len(wanted)})")
             try:
                 label, config = mixers.configured(each, width)
                 found.append(matrix_of(config, label=label, jacobian=jacobian, **settings))
@@ -75,13 +68,10 @@ def matrix(
     if found:
         console.print(_matrix_table(result))
     for label, reason in failures.items():
-        console.print(f"{label} has no matrix: {reason}", markup=False, soft_wrap=True)
-    try:
-        written = gallery.save(result, out)
-        for path in (*(matrices.write(out, out, dark=dark) if found else []), *written):
-            console.print(f"  {path}")
-    except USER_ERRORS as error:
-        return fail(error)
+        console.print(f"{label} has no matrix: {reason}", soft_wrap=True)
+    written = gallery.save(result, out)
+    for path in (*(matrices.write(out, out, dark=dark) if found else []), *written):
+        console.print(f"  {path}", soft_wrap=True)
     return 1 if failures else 0
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from rich import box
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -20,7 +20,7 @@ from holdall.files import RunError
 from holdall.model import Model
 from holdall.pretrain import PretrainConfig, load_run, open_data, step_of
 from holdall.report import recall as recalls
-from holdall.show import TELL_SECONDS, USER_ERRORS, console, fail, resolve_device
+from holdall.show import TELL_SECONDS, Words, console, resolve_device
 
 Checkpoint = Literal["best", "last", "model"]
 
@@ -42,15 +42,12 @@ def recall(
     command: str,
 ) -> int:
     """The command `holdall recall`; returns the exit status."""
+    if not folders:
+        raise ValueError("name at least one run: holdall recall RUN [RUN ...]")
+    for file in load:
+        mixers.load(file)
+    device = resolve_device(device)
     try:
-        for name, value in (("rows", rows), ("context", context), ("passages", passages), ("length", length)):
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} {value} is not positive")
-        if not folders:
-            raise ValueError("name at least one run: holdall recall RUN [RUN ...]")
-        for file in load:
-            mixers.load(file)
-        device = resolve_device(device)
         configs = [_config(folder) for folder in folders]
         context = context or min(config.context_len for config in configs)
         scored = []
@@ -62,16 +59,14 @@ def recall(
         console.print(_table(scored, threshold))
         how: dict[str, Any] = {"threshold": threshold, "command": command}
         for path in recalls.write(scored, out, dark=dark, **how):
-            console.print(f"  {path}", markup=False)
+            console.print(f"  {path}", soft_wrap=True)
         if len(scored) == 2:
             how |= {"passages": passages, "length": length, "licence": licence}
             path = recalls.write_page(scored[0], scored[1], open_data(configs[0]), out, **how)
-            console.print(f"  {path}", markup=False)
+            console.print(f"  {path}", soft_wrap=True)
     except KeyboardInterrupt:
         console.print("Stopped. What was scored is in the run folders; the same command goes on from there.")
         return 130
-    except USER_ERRORS as error:
-        return fail(error)
     return 0
 
 
@@ -147,9 +142,9 @@ class _ScoreView:
 
     def __init__(self, count: int) -> None:
         self.bars = Progress(
-            TextColumn("{task.description}", justify="right", markup=False),
+            Words("{task.description}", justify="right"),
             BarColumn(),
-            TextColumn("{task.completed} of {task.total} windows"),
+            Words("{task.completed} of {task.total} windows"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,
@@ -174,7 +169,7 @@ class _ScoreView:
         self.bars.update(self.task, completed=done, total=of)
         if not console.is_terminal and time.monotonic() - self.told > TELL_SECONDS:
             self.told = time.monotonic()
-            console.print(f"{self.label}: {done} of {of} windows", markup=False)
+            console.print(f"{self.label}: {done} of {of} windows")
 
 
 def _table(scored: Sequence[slices.Scores], threshold: int) -> Table:

@@ -13,8 +13,9 @@ import torch
 from rich import box
 from rich.console import Group
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from holdall import mixers, recipes
 from holdall import report as reports
@@ -24,8 +25,7 @@ from holdall.recipes import quick
 from holdall.report import data
 from holdall.report import matrix as matrices
 from holdall.report.style import bytes_text
-from holdall.runs import RunError
-from holdall.show import USER_ERRORS, console, fail, resolve_device
+from holdall.show import Words, console, resolve_device
 from holdall.train import Progress as TrainProgress
 
 OUT_OF_TIME = 75
@@ -47,13 +47,10 @@ def frontier(
 ) -> int:
     """The command `holdall frontier`; returns the exit status. Options are those of `run_sweep`."""
     until = None if minutes is None else time.monotonic() + 60 * minutes
-    try:
-        sweeps = _with_additions(recipes.sweeps(recipe, seeds), add, load)
-        if precision is not None:
-            sweeps = tuple(_in_precision(sweep, precision) for sweep in sweeps)
-        device = resolve_device(device)
-    except USER_ERRORS as error:
-        return fail(error)
+    sweeps = _with_additions(recipes.sweeps(recipe, seeds), add, load)
+    if precision is not None:
+        sweeps = tuple(_in_precision(sweep, precision) for sweep in sweeps)
+    device = resolve_device(device)
     folders = [out / sweep.part if sweep.part else out for sweep in sweeps]
     options = {"command": command, "device": device, "plugins": load, **options}
     codes = []
@@ -64,7 +61,7 @@ def frontier(
             return codes[-1]
     if len(sweeps) > 1 and all((folder / "results.jsonl").stat().st_size for folder in folders):
         for path in reports.write_widths(folders, out):
-            console.print(f"  {path}")
+            console.print(f"  {path}", soft_wrap=True)
     return max(codes)
 
 
@@ -75,17 +72,17 @@ def _frontier(sweep: SweepConfig, out: Path, *, device: str, **options: Any) -> 
         with view:
             run_sweep(sweep, out, device=device, watcher=Watcher(view.progress, view.finished), **options)
     except KeyboardInterrupt:
-        console.print(f"Stopped. Everything so far is in {out}; the same command goes on from here.")
+        said = f"Stopped. Everything so far is in {out}; the same command goes on from here."
+        console.print(said, soft_wrap=True)
         return 130
     except OutOfTime as stopped:
-        console.print(f"Time is up: {stopped}. Everything so far is in {out}; the same command goes on.")
+        said = f"Time is up: {stopped}. Everything so far is in {out}; the same command goes on."
+        console.print(said, soft_wrap=True)
         code = OUT_OF_TIME
-    except (RunError, ValueError) as error:
-        return fail(error)
     if view.lines:
         view.print_table()
         for path in reports.write([out], out):
-            console.print(f"  {path}")
+            console.print(f"  {path}", soft_wrap=True)
     return code
 
 
@@ -123,9 +120,9 @@ class _FrontierView:
     def __init__(self, sweep: SweepConfig, out: Path, device: str) -> None:
         self.sweep, self.jobs = sweep, planned(sweep, out, together=device != "cpu")
         self.bars = Progress(
-            TextColumn("{task.description}", justify="right"),
+            Words("{task.description}", justify="right"),
             BarColumn(),
-            TextColumn("{task.fields[says]}"),
+            Words("{task.fields[says]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,
@@ -139,10 +136,10 @@ class _FrontierView:
         layers = [layer for point in sweep.points for layer in point.train.model.layers]
         forms = sorted({layer.resolved_form(torch.device(device)) for layer in layers})
         precisions = sorted({point.train.precision for point in sweep.points})
-        self.header = (
-            f"[bold]{sweep.recipe}[/]: {points} on {device_name}, form {' and '.join(forms)}, "
-            f"{' and '.join(precisions)}, in {out}"
+        about = (
+            f": {points} on {device_name}, form {' and '.join(forms)}, {' and '.join(precisions)}, in {out}"
         )
+        self.header = Text.assemble((sweep.recipe, "bold"), about)
         self.whole = self.bars.add_task("all", total=count, says="")
         self.tasks: dict[int, TaskID] = {}
         self.shares = [0.0] * count
@@ -151,7 +148,7 @@ class _FrontierView:
         self.live = Live(self._picture(), console=console, transient=True, refresh_per_second=4)
 
     def __enter__(self) -> _FrontierView:
-        console.print(self.header)
+        console.print(self.header, soft_wrap=True)
         if console.is_terminal:
             self.live.start()
         return self
@@ -182,7 +179,7 @@ class _FrontierView:
             best = (model.best or model.runs)[0].line
             says = f"recall {_percent(best['accuracy'])} from {bytes_text(best['state_bytes'])}"
             says += f", {best['steps']} steps, {best['seconds']:.0f} s, {_pace(lines)} rows/s"
-            console.print(f"[{self.done}/{len(self.jobs)}] {self.jobs[index].title}: {says}", markup=False)
+            console.print(f"[{self.done}/{len(self.jobs)}] {self.jobs[index].title}: {says}")
 
     def _tell_whole(self) -> None:
         self.bars.update(self.whole, completed=sum(self.shares), says=f"{self.done} of {len(self.jobs)} done")
@@ -224,7 +221,7 @@ class _FrontierView:
                 model.label,
                 *([str(model.width)] if widths else []),
                 bytes_text(model.state_bytes),
-                f"[bold]{_percent(model.accuracy)}[/]",
+                Text(_percent(model.accuracy), "bold"),
                 *(_percent(model.by_pairs.get(k)) for k in pairs),
                 ", ".join(f"{rate:.2g}" for rate in model.learning_rates) or "-",
                 "-" if seconds is None else f"{seconds:.0f}",
@@ -243,15 +240,14 @@ def _percent(score: float | None) -> str:
 
 def report(folders: Sequence[Path], out: Path | None) -> int:
     """The command `holdall report`."""
-    try:
-        if any((folder / "matrix.json").exists() for folder in folders):
-            if len(folders) > 1:
-                raise ValueError("mixing matrices are drawn from one folder at a time")
-            written = matrices.write(folders[0], out or folders[0])
-        else:
-            written = reports.write(folders, out or folders[0])
-        for path in written:
-            console.print(f"  {path}")
-    except USER_ERRORS as error:
-        return fail(error)
+    if not folders:
+        raise ValueError("name at least one folder: holdall report FOLDER [FOLDER ...]")
+    if any((folder / "matrix.json").exists() for folder in folders):
+        if len(folders) > 1:
+            raise ValueError("mixing matrices are drawn from one folder at a time")
+        written = matrices.write(folders[0], out or folders[0])
+    else:
+        written = reports.write(folders, out or folders[0])
+    for path in written:
+        console.print(f"  {path}", soft_wrap=True)
     return 0

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.text import Text
 
@@ -33,7 +33,7 @@ from holdall.pretrain import (
 )
 from holdall.recipes import presets
 from holdall.runs import RunError
-from holdall.show import TELL_SECONDS, USER_ERRORS, console, fail, resolve_device
+from holdall.show import TELL_SECONDS, Words, console, resolve_device
 
 SAMPLES, PROMPT, WRITTEN = 3, 64, 192
 """How many samples are written, tokens of the validation text that each goes on from, and tokens of each."""
@@ -88,10 +88,8 @@ def train(
             _print_samples(load_run(out, device=device))
     except Stopped:
         told = f"Stopped. Everything so far is in {out}; the same command goes on from here."
-        console.print(told, markup=False, soft_wrap=True)
+        console.print(told, soft_wrap=True)
         return 130
-    except USER_ERRORS as error:
-        return fail(error)
     return 0
 
 
@@ -154,7 +152,7 @@ def _warnings_in_a_line() -> Iterator[None]:
     """As something said to the user, not as a place in the code; above the bar, not through it."""
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        console.print(f"warning: {message}", markup=False, soft_wrap=True)
+        console.print(f"warning: {message}", soft_wrap=True)
 
     with warnings.catch_warnings():
         warnings.showwarning = show
@@ -204,7 +202,7 @@ class _View:
     def __init__(self, config: PretrainConfig) -> None:
         self.bars = Bars(
             BarColumn(),
-            TextColumn("{task.completed:,} of {task.total:,}  {task.fields[says]}"),
+            Words("{task.completed:,} of {task.total:,}  {task.fields[says]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,
@@ -230,12 +228,12 @@ class _View:
         self.bars.update(self.bar, completed=progress.step, says=says)
         if not console.is_terminal and time.monotonic() - self.told > TELL_SECONDS:
             self.told = time.monotonic()
-            console.print(f"step {progress.step:,} of {progress.steps:,}: {says}", markup=False)
+            console.print(f"step {progress.step:,} of {progress.steps:,}: {says}")
 
     def line(self, line: dict[str, Any]) -> None:
         if "valid_loss" in line:
             says = f"loss {line['valid_loss']:.4f}, perplexity {line['valid_perplexity']:.3f}"
-            console.print(f"step {line['step']:,} of {self.steps:,}: validation {says}", markup=False)
+            console.print(f"step {line['step']:,} of {self.steps:,}: validation {says}")
 
 
 def _print_result(result: dict[str, Any], out: Path) -> None:
@@ -243,7 +241,6 @@ def _print_result(result: dict[str, Any], out: Path) -> None:
     console.print(
         f"{result['parameters']:,} parameters; {result['tokens']:,} tokens in {result['seconds']:,.0f} s "
         f"({pace:,.0f}/s); validation perplexity {result['valid_perplexity']:.3f}; in {out}",
-        markup=False,
         soft_wrap=True,
     )
 

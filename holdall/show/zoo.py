@@ -11,25 +11,23 @@ from typing import Any
 import torch
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from holdall import mixers, runs
 from holdall.analysis.soundness import LENGTHS, drift, length_for
 from holdall.contract import Entry, bytes_per_row
 from holdall.report import zoo as zoo_pages
 from holdall.report.style import bytes_text
-from holdall.show import USER_ERRORS, console, fail
+from holdall.show import busy, console
 
 
 def zoo(name: str | None, width: int, context: int, load: Sequence[Path]) -> int:
     """The command `holdall zoo`."""
-    try:
-        for file in load:
-            mixers.load(file)
-        if name is not None:
-            console.print(str(mixers.entry(name)), markup=False, soft_wrap=True)
-            return 0
-    except USER_ERRORS as error:
-        return fail(error)
+    for file in load:
+        mixers.load(file)
+    if name is not None:
+        console.print(str(mixers.entry(name)), soft_wrap=True)
+        return 0
     seeing = [name for name in mixers.names() if not mixers.entry(name).causal]
     table = Table(
         box=box.SIMPLE_HEAD,
@@ -49,7 +47,7 @@ def zoo(name: str | None, width: int, context: int, load: Sequence[Path]) -> int
         table.add_column(column, no_wrap=True)
     for family, members in mixers.families().items():
         table.add_section()
-        table.add_row(f"[bold]{family}[/]")
+        table.add_row(Text(family, "bold"))
         for entry in map(mixers.entry, members):
             table.add_row(
                 entry.name,
@@ -64,12 +62,9 @@ def zoo(name: str | None, width: int, context: int, load: Sequence[Path]) -> int
 
 def zoo_page(results: Path, page: Path, load: Sequence[Path]) -> int:
     """The command `holdall zoo --results`."""
-    try:
-        for file in load:
-            mixers.load(file)
-        console.print(f"  {zoo_pages.write(results, page)}")
-    except USER_ERRORS as error:
-        return fail(error)
+    for file in load:
+        mixers.load(file)
+    console.print(f"  {zoo_pages.write(results, page)}", soft_wrap=True)
     return 0
 
 
@@ -77,17 +72,14 @@ def soundness(names: Sequence[str], out: Path, width: int, length: int | None, l
     """The command `holdall soundness`."""
     path = out / "soundness.jsonl"
     found: list[dict[str, Any]] = []
-    try:
-        for file in load:
-            mixers.load(file)
-        wanted = [(each, mixers.configured(each, width)[1]) for each in names or mixers.names()]
+    for file in load:
+        mixers.load(file)
+    wanted = [(each, mixers.configured(each, width)[1]) for each in names or mixers.names()]
+    with runs.explained(out):
         out.mkdir(parents=True, exist_ok=True)
-        done = {
-            (line["mixer"], line["dtype"], line["width"], line["length"]): line
-            for line in runs.read_lines(path)
-        }
-    except USER_ERRORS as error:
-        return fail(error)
+    done = {
+        (line["mixer"], line["dtype"], line["width"], line["length"]): line for line in runs.read_lines(path)
+    }
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     table.add_column("mixer")
     for column in ("dtype", "tokens", "error", "late", "s"):
@@ -96,11 +88,11 @@ def soundness(names: Sequence[str], out: Path, width: int, length: int | None, l
         "Error: largest difference from fp64, relative to the largest output; late: of the last tenth."
     )
     table.caption_justify = "left"
-    with console.status("") as status:
+    with busy() as say:
         for label, config in wanted:
             for dtype in LENGTHS:
                 name = str(dtype).removeprefix("torch.")
-                status.update(f"{label}, {name} ({len(found) + 1} of {len(LENGTHS) * len(wanted)})")
+                say(f"{label}, {name} ({len(found) + 1} of {len(LENGTHS) * len(wanted)})")
                 line = done.get((label, name, width, length_for(config, dtype, length)))
                 if line is None:
                     measured = drift(config, dtype, length=length)
@@ -112,10 +104,10 @@ def soundness(names: Sequence[str], out: Path, width: int, length: int | None, l
                     f"{line['seconds']:.1f}",
                 )  # fmt: skip
     console.print(table)
-    console.print(f"  {path}")
+    console.print(f"  {path}", soft_wrap=True)
     unsound = [line["mixer"] for line in found if not math.isfinite(line["error"])]
     if unsound:
-        console.print(f"not finite: {', '.join(unsound)}", markup=False, soft_wrap=True)
+        console.print(f"not finite: {', '.join(unsound)}", soft_wrap=True)
     return 1 if unsound else 0
 
 

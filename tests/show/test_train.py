@@ -91,7 +91,7 @@ def test_with_no_arguments_it_is_the_small_based_model_on_the_embedded_text(
     [
         ("based-350m", "Did you mean 'based-360m'"),
         ("--width 32", "a preset has its own"),
-        ("--pattern mamba --width 16 --steps 0", "steps 0 is not positive"),
+        ("--pattern mamba --width 16 --steps 0", "--steps = 0 must be positive"),
         ("--pattern mamba:stat=3", "mamba has no option 'stat'"),
         ("--data nowhere", "nowhere is no folder"),
     ],
