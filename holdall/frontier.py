@@ -24,7 +24,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import json
-import multiprocessing
 import os
 import re
 import signal
@@ -38,7 +37,7 @@ from typing import Any
 
 import torch
 
-from holdall import errors, mixers, runs, settings
+from holdall import errors, mixers, processes, runs, settings
 from holdall.contract import Config, did_you_mean
 from holdall.model import ModelConfig, seeded
 from holdall.runs import RunError
@@ -379,7 +378,7 @@ class _Pool:
     def __init__(
         self, workers: int, device: str, plugins: Sequence[Path], watcher: Watcher, minutes: float | None
     ) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = processes.context()
         self.stop, self.queue, free = context.Event(), context.Queue(), context.Queue()
         self.context, self.devices = context, devices(device, workers)
         self.plugins = [str(path) for path in plugins]
@@ -465,19 +464,19 @@ class _Pool:
             return
         short = [config.to_dict() for config in to_compile(configs, len(self.devices))]
         with tempfile.TemporaryDirectory(prefix="holdall-") as folder:
-            processes = [
+            compiling = [
                 self.context.Process(
                     target=compile_ahead, daemon=True,
                     args=(short[at :: len(gpus)], str(Path(folder) / str(at)), gpu, self.plugins),
                 )
                 for at, gpu in enumerate(gpus[: len(short)])
             ]  # fmt: skip
-            for process in processes:
+            for process in compiling:
                 process.start()
             try:
                 yield
             finally:
-                for process in processes:
+                for process in compiling:
                     process.kill()  # nothing of what it does is kept, but for what it has compiled
                     process.join()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import hashlib
 import json
-import multiprocessing
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from holdall import runs
+from holdall import processes, runs
 from holdall.text import tokenizers
 from holdall.text.corpus import SPLITS
 from holdall.text.sources import BadRecord, Record, Source, TextError, parse
@@ -149,7 +148,7 @@ def encode_all(batches: Iterator[list[Record]], job: Job, workers: int) -> Gener
         yield from (encode(job, batch) for batch in batches)
         return
     pool = concurrent.futures.ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(job,)
+        workers, processes.context(), initializer=_begin, initargs=(job,)
     )
     waiting: deque[concurrent.futures.Future[Encoded]] = deque()
     try:
