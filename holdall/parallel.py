@@ -2,8 +2,8 @@
 
     pass      in bf16 on copies of fp32 master weights, each block's made when it runs; the residual stream,
               the head's loss and whatever mixers keep wider stay fp32
-    devices   Lightning Fabric starts the processes and joins their gradients: one CPU or GPU, DDP, or FSDP
-              (PyTorch's `fully_shard`), which makes the copies itself, a block at a time
+    devices   one needs nothing more. Of several, Lightning Fabric starts the processes and joins their
+              gradients: DDP, or FSDP (PyTorch's `fully_shard`), which makes the copies itself, by blocks
 
 Letters: B rows, N = T + 1 tokens of a row, D width.
 """
@@ -26,29 +26,68 @@ from holdall.model import Model, head_loss
 from holdall.runs import RunError
 
 Fabric = Any
-"""lightning_fabric.Fabric, which is imported late: it is an optional dependency."""
+"""`OneProcess`, or lightning_fabric.Fabric, which is imported late: it is an optional dependency."""
 Strategy = Literal["auto", "ddp", "fsdp"]
+
+
+class SingleDeviceStrategy:
+    """Nobody to start and nobody to wait for; under the name that Lightning Fabric has for it."""
+
+    launcher = None
+
+
+class OneProcess:
+    """Of Lightning Fabric what training asks for, where one process trains on one device."""
+
+    world_size, global_rank, is_global_zero = 1, 0, True
+
+    def __init__(self, device: str) -> None:
+        self.device = torch.device("cuda", 0) if device == "cuda" else torch.device(device)
+        self.strategy = SingleDeviceStrategy()
+
+    def launch(self) -> None:
+        """Nothing to start; on a GPU, make it the one that tensors and kernels go to."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+
+    def setup_module(self, module: nn.Module) -> nn.Module:
+        return module.to(self.device)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def all_reduce(self, tensor: Tensor, *, reduce_op: str) -> Tensor:
+        """The mean, or the sum, over one process."""
+        return tensor
+
+    def broadcast(self, value: Any) -> Any:
+        return value
+
+    def barrier(self) -> None:
+        pass
 
 
 def launcher(device: str = "cpu", devices: int = 1, strategy: Strategy = "auto", nodes: int = 1) -> Fabric:
     """What starts and joins the processes of a run; its `is_global_zero` tells the one that writes.
 
-    "auto" is DDP where there is more than one device. Raises RunError without Lightning Fabric.
+    "auto" is DDP where there is more than one device. Raises RunError if several are asked for and Lightning
+    Fabric is missing.
     """
+    world = devices * nodes
+    if world == 1:
+        return OneProcess(device)
     try:
         from lightning_fabric import Fabric
         from lightning_fabric.strategies import ModelParallelStrategy
     except ImportError as error:
         raise RunError(
-            f"training on text needs Lightning Fabric ({error}): pip install 'holdall[text]'"
+            f"training on {world} devices needs the package lightning-fabric ({error}): "
+            "pip install lightning-fabric"
         ) from error
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
-    world, chosen = devices * nodes, "auto" if strategy == "auto" or devices * nodes == 1 else strategy
-    how: Any = chosen
-    if chosen == "fsdp":
+    how: Any = "ddp"
+    if strategy == "fsdp":
         how = ModelParallelStrategy(_shard, data_parallel_size=world, tensor_parallel_size=1)
-    elif chosen == "auto" and world > 1:
-        how = "ddp"
     return Fabric(accelerator=device, devices=devices, num_nodes=nodes, strategy=how)
 
 

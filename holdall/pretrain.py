@@ -143,7 +143,7 @@ def pretrain(
     Args:
         folder: the run folder; made if needed. If it holds a checkpoint of the same config, training goes on
             from there, and if it holds a result, that is returned.
-        fabric: what `launcher` gave; None for one CPU.
+        fabric: what `launcher` gave; None for one process on the CPU.
         on_progress, on_line: called about twice a second, and with each line of metrics.jsonl; in the first
             process alone.
         should_stop: asked twice a second, or every ten steps of several processes; True writes a checkpoint

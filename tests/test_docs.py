@@ -1,12 +1,15 @@
 """The pages are true: their code runs, their file tree is the tree, their links lead somewhere."""
 
+import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
+import holdall
 from holdall.report import table
 from holdall.report.data import load
 
@@ -72,3 +75,49 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
     for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         if not link.startswith("http"):
             assert (page.parent / link).exists(), link
+
+
+EXTRAS = {
+    "text": {"lightning_fabric", "tokenizers", "zstandard"},
+    "kernels": {"triton", "fla"},
+}
+"""What each extra brings, as modules. Those of tests and development are not for users."""
+
+
+def test_an_extra_installs_what_the_package_imports() -> None:
+    """And nothing is promised that is not there."""
+    about = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert set(about["optional-dependencies"]) == {*EXTRAS, "parity", "dev"}
+    code = "".join(path.read_text() for path in (ROOT / "holdall").rglob("*.py"))
+    for modules in EXTRAS.values():
+        for module in modules:
+            assert re.search(rf"(import|from|needed\(\"|find_spec\(\") ?{module}\b", code), module
+    for text in (about["description"], (ROOT / "README.md").read_text(), holdall.__doc__ or ""):
+        assert not re.search(r"\bserv(es|ing|e)\b", text)
+
+
+def test_no_hint_names_a_package_index_that_does_not_have_holdall() -> None:
+    for path in (*PAGES, *(ROOT / "holdall").rglob("*.py")):
+        assert not re.search(r"pip install ['\"]?holdall", path.read_text()), path
+
+
+def test_training_on_the_embedded_text_needs_no_extra(tmp_path: Path) -> None:
+    blocked = sorted(
+        {module for modules in EXTRAS.values() for module in modules} | {"tensorboard", "transformers"}
+    )
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({blocked}))
+from holdall import cli
+sys.argv = ["holdall", "train", "--pattern", "base-conv", "--width", "8", "--depth", "1", "--context", "16",
+            "--batch", "2", "--micro-batch", "1", "--steps", "2", "--evaluate-rows", "2", "--device", "cpu",
+            "--out", {str(tmp_path / "run")!r}]
+cli.main()
+"""
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "validation perplexity" in done.stdout

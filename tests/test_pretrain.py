@@ -516,10 +516,11 @@ def test_a_damaged_checkpoint_is_named(corpus: Path, tmp_path: Path) -> None:
         pretrain(config(corpus), tmp_path / "run")
 
 
-def test_without_fabric_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_devices_need_fabric_and_one_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lightning_fabric", None)
-    with pytest.raises(RunError, match=r"pip install 'holdall\[text\]'"):
-        launcher()
+    with pytest.raises(RunError, match=r"on 2 devices needs .*pip install lightning-fabric"):
+        launcher("cpu", 2)
+    assert launcher().world_size == 1
 
 
 # --------------------------------------------------------------------------------------- several processes

@@ -38,11 +38,11 @@ class BadRecord(Exception):  # noqa: N818 - a finding about a text, not a fault
 
 
 def needed(module: str) -> Any:
-    """A module of the extra `text`, imported now. Raises TextError, which names the extra."""
+    """A module of the extra `text`, imported now. Raises TextError, which names its package."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise TextError(f'this needs the package {module}: pip install "holdall[text]"') from error
+        raise TextError(f"this needs the package {module}: pip install {module}") from error
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -172,7 +172,7 @@ def test_what_is_no_tokenizer_is_named(tmp_path: Path) -> None:
 def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     each = byte_level(END)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(TextError, match=r'pip install "holdall\[text\]"'):
+    with pytest.raises(TextError, match="pip install tokenizers"):
         each.decode([1])
 
 
