@@ -123,6 +123,12 @@ def _print_corpus(corpus: text.Corpus) -> None:
         console.print(f"  left out: {count:,} of {reason}")
     for example in manifest["examples"]:
         console.print(f"    {example}", soft_wrap=True)
+    if undivided := manifest.get("undivided"):
+        console.print(
+            f"  the separator is nowhere in {undivided['files']:,} files, each of which is one document:"
+        )
+        for name in undivided["examples"]:
+            console.print(f"    {name}", soft_wrap=True)
     if manifest["ignored_files"]:
         console.print(f"  passed over: {manifest['ignored_files']:,} files in folders that are no text")
     size = sum(each["bytes"] for each in manifest["files"].values()) / (1 << 20)

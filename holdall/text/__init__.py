@@ -8,8 +8,8 @@ Order(len(corpus.train), context_len, seed).rows(step, batch)
 
 from holdall.text.corpus import Corpus, Tokens, open_corpus
 from holdall.text.default import default_corpus
+from holdall.text.files import TextError
 from holdall.text.shards import write_corpus
-from holdall.text.sources import TextError
 from holdall.text.tokenizers import Tokenizer, tokenizer
 from holdall.text.windows import Order
 

@@ -10,10 +10,12 @@ tokenizer.json                 the tokenizer's file, if it has one, so that the 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,20 @@ from typing import Any
 import numpy as np
 
 from holdall.text import tokenizers
-from holdall.text.sources import TextError
+from holdall.text.files import (
+    TextError,
+    check,
+    is_count,
+    is_hash,
+    is_share,
+    is_text,
+    open_array,
+    open_regular,
+    parse_json,
+    read_json,
+    read_regular,
+    seal,
+)
 from holdall.text.tokenizers import Tokenizer
 
 MANIFEST, PLAN = "manifest.json", "plan.json"
@@ -37,13 +52,31 @@ def shard_files(split: str, number: int) -> tuple[str, str, str]:
 
 
 class Tokens:
-    """All tokens of one split, its shards end to end; only what `tokens[start:stop]` asks for is read."""
+    """All tokens of one split, its shards end to end; only what `tokens[start:stop]` asks for is read.
 
-    def __init__(self, folder: Path, split: str, shards: Sequence[Mapping[str, Any]]) -> None:
+    Raises TextError, which names the file, where one holds anything but what the manifest counts.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        shards: Sequence[Mapping[str, Any]],
+        tokenizer: Tokenizer,
+        way_out: str = "",
+    ) -> None:
+        self._shards, self._vocab, self._end, self._way_out = shards, tokenizer.vocab, tokenizer.end, way_out
         self._files = [tuple(folder / name for name in shard_files(split, each["number"])) for each in shards]
         self._first_token = np.cumsum([0, *(each["tokens"] for each in shards)])
         self._first_document = np.cumsum([0, *(each["documents"] for each in shards)])
-        self._shards = [np.load(files[0], mmap_mode="r") for files in self._files]
+        with explained(way_out):
+            self._tokens = [
+                open_array(files[0], tokenizer.dtype, each["tokens"])
+                for files, each in zip(self._files, shards, strict=True)
+            ]
+            for index in range(len(shards)):
+                self._open_starts(index)
+        self._about = functools.lru_cache(maxsize=8)(self._read_about)
 
     def __len__(self) -> int:
         return int(self._first_token[-1])
@@ -59,14 +92,20 @@ class Tokens:
             shard = int(np.searchsorted(self._first_token, at, side="right")) - 1
             first = int(self._first_token[shard])
             until = min(stop, int(self._first_token[shard + 1]))
-            out[at - start : until - start] = self._shards[shard][at - first : until - first]
+            out[at - start : until - start] = self._tokens[shard][at - first : until - first]
+            if (largest := out[at - start : until - start].max()) >= self._vocab:
+                raise TextError(
+                    f"{self._files[shard][0]} was altered: it holds the token {largest}, and the vocabulary "
+                    f"has {self._vocab}. {self._way_out}"
+                )
             at = until
         return out
 
     @functools.cached_property
     def documents(self) -> np.ndarray:
         """Where each document starts, ascending, (documents,) int64; each ends where the next one starts."""
-        starts = [np.load(files[1]) for files in self._files]
+        with explained(self._way_out):
+            starts = [self._read_starts(index) for index in range(len(self._shards))]
         moved = [each + first for each, first in zip(starts, self._first_token, strict=False)]
         return np.concatenate([np.empty(0, dtype=np.int64), *moved])
 
@@ -81,14 +120,55 @@ class Tokens:
         if not 0 <= index < self._first_document[-1]:
             raise IndexError(f"document {index} is outside of {self._first_document[-1]} documents")
         shard = int(np.searchsorted(self._first_document, index, side="right")) - 1
-        line = _lines(self._files[shard][2])[index - int(self._first_document[shard])]
-        about: dict[str, str] = json.loads(line)
-        return about
+        with explained(self._way_out):
+            return self._about(shard)[index - int(self._first_document[shard])]
 
+    def verify(self) -> None:
+        """Read everything. Raises TextError where it is not what was written."""
+        for shard, known in enumerate(self._shards):
+            with explained(self._way_out):
+                starts, tokens = self._read_starts(shard), self._tokens[shard]
+                self._about(shard)
+                ends = np.asarray(tokens[np.append(starts[1:], len(tokens)) - 1])
+                if (ends != self._end).any():
+                    document = int(np.argmax(ends != self._end))
+                    raise TextError(
+                        f"{self._files[shard][0]} was altered: its document {document} has no end"
+                    )
+            digest = hashlib.sha256()
+            for at in range(int(self._first_token[shard]), int(self._first_token[shard + 1]), 1 << 20):
+                until = min(at + (1 << 20), int(self._first_token[shard + 1]))
+                digest.update(self[at:until].astype(tokens.dtype))
+            digest.update(starts.astype("<i8"))
+            if digest.hexdigest() != known["content"]:
+                raise TextError(
+                    f"{self._files[shard][0]} was altered: its content does not fit the manifest's hash. "
+                    f"{self._way_out}"
+                )
 
-@functools.lru_cache(maxsize=8)
-def _lines(path: Path) -> list[bytes]:
-    return path.read_bytes().splitlines()
+    def _open_starts(self, shard: int) -> np.ndarray:
+        return open_array(self._files[shard][1], np.dtype("<i8"), self._shards[shard]["documents"])
+
+    def _read_starts(self, shard: int) -> np.ndarray:
+        starts = np.array(self._open_starts(shard))
+        if starts[0] != 0 or (np.diff(starts) <= 0).any() or starts[-1] >= self._shards[shard]["tokens"]:
+            raise TextError(
+                f"{self._files[shard][1]} was altered: where documents start does not ascend from 0 within "
+                f"{self._shards[shard]['tokens']:,} tokens"
+            )
+        return starts
+
+    def _read_about(self, shard: int) -> list[dict[str, str]]:
+        path = self._files[shard][2]
+        lines = read_regular(path).splitlines()
+        try:
+            if len(lines) != self._shards[shard]["documents"]:
+                raise ValueError(f"{len(lines):,} lines for {self._shards[shard]['documents']:,} documents")
+            found = [parse_json(line) for line in lines]
+            check(found, [{"source": is_text, ...: is_text}], "line")
+        except ValueError as error:
+            raise TextError(f"{path} is damaged ({error})") from error
+        return found
 
 
 @dataclass(frozen=True)
@@ -124,25 +204,66 @@ def open_corpus(
     Raises TextError, which names the file that is missing, truncated or altered, and the way out.
     """
     manifest = read_manifest(folder)
-    for name, known in manifest["files"].items():
-        if wrong := _difference(folder / name, known, verify, on_bytes or (lambda count: None)):
-            raise TextError(f"{folder / name} {wrong}. {_way_out(folder, manifest)}")
-    return Corpus(
-        folder=folder,
-        manifest=manifest,
-        tokenizer=tokenizers.from_manifest(manifest["tokenizer"], folder),
-        train=Tokens(folder, "train", manifest["train"]["shards"]),
-        valid=Tokens(folder, "valid", manifest["valid"]["shards"]),
-    )
+    way_out = _way_out(folder, manifest)
+    with explained(way_out):
+        for name, known in manifest["files"].items():
+            _check_file(folder / name, known, verify, on_bytes or (lambda count: None))
+        tokenizer = tokenizers.from_manifest(manifest["tokenizer"], folder)
+    train, valid = (Tokens(folder, split, manifest[split]["shards"], tokenizer, way_out) for split in SPLITS)
+    if verify:
+        train.verify()
+        valid.verify()
+    return Corpus(folder=folder, manifest=manifest, tokenizer=tokenizer, train=train, valid=valid)
+
+
+@contextlib.contextmanager
+def explained(way_out: str) -> Iterator[None]:
+    """Put the way out behind what a TextError says."""
+    try:
+        yield
+    except TextError as error:
+        raise TextError(f"{error}. {way_out}") from error
+
+
+_FILE = {"bytes": is_count, "sha256": is_hash}
+SHARD = {"number": is_count, "tokens": is_count, "documents": is_count, "content": is_hash}
+_SPLIT = {"tokens": is_count, "documents": is_count, "shards": [SHARD]}
+UNDIVIDED = {"files": is_count, "examples": [is_text]}
+FILES = {...: _FILE}
+_MANIFEST = {
+    "format": is_text,
+    "command": is_text,
+    "tokenizer": {
+        "kind": lambda kind: kind in ("bytes", "file"),
+        "name": is_text,
+        "vocab": is_count,
+        "end": is_count,
+        "sha256": is_text,
+    },
+    "dtype": is_text,
+    **dict.fromkeys(SPLITS, _SPLIT),
+    "left_out": {...: is_count},
+    "examples": [is_text],
+    "ignored_files": is_count,
+    "plan": {"valid": is_share},
+    "files": FILES,
+    "content_hash": is_hash,
+}
+_LATER = {"undivided": UNDIVIDED, "hash": is_hash}
+"""What a manifest of before may be without."""
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What a finished corpus says of itself. Raises TextError if it is not finished, damaged or altered."""
+    """What a finished corpus says of itself: whole, and sound in itself.
+
+    Its files are exactly those that its shards have, so that none of its names leads elsewhere. Raises
+    TextError if the corpus is not finished, or its manifest is damaged or altered.
+    """
     path = folder / MANIFEST
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise TextError(f"{folder} is no folder; `holdall data SOURCE... --out {folder}` makes one")
-    if not path.exists():
-        unfinished = (folder / PLAN).exists()
+    if not os.path.lexists(path):
+        unfinished = os.path.lexists(folder / PLAN)
         state = (
             "is not finished: give its `holdall data` command again, it goes on"
             if unfinished
@@ -151,17 +272,48 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             )
         )
         raise TextError(f"{folder} {state}")
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_bytes())
-        made = manifest["format"]
-        intact = made != FORMAT or content_hash(manifest) == manifest["content_hash"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise TextError(f"{path} is damaged ({type(error).__name__}). {_way_out(folder, {})}") from error
-    if made != FORMAT:
-        raise TextError(f"{path} has the format {made}, not {FORMAT}. {_way_out(folder, manifest)}")
-    if not intact:
-        raise TextError(f"{path} was altered: its hashes do not fit. {_way_out(folder, manifest)}")
+    with explained(_way_out(folder, {})):
+        manifest = read_json(path)
+        made = manifest.get("format") if isinstance(manifest, dict) else None
+        if isinstance(made, str) and made != FORMAT:
+            raise TextError(f"{path} has the format {made}, not {FORMAT}")
+        try:
+            check(manifest, _MANIFEST | {key: _LATER[key] for key in _LATER if key in manifest})
+        except ValueError as error:
+            raise TextError(f"{path} is damaged ({error})") from error
+    with explained(_way_out(folder, manifest)):
+        # corpora of before the manifest had a hash of its own are taken without
+        sealed = "hash" not in manifest or seal(manifest) == manifest
+        if content_hash(manifest) != manifest["content_hash"] or not sealed:
+            raise TextError(f"{path} was altered: its hashes do not fit")
+        if wrong := _contradiction(manifest):
+            raise TextError(f"{path} was altered: {wrong}")
     return manifest
+
+
+def _contradiction(manifest: Mapping[str, Any]) -> str:
+    """What in a manifest does not fit the rest of it; empty if all does."""
+    names = {tokenizers.FILE} if manifest["tokenizer"]["kind"] == "file" else set[str]()
+    for split in SPLITS:
+        shards = manifest[split]["shards"]
+        numbers = [each["number"] for each in shards]
+        if numbers != sorted(set(numbers)):
+            return f"the shards of {split} are not in order"
+        for each in shards:
+            names.update(shard_files(split, each["number"]))
+            if not 1 <= each["documents"] <= each["tokens"]:
+                return f"shard {each['number']} of {split} has {each['documents']} documents"
+        for count in ("tokens", "documents"):
+            if manifest[split][count] != sum(each[count] for each in shards):
+                return f"the {count} of {split} are not those of its shards"
+    if set(manifest["files"]) != names:
+        return f"its files are not those of its shards: {', '.join(sorted(set(manifest['files']) ^ names))}"
+    if manifest["tokenizer"]["kind"] == "bytes" and manifest["tokenizer"] != tokenizers.Bytes().describe():
+        return "its tokenizer is not the one of bytes"
+    vocab, end = manifest["tokenizer"]["vocab"], manifest["tokenizer"]["end"]
+    if end >= vocab or manifest["dtype"] != ("uint16" if vocab <= 1 << 16 else "uint32"):
+        return f"{manifest['dtype']} is not what {vocab} tokens take, the end being {end}"
+    return ""
 
 
 def content_hash(manifest: Mapping[str, Any]) -> str:
@@ -171,25 +323,36 @@ def content_hash(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps([tokenizer, shards], sort_keys=True).encode()).hexdigest()
 
 
-def _difference(path: Path, known: Mapping[str, Any], verify: bool, on_bytes: Callable[[int], None]) -> str:
-    """What is wrong with a file; empty if nothing is."""
-    if not path.is_file():
-        return "is missing"
-    size = path.stat().st_size
-    if size != known["bytes"]:
-        state = "truncated" if size < known["bytes"] else "altered"
-        return f"is {state}: {size:,} bytes, not {known['bytes']:,}"
-    if verify:
+def _check_file(path: Path, known: Mapping[str, Any], verify: bool, on_bytes: Callable[[int], None]) -> None:
+    """Raise TextError unless a file has its size and, with `verify`, its content."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size != known["bytes"]:
+            state = "truncated" if size < known["bytes"] else "altered"
+            raise TextError(f"{path} is {state}: {size:,} bytes, not {known['bytes']:,}")
+        if not verify:
+            return
         digest = hashlib.sha256()
-        with path.open("rb") as file:
+        try:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
                 on_bytes(len(chunk))
+        except OSError as error:
+            raise TextError(f"cannot read {path}: {error.strerror or error}") from error
         if digest.hexdigest() != known["sha256"]:
-            return "was altered: its content does not fit the manifest's hash"
-    return ""
+            raise TextError(f"{path} was altered: its content does not fit the manifest's hash")
+
+
+def is_intact(path: Path, known: Mapping[str, Any]) -> bool:
+    """Whether a file is what a manifest or a part's record says."""
+    try:
+        _check_file(path, known, True, lambda count: None)
+    except TextError:
+        return False
+    return True
 
 
 def _way_out(folder: Path, manifest: Mapping[str, Any]) -> str:
-    command = manifest.get("command") or "its `holdall data` command"
+    command = str(manifest.get("command") or "")
+    command = command if command.startswith("holdall ") else "its `holdall data` command"
     return f"Restore it from a copy, or remove {folder} and make it anew: {command}"

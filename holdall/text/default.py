@@ -16,8 +16,8 @@ from pathlib import Path
 
 from holdall import runs
 from holdall.text.corpus import Corpus, open_corpus
+from holdall.text.files import TextError
 from holdall.text.shards import write_corpus
-from holdall.text.sources import TextError
 from holdall.text.tokenizers import Bytes
 
 TEXT = Path(__file__).with_name("default.jsonl.xz")

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
-import json
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,18 +24,34 @@ import numpy as np
 from holdall import runs
 from holdall.text import tokenizers
 from holdall.text.corpus import (
+    FILES,
     FORMAT,
     MANIFEST,
     PLAN,
+    SHARD,
     SPLITS,
+    UNDIVIDED,
     Corpus,
     content_hash,
+    is_intact,
     open_corpus,
     read_manifest,
     shard_files,
 )
 from holdall.text.encoding import BATCH_BYTES, Encoded, Job, Split, encode_all, in_batches
-from holdall.text.sources import TextError, find, records
+from holdall.text.files import (
+    TextError,
+    check,
+    encodable,
+    is_count,
+    is_share,
+    is_text,
+    npy_header,
+    read_json,
+    read_regular,
+    seal,
+)
+from holdall.text.sources import find, records
 from holdall.text.tokenizers import Tokenizer
 
 SHARD_TOKENS = 1 << 24
@@ -101,7 +116,9 @@ def write_corpus(
         if not _is_finished(folder, plan):
             writer = _Writer(folder, job, strict, shard_tokens, on_progress)
             writer.claim(plan)
-            found = records(sources, after=writer.last, separator=separator, on_bytes=writer.count)
+            found = records(
+                sources, after=writer.last, separator=separator, cut=tokenizer.cut, on_bytes=writer.count
+            )
             # no more processes than there are batches: to start one takes a second
             useful = min(workers, 1 + sum(source.size for source in sources) // BATCH_BYTES)
             with contextlib.closing(encode_all(in_batches(found), job, useful)) as batches:
@@ -121,23 +138,67 @@ def _refuse(examples: Sequence[str]) -> None:
 
 def _is_finished(folder: Path, plan: dict[str, Any]) -> bool:
     """Whether a folder holds this corpus, TextError if it holds another or some of another."""
-    manifest, begun = folder / MANIFEST, folder / PLAN
-    if manifest.exists():
-        held = read_manifest(folder)["plan"]
-    elif begun.exists() and (folder / _record(0)).exists():
-        held = json.loads(begun.read_bytes())
+    if os.path.lexists(folder / MANIFEST):
+        name, held = MANIFEST, read_manifest(folder)["plan"]
+    elif os.path.lexists(folder / _record(0)) and os.path.lexists(folder / PLAN):
+        name, held = PLAN, _read_plan(folder)
     else:
         return False
     if held != plan:
         other = ", ".join(key for key in plan if held.get(key) != plan[key])
         raise TextError(
-            f"{folder} holds tokens made otherwise (other {other}); remove it or choose another --out"
+            f"{folder} holds, says {name}, tokens made otherwise (other {other}); remove it or choose "
+            "another --out"
         )
-    return manifest.exists()
+    return name == MANIFEST
+
+
+def _read_plan(folder: Path) -> dict[str, Any]:
+    """The plan of an unfinished corpus. Raises TextError if it is damaged, or no plan of Holdall's."""
+    try:
+        plan: dict[str, Any] = read_json(folder / PLAN)
+        check(plan, {"format": is_text})
+    except (TextError, ValueError) as error:
+        raise TextError(f"{error}. {folder / PLAN} is no plan of Holdall's; choose another --out") from error
+    return plan
 
 
 def _record(part: int) -> str:
     return f"part-{part:05d}.json"
+
+
+_PART = {
+    "last": [is_count],
+    "shards": {...: {**SHARD, "files": FILES}},
+    "left_out": {...: is_count},
+    "examples": [is_text],
+    "least": is_share,
+    "undivided": UNDIVIDED,
+}
+
+
+def _read_part(folder: Path, number: int, sources: int) -> dict[str, Any] | None:
+    """The record of a part that is there as it was written, with its shards; None if it is to be made again.
+
+    Of the names in a record none is used but those that its shards must have.
+    """
+    try:
+        part: dict[str, Any] = read_json(folder / _record(number))
+        check(part, _PART)
+    except (TextError, ValueError):
+        return None
+    if seal(part) != part or len(part["last"]) != 2 or part["last"][0] >= sources:
+        return None
+    for split, shard in part["shards"].items():
+        if (
+            split not in SPLITS
+            or shard["number"] != number
+            or set(shard["files"]) != {*shard_files(split, number)}
+        ):
+            return None
+        if not all(is_intact(folder / name, known) for name, known in shard["files"].items()):
+            return None
+    return part
 
 
 # ---------------------------------------------------------------------------------------------- writing
@@ -157,8 +218,8 @@ class _Writer:
         self.folder, self.job, self.strict = folder, job, strict
         self.shard_tokens, self.on_progress = shard_tokens, on_progress
         self.parts: list[dict[str, Any]] = []
-        while (path := folder / _record(len(self.parts))).exists():
-            self.parts.append(json.loads(path.read_bytes()))
+        while part := _read_part(folder, len(self.parts), len(job.sources)):
+            self.parts.append(part)
         self.last: tuple[int, int] = tuple(self.parts[-1]["last"]) if self.parts else (0, 0)
         self.left_out = sum((Counter(part["left_out"]) for part in self.parts), Counter[str]())
         self.bytes = 0
@@ -175,6 +236,7 @@ class _Writer:
         self.part_tokens = 0
         self.part_bad: Counter[str] = Counter()
         self.examples: list[str] = []
+        self.undivided: dict[str, Any] = {"files": 0, "examples": []}
         self.least = 1.0
 
     def claim(self, plan: dict[str, Any]) -> None:
@@ -183,16 +245,24 @@ class _Writer:
         there = [file for name in (*SPLITS, "part") for file in self.folder.glob(f"{name}-{digits}.*")]
         kept = {_record(number) for number in range(len(self.parts))}
         kept |= {name for part in self.parts for shard in part["shards"].values() for name in shard["files"]}
-        if not (self.folder / PLAN).exists():
+        file = self.job.tokenizer.file
+        if not os.path.lexists(self.folder / PLAN):
+            if file and os.path.lexists(copy := self.folder / tokenizers.FILE) and read_regular(copy) != file:
+                there.append(copy)
             if there:
                 raise TextError(f"{there[0]} is in the way, and not of Holdall's; choose another --out")
         else:
-            for file in (*there, *self.folder.glob(".*.tmp")):
-                if file.name not in kept:
-                    file.unlink()
+            _read_plan(self.folder)
+            for left in (*there, *self.folder.glob(".*.tmp")):
+                if left.name not in kept:
+                    self._remove(left.name)
         runs.write_json(self.folder / PLAN, plan)
-        if self.job.tokenizer.file:
-            runs.write_atomically(self.folder / tokenizers.FILE, self.job.tokenizer.file)
+        if file:
+            runs.write_atomically(self.folder / tokenizers.FILE, file)
+
+    def _remove(self, name: str) -> None:
+        with runs.explained(self.folder / name):
+            (self.folder / name).unlink(missing_ok=True)
 
     def count(self, count: int) -> None:
         self.bytes += count
@@ -210,16 +280,21 @@ class _Writer:
             self.documents += len(theirs.lengths)
             self.tokens += sum(theirs.lengths)
             self.part_tokens += sum(theirs.lengths)
+        self._count_undivided(encoded.undivided)
         self.last, self.least = encoded.last, min(self.least, encoded.least)
         if not self.documents and self.left_out["no text"]:
             raise TextError(f"{self.examples[0]}. Name the right one with --text-field")
-        if self.part_tokens >= self.shard_tokens:
+        if encoded.ends and self.part_tokens >= self.shard_tokens:
             self._commit()
         size = sum(source.size for source in self.job.sources)
         left_out = self.left_out.total()
         self.on_progress(
             Progress(self.bytes, size, self.documents, self.tokens, self.tokens_before, left_out)
         )
+
+    def _count_undivided(self, files: list[str]) -> None:
+        self.undivided["files"] += len(files)
+        self.undivided["examples"] = [*self.undivided["examples"], *files][:EXAMPLES]
 
     def _commit(self) -> None:
         number = len(self.parts)
@@ -234,30 +309,50 @@ class _Writer:
             "left_out": dict(self.part_bad),
             "examples": self.examples,
             "least": self.least,
+            "undivided": self.undivided,
         }
+        part = seal(part)
         runs.write_json(self.folder / _record(number), part)
         self.parts.append(part)
         self._start_part()
 
     def _write_shard(self, name: str, number: int, split: Split) -> dict[str, Any]:
-        tokens = np.concatenate(split.tokens)
         starts = np.cumsum([0, *split.lengths[:-1]], dtype="<i8")
-        contents = (_npy(tokens), _npy(starts), b"".join(split.about))
-        files = {}
-        for file, content in zip(shard_files(name, number), contents, strict=True):
-            runs.write_atomically(self.folder / file, content)
-            files[file] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        tokens = sum(split.lengths)
+        content = hashlib.sha256()
+        for array in (*split.tokens, starts):
+            content.update(array)
+        # the tokens of a long document are written as they are, without a copy that is as large
+        written = (
+            [npy_header(self.job.tokenizer.dtype, tokens), *split.tokens],
+            [npy_header(starts.dtype, len(starts)), starts],
+            split.about,
+        )
+        files = {
+            file: self._write(file, chunks)
+            for file, chunks in zip(shard_files(name, number), written, strict=True)
+        }
         return {
             "number": number,
-            "tokens": len(tokens),
+            "tokens": tokens,
             "documents": len(starts),
-            "content": hashlib.sha256(tokens.tobytes() + starts.tobytes()).hexdigest(),
+            "content": content.hexdigest(),
             "files": files,
         }
 
+    def _write(self, name: str, chunks: Sequence[bytes | np.ndarray]) -> dict[str, Any]:
+        """Write a file of several pieces; returns what is known of it."""
+        size, digest = 0, hashlib.sha256()
+        with runs.replacing(self.folder / name) as temporary, temporary.open("wb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+                digest.update(chunk)
+                size += memoryview(chunk).nbytes
+        return {"bytes": size, "sha256": digest.hexdigest()}
+
     def finish(self, plan: dict[str, Any], ignored: int, command: str) -> None:
         """Write the last part and, last of all, the manifest."""
-        if self.splits[0].lengths or self.splits[1].lengths or self.part_bad:
+        if self.splits[0].lengths or self.splits[1].lengths or self.part_bad or self.undivided["files"]:
             self._commit()
         self._check_splits()
         splits: dict[str, Any] = {}
@@ -279,7 +374,7 @@ class _Writer:
             }
         manifest = {
             "format": FORMAT,
-            "command": command,
+            "command": encodable(command),
             "tokenizer": tokenizer.describe(),
             "dtype": tokenizer.dtype.name,
             **splits,
@@ -289,8 +384,13 @@ class _Writer:
             "plan": plan,
             "files": files,
         }
+        if undivided := [part["undivided"] for part in self.parts if part["undivided"]["files"]]:
+            manifest["undivided"] = {
+                "files": sum(each["files"] for each in undivided),
+                "examples": [name for each in undivided for name in each["examples"]][:EXAMPLES],
+            }
         manifest["content_hash"] = content_hash(manifest)
-        runs.write_json(self.folder / MANIFEST, manifest)
+        runs.write_json(self.folder / MANIFEST, seal(manifest))
         self._remove_parts()
 
     def _check_splits(self) -> None:
@@ -311,21 +411,15 @@ class _Writer:
             if self.documents < 10:
                 wrong += ". A plain text file is one document, unless --separator says what parts them"
         if wrong:
-            for part in self.parts:
-                for shard in part["shards"].values():
-                    for name in shard["files"]:
-                        (self.folder / name).unlink()
+            for number, part in enumerate(self.parts):
+                for split in part["shards"]:
+                    for name in shard_files(split, number):
+                        self._remove(name)
             self._remove_parts()
             raise TextError(wrong)
 
     def _remove_parts(self) -> None:
         """Remove the records of parts, and last the plan, by which the folder is known to be ours."""
         for number in range(len(self.parts)):
-            (self.folder / _record(number)).unlink(missing_ok=True)
-        (self.folder / PLAN).unlink(missing_ok=True)
-
-
-def _npy(array: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    np.save(file, array, allow_pickle=False)
-    return file.getvalue()
+            self._remove(_record(number))
+        self._remove(PLAN)

@@ -94,13 +94,18 @@ def test_a_file_without_an_end_gets_one_behind_its_last_token() -> None:
 
 
 def test_long_texts_are_cut_where_no_token_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = PROSE * 5 + "  two   spaces \n x\n\n\n y 1 2 3 a1 b2" * 9 + "unbroken" * 30
-    whole = GPT_LIKE.encode_batch([text, "", PROSE])
-    for letters in (1, 2, 7, 50):
-        monkeypatch.setattr(tokenizers, "CUT", letters)
-        assert len(list(tokenizers._cut(text))) > 5
-        for a, b in zip(GPT_LIKE.encode_batch([text, "", PROSE]), whole, strict=True):
-            assert a.tolist() == b.tolist()
+    text = (
+        PROSE * 5 + "  two   spaces \n x\n\n\n y 1 2 3 a1 b2\u3000 \u00a0 \x1c é \u0301" * 9 + "unbroken" * 30
+    )
+    for each in (GPT_LIKE, byte_level(END, prefix=True)):
+        whole = each.encode_batch([text, "", PROSE])
+        assert len(list(each._parts(text))) == 1
+        for size in (1, 2, 7, 50):
+            monkeypatch.setattr(tokenizers, "CUT", size)
+            assert len(list(each._parts(text))) > 5
+            for a, b in zip(each.encode_batch([text, "", PROSE]), whole, strict=True):
+                assert a.tolist() == b.tolist()
+        monkeypatch.undo()
 
 
 def test_a_tokenizer_that_minds_the_edges_of_a_text_is_not_given_more_of_them(
