@@ -278,7 +278,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if isinstance(made, str) and made != FORMAT:
             raise TextError(f"{path} has the format {made}, not {FORMAT}")
         try:
-            check(manifest, _MANIFEST | {key: _LATER[key] for key in _LATER if key in manifest})
+            check(manifest, _MANIFEST)
+            check(manifest, {key: _LATER[key] for key in _LATER if key in manifest})
         except ValueError as error:
             raise TextError(f"{path} is damaged ({error})") from error
     with explained(_way_out(folder, manifest)):

@@ -250,7 +250,9 @@ class _Writer:
             if file and os.path.lexists(copy := self.folder / tokenizers.FILE) and read_regular(copy) != file:
                 there.append(copy)
             if there:
-                raise TextError(f"{there[0]} is in the way, and not of Holdall's; choose another --out")
+                raise TextError(
+                    f"{there[0]} is in the way, and without {PLAN} not of Holdall's; choose another --out"
+                )
         else:
             _read_plan(self.folder)
             for left in (*there, *self.folder.glob(".*.tmp")):

@@ -355,7 +355,7 @@ class _Zst:
         # archives of texts are often packed with a window of 2 GiB
         self._engine = needed("zstandard").ZstdDecompressor(max_window_size=1 << 31).decompressobj()
         self.eof, self.unused_data = False, b""
-        self._step = 1 << 10
+        self._step = 1 << 6
         """Bytes of input that last gave about a chunk of output, which the library cannot be asked for."""
 
     def unpack(self, raw: bytes) -> Iterator[bytes]:

@@ -220,7 +220,8 @@ class Filed(Tokenizer):
         """What encodes; which ids may come of a text, (vocab,) bool; and what stands in for the others."""
         words = {each["content"] for each in self._parsed.get("added_tokens") or [] if each.get("special")}
         words |= {self._end_word} - {""}
-        made = self._load(json.dumps(_disguised(self._parsed, words)))
+        with self._library("is no file that the tokenizers library can use"):
+            made = self._load(json.dumps(_disguised(self._parsed, words)))
         ids = made.get_vocab(with_added_tokens=True)
         special = {ids[_disguise(word)] for word in words if _disguise(word) in ids}
         others = {i for word, i in ids.items() if i not in special}
@@ -255,7 +256,7 @@ class Filed(Tokenizer):
         follows something else.
         """
         split = self._parsed.get("pre_tokenizer") or {}
-        kinds = [split] if split.get("type") != "Sequence" else split["pretokenizers"]
+        kinds = [split] if split.get("type") != "Sequence" else split.get("pretokenizers", [])
         levels = [each for each in kinds if each.get("type") == "ByteLevel" and each.get("use_regex", True)]
         others = [each for each in kinds if each.get("type") not in ("ByteLevel", "Digits")]
         changed = (self._parsed.get("normalizer") or {}).get("type")

@@ -1,6 +1,7 @@
 """`holdall data` as its user meets it."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -53,6 +54,31 @@ def test_it_makes_tells_checks_and_does_nothing_twice(
     assert code == 2
     assert "train-00000.npy was altered" in told
     assert f"make it anew: {manifest['command']}" in told
+
+
+def test_what_comes_from_files_is_neither_markup_nor_a_terminal_s_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    books = tmp_path / "a[" / "b]"
+    books.mkdir(parents=True)
+    name = os.fsdecode(b"[red]caf\xe9\x1b[31m\n[].txt")
+    (books / name).write_bytes(b"one\xff")
+    (books / "b[x].txt").write_bytes(b"two")
+    out = books / "out[" / "]\x1b[31m"
+    make = ("data", books, "--valid", 0, "--separator", "|")
+    for command in (make, make, ("data", "--check")):
+        code, told = run(monkeypatch, capsys, *command, "--out", out)
+        assert code == 0, told
+        assert not set(told) - {"\n"} - {letter for letter in told if letter.isprintable()}
+        assert "[red]caf\\xe9\\x1b[31m\\n[].txt:1: bad UTF-8, byte 4" in told
+        assert "the separator is nowhere in 2 files" in told
+        assert "b[x].txt" in told
+        assert "out[/]\\x1b[31m" in told
+    (out / "manifest.json").unlink()
+    (out / "manifest.json").mkdir()
+    code, told = run(monkeypatch, capsys, "data", "--check", "--out", out)
+    assert (code, told.count("\n")) == (2, 1)
+    assert "\x1b" not in told
 
 
 def test_a_validation_file_and_a_separator_can_be_named(

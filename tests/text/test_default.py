@@ -2,7 +2,9 @@
 
 import json
 import lzma
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -12,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from holdall.runs import RunError
-from holdall.text import default_corpus
+from holdall.text import default_corpus, open_corpus, write_corpus
 from holdall.text.default import TEXT
+from holdall.text.tokenizers import Bytes
 
 CHAPTERS = [json.loads(line) for line in lzma.decompress(TEXT.read_bytes()).splitlines()]
 
@@ -66,6 +69,49 @@ def test_a_damaged_copy_is_made_anew(tmp_path: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:1000])
     assert default_corpus(tmp_path).content_hash == corpus.content_hash
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [corpus.folder.name]
+
+
+def test_what_somebody_else_left_in_its_place_is_not_taken(tmp_path: Path) -> None:
+    corpus = default_corpus(tmp_path)
+    (tmp_path / "b.txt").write_text("another text")
+    other = write_corpus([tmp_path / "b.txt"], tmp_path / "other", Bytes(), valid=0.0)
+    shutil.rmtree(corpus.folder)
+    shutil.copytree(other.folder, corpus.folder)
+    assert default_corpus(tmp_path).content_hash == corpus.content_hash
+    for elsewhere in (other.folder, tmp_path / "nowhere"):
+        shutil.rmtree(corpus.folder)
+        corpus.folder.symlink_to(elsewhere)
+        assert default_corpus(tmp_path).content_hash == corpus.content_hash
+        assert not corpus.folder.is_symlink()
+    assert open_corpus(other.folder, verify=True).content_hash == other.content_hash
+    shard = corpus.folder / "train-00000.npy"
+    shard.write_bytes(shard.read_bytes()[:-2] + b"x\0")  # of the right size
+    assert default_corpus(tmp_path).train[0:9].tolist() == corpus.train[0:9].tolist()
+    assert open_corpus(corpus.folder, verify=True)
+
+
+def test_a_folder_that_all_share_must_be_one_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    mine = tmp_path / f"holdall-{os.getuid()}"
+    assert default_corpus().folder.parent == mine
+    assert mine.stat().st_mode & 0o777 == 0o700
+    mine.chmod(0o777)
+    with pytest.raises(RunError, match=rf"{mine.name} is not a folder of yours alone.*XDG_CACHE_HOME"):
+        default_corpus()
+    mine.chmod(0o700)
+    elsewhere = mine.rename(tmp_path / "elsewhere")
+    mine.symlink_to(elsewhere)
+    with pytest.raises(RunError, match="not a folder of yours alone"):
+        default_corpus()
+    mine.unlink()
+    elsewhere.rename(mine)
+    uid = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: uid + 1)
+    mine.rename(tmp_path / f"holdall-{uid + 1}")
+    with pytest.raises(RunError, match="not a folder of yours alone"):
+        default_corpus()
 
 
 def test_it_never_changes(tmp_path: Path) -> None:

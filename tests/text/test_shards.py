@@ -2,14 +2,19 @@
 
 import contextlib
 import errno
+import gzip
 import hashlib
 import json
 import lzma
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +26,9 @@ from tokenizers import Tokenizer as LibraryTokenizer
 from tokenizers import models, pre_tokenizers
 
 from holdall import runs
-from holdall.text import Corpus, TextError, encoding, open_corpus, shards, write_corpus
-from holdall.text.corpus import FORMAT
+from holdall.text import Corpus, TextError, Tokenizer, encoding, open_corpus, shards, sources, write_corpus
+from holdall.text.corpus import FORMAT, content_hash
+from holdall.text.files import seal
 from holdall.text.tokenizers import END, Bytes, Filed
 
 TEXTS = [
@@ -151,6 +157,70 @@ def test_any_number_of_workers_gives_the_same_bits(tmp_path: Path, source: Path)
     assert contents(tmp_path / "alone") == contents(tmp_path / "many")
 
 
+def gpt_like() -> Filed:
+    """GPT-2's kind, with a vocabulary of bytes."""
+    alphabet = {each: i for i, each in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    made = LibraryTokenizer(models.BPE(alphabet, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return Filed(made.to_str().encode(), "small", "small.json")
+
+
+@pytest.mark.parametrize("made", [Bytes, gpt_like, words])
+def test_pieces_of_long_documents_change_no_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: Callable[[], Tokenizer]
+) -> None:
+    folder = tmp_path / "books"
+    folder.mkdir()
+    for i, text in enumerate(TEXTS[:20]):
+        (folder / f"{i}.txt").write_bytes(
+            text.encode() * (30 if i % 3 else 1) + (b"\xff" if i % 7 == 4 else b"")
+        )
+    (folder / "blank.txt").write_text("\u3000 " * 3000)
+    (folder / "lines.jsonl").write_text(json.dumps({"text": "of a line " * 1000}))
+    settings: dict[str, Any] = {"valid": 0.3, "shard_tokens": 500 if made is words else 9_000}
+    whole = write_corpus([folder], tmp_path / "whole", made(), **settings)
+    assert whole.manifest["left_out"] == {"bad UTF-8": 3, "empty": 1}
+    assert len(whole.manifest["train"]["shards"]) > 3
+    monkeypatch.setattr(sources, "PIECE_BYTES", 2_500)
+    monkeypatch.setattr(sources, "CHUNK", 1_000)
+    calls: list[int] = []
+    pieces = write_corpus(
+        [folder], tmp_path / "pieces", made(), **settings, on_progress=lambda p: calls.append(1)
+    )
+    assert made is words or len(calls) > 40
+    write_corpus([folder], tmp_path / "many", made(), **settings, workers=1 + (made is gpt_like))
+
+    def stop(progress: shards.Progress) -> None:
+        if progress.tokens - progress.tokens_before > 2 * settings["shard_tokens"]:
+            raise Stop
+
+    while not (tmp_path / "cut" / "manifest.json").exists():
+        with contextlib.suppress(Stop):
+            write_corpus([folder], tmp_path / "cut", made(), **settings, on_progress=stop)
+    assert pieces.content_hash == whole.content_hash
+    for name in ("pieces", "many", "cut"):
+        assert contents(tmp_path / name) == contents(tmp_path / "whole")
+        manifest = open_corpus(tmp_path / name, verify=True).manifest
+        assert manifest["examples"] == whole.manifest["examples"]
+        assert manifest["left_out"] == whole.manifest["left_out"]
+
+
+@pytest.mark.parametrize(("ending", "pack"), [("", bytes), (".gz", gzip.compress)])
+def test_a_long_document_takes_little_more_memory_than_its_tokens(
+    tmp_path: Path, ending: str, pack: Callable[[bytes], bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoding, "BATCH_BYTES", 1 << 20)
+    size = 12_000_000
+    (tmp_path / f"a.txt{ending}").write_bytes(
+        pack(b"one line of a text that is as long as forty.\n" * (size // 45))
+    )
+    tracemalloc.start()
+    write_corpus([tmp_path / f"a.txt{ending}"], tmp_path / "out", Bytes(), valid=0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3 * size
+
+
 class Stop(Exception):  # noqa: N818
     pass
 
@@ -260,6 +330,48 @@ def forbidden(progress: shards.Progress) -> None:
 def raise_stop_late(progress: shards.Progress) -> None:
     if progress.tokens > 25_000:
         raise Stop
+
+
+def test_a_part_that_is_not_as_it_was_written_is_made_again(tmp_path: Path, source: Path) -> None:
+    whole = write_corpus([source], tmp_path / "whole", Bytes(), **SMALL)
+    with pytest.raises(Stop):
+        write_corpus([source], tmp_path / "begun", Bytes(), **SMALL, on_progress=raise_stop_late)
+    victim = tmp_path / "precious"
+    victim.write_text("precious")
+
+    known = {"bytes": 8, "sha256": hashlib.sha256(b"precious").hexdigest()}
+
+    def record(change: Callable[[dict[str, Any]], None], sealed: bool) -> Callable[[Path], None]:
+        def write(folder: Path) -> None:
+            path = folder / "part-00000.json"
+            part = json.loads(path.read_text())
+            change(part)
+            path.write_text(json.dumps(seal(part) if sealed else part))
+
+        return write
+
+    def shard(folder: Path) -> None:
+        path = folder / "train-00000.npy"
+        path.write_bytes(path.read_bytes()[:-2] + b"a\0")
+
+    changes = [
+        record(lambda part: part.update(last=[0, 3]), sealed=False),
+        record(lambda part: part["shards"]["train"].update(documents=1), sealed=False),
+        record(lambda part: part["shards"]["train"]["files"].update({"../precious": known}), sealed=True),
+        record(lambda part: part["shards"].update({"../../x": part["shards"]["train"]}), sealed=True),
+        record(lambda part: part["shards"]["train"].update(number=1), sealed=True),
+        record(lambda part: part.update(last=[7, 3]), sealed=True),
+        shard,
+        lambda folder: (folder / "part-00000.json").write_text("[" * 100_000),
+        lambda folder: (folder / "part-00001.json").unlink(),
+    ]  # fmt: skip
+    for index, change in enumerate(changes):
+        folder = tmp_path / f"changed-{index}"
+        shutil.copytree(tmp_path / "begun", folder)
+        change(folder)
+        assert write_corpus([source], folder, Bytes(), **SMALL).content_hash == whole.content_hash
+        assert contents(folder) == contents(tmp_path / "whole")
+        assert victim.read_text() == "precious"
 
 
 def test_a_finished_corpus_is_not_made_again(tmp_path: Path, source: Path) -> None:
@@ -484,6 +596,104 @@ def test_tokens_that_differ_have_another_content_hash_and_where_they_came_from_h
     ):
         different.add(write_corpus([other], tmp_path / f"{index}", tokenizer, **settings).content_hash)
     assert len(different) == 4
+
+
+def test_counts_are_those_of_the_files_themselves(folder: Path) -> None:
+    """Also where whoever altered a manifest made all of its hashes anew, or it is of before it had one."""
+    path = folder / "manifest.json"
+    whole = json.loads(path.read_text())
+
+    def altered(change: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        manifest = json.loads(json.dumps(whole))
+        change(manifest)
+        return manifest
+
+    def count(name: str, by: int) -> Callable[[dict[str, Any]], None]:
+        def change(manifest: dict[str, Any]) -> None:
+            manifest["train"][name] += by
+            manifest["train"]["shards"][0][name] += by
+
+        return change
+
+    for change, message in (
+        (count("tokens", -1), r"train-00000\.npy was altered: .* not the"),
+        (count("documents", 1), r"train-00000\.documents\.npy was altered: .* not the"),
+        (
+            lambda manifest: manifest["train"].update(tokens=5),
+            r"manifest\.json was altered: the tokens of train",
+        ),
+        (
+            lambda manifest: manifest["files"].update({"../x": {"bytes": 1, "sha256": "0" * 64}}),
+            r"altered: its files",
+        ),
+        (lambda manifest: manifest["files"].pop("train-00001.about.jsonl"), r"altered: its files"),
+        (lambda manifest: manifest.update(dtype="uint8"), r"altered: uint8"),
+        (lambda manifest: manifest["tokenizer"].update(name="other"), r"altered: its tokenizer"),
+        (lambda manifest: manifest["train"]["shards"].reverse(), r"altered"),
+    ):
+        manifest = altered(change)
+        path.write_text(json.dumps(manifest))
+        with pytest.raises(TextError, match=r"manifest\.json was altered: its hashes do not fit"):
+            open_corpus(folder)
+        del manifest["hash"]
+        for each in (manifest, seal(manifest)):
+            each["content_hash"] = content_hash(each)
+            path.write_text(json.dumps(seal(each) if each is not manifest else each))
+            with pytest.raises(TextError, match=message):
+                open_corpus(folder)
+    path.write_text(json.dumps({key: whole[key] for key in whole if key not in ("hash", "undivided")}))
+    open_corpus(folder, verify=True)
+
+
+def test_tokens_and_documents_out_of_range_are_refused_where_they_are_read(folder: Path) -> None:
+    corpus = open_corpus(folder)
+    for name, kind, at, value in (
+        ("train-00001.npy", "<u2", 7, 257),
+        ("train-00001.documents.npy", "<i8", 1, 0),
+        ("train-00001.documents.npy", "<i8", 0, 1),
+        ("train-00001.documents.npy", "<i8", -1, 1 << 40),
+        ("train-00001.documents.npy", "<i8", 2, -5),
+    ):
+        path = folder / name
+        whole = path.read_bytes()
+        array = np.load(path)
+        array[at] = value
+        assert array.dtype == kind
+        np.save(path, array)
+        corpus = open_corpus(folder)
+        with pytest.raises(TextError, match=rf"{re.escape(name)} was altered.*: holdall data texts"):
+            np.array([corpus.train[0 : len(corpus.train)], *corpus.train.documents], dtype=object)
+        path.write_bytes(whole)
+    about = folder / "train-00001.about.jsonl"
+    first = int(corpus.manifest["train"]["shards"][0]["documents"])
+    for change in (b"[1, 2]", b"{}", b'{"source": 3}', b"\xff", b'{"source": "a"}\n{"source": "a"}'):
+        whole = about.read_bytes()
+        line = whole.splitlines()[0]
+        about.write_bytes(whole.replace(line, change + b" " * (len(line) - len(change)), 1))
+        with pytest.raises(TextError, match=r"train-00001\.about\.jsonl is damaged"):
+            open_corpus(folder).train.about(first)
+        about.write_bytes(whole)
+
+
+def test_names_and_titles_of_any_kind_come_through(tmp_path: Path) -> None:
+    books = tmp_path / "books"
+    books.mkdir()
+    for name in (b"caf\xe9.txt", b"plain.txt", "Ünder.txt".encode()):
+        Path(os.fsdecode(os.fsencode(books) + b"/" + name)).write_bytes(b"text of " + name[:3])
+    line = {"text": "one", "title": "half \ud83d of a pair", "id": "\x1b[31mred", "\ud83d": 1}
+    (books / "a.jsonl").write_text(json.dumps(line) + '\n{"\\ud83d": 1}\n')
+    corpus = write_corpus(
+        [books], tmp_path / "out", Bytes(), valid=0, separator="|", command="holdall \udce9"
+    )
+    about = [corpus.train.about(index) for index in range(4)]
+    assert about[0] == {"id": "\x1b[31mred", "title": "half \\ud83d of a pair", "source": "a.jsonl:1"}
+    assert [each["source"] for each in about[1:]] == ["caf\\xe9.txt:1", "plain.txt:1", "Ünder.txt:1"]
+    manifest = (tmp_path / "out" / "manifest.json").read_bytes().decode()
+    assert "caf\\\\xe9.txt" in manifest
+    assert corpus.manifest["undivided"]["files"] == 3
+    assert (
+        write_corpus([books], tmp_path / "out", Bytes(), valid=0, separator="|").manifest == corpus.manifest
+    )
 
 
 @pytest.mark.usefixtures("source")

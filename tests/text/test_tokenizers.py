@@ -3,6 +3,7 @@
 import json
 import sys
 import types
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import tokenizers as library
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from holdall.text import tokenizers
 from holdall.text.sources import TextError
@@ -84,6 +85,129 @@ def test_a_text_that_mentions_a_special_token_is_text() -> None:
     assert GPT_LIKE.end == 0
     assert 0 not in ids
     assert GPT_LIKE.decode(ids) == f"the token {END} ends"
+
+
+NAMES = (*tokenizers.ENDS, "<pad>", "[CLS]", "[MASK]")
+LETTERS = sorted({*"the ship left at noon", *"".join(NAMES), *"\0#T▁"})
+
+
+def bpe(names: Sequence[str], byte_level: bool, whole: bool) -> library.Tokenizer:
+    """A tokenizer whose merges make every name, or which looks up whole words first."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet()) if byte_level else LETTERS
+    pieces = dict.fromkeys(["<unk>", *alphabet])
+    merges = []
+    for name in names:
+        for end in range(1, len(name)):
+            merges.append((name[:end], name[end]))
+            pieces |= {name[: end + 1]: None}
+    model = models.BPE(
+        {each: i for i, each in enumerate(pieces)}, list(dict.fromkeys(merges)), unk_token="<unk>"
+    )
+    model.ignore_merges = whole
+    made = library.Tokenizer(model)
+    if byte_level:
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not whole)
+        made.decoder = decoders.ByteLevel()
+    return made
+
+
+def word_level(names: Sequence[str]) -> library.Tokenizer:
+    words = {each: i for i, each in enumerate(["[UNK]", *names, "the", "ship", "left"])}
+    made = library.Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.normalizer = normalizers.NFKC()
+    return made
+
+
+def word_piece(names: Sequence[str]) -> library.Tokenizer:
+    words = ["[UNK]", *names, *LETTERS, *(f"##{each}" for each in LETTERS)]
+    made = library.Tokenizer(models.WordPiece({each: i for i, each in enumerate(words)}, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return made
+
+
+def unigram(names: Sequence[str]) -> library.Tokenizer:
+    words = [*((name, 0.0) for name in names), ("<unk>", 0.0), *((each, -3.0) for each in LETTERS)]
+    made = library.Tokenizer(models.Unigram(words, unk_id=len(names)))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    return made
+
+
+KINDS: dict[str, Callable[[Sequence[str]], library.Tokenizer]] = {
+    "BPE of bytes": lambda names: bpe(names, byte_level=True, whole=False),
+    "BPE of bytes, words first": lambda names: bpe(names, byte_level=True, whole=True),
+    "BPE of letters": lambda names: bpe(names, byte_level=False, whole=False),
+    "WordLevel": word_level,
+    "WordPiece": word_piece,
+    "Unigram": unigram,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("marked", [None, False, True], ids=["in the vocabulary", "added", "special"])
+@given(st.data())
+def test_no_text_makes_a_special_token(kind: str, marked: bool | None, data: st.DataObject) -> None:
+    names = data.draw(st.lists(st.sampled_from(NAMES), min_size=1, unique=True))
+    made = KINDS[kind](names)
+    if marked is not None:
+        made.add_tokens([library.AddedToken(name, special=marked, normalized=False) for name in names])
+    each = Filed(made.to_str().encode(), "made", "made.json")
+    ends = [name for name in tokenizers.ENDS if name in names]
+    assert each.end == (made.token_to_id(ends[0]) if ends else made.get_vocab_size())
+    never = {each.end, *(made.token_to_id(name) for name in (names if marked else ()))}
+    part = st.sampled_from(
+        [*names, *(f"\0{name}\0" for name in names), "the", " ", "ship ", " <", "＜/s＞", "\n"]
+    )
+    text = "".join(data.draw(st.lists(part, max_size=9)))
+    (ids,) = each.encode_batch([text])
+    assert not never & set(ids.tolist())
+    assert each.end not in ids
+    if kind.startswith("BPE of bytes"):
+        assert each.decode(ids) == text
+    plain = " ".join(word for word in text.split() if word in ("the", "ship"))
+    assert each.encode_batch([plain])[0].tolist() == made.encode(plain, add_special_tokens=False).ids
+
+
+def test_what_is_unknown_does_not_end_a_document() -> None:
+    made = library.Tokenizer(models.WordLevel({"</s>": 0, "the": 1}, unk_token="</s>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    each = Filed(made.to_str().encode(), "made", "made.json")
+    assert each.end == 2
+    assert each.encode_batch(["the ship </s> the"])[0].tolist() == [1, 0, 0, 1]
+
+
+def test_chance_has_no_part_in_tokens() -> None:
+    lucky = json.loads(GPT_LIKE.file)
+    lucky["model"]["dropout"] = 0.5
+    each = Filed(json.dumps(lucky).encode(), "lucky", "lucky.json")
+    assert each.encode_batch([PROSE])[0].tolist() == GPT_LIKE.encode_batch([PROSE])[0].tolist()
+
+
+@given(st.data())
+def test_added_tokens_of_spaces_lie_across_no_cut(data: st.DataObject) -> None:
+    """GPT-NeoX has tokens of two and more spaces that are found before a text is split."""
+    made = library.Tokenizer.from_str(GPT_LIKE.file.decode())
+    added = data.draw(st.sampled_from(["  ", "   ", "x y", "y\n", "\n\n"]))
+    rstrip = data.draw(st.booleans())
+    made.add_tokens([library.AddedToken(added, rstrip=rstrip, normalized=False)])
+    each = Filed(made.to_str().encode(), "spaces", "spaces.json")
+    text = "".join(data.draw(st.lists(st.sampled_from(["x", "y", " ", "  ", "\n", added]), max_size=20)))
+    with pytest.MonkeyPatch.context() as patch:
+        whole = each.encode_batch([text])[0].tolist()
+        patch.setattr(tokenizers, "CUT", 1)
+        assert each.encode_batch([text])[0].tolist() == whole
+
+
+@pytest.mark.parametrize(
+    "each", [Bytes(), GPT_LIKE, byte_level(END, prefix=True)], ids=["bytes", "gpt", "prefix"]
+)
+@given(text=st.text(st.sampled_from("aé🦊 \n\u00a0\u3000.'s1")), start=st.integers(1, 20))
+def test_a_cut_lies_between_letters_and_changes_no_token(each: Tokenizer, text: str, start: int) -> None:
+    data = text.encode()
+    place = each.cut(data, start)
+    assert start <= place or place == len(data)
+    parts = each.encode_batch([data[:place].decode(), data[place:].decode()] if data[place:] else [text])
+    assert np.concatenate(parts).tolist() == each.encode_batch([text])[0].tolist()
 
 
 def test_a_file_without_an_end_gets_one_behind_its_last_token() -> None:
