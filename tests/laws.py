@@ -730,11 +730,12 @@ def law_autocast(mixer: Mixer, sizes: Sequence[int] = (1, 20, 13)) -> None:
             good = grad is None or (grad.dtype == parameter.dtype and grad.isfinite().all())
             assert good, f"gradient of {name} under autocast is {grad.dtype}, or not finite"
         with torch.no_grad():
-            plain = named(*loop_of(mixer, dtype)(x_BTD.to(dtype)))
+            loop = loop_of(mixer, dtype)
+            plain = plainly(lambda x_BTD: named(*loop(x_BTD)), x_BTD.to(dtype))  # noqa: B023 - called here
             truth = named(*loop_of(mixer, torch.float64)(x_BTD.double()))
             rounding = Rounding(twin(mixer, dtype=dtype), x_BTD.to(dtype))
             got, cut = (
-                {n: t.to(plain[n].dtype) for n, t in named(*ends).items()} for ends in (whole, pieces)
+                {n: t.to(plain[n].tensor.dtype) for n, t in named(*ends).items()} for ends in (whole, pieces)
             )
             for part, tensor in plain.items():
                 assert_as_good_as_plain(f"under autocast, {part}", got[part], tensor, truth[part])
