@@ -59,7 +59,7 @@ def wkv_loop(
         ys.append(m_BE + (u_E + k_BE - l_BE).sigmoid() * (v_BE - m_BE))
         l_BE = l_BE + w_E
         m_BE = m_BE + (k_BE - l_BE).sigmoid() * (v_BE - m_BE)
-        l_BE = torch.logaddexp(l_BE, k_BE)
+        l_BE = _log_add(k_BE, l_BE)
     return torch.stack(ys, dim=1).to(v_BTE.dtype), m_BE, l_BE
 
 
@@ -92,7 +92,7 @@ def _log_weights(k_BTE: Tensor, w_E: Tensor, l_BE: Tensor, chunk: int) -> Tensor
     if total <= chunk:
         ls = []
         for k_BE in k_BTE.unbind(1):
-            l_BE = torch.logaddexp(l_BE + w_E, k_BE)
+            l_BE = _log_add(k_BE, l_BE + w_E)
             ls.append(l_BE)
         return torch.stack(ls, dim=1)
     k_GCE = F.pad(k_BTE, (0, 0, 0, -total % chunk), value=NOTHING).unflatten(1, (-1, chunk)).flatten(0, 1)
@@ -102,7 +102,12 @@ def _log_weights(k_BTE: Tensor, w_E: Tensor, l_BE: Tensor, chunk: int) -> Tensor
     after_BGE = _log_weights(alone_BGCE[:, :, -1], chunk * w_E, l_BE, alone_BGCE.shape[1])
     before_BGE = torch.cat((l_BE[:, None], after_BGE[:, :-1]), dim=1)
     age_C1 = torch.arange(1, chunk + 1, device=w_E.device)[:, None]
-    return torch.logaddexp(alone_BGCE, before_BGE[:, :, None] + age_C1 * w_E).flatten(1, 2)[:, :total]
+    return _log_add(alone_BGCE, before_BGE[:, :, None] + age_C1 * w_E).flatten(1, 2)[:, :total]
+
+
+def _log_add(key: Tensor, past: Tensor) -> Tensor:
+    """log(e^key + e^past). The past may be NOTHING, where torch.logaddexp's second derivative is NaN."""
+    return key - F.logsigmoid(key - past)
 
 
 # ---------------------------------------------------------------------------------------------- RWKV-5
