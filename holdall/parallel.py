@@ -124,32 +124,30 @@ def cast_call(block: nn.Module, dtype: torch.dtype | None, r: Tensor, **options:
         return block(r, **options)
     own = {**dict(block.named_parameters()), **dict(block.named_buffers())}
     names = [name for name, w in own.items() if w.is_floating_point() and w.dtype != dtype]
-    copies = _Copies.apply(dtype, *(own[name] for name in names))
+    copies = _Copies.apply([dtype] * len(names), *(own[name] for name in names))
     return functional_call(block, {**own, **dict(zip(names, copies, strict=True))}, (r,), options)
 
 
 class _Copies(torch.autograd.Function):
-    """Tensors in another dtype, all by one kernel, and their gradients back likewise: a block has many."""
+    """Tensors in other dtypes, all by one kernel, and their gradients back likewise: a block has many."""
 
     @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, dtypes: Sequence[torch.dtype], *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.dtypes = [tensor.dtype for tensor in tensors]
         ctx.set_materialize_grads(False)
-        return _copied(tensors, [dtype] * len(tensors))
+        copies = [
+            torch.empty_like(tensor, dtype=dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)
+        ]
+        if copies:
+            torch._foreach_copy_(copies, list(tensors))
+        return tuple(copies)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         there = [i for i, gradient in enumerate(gradients) if gradient is not None]
-        copies = _copied([gradients[i] for i in there], [ctx.dtypes[i] for i in there])
+        copies = _Copies.apply([ctx.dtypes[i] for i in there], *(gradients[i] for i in there))
         found = dict(zip(there, copies, strict=True))
         return None, *(found.get(i) for i in range(len(gradients)))
-
-
-def _copied(tensors: Sequence[Any], dtypes: Sequence[torch.dtype]) -> tuple[Tensor, ...]:
-    copies = [torch.empty_like(tensor, dtype=dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
-    if copies:
-        torch._foreach_copy_(copies, list(tensors))
-    return tuple(copies)
 
 
 def _shard(module: nn.Module, mesh: Any) -> nn.Module:

@@ -765,6 +765,37 @@ def law_bf16(mixer: Mixer, lengths: Sequence[int] = (1, 65)) -> None:
     law_definition(small, lengths)
 
 
+def law_second_derivative(mixer: Mixer, length: int = 20) -> None:
+    """The gradient of a gradient is the loop's, or refused by name: never wrong in silence."""
+
+    def second(mixer: Mixer) -> dict[str, Tensor]:
+        leaves = {"x": tokens(mixer, length).requires_grad_(), **dict(mixer.named_parameters())}
+        y_BTD, _ = mixer(leaves["x"], want_state=False)
+        up_BTD, ways = draw(*y_BTD.shape, dtype=y_BTD.dtype, seed=3), []
+        first = torch.autograd.grad(
+            y_BTD, list(leaves.values()), up_BTD, create_graph=True, materialize_grads=True
+        )
+        # along one direction: what of the first does not depend on anything adds nothing
+        for i, grad in enumerate(first):
+            ways.append((grad * draw(*grad.shape, dtype=grad.dtype, seed=4 + i)).sum())
+        along = sum(ways)
+        if not along.requires_grad:
+            return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+        grads = torch.autograd.grad(along, list(leaves.values()), materialize_grads=True)
+        return dict(zip(leaves, grads, strict=True))
+
+    want = second(loop_of(mixer, dtype_of(mixer)))
+    try:
+        with sdpa_kernel(SDPBackend.MATH):  # PyTorch's other attentions refuse
+            got = second(mixer)
+    except RuntimeError as error:
+        if "is differentiated twice" in str(error):
+            return
+        raise AssertionError(f"cannot be differentiated twice: {error}") from error
+    for name, grad in want.items():
+        assert_close(f"second derivative by {name}", got[name], grad)
+
+
 @torch.no_grad()
 def law_sound(mixer: Mixer, length: int = 2000) -> None:
     """Nothing overflows or turns into NaN over a long text."""
@@ -862,7 +893,10 @@ def test_law(case: Case, law: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(
     "law",
-    ["untouched", "gradients", "gradients_through_state", "state_size", "saved", "vmapped", "deterministic"],
+    [
+        *("untouched", "gradients", "gradients_through_state", "second_derivative", "state_size", "saved"),
+        *("vmapped", "deterministic"),
+    ],
 )
 def test_law_in_fp64(case: Case, law: str) -> None:
     hold(case.mixer(DOUBLE), LAWS[law])

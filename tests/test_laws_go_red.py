@@ -157,6 +157,24 @@ def right_value_wrong_gradient(y_BTD: Tensor, x_BTD: Tensor) -> Tensor:
     return y_BTD + TINY * (x_BTD - x_BTD.detach())
 
 
+class SquareOnce(torch.autograd.Function):
+    """Whose gradient is right, and taken for a constant where it is differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * grad * ctx.saved_tensors[0]
+
+
+def wrong_second_derivative(y_BTD: Tensor, x_BTD: Tensor) -> Tensor:
+    return y_BTD + TINY * (SquareOnce.apply(x_BTD) - x_BTD.square())
+
+
 def parameter_gradient(right: Callable, self: Any, x_BTD: Tensor, state: Any = None, **how: Any) -> Any:
     y_BTD, new = right(x_BTD, state, **how)
     weight = self.out_proj.weight
@@ -310,6 +328,7 @@ FAULTS: list[tuple[str, str, Callable[[], Mixer]]] = [
     ("gradients", "of a parameter", plant("mamba", forward=parameter_gradient)),
     ("gradients_through_state", "a detached state", plant("retnet", forward=before(each(torch.detach)))),
     ("gradients_through_state", "a next state cut off", plant("mamba", forward=after(each(torch.detach)))),
+    ("second_derivative", "taken for a constant", plant("mamba", forward=output(wrong_second_derivative))),
     ("state_size", "claims one too few", plant("mamba", state_elements=lambda right, self, n: right(n) - 1)),
     ("state_size", "claims no growth", plant("attention", state_elements=lambda right, self, n: right(65))),
     ("state_size", "another type", plant("linear-attention", forward=after(lambda s, x: OtherState(*s)))),

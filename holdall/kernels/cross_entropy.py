@@ -37,6 +37,7 @@ from torch import Tensor
 from holdall.forms import require_kernel
 from holdall.kernels import cdiv, register_batch_vmap
 from holdall.kernels.language import dot, narrow
+from holdall.ops.derivatives import once_differentiable
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:
     from jaxtyping import Bool, Float, Int
@@ -119,22 +120,22 @@ def _(h: Tensor, head: Tensor, target: Tensor, dtype: torch.dtype, want_grads: b
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     h, head, *_ = inputs
-    _, right, grad_h, grad_head = output
+    loss, right, grad_h, grad_head = output
     ctx.mark_non_differentiable(right, grad_h, grad_head)
     ctx.set_materialize_grads(False)  # or zeros of the gradients' size would be made for these
-    ctx.save_for_backward(grad_h, grad_head)
+    ctx.save_for_backward(loss, grad_h, grad_head)
     ctx.dtypes = h.dtype, head.dtype
 
 
 def _backward(ctx: Any, grad_loss_M: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad_loss_M is None:
         return None, None, None, None, None
-    grad_h, grad_head = ctx.saved_tensors
+    loss_M, grad_h, grad_head = ctx.saved_tensors
     count, grad_loss_M = grad_h.shape[1], grad_loss_M.contiguous()
     h_dtype, head_dtype = ctx.dtypes
     return (
-        _scaled_op(grad_h, grad_loss_M, count, h_dtype),
-        _scaled_op(grad_head, grad_loss_M, count, head_dtype),
+        _scaled_op(grad_h, grad_loss_M, loss_M, count, h_dtype),
+        _scaled_op(grad_head, grad_loss_M, loss_M, count, head_dtype),
         None,
         None,
         None,
@@ -145,9 +146,13 @@ _op.register_autograd(_backward, setup_context=_setup)
 register_batch_vmap(_op)
 
 
+@once_differentiable("F.cross_entropy of all logits")
 @torch.library.custom_op("holdall::linear_cross_entropy_scaled", mutates_args=())
-def _scaled_op(grad: Tensor, grad_loss: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-    """grad_MRD grad_loss_M / count, in a dtype, in one pass where PyTorch's own product needs two."""
+def _scaled_op(grad: Tensor, grad_loss: Tensor, loss: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """grad_MRD grad_loss_M / count, in a dtype, in one pass where PyTorch's own product needs two.
+
+    It depends on h and head as the loss does, which is there to say so.
+    """
     out = torch.empty_like(grad, dtype=dtype)
     size = grad[0].numel()
     _scale_kernel[cdiv(size, SCALE_BLOCK), len(grad)](grad, grad_loss, out, size, count, BLOCK=SCALE_BLOCK)
@@ -155,7 +160,7 @@ def _scaled_op(grad: Tensor, grad_loss: Tensor, count: int, dtype: torch.dtype) 
 
 
 @_scaled_op.register_fake
-def _(grad: Tensor, grad_loss: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+def _(grad: Tensor, grad_loss: Tensor, loss: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(grad, dtype=dtype)
 
 

@@ -33,6 +33,7 @@ from torch import Tensor
 from holdall import forms
 from holdall.kernels import cdiv, register_batch_vmap
 from holdall.kernels.language import add_up, append, join_tokens, narrow, prepend, split_tokens
+from holdall.ops.derivatives import once_differentiable
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:
     from jaxtyping import Inexact
@@ -361,6 +362,7 @@ def _forward_fake(a: Tensor, low: Tensor | None, b: Tensor, h: Tensor, is_comple
     return b.new_empty(b.shape, dtype=dtype)
 
 
+@once_differentiable()
 @torch.library.custom_op("holdall::diagonal_scan_backward", mutates_args=())
 def _backward(
     a: Tensor, low: Tensor | None, h: Tensor, out: Tensor, dout: Tensor, is_complex: bool

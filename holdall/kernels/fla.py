@@ -45,6 +45,7 @@ from holdall import forms
 from holdall.kernels import register_batch_vmap
 from holdall.kernels.chunk_gradients import chunk_gradients
 from holdall.kernels.decay_gradients import decay_gradients
+from holdall.ops.derivatives import once_differentiable
 
 KNOWN_GOOD = ("0.6.0",)
 """Versions of fla-core whose results tests/kernels/test_fla.py held against our loops on a GPU."""
@@ -461,6 +462,7 @@ def _(
     return v.new_empty(v.shape), _present(state, q), _present(first, q), _present(second, q)
 
 
+@once_differentiable()
 @torch.library.custom_op("holdall::fla_backward", mutates_args=())
 def fla_backward(
     rule: str,

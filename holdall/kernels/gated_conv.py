@@ -42,6 +42,7 @@ from torch import Tensor
 from holdall import forms
 from holdall.kernels import cdiv, fold, register_batch_vmap, unfold
 from holdall.kernels.language import narrow
+from holdall.ops.derivatives import once_differentiable
 from holdall.ops.gated_conv import Silu
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:
@@ -437,6 +438,7 @@ def _(x, projected, projection_bias, weight, bias, past, silu, skip):
     return _forward(x, projected, projection_bias, weight, bias, past, silu, skip)[0]
 
 
+@once_differentiable()
 @torch.library.custom_op("holdall::gated_conv_backward", mutates_args=())
 def _backward(
     x: Tensor | None, projected: Tensor, projection_bias: Tensor | None, weight: Tensor, bias: Tensor | None,

@@ -35,6 +35,7 @@ from holdall.forms import require_kernel
 from holdall.kernels import cdiv, register_batch_vmap
 from holdall.kernels.language import narrow
 from holdall.kernels.layer_norm import PROGRAMS, TILE
+from holdall.ops.derivatives import once_differentiable
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:
     from jaxtyping import Float
@@ -123,6 +124,7 @@ def _(y: Tensor, z: Tensor, weight: Tensor, eps: float, after: bool) -> Tensor:
     return y.new_empty(y.shape)
 
 
+@once_differentiable()
 @torch.library.custom_op("holdall::gated_norm_backward", mutates_args=())
 def _backward(
     y: Tensor, z: Tensor, weight: Tensor, dout: Tensor, eps: float, after: bool

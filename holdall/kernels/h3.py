@@ -30,6 +30,7 @@ from holdall.forms import KernelError, require_kernel
 from holdall.kernels import alignment, cdiv, register_batch_vmap
 from holdall.kernels.language import append, narrow
 from holdall.kernels.toeplitz import convolve, pull_on_matrix
+from holdall.ops.derivatives import once_differentiable
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:
     from jaxtyping import Float
@@ -101,6 +102,7 @@ def _(qkv: Tensor, bias: Tensor, shift: Tensor, memory: Tensor) -> tuple[Tensor,
     return _outputs(qkv, memory)
 
 
+@once_differentiable()
 @torch.library.custom_op("holdall::h3_backward", mutates_args=())
 def _backward(
     qkv: Tensor, bias: Tensor, shift: Tensor, memory: Tensor,

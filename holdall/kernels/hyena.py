@@ -34,6 +34,7 @@ from holdall.forms import require_kernel
 from holdall.kernels import alignment, cdiv, register_batch_vmap
 from holdall.kernels.language import append, narrow
 from holdall.kernels.toeplitz import convolve, pull_on_matrix
+from holdall.ops.derivatives import once_differentiable
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:
     from jaxtyping import Float
@@ -92,6 +93,7 @@ def _(
     return _Call(u, input_bias, weight, bias, matrices).outputs()
 
 
+@once_differentiable()
 @torch.library.custom_op("holdall::hyena_backward", mutates_args=())
 def _backward(
     u: Tensor, input_bias: Tensor, weight: Tensor, bias: Tensor, matrices: Tensor,
@@ -102,7 +104,8 @@ def _backward(
     du, sums = torch.empty_like(call.u), call.sums()
     if not u.numel():
         return du, torch.zeros_like(matrices), sums.zero_()
-    dmatrices, dgated = [], dy.contiguous()
+    dgated = dy.contiguous()
+    dmatrices: list[Tensor] = []
     for o in reversed(range(call.order - 1)):
         dconvolved = torch.empty_like(dgated)
         call.gate_backward(call.order - 2 - o, call.part(convolved, o), dgated, du, dconvolved, sums)

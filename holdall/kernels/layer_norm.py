@@ -29,6 +29,7 @@ from torch import Tensor
 from holdall.forms import require_kernel
 from holdall.kernels import cdiv, register_batch_vmap
 from holdall.kernels.language import narrow
+from holdall.ops.derivatives import once_differentiable
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:
     from jaxtyping import Float
@@ -81,6 +82,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.d
     return x.new_empty(x.shape, dtype=dtype)
 
 
+@once_differentiable()
 @torch.library.custom_op("holdall::layer_norm_backward", mutates_args=())
 def _backward(x: Tensor, weight: Tensor, dy: Tensor, eps: float, centred: bool) -> tuple[Tensor, Tensor]:
     """dx, and dw and db in fp32, (M, 2, D)."""

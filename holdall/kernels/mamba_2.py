@@ -55,6 +55,7 @@ from torch import Tensor
 from holdall import forms
 from holdall.kernels import cdiv, gated_conv, gated_norm, register_batch_vmap
 from holdall.kernels.language import add_up, dot, exp, narrow, softplus
+from holdall.ops.derivatives import once_differentiable
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:
     from jaxtyping import Float
@@ -221,6 +222,7 @@ def _(
     return _outputs(projected, past, Sizes(*sizes), keep)
 
 
+@once_differentiable()
 @torch.library.custom_op("holdall::mamba_2_backward", mutates_args=())
 def _backward(
     projected: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor,

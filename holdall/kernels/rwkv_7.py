@@ -45,6 +45,7 @@ from torch import Tensor
 from holdall.forms import require_kernel
 from holdall.kernels import cdiv, register_batch_vmap
 from holdall.kernels.language import narrow
+from holdall.ops.derivatives import once_differentiable
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:
     from jaxtyping import Float
@@ -86,6 +87,7 @@ def _(x: Tensor, last: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:2], 2 * x.shape[2])
 
 
+@once_differentiable()
 @torch.library.custom_op("holdall::rwkv_7_beside_backward", mutates_args=())
 def _beside_backward(dz: Tensor) -> tuple[Tensor, Tensor]:
     rows, length, width = dz.shape[0], dz.shape[1], dz.shape[2] // 2
@@ -189,6 +191,7 @@ def _(rkv: Tensor, w: Tensor, a: Tensor, weights: Tensor, heads: int) -> Six:
     return _prepared(rkv, w)
 
 
+@once_differentiable()
 @torch.library.custom_op("holdall::rwkv_7_prepare_backward", mutates_args=())
 def _prepare_backward(
     rkv: Tensor,
@@ -400,6 +403,7 @@ def _(
     return g.new_empty(g.shape)
 
 
+@once_differentiable()
 @torch.library.custom_op("holdall::rwkv_7_finish_backward", mutates_args=())
 def _finish_backward(
     o: Tensor,

@@ -65,6 +65,7 @@ from holdall.kernels.language import (
     softplus,
     split_tokens,
 )
+from holdall.ops.derivatives import once_differentiable
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:
     from jaxtyping import Float
@@ -662,6 +663,7 @@ def _nothing(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], 0, dtype=torch.float32)
 
 
+@once_differentiable()
 @torch.library.custom_op("holdall::selective_scan_backward", mutates_args=())
 def _backward(
     x: Tensor, dt: Tensor, a: Tensor, pairs: Tensor, bias: Tensor | None, skip: Tensor | None,

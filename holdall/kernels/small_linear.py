@@ -31,6 +31,7 @@ from torch import Tensor
 from holdall.forms import require_kernel
 from holdall.kernels import cdiv, register_batch_vmap
 from holdall.kernels.language import dot, narrow
+from holdall.ops.derivatives import once_differentiable
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:
     from jaxtyping import Float
@@ -88,6 +89,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     return x.new_empty((*x.shape[:2], weight.shape[1]), dtype=torch.float32)
 
 
+@once_differentiable()
 @torch.library.custom_op("holdall::small_linear_backward", mutates_args=())
 def _backward(
     x: Tensor, weight: Tensor, bias: Tensor | None, dy: Tensor, scale: float

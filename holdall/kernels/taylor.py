@@ -42,6 +42,7 @@ from torch import Tensor
 from holdall import forms
 from holdall.kernels import cdiv, register_batch_vmap
 from holdall.kernels.language import append, dot, narrow
+from holdall.ops.derivatives import once_differentiable
 from holdall.ops.linear_attention import FEATURE_MAPS
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:  # pytest checks the shapes; nothing else needs jaxtyping
@@ -578,6 +579,7 @@ def _forward_fake(
     return y, den, s_prefix, z_prefix, den.new_empty(*out, value), den.new_empty(out)
 
 
+@once_differentiable()
 @torch.library.custom_op("holdall::taylor_backward", mutates_args=())
 def _backward(
     q: Tensor, k: Tensor, v: Tensor, y: Tensor, den: Tensor, s_prefix: Tensor, z_prefix: Tensor, dy: Tensor,
@@ -651,6 +653,7 @@ def _absorb_fake(k: Tensor, v: Tensor, s: Tensor | None, z: Tensor | None) -> tu
     return z_out.new_empty(*z_out.shape, value), z_out
 
 
+@once_differentiable()
 @torch.library.custom_op("holdall::taylor_absorb_backward", mutates_args=())
 def _absorb_backward(k: Tensor, v: Tensor, ds: Tensor, dz: Tensor) -> tuple[Tensor, Tensor]:
     """Every token sees the same gradient of the state: one segment, no pairs."""

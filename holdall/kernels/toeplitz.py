@@ -22,6 +22,7 @@ from torch import Tensor
 from holdall.forms import require_kernel
 from holdall.kernels import alignment, cdiv, register_batch_vmap
 from holdall.kernels.language import narrow
+from holdall.ops.derivatives import once_differentiable
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:
     from jaxtyping import Float
@@ -68,6 +69,7 @@ def _(filters: Tensor, dtype: torch.dtype) -> Tensor:
     return filters.new_empty((*filters.shape, filters.shape[1]), dtype=dtype)
 
 
+@once_differentiable()
 @torch.library.custom_op("holdall::toeplitz_backward", mutates_args=())
 def _backward(dm: Tensor) -> Tensor:
     """The sums of the diagonals, (N, L), in fp32."""

@@ -23,6 +23,7 @@ from torch import Tensor
 from holdall.forms import require_kernel
 from holdall.kernels import cdiv, register_batch_vmap
 from holdall.kernels.language import narrow
+from holdall.ops.derivatives import once_differentiable
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:
     from jaxtyping import Float
@@ -58,6 +59,7 @@ def _(qkv: Tensor, heads: int, key_dim: int, scale: float) -> tuple[Tensor, Tens
     return _outputs(qkv, heads, key_dim)
 
 
+@once_differentiable()
 @torch.library.custom_op("holdall::unit_heads_backward", mutates_args=())
 def _backward(qkv: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, scale: float) -> Tensor:
     qkv, (heads, key_dim) = qkv.contiguous(), dq.shape[2:]

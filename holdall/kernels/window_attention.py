@@ -48,6 +48,7 @@ from holdall import forms
 from holdall.kernels import cdiv, register_batch_vmap
 from holdall.kernels.language import dot, narrow
 from holdall.ops.attention import KeyValueCache, empty_cache, next_ring
+from holdall.ops.derivatives import once_differentiable
 
 MAX_HEAD_DIM = 128
 """Above, blocks of queries, keys and values no longer lie in shared memory together."""
@@ -415,6 +416,7 @@ def _(q_BTHK, k_BTGK, v_BTGV, ring_k_BSGK, ring_v_BSGV, seen_B, window, scale):
     return v_BTGV.new_empty(*sizes, v_BTGV.shape[-1]), v_BTGV.new_empty(sizes, dtype=torch.float32)
 
 
+@once_differentiable()
 @torch.library.custom_op("holdall::window_attention_backward", mutates_args=())
 def _backward(
     dy_BTHV: Tensor, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, ring_k_BSGK: Tensor, ring_v_BSGV: Tensor,

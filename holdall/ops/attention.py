@@ -188,7 +188,12 @@ def blockwise_attention(
 
 
 class _Blockwise(torch.autograd.Function):
-    """Blocks of keys are cut so that the new ones match the blocks of queries: `_cuts`."""
+    """Blocks of keys are cut so that the new ones match the blocks of queries: `_cuts`.
+
+    Nobody needs a gradient of the softmax's logarithm but a second derivative, in which it and y are what the
+    backward pass depends on beside its inputs. With it the backward pass is differentiable as it stands, at
+    the memory of all pairs.
+    """
 
     generate_vmap_rule = True
 
@@ -219,11 +224,10 @@ class _Blockwise(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         *tensors, ctx.scale, ctx.block = inputs
-        ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(*tensors, *output)
 
     @staticmethod
-    def backward(ctx: Any, grad_y_BHTV: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_y_BHTV: Tensor, grad_log_BHT1: Tensor) -> tuple[Tensor | None, ...]:
         q_BHTK, k_BHSK, v_BHSV, unfilled_BS, y_BHTV, log_BHT1 = ctx.saved_tensors
         queries, keys = _cuts(q_BHTK.shape[2], k_BHSK.shape[2], ctx.block)
         grads_q: list[Any] = []
@@ -232,7 +236,7 @@ class _Blockwise(torch.autograd.Function):
         for i, (start, stop) in enumerate(queries):
             q_BHCK = ctx.scale * _wide(q_BHTK[:, :, start:stop])
             up_BHCV, y_BHCV = _wide(grad_y_BHTV[:, :, start:stop]), _wide(y_BHTV[:, :, start:stop])
-            mean_BHC1 = (up_BHCV * y_BHCV).sum(-1, keepdim=True)
+            mean_BHC1 = (up_BHCV * y_BHCV).sum(-1, keepdim=True) - grad_log_BHT1[:, :, start:stop]
             grads_q.append(0)
             for own, (first, last) in _before(i, queries, keys):
                 score_BHCS = _scores(q_BHCK, k_BHSK, unfilled_BS, own, first, last)

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from holdall.ops.derivatives import once_differentiable
+
 
 def linear_cross_entropy_loop(h_ND: Tensor, head_VD: Tensor, target_N: Tensor) -> Tensor:
     """The definition: the losses of all predictions, in nats, (N,)."""
@@ -73,11 +75,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _, right_N, grad_h_ND, grad_head_VD = output
+        loss, right_N, grad_h_ND, grad_head_VD = output
         ctx.mark_non_differentiable(right_N, grad_h_ND, grad_head_VD)
-        ctx.save_for_backward(grad_h_ND, grad_head_VD)
+        ctx.save_for_backward(loss, grad_h_ND, grad_head_VD)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor, Tensor, None, None]:
-        grad_h_ND, grad_head_VD = ctx.saved_tensors
-        return grad_loss * grad_h_ND, grad_loss * grad_head_VD, None, None
+        return *_Gradients.apply(grad_loss, *ctx.saved_tensors), None, None
+
+
+@once_differentiable("F.cross_entropy of all logits, or linear_cross_entropy_loop")
+class _Gradients(torch.autograd.Function):
+    """The gradients of h and head times that of the loss; they depend on h and head as the loss does."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        grad_loss: Tensor, loss: Tensor, grad_h_ND: Tensor, grad_head_VD: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return grad_loss * grad_h_ND, grad_loss * grad_head_VD
