@@ -210,8 +210,17 @@ class MixerConfig(Config):
     def resolved_form(self, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
         """The form that will run on such a device; may raise KernelError, see `forms.resolve`."""
         known = [form for form in self.forms if form != "kernel" or self.has_kernel]
-        refusal = self.kernel_refusal(device, dtype) if "kernel" in known else ""
+        if self.form == "kernel":
+            refusal = self._refusal_everywhere()
+        else:
+            refusal = self.kernel_refusal(device, dtype) if "kernel" in known else ""
         return forms.resolve(self.form, known, device, refusal)
+
+    def _refusal_everywhere(self) -> str:
+        """Why the kernel can run on no GPU, whatever the dtype; empty if moving there may help."""
+        tried = (torch.float32, torch.bfloat16)
+        found = [self.kernel_refusal(torch.device("cuda"), dtype) for dtype in tried]
+        return "" if "" in found else found[0]
 
     @abstractmethod
     def build(self) -> Mixer:

@@ -1,9 +1,12 @@
 """Which of a mixer's forms runs: the loop that defines it, the parallel form in plain PyTorch, or a kernel.
 
 The choice is made when a mixer is built and again when it moves to another device or dtype; the mixer's
-`form` tells it. "auto" takes the kernel on a GPU where it can run. A form that was asked for by name runs or
-raises. With `HOLDALL_STRICT=1` in the environment, or within `strict()`, "auto" on a GPU raises too where it
-would have to do without a kernel that the mixer has.
+`form` tells it. "auto" takes the kernel on a GPU where it can run. With HOLDALL_STRICT=1 in the environment,
+or within `strict()`, "auto" on a GPU raises where it would do without a kernel that the mixer has.
+
+A form that was asked for by name runs or raises. A kernel raises when the mixer is built if no GPU could run
+it in any dtype: without Triton, or with heads too wide for it. One that only has to move there, from the CPU
+or from float64, is built, and raises if it is called before it has moved.
 """
 
 from __future__ import annotations
@@ -45,11 +48,14 @@ def resolve(asked: str, forms: Sequence[str], device: torch.device, refusal: str
 
     Args:
         forms: what the mixer has, from the slowest to the fastest.
-        refusal: why its kernel cannot run, empty if it can.
+        refusal: why its kernel cannot run, empty if it can; of a kernel that was asked for: why it never can.
 
     Raises:
-        KernelError: strict, and "auto" on a GPU would leave the kernel aside.
+        KernelError: a kernel was asked for that can run nowhere; or strict, and "auto" on a GPU would leave
+            the kernel aside.
     """
+    if asked == "kernel" and refusal:
+        raise KernelError(f"the kernel cannot run: {refusal}")
     if asked != "auto":
         return asked
     plain = [form for form in forms if form != "kernel"]

@@ -23,6 +23,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -30,6 +31,7 @@ import signal
 import sys
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +42,9 @@ import torch
 from holdall import errors, mixers, processes, runs, settings
 from holdall.contract import Config, did_you_mean
 from holdall.model import ModelConfig, seeded
+from holdall.operations import flops_per_token
 from holdall.runs import RunError
+from holdall.settings import NonNegativeFloat, PositiveInt
 from holdall.tasks.data import DataConfig, Segment
 from holdall.tasks.information import recall_bits
 from holdall.train import Progress, Stopped, TrainConfig, finished, train
@@ -124,6 +128,25 @@ class Job:
         return [Job(dataclasses.replace(self.point, train=single), together=False) for single in singles]
 
     @property
+    def steps(self) -> int:
+        """Of the training, if it does not end early."""
+        train = self.point.train
+        return train.epochs * sum(-(-segment.rows // train.batch) for segment in train.data.train)
+
+    @property
+    def operations(self) -> float:
+        """Of all its steps and tests, counted; a test is a pass without the backward one."""
+        train = self.point.train
+        every = train.evaluate_every or max(1, self.steps // train.epochs)
+        passes = [(segment, train.epochs) for segment in train.data.train]
+        passes += [(segment, max(1, self.steps // every) / 3) for segment in train.data.test]
+        return len(train.members) * sum(
+            times * segment.rows * length * _flops(train.model, length)
+            for segment, times in passes
+            if (length := train.data.row_length(segment))
+        )
+
+    @property
     def title(self) -> str:
         """For people: the label, the learning rate if there is one alone, the seed if it is not the first."""
         rate, seed = self.point.train.members[0]
@@ -189,6 +212,12 @@ def result_line(job: Job, sweep: SweepConfig, result: dict[str, Any]) -> dict[st
     }
 
 
+@functools.lru_cache(maxsize=4096)
+def _flops(model: ModelConfig, length: int) -> float:
+    with seeded(0):
+        return flops_per_token(model.build(), length)
+
+
 def measure(model: ModelConfig, context_len: int) -> tuple[int, int]:
     """Bytes of state that one row carries after `context_len` tokens, and parameters: both counted."""
     with seeded(0):
@@ -246,8 +275,10 @@ def run_sweep(
     for family in families:
         if family not in sweep.families:
             raise ValueError(f"unknown family '{family}'. {did_you_mean(family, sweep.families)}")
+    if minutes is not None:
+        settings.check("minutes", minutes, NonNegativeFloat)
     together = device != "cpu" if together is None else together
-    workers = workers or (torch.cuda.device_count() if device == "cuda" else runs.cores())
+    workers = at_once(device, workers)
     watcher = watcher or Watcher()
     with runs.locked(out), contextlib.ExitStack() as stack:
         jobs = planned(sweep, out, together=together)
@@ -265,8 +296,8 @@ def run_sweep(
         _write_results(out, lines)
         wanted = [i for i, job in enumerate(jobs) if not families or job.point.family in families]
         left = [index for index in wanted if index not in lines]
-        if together:  # the longest first, so that none is left alone at the end
-            left.sort(key=lambda index: -jobs[index].point.train.model.width)
+        places = {index: place for place, index in enumerate(in_order(jobs))}
+        left.sort(key=places.__getitem__)
         with (
             _Pool(min(workers, max(len(left), 1)), device, plugins, watcher, minutes) as pool,
             pool.compiling_ahead([jobs[index].point.train for index in left]),
@@ -277,6 +308,29 @@ def run_sweep(
         if missing := set(left) - set(lines):
             raise OutOfTime(f"{len(missing)} of {len(wanted)} runs are not finished")
     return [line for index in sorted(lines) for line in lines[index]]
+
+
+def in_order(jobs: Sequence[Job]) -> list[int]:
+    """The order in which jobs are trained: first one of each model, then another of each, and so on.
+
+    Of these the longest first, so that none is left alone at the end. After the first round the speed of
+    every model is known, and with it how long the rest takes.
+    """
+    rounds: Counter[str] = Counter()
+    keys = []
+    for job in jobs:
+        model = f"{job.point.label} {job.point.train.model.width}"
+        keys.append((rounds[model], -job.operations))
+        rounds[model] += 1
+    return sorted(range(len(jobs)), key=keys.__getitem__)
+
+
+def at_once(device: str, workers: int | None = None) -> int:
+    """How many runs train at once: one per core, or per GPU, where it is not said."""
+    if workers is not None:
+        settings.check("workers", workers, PositiveInt)
+        return workers
+    return torch.cuda.device_count() if device == "cuda" else runs.cores()
 
 
 def planned(sweep: SweepConfig, out: Path, *, together: bool) -> list[Job]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import holdall
-from holdall import contract, mixers
+from holdall import contract, forms, mixers
 from holdall.contract import (
     Config,
     Mixer,
@@ -167,6 +167,30 @@ def test_another_mixers_dictionary_is_refused() -> None:
         holdall.describe("attention").config.from_dict(plain)
     with pytest.raises(KeyError, match="Did you mean 'mamba'"):
         MixerConfig.from_dict({**plain, "name": "mmaba"})
+
+
+WITH_KERNEL = [name for name in holdall.names() if "kernel" in holdall.describe(name).config.forms]
+
+
+@pytest.mark.parametrize("name", WITH_KERNEL)
+def test_a_kernel_that_can_run_nowhere_is_refused_when_it_is_built(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forms, "HAS_TRITON", False)
+    with pytest.raises(forms.KernelError, match="cannot run: Triton is not installed"):
+        holdall.build(name, width=64, form="kernel")
+    assert holdall.build(name, width=64).form != "kernel"
+
+
+def test_a_kernel_that_a_gpu_could_run_is_built_and_refuses_to_run_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(forms, "HAS_TRITON", True)
+    monkeypatch.setattr(forms, "interpreted", lambda: False)
+    mixer = holdall.build("sliding-window", width=16, form="kernel")  # to be moved to a GPU
+    assert mixer.double().form == "kernel"  # and perhaps back again
+    with pytest.raises(forms.KernelError, match="the kernel takes heads of at most"):
+        holdall.build("sliding-window", width=1024, form="kernel")  # which no move will mend
 
 
 def test_a_form_is_one_that_the_mixer_has() -> None:

@@ -454,6 +454,20 @@ def test_report_remakes_figure_and_page_from_the_folder_alone(tmp_path: Path) ->
         assert name in says
 
 
+def test_one_run_of_each_model_comes_first_and_the_longest_of_them() -> None:
+    small, large = tiny().points
+    layers = 2 * large.train.model.layers
+    large = dataclasses.replace(
+        large,
+        train=dataclasses.replace(large.train, model=dataclasses.replace(large.train.model, layers=layers)),
+    )
+    jobs = SweepConfig(recipe="tiny", points=(small, large)).jobs(together=False)
+    order = [
+        (jobs[index].point.label, jobs[index].point.train.learning_rates) for index in frontier.in_order(jobs)
+    ]
+    assert order == [(label, (rate,)) for rate in (0.01, 0.02) for label in ("window 4", "attention")]
+
+
 def test_a_sweep_that_is_refused_leaves_its_folder_free(tmp_path: Path) -> None:
     few = LinformerConfig(width=8, max_length=8)  # rows are longer than that
     point = tiny(rates=(0.01,)).points[0]

@@ -27,7 +27,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, register
-from holdall.forms import KernelError
 from holdall.ops import conv, gated_conv
 from holdall.settings import PositiveInt, Range
 
@@ -158,8 +157,6 @@ class BaseConv(Mixer):
         return y_BTD, ConvState(past_BPD) if want_state else None
 
     def _long(self, x_BTD: Tensor, past_BPD: Tensor) -> tuple[Tensor, Tensor]:
-        if self.form == "kernel":
-            raise KernelError(self.config.kernel_refusal(x_BTD.device, x_BTD.dtype))
         convolve = conv.long_conv_loop if self.form == "loop" else conv.long_conv
         filter_LD = self.filter(past_BPD.shape[1] + x_BTD.shape[1])
         c_BTD, past_BPD = convolve(x_BTD, filter_LD, past_BPD)

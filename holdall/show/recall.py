@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from holdall.model import Model
 from holdall.pretrain import PretrainConfig, load_run, open_data, step_of
 from holdall.report import recall as recalls
 from holdall.show import TELL_SECONDS, Words, console, resolve_device
+from holdall.text.tokenizers import Bytes
 
 Checkpoint = Literal["best", "last", "model"]
 
@@ -49,6 +51,7 @@ def recall(
     device = resolve_device(device)
     try:
         configs = [_config(folder) for folder in folders]
+        _warn_of_bytes(configs[0])
         context = context or min(config.context_len for config in configs)
         scored = []
         with _ScoreView(len(folders)) as view:
@@ -68,6 +71,18 @@ def recall(
         console.print("Stopped. What was scored is in the run folders; the same command goes on from there.")
         return 130
     return 0
+
+
+def _warn_of_bytes(config: PretrainConfig) -> None:
+    """Of bytes nearly every pair was there before: a hit is no recalled name then."""
+    with contextlib.suppress(runs.RunError):  # scores are shown where their corpus is not
+        if isinstance(open_data(config).tokenizer, Bytes):
+            console.print(
+                "warning: this corpus is of bytes, so a recall hit is a pair of letters that was there "
+                "before and says little about recall. For hits of words make the corpus with a tokenizer, as "
+                "`holdall data --tokenizer gpt2`, and train on that.",
+                soft_wrap=True,
+            )
 
 
 def _config(folder: Path) -> PretrainConfig:

@@ -13,15 +13,16 @@ import torch
 from rich import box
 from rich.console import Group
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TaskID, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from holdall import mixers, recipes
 from holdall import report as reports
-from holdall.frontier import OutOfTime, Point, SweepConfig, Watcher, planned, run_sweep
+from holdall.frontier import OutOfTime, Point, SweepConfig, Watcher, at_once, in_order, planned, run_sweep
 from holdall.model import Precision
 from holdall.recipes import quick
+from holdall.remaining import Remaining, in_words
 from holdall.report import data
 from holdall.report import matrix as matrices
 from holdall.report.style import bytes_text
@@ -67,7 +68,8 @@ def frontier(
 
 def _frontier(sweep: SweepConfig, out: Path, *, device: str, **options: Any) -> int:
     """One sweep of a recipe; returns the exit status."""
-    view, code = _FrontierView(sweep, out, device), 0
+    view = _FrontierView(sweep, out, device, options.get("workers"), options.get("families", ()))
+    code = 0
     try:
         with view:
             run_sweep(sweep, out, device=device, watcher=Watcher(view.progress, view.finished), **options)
@@ -117,14 +119,27 @@ def _added_point(wanted: str, seeds: int) -> Point:
 class _FrontierView:
     """The live picture of a sweep: bars for what trains, a table that fills as models finish."""
 
-    def __init__(self, sweep: SweepConfig, out: Path, device: str) -> None:
+    def __init__(
+        self, sweep: SweepConfig, out: Path, device: str, workers: int | None, families: Sequence[str]
+    ) -> None:
         self.sweep, self.jobs = sweep, planned(sweep, out, together=device != "cpu")
+        costs = [job.operations for job in self.jobs]
+        order = in_order(self.jobs)
+        self.places = {index: place for place, index in enumerate(order)}
+        self.remaining = Remaining(
+            [f"{self.jobs[i].point.label} {self.jobs[i].point.train.model.width}" for i in order],
+            [costs[index] for index in order],
+            at_once(device, workers),
+        )
+        for index, job in enumerate(self.jobs):
+            if families and job.point.family not in families:
+                self.remaining.leave_out(self.places[index])
         self.bars = Progress(
             Words("{task.description}", justify="right"),
             BarColumn(),
             Words("{task.fields[says]}"),
             TimeElapsedColumn(),
-            TimeRemainingColumn(),
+            Words("{task.fields[left]}"),
             console=console,
         )
         count, device_name, gpus = len(self.jobs), device, torch.cuda.device_count()
@@ -140,7 +155,7 @@ class _FrontierView:
             f": {points} on {device_name}, form {' and '.join(forms)}, {' and '.join(precisions)}, in {out}"
         )
         self.header = Text.assemble((sweep.recipe, "bold"), about)
-        self.whole = self.bars.add_task("all", total=count, says="")
+        self.whole = self.bars.add_task("all", total=count, says="", left="")
         self.tasks: dict[int, TaskID] = {}
         self.shares = [0.0] * count
         self.lines: list[dict[str, Any]] = []
@@ -159,15 +174,22 @@ class _FrontierView:
 
     def progress(self, index: int, progress: TrainProgress) -> None:
         if index not in self.tasks:
-            self.tasks[index] = self.bars.add_task(self.jobs[index].title, total=progress.steps, says="")
+            title = self.jobs[index].title
+            self.tasks[index] = self.bars.add_task(title, total=progress.steps, says="", left="")
         says = f"loss {progress.loss:.3f}  recall {progress.accuracy:.1%}"
-        self.bars.update(self.tasks[index], completed=progress.step, says=says)
+        place = self.places[index]
+        self.remaining.progress(place, progress.step / progress.steps)
+        left = in_words(self.remaining.seconds_of(place))
+        self.bars.update(self.tasks[index], completed=progress.step, says=says, left=left)
         self.shares[index] = progress.step / progress.steps
         self._tell_whole()
 
     def finished(self, index: int, lines: list[dict[str, Any]]) -> None:
         self.lines += lines
         self.done += 1
+        steps = max(line["steps"] for line in lines)
+        share = min(1.0, steps / self.jobs[index].steps)
+        self.remaining.finished(self.places[index], share, max(line["seconds"] for line in lines))
         self.shares[index] = 1.0
         if index in self.tasks:
             self.bars.remove_task(self.tasks.pop(index))
@@ -179,10 +201,14 @@ class _FrontierView:
             best = (model.best or model.runs)[0].line
             says = f"recall {_percent(best['accuracy'])} from {bytes_text(best['state_bytes'])}"
             says += f", {best['steps']} steps, {best['seconds']:.0f} s, {_pace(lines)} rows/s"
+            left = in_words(self.remaining.seconds()) if self.done < len(self.jobs) else ""
+            says += f"; {left}" if left else ""
             console.print(f"[{self.done}/{len(self.jobs)}] {self.jobs[index].title}: {says}")
 
     def _tell_whole(self) -> None:
-        self.bars.update(self.whole, completed=sum(self.shares), says=f"{self.done} of {len(self.jobs)} done")
+        left = in_words(self.remaining.seconds()) if self.done < len(self.jobs) else ""
+        says = f"{self.done} of {len(self.jobs)} done"
+        self.bars.update(self.whole, completed=sum(self.shares), says=says, left=left)
 
     def _picture(self) -> Group:
         return Group(*([self._table()] if self.lines else []), self.bars)

@@ -575,6 +575,7 @@ def test_command_compares_runs_from_their_folders(runs_of, tmp_path, monkeypatch
     assert "my own text" in page
     assert "Title" in page
     printed = capsys.readouterr().out
+    assert "warning: this corpus is of bytes" in printed
     assert re.search(r"\bb +\d+\.\d\d +\d+\.\d\d +\d+\.\d\d", printed)
     # again, and with more: from what the folders keep, even without weights
     monkeypatch.setattr(slices, "predict", lambda *_: pytest.fail("scored again"))
