@@ -138,8 +138,8 @@ class Tokens:
             digest = hashlib.sha256()
             for at in range(int(self._first_token[shard]), int(self._first_token[shard + 1]), 1 << 20):
                 until = min(at + (1 << 20), int(self._first_token[shard + 1]))
-                digest.update(self[at:until].astype(tokens.dtype))
-            digest.update(starts.astype("<i8"))
+                digest.update(self[at:until].astype(tokens.dtype).data)
+            digest.update(starts.astype("<i8").data)
             if digest.hexdigest() != known["content"]:
                 raise TextError(
                     f"{self._files[shard][0]} was altered: its content does not fit the manifest's hash. "

@@ -322,12 +322,13 @@ class _Writer:
         starts = np.cumsum([0, *split.lengths[:-1]], dtype="<i8")
         tokens = sum(split.lengths)
         content = hashlib.sha256()
-        for array in (*split.tokens, starts):
+        arrays = [array.data for array in (*split.tokens, starts)]
+        for array in arrays:
             content.update(array)
         # the tokens of a long document are written as they are, without a copy that is as large
-        written = (
-            [npy_header(self.job.tokenizer.dtype, tokens), *split.tokens],
-            [npy_header(starts.dtype, len(starts)), starts],
+        written: tuple[Sequence[bytes | memoryview], ...] = (
+            [npy_header(self.job.tokenizer.dtype, tokens), *arrays[:-1]],
+            [npy_header(starts.dtype, len(starts)), arrays[-1]],
             split.about,
         )
         files = {
@@ -342,7 +343,7 @@ class _Writer:
             "files": files,
         }
 
-    def _write(self, name: str, chunks: Sequence[bytes | np.ndarray]) -> dict[str, Any]:
+    def _write(self, name: str, chunks: Sequence[bytes | memoryview]) -> dict[str, Any]:
         """Write a file of several pieces; returns what is known of it."""
         size, digest = 0, hashlib.sha256()
         with runs.replacing(self.folder / name) as temporary, temporary.open("wb") as file:

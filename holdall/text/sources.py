@@ -192,7 +192,7 @@ def records(
     *,
     after: tuple[int, int] = (0, 0),
     separator: str = "",
-    cut: Callable[[bytes, int], int] = lambda data, start: len(data),
+    cut: Callable[[bytes | bytearray, int], int] = lambda data, start: len(data),
     on_bytes: Callable[[int], None] = lambda count: None,
 ) -> Iterator[Record]:
     """All records of all sources in order, behind the one with file and number `after`.
