@@ -177,7 +177,7 @@ def test_pieces_of_long_documents_change_no_bit(
         )
     (folder / "blank.txt").write_text("\u3000 " * 3000)
     (folder / "lines.jsonl").write_text(json.dumps({"text": "of a line " * 1000}))
-    settings: dict[str, Any] = {"valid": 0.3, "shard_tokens": 1_500 if made is words else 9_000}
+    settings: dict[str, Any] = {"valid": 0.3, "shard_tokens": 700 if made is words else 9_000}
     whole = write_corpus([folder], tmp_path / "whole", made(), **settings)
     assert whole.manifest["left_out"] == {"bad UTF-8": 3, "empty": 1}
     assert len(whole.manifest["train"]["shards"]) > 2
