@@ -1,12 +1,15 @@
 """Tensors in files: the one place that writes and reads safetensors. Nothing that Holdall loads is a pickle.
 
 A file is either whole, and then exactly what its reader expects, or refused by name: tensors of another shape
-or dtype are neither broadcast nor cast, and none may be missing or left over.
+or dtype are neither broadcast nor cast, none may be missing or left over, and none has changed since it was
+written: its header has a checksum of each.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,11 +29,16 @@ NAMES = {
 """What safetensors calls our dtypes."""
 
 
+SUMS = "crc32"
+"""The key in a file's header of its tensors' checksums; files of other writers have none."""
+
+
 def write(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
     """Write tensors, contiguous and on the CPU, and what is to be said about them; atomically."""
+    sums = {name: _sum(tensor) for name, tensor in tensors.items()}
     with files.replacing(path) as temporary:
         try:
-            save_file(dict(tensors), temporary, dict(about))
+            save_file(dict(tensors), temporary, {**about, SUMS: json.dumps(sums)})
         except SafetensorError as error:  # its word for a full disk
             raise OSError(None, str(error)) from error
 
@@ -47,12 +55,15 @@ class TensorFile:
         self.path, self._file, self.way_out = path, file, way_out
         self.about: dict[str, str] = file.metadata() or {}
         self.names: list[str] = list(file.keys())
+        self._sums = files.parse_json(self.about.pop(SUMS, "{}"), f"the header of {path}", way_out)
 
     def tensor(self, name: str) -> Tensor:
         """One tensor, on the CPU; RunError if there is none of this name."""
         if name not in self.names:
             raise self.damaged(f"it has no tensor {name!r}")
         tensor: Tensor = self._file.get_tensor(name)
+        if self._sums and self._sums.get(name) != _sum(tensor):
+            raise self.damaged(f"{name} is not what was written")
         return tensor
 
     def fill(
@@ -64,7 +75,8 @@ class TensorFile:
     ) -> None:
         """Copy the tensors whose names begin with `prefix` into those of the same names without it.
 
-        Raises RunError, before anything is copied, unless names, shapes and dtypes are the same.
+        Raises RunError, before anything is copied, unless names, shapes and dtypes are the same; and if one
+        of the tensors has changed since it was written.
         """
         there = {name.removeprefix(prefix) for name in self.names if name.startswith(prefix)}
         if missing := sorted(targets.keys() - there):
@@ -80,7 +92,7 @@ class TensorFile:
                     "of another model"
                 )
         for name, target in targets.items():
-            put(target, self._file.get_tensor(prefix + name))
+            put(target, self.tensor(prefix + name))
 
     def damaged(self, reason: object) -> files.RunError:
         """The error about this file."""
@@ -96,6 +108,11 @@ def opened(path: Path, way_out: str = "") -> Iterator[TensorFile]:
             yield TensorFile(path, file, way_out)
     except (SafetensorError, OSError, UnicodeDecodeError) as error:
         raise files.damaged(path, error, way_out) from error
+
+
+def _sum(tensor: Tensor) -> int:
+    numbers = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return zlib.crc32(numbers.reshape(-1).view(torch.uint8).numpy())
 
 
 def _kind(shape: tuple[int, ...], dtype: str) -> str:

@@ -26,12 +26,10 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, Union
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
 
-from holdall import files, forms, settings
+from holdall import checkpoints, files, forms, settings
 from holdall.settings import PositiveInt
 
 State = tuple[Tensor, ...]
@@ -718,11 +716,11 @@ POSITION_FIELDS = fields_of(none_read(1, torch.device("meta")), True)
 def save_states(states: Sequence[State], path: Path) -> None:
     """Write the states of a stack of mixers, one per layer, to a safetensors file."""
     tensors = {
-        f"{layer}.{type(state).__name__}.{field}": tensor.contiguous()
+        f"{layer}.{type(state).__name__}.{field}": tensor.contiguous().cpu()
         for layer, state in enumerate(states)
         for field, tensor in zip(type(state)._fields, state, strict=True)  # type: ignore[attr-defined]
     }
-    save_file(tensors, path, metadata={"format": STATE_FORMAT})
+    checkpoints.write(path, tensors, {"format": STATE_FORMAT})
 
 
 def load_states(path: Path, mixers: Sequence[Mixer]) -> list[State]:
@@ -730,12 +728,13 @@ def load_states(path: Path, mixers: Sequence[Mixer]) -> list[State]:
 
     A model's states end with the `Position` of its learned positions, if it has some: so do these.
 
-    Raises ValueError naming the first layer whose state is not of the kind that its mixer carries.
+    Raises ValueError naming the first layer whose state is not of the kind that its mixer carries, and
+    RunError for a file that is damaged.
     """
-    with safe_open(path, framework="pt") as file:
-        if (file.metadata() or {}).get("format") != STATE_FORMAT:
+    with checkpoints.opened(path) as file:
+        if file.about.get("format") != STATE_FORMAT:
             raise ValueError(f"{path} is not a state file of Holdall ({STATE_FORMAT})")
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        tensors = {name: file.tensor(name) for name in file.names}
     kinds = [(mixer.state_type, mixer.state_fields(torch.float32), mixer.owner) for mixer in mixers]
     if any(name.startswith(f"{len(mixers)}.{Position.__name__}.") for name in tensors):
         kinds.append((Position, POSITION_FIELDS, "a model with learned positions"))

@@ -39,7 +39,7 @@ from typing import Any
 
 import torch
 
-from holdall import errors, mixers, processes, runs, settings
+from holdall import errors, files, mixers, processes, runs, settings
 from holdall.contract import Config, did_you_mean
 from holdall.model import ModelConfig, seeded
 from holdall.operations import flops_per_token
@@ -342,6 +342,9 @@ def planned(sweep: SweepConfig, out: Path, *, together: bool) -> list[Job]:
     return found
 
 
+OTHER = "Restore it from a copy, or choose another folder with --out."
+
+
 @contextlib.contextmanager
 def _claimed(
     out: Path, sweep: SweepConfig, command: str, device: str, folders: Sequence[Path]
@@ -351,7 +354,7 @@ def _claimed(
     So a sweep that is refused leaves its folder to the corrected command.
     """
     path = out / "config.json"
-    before = path.read_bytes() if path.exists() else None
+    before = files.read_bytes(path, OTHER) if path.exists() else None
     begun = {folder for folder in folders if (folder / "config.json").exists()}
     _claim(out, sweep, command, device)
     try:
@@ -372,10 +375,14 @@ def _claim(out: Path, sweep: SweepConfig, command: str, device: str) -> None:
     """Write what this sweep is, or check that the folder holds the same one, perhaps with fewer seeds."""
     path, plain = out / "config.json", sweep.to_dict()
     if path.exists():
-        held = json.loads(path.read_text()).get("points")
+        held = files.read_json(path, OTHER).get("points")
         if held == plain["points"]:
             return
-        if said := _difference(held, plain["points"]):
+        try:
+            said = _difference(held, plain["points"])
+        except (AttributeError, KeyError, TypeError) as error:
+            raise files.damaged(path, f"its points are none ({error!r})", OTHER) from error
+        if said:
             raise RunError(f"{out} holds another sweep ({said}); choose another folder with --out")
         for point, wanted in zip(held, plain["points"], strict=True):
             if missing := set(point["train"]["seeds"]) - set(wanted["train"]["seeds"]):

@@ -220,14 +220,19 @@ def _checked(config: PretrainConfig, corpus: Corpus, world: int) -> PretrainConf
     return dataclasses.replace(config, data_hash=corpus.content_hash)
 
 
+OTHER = "Restore it from a copy, or choose another --out."
+
+
 def _check(folder: Path, config: PretrainConfig) -> dict[str, Any] | None:
     """What config.json holds, None if there is none. RunError if it is another run; its corpus may move."""
     path = folder / "config.json"
     if not path.exists():
         return None
-    held = json.loads(path.read_text())
+    held = files.read_json(path, OTHER)
     if said := settings.differ({**held, "data": config.data}, config.to_dict()):
-        raise RunError(f"{folder} holds a run with another config ({said}); choose another --out")
+        raise RunError(
+            f"{folder} holds a run with another config (in {path.name}, {said}); choose another --out"
+        )
     return held
 
 
@@ -241,7 +246,7 @@ def _claim(folder: Path, config: PretrainConfig, fabric: Fabric, in_order: bool)
         return
     path, held = folder / "config.json", _check(folder, config)
     if held is not None:
-        if held["data"] != config.data:
+        if held.get("data") != config.data:
             runs.write_json(path, config.to_dict())
     else:
         where = runs.environment(str(fabric.device), torch.get_num_threads())
@@ -673,10 +678,9 @@ def load_run(
     """
     names = (which,) if which else ("model", "best", "last")
     path = next((p for name in names if (p := folder / f"{name}.safetensors").exists()), None)
-    if path is None or not (folder / "config.json").exists():
-        raise RunError(
-            f"{folder} holds no {which or 'checkpoint of a'} language model; `holdall train` makes one"
-        )
+    missing = "config.json" if not (folder / "config.json").exists() else f"{which or 'model'}.safetensors"
+    if path is None or missing == "config.json":
+        raise RunError(f"{folder} holds no language model ({missing} is missing); `holdall train` makes one")
     config = PretrainConfig.read(folder / "config.json")
     corpus = open_data(config)
     _checked(config, corpus, 1)

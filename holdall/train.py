@@ -166,13 +166,18 @@ def finished(config: TrainConfig, folder: Path) -> list[dict[str, Any]] | None:
     return [each.to_dict() for each in results]
 
 
+OTHER = "Restore it from a copy, or choose another folder."
+
+
 def _check(folder: Path, config: TrainConfig) -> bool:
     """Whether the folder holds this run; RunError if it holds another."""
     path = folder / "config.json"
     if not path.exists():
         return False
-    if said := settings.differ(json.loads(path.read_text()), config.to_dict()):
-        raise RunError(f"{folder} holds a run with another config ({said}); choose another folder")
+    if said := settings.differ(files.read_json(path, OTHER), config.to_dict()):
+        raise RunError(
+            f"{folder} holds a run with another config (in {path.name}, {said}); choose another folder"
+        )
     return True
 
 

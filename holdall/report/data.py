@@ -289,7 +289,7 @@ def _runs(folder: Path) -> tuple[list[Run], list[str]]:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise files.damaged(where, f"it is no result ({error!r})", way_out) from None
     if not runs:
-        raise RunError(f"{folder} holds no results yet; wait for the first model to finish")
+        raise RunError(f"{path} holds no results yet; wait for the first model to finish")
     return list(runs.values()), notes
 
 

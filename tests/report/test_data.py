@@ -151,10 +151,13 @@ def config_with_empty_test(folder):
         (folder_missing, "no sweep folder {folder}; make one with: holdall frontier"),
         (lambda f: (f / "results.jsonl").unlink(), "{folder} holds no results.jsonl"),
         (lambda f: (f / "config.json").unlink(), "{folder} holds no config.json"),
-        (lambda f: (f / "results.jsonl").write_text("\n"), "{folder} holds no results yet; wait"),
+        (
+            lambda f: (f / "results.jsonl").write_text("\n"),
+            "{folder}/results.jsonl holds no results yet; wait",
+        ),
         (
             lambda f: (f / "results.jsonl").write_text('{"la'),
-            "{folder} holds no results yet; wait",
+            "{folder}/results.jsonl holds no results yet; wait",
         ),
         (line_broken, "line 2 of {folder}/results.jsonl is damaged: it is no JSON"),
         (key_missing, "line 1 of {folder}/results.jsonl is damaged: it is no result (KeyError('width'))"),
