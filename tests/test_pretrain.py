@@ -584,7 +584,7 @@ def test_which_checkpoint_is_loaded(whole: Path, tmp_path: Path) -> None:
     assert load_run(whole).step == load_run(whole, "last").step == 100
     best = min((line["valid_loss"], line["step"]) for line in lines(whole) if "valid_loss" in line)[1]
     assert load_run(whole, "best").step == best
-    with pytest.raises(RunError, match="holds no checkpoint of a language model"):
+    with pytest.raises(RunError, match="holds no language model"):
         load_run(tmp_path)
 
 
