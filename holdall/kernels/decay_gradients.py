@@ -61,8 +61,10 @@ def decay_gradients(
     """
     (rows, length, heads, key_dim), value_dim = q_BTHK.shape, u_BTHV.shape[3]
     each_key = log_decay.ndim == 4
+    most_v = 32 if q_BTHK.element_size() == 4 else 64  # of more, fp32 does not fit into registers
     tile_k, tile_v = (
-        min(most, max(16, triton.next_power_of_2(size))) for most, size in ((32, key_dim), (64, value_dim))
+        min(most, max(16, triton.next_power_of_2(size)))
+        for most, size in ((32, key_dim), (most_v, value_dim))
     )
     tiles, blocks = cdiv(key_dim, tile_k), cdiv(length, BLOCK.value)
     found = log_decay.new_empty(1 if each_key else tiles, *log_decay.shape)
@@ -85,12 +87,31 @@ def _log_decays(log_w_ptr, token_J, real_J, key_K, K: tl.constexpr, EACH_KEY: tl
 
 
 @triton.jit
-def _summed(mask_JJ, x_JX, EACH_KEY: tl.constexpr):
-    """For each row of a mask, the sum of the tokens in it: where it is no difference, no digits are lost."""
+def _since(x_JX, EACH_KEY: tl.constexpr):
+    """For each token, the sum up to it."""
     if EACH_KEY:
-        return dot(tl.where(mask_JJ, 1.0, 0.0), x_JX)
+        return tl.cumsum(x_JX, 0)
     else:
-        return tl.sum(tl.where(mask_JJ, tl.trans(x_JX), 0.0), 1)[:, None]
+        j = tl.arange(0, BLOCK)
+        return tl.sum(tl.where(j[None, :] <= j[:, None], tl.trans(x_JX), 0.0), 1)[:, None]
+
+
+@triton.jit
+def _sums(log_w_JX, EACH_KEY: tl.constexpr):
+    """For each token, the sums up to it of whole numbers and of what is left, from 0 to 1; and those of all.
+
+    The first are exact, so that differences of sums lose no digits to a token that forgets a lot.
+    """
+    whole_JX = tl.floor(log_w_JX)
+    left_JX = log_w_JX - whole_JX
+    return _since(whole_JX, EACH_KEY), _since(left_JX, EACH_KEY), tl.sum(whole_JX, 0), tl.sum(left_JX, 0)
+
+
+@triton.jit
+def _until(log_w_JX, EACH_KEY: tl.constexpr):
+    """For each token, the decay from it to the end."""
+    whole_JX, left_JX, whole_X, left_X = _sums(log_w_JX, EACH_KEY)
+    return tl.exp2((whole_X[None, :] - whole_JX) + (left_X[None, :] - left_JX))
 
 
 @triton.jit(do_not_specialize=["rows", "length"])
@@ -120,7 +141,6 @@ def _kernel(
         tl.load(q_ptr + at_JK, mask=here_JK, other=0.0),
         tl.load(k_ptr + at_JK, mask=here_JK, other=0.0),
     )
-    up_to_JJ, after_JJ = j[None, :] <= j[:, None], j[None, :] > j[:, None]
 
     to_q_JJ, to_k_JJ = tl.zeros((BLOCK, BLOCK), tl.float32), tl.zeros((BLOCK, BLOCK), tl.float32)
     q_reads_JK, k_reads_JK = tl.zeros((BLOCK, TILE_K), tl.float32), tl.zeros((BLOCK, TILE_K), tl.float32)
@@ -141,7 +161,7 @@ def _kernel(
                 mask=(t_i < length)[:, None] & real_k[None, :], other=0.0,
             )  # fmt: skip
             u_i = tl.load(u_ptr + at_i, mask=(t_i < length)[:, None] & real_v[None, :], other=0.0)
-            k_i = narrow(k_i.to(tl.float32) * tl.exp2(_summed(after_JJ, log_w_i, EACH_KEY)), dtype)
+            k_i = narrow(k_i.to(tl.float32) * _until(log_w_i, EACH_KEY), dtype)
             s_KV = dot(tl.trans(k_i), u_i, s_KV * tl.exp2(tl.sum(log_w_i, 0))[:, None])
         for back in range(0, later_blocks):
             t_i = start + (block + later_blocks - back) * BLOCK + j
@@ -149,7 +169,7 @@ def _kernel(
             at_i, here_i = token_i[:, None] * V + v[None, :], (t_i < length)[:, None] & real_v[None, :]
             at_k, here_k = token_i[:, None] * K + key[None, :], (t_i < length)[:, None] & real_k[None, :]
             log_w_i = _log_decays(log_w_ptr, token_i, t_i < length, key, K, EACH_KEY)
-            since_i = tl.exp2(_summed(up_to_JJ, log_w_i, EACH_KEY))
+            since_i = tl.exp2(_since(log_w_i, EACH_KEY))
             q_i = tl.load(q_ptr + at_k, mask=here_k, other=0.0).to(tl.float32)
             dy_i = tl.load(dy_ptr + at_i, mask=here_i, other=0.0)
             q_i = narrow(q_i * since_i, dtype)
@@ -175,13 +195,10 @@ def _kernel(
     log_w_JX = _log_decays(log_w_ptr, token, real_t, key, K, EACH_KEY)
     wide_k_JK = k_JK.to(tl.float32)
     before_JK = q_JK.to(tl.float32) * q_reads_JK - wide_k_JK * k_reads_JK
-    before_JK *= tl.exp2(_summed(up_to_JJ, log_w_JX, EACH_KEY))
-    behind_JK = wide_k_JK * written_JK * tl.exp2(_summed(after_JJ, log_w_JX, EACH_KEY))
+    before_JK *= tl.exp2(_since(log_w_JX, EACH_KEY))
+    behind_JK = wide_k_JK * written_JK * _until(log_w_JX, EACH_KEY)
     through_K *= tl.exp2(tl.sum(log_w_JX, 0))
-    # decays between tokens are differences of sums: of whole numbers, which are exact, and of what is left
-    whole_JX = tl.floor(log_w_JX)
-    left_JX = _summed(up_to_JJ, log_w_JX - whole_JX, EACH_KEY)
-    whole_JX = _summed(up_to_JJ, whole_JX, EACH_KEY)
+    whole_JX, left_JX, _, _ = _sums(log_w_JX, EACH_KEY)
     if EACH_KEY:
         # from the last token back: what the block's tokens write and those from t on read
         for back in range(0, BLOCK):
@@ -212,9 +229,10 @@ def _kernel(
         between_JJ = (whole_JX - tl.trans(whole_JX)) + (left_JX - tl.trans(left_JX))
         pairs_JJ *= tl.exp2(tl.where(earlier_JJ, between_JJ, 0.0))
         # rows: the token whose decay it is; columns: those that write, read by any from that token on
-        pairs_JJ = _summed(j[None, :] >= j[:, None], tl.where(earlier_JJ, pairs_JJ, 0.0), True)
+        onwards_JJ = j[None, :] >= j[:, None]
+        pairs_JJ = dot(tl.where(onwards_JJ, 1.0, 0.0), tl.where(earlier_JJ, pairs_JJ, 0.0))
         pairs_JJ += tl.sum(behind_JK, 1)[None, :]
         found_J = tl.sum(through_K) + tl.sum(tl.where(earlier_JJ, pairs_JJ, 0.0), 1)
         before_1J = tl.sum(before_JK, 1)[None, :]
-        found_J += tl.sum(tl.where(j[None, :] >= j[:, None], before_1J, 0.0), 1)
+        found_J += tl.sum(tl.where(onwards_JJ, before_1J, 0.0), 1)
         tl.store(out_ptr + tile * rows.to(tl.int64) * length * H + token, found_J, mask=real_t)
