@@ -305,7 +305,7 @@ def _chunks(path: Path, on_bytes: Callable[[int], None]) -> Iterator[bytes]:
                 yield raw
                 continue
             while raw := raw.lstrip(b"\0") if begun and stream is None else raw:
-                stream, begun = stream or new(begun), True
+                stream, begun = stream or new(), True
                 try:
                     yield from stream.unpack(raw)
                 except Exception as error:  # of three libraries
@@ -327,8 +327,8 @@ class _Stream(Protocol):
 
 
 class _Xz:
-    def __init__(self, format: int) -> None:
-        self._engine = lzma.LZMADecompressor(format)
+    def __init__(self) -> None:
+        self._engine = lzma.LZMADecompressor()
         self.eof, self.unused_data = False, b""
 
     def unpack(self, raw: bytes) -> Iterator[bytes]:
@@ -368,16 +368,9 @@ class _Zst:
         self.eof, self.unused_data = self._engine.eof, self._engine.unused_data + raw[at:]
 
 
-def _unpacker(path: Path) -> Callable[[bool], _Stream] | None:
-    """What begins with a stream of a file, told whether it is a later one; None if it is not compressed."""
-    suffix = path.suffix.lower()
-    if suffix == ".xz":  # only the first may be of the older format, which garbage can look like
-        return lambda later: _Xz(lzma.FORMAT_XZ if later else lzma.FORMAT_AUTO)
-    if suffix == ".gz":
-        return lambda later: _Gz()
-    if suffix == ".zst":
-        return lambda later: _Zst()
-    return None
+def _unpacker(path: Path) -> Callable[[], _Stream] | None:
+    """What begins with a stream of a file; None if it is not compressed."""
+    return {".xz": _Xz, ".gz": _Gz, ".zst": _Zst}.get(path.suffix.lower())
 
 
 # ---------------------------------------------------------------------------------------------- parsing
