@@ -9,6 +9,7 @@ everywhere.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,18 +17,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-EXACT = frozenset([
-    "_local_scalar_dense", "_to_copy", "_unsafe_view", "abs", "all", "amax", "amin", "any", "argmax",
-    "argmin", "cat", "clamp", "clamp_max", "clamp_min", "clone", "complex", "constant_pad_nd", "copy",
-    "copy_", "cummax", "cummin", "embedding", "equal", "fill_", "flip", "full_like", "gather", "index",
-    "index_put", "index_put_", "index_select", "lift_fresh_copy", "masked_fill", "masked_fill_",
-    "masked_select", "max", "maximum", "median", "min", "minimum", "neg", "new_full", "new_ones", "nonzero",
-    "ones_like", "relu", "repeat", "roll", "round", "scatter", "select_backward", "select_scatter",
-    "slice_backward", "slice_scatter", "sort", "stack", "threshold_backward", "topk", "tril", "tril_", "triu",
-    "triu_", "where", "zero_", "zeros_like",
+MOVES = frozenset([
+    "_local_scalar_dense", "_to_copy", "_unsafe_view", "all", "amax", "amin", "any", "argmax",
+    "argmin", "cat", "complex", "constant_pad_nd", "copy", "copy_", "cummax", "cummin", "embedding",
+    "equal", "fill_", "flip", "full_like", "gather", "index", "index_put", "index_put_",
+    "index_select", "lift_fresh_copy", "masked_fill_", "masked_select", "max", "median", "min",
+    "new_full", "new_ones", "nonzero", "ones_like", "repeat", "roll", "scatter", "select_backward",
+    "select_scatter", "slice_backward", "slice_scatter", "sort", "stack", "topk", "tril", "tril_",
+    "triu", "triu_", "zero_", "zeros_like",
 ])  # fmt: skip
-"""Operations that move numbers, choose among them or change their sign. One that is missing here is taken to
-round its results, which adds a rounding to those of a run: nothing else depends on this list."""
+"""Operations that move numbers or choose among them. One that is missing here is taken to round its results,
+which adds a rounding to those of a run: nothing else depends on this list."""
 SHIFTED = frozenset(["_softmax", "_log_softmax", "logsumexp", "logcumsumexp"])
 """Those that first take away the largest number, exactly: they add up no products of what they read."""
 
@@ -47,8 +47,9 @@ class Nudges(TorchDispatchMode):
     same. Moving the inputs alone would show nothing: that gradient is 0 for all of them.
 
     Zeros stay zero, as do infinities and NaN. Each tensor is nudged in its own dtype, so sums in fp32 beside
-    bf16 are nudged in the 24th bit. What was computed exactly (EXACT, views) is left alone, and so is what
-    came from outside. The lot is drawn from a seed. (Monte Carlo arithmetic; Parker, 1997.)
+    bf16 are nudged in the 24th bit. What is only moved (MOVES, views) is left alone, as is an element that is
+    one of those it was computed from or its negative, such as x + 0, and what came from outside. The lot is
+    drawn from a seed. (Monte Carlo arithmetic; Parker, 1997.)
     """
 
     def __init__(self, seed: int) -> None:
@@ -59,13 +60,17 @@ class Nudges(TorchDispatchMode):
         name, kwargs = func._schema.name.removeprefix("aten::"), kwargs or {}
         aliases = [each.alias_info for each in func._schema.returns]
         view = any(alias and not alias.is_write for alias in aliases)
-        if name in EXACT or view or not any(map(rounded, tree_leaves((args, kwargs)))):
+        read = [*filter(rounded, tree_leaves((args, kwargs)))]
+        if name in MOVES or view or not read:
             return func(*args, **kwargs)
-        if not (torch.Tag.pointwise in func.tags or name in SHIFTED or func._schema.is_mutable):
+        pointwise = torch.Tag.pointwise in func.tags
+        if pointwise and func._schema.is_mutable:
+            read = [tensor.clone() for tensor in read]
+        elif not (pointwise or func._schema.is_mutable or name in SHIFTED):
             args, kwargs = tree_map_only(Tensor, self.factor, (args, kwargs))
         results = func(*args, **kwargs)
         for result in filter(rounded, tree_leaves(results)):
-            self.nudge(result, one_in=4)
+            self.nudge(result, one_in=4, operands=read if pointwise else [])
         return results
 
     def factor(self, tensor: Tensor) -> Tensor:
@@ -75,15 +80,24 @@ class Nudges(TorchDispatchMode):
         self.nudge(tensor, one_in=8)
         return tensor
 
-    def nudge(self, tensor: Tensor, one_in: int) -> None:
+    def nudge(self, tensor: Tensor, one_in: int, operands: Sequence[Tensor] = ()) -> None:
         """In place."""
-        real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        real = parts(tensor)
         rng = self.generators.setdefault(real.device, torch.Generator(real.device).manual_seed(self.seed))
         lot = torch.randint(2 * one_in, real.shape, generator=rng, device=real.device)
         whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[real.element_size()]
         step = (lot == 0).to(whole) - (lot == 1).to(whole)
+        still = ~real.isfinite() | (real == 0)
+        for operand in operands:
+            if operand.is_complex() == tensor.is_complex():
+                still |= real.abs() == parts(operand).abs()
         # read as whole numbers, neighbours are one apart
-        real.view(whole).add_(step.where(real.isfinite() & (real != 0), 0))
+        real.view(whole).add_(step.masked_fill(still, 0))
+
+
+def parts(tensor: Tensor) -> Tensor:
+    """Of a complex tensor its real and imaginary parts, side by side."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def rounded(value: Any) -> bool:
