@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import inspect
 import textwrap
 import types
@@ -143,10 +142,15 @@ class Config:
             raise files.damaged(where, f"{reason or type(error).__name__}", way_out) from error
 
 
-@functools.cache
+_field_types: dict[Any, tuple[dict[str, Any], dict[str, Any]]] = {}
+
+
 def field_types(config: type[Config]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The types of a config's fields, with the ranges that they declare and without."""
-    return typing.get_type_hints(config, include_extras=True), typing.get_type_hints(config)
+    """The types of a config's fields, with the ranges that they declare and without; looked up once."""
+    if config not in _field_types:
+        whole = typing.get_type_hints(config, include_extras=True)
+        _field_types[config] = whole, typing.get_type_hints(config)
+    return _field_types[config]
 
 
 def _to_plain(value: Any) -> Any:

@@ -138,7 +138,7 @@ class Job:
         """Of all its steps and tests, counted; a test is a pass without the backward one."""
         train = self.point.train
         every = train.evaluate_every or max(1, self.steps // train.epochs)
-        passes = [(segment, train.epochs) for segment in train.data.train]
+        passes: list[tuple[Segment, float]] = [(segment, train.epochs) for segment in train.data.train]
         passes += [(segment, max(1, self.steps // every) / 3) for segment in train.data.test]
         return len(train.members) * sum(
             times * segment.rows * length * _flops(train.model, length)

@@ -33,7 +33,7 @@ class _Worker(SpawnProcess):
 
 
 class _Context(SpawnContext):
-    Process = _Worker  # type: ignore[assignment]
+    Process = _Worker
 
 
 def context() -> multiprocessing.context.SpawnContext:

@@ -75,7 +75,8 @@ class Remaining:
 
     def seconds(self) -> float | None:
         """Until the last run ends; None while nothing is known."""
-        ends, waiting = [], []
+        ends: list[float] = []
+        waiting: list[float] = []
         for index, run in enumerate(self.runs):
             if run.finished or run.left_out:
                 continue

@@ -75,14 +75,15 @@ def load(file: Path) -> list[str]:
 
 def _failure(file: Path, error: BaseException) -> str:
     """What went wrong in a user's file, and in which of its lines."""
-    lines = [
-        frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)
-    ]
-    line = error.lineno if isinstance(error, SyntaxError) and error.filename == str(file) else None
-    where = f"line {line or lines[-1]}" if line or lines else "before its first line"
-    text = linecache.getline(str(file), line or lines[-1]).strip() if line or lines else ""
-    what = error.msg if isinstance(error, SyntaxError) else error
-    return f"{file}, {where}: {type(error).__name__}: {what}" + (f"\n    {text}" if text else "")
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.lineno and frame.filename == str(file)]
+    if isinstance(error, SyntaxError) and error.filename == str(file) and error.lineno:
+        lines.append(error.lineno)
+    what = f"{type(error).__name__}: {error.msg if isinstance(error, SyntaxError) else error}"
+    if not lines:
+        return f"{file}: {what}"
+    linecache.checkcache(str(file))  # it may have been read before, and mended since
+    return f"{file}, line {lines[-1]}: {what}\n    {linecache.getline(str(file), lines[-1]).strip()}"
 
 
 def configured(wanted: str, width: int) -> tuple[str, MixerConfig]:
