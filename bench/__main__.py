@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 
 from bench import collected, generator, kernels, lm, markdown, sweep, training
-from holdall import runs
+from holdall import files, runs
 
 ROOT = Path(__file__).parents[1]
 BENCHES = {"generator": generator, "training": training, "kernels": kernels, "sweep": sweep, "lm": lm}
@@ -39,7 +39,7 @@ ON_GPU = ("kernels", "sweep", "lm")
 
 def last(results: Path) -> dict[str, str]:
     """The table of each benchmark's newest run, as Markdown."""
-    newest = {line["bench"]: line["results"] for line in runs.read_lines(results)}
+    newest = {line["bench"]: line["results"] for line in files.read_lines(results)}
     return {name: markdown(BENCHES[name.partition(":")[0]].table(found)) for name, found in newest.items()}
 
 
@@ -76,7 +76,7 @@ def main() -> int:
             Console().print(table)
             where = runs.environment("cuda" if bench in ON_GPU else "cpu", runs.cores())
             line = {"bench": name, "command": f"python -m bench {name}", **where, "results": results}
-            runs.append_line(asked.results, line)
+            files.append_line(asked.results, line)
         if not whole:
             print(f"stopped; what of {name} is measured by now is kept", file=sys.stderr)
             return 130

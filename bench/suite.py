@@ -35,7 +35,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from holdall import files, runs
+from holdall import files
 from holdall.analysis.recall import THRESHOLD, Scores, find
 from holdall.recipes.presets import FAMILIES
 from holdall.report import recall as recalls
@@ -200,7 +200,7 @@ class Suite:
             end = "stopped; the same command goes on from there"
         elif not whole and any("training diverged" in line for line in said):
             end = "diverged"
-            runs.write_atomically(folder / DIVERGED, "\n".join(said[-5:]).encode())
+            files.write_atomically(folder / DIVERGED, "\n".join(said[-5:]).encode())
         else:
             end = f"failed, see {folder / 'log.txt'}: {' '.join(said[-1:])[:200]}"
             self.failed.append(job)
@@ -252,7 +252,7 @@ def collect(asked: argparse.Namespace, command: str) -> str:
                 break
             say(f"{folder} has no recall.npz that can be read: left out")
     if REFERENCE not in found:
-        raise runs.RunError(
+        raise files.RunError(
             f"{out} has no {REFERENCE} that was trained and scored, to which all others are compared"
         )
     scored = [scores for _, scores in found.values()]
@@ -264,10 +264,10 @@ def collect(asked: argparse.Namespace, command: str) -> str:
             scored[0], found[SHOWN][1], open_corpus(asked.data), threshold=THRESHOLD, passages=8, length=128,
             licence=asked.licence, command=command,
         )  # fmt: skip
-        runs.write_atomically(out / "passages.html", page.encode())
+        files.write_atomically(out / "passages.html", page.encode())
     lines = [result_of(folder) for folder in sorted((out / "runs").glob("*/*-lr*"))]
     text = "".join(json.dumps(line) + "\n" for line in lines if line)
-    runs.write_atomically(out / "results.jsonl", text.encode())
+    files.write_atomically(out / "results.jsonl", text.encode())
     return markdown(out, rare, {family: folder for family, (folder, _) in found.items()})
 
 
@@ -352,7 +352,7 @@ def main() -> int:
         failed = suite.failed
     try:
         print(collect(asked, shlex.join(["python", "-m", "bench.suite", *sys.argv[1:]])))
-    except runs.RunError as error:
+    except files.RunError as error:
         print(f"nothing to compare yet: {error}", file=sys.stderr)
         return 1 if asked.collect or failed else 0
     return 1 if failed else 0

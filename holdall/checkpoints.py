@@ -112,7 +112,7 @@ def opened(path: Path, way_out: str = "") -> Iterator[TensorFile]:
 
 def _sum(tensor: Tensor) -> int:
     numbers = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    return zlib.crc32(numbers.reshape(-1).view(torch.uint8).numpy())
+    return zlib.crc32(numbers.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type] # a buffer
 
 
 def _kind(shape: tuple[int, ...], dtype: str) -> str:

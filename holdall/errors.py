@@ -11,7 +11,7 @@ import dis
 from pathlib import Path
 from types import TracebackType
 
-from holdall.runs import RunError
+from holdall.files import RunError
 
 LOADED = "holdall_loaded_"
 """How the names of the modules begin that a user's own mixer files become."""

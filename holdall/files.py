@@ -15,10 +15,12 @@ Files get the mode that the umask allows. Nothing here imports PyTorch.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import io
 import json
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -26,7 +28,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 import filelock
 import numpy as np
@@ -35,7 +37,10 @@ LOCK = ".lock"
 
 
 class RunError(Exception):
-    """Something about a run or a file that its user can mend; the message says how."""
+    """Something about a run or a file that its user can mend; the message says how, in one line."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 @contextlib.contextmanager
@@ -72,43 +77,80 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
 
 
+# ------------------------------------------------------------------------------------------------ words
+
+
+def encodable(text: str) -> str:
+    """A text as one that UTF-8 can hold; the only form in which names of files are written down.
+
+    A byte of a file's name that is no UTF-8, which Python keeps as a lone surrogate, becomes \\xe9, and half
+    of a surrogate pair \\ud83d. Any other text is left as it is.
+    """
+    return _SURROGATE.sub(_escaped, text)
+
+
+def printable(text: str) -> str:
+    """A text without what moves a terminal's cursor, breaks a line or cannot be encoded: that is escaped."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def _escaped(letter: str | re.Match[str]) -> str:
+    letter = letter if isinstance(letter, str) else letter[0]
+    if "\udc80" <= letter <= "\udcff":
+        return f"\\x{ord(letter) - 0xDC00:02x}"
+    return letter.encode("unicode_escape").decode()
+
+
 # ---------------------------------------------------------------------------------------------- reading
 
 
-def open_file(path: Path, way_out: str = "") -> IO[bytes]:
-    """Open a regular file for reading; a pipe, a device or a folder in its place is refused, not waited for.
+def open_file(path: Path, way_out: str = "", *, follow: bool = False) -> IO[bytes]:
+    """Open a regular file for reading. Raises RunError for anything else, and never waits for it.
 
     way_out: what the user can do about a file that cannot be read, as a sentence.
+    follow: take the file that a link leads to. What lies in a run or a corpus is never a link.
     """
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
     try:
-        file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+        handle = os.open(path, flags)
+    except FileNotFoundError as error:
+        raise RunError(_with(f"{path} is missing", way_out)) from error
     except (OSError, ValueError) as error:  # ValueError: a name with a NUL byte
-        raise unreadable(path, getattr(error, "strerror", None) or error, way_out) from error
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise unreadable(path, "it is not a regular file", way_out)
-    return file
+        if getattr(error, "errno", None) == errno.ELOOP:
+            raise RunError(_with(f"{path} is a link; put the file itself there", way_out)) from error
+        raise unreadable(path, error, way_out) from error
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        what = "a folder, a device or a pipe is in its place"
+        raise RunError(_with(f"{path} is no file that can be read: {what}", way_out))
+    return os.fdopen(handle, "rb")
 
 
-def unreadable(path: Path, reason: object, way_out: str = "") -> RunError:
-    """The error about a file that cannot be read, in one line."""
-    first = str(reason).strip().partition("\n")[0].rstrip(".")
-    return RunError(f"cannot read {path}: {first}." + (f" {way_out}" if way_out else ""))
+def unreadable(path: Path, error: Exception, way_out: str = "") -> RunError:
+    """The error about a file that cannot be read."""
+    return RunError(_with(f"cannot read {path}: {getattr(error, 'strerror', None) or error}", way_out))
 
 
 def damaged(what: object, reason: object, way_out: str = "") -> RunError:
     """The error about a file, or a line of one, that holds what it should not, in one line."""
-    first = str(reason).strip().partition("\n")[0].rstrip(".")
-    return RunError(f"{what} is damaged: {first}." + (f" {way_out}" if way_out else ""))
+    first = str(reason).strip().partition("\n")[0]
+    return RunError(_with(f"{what} is damaged: {first}", way_out))
 
 
-def read_bytes(path: Path, way_out: str = "") -> bytes:
+def _with(what: str, way_out: str) -> str:
+    return f"{what.rstrip('.')}. {way_out}" if way_out else what
+
+
+def read_bytes(path: Path, way_out: str = "", *, follow: bool = False) -> bytes:
     """All of a regular file. Raises RunError as `open_file`."""
-    with open_file(path, way_out) as file:
+    with open_file(path, way_out, follow=follow) as file:
         try:
             return file.read()
         except OSError as error:
-            raise unreadable(path, error.strerror or error, way_out) from error
+            raise unreadable(path, error, way_out) from error
 
 
 def read_json(path: Path, way_out: str = "", kind: type = dict) -> Any:
@@ -116,18 +158,45 @@ def read_json(path: Path, way_out: str = "", kind: type = dict) -> Any:
     return parse_json(read_bytes(path, way_out), path, way_out, kind)
 
 
-def parse_json(data: bytes | str, where: object, way_out: str = "", kind: type = dict) -> Any:
+def parse_json(
+    data: bytes | str, where: object, way_out: str = "", kind: type = dict, *, constants: bool = False
+) -> Any:
     """The object, or list, that JSON says; `where` is named if it says anything else, or nothing."""
     try:
-        value = json.loads(data)
-        json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is no text
-    except RecursionError as error:
-        raise damaged(where, "its JSON is nested too deeply", way_out) from error
+        value = loads(data, constants=constants)
     except ValueError as error:
         raise damaged(where, f"it is no JSON ({error})", way_out) from error
     if not isinstance(value, kind):
         raise damaged(where, f"it holds no JSON {'object' if kind is dict else kind.__name__}", way_out)
     return value
+
+
+def loads(data: bytes | str, *, constants: bool = False) -> Any:
+    """Strict JSON: UTF-8, no key twice, no half of a surrogate pair, not nested beyond reason.
+
+    constants: take NaN and Infinity, as Python writes them, too. Raises ValueError.
+    """
+    try:
+        value = json.loads(
+            data if isinstance(data, str) else data.decode(),
+            parse_constant=None if constants else _no_constant,
+            object_pairs_hook=_no_key_twice,
+        )
+        json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    return value
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key comes twice")
+    return found
 
 
 def read_lines(path: Path, way_out: str = "") -> list[dict[str, Any]]:
@@ -139,7 +208,7 @@ def read_lines(path: Path, way_out: str = "") -> list[dict[str, Any]]:
         return []
     whole, _, _ = read_bytes(path, way_out).rpartition(b"\n")
     return [
-        parse_json(line, f"line {number} of {path}", way_out or "Remove that line.")
+        parse_json(line, f"line {number} of {path}", way_out or "Remove that line.", constants=True)
         for number, line in enumerate(whole.split(b"\n"), 1)
         if line.strip()
     ]

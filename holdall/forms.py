@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from holdall.runs import RunError
+from holdall.files import RunError
 
 STRICT = "HOLDALL_STRICT"
 """The environment variable: inherited by the processes of a sweep."""

@@ -41,9 +41,9 @@ import torch
 
 from holdall import errors, files, mixers, processes, runs, settings
 from holdall.contract import Config, did_you_mean
+from holdall.files import RunError
 from holdall.model import ModelConfig, seeded
 from holdall.operations import flops_per_token
-from holdall.runs import RunError
 from holdall.settings import NonNegativeFloat, PositiveInt
 from holdall.tasks.data import DataConfig, Segment
 from holdall.tasks.information import recall_bits
@@ -280,7 +280,7 @@ def run_sweep(
     together = device != "cpu" if together is None else together
     workers = at_once(device, workers)
     watcher = watcher or Watcher()
-    with runs.locked(out), contextlib.ExitStack() as stack:
+    with files.locked(out), contextlib.ExitStack() as stack:
         jobs = planned(sweep, out, together=together)
         folders = [out / "runs" / job.folder for job in jobs]
         stack.enter_context(_claimed(out, sweep, command, device, folders))
@@ -367,7 +367,7 @@ def _claimed(
             for name in ("config.json", "environment.json", "results.jsonl"):
                 (out / name).unlink(missing_ok=True)
         elif before is not None and now == begun:
-            runs.write_atomically(path, before)
+            files.write_atomically(path, before)
         raise
 
 
@@ -404,8 +404,8 @@ def _claim(out: Path, sweep: SweepConfig, command: str, device: str) -> None:
             for segment in sweep.data.test
         ],
     }
-    runs.write_json(out / "environment.json", runs.environment(device, 1))
-    runs.write_json(path, {**about, "points": plain["points"]})
+    files.write_json(out / "environment.json", runs.environment(device, 1))
+    files.write_json(path, {**about, "points": plain["points"]})
 
 
 def _difference(held: Any, wanted: Any) -> str:
@@ -430,7 +430,7 @@ def _difference(held: Any, wanted: Any) -> str:
 
 def _write_results(out: Path, lines: dict[int, list[dict[str, Any]]]) -> None:
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for i in sorted(lines) for line in lines[i])
-    runs.write_atomically(out / "results.jsonl", text.encode())
+    files.write_atomically(out / "results.jsonl", text.encode())
 
 
 class _Pool:

@@ -22,8 +22,8 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from holdall.contract import State
+from holdall.files import RunError
 from holdall.model import Model, head_loss
-from holdall.runs import RunError
 
 Fabric = Any
 """`OneProcess`, or lightning_fabric.Fabric, which is imported late: it is an optional dependency."""

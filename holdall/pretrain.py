@@ -39,10 +39,11 @@ from torch import Tensor
 from holdall import checkpoints, files, runs, settings
 from holdall.compiled import compile_blocks
 from holdall.contract import Config
+from holdall.files import RunError
 from holdall.model import Model, ModelConfig, Precision, repeatable, seeded
 from holdall.operations import flops_per_token, memory_bytes, peak_flops
 from holdall.parallel import Fabric, LanguageModelLoss, decayed, launcher, put, whole
-from holdall.runs import RunError, Stopped
+from holdall.runs import Stopped
 from holdall.settings import (
     Betas,
     NonNegativeFloat,
@@ -160,7 +161,7 @@ def pretrain(
     corpus = open_data(config)
     config = _checked(config, corpus, fabric.world_size)
     with (
-        runs.locked(folder) if fabric.is_global_zero else contextlib.nullcontext(),
+        files.locked(folder) if fabric.is_global_zero else contextlib.nullcontext(),
         repeatable(fabric.device) if in_order else contextlib.nullcontext(),
     ):
         if _check(folder, config) is not None:
@@ -174,7 +175,7 @@ def pretrain(
             run.claim = functools.partial(_claim, folder, config, fabric, in_order)
             result = run.run(should_stop, checkpoint_seconds)
         if fabric.is_global_zero:
-            runs.write_json(done, result)
+            files.write_json(done, result)
         fabric.barrier()
     return result
 
@@ -247,13 +248,13 @@ def _claim(folder: Path, config: PretrainConfig, fabric: Fabric, in_order: bool)
     path, held = folder / "config.json", _check(folder, config)
     if held is not None:
         if held.get("data") != config.data:
-            runs.write_json(path, config.to_dict())
+            files.write_json(path, config.to_dict())
     else:
         where = runs.environment(str(fabric.device), torch.get_num_threads())
         strategy = type(fabric.strategy).__name__
         where |= {"devices": fabric.world_size, "strategy": strategy, "in_order": in_order}
-        runs.write_json(folder / "environment.json", where)
-        runs.write_json(path, config.to_dict())
+        files.write_json(folder / "environment.json", where)
+        files.write_json(path, config.to_dict())
 
 
 # --------------------------------------------------------------------------------------------- the trainer

@@ -21,17 +21,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from holdall.files import (  # noqa: F401 - until callers name files themselves
-    RunError,
-    append_line,
-    explained,
-    locked,
-    read_lines,
-    replacing,
-    write_atomically,
-    write_json,
-)
-
 
 class Stopped(Exception):  # noqa: N818 - not an error: somebody asked for it
     """Training was asked to stop; its state is in the run folder."""

@@ -29,9 +29,10 @@ from torch import Tensor
 
 from holdall import checkpoints, files, runs, settings
 from holdall.contract import Config
+from holdall.files import RunError
 from holdall.model import Model, ModelConfig, Precision, repeatable, seeded
 from holdall.population import Member, Population, loss, right
-from holdall.runs import RunError, Stopped
+from holdall.runs import Stopped
 from holdall.settings import Betas, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed, Share
 from holdall.tasks.data import DataConfig, Questions, TaskData
 
@@ -128,12 +129,12 @@ def train(
     """
     device = torch.device(device)
     together = device.type != "cpu" if together is None else together
-    with runs.locked(folder), repeatable(device), own_stream(device):
+    with files.locked(folder), repeatable(device), own_stream(device):
         if (done := finished(config, folder)) is not None:
             return done
         run = Trainer(config, folder, device, together, keep_weights)
         results = run.run(on_progress, should_stop, checkpoint_seconds)
-        runs.write_json(folder / "result.json", results)
+        files.write_json(folder / "result.json", results)
         (folder / "checkpoint.safetensors").unlink(missing_ok=True)
         return results
 
@@ -188,8 +189,8 @@ def _claim(folder: Path, config: TrainConfig, device: torch.device) -> None:
     the corrected command.
     """
     if not _check(folder, config):
-        runs.write_json(folder / "environment.json", runs.environment(str(device), torch.get_num_threads()))
-        runs.write_json(folder / "config.json", config.to_dict())
+        files.write_json(folder / "environment.json", runs.environment(str(device), torch.get_num_threads()))
+        files.write_json(folder / "config.json", config.to_dict())
 
 
 @functools.lru_cache(maxsize=1)

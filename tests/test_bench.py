@@ -13,7 +13,7 @@ from rich.table import Table
 import bench.__main__
 from bench import collected, gpu, kernels, markdown
 from bench.__main__ import last
-from holdall import runs
+from holdall import files
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -96,7 +96,7 @@ def test_a_stop_ends_all_benchmarks(
     monkeypatch.setattr(bench.__main__, "subprocess", green)
     monkeypatch.setattr(sys, "argv", ["bench", "generator", "training", "--results", str(file)])
     assert bench.__main__.main() == 130
-    lines = runs.read_lines(file)
+    lines = files.read_lines(file)
     assert [[result.get("what") for result in line["results"]] for line in lines] == [[None, "0"]] * kept
 
 

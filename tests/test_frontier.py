@@ -18,13 +18,13 @@ from typing import Any
 import pytest
 import torch
 
-from holdall import contract, frontier, recipes, runs
+from holdall import contract, files, frontier, recipes
+from holdall.files import RunError
 from holdall.frontier import OutOfTime, SweepConfig, Watcher, run_sweep
 from holdall.mixers.attention import AttentionConfig
 from holdall.mixers.linformer import LinformerConfig
 from holdall.mixers.sliding_window import SlidingWindowConfig
 from holdall.recipes import patterns, quick
-from holdall.runs import RunError
 from holdall.show import sweeps
 from holdall.tasks.data import MQARData, Segment
 from holdall.tasks.information import recall_bits
@@ -70,7 +70,7 @@ def without_time(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def test_a_sweep_leaves_one_line_per_model_and_learning_rate(tmp_path: Path) -> None:
     told: list[int] = []
     lines = run(tmp_path / "out", watcher=Watcher(finished=lambda index, lines: told.append(index)))
-    assert runs.read_lines(tmp_path / "out" / "results.jsonl") == lines
+    assert files.read_lines(tmp_path / "out" / "results.jsonl") == lines
     assert sorted(told) == [0, 1, 2, 3]
     assert [(line["label"], line["learning_rate"]) for line in lines] == [
         (label, rate) for label in ("attention", "window 4") for rate in (0.01, 0.02)
@@ -188,7 +188,7 @@ def test_a_stopped_sweep_goes_on_to_the_same_results(tmp_path: Path, how: signal
         cut.wait(timeout=60)
     subprocess.run([*command, str(tmp_path / "cut")], check=True, timeout=120)
     subprocess.run([*command, str(tmp_path / "whole")], check=True, timeout=120)
-    lines = [runs.read_lines(tmp_path / name / "results.jsonl") for name in ("cut", "whole")]
+    lines = [files.read_lines(tmp_path / name / "results.jsonl") for name in ("cut", "whole")]
     assert without_time(lines[0]) == without_time(lines[1])
 
 
@@ -277,7 +277,7 @@ def test_without_time_nothing_is_trained(tmp_path: Path) -> None:
     with pytest.raises(OutOfTime, match="4 of 4 runs are not finished"):
         run(tmp_path / "out", minutes=0)
     assert not list((tmp_path / "out").glob("runs/*"))
-    assert runs.read_lines(tmp_path / "out" / "results.jsonl") == []
+    assert files.read_lines(tmp_path / "out" / "results.jsonl") == []
 
 
 def test_a_sweep_can_be_made_in_pieces_and_put_together(tmp_path: Path) -> None:
@@ -288,7 +288,7 @@ def test_a_sweep_can_be_made_in_pieces_and_put_together(tmp_path: Path) -> None:
         shutil.copytree(tmp_path / family / "runs", tmp_path / "all" / "runs", dirs_exist_ok=True)
     gathered = run(tmp_path / "all", minutes=0)  # on a third, which has no GPU
     assert without_time(gathered) == without_time(whole)
-    assert runs.read_lines(tmp_path / "all" / "results.jsonl") == gathered
+    assert files.read_lines(tmp_path / "all" / "results.jsonl") == gathered
     with pytest.raises(ValueError, match="Did you mean 'attention'"):
         run(tmp_path / "all", families=["atention"])
 

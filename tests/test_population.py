@@ -13,7 +13,7 @@ import torch
 from test_train import TASK, assert_same_run, config, weights
 from torch.func import vmap
 
-from holdall import population, runs
+from holdall import files, population
 from holdall.contract import MixerConfig
 from holdall.mixers.attention import AttentionConfig
 from holdall.mixers.base_conv import BaseConvConfig
@@ -147,7 +147,7 @@ def test_bf16_learns_and_is_another_run_than_fp32(tmp_path: Path) -> None:
     assert not torch.equal(
         weights(tmp_path / "fp32")["embed.weight"], weights(tmp_path / "bf16")["embed.weight"]
     )
-    with pytest.raises(runs.RunError, match="another config"):
+    with pytest.raises(files.RunError, match="another config"):
         run("fp32", precision="bf16")
 
 

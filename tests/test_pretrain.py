@@ -22,8 +22,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from holdall import files
 from holdall import pretrain as module
-from holdall import runs
+from holdall.files import RunError
 from holdall.mixers.attention import AttentionConfig
 from holdall.mixers.base_conv import BaseConv, BaseConvConfig
 from holdall.mixers.h3 import H3Config
@@ -34,7 +35,6 @@ from holdall.model import Model, ModelConfig, seeded
 from holdall.operations import flops_per_token
 from holdall.parallel import LanguageModelLoss, cast_call, decayed, launcher
 from holdall.pretrain import PretrainConfig, Pretrainer, Stopped, generate, load_run, open_data, pretrain
-from holdall.runs import RunError
 from holdall.text.shards import write_corpus
 from holdall.text.tokenizers import Bytes
 
@@ -86,7 +86,7 @@ def lines(folder: Path) -> list[dict[str, object]]:
     """The metrics without what time and memory are."""
     return [
         {name: value for name, value in line.items() if name not in ("tokens_per_s", "memory")}
-        for line in runs.read_lines(folder / "metrics.jsonl")
+        for line in files.read_lines(folder / "metrics.jsonl")
     ]
 
 
@@ -428,7 +428,7 @@ def test_killed_at_any_moment_the_same_command_gives_the_same_losses(
         if kills < 3:
             until = time.monotonic() + 60
             while process.poll() is None and time.monotonic() < until:
-                told = len(runs.read_lines(folder / "metrics.jsonl"))
+                told = len(files.read_lines(folder / "metrics.jsonl"))
                 if (folder / "last.safetensors").exists() and told > 15 + 30 * kills:
                     break
                 time.sleep(0.003)

@@ -17,11 +17,11 @@ import torch
 from safetensors.torch import load_file
 
 import holdall
-from holdall import runs
+from holdall import files
+from holdall.files import RunError
 from holdall.mixers.base_conv import BaseConvConfig
 from holdall.mixers.taylor import TaylorConfig
 from holdall.model import ModelConfig
-from holdall.runs import RunError
 from holdall.tasks.data import MQARData, Segment, TaskData
 from holdall.train import Progress, Stopped, TrainConfig, Trainer, train
 
@@ -54,7 +54,7 @@ def assert_same_run(a: Path, b: Path, member: int = 0) -> None:
     for name, tensor in weights(a, member).items():
         assert torch.equal(tensor, weights(b, member)[name]), name
     without_time = [
-        [{k: v for k, v in line.items() if k != "seconds"} for line in runs.read_lines(f / "metrics.jsonl")]
+        [{k: v for k, v in line.items() if k != "seconds"} for line in files.read_lines(f / "metrics.jsonl")]
         for f in (a, b)
     ]
     assert without_time[0] == without_time[1]
@@ -322,16 +322,16 @@ def test_a_run_that_is_refused_before_its_first_step_leaves_its_folder_free(
 
 def test_two_processes_never_share_a_folder(tmp_path: Path) -> None:
     used = pytest.raises(RunError, match="in use by another run")
-    with runs.locked(tmp_path / "run"), used, runs.locked(tmp_path / "run", patience=0.2):
+    with files.locked(tmp_path / "run"), used, files.locked(tmp_path / "run", patience=0.2):
         pass
-    with runs.locked(tmp_path / "run", patience=0.2):
+    with files.locked(tmp_path / "run", patience=0.2):
         pass
 
 
 def test_a_torn_last_line_is_left_out_and_an_atomic_write_leaves_no_trace(tmp_path: Path) -> None:
     (tmp_path / "lines").write_bytes(b'{"a": 1}\n{"a": 2}\n{"a"')
-    assert runs.read_lines(tmp_path / "lines") == [{"a": 1}, {"a": 2}]
-    runs.write_json(tmp_path / "value.json", {"a": 1})
+    assert files.read_lines(tmp_path / "lines") == [{"a": 1}, {"a": 2}]
+    files.write_json(tmp_path / "value.json", {"a": 1})
     assert sorted(os.listdir(tmp_path)) == ["lines", "value.json"]
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from holdall.contract import Entry, MixerConfig, lookup, registered
-from holdall.runs import RunError
+from holdall.files import RunError
 
 for _module in pkgutil.iter_modules(__path__, __name__ + "."):
     importlib.import_module(_module.name)

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from holdall import runs
+from holdall import files
 from holdall.analysis.recall import SLICES, Curve, Scores, carried, check_same, curve, gap, slice_of, table
 from holdall.report import recall_curves, recall_gaps, recall_state
 from holdall.report.recall_gaps import NAMES
@@ -67,9 +67,9 @@ def write(
         **{name: scored[0].about[name] for name in shared},
         "runs": lines,
     }
-    with runs.explained(out):
+    with files.explained(out):
         out.mkdir(parents=True, exist_ok=True)
-    runs.write_json(out / "slices.json", content)
+    files.write_json(out / "slices.json", content)
     written = [out / "slices.json"]
     looks: dict[str, Any] = {"threshold": threshold, "dark": dark}
     figures = {"recall": recall_curves.draw([run for run in scored if run.label in drawn] or scored, **looks)}
@@ -86,7 +86,7 @@ def write(
     for name, figure in figures.items():
         picture = io.BytesIO()
         recall_curves.save_figure(figure, picture, command)
-        runs.write_atomically(out / f"{name}.png", picture.getvalue())
+        files.write_atomically(out / f"{name}.png", picture.getvalue())
         written.append(out / f"{name}.png")
     return written
 
@@ -105,9 +105,9 @@ def _finite(numbers: dict[str, float]) -> dict[str, float | None]:
 
 def write_page(a: Scores, b: Scores, corpus: Any, out: Path, **options: Any) -> Path:
     """Write recall.html into `out`; arguments and errors as those of `render`."""
-    with runs.explained(out):
+    with files.explained(out):
         out.mkdir(parents=True, exist_ok=True)
-    runs.write_atomically(out / "recall.html", render(a, b, corpus, **options).encode())
+    files.write_atomically(out / "recall.html", render(a, b, corpus, **options).encode())
     return out / "recall.html"
 
 

@@ -23,7 +23,7 @@ from rich.progress import TextColumn
 from rich.segment import Segment
 from rich.text import Text
 
-from holdall import errors
+from holdall import errors, files
 
 TELL_SECONDS = 30.0
 """Between the lines of progress where nobody sees a bar move."""
@@ -35,8 +35,8 @@ UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]|[\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
-    """A text without what would steer the terminal; what stands for a byte that is no text becomes a mark."""
-    return UNPRINTABLE.sub(lambda found: "\ufffd" if found[0] >= "\ud800" else "", text)
+    """A text with what would steer the terminal, or is no text, escaped; its lines stay lines."""
+    return UNPRINTABLE.sub(lambda found: files.printable(found[0]), text)
 
 
 class PlainConsole(Console):

@@ -10,7 +10,7 @@ from rich import box
 from rich.progress import BarColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from holdall import runs, text
+from holdall import files, runs, text
 from holdall.show import TELL_SECONDS, Words, busy, console
 from holdall.text.corpus import SPLITS
 from holdall.text.shards import Progress as DataProgress
@@ -50,8 +50,7 @@ def data(
                 on_progress=view.progress,
             )
     except KeyboardInterrupt:
-        told = f"Stopped. What is whole is in {out}; the same command goes on from there."
-        console.print(told, soft_wrap=True)
+        _print(f"Stopped. What is whole is in {out}; the same command resumes from there.")
         return 130
     _print_corpus(corpus)
     seconds = time.monotonic() - began
@@ -101,6 +100,11 @@ class _DataView:
             console.print(f"{progress.bytes / max(1, progress.of_bytes):4.0%}  {says}")
 
 
+def _print(line: str) -> None:
+    """Print one line, whatever is in the names of files that it holds."""
+    console.print(files.printable(line), soft_wrap=True)
+
+
 def _check(out: Path) -> int:
     with busy(f"reading {out}"):
         corpus = text.open_corpus(out, verify=True)
@@ -122,18 +126,17 @@ def _print_corpus(corpus: text.Corpus) -> None:
     for reason, count in manifest["left_out"].items():
         console.print(f"  left out: {count:,} of {reason}")
     for example in manifest["examples"]:
-        console.print(f"    {example}", soft_wrap=True)
+        _print(f"    {example}")
     if undivided := manifest.get("undivided"):
         console.print(
             f"  the separator is nowhere in {undivided['files']:,} files, each of which is one document:"
         )
         for name in undivided["examples"]:
-            console.print(f"    {name}", soft_wrap=True)
+            _print(f"    {name}")
     if manifest["ignored_files"]:
         console.print(f"  passed over: {manifest['ignored_files']:,} files in folders that are no text")
     size = sum(each["bytes"] for each in manifest["files"].values()) / (1 << 20)
-    console.print(
+    _print(
         f"  {corpus.folder}: tokenizer {corpus.tokenizer.name}, vocabulary {corpus.vocab:,}, "
         f"{size:,.1f} MiB of {manifest['dtype']}, content {corpus.content_hash[:12]}",
-        soft_wrap=True,
     )

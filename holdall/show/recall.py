@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TimeElapsedColumn, TimeRemainingC
 from rich.table import Table
 from rich.text import Text
 
-from holdall import mixers
+from holdall import files, mixers
 from holdall.analysis import recall as slices
 from holdall.files import RunError
 from holdall.model import Model
@@ -75,7 +75,7 @@ def recall(
 
 def _warn_of_bytes(config: PretrainConfig) -> None:
     """Of bytes nearly every pair was there before: a hit is no recalled name then."""
-    with contextlib.suppress(runs.RunError):  # scores are shown where their corpus is not
+    with contextlib.suppress(files.RunError):  # scores are shown where their corpus is not
         if isinstance(open_data(config).tokenizer, Bytes):
             console.print(
                 "warning: this corpus is of bytes, so a recall hit is a pair of letters that was there "

@@ -18,6 +18,7 @@ from rich.progress import Progress as Bars
 from rich.text import Text
 
 from holdall import mixers
+from holdall.files import RunError
 from holdall.model import ModelConfig
 from holdall.parallel import Strategy, launcher
 from holdall.pretrain import (
@@ -32,7 +33,6 @@ from holdall.pretrain import (
     pretrain,
 )
 from holdall.recipes import presets
-from holdall.runs import RunError
 from holdall.show import TELL_SECONDS, Words, console, resolve_device
 
 SAMPLES, PROMPT, WRITTEN = 3, 64, 192

@@ -13,7 +13,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from holdall import mixers, runs
+from holdall import files, mixers
 from holdall.analysis.soundness import LENGTHS, drift, length_for
 from holdall.contract import Entry, bytes_per_row
 from holdall.report import zoo as zoo_pages
@@ -75,10 +75,10 @@ def soundness(names: Sequence[str], out: Path, width: int, length: int | None, l
     for file in load:
         mixers.load(file)
     wanted = [(each, mixers.configured(each, width)[1]) for each in names or mixers.names()]
-    with runs.explained(out):
+    with files.explained(out):
         out.mkdir(parents=True, exist_ok=True)
     done = {
-        (line["mixer"], line["dtype"], line["width"], line["length"]): line for line in runs.read_lines(path)
+        (line["mixer"], line["dtype"], line["width"], line["length"]): line for line in files.read_lines(path)
     }
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     table.add_column("mixer")
@@ -97,7 +97,7 @@ def soundness(names: Sequence[str], out: Path, width: int, length: int | None, l
                 if line is None:
                     measured = drift(config, dtype, length=length)
                     line = {"mixer": label, "dtype": name, "width": width, **dataclasses.asdict(measured)}
-                    runs.append_line(path, line)
+                    files.append_line(path, line)
                 found.append(line)
                 table.add_row(
                     label, name, f"{line['length']:,}", f"{line['error']:.1e}", f"{line['last']:.1e}",

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from holdall import files
 from holdall.text import tokenizers
 from holdall.text.files import (
     TextError,
@@ -32,7 +33,6 @@ from holdall.text.files import (
     is_text,
     open_array,
     open_regular,
-    parse_json,
     read_json,
     read_regular,
     seal,
@@ -164,7 +164,7 @@ class Tokens:
         try:
             if len(lines) != self._shards[shard]["documents"]:
                 raise ValueError(f"{len(lines):,} lines for {self._shards[shard]['documents']:,} documents")
-            found = [parse_json(line) for line in lines]
+            found = [files.loads(line) for line in lines]
             check(found, [{"source": is_text, ...: is_text}], "line")
         except ValueError as error:
             raise TextError(f"{path} is damaged ({error})") from error

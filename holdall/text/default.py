@@ -15,7 +15,7 @@ import stat
 import tempfile
 from pathlib import Path
 
-from holdall import runs
+from holdall import files
 from holdall.text.corpus import Corpus, open_corpus
 from holdall.text.files import TextError
 from holdall.text.shards import write_corpus
@@ -40,13 +40,13 @@ def default_corpus(cache: Path | None = None) -> Corpus:
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     try:
         return _below(_private(home / "holdall"))
-    except runs.RunError:  # a home that is missing or read-only, as in many containers
+    except files.RunError:  # a home that is missing or read-only, as in many containers
         return _below(_private(Path(tempfile.gettempdir()) / f"holdall-{os.getuid()}", shared=True))
 
 
 def _private(folder: Path, *, shared: bool = False) -> Path:
     """A folder, made for its user alone. In a place that all share, raises RunError unless it is that."""
-    with runs.explained(folder):
+    with files.explained(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
             folder.mkdir(mode=0o700)
@@ -61,14 +61,14 @@ def _private(folder: Path, *, shared: bool = False) -> Path:
 
 def _below(cache: Path) -> Corpus:
     folder = cache / f"text-{hashlib.sha256(TEXT.read_bytes()).hexdigest()[:12]}-{VALID:g}"
-    with runs.explained(cache), contextlib.suppress(TextError):  # which says: not made yet, or damaged
+    with files.explained(cache), contextlib.suppress(TextError):  # which says: not made yet, or damaged
         return _known(folder)
-    with runs.locked(cache, patience=60):
+    with files.locked(cache, patience=60):
         try:  # another process may have made it meanwhile
             return _known(folder)
         except TextError:
             making = folder.with_name(f".{folder.name}")
-            with runs.explained(cache):
+            with files.explained(cache):
                 for left in (making, folder):
                     _remove(left)
                 write_corpus([TEXT], making, Bytes(), valid=VALID, command="holdall train")

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from holdall import processes, runs
+from holdall import files, processes, runs
 from holdall.text import tokenizers
 from holdall.text.corpus import SPLITS
-from holdall.text.files import TextError, encodable
+from holdall.text.files import TextError
 from holdall.text.sources import BadRecord, Record, Source, decode, draw, is_blank, new_draw, parse
 from holdall.text.tokenizers import Tokenizer
 
@@ -36,7 +36,7 @@ class Job:
         """All that decides what comes out, as plain JSON values."""
         sources = [
             {
-                "path": encodable(str(each.path)),
+                "path": files.encodable(str(each.path)),
                 "bytes": each.size,
                 "modified": each.modified,
                 "valid": each.valid,
@@ -47,8 +47,8 @@ class Job:
             "sources": sources,
             "tokenizer": self.tokenizer.describe(),
             "valid": self.valid,
-            "text_field": encodable(self.text_field),
-            "separator": encodable(self.separator),
+            "text_field": files.encodable(self.text_field),
+            "separator": files.encodable(self.separator),
         }
 
 
@@ -130,7 +130,9 @@ MANY = 1 << 23
 
 def encode(job: Job, batch: Batch) -> Encoded:
     last = batch.records[-1]
-    undivided = [encodable(str(job.sources[each.file].path)) for each in batch.records if each.undivided]
+    undivided = [
+        files.encodable(str(job.sources[each.file].path)) for each in batch.records if each.undivided
+    ]
     out = Encoded((last.file, last.number), batch.ends, (Split(), Split()), [], 1.0, undivided)
     if not last.is_whole:
         return _encode_piece(job, last, out)
@@ -173,12 +175,12 @@ def _number(job: Job, last: tuple[int, int]) -> str:
 
 def _bad(job: Job, last: tuple[int, int], error: BadRecord) -> Bad:
     found = f"{error}, {error.detail}" if error.detail else str(error)
-    return Bad(str(error), f"{encodable(str(job.sources[last[0]].path))}{_number(job, last)}: {found}")
+    return Bad(str(error), f"{files.encodable(str(job.sources[last[0]].path))}{_number(job, last)}: {found}")
 
 
 def _place(job: Job, record: Record, about: dict[str, str], drawn: float) -> Place:
     source = job.sources[record.file]
-    where = encodable(source.path.name) + _number(job, (record.file, record.number))
+    where = files.encodable(source.path.name) + _number(job, (record.file, record.number))
     line = json.dumps({**about, "source": where}).encode() + b"\n"
     if source.valid:
         return Place(SPLITS.index("valid"), line, 1.0)

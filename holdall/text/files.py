@@ -1,25 +1,25 @@
-"""Files that somebody else may have made: regular files, strict JSON, strict arrays, or refused by name.
+"""Files of corpora and tokenizers: what they may hold, or a TextError that names the file.
 
 What a file says is data, never authority: none of its names is opened or removed unless it is one that
-Holdall would have given, and nothing of it moves a terminal's cursor.
+Holdall would have given.
 """
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import hashlib
 import io
 import json
 import os
 import re
-import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import IO, Any
 
 import numpy as np
 
-from holdall.runs import RunError
+from holdall import files
+from holdall.files import RunError
 
 CHUNK = 1 << 18
 """Bytes read at once."""
@@ -28,90 +28,35 @@ CHUNK = 1 << 18
 class TextError(RunError):
     """Something about texts, tokenizers or token shards that a user can mend; the message says how."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(printable(message))
 
-
-# ------------------------------------------------------------------------------------------------ names
-
-
-def encodable(text: str) -> str:
-    """A text as one that UTF-8 can hold; the only form in which names of files are written down.
-
-    A byte of a file's name that is no UTF-8, which Python keeps as a lone surrogate, becomes \\xe9, and half
-    of a surrogate pair \\ud83d. Any other text is left as it is.
-    """
-    return _SURROGATE.sub(_escaped, text)
-
-
-def printable(text: str) -> str:
-    """A text without what moves a terminal's cursor, breaks a line or cannot be encoded: that is escaped."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else _escaped(c) for c in text)
-
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-def _escaped(letter: str | re.Match[str]) -> str:
-    letter = letter if isinstance(letter, str) else letter[0]
-    if "\udc80" <= letter <= "\udcff":
-        return f"\\x{ord(letter) - 0xDC00:02x}"
-    return letter.encode("unicode_escape").decode()
-
-
-# ------------------------------------------------------------------------------------------------ opening
-
-
-def open_regular(path: Path, *, follow: bool = False) -> BinaryIO:
-    """A regular file, opened for reading. Raises TextError for anything else, and never waits for it.
-
-    follow: take the file that a link leads to; what lies in a corpus is never a link.
-    """
-    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
+@contextlib.contextmanager
+def _of_text() -> Iterator[None]:
     try:
-        descriptor = os.open(path, flags)
-    except FileNotFoundError:
-        raise TextError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno == errno.ELOOP:
-            raise TextError(f"{path} is a link; put the file itself there") from None
-        raise TextError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise TextError(f"{path} is no file that can be read: a folder, a device or a pipe is in its place")
-    return os.fdopen(descriptor, "rb")
+        yield
+    except RunError as error:
+        raise TextError(str(error)) from error.__cause__
+
+
+def open_regular(path: Path, *, follow: bool = False) -> IO[bytes]:
+    """`files.open_file`, whose error is a TextError."""
+    with _of_text():
+        return files.open_file(path, follow=follow)
 
 
 def read_regular(path: Path, *, follow: bool = False) -> bytes:
-    """All of a regular file. Raises TextError."""
-    with open_regular(path, follow=follow) as file:
-        try:
-            return file.read()
-        except OSError as error:
-            raise TextError(f"cannot read {path}: {error.strerror or error}") from None
+    """`files.read_bytes`, whose error is a TextError."""
+    with _of_text():
+        return files.read_bytes(path, follow=follow)
 
 
-# ------------------------------------------------------------------------------------------------ JSON
+def read_json(path: Path) -> dict[str, Any]:
+    """`files.read_json` of an object, whose error is a TextError."""
+    with _of_text():
+        found: dict[str, Any] = files.read_json(path)
+        return found
 
 
-def parse_json(data: bytes | str) -> Any:
-    """Strict JSON: UTF-8, no NaN or infinity, no key twice, not nested beyond reason. Raises ValueError."""
-    try:
-        return json.loads(
-            data if isinstance(data, str) else data.decode(),
-            parse_constant=_no_constant,
-            object_pairs_hook=_no_key_twice,
-        )
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-
-
-def read_json(path: Path) -> Any:
-    """What a JSON file holds. Raises TextError."""
-    try:
-        return parse_json(read_regular(path))
-    except ValueError as error:
-        raise TextError(f"{path} is damaged ({error})") from error
+# ------------------------------------------------------------------------------------------------ forms
 
 
 def seal(value: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,17 +64,6 @@ def seal(value: Mapping[str, Any]) -> dict[str, Any]:
     rest = {key: value[key] for key in value if key != "hash"}
     text = json.dumps(rest, sort_keys=True)
     return {**rest, "hash": hashlib.sha256(text.encode()).hexdigest()}
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
-
-
-def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key comes twice")
-    return found
 
 
 def check(value: Any, form: Any, where: str = "it") -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from holdall import runs
+from holdall import files
 from holdall.text import tokenizers
 from holdall.text.corpus import (
     FILES,
@@ -42,7 +42,6 @@ from holdall.text.encoding import BATCH_BYTES, Encoded, Job, Split, encode_all, 
 from holdall.text.files import (
     TextError,
     check,
-    encodable,
     is_count,
     is_share,
     is_text,
@@ -112,7 +111,7 @@ def write_corpus(
     sources, ignored = find(paths, () if isinstance(valid, float | int) else valid, without=folder)
     job = Job(tuple(sources), tokenizer, float(share), text_field, separator)
     plan = {"format": FORMAT, **job.plan(), "shard_tokens": shard_tokens}
-    with runs.locked(folder):
+    with files.locked(folder):
         if not _is_finished(folder, plan):
             writer = _Writer(folder, job, strict, shard_tokens, on_progress)
             writer.claim(plan)
@@ -258,12 +257,12 @@ class _Writer:
             for left in (*there, *self.folder.glob(".*.tmp")):
                 if left.name not in kept:
                     self._remove(left.name)
-        runs.write_json(self.folder / PLAN, plan)
+        files.write_json(self.folder / PLAN, plan)
         if file:
-            runs.write_atomically(self.folder / tokenizers.FILE, file)
+            files.write_atomically(self.folder / tokenizers.FILE, file)
 
     def _remove(self, name: str) -> None:
-        with runs.explained(self.folder / name):
+        with files.explained(self.folder / name):
             (self.folder / name).unlink(missing_ok=True)
 
     def count(self, count: int) -> None:
@@ -314,7 +313,7 @@ class _Writer:
             "undivided": self.undivided,
         }
         part = seal(part)
-        runs.write_json(self.folder / _record(number), part)
+        files.write_json(self.folder / _record(number), part)
         self.parts.append(part)
         self._start_part()
 
@@ -346,7 +345,7 @@ class _Writer:
     def _write(self, name: str, chunks: Sequence[bytes | memoryview]) -> dict[str, Any]:
         """Write a file of several pieces; returns what is known of it."""
         size, digest = 0, hashlib.sha256()
-        with runs.replacing(self.folder / name) as temporary, temporary.open("wb") as file:
+        with files.replacing(self.folder / name) as temporary, temporary.open("wb") as file:
             for chunk in chunks:
                 file.write(chunk)
                 digest.update(chunk)
@@ -359,11 +358,11 @@ class _Writer:
             self._commit()
         self._check_splits()
         splits: dict[str, Any] = {}
-        files: dict[str, Any] = {}
+        written: dict[str, Any] = {}
         for name in SPLITS:
             shards = [part["shards"][name] for part in self.parts if name in part["shards"]]
             for shard in shards:
-                files |= shard["files"]
+                written |= shard["files"]
             splits[name] = {
                 "tokens": sum(shard["tokens"] for shard in shards),
                 "documents": sum(shard["documents"] for shard in shards),
@@ -371,13 +370,13 @@ class _Writer:
             }
         tokenizer = self.job.tokenizer
         if tokenizer.file:
-            files[tokenizers.FILE] = {
+            written[tokenizers.FILE] = {
                 "bytes": len(tokenizer.file),
                 "sha256": hashlib.sha256(tokenizer.file).hexdigest(),
             }
         manifest = {
             "format": FORMAT,
-            "command": encodable(command),
+            "command": files.encodable(command),
             "tokenizer": tokenizer.describe(),
             "dtype": tokenizer.dtype.name,
             **splits,
@@ -385,7 +384,7 @@ class _Writer:
             "examples": [each for part in self.parts for each in part["examples"]][:EXAMPLES],
             "ignored_files": ignored,
             "plan": plan,
-            "files": files,
+            "files": written,
         }
         if undivided := [part["undivided"] for part in self.parts if part["undivided"]["files"]]:
             manifest["undivided"] = {
@@ -393,7 +392,7 @@ class _Writer:
                 "examples": [name for each in undivided for name in each["examples"]][:EXAMPLES],
             }
         manifest["content_hash"] = content_hash(manifest)
-        runs.write_json(self.folder / MANIFEST, seal(manifest))
+        files.write_json(self.folder / MANIFEST, seal(manifest))
         self._remove_parts()
 
     def _check_splits(self) -> None:

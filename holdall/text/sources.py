@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from holdall.text.files import CHUNK, TextError, encodable, open_regular
+from holdall import files
+from holdall.text.files import CHUNK, TextError, open_regular
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 PLAIN_TEXT = (".txt", ".text", ".md")
@@ -105,9 +106,9 @@ def find(
     found: dict[Path, Source] = {}
     ignored = 0
     for path, is_valid in (*((path, True) for path in valid), *((path, False) for path in paths)):
-        files, others = _files(path, without)
+        inside, others = _files(path, without)
         ignored += others
-        for file in files:
+        for file in inside:
             stat = file.stat()
             source = Source(path=file, size=stat.st_size, modified=int(stat.st_mtime), valid=is_valid)
             found.setdefault(file.resolve(), source)
@@ -370,7 +371,8 @@ class _Zst:
 
 def _unpacker(path: Path) -> Callable[[], _Stream] | None:
     """What begins with a stream of a file; None if it is not compressed."""
-    return {".xz": _Xz, ".gz": _Gz, ".zst": _Zst}.get(path.suffix.lower())
+    kinds: dict[str, Callable[[], _Stream]] = {".xz": _Xz, ".gz": _Gz, ".zst": _Zst}
+    return kinds.get(path.suffix.lower())
 
 
 # ---------------------------------------------------------------------------------------------- parsing
@@ -401,13 +403,14 @@ def parse(data: bytes, *, is_json: bool, text_field: str) -> Document:
             raise BadRecord("broken JSON", "not an object")
         found = value.get(text_field)
         if not isinstance(found, str):
-            fields = encodable(", ".join(value))
-            raise BadRecord("no text", f"no '{encodable(text_field)}' among the fields {fields}")
+            fields = files.encodable(", ".join(value))
+            raise BadRecord("no text", f"no '{files.encodable(text_field)}' among the fields {fields}")
         text = found
         if _has_surrogate(text):
             raise BadRecord("bad UTF-8", "half of a surrogate pair")
-        known = {name: value.get(name) for name in ("id", "title")}
-        about = {name: encodable(str(each)) for name, each in known.items() if isinstance(each, str | int)}
+        for name in ("id", "title"):
+            if isinstance(each := value.get(name), str | int):
+                about[name] = files.encodable(str(each))
     if is_blank(text):
         raise BadRecord("empty")
     return Document(text, about)

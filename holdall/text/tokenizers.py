@@ -22,7 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from holdall.text.files import TextError, encodable, parse_json, read_regular
+from holdall import files
+from holdall.text.files import TextError, read_regular
 from holdall.text.sources import needed
 
 END = "<|endoftext|>"
@@ -104,7 +105,7 @@ def tokenizer(name: str) -> Tokenizer:
         path = _published(name)
     shown = path.stem if path.name != FILE else path.absolute().parent.name
     file = read_regular(path, follow=True)
-    return Filed(file, name if name in PUBLISHED else encodable(shown), str(path))
+    return Filed(file, name if name in PUBLISHED else files.encodable(shown), str(path))
 
 
 def from_manifest(described: Mapping[str, Any], folder: Path) -> Tokenizer:
@@ -171,7 +172,7 @@ class Filed(Tokenizer):
     def __init__(self, file: bytes, name: str, path: str) -> None:
         self._file, self.name, self._path = file, name, path
         try:
-            self._parsed: dict[str, Any] = parse_json(file)
+            self._parsed: dict[str, Any] = files.loads(file)
             known = _ids(self._parsed)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise TextError(

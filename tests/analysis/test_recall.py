@@ -35,9 +35,9 @@ from holdall.analysis.recall import (
     training_counts,
     windows_of,
 )
+from holdall.files import RunError
 from holdall.mixers.attention import AttentionConfig
 from holdall.model import ModelConfig, seeded
-from holdall.runs import RunError
 
 END, VOCAB = 0, 11
 

@@ -8,8 +8,8 @@ import torch
 from holdall import mixers
 from holdall.analysis import soundness
 from holdall.analysis.soundness import drift, length_for
+from holdall.files import read_lines
 from holdall.mixers.retnet import RetNet
-from holdall.runs import read_lines
 from holdall.show import guarded
 from holdall.show import zoo as shown
 

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from holdall.analysis import recall as slices
 from holdall.analysis.recall import Predictions, Scores
+from holdall.files import RunError
 from holdall.mixers.attention import AttentionConfig
 from holdall.mixers.mamba import MambaConfig
 from holdall.mixers.s4 import S4Config
@@ -24,7 +25,6 @@ from holdall.pretrain import PretrainConfig
 from holdall.report import recall_gaps, recall_state
 from holdall.report.recall import OUTCOMES, legible, outcomes, render, share_text
 from holdall.report.recall_curves import DARK, LIGHT, draw, save
-from holdall.runs import RunError
 from holdall.show import guarded
 from holdall.show import recall as shown
 from holdall.text import write_corpus

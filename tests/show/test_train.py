@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from holdall import cli, runs
+from holdall import cli, files
 from holdall.pretrain import Stopped, load_run
 from holdall.show import train as shown
 from holdall.text.shards import write_corpus
@@ -115,7 +115,7 @@ def test_ctrl_c_writes_a_checkpoint_and_the_same_command_goes_on(corpus: Path, t
     for _ in range(2):
         process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
         until = time.monotonic() + 60
-        while len(runs.read_lines(out / "metrics.jsonl")) <= steps and time.monotonic() < until:
+        while len(files.read_lines(out / "metrics.jsonl")) <= steps and time.monotonic() < until:
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         said, _ = process.communicate(timeout=60)
@@ -123,7 +123,7 @@ def test_ctrl_c_writes_a_checkpoint_and_the_same_command_goes_on(corpus: Path, t
         assert "the same command goes on" in said
         before, steps = steps, load_run(out, "last").step
         assert steps > before
-        told = [line["step"] for line in runs.read_lines(out / "metrics.jsonl") if "loss" in line]
+        told = [line["step"] for line in files.read_lines(out / "metrics.jsonl") if "loss" in line]
         assert told == list(range(1, steps + 1))
 
 
@@ -146,7 +146,7 @@ def test_tensorboard_gets_what_the_run_folder_gets(
     assert run(monkeypatch, *words) == 0
     events = accumulator.EventAccumulator(str(out / "tensorboard"))
     events.Reload()
-    told = runs.read_lines(out / "metrics.jsonl")
+    told = files.read_lines(out / "metrics.jsonl")
     ours = [line["loss"] for line in told if "loss" in line]
     assert [event.value for event in events.Scalars("loss")] == pytest.approx(ours)
     assert len(events.Scalars("valid_perplexity")) == 1

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from holdall.runs import RunError
+from holdall.files import RunError
 from holdall.text import default_corpus, open_corpus, write_corpus
 from holdall.text.default import TEXT
 from holdall.text.tokenizers import Bytes

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as LibraryTokenizer
 from tokenizers import models, pre_tokenizers
 
-from holdall import runs
+from holdall import files
 from holdall.text import Corpus, TextError, Tokenizer, encoding, open_corpus, shards, sources, write_corpus
 from holdall.text.corpus import FORMAT, content_hash
 from holdall.text.files import seal
@@ -420,7 +420,7 @@ def test_a_full_disk_is_a_clear_error_and_loses_nothing(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(runs.RunError, match=r"out/.*: No space left on device.*same command"):
+        with pytest.raises(files.RunError, match=r"out/.*: No space left on device.*same command"):
             write_corpus([source], tmp_path / "out", Bytes(), **SMALL)
     assert (tmp_path / "out" / "part-00000.json").exists()
     assert write_corpus([source], tmp_path / "out", Bytes(), **SMALL).content_hash == whole.content_hash
@@ -714,7 +714,7 @@ def test_a_corpus_within_its_own_source_folder_does_not_read_itself(tmp_path: Pa
 def test_two_processes_never_share_a_folder(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    locked = runs.locked
+    locked = files.locked
     monkeypatch.setattr(runs, "locked", lambda folder: locked(folder, patience=0.2))
-    with locked(tmp_path / "out"), pytest.raises(runs.RunError, match="in use by another run"):
+    with locked(tmp_path / "out"), pytest.raises(files.RunError, match="in use by another run"):
         write_corpus([source], tmp_path / "out", Bytes(), **SMALL)
