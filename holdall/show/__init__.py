@@ -19,6 +19,7 @@ from importlib import metadata
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
+from rich.control import strip_control_codes
 from rich.progress import TextColumn
 from rich.segment import Segment
 from rich.text import Text
@@ -35,8 +36,11 @@ UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]|[\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
-    """A text with what would steer the terminal, or is no text, escaped; its lines stay lines."""
-    return UNPRINTABLE.sub(lambda found: files.printable(found[0]), text)
+    """A text with what would steer the terminal, or is no text, escaped; its lines stay lines.
+
+    Rich drops some of it wherever it makes a text of a string (bell, backspace, carriage return and alike).
+    """
+    return UNPRINTABLE.sub(lambda found: files.printable(found[0]), strip_control_codes(text))
 
 
 class PlainConsole(Console):

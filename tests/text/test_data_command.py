@@ -122,4 +122,4 @@ def test_stopped_by_its_user_it_says_how_to_go_on(
     monkeypatch.setattr("holdall.text.write_corpus", stop)
     code, told = run(monkeypatch, capsys, "data", source, "--out", tmp_path / "out")
     assert code == 130
-    assert "the same command goes on" in told
+    assert "the same command resumes" in told
