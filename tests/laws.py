@@ -170,14 +170,18 @@ def read_in_pieces(
 # ------------------------------------------------------------------------------------------------ tolerances
 
 
-def distance(got: Tensor, want: Tensor) -> float:
-    """The largest difference; NaN if there is one anywhere."""
+def largest(tensor: Tensor) -> Tensor:
+    return tensor.abs().max()
+
+
+def distance(got: Tensor, want: Tensor, measure: Callable[[Tensor], Any] = largest) -> float:
+    """The largest difference, or another measure of all of them; NaN if there is one anywhere."""
     wide = torch.promote_types(got.dtype, torch.float64)
-    return (got.to(wide) - want.to(wide)).abs().max().item() if got.numel() else 0.0
+    return size(got.to(wide) - want.to(wide), measure)
 
 
-def size(tensor: Tensor) -> float:
-    return tensor.abs().max().item() if tensor.numel() else 0.0
+def size(tensor: Tensor, measure: Callable[[Tensor], Any] = largest) -> float:
+    return float(measure(tensor.detach())) if tensor.numel() else 0.0
 
 
 def assert_close(name: str, got: Tensor, want: Tensor, bound: float | Iterable[float] | None = None) -> None:
@@ -193,12 +197,16 @@ def assert_close(name: str, got: Tensor, want: Tensor, bound: float | Iterable[f
         return
     if bound is None:
         bound = spread(want)
-    error, bounds = distance(got, want), list[float]()
-    for each in bound if isinstance(bound, Iterable) else (bound,):
-        if error <= each:
+    assert_explained(name, distance(got, want), bound if isinstance(bound, Iterable) else [bound])
+
+
+def assert_explained(name: str, error: float, bounds: Iterable[float]) -> None:
+    tried = []
+    for bound in bounds:
+        if error <= bound:
             return
-        bounds.append(each)
-    raise AssertionError(f"{name}: off by {error:.3g}, and rounding explains {max(bounds):.3g}")
+        tried.append(bound)
+    raise AssertionError(f"{name}: off by {error:.3g}, and rounding explains {max(tried):.3g}")
 
 
 def assert_bitwise(name: str, got: Tensor, want: Tensor) -> None:
@@ -246,18 +254,21 @@ def plainly(function: Callable, *args: Any, **how: Any) -> Any:
     return one(results) if isinstance(results, Tensor) else [one(u, i) for i, u in enumerate(results)]
 
 
-def earned(plain: Plain, truth: Tensor) -> Iterator[float]:
+def earned(
+    plain: Plain, truth: Tensor, units: float = 2, measure: Callable[[Tensor], Any] = largest
+) -> Iterator[float]:
     """How far from the truth an answer may be: the largest of these, of which the first is mostly enough.
 
-    That is twice as far as plain torch in that dtype, plus two units in the last place of the largest value;
+    That is twice as far as plain torch in that dtype, plus some units in the last place of the largest value;
     or, since what plain torch errs is luck where few numbers are added or large ones cancel, as far as a
     nudged run, which errs twice as much as the size of all terms on the way makes it (see `Nudges`), plus the
     same. Where nothing cancels these are about equal. A run that ends in infinities or NaN explains nothing.
+    Errors of many elements may be measured together, by their norm.
     """
-    floor = 2 * torch.finfo(plain.tensor.dtype).eps * size(truth)
-    yield 2 * distance(plain.tensor, truth) + floor
+    floor = units * torch.finfo(plain.tensor.dtype).eps * size(truth, measure)
+    yield 2 * distance(plain.tensor, truth, measure) + floor
     for tensor in plain.nudged():
-        yield finite(distance(tensor, truth)) + floor
+        yield finite(distance(tensor, truth, measure)) + floor
 
 
 def spread_of(plain: Plain) -> Iterator[float]:
@@ -275,7 +286,14 @@ def finite(error: float) -> float:
     return error if math.isfinite(error) else 0.0
 
 
-def assert_as_good_as_plain(name: str, got: Tensor, plain: Plain, truth: Tensor) -> None:
+def assert_as_good_as_plain(
+    name: str,
+    got: Tensor,
+    plain: Plain,
+    truth: Tensor,
+    units: float = 2,
+    measure: Callable[[Tensor], Any] = largest,
+) -> None:
     """`got` errs at most twice as much as `plain`, in the same dtype, both against the truth in fp64."""
     want = plain.tensor
     assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, not {tuple(want.shape)}"
@@ -283,8 +301,7 @@ def assert_as_good_as_plain(name: str, got: Tensor, plain: Plain, truth: Tensor)
     if not differentiable(want):
         assert torch.equal(got, want), f"{name}: {got.tolist()}, not {want.tolist()}"
         return
-    wide = torch.promote_types(want.dtype, torch.float64)
-    assert_close(name, got.to(wide), truth.to(wide), earned(plain, truth))
+    assert_explained(name, distance(got, truth, measure), earned(plain, truth, units, measure))
 
 
 def assert_right(name: str, got: Tensor, plain: Plain, truth: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import laws
 import pytest
 import torch
 from torch import Tensor
@@ -44,12 +45,13 @@ def draw(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tup
 def check(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
     qkv, ups = draw(size, dtype, device)
     truth = pulled(plain, qkv.double(), [up.double() for up in ups], *size[2:4])
-    ours, again, theirs = (pulled(f, qkv, ups, *size[2:4]) for f in (unit_heads, unit_heads, plain))
-    for one, repeat, other, right in zip(ours, again, theirs, truth, strict=True):
-        assert (one.dtype, one.shape) == (other.dtype, other.shape)
+    ours, again = (pulled(unit_heads, qkv, ups, *size[2:4]) for _ in range(2))
+    theirs = laws.plainly(pulled, plain, qkv, ups, *size[2:4])
+    for name, one, repeat, other, right in zip(
+        ("q", "k", "v", "gradient"), ours, again, theirs, truth, strict=True
+    ):
         assert torch.equal(one, repeat)
-        rounding = torch.finfo(dtype).eps * right.norm()
-        assert (one - right).norm() <= 2 * (other - right).norm() + rounding
+        laws.assert_as_good_as_plain(name, one, other, right, 1, torch.linalg.vector_norm)
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
