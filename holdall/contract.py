@@ -377,7 +377,8 @@ def misfit(
     device. Without `rows`, all fields must have the same. Without `device`, as for a state from a file, it is
     anywhere and beside activations of any dtype.
     """
-    if not isinstance(state, kind):
+    nameless = type(state) is tuple and len(state) == len(fields)  # its tensors decide
+    if not (nameless or isinstance(state, kind)):
         return f"the state{layer} is a {type(state).__name__}, where {owner} needs a {kind.__name__}"
     for found, field in zip(state, fields, strict=True):
         name, time, sizes, dtype = field
@@ -406,6 +407,8 @@ def _checked(forward: Callable[..., tuple[Tensor, Any]]) -> Callable[..., tuple[
     @functools.wraps(forward)
     def checked(self: Mixer, x_BTD: Tensor, state: Any = None, **how: Any) -> tuple[Tensor, Any]:
         _check_border(self, x_BTD, state, how.get("tokens_BT"))
+        if type(state) is tuple:
+            state = self.state_type(*state)
         run, device = forward, x_BTD.device.type
         if device != "meta" and torch.is_autocast_enabled(device):
             run = functools.partial(_beside_autocast, forward)
@@ -643,7 +646,8 @@ def count_on(position: Position, new: int, limit: int, limited: str) -> Position
     if total > limit and read_BT0.shape[1] and len(seen_B):
         total = int(seen_B.max()) + new
     if total > limit:
-        raise ValueError(f"{total} tokens, {new} of them new, but {limited}")
+        before = f", {total - new} of them read before" * (total > new)
+        raise ValueError(f"{total} tokens{before}, but {limited}")
     return Position(seen_B + new, seen_B.new_zeros(len(seen_B), total, 0))
 
 

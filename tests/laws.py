@@ -681,7 +681,6 @@ def law_state_border(mixer: Mixer) -> None:
         "3 rows for 1 of tokens": (x_BTD[:1], state),
         "1 row for 3 of tokens": (x_BTD, select_rows(state, [0])),
         "no rows for 3 of tokens": (x_BTD, select_rows(state, [])),
-        "a tuple": (x_BTD, tuple(state)),
         "a tuple that lacks the last field": (x_BTD, tuple(state)[:-1]),
         "another kind": (x_BTD, KeyValuePair(*(state * 2)[:2])),
         "no tokens": (x_BTD[:, :0], state),

@@ -116,7 +116,9 @@ def test_positions_run_out_while_decoding_only_for_rows_that_have_read_so_many()
     _, short = model(tokens(1, 10))
     joined = [join_rows(pair) for pair in zip(long, short, strict=True)]
     _, joined = model(tokens(2, 4), joined)
-    with pytest.raises(ValueError, match="65 tokens, 1 of them new, but the model has 64 learned positions"):
+    with pytest.raises(
+        ValueError, match="65 tokens, 64 of them read before, but the model has 64 learned positions"
+    ):
         model(tokens(2, 1), joined)
     rest = [select_rows(state, [1]) for state in joined]  # the long row is done
     logits, rest = model(tokens(1, 1), rest)
@@ -130,7 +132,7 @@ def test_a_linformer_s_positions_run_out_likewise() -> None:
     mixer = LinformerConfig(width=8, max_length=8, rank=2).build()
     x_BTD = torch.ones(2, 9, 8)
     _, state = mixer(x_BTD[:, :5])
-    with pytest.raises(ValueError, match="9 tokens, 4 of them new, but linformer has max_length 8"):
+    with pytest.raises(ValueError, match="9 tokens, 5 of them read before, but linformer has max_length 8"):
         mixer(x_BTD[:, 5:], state)
     assert mixer(x_BTD[:, 5:8], state)[1].seen_B.tolist() == [8, 8]
 

@@ -142,7 +142,7 @@ class Hawk(Mixer):
             h_BTE = diagonal_scan(a_BTE, b_BTE, state.h_BE)
         else:
             h_BTE = self.scan(a_BTE, b_BTE, state.h_BE)
-        y_BTD = self.out_proj(F.gelu(u_BTE, approximate="tanh") * h_BTE.to(x_BTD.dtype))
+        y_BTD = self.out_proj((F.gelu(u_BTE, approximate="tanh") * h_BTE).to(x_BTD.dtype))
         # a copy of the last state: a view would keep those of all tokens in memory
         return y_BTD, HawkState(conv_BPE, h_BTE[:, -1].clone(), state.seen_B + new) if want_state else None
 
