@@ -13,8 +13,10 @@ refused by name. What is added here to what it does:
 - fp32 that is fp32: tensors of that type are multiplied in three passes of tf32 instead of one;
 - a kernel of our own where one of its is unsound, holdall/kernels/chunk_gradients.py, and a route around it:
   see `per_head_is_broken`;
-- the gradient of decays by a kernel of our own, holdall/kernels/decay_gradients.py, where it takes a
-  difference of sums that leaves no digits of strong decays. What rounding is left: see `LOST_PER_NAT`.
+- in fp32, the gradient of decays by a kernel of our own, holdall/kernels/decay_gradients.py, where it takes a
+  difference of sums that leaves no digits of strong decays. What rounding is left: see `LOST_PER_NAT`. In 16
+  bits the difference stays: what enters it is rounded as coarsely, and the exact sum takes twice as long as
+  all the rest of the backward pass.
 
 The package's other backends (tilelang and the like), which it would take unasked where they are installed,
 stay off, unless it was imported before this file needed it.
@@ -143,8 +145,8 @@ def load(name: str) -> Any:
 
 
 def _chunk_gradients(q: Tensor, k: Tensor, v: Tensor, w: Tensor, g: Tensor | None, **own: Any) -> Any:
-    """Ours under the package's names, for the rule without decays."""
-    return *chunk_gradients(q, k, v, own["do"], own["dv"], own["h"], own["dh"], g, own["chunk_size"]), None
+    """Ours under the package's names."""
+    return chunk_gradients(q, k, v, own["do"], own["dv"], own["h"], own["dh"], g, own["chunk_size"])
 
 
 def _distance(config: Any) -> float:
@@ -224,6 +226,11 @@ def _log2_sums(log_decay: Tensor | None) -> Tensor:
     return sums.view(log_decay.shape)
 
 
+def _is_exact(x: Inputs, want_decay: bool) -> bool:
+    """Whether the gradient of decays is a sum of what decays, and no difference."""
+    return want_decay and x.q_BTHK.dtype == torch.float32
+
+
 def _d_decay(
     x: Inputs, u_BTHV: Tensor, dy: Tensor, dv: Tensor | None, states: Tensor, d_states: Tensor
 ) -> Tensor:
@@ -244,11 +251,12 @@ def _per_head_backward(
     x: Inputs, kept: tuple[Tensor, ...], dy: Tensor, ds: Tensor | None, want_decay: bool
 ) -> dict[str, Tensor | None]:
     q, k, v, sums, starts = _end_to_end(x)
-    dq, dk, dv, _, ds0 = load("ops.common.fused_chunk").fused_chunk_bwd(
+    dq, dk, dv, d_decay, ds0 = load("ops.common.fused_chunk").fused_chunk_bwd(
         q, k, v, sums, None, dy.view(v.shape), 1.0, x.s_BHKV, ds, cu_seqlens=starts, chunk_size=CHUNK
     )
-    found = {n: d.view(getattr(x, n).shape) for n, d in {"q_BTHK": dq, "k_BTHK": dk, "v_BTHV": dv}.items()}
-    if want_decay:
+    found = {"q_BTHK": dq, "k_BTHK": dk, "v_BTHV": dv, "log_decay": d_decay}
+    found = {n: None if d is None else d.view(getattr(x, n).shape) for n, d in found.items()}
+    if _is_exact(x, want_decay):
         parts = load("ops.common.chunk_h")
         own = {"g": _log2_sums(x.log_decay), "h0": x.s_BHKV, "chunk_size": CHUNK}
         states, _ = parts.chunk_fwd_h(x.k_BTHK, x.v_BTHV, **own)
@@ -278,6 +286,11 @@ def _per_key_backward(
     x: Inputs, kept: tuple[Tensor, ...], dy: Tensor, ds: Tensor | None, want_decay: bool
 ) -> dict[str, Tensor | None]:
     parts, sums = load("ops.gla.chunk"), _log2_sums(x.log_decay)
+    if not _is_exact(x, want_decay):
+        dq, dk, dv, d_decay, ds0 = parts.chunk_gla_bwd(
+            x.q_BTHK, x.k_BTHK, x.v_BTHV, None, sums, 1.0, x.s_BHKV, None, kept[0], dy, ds, chunk_size=CHUNK
+        )
+        return {"q_BTHK": dq, "k_BTHK": dk, "v_BTHV": dv, "log_decay": d_decay, "s_BHKV": ds0}
     own = {"gk": sums, "h0": x.s_BHKV, "chunk_size": CHUNK, "states_in_fp32": True}
     states, _ = parts.chunk_fwd_h(x.k_BTHK, x.v_BTHV, **own)
     d_states, ds0 = parts.chunk_bwd_dh(x.q_BTHK, x.k_BTHK, x.v_BTHV, dy, dht=ds, scale=1.0, **own)
@@ -287,7 +300,7 @@ def _per_key_backward(
     dq, dk, _ = parts.chunk_gla_bwd_dqkg(
         x.q_BTHK, x.k_BTHK, x.v_BTHV, states, sums, dy, d_states, dq, dk, 1.0, chunk_size=CHUNK
     )
-    d_decay = _d_decay(x, x.v_BTHV, dy, None, states, d_states) if want_decay else None
+    d_decay = _d_decay(x, x.v_BTHV, dy, None, states, d_states)
     return {"q_BTHK": dq, "k_BTHK": dk, "v_BTHV": dv, "log_decay": d_decay, "s_BHKV": ds0}
 
 
@@ -319,6 +332,13 @@ def _delta_per_head_backward(
 ) -> dict[str, Tensor | None]:
     parts, sums = load("ops.gated_delta_rule.chunk"), _log2_sums(x.log_decay)
     q, k, v, beta = x.q_BTHK, x.k_BTHK, x.v_BTHV, x.beta_BTH
+    if not _is_exact(x, want_decay):
+        dq, dk, dv, d_beta, d_decay, ds0, *_ = parts.chunk_gated_delta_rule_bwd(
+            q, k, v, sums, beta, kept[0], 1.0, x.s_BHKV, dy, ds, chunk_size=CHUNK
+        )
+        return {
+            "q_BTHK": dq, "k_BTHK": dk, "v_BTHV": dv, "beta_BTH": d_beta, "log_decay": d_decay, "s_BHKV": ds0,
+        }  # fmt: skip
     w, u = parts.recompute_w_u_fwd(k, v, beta, kept[0], g=sums)
     states, u, _ = parts.chunk_gated_delta_rule_fwd_h(
         k, w, u, g=sums, initial_state=x.s_BHKV, chunk_size=CHUNK
@@ -327,11 +347,11 @@ def _delta_per_head_backward(
     d_states, ds0, du = parts.chunk_gated_delta_rule_bwd_dhu(
         q, k, w, dy, du, g=sums, h0=x.s_BHKV, dht=ds, scale=1.0, chunk_size=CHUNK
     )
-    dq, dk, dw = chunk_gradients(q, k, u, dy, du, states, d_states, sums, CHUNK)
+    dq, dk, dw, _ = chunk_gradients(q, k, u, dy, du, states, d_states, sums, CHUNK)
     dk_too, dv, d_beta, _ = parts.prepare_wy_repr_bwd(k, v, beta, kept[0], dw, du, g=sums)
     return {
         "q_BTHK": dq, "k_BTHK": dk.add_(dk_too), "v_BTHV": dv, "beta_BTH": d_beta, "s_BHKV": ds0,
-        "log_decay": _d_decay(x, u, dy, dv, states, d_states) if want_decay else None,
+        "log_decay": _d_decay(x, u, dy, dv, states, d_states),
     }  # fmt: skip
 
 
@@ -347,6 +367,13 @@ def _delta_per_key_backward(
 ) -> dict[str, Tensor | None]:
     parts, sums = load("ops.kda.chunk_bwd"), _log2_sums(x.log_decay)
     q, k, v, beta, (pairs_BTHC, solved_BTHC) = x.q_BTHK, x.k_BTHK, x.v_BTHV, x.beta_BTH, kept
+    if not _is_exact(x, want_decay):
+        dq, dk, dv, d_beta, d_decay, ds0, *_ = parts.chunk_kda_bwd(
+            q, k, v, beta, *kept, 1.0, x.s_BHKV, dy, ds, g=sums, chunk_size=CHUNK
+        )
+        return {
+            "q_BTHK": dq, "k_BTHK": dk, "v_BTHV": dv, "beta_BTH": d_beta, "log_decay": d_decay, "s_BHKV": ds0,
+        }  # fmt: skip
     w, u, q_since, k_until = parts.recompute_w_u_fwd(k, v, beta, solved_BTHC, gk=sums, q=q)
     states, u, _ = parts.chunk_gated_delta_rule_fwd_h(
         k_until, w, u, gk=sums, initial_state=x.s_BHKV, chunk_size=CHUNK
@@ -363,7 +390,7 @@ def _delta_per_key_backward(
     )
     return {
         "q_BTHK": dq, "k_BTHK": dk, "v_BTHV": dv, "beta_BTH": d_beta, "s_BHKV": ds0,
-        "log_decay": _d_decay(x, u, dy, dv, states, d_states) if want_decay else None,
+        "log_decay": _d_decay(x, u, dy, dv, states, d_states),
     }  # fmt: skip
 
 
