@@ -232,7 +232,9 @@ def records(
                 drawn.update(held if start else b"")
                 share = draw(drawn) if start else 0.0
                 undivided = bool(separator) and end is _End.OF_FILE and number == 1 and not source.is_json
-                yield Record(index, number, bytes(held), start, True, share, undivided)
+                whole, held = bytes(held), bytearray()  # one of them is enough where it is large
+                yield Record(index, number, whole, start, True, share, undivided)
+                del whole
             number, start, tried = number + 1, 0, 0
             held, drawn = bytearray(), new_draw()
 
