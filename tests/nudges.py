@@ -9,6 +9,7 @@ everywhere.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,18 +68,21 @@ class Nudges(TorchDispatchMode):
         if pointwise and func._schema.is_mutable:
             read = [tensor.clone() for tensor in read]
         elif not (pointwise or func._schema.is_mutable or name in SHIFTED):
-            args, kwargs = tree_map_only(Tensor, self.factor, (args, kwargs))
+            factor = functools.partial(self.factor, keep_layout="attention" in name)
+            args, kwargs = tree_map_only(Tensor, factor, (args, kwargs))
         results = func(*args, **kwargs)
         for result in filter(rounded, tree_leaves(results)):
             self.nudge(result, one_in=4, operands=read if pointwise else [])
         return results
 
-    def factor(self, tensor: Tensor) -> Tensor:
+    def factor(self, tensor: Tensor, keep_layout: bool) -> Tensor:
         if not rounded(tensor) or torch.finfo(tensor.dtype).bits < 32:
             return tensor
-        tensor = tensor.resolve_conj().resolve_neg().clone()
-        self.nudge(tensor, one_in=8)
-        return tensor
+        moved = tensor.resolve_conj().resolve_neg().clone()
+        if keep_layout and moved.stride() != tensor.stride():
+            return tensor  # a bias, which PyTorch has padded for its kernels
+        self.nudge(moved, one_in=8)
+        return moved
 
     def nudge(self, tensor: Tensor, one_in: int, operands: Sequence[Tensor] = ()) -> None:
         """In place."""

@@ -64,7 +64,7 @@ def fake() -> FakeTensorMode:
 @pytest.fixture(scope="module")
 def arguments(fake: FakeTensorMode) -> dict[str, tuple[Any, ...]]:
     """What each operation is called with, forward and backward, by mixers in their kernel form and others."""
-    with Calls() as calls:
+    with Calls() as calls, torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         for name in holdall.names():
             entry = holdall.describe(name)
             if "kernel" not in entry.config.forms:
