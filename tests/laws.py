@@ -219,7 +219,7 @@ def spread(want: Tensor) -> float:
     return SPREAD * torch.finfo(want.dtype).eps * size(want)
 
 
-RUNS = 3
+RUNS = 8
 """Nudged runs by which a result is judged that errs more than twice as much as plain PyTorch happens to."""
 
 
