@@ -52,8 +52,8 @@ def test_a_mixer_that_forgets_fast(name: str, device: torch.device) -> None:
     got = kernel_checks.mixer_pulled_back(mixer, x_BTD, state, 1)
     twin = laws.plainly(kernel_checks.mixer_pulled_back, plain, x_BTD, state, 1)
     truth = kernel_checks.mixer_pulled_back(loop, x_BTD.double(), laws.widened(state), 1)
-    # what e^-x loses to the rounding of x, up to x = 30, beyond which nothing is left, or of a chunk's sums; on a
-    # GPU products in three passes of tf32 too (Mamba-2's dt_bias on an H200: 1.2e-5, with 2^-18 it was red)
+    # what e^-x loses to the rounding of x, up to x = 30, beyond which nothing is left, or of a chunk's sums;
+    # on a GPU products in three passes of tf32 too (Mamba-2's dt_bias on an H200: 1.2e-5, red with 2^-18)
     lost = 2.0**-13 if name in BY_FLA else 2.0**-18 if device.type == "cpu" else 2.0**-16
     for part, right in truth.items():
         allowed = lost * laws.size(right)
