@@ -406,12 +406,14 @@ def _checked(forward: Callable[..., tuple[Tensor, Any]]) -> Callable[..., tuple[
 
     @functools.wraps(forward)
     def checked(self: Mixer, x_BTD: Tensor, state: Any = None, **how: Any) -> tuple[Tensor, Any]:
-        _check_border(self, x_BTD, state, how.get("tokens_BT"))
+        _check_border(self, x_BTD, state, how.get("tokens_BT") if how else None)
         if type(state) is tuple:
             state = self.state_type(*state)
-        run, device = forward, x_BTD.device.type
-        if device != "meta" and torch.is_autocast_enabled(device):
-            run = functools.partial(_beside_autocast, forward)
+        run = forward
+        if torch._C._is_any_autocast_enabled():  # whose device need not be this one, but which costs nothing
+            device = x_BTD.device.type
+            if device != "meta" and torch.is_autocast_enabled(device):
+                run = functools.partial(_beside_autocast, forward)
         if x_BTD.shape[0] == 0:
             return _no_rows(run, self, x_BTD, state, **how)
         return run(self, x_BTD, state, **how)
@@ -421,19 +423,32 @@ def _checked(forward: Callable[..., tuple[Tensor, Any]]) -> Callable[..., tuple[
 
 def _check_border(mixer: Mixer, x_BTD: Tensor, state: Any, tokens_BT: Tensor | None) -> None:
     """Refuse with ValueError what a mixer would otherwise broadcast, or fail on somewhere inside."""
-    name, width, shape = mixer.config.name, mixer.config.width, x_BTD.shape
-    if len(shape) != 3 or shape[2] != width:
-        raise ValueError(f"x_BTD has shape {tuple(shape)}, where {name} needs (rows, tokens, width {width})")
+    shape = x_BTD.shape
+    if len(shape) != 3 or shape[2] != mixer.config.width:
+        needs = f"{mixer.config.name} needs (rows, tokens, width {mixer.config.width})"
+        raise ValueError(f"x_BTD has shape {tuple(shape)}, where {needs}")
     if shape[1] == 0:
-        raise ValueError(f"{name} needs at least one token, and x_BTD has shape {tuple(shape)}")
+        raise ValueError(f"{mixer.config.name} needs at least one token, and x_BTD has shape {tuple(shape)}")
     if tokens_BT is not None and tokens_BT.shape != shape[:2]:
-        raise ValueError(
-            f"tokens_BT has shape {tuple(tokens_BT.shape)}, where {name} needs {tuple(shape[:2])}, as x_BTD"
-        )
-    if state is not None:
-        kind, fields = mixer.state_type, mixer.state_fields(x_BTD.dtype)
-        if why := misfit(state, kind, fields, mixer.owner, rows=shape[0], device=x_BTD.device):
-            raise StateError(why)
+        needs = f"{mixer.config.name} needs {tuple(shape[:2])}, as x_BTD"
+        raise ValueError(f"tokens_BT has shape {tuple(tokens_BT.shape)}, where {needs}")
+    if state is None:
+        return
+    rows, device, fields = shape[0], x_BTD.device, mixer.state_fields(x_BTD.dtype)
+    if isinstance(state, mixer.state_type):
+        # `misfit` for a state that fits, which nearly all do, in a quarter of its time: a step may be short
+        for found, (_, time, sizes, dtype) in zip(state, fields, strict=True):
+            if not isinstance(found, Tensor):
+                break
+            has = found.shape
+            if len(has) <= time or has[0] != rows or has[1 + time :] != sizes:
+                break
+            if found.dtype is not dtype or found.device != device:
+                break
+        else:
+            return
+    if why := misfit(state, mixer.state_type, fields, mixer.owner, rows=rows, device=device):
+        raise StateError(why)
 
 
 def _no_rows(

@@ -367,7 +367,7 @@ def test_states_of_different_kinds_are_not_joined() -> None:
         two._replace(past_BPD=two.past_BPD.double()),
         two._replace(past_BPD=two.past_BPD[..., :1]),
         two._replace(seen_B=two.seen_B.repeat(2)),
-        tuple(two),
+        tuple(two)[:1],
     ):
         with pytest.raises(ValueError, match="state 1 cannot be joined with the first"):
             join_rows([one, wrong])
