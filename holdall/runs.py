@@ -21,6 +21,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from holdall.files import RunError, append_line, read_lines, write_json
+
+__all__ = [
+    "Background", "RunError", "Stopped", "append_line", "commit", "cores", "environment", "follow_parent",
+    "read_lines", "write_json",
+]  # fmt: skip
+"""What others make with a run folder; how files are read and written is told in holdall/files.py."""
+
 
 class Stopped(Exception):  # noqa: N818 - not an error: somebody asked for it
     """Training was asked to stop; its state is in the run folder."""
