@@ -37,10 +37,13 @@ LOCK = ".lock"
 
 
 class RunError(Exception):
-    """Something about a run or a file that its user can mend; the message says how, in one line."""
+    """Something about a run or a file that its user can mend; the message says how, in one line.
 
-    def __init__(self, message: str) -> None:
-        super().__init__(printable(message))
+    below: a line to show under it, such as one of a file.
+    """
+
+    def __init__(self, message: str, below: str = "") -> None:
+        super().__init__("\n    ".join(map(printable, filter(None, (message, below)))))
 
 
 @contextlib.contextmanager

@@ -33,6 +33,7 @@ from holdall.contract import (
     save_states,
     select_rows,
 )
+from holdall.files import RunError
 
 # ---------------------------------------------------------------------------------------------------- configs
 
@@ -206,7 +207,8 @@ def test_the_form_that_runs_is_resolved_once_and_shown(name: str) -> None:
     assert auto.form == [form for form in type(auto.config).forms if form != "kernel"][-1]
     assert f"form={auto.form}" in repr(auto)
     for form in type(auto.config).forms:
-        assert holdall.build(name, width=16, form=form).form == form
+        if form != "kernel":  # of which see tests/kernels/test_derivatives.py
+            assert holdall.build(name, width=16, form=form).form == form
 
 
 # --------------------------------------------------------------------------------------------------- registry
@@ -313,8 +315,9 @@ def test_a_file_without_a_mixer_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"empty\.py registered no mixer"):
         mixers.load(file)
     file.write_text("1 / 0")
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(RunError, match=r"empty\.py, line 1: ZeroDivisionError: .*\n    1 / 0") as raised:
         mixers.load(file)
+    assert isinstance(raised.value.__cause__, ZeroDivisionError)
     assert "holdall_loaded_empty" not in {name for name in sys.modules if sys.modules[name] is None}
 
 

@@ -14,7 +14,6 @@ import torch
 from mutations import check, mutants
 
 import holdall
-from holdall import report
 from holdall.analysis import gallery, soundness
 from holdall.analysis import recall as recalls
 from holdall.contract import load_states, save_states
@@ -155,11 +154,9 @@ def test_a_sweep_folder(tmp_path: Path) -> None:
         assert table.render(sweeps).encode()
 
     for name in ("config.json", "environment.json", "results.jsonl"):
-        for what in mutants(folder / name, name):
+        for what in mutants(folder / name, name, count=25):
             refused += check(what, shown, None, name if "gone" not in what else str(folder))
-    assert refused > 30
-    for what in mutants(folder / "results.jsonl", "drawn", count=0):
-        check(what, lambda: report.write([folder], tmp_path / "out") and None, None, "results.jsonl")
+    assert refused > 25
 
 
 @pytest.fixture

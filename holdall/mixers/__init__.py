@@ -62,7 +62,7 @@ def load(file: Path) -> list[str]:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise RunError(_failure(file, error)) from error
+        raise RunError(*_failure(file, error)) from error
     except BaseException:
         del sys.modules[name]
         raise
@@ -73,17 +73,17 @@ def load(file: Path) -> list[str]:
     return new
 
 
-def _failure(file: Path, error: BaseException) -> str:
-    """What went wrong in a user's file, and in which of its lines."""
+def _failure(file: Path, error: BaseException) -> tuple[str, str]:
+    """What went wrong in a user's file, and the line of it in which it did."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.lineno and frame.filename == str(file)]
     if isinstance(error, SyntaxError) and error.filename == str(file) and error.lineno:
         lines.append(error.lineno)
     what = f"{type(error).__name__}: {error.msg if isinstance(error, SyntaxError) else error}"
     if not lines:
-        return f"{file}: {what}"
+        return f"{file}: {what}", ""
     linecache.checkcache(str(file))  # it may have been read before, and mended since
-    return f"{file}, line {lines[-1]}: {what}\n    {linecache.getline(str(file), lines[-1]).strip()}"
+    return f"{file}, line {lines[-1]}: {what}", linecache.getline(str(file), lines[-1]).strip()
 
 
 def configured(wanted: str, width: int) -> tuple[str, MixerConfig]:

@@ -275,7 +275,7 @@ def _runs(folder: Path) -> tuple[list[Run], list[str]]:
     for number, line in lines:
         where = f"line {number} of {path}"
         try:
-            content = files.parse_json(line, where, way_out)
+            content = files.parse_json(line, where, way_out, constants=True)
         except RunError:
             if number == lines[-1][0]:
                 notes.append(f"Skipped {where}: it is torn, as while a sweep is writing it.")

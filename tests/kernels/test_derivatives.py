@@ -70,6 +70,7 @@ def arguments(fake: FakeTensorMode) -> dict[str, tuple[Any, ...]]:
             if "kernel" not in entry.config.forms:
                 continue
             mixer = entry.configure(width=16, form="kernel", **entry.config.variants[0]).build()
+            assert mixer.form == "kernel"
             own = {
                 name: fake.from_tensor(x.detach()).requires_grad_(x.requires_grad)
                 for name, x in (*mixer.named_parameters(), *mixer.named_buffers())

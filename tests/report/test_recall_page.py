@@ -627,7 +627,7 @@ def test_command_says_what_is_wrong(runs_of, tmp_path, capsys):
     assert "named twice" in error(a, a)
     assert "holds no run of a language model" in error(tmp_path)
     assert "choose a smaller --context" in error(a, context=10**6)
-    assert "best.safetensors is missing" in error(a, which="best")
+    assert "holds no best language model" in error(a, which="best")
     other = runs_of("y/a", 0)
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "data_hash": "0" * 64}))
