@@ -594,44 +594,34 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class Result(Config):
     """What result.json holds, once a run has ended."""
 
-    steps: int
-    tokens: int
+    steps: NonNegativeInt
+    tokens: NonNegativeInt
     """Read in training, over all devices."""
-    valid_loss: float | None
+    valid_loss: NonNegativeFloat | None
     """Mean cross-entropy on the validation text, in nats."""
-    valid_perplexity: float | None
-    best_valid_loss: float | None
-    seconds: float
+    valid_perplexity: NonNegativeFloat | None
+    best_valid_loss: NonNegativeFloat | None
+    seconds: NonNegativeFloat
     """Of training, over all calls."""
-    parameters: int
+    parameters: NonNegativeInt
     forms: tuple[str, ...]
     """Which form of each layer's mixer ran."""
     uncompiled: dict[str, str] = dataclasses.field(default_factory=dict)
     """Mixers that torch.compile failed on, and why."""
-
-    def validate(self) -> None:
-        if min(self.steps, self.tokens, self.seconds, self.parameters) < 0:
-            raise ValueError("steps, tokens, seconds and parameters are not negative")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunState(Config):
     """What a checkpoint says beside its tensors."""
 
-    step: int
-    seconds: float = 0.0
+    step: NonNegativeInt
+    seconds: NonNegativeFloat = 0.0
     """Of training, over all calls."""
-    best: float | None = None
+    best: NonNegativeFloat | None = None
     """The lowest validation loss so far."""
-    valid_loss: float | None = None
-    metrics_bytes: int = 0
+    valid_loss: NonNegativeFloat | None = None
+    metrics_bytes: NonNegativeInt = 0
     """Of metrics.jsonl at this step; what is behind is written again."""
-
-    def validate(self) -> None:
-        if min(self.step, self.seconds, self.metrics_bytes) < 0:
-            raise ValueError(
-                f"step {self.step}, seconds {self.seconds} or metrics_bytes {self.metrics_bytes} is negative"
-            )
 
 
 def _state_of(file: checkpoints.TensorFile, model: ModelConfig) -> RunState:

@@ -96,6 +96,8 @@ def refusal(value: Any, kind: Any) -> str:
         fitting = [arg for arg in args if not _is_number(value) or arg in (int, float) or _declares(arg)]
         found = [refusal(value, arg) for arg in fitting]
         return "" if "" in found or not found else found[-1]
+    if origin is dict and isinstance(value, Mapping):
+        return next(filter(None, (refusal(item, args[1]) for item in value.values())), "")
     if origin is tuple and isinstance(value, tuple):
         each = args[:1] * len(value) if args[1:] == (...,) else args
         return next(filter(None, map(refusal, value, each)), "")

@@ -209,17 +209,17 @@ Ending = Literal["", "accuracy", "diverged", "end"]
 class MemberResult(Config):
     """What result.json says of a member, once a run has ended."""
 
-    learning_rate: float
-    seed: int
-    accuracy: float | None
+    learning_rate: PositiveFloat
+    seed: Seed
+    accuracy: Share | None
     """On the test rows; None where training diverged."""
-    accuracy_by_pairs: dict[str, float]
-    steps: int
-    rows: int
+    accuracy_by_pairs: dict[str, Share]
+    steps: NonNegativeInt
+    rows: NonNegativeInt
     """Read in training."""
     stopped: Ending
     """By what training ended."""
-    seconds: float
+    seconds: NonNegativeFloat
     """Of training, over all calls, all members together."""
     forms: tuple[str, ...]
     """Which form of each layer's mixer ran."""
@@ -227,9 +227,6 @@ class MemberResult(Config):
     """The file that has the trained weights."""
 
     def validate(self) -> None:
-        scores = [0.0 if self.accuracy is None else self.accuracy, *self.accuracy_by_pairs.values()]
-        if not all(0 <= score <= 1 for score in scores) or min(self.steps, self.rows, self.seconds) < 0:
-            raise ValueError("accuracies are from 0 to 1, steps, rows and seconds not negative")
         if not all(pairs.isdecimal() for pairs in self.accuracy_by_pairs):
             raise ValueError(f"accuracy_by_pairs is by numbers of pairs, not {list(self.accuracy_by_pairs)}")
 
@@ -239,27 +236,21 @@ class MemberState(Config):
     """What a checkpoint says of a member beside its tensors; the fields are those of Member."""
 
     stopped: Ending
-    steps: int
-    accuracy: float
-    accuracy_by_pairs: dict[str, float]
+    steps: NonNegativeInt
+    accuracy: Share
+    accuracy_by_pairs: dict[str, Share]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunState(Config):
     """What a checkpoint says beside its tensors."""
 
-    step: int
-    seconds: float
+    step: NonNegativeInt
+    seconds: NonNegativeFloat
     """Of training, over all calls."""
     members: tuple[MemberState, ...]
-    metrics_bytes: int
+    metrics_bytes: NonNegativeInt
     """Of metrics.jsonl at this step; what is behind is written again."""
-
-    def validate(self) -> None:
-        if min(self.step, self.seconds, self.metrics_bytes) < 0:
-            raise ValueError(
-                f"step {self.step}, seconds {self.seconds} or metrics_bytes {self.metrics_bytes} is negative"
-            )
 
 
 class Trainer:

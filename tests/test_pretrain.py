@@ -477,7 +477,8 @@ def test_a_loss_that_is_no_number_ends_it_and_leaves_the_last_good_checkpoint(
 
 def test_what_does_not_fit_is_one_clear_line(corpus: Path, tmp_path: Path, whole: Path) -> None:
     run = config(corpus)
-    with pytest.raises(RunError, match=r"another config \(seed: 0 there, 1 here\); choose another --out"):
+    says = r"in config.json, seed: 0 there, 1 here\); choose another --out"
+    with pytest.raises(RunError, match=says):
         pretrain(config(corpus, seed=1), whole)
     with pytest.raises(RunError, match="is not the one that this run is about"):
         pretrain(config(corpus, data_hash="0" * 64), tmp_path / "run")

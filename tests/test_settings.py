@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import pytest
 
-from holdall import frontier, mixers
+from holdall import frontier, mixers, pretrain, train
 from holdall.contract import Config, MixerConfig, field_types
 from holdall.model import ModelConfig
 from holdall.pretrain import PretrainConfig
@@ -24,11 +24,22 @@ DATA = MQARData(vocab=64, train=(SEGMENT,), test=(SEGMENT,))
 MODEL = ModelConfig(vocab=64, width=8, layers=(mixers.entry("base-conv").configure(width=8),))
 TRAIN = TrainConfig(model=MODEL, data=DATA, learning_rates=(1e-3,))
 ONE_QUESTION = Segment(length=30, pairs=1, rows=16)
+MEMBER = train.MemberState(stopped="", steps=1, accuracy=0.5, accuracy_by_pairs={"4": 0.5})
 POINT = frontier.Point(label="a", family="b", train=TRAIN)
 EXAMPLES = [
     SEGMENT, DATA, MODEL, TRAIN, POINT, frontier.SweepConfig(recipe="quick", points=(POINT,)),
     PretrainConfig(model=MODEL),
     SingleQueryData(vocab=20, train=(ONE_QUESTION,), test=(ONE_QUESTION,), task_name="induction-heads"),
+    pretrain.RunState(step=1),
+    pretrain.Result(
+        steps=1, tokens=1, valid_loss=1.0, valid_perplexity=1.0, best_valid_loss=1.0, seconds=1.0,
+        parameters=1, forms=("loop",),
+    ),
+    MEMBER, train.RunState(step=1, seconds=1.0, members=(MEMBER,), metrics_bytes=1),
+    train.MemberResult(
+        learning_rate=1e-3, seed=0, accuracy=0.5, accuracy_by_pairs={"4": 0.5}, steps=1, rows=1,
+        stopped="end", seconds=1.0, forms=("loop",), weights=None,
+    ),
 ]  # fmt: skip
 """Configs with fields that have no default."""
 BASES = (Config, MixerConfig, DataConfig, SingleQuery)
@@ -73,6 +84,8 @@ def test_the_walk_sees_all_configs() -> None:
 
 def within(value: Any, bad: float) -> Any:
     """A value, or its last element, replaced."""
+    if isinstance(value, dict):
+        return {name: bad for name in value}
     return (*value[:-1], within(value[-1], bad)) if isinstance(value, tuple) else bad
 
 

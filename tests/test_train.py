@@ -261,7 +261,7 @@ def test_a_checkpoint_holds_buffers_too(tmp_path: Path) -> None:
 
 def test_another_config_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     train(config(), tmp_path / "run")
-    says = r"another config \(learning_rates\[0\]: 0.01 there, 0.02 here\); choose another folder"
+    says = r"in config.json, learning_rates\[0\]: 0.01 there, 0.02 here\); choose another folder"
     with pytest.raises(RunError, match=says):
         train(config(learning_rates=(0.02,)), tmp_path / "run")
 

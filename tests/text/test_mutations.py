@@ -2,13 +2,14 @@
 
 import contextlib
 import json
+import os
 import random
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from mutations import check, mutants
+from mutations import MUTANTS, check, mutants
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as LibraryTokenizer
 

@@ -721,6 +721,6 @@ def test_two_processes_never_share_a_folder(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     locked = files.locked
-    monkeypatch.setattr(runs, "locked", lambda folder: locked(folder, patience=0.2))
+    monkeypatch.setattr(files, "locked", lambda folder: locked(folder, patience=0.2))
     with locked(tmp_path / "out"), pytest.raises(files.RunError, match="in use by another run"):
         write_corpus([source], tmp_path / "out", Bytes(), **SMALL)
