@@ -269,7 +269,7 @@ class Mixer(nn.Module):
     """Whether `forward` also takes the tokens' ids, as the keyword argument `tokens_BT`."""
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Every mixer's `forward`, whoever wrote it, is called through the one check at the border."""
+        """Every mixer's `forward`, a user's own included, is called through the one check at the border."""
         super().__init_subclass__(**options)
         if "forward" in vars(cls):
             cls.forward = _checked(vars(cls)["forward"])  # type: ignore[method-assign]

@@ -31,7 +31,7 @@ class _Run:
     began: float | None = None
     began_share: float = 0.0
     seen: float = 0.0
-    """When `share` was told."""
+    """When `share` was last reported."""
     finished: bool = False
     left_out: bool = False
     """It is not trained now."""

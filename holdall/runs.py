@@ -27,7 +27,7 @@ __all__ = [
     "Background", "RunError", "Stopped", "append_line", "commit", "cores", "environment", "follow_parent",
     "read_lines", "write_json",
 ]  # fmt: skip
-"""What others make with a run folder; how files are read and written is told in holdall/files.py."""
+"""What others use of a run folder; holdall/files.py reads and writes its files."""
 
 
 class Stopped(Exception):  # noqa: N818 - not an error: somebody asked for it
