@@ -23,16 +23,16 @@ import torch
 from rich.console import Console
 
 from bench import collected, generator, kernels, lm, markdown, sweep, training
-from holdall import files, runs
+from holdall import environment, files
 
 ROOT = Path(__file__).parents[1]
 BENCHES = {"generator": generator, "training": training, "kernels": kernels, "sweep": sweep, "lm": lm}
 GATES = {
     "generator": ["tests/tasks"],
-    "training": ["tests/ops", "tests/tasks", "tests/test_train.py"],
+    "training": ["tests/ops", "tests/tasks", "tests/training/test_populations.py"],
     "kernels": ["tests/kernels"],
-    "sweep": ["tests/test_population.py", "tests/test_train.py"],
-    "lm": ["tests/test_pretrain.py"],
+    "sweep": ["tests/training/test_stacked.py", "tests/training/test_populations.py"],
+    "lm": ["tests/training/test_language_models.py"],
 }
 ON_GPU = ("kernels", "sweep", "lm")
 
@@ -63,7 +63,9 @@ def main() -> int:
             parser.error(f"{name} needs a GPU")
     gates = sorted({gate for name in names for gate in GATES[name.partition(":")[0]]})
     # pytest-benchmark, where somebody has it installed, and pytest-xdist do not get on
-    spread = ["-n", str(runs.cores()), "-p", "no:benchmark"] if importlib.util.find_spec("xdist") else []
+    spread = (
+        ["-n", str(environment.cores()), "-p", "no:benchmark"] if importlib.util.find_spec("xdist") else []
+    )
     tests = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not full", *spread, *gates]
     if green := subprocess.run(tests, cwd=ROOT, check=False).returncode:
         print("the tests of what would be measured fail; no speeds", file=sys.stderr)
@@ -74,7 +76,7 @@ def main() -> int:
         table = BENCHES[bench].table(results)
         if table.row_count:
             Console().print(table)
-            where = runs.environment("cuda" if bench in ON_GPU else "cpu", runs.cores())
+            where = environment.describe("cuda" if bench in ON_GPU else "cpu", environment.cores())
             line = {"bench": name, "command": f"python -m bench {name}", **where, "results": results}
             files.append_line(asked.results, line)
         if not whole:

@@ -8,7 +8,7 @@ Steps of 16,384 tokens of random text in bf16, blocks compiled: the pass forward
 AdamW. The loss is read every ten steps, as `holdall train` reads it, or every second step, for which the GPU
 waits. Attention is PyTorch's own. `repeatable` has every sum in a fixed order, as `holdall train` runs so
 that a run can be resumed to the bit; `free` lets PyTorch choose. `of peak` counts 6 operations per weight and
-the products of softmax attention (holdall/operations.py) against what the card's maker promises.
+the products of softmax attention (holdall/training/flops.py) against what the card's maker promises.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from rich.table import Table
 
 from bench import gpu, show
 from holdall.model import ModelConfig, repeatable
-from holdall.operations import flops_per_token, peak_flops
-from holdall.parallel import launcher
-from holdall.pretrain import TELL_STEPS, PretrainConfig, Pretrainer
 from holdall.recipes.presets import preset
+from holdall.training.devices import launcher
+from holdall.training.flops import flops_per_token, peak_flops
+from holdall.training.language_models import TELL_STEPS, PretrainConfig, Pretrainer
 
 MODELS, CONTEXTS, TOKENS, VOCAB = ("based-360m", "attention-360m"), (2048, 16_384), 16_384, 50_257
 READS = (TELL_STEPS, 2)

@@ -33,9 +33,9 @@ from rich.table import Table
 from bench import gpu, show
 from bench.training import plain_loop
 from holdall import recipes
-from holdall.frontier import Point
+from holdall.sweeps.sweep import Point
 from holdall.tasks.data import Segment
-from holdall.train import TrainConfig, Trainer, own_stream, repeatable
+from holdall.training.populations import TrainConfig, Trainer, own_stream, repeatable
 
 SHAPES = ((64, 4), (256, 64))
 BATCH, WIDTH, SECONDS = 256, 128, 0.7
@@ -58,7 +58,7 @@ def config(point: Point, length: int, pairs: int) -> TrainConfig:
 
 
 def population(run: TrainConfig, folder: Path) -> Iterator[None]:
-    """The steps of holdall.train, without its tests and checkpoints; yields after each."""
+    """The steps of holdall.training.populations, without its tests and checkpoints; yields after each."""
     trainer = Trainer(run, folder, torch.device("cuda"), together=True)
     while True:
         trainer.train_step(trainer.members)

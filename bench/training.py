@@ -7,8 +7,8 @@ ways, each in processes of its own:
 
     plain     one process, all cores: hidden states of all tokens, logits of all tokens, cross-entropy that
               ignores all but the answers, AdamW; the loop of most repositories, Zoology's among them
-    one run   holdall.train on one model, all cores
-    sweep     holdall.train as `holdall frontier` runs it: as many models at once as cores, one thread each;
+    one run   holdall.training.populations on one model, all cores
+    sweep     the same as `holdall frontier` runs it: as many models at once as cores, one thread each;
               rows of all models together
 
 `ceiling` is the rate at which the matrix products of a step, counted by PyTorch's flop counter, would run at
@@ -32,17 +32,17 @@ from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import show
-from holdall import runs
+from holdall import environment
 from holdall.contract import MixerConfig
-from holdall.frontier import keep_freed_memory
 from holdall.mixers.attention import AttentionConfig
 from holdall.mixers.mamba import MambaConfig
 from holdall.mixers.taylor import TaylorConfig
 from holdall.model import Model, ModelConfig
 from holdall.recipes.patterns import after_conv
+from holdall.sweeps.sweep import keep_freed_memory
 from holdall.tasks.data import MQARData, Segment
 from holdall.tasks.mqar import NOTHING_ASKED
-from holdall.train import TrainConfig, Trainer
+from holdall.training.populations import TrainConfig, Trainer
 
 WIDTH, VOCAB, BATCH, SECONDS = 64, 8192, 256, 6.0
 SHAPES = ((64, 4), (256, 16))
@@ -78,7 +78,7 @@ def plain_loop(model: Model, batches: list[tuple[torch.Tensor, torch.Tensor]]) -
 
 
 def holdall_loop(trainer: Trainer) -> Any:
-    """The steps of holdall.train, without its tests and checkpoints; yields after each."""
+    """The steps of holdall.training.populations, without its tests and checkpoints; yields after each."""
     while True:
         trainer.train_step(trainer.members)
         trainer.step += 1
@@ -115,7 +115,7 @@ def _measure(way: str, mixer: str, length: int, pairs: int, threads: int, start:
 
 def measure(way: str, mixer: str, length: int, pairs: int) -> dict[str, Any]:
     """One way to train one model; in the sweep's way, one model per core at once."""
-    cores = runs.cores()
+    cores = environment.cores()
     processes, threads = (cores, 1) if way == "sweep" else (1, cores)
     context = multiprocessing.get_context("spawn")
     start, answers = context.Barrier(processes), context.Queue()

@@ -82,7 +82,7 @@ def frontier(
         precision: what training computes in, instead of what the recipe says.
         weights: keep the trained weights.
     """
-    from holdall.show import sweeps as shown
+    from holdall.commands import sweeps as shown
 
     return shown.frontier(
         recipe,
@@ -113,7 +113,7 @@ def report(
             `holdall matrix` left.
         out: where picture and page go; the first folder by default.
     """
-    from holdall.show import sweeps as shown
+    from holdall.commands import sweeps as shown
 
     return shown.report(folders, out)
 
@@ -138,7 +138,7 @@ def zoo(
         results: a folder that `holdall frontier zoo` left: write the page of what all mixers reached there.
         page: where that page goes.
     """
-    from holdall.show import zoo as shown
+    from holdall.commands import zoo as shown
 
     return shown.zoo(name, width, context, load) if results is None else shown.zoo_page(results, page, load)
 
@@ -163,7 +163,7 @@ def soundness(
         length: tokens to read in either dtype, instead of those.
         load: a mixer file of your own; its mixers join.
     """
-    from holdall.show import zoo as shown
+    from holdall.commands import zoo as shown
 
     return shown.soundness(names, out, width, length, load)
 
@@ -202,7 +202,7 @@ def matrix(
         out: the folder that gets matrix.png, matrix.html, matrix.json and matrix.npz.
         dark: draw matrix.png on a dark ground.
     """
-    from holdall.show import matrix as shown
+    from holdall.commands import matrix as shown
 
     return shown.matrix(
         names, length, width, input, scale, heads, jacobian, seed, load, out, dark, command=_command()
@@ -240,7 +240,7 @@ def data(
         workers: processes that encode; by default one per core.
         check: make nothing, but read all of `out` and compare it with the hashes in its manifest.
     """
-    from holdall.show import data as shown
+    from holdall.commands import data as shown
 
     return shown.data(
         sources, out, tokenizer, valid, text_field, separator, strict, workers, check, command=_command()
@@ -320,7 +320,7 @@ def train(
         log: also to TensorBoard (in the run folder) or Weights & Biases.
         load: a mixer file of your own that the pattern uses.
     """
-    from holdall.show import train as shown
+    from holdall.commands import train as shown
 
     if compile and no_compile:
         raise ValueError("--compile and --no-compile were both given")
@@ -381,7 +381,7 @@ def recall(
         load: a mixer file of your own that a run was trained with.
         dark: draw on a dark ground.
     """
-    from holdall.show import recall as shown
+    from holdall.commands import recall as shown
 
     return shown.recall(
         runs,
@@ -417,11 +417,11 @@ def main() -> None:
 
 def _run() -> Any:
     """The exit status."""
-    from holdall import show
+    from holdall import commands
 
     try:
         about = "Measure and train language models whose memory does not grow."
-        return show.guarded(lambda: app.cli(prog="holdall", description=about))
+        return commands.guarded(lambda: app.cli(prog="holdall", description=about))
     except SystemExit as end:  # after help, or arguments that do not parse
         return end.code
     except KeyboardInterrupt:

@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from holdall import forms
 from holdall.contract import (
     POSITION_FIELDS,
     Config,
@@ -31,6 +30,7 @@ from holdall.contract import (
     StateError,
     bytes_per_row,
     count_on,
+    forms,
     misfit,
     none_read,
 )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
 from multiprocessing.context import SpawnContext, SpawnProcess
@@ -39,3 +41,17 @@ class _Context(SpawnContext):
 def context() -> multiprocessing.context.SpawnContext:
     """What `multiprocessing.get_context("spawn")` is, with processes that leave Ctrl-C to this one."""
     return _Context()
+
+
+def follow_parent() -> None:
+    """Of a process that another one started to work for it: leave Ctrl-C to it, and end when it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it reaches the whole group; the parent says what to do
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def end_with_parent() -> None:
+        parent.join()  # returns when the parent is gone, kill -9 included
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()

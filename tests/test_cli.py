@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal
 import pytest
 
 from holdall import cli
+from holdall.commands import train as shown
+from holdall.commands import zoo
 from holdall.settings import Range
-from holdall.show import train as shown
-from holdall.show import zoo
 
 Run = Callable[..., tuple[int, str]]
 

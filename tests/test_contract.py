@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import holdall
-from holdall import contract, forms, mixers
+from holdall import mixers
 from holdall.contract import (
     Config,
     Mixer,
@@ -26,10 +26,12 @@ from holdall.contract import (
     Paper,
     bytes_per_row,
     elements_per_row,
+    forms,
     join_rows,
     load_states,
     recurrent_dtype,
     register,
+    registry,
     save_states,
     select_rows,
 )
@@ -249,7 +251,7 @@ def test_a_wrong_name_gets_a_helpful_answer() -> None:
 @pytest.fixture
 def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is registered here is gone afterwards."""
-    monkeypatch.setattr(contract, "_registry", dict(contract._registry))
+    monkeypatch.setattr(registry, "_registry", dict(registry._registry))
 
 
 def enter(name: str) -> Any:

@@ -50,7 +50,7 @@ def test_the_mixer_in_the_docs_obeys_every_law(tmp_path: Path) -> None:
 
 
 def test_the_readme_names_every_file_of_the_package() -> None:
-    (tree,) = [block for block in blocks(ROOT / "README.md", "") if "contract.py" in block]
+    (tree,) = [block for block in blocks(ROOT / "README.md", "") if "environment.py" in block]
     named = set(re.findall(r"[a-z0-9_]+\.(?:py|html)", tree))
     there = {path.name for path in (ROOT / "holdall").rglob("*.*") if path.suffix in (".py", ".html")}
     assert named - {"laws.py"} == there - {"__init__.py"}

@@ -19,13 +19,13 @@ from holdall.analysis import recall as recalls
 from holdall.contract import load_states, save_states
 from holdall.files import RunError
 from holdall.model import ModelConfig
-from holdall.pretrain import PretrainConfig, load_run, pretrain
 from holdall.report import data, page, table
 from holdall.report import matrix as matrices
-from holdall.runs import Stopped
 from holdall.tasks.data import MQARData, Segment
 from holdall.text import default_corpus
-from holdall.train import TrainConfig, train
+from holdall.training.chassis import Stopped
+from holdall.training.language_models import PretrainConfig, load_run, pretrain
+from holdall.training.populations import TrainConfig, train
 
 
 def small(vocab: int) -> ModelConfig:

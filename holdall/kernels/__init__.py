@@ -2,7 +2,7 @@
 
 A kernel is a PyTorch custom operation with the signature of its twin, its own gradient and its own rule for
 `vmap`, which folds the members of a population into the batch. Nothing here is imported before a kernel is
-asked for. On tensors that no kernel can run on, every function here raises `holdall.forms.KernelError`.
+asked for. Tensors that no kernel can run on are refused with `holdall.contract.forms.KernelError`.
 """
 
 from __future__ import annotations

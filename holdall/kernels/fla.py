@@ -43,7 +43,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from holdall import forms
+from holdall.contract import forms
 from holdall.kernels import register_batch_vmap
 from holdall.kernels.chunk_gradients import chunk_gradients
 from holdall.kernels.decay_gradients import decay_gradients

@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from holdall.forms import require_kernel
+from holdall.contract.forms import require_kernel
 from holdall.kernels import alignment, cdiv, register_batch_vmap
 from holdall.kernels.language import append, narrow
 from holdall.kernels.toeplitz import convolve, pull_on_matrix

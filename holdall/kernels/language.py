@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from holdall import forms
+from holdall.contract import forms
 
 INTERPRETED = tl.constexpr(forms.interpreted())
 LOG2_E = tl.constexpr(1.4426950408889634)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from holdall.forms import KernelError
+from holdall.contract.forms import KernelError
 from holdall.kernels import fla
 from holdall.ops.linear_attention import IDENTITY, FeatureMap
 

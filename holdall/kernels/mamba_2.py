@@ -52,7 +52,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from holdall import forms
+from holdall.contract import forms
 from holdall.kernels import cdiv, gated_conv, gated_norm, register_batch_vmap
 from holdall.kernels.language import add_up, dot, exp, narrow, softplus
 from holdall.ops.derivatives import once_differentiable

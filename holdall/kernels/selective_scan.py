@@ -50,7 +50,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from holdall import forms
+from holdall.contract import forms
 from holdall.kernels import cdiv, fold, register_batch_vmap, unfold
 from holdall.kernels.language import (
     LN_2,

@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from holdall import forms
+from holdall.contract import forms
 from holdall.kernels import register_batch_vmap
 from holdall.kernels.language import narrow
 

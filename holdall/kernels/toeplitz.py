@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from holdall.forms import require_kernel
+from holdall.contract.forms import require_kernel
 from holdall.kernels import alignment, cdiv, register_batch_vmap
 from holdall.kernels.language import narrow
 from holdall.ops.derivatives import once_differentiable

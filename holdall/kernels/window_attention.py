@@ -44,7 +44,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from holdall import forms
+from holdall.contract import forms
 from holdall.kernels import cdiv, register_batch_vmap
 from holdall.kernels.language import dot, narrow
 from holdall.ops.attention import KeyValueCache, empty_cache, next_ring

@@ -6,8 +6,8 @@ A sweep recipe takes the number of seeds and returns its sweeps; `holdall fronti
 from collections.abc import Callable
 
 from holdall.contract import did_you_mean
-from holdall.frontier import SweepConfig
 from holdall.recipes import based_figure2, quick, synthetics, zoo, zoology_figure2, zoology_small
+from holdall.sweeps.sweep import SweepConfig
 
 SWEEPS: dict[str, Callable[[int], tuple[SweepConfig, ...]]] = {
     "quick": quick.sweeps,

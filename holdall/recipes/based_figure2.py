@@ -5,7 +5,7 @@ attention after a short convolution, and so GLA, DeltaNet, Gated DeltaNet and RW
 later; Mamba, Mamba-2, Hyena and H3 in both layers.
 A published window of b sees b tokens and itself, which is `window` b + 1 here.
 Deviations:
-- as in zoology_figure2, and passes in bf16 (holdall/population.py).
+- as in zoology_figure2, and passes in bf16 (holdall/training/stacked.py).
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import numpy as np
 
 from holdall.contract import MixerConfig
-from holdall.frontier import Point, SweepConfig
 from holdall.mixers.attention import AttentionConfig
 from holdall.mixers.delta_net import DeltaNetConfig
 from holdall.mixers.gated_delta_net import GatedDeltaNetConfig
@@ -27,8 +26,9 @@ from holdall.mixers.sliding_window import SlidingWindowConfig
 from holdall.mixers.taylor import TaylorConfig
 from holdall.model import ModelConfig
 from holdall.recipes.patterns import after_conv
+from holdall.sweeps.sweep import Point, SweepConfig
 from holdall.tasks.data import MQARData, Segment
-from holdall.train import TrainConfig
+from holdall.training.populations import TrainConfig
 
 VOCAB = 8192
 RATES = tuple(float(rate) for rate in np.logspace(-3, -1.5, 4))

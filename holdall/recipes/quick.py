@@ -12,7 +12,6 @@ say how fast it learns and not how much it can recall.
 from __future__ import annotations
 
 from holdall.contract import MixerConfig
-from holdall.frontier import Point, SweepConfig
 from holdall.mixers.attention import AttentionConfig
 from holdall.mixers.base_conv import BaseConvConfig
 from holdall.mixers.linear_attention import LinearAttentionConfig
@@ -21,8 +20,9 @@ from holdall.mixers.sliding_window import SlidingWindowConfig
 from holdall.mixers.taylor import TaylorConfig
 from holdall.model import ModelConfig
 from holdall.recipes.patterns import after_conv
+from holdall.sweeps.sweep import Point, SweepConfig
 from holdall.tasks.data import MQARData, Segment
-from holdall.train import TrainConfig
+from holdall.training.populations import TrainConfig
 
 WIDTH = 64
 SEGMENTS = ((64, 4), (64, 8), (96, 16))

@@ -18,14 +18,14 @@ from __future__ import annotations
 from typing import Literal
 
 from holdall.contract import MixerConfig
-from holdall.frontier import Point, SweepConfig
 from holdall.mixers.attention import AttentionConfig
 from holdall.mixers.gss import GSSConfig
 from holdall.mixers.h3 import H3Config
 from holdall.mixers.s4d import S4DConfig
 from holdall.model import ModelConfig
+from holdall.sweeps.sweep import Point, SweepConfig
 from holdall.tasks.data import Segment, SingleQueryData
-from holdall.train import TrainConfig
+from holdall.training.populations import TrainConfig
 
 WIDTH, ROWS, BATCH = 32, 5000, 32
 RATES = (0.0005, 0.002)

@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from holdall import mixers
-from holdall.frontier import SweepConfig
 from holdall.recipes import quick
+from holdall.sweeps.sweep import SweepConfig
 
 LONGEST = max(length for length, _ in quick.SEGMENTS)
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -14,7 +14,6 @@ from __future__ import annotations
 import numpy as np
 
 from holdall.contract import MixerConfig
-from holdall.frontier import Point, SweepConfig
 from holdall.mixers.attention import AttentionConfig
 from holdall.mixers.base_conv import BaseConvConfig
 from holdall.mixers.h3 import H3Config
@@ -24,8 +23,9 @@ from holdall.mixers.rwkv_4 import RWKV4Config
 from holdall.mixers.taylor import TaylorConfig
 from holdall.model import ModelConfig
 from holdall.recipes.patterns import after_conv
+from holdall.sweeps.sweep import Point, SweepConfig
 from holdall.tasks.data import MQARData, Segment
-from holdall.train import TrainConfig
+from holdall.training.populations import TrainConfig
 
 VOCAB = 8192
 RATES = tuple(float(rate) for rate in np.logspace(-4, -2, 4))

@@ -14,7 +14,6 @@ for which attention needs batches twice as large.
 from __future__ import annotations
 
 from holdall.contract import MixerConfig
-from holdall.frontier import Point, SweepConfig
 from holdall.mixers.attention import AttentionConfig
 from holdall.mixers.base_conv import BaseConvConfig
 from holdall.mixers.h3 import H3Config
@@ -22,8 +21,9 @@ from holdall.mixers.hyena import HyenaConfig
 from holdall.mixers.taylor import TaylorConfig
 from holdall.model import ModelConfig
 from holdall.recipes.patterns import after_conv
+from holdall.sweeps.sweep import Point, SweepConfig
 from holdall.tasks.data import MQARData, Segment
-from holdall.train import TrainConfig
+from holdall.training.populations import TrainConfig
 
 VOCAB, STEPS, TOKENS = 64, 4000, 2048
 WIDTHS = (128, 64, 32, 16)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from holdall import files, processes, runs
+from holdall import files, processes
 from holdall.text import tokenizers
 from holdall.text.corpus import SPLITS
 from holdall.text.files import TextError
@@ -253,7 +253,7 @@ def _begin(job: Job) -> None:
     global _job
     _job = job
     tokenizers.encode_alone()
-    runs.follow_parent()
+    processes.follow_parent()
 
 
 def _work(batch: Batch) -> Encoded:

@@ -26,11 +26,11 @@ from holdall.analysis.matrix import (
     ranks,
     toeplitz_distance,
 )
+from holdall.commands import guarded, sweeps
+from holdall.commands import matrix as shown
 from holdall.contract import Mixer, MixerConfig
 from holdall.files import RunError
 from holdall.ops import conv, linear_attention, scan
-from holdall.show import guarded, sweeps
-from holdall.show import matrix as shown
 
 N, D = 12, 8
 EPS = 1e-12

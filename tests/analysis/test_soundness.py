@@ -8,10 +8,10 @@ import torch
 from holdall import mixers
 from holdall.analysis import soundness
 from holdall.analysis.soundness import drift, length_for
+from holdall.commands import guarded
+from holdall.commands import zoo as shown
 from holdall.files import read_lines
 from holdall.mixers.retnet import RetNet
-from holdall.show import guarded
-from holdall.show import zoo as shown
 
 
 def config(name: str, **options):

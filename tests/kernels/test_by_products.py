@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.func import functional_call, stack_module_state, vmap
 
 from holdall.contract import Mixer, MixerConfig
-from holdall.forms import KernelError
+from holdall.contract.forms import KernelError
 from holdall.kernels import channels_first, h3, hyena, toeplitz
 from holdall.mixers.h3 import H3Config
 from holdall.mixers.hyena import HyenaConfig

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from holdall.forms import KernelError
+from holdall.contract.forms import KernelError
 from holdall.kernels import cross_entropy
 from holdall.kernels.cross_entropy import linear_cross_entropy
 from holdall.ops.cross_entropy import linear_cross_entropy as plain

@@ -20,8 +20,8 @@ from torch import Tensor
 pytest.importorskip("fla", reason="needs fla-core")
 
 import holdall
-from holdall import forms
-from holdall.forms import KernelError
+from holdall.contract import forms
+from holdall.contract.forms import KernelError
 from holdall.kernels import delta_rule as kernels_delta
 from holdall.kernels import fla
 from holdall.kernels import linear_attention as kernels_linear

@@ -12,8 +12,7 @@ import torch
 from kernel_checks import times_compiled
 from torch import Tensor
 
-from holdall import forms
-from holdall.contract import Mixer
+from holdall.contract import Mixer, forms
 from holdall.kernels import gated_conv as kernel
 from holdall.mixers.base_conv import BaseConvConfig, ConvState
 from holdall.ops import gated_conv as ops

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import vmap
 
-from holdall import forms
+from holdall.contract import forms
 from holdall.kernels.gated_norm import gated_rms_norm, launch_backward, launch_forward
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

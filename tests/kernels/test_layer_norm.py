@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import vmap
 
-from holdall import forms
+from holdall.contract import forms
 from holdall.kernels.layer_norm import MAX_WIDTH, layer_norm, rms_norm
 from holdall.model import LayerNorm
 

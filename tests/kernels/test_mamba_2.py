@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from holdall.forms import KernelError
+from holdall.contract.forms import KernelError
 from holdall.kernels import mamba_2 as kernel
 from holdall.mixers.mamba_2 import Mamba2Config, Mamba2State
 

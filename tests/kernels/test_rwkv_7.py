@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.func import vmap
 
 import holdall
-from holdall.forms import KernelError
+from holdall.contract.forms import KernelError
 from holdall.kernels import rwkv_7
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -16,7 +16,7 @@ from kernel_checks import assert_trains_under_vmap, times_compiled
 from torch import Tensor
 
 import holdall
-from holdall.forms import KernelError
+from holdall.contract.forms import KernelError
 from holdall.kernels import selective_scan as kernel
 from holdall.ops import scan
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import vmap
 
-from holdall.forms import KernelError
+from holdall.contract.forms import KernelError
 from holdall.kernels.short_conv import short_conv
 from holdall.mixers.mamba import MambaConfig
 from holdall.ops import conv

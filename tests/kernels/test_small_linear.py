@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import vmap
 
-from holdall.forms import KernelError
+from holdall.contract.forms import KernelError
 from holdall.kernels.small_linear import _backward as small_linear_backward
 from holdall.kernels.small_linear import small_linear
 

@@ -10,7 +10,7 @@ from kernel_checks import times_compiled
 from torch import Tensor
 
 import holdall
-from holdall import forms
+from holdall.contract import forms
 from holdall.kernels import taylor
 from holdall.mixers.base_conv import BaseConvConfig
 from holdall.mixers.taylor import TaylorConfig

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import holdall
 from holdall.contract import bytes_per_row
-from holdall.forms import KernelError
+from holdall.contract.forms import KernelError
 from holdall.kernels.taylor_step import taylor_step
 from holdall.ops.linear_attention import FEATURE_MAPS, linear_attention_loop
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from holdall.forms import KernelError
+from holdall.contract.forms import KernelError
 from holdall.kernels.unit_heads import unit_heads
 from holdall.ops.delta_rule import unit_length
 

@@ -16,7 +16,7 @@ from kernel_checks import assert_trains_under_vmap, poisoned, times_compiled
 from torch import Tensor
 
 import holdall
-from holdall.forms import KernelError
+from holdall.contract.forms import KernelError
 from holdall.kernels import window_attention as kernel
 from holdall.ops.attention import KeyValueCache, window_attention, window_attention_loop
 

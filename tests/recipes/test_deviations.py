@@ -9,7 +9,7 @@ import torch
 from holdall.mixers.sliding_window import SlidingWindowConfig
 from holdall.model import ModelConfig
 from holdall.recipes import based_figure2, synthetics, zoology_figure2
-from holdall.train import TrainConfig
+from holdall.training.populations import TrainConfig
 
 
 @pytest.mark.claim("recipes/synthetics.py", "100 epochs", "the published learning rate", "the gated state")

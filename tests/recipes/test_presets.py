@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from holdall.model import ModelConfig
-from holdall.parallel import LanguageModelLoss
-from holdall.pretrain import PretrainConfig
 from holdall.recipes.presets import FAMILIES, MLPS, SIZES, preset, presets, training
+from holdall.training.devices import LanguageModelLoss
+from holdall.training.language_models import PretrainConfig
 
 GPT2 = 50257
 

@@ -16,19 +16,19 @@ from safetensors.torch import save_file
 
 from holdall.analysis import recall as slices
 from holdall.analysis.recall import Predictions, Scores
+from holdall.commands import guarded
+from holdall.commands import recall as shown
 from holdall.files import RunError
 from holdall.mixers.attention import AttentionConfig
 from holdall.mixers.mamba import MambaConfig
 from holdall.mixers.s4 import S4Config
 from holdall.model import ModelConfig, seeded
-from holdall.pretrain import PretrainConfig
 from holdall.report import recall_gaps, recall_state
 from holdall.report.recall import OUTCOMES, legible, outcomes, render, share_text
 from holdall.report.recall_curves import DARK, LIGHT, draw, save
-from holdall.show import guarded
-from holdall.show import recall as shown
 from holdall.text import write_corpus
 from holdall.text.tokenizers import Bytes
+from holdall.training.language_models import PretrainConfig
 
 ATTACK = """<img src=x onerror="document.title = 'attacked'"></script>{{data}}"""
 FIRST, SECOND = "say ab\ncd ab say", "€ ab <i> ab say ab"
@@ -600,7 +600,7 @@ def test_the_table_is_whole_in_a_narrow_terminal(width, monkeypatch):
 
 
 def test_bf16_is_that_of_training():
-    from holdall.parallel import LanguageModelLoss
+    from holdall.training.devices import LanguageModelLoss
 
     with seeded(0):
         mixers = (AttentionConfig(width=16, rotary=1.0), S4Config(width=16), MambaConfig(width=16))

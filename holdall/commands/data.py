@@ -10,8 +10,8 @@ from rich import box
 from rich.progress import BarColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from holdall import files, runs, text
-from holdall.show import TELL_SECONDS, Words, busy, console
+from holdall import environment, files, text
+from holdall.commands import TELL_SECONDS, Words, busy, console
 from holdall.text.corpus import SPLITS
 from holdall.text.shards import Progress as DataProgress
 
@@ -45,7 +45,7 @@ def data(
                 text_field=text_field,
                 separator=separator.replace("\\n", "\n").replace("\\t", "\t"),
                 strict=strict,
-                workers=runs.cores() if workers is None else workers,
+                workers=environment.cores() if workers is None else workers,
                 command=command,
                 on_progress=view.progress,
             )

@@ -19,15 +19,15 @@ from rich.text import Text
 
 from holdall import mixers, recipes
 from holdall import report as reports
-from holdall.frontier import OutOfTime, Point, SweepConfig, Watcher, at_once, in_order, planned, run_sweep
+from holdall.commands import Words, console, resolve_device
 from holdall.model import Precision
 from holdall.recipes import quick
-from holdall.remaining import Remaining, in_words
 from holdall.report import data
 from holdall.report import matrix as matrices
 from holdall.report.style import bytes_text
-from holdall.show import Words, console, resolve_device
-from holdall.train import Progress as TrainProgress
+from holdall.sweeps.remaining import Remaining, in_words
+from holdall.sweeps.sweep import OutOfTime, Point, SweepConfig, Watcher, at_once, in_order, planned, run_sweep
+from holdall.training.populations import Progress as TrainProgress
 
 OUT_OF_TIME = 75
 """Exit status where a time limit ended a command: sysexits.h's "try again later"."""

@@ -2,7 +2,7 @@
 
     rows      windows of the training split in an order that is a function of (seed, step); of each step's
               rows every device takes its part, in passes of `micro_batch` rows whose gradients add up
-    pass      holdall/parallel.py
+    pass      holdall/training/devices.py
     update    gradients clipped by their norm, AdamW with warm-up and a cosine
 
 Everything that decides a result is in the config; the state of a run is the step's number, the weights and
@@ -36,14 +36,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from holdall import checkpoints, files, runs, settings
-from holdall.compiled import compile_blocks
+from holdall import checkpoints, environment, files, settings
 from holdall.contract import Config
 from holdall.files import RunError
 from holdall.model import Model, ModelConfig, Precision, repeatable, seeded
-from holdall.operations import flops_per_token, memory_bytes, peak_flops
-from holdall.parallel import Fabric, LanguageModelLoss, decayed, launcher, put, whole
-from holdall.runs import Stopped
 from holdall.settings import (
     Betas,
     NonNegativeFloat,
@@ -57,6 +53,10 @@ from holdall.settings import (
 from holdall.text.corpus import Corpus, open_corpus
 from holdall.text.default import default_corpus
 from holdall.text.windows import Order
+from holdall.training.chassis import Background, Stopped
+from holdall.training.compiled import compile_blocks
+from holdall.training.devices import Fabric, LanguageModelLoss, decayed, launcher, put, whole
+from holdall.training.flops import flops_per_token, memory_bytes, peak_flops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,7 +250,7 @@ def _claim(folder: Path, config: PretrainConfig, fabric: Fabric, in_order: bool)
         if held.get("data") != config.data:
             files.write_json(path, config.to_dict())
     else:
-        where = runs.environment(str(fabric.device), torch.get_num_threads())
+        where = environment.describe(str(fabric.device), torch.get_num_threads())
         strategy = type(fabric.strategy).__name__
         where |= {"devices": fabric.world_size, "strategy": strategy, "in_order": in_order}
         files.write_json(folder / "environment.json", where)
@@ -292,7 +292,7 @@ class Pretrainer:
         flops = flops_per_token(self.model, config.context_len)
         self.share_per_pace = None if peak is None else flops / (peak * self.world)
         self.reader = concurrent.futures.ThreadPoolExecutor(1)
-        self.writer = runs.Background()
+        self.writer = Background()
         self._resume()
         self.coming = self.reader.submit(self._rows, self.step)
 

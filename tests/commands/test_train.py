@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from holdall import cli, files
-from holdall.pretrain import Stopped, load_run
-from holdall.show import train as shown
+from holdall.commands import train as shown
 from holdall.text.shards import write_corpus
 from holdall.text.tokenizers import Bytes
+from holdall.training.language_models import Stopped, load_run
 
 SMALL = """--pattern base-conv --pattern taylor:feature_dim=4 --width 16 --depth 2 --mlp 32 --context 32
     --batch 4 --micro-batch 2 --warmup 2 --evaluate-rows 4 --learning-rate 0.01""".split()  # noqa: SIM905

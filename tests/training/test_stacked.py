@@ -13,7 +13,7 @@ import torch
 from test_train import TASK, assert_same_run, config, weights
 from torch.func import vmap
 
-from holdall import files, population
+from holdall import files
 from holdall.contract import MixerConfig
 from holdall.mixers.attention import AttentionConfig
 from holdall.mixers.base_conv import BaseConvConfig
@@ -22,9 +22,10 @@ from holdall.mixers.sliding_window import SlidingWindowConfig
 from holdall.mixers.taylor import TaylorConfig
 from holdall.model import ModelConfig, seeded
 from holdall.ops import attention
-from holdall.population import Member, Population
 from holdall.tasks.data import TaskData
-from holdall.train import Stopped, TrainConfig, accuracy, train
+from holdall.training import stacked
+from holdall.training.populations import Stopped, TrainConfig, accuracy, train
+from holdall.training.stacked import Member, Population
 
 MIXERS: tuple[MixerConfig, ...] = (
     AttentionConfig(width=16),
@@ -123,7 +124,7 @@ def test_bf16_is_of_the_pass_alone(together: bool, tmp_path: Path) -> None:
         everyone = Population(pair, data, 16, "bf16", record=False)
         loss = everyone.step(0)[0]
     else:
-        loss = population.loss(
+        loss = stacked.loss(
             pair[0].model, dict(pair[0].model.named_parameters()), data.batch(0, 0, 16), "bf16"
         )
         loss.backward()
@@ -226,9 +227,9 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 sys.path.insert(0, {tests!r})
-import test_population
-test_population.train(
-    test_population.population_config(epochs={epochs}), Path(sys.argv[1]), device=sys.argv[2], together=True,
+import test_stacked
+test_stacked.train(
+    test_stacked.population_config(epochs={epochs}), Path(sys.argv[1]), device=sys.argv[2], together=True,
     checkpoint_seconds=0.1,
 )
 """
@@ -270,7 +271,7 @@ def test_a_recorded_step_is_the_step(tmp_path: Path, precision: str, monkeypatch
     run = population_config(precision=precision)
     train(run, tmp_path / "recorded", device="cuda")
     with monkeypatch.context() as patch:
-        patch.setattr(population.Recording, "__call__", lambda recording: recording.function())
+        patch.setattr(stacked.Recording, "__call__", lambda recording: recording.function())
         train(run, tmp_path / "eager", device="cuda")
     for member in range(4):
         assert_same_run(tmp_path / "recorded", tmp_path / "eager", member)

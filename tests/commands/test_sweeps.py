@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from holdall.show import sweeps
+from holdall.commands import sweeps
 
 PAIRS = (4, 8, 16, 32, 64, 128, 256)
 

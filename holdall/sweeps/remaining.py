@@ -1,6 +1,6 @@
 """How long a sweep still takes: counted operations, calibrated by what its runs have taken so far.
 
-    cost of a run      counted beforehand (holdall/operations.py), as if it took all its steps
+    cost of a run      counted beforehand (holdall/training/flops.py), as if it took all its steps
     seconds a unit     measured: of a run that trains by its own steps, of one that waits by runs of the same
                        model, else by all
     early ends         runs end once they are good enough: what share of its steps one will do is the

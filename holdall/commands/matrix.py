@@ -10,11 +10,11 @@ import torch
 from rich import box
 from rich.table import Table
 
-from holdall import mixers, runs
+from holdall import environment, mixers
 from holdall.analysis import gallery
 from holdall.analysis.matrix import inputs, matrix_of
+from holdall.commands import busy, console
 from holdall.report import matrix as matrices
-from holdall.show import busy, console
 
 
 def matrix(
@@ -63,7 +63,7 @@ def matrix(
         tokens=inputs(input, length, width, seed=seed).names,
         matrices=tuple(found),
         failures=failures,
-        environment=runs.environment("cpu", torch.get_num_threads()),
+        environment=environment.describe("cpu", torch.get_num_threads()),
     )
     if found:
         console.print(_matrix_table(result))

@@ -10,8 +10,8 @@ import pytest
 from rich.table import Table
 from rich.text import Text
 
-from holdall import show
-from holdall.show import PlainConsole, Words, printable, zoo
+from holdall import commands
+from holdall.commands import PlainConsole, Words, printable, zoo
 
 ODD = ["a[/b]", "m[red]x", "[bold]y[/]", ":smile:", "tab\there"]
 STEERING = ["\x1b[31mred", "\x1b]0;title\x07", "\x9b2J", "over\rwritten", "bell\x07", "b\x08ack", "\x00"]
@@ -54,8 +54,8 @@ def test_bytes_that_are_no_text_are_marked() -> None:
 
 def test_what_is_being_done_is_no_markup_either(monkeypatch: pytest.MonkeyPatch) -> None:
     file = io.StringIO()
-    monkeypatch.setattr(show, "console", PlainConsole(file=file, width=120, force_terminal=True))
-    with show.busy("reading a[/b]") as say:
+    monkeypatch.setattr(commands, "console", PlainConsole(file=file, width=120, force_terminal=True))
+    with commands.busy("reading a[/b]") as say:
         say("reading m[red]x")
     assert "reading m[red]x" in file.getvalue()
 

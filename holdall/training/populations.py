@@ -27,14 +27,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from holdall import checkpoints, files, runs, settings
+from holdall import checkpoints, environment, files, settings
 from holdall.contract import Config
 from holdall.files import RunError
 from holdall.model import Model, ModelConfig, Precision, repeatable, seeded
-from holdall.population import Member, Population, loss, right
-from holdall.runs import Stopped
 from holdall.settings import Betas, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed, Share
 from holdall.tasks.data import DataConfig, Questions, TaskData
+from holdall.training.chassis import Background, Stopped
+from holdall.training.stacked import Member, Population, loss, right
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +189,9 @@ def _claim(folder: Path, config: TrainConfig, device: torch.device) -> None:
     the corrected command.
     """
     if not _check(folder, config):
-        files.write_json(folder / "environment.json", runs.environment(str(device), torch.get_num_threads()))
+        files.write_json(
+            folder / "environment.json", environment.describe(str(device), torch.get_num_threads())
+        )
         files.write_json(folder / "config.json", config.to_dict())
 
 
@@ -273,7 +275,7 @@ class Trainer:
         self.seconds = 0.0
         self.epoch_steps = self.data.steps_per_epoch(config.batch)
         self.steps = config.epochs * self.epoch_steps
-        self.writer = runs.Background()
+        self.writer = Background()
         self._resume()
 
     def _member(self, rate: float, seed: int) -> Member:

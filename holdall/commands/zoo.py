@@ -15,10 +15,10 @@ from rich.text import Text
 
 from holdall import files, mixers
 from holdall.analysis.soundness import LENGTHS, drift, length_for
+from holdall.commands import busy, console
 from holdall.contract import Entry, bytes_per_row
 from holdall.report import zoo as zoo_pages
 from holdall.report.style import bytes_text
-from holdall.show import busy, console
 
 
 def zoo(name: str | None, width: int, context: int, load: Sequence[Path]) -> int:

@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from holdall import files
-from holdall import pretrain as module
 from holdall.files import RunError
 from holdall.mixers.attention import AttentionConfig
 from holdall.mixers.base_conv import BaseConv, BaseConvConfig
@@ -32,11 +31,20 @@ from holdall.mixers.mamba import MambaConfig
 from holdall.mixers.sliding_window import SlidingWindowConfig
 from holdall.mixers.taylor import TaylorConfig
 from holdall.model import Model, ModelConfig, seeded
-from holdall.operations import flops_per_token
-from holdall.parallel import LanguageModelLoss, cast_call, decayed, launcher
-from holdall.pretrain import PretrainConfig, Pretrainer, Stopped, generate, load_run, open_data, pretrain
 from holdall.text.shards import write_corpus
 from holdall.text.tokenizers import Bytes
+from holdall.training import language_models as module
+from holdall.training.devices import LanguageModelLoss, cast_call, decayed, launcher
+from holdall.training.flops import flops_per_token
+from holdall.training.language_models import (
+    PretrainConfig,
+    Pretrainer,
+    Stopped,
+    generate,
+    load_run,
+    open_data,
+    pretrain,
+)
 
 GOLDEN = Path(__file__).parent / "golden_losses.json"
 
@@ -287,7 +295,7 @@ def test_sums_have_a_fixed_order_where_it_is_asked_for(
         asked.append(device)
         yield
 
-    monkeypatch.setattr("holdall.pretrain.repeatable", repeatable)
+    monkeypatch.setattr("holdall.training.language_models.repeatable", repeatable)
     pretrain(config(corpus, steps=1), tmp_path, in_order=in_order)
     assert asked == [torch.device("cpu")] * in_order
     assert json.loads((tmp_path / "environment.json").read_text())["in_order"] is in_order

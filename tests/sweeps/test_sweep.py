@@ -18,17 +18,18 @@ from typing import Any
 import pytest
 import torch
 
-from holdall import contract, files, frontier, recipes
+from holdall import contract, files, recipes
+from holdall.commands import sweeps
 from holdall.files import RunError
-from holdall.frontier import OutOfTime, SweepConfig, Watcher, run_sweep
 from holdall.mixers.attention import AttentionConfig
 from holdall.mixers.linformer import LinformerConfig
 from holdall.mixers.sliding_window import SlidingWindowConfig
 from holdall.recipes import patterns, quick
-from holdall.show import sweeps
+from holdall.sweeps import sweep
+from holdall.sweeps.sweep import OutOfTime, SweepConfig, Watcher, run_sweep
 from holdall.tasks.data import MQARData, Segment
 from holdall.tasks.information import recall_bits
-from holdall.train import TrainConfig, train
+from holdall.training.populations import TrainConfig, train
 
 HOLDALL = [sys.executable, "-m", "holdall.cli"]
 
@@ -161,10 +162,10 @@ SCRIPT = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-import test_frontier
+import test_sweep
 if __name__ == "__main__":
     try:
-        test_frontier.run(Path(sys.argv[1]), test_frontier.tiny(epochs=400))
+        test_sweep.run(Path(sys.argv[1]), test_sweep.tiny(epochs=400))
     except KeyboardInterrupt:
         sys.exit(130)
 """
@@ -216,8 +217,8 @@ def test_out_of_time_everything_is_kept_and_the_next_call_goes_on(tmp_path: Path
 
 def test_a_machines_gpus_are_taken_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert frontier.devices("cuda", 3) == ["cuda:0", "cuda:1", "cuda:0"]
-    assert frontier.devices("cpu", 2) == ["cpu", "cpu"]
+    assert sweep.devices("cuda", 3) == ["cuda:0", "cuda:1", "cuda:0"]
+    assert sweep.devices("cpu", 2) == ["cpu", "cpu"]
 
 
 def test_every_model_but_the_first_is_compiled_ahead_once_on_one_of_the_gpus() -> None:
@@ -225,7 +226,7 @@ def test_every_model_but_the_first_is_compiled_ahead_once_on_one_of_the_gpus() -
     configs = [job.point.train for job in SweepConfig(recipe="x", points=tuple(points)).jobs(together=True)]
     assert len(configs) == 2 * len(points)
     started: list[Any] = []
-    pool = object.__new__(frontier._Pool)
+    pool = object.__new__(sweep._Pool)
     ended: list[str] = []
     pool.plugins, pool.devices, pool.stop = [], ["cuda:0", "cuda:1"], threading.Event()  # type: ignore[assignment]
     pool.context = SimpleNamespace(  # type: ignore[assignment]
@@ -251,10 +252,10 @@ def test_every_model_but_the_first_is_compiled_ahead_once_on_one_of_the_gpus() -
 
 
 def test_what_cannot_be_compiled_ahead_is_passed_over(tmp_path: Path) -> None:
-    short = [each.to_dict() for each in frontier.to_compile([point.train for point in tiny().points], 0)]
+    short = [each.to_dict() for each in sweep.to_compile([point.train for point in tiny().points], 0)]
     broken = short[0] | {"batch": 0}
     process = multiprocessing.get_context("spawn").Process(
-        target=frontier.compile_ahead, args=([broken, *short], str(tmp_path), "cpu", [])
+        target=sweep.compile_ahead, args=([broken, *short], str(tmp_path), "cpu", [])
     )
     process.start()
     process.join(120)
@@ -269,7 +270,7 @@ def test_a_sweep_on_all_gpus_of_a_machine(tmp_path: Path) -> None:
     used = {
         json.loads(path.read_text())["device"] for path in (tmp_path / "out").glob("runs/*/environment.json")
     }
-    assert used == set(frontier.devices("cuda", 2))
+    assert used == set(sweep.devices("cuda", 2))
     assert len(lines) == 4
 
 
@@ -309,7 +310,7 @@ def test_a_population_trained_elsewhere_counts(tmp_path: Path) -> None:
 
 
 def test_a_mixer_file_of_the_user_s_own_joins_in_every_process(tmp_path: Path) -> None:
-    page = (Path(__file__).parents[1] / "docs" / "add-a-mixer.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "add-a-mixer.md").read_text()
     file = tmp_path / "leaky.py"
     file.write_text(page.partition("```python\n")[2].partition("```")[0])
     from holdall import mixers
@@ -338,9 +339,9 @@ def test_a_mixer_file_of_the_user_s_own_joins_in_every_process(tmp_path: Path) -
 
 @pytest.mark.parametrize("name", recipes.SWEEPS)
 def test_every_recipe_builds_every_model(name: str) -> None:
-    for sweep in recipes.sweeps(name, seeds=2):
-        assert SweepConfig.from_dict(json.loads(json.dumps(sweep.to_dict()))) == sweep
-        for point in sweep.points:
+    for each in recipes.sweeps(name, seeds=2):
+        assert SweepConfig.from_dict(json.loads(json.dumps(each.to_dict()))) == each
+        for point in each.points:
             assert point.train.seeds == (0, 1)
             model = point.train.model
             if model.width <= 128:
@@ -463,7 +464,7 @@ def test_one_run_of_each_model_comes_first_and_the_longest_of_them() -> None:
     )
     jobs = SweepConfig(recipe="tiny", points=(small, large)).jobs(together=False)
     order = [
-        (jobs[index].point.label, jobs[index].point.train.learning_rates) for index in frontier.in_order(jobs)
+        (jobs[index].point.label, jobs[index].point.train.learning_rates) for index in sweep.in_order(jobs)
     ]
     assert order == [(label, (rate,)) for rate in (0.01, 0.02) for label in ("window 4", "attention")]
 

@@ -18,10 +18,12 @@ from rich.progress import Progress as Bars
 from rich.text import Text
 
 from holdall import mixers
+from holdall.commands import TELL_SECONDS, Words, console, resolve_device
 from holdall.files import RunError
 from holdall.model import ModelConfig
-from holdall.parallel import Strategy, launcher
-from holdall.pretrain import (
+from holdall.recipes import presets
+from holdall.training.devices import Strategy, launcher
+from holdall.training.language_models import (
     LoadedRun,
     PretrainConfig,
     Progress,
@@ -32,8 +34,6 @@ from holdall.pretrain import (
     perplexity,
     pretrain,
 )
-from holdall.recipes import presets
-from holdall.show import TELL_SECONDS, Words, console, resolve_device
 
 SAMPLES, PROMPT, WRITTEN = 3, 64, 192
 """How many samples are written, tokens of the validation text that each goes on from, and tokens of each."""

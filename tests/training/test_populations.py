@@ -23,7 +23,7 @@ from holdall.mixers.base_conv import BaseConvConfig
 from holdall.mixers.taylor import TaylorConfig
 from holdall.model import ModelConfig
 from holdall.tasks.data import MQARData, Segment, TaskData
-from holdall.train import Progress, Stopped, TrainConfig, Trainer, train
+from holdall.training.populations import Progress, Stopped, TrainConfig, Trainer, train
 
 TASK = MQARData(
     vocab=32,

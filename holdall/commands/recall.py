@@ -17,12 +17,12 @@ from rich.text import Text
 
 from holdall import files, mixers
 from holdall.analysis import recall as slices
+from holdall.commands import TELL_SECONDS, Words, console, resolve_device
 from holdall.files import RunError
 from holdall.model import Model
-from holdall.pretrain import PretrainConfig, load_run, open_data, step_of
 from holdall.report import recall as recalls
-from holdall.show import TELL_SECONDS, Words, console, resolve_device
 from holdall.text.tokenizers import Bytes
+from holdall.training.language_models import PretrainConfig, load_run, open_data, step_of
 
 Checkpoint = Literal["best", "last", "model"]
 

@@ -39,15 +39,15 @@ from typing import Any
 
 import torch
 
-from holdall import errors, files, mixers, processes, runs, settings
+from holdall import environment, errors, files, mixers, processes, settings
 from holdall.contract import Config, did_you_mean
 from holdall.files import RunError
 from holdall.model import ModelConfig, seeded
-from holdall.operations import flops_per_token
 from holdall.settings import NonNegativeFloat, PositiveInt
 from holdall.tasks.data import DataConfig, Segment
 from holdall.tasks.information import recall_bits
-from holdall.train import Progress, Stopped, TrainConfig, finished, train
+from holdall.training.flops import flops_per_token
+from holdall.training.populations import Progress, Stopped, TrainConfig, finished, train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,7 +330,7 @@ def at_once(device: str, workers: int | None = None) -> int:
     if workers is not None:
         settings.check("workers", workers, PositiveInt)
         return workers
-    return torch.cuda.device_count() if device == "cuda" else runs.cores()
+    return torch.cuda.device_count() if device == "cuda" else environment.cores()
 
 
 def planned(sweep: SweepConfig, out: Path, *, together: bool) -> list[Job]:
@@ -404,7 +404,7 @@ def _claim(out: Path, sweep: SweepConfig, command: str, device: str) -> None:
             for segment in sweep.data.test
         ],
     }
-    files.write_json(out / "environment.json", runs.environment(device, 1))
+    files.write_json(out / "environment.json", environment.describe(device, 1))
     files.write_json(path, {**about, "points": plain["points"]})
 
 
@@ -565,7 +565,7 @@ def _start_process(queue: Any, stop: Any, free: Any, plugins: list[str]) -> None
 
 def _join_in(device: str, plugins: Sequence[str]) -> None:
     """What every process of a sweep begins with."""
-    runs.follow_parent()
+    processes.follow_parent()
     torch.set_num_threads(1)
     if device.startswith("cuda"):
         torch.cuda.set_device(device)

@@ -10,7 +10,7 @@ import torch
 
 from holdall.contract import MixerConfig
 from holdall.model import Block, Model
-from holdall.parallel import cast_call
+from holdall.training.devices import cast_call
 
 
 def compile_blocks(model: Model, rows: int, length: int, dtype: torch.dtype | None) -> dict[str, str]:

@@ -1,0 +1,39 @@
+"""The one contract: a sequence mixer maps a stretch of tokens and a state to outputs and the next state.
+
+    y_BTD, state = mixer(x_BTD, state)       any T >= 1; state None means "nothing read yet"
+
+Training, prefill, one decode step and another chunk after that are this same call. A *state* is a
+value: a NamedTuple of tensors whose first dimension is the batch row, so rows can be selected, copied,
+saved and moved. tests/laws.py holds every registered mixer to the laws that follow from this.
+
+Shape letters, here and in all of Holdall: B batch row, T time, D model width, H heads, K key dim,
+V value dim, F features, N state size per channel, S slots of a cache.
+"""
+
+from holdall.contract.config import Config, check_fields, did_you_mean, field_types
+from holdall.contract.mixer import Mixer, MixerConfig, readout_dtype, recurrent_dtype
+from holdall.contract.registry import Entry, Paper, lookup, register, registered
+from holdall.contract.state import (
+    POSITION_FIELDS,
+    Field,
+    Position,
+    State,
+    StateError,
+    bytes_per_row,
+    count_on,
+    elements_per_row,
+    fields_of,
+    join_rows,
+    map_state,
+    misfit,
+    none_read,
+    select_rows,
+)
+from holdall.contract.state_file import load_states, save_states
+
+__all__ = [
+    "POSITION_FIELDS", "Config", "Entry", "Field", "Mixer", "MixerConfig", "Paper", "Position", "State",
+    "StateError", "bytes_per_row", "check_fields", "count_on", "did_you_mean", "elements_per_row",
+    "field_types", "fields_of", "join_rows", "load_states", "lookup", "map_state", "misfit", "none_read",
+    "readout_dtype", "recurrent_dtype", "register", "registered", "save_states", "select_rows",
+]  # fmt: skip

@@ -1,0 +1,292 @@
+"""The mixer: one call for training, prefill and decoding, behind one check at its border."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.stateless import _reparametrize_module
+
+from holdall.contract import forms
+from holdall.contract.config import Config, did_you_mean, to_plain
+from holdall.contract.state import Field, State, StateError, fields_of, map_state, misfit
+from holdall.settings import PositiveInt
+
+M = TypeVar("M", bound="MixerConfig")  # not typing.Self, which the shape checks at test time cannot resolve
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixerConfig(Config):
+    """Base of the mixers' configs: the model width, and which of a mixer's forms runs.
+
+    `form` "loop" is the definition, "parallel" the parallel or chunked form in plain PyTorch, "kernel" the
+    one for GPUs, where there is one; "auto" takes the fastest that can run on the mixer's device, and the
+    built mixer's `form` says which that is (holdall/contract/forms.py).
+    """
+
+    width: PositiveInt = 64
+    form: str = "auto"
+
+    name: ClassVar[str] = ""
+    """The registered name; set by `register`."""
+    forms: ClassVar[tuple[str, ...]] = ("loop", "parallel")
+    variants: ClassVar[tuple[dict[str, Any], ...]] = ({},)
+    """Options under which the laws are checked, each beside the defaults."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.form not in ("auto", *self.forms):
+            raise ValueError(f"{self.name} has no form '{self.form}'. {did_you_mean(self.form, self.forms)}")
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether somebody wrote a kernel for a mixer with these options: what strict insists on."""
+        return "kernel" in self.forms
+
+    def kernel_refusal(self, device: torch.device, dtype: torch.dtype) -> str:
+        """Why the kernel of this config cannot run on such activations; empty if it can."""
+        return forms.kernel_refusal(device, dtype)
+
+    def resolved_form(self, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+        """The form that will run on such a device; may raise KernelError, see `forms.resolve`."""
+        known = [form for form in self.forms if form != "kernel" or self.has_kernel]
+        if self.form == "kernel":
+            refusal = self._refusal_everywhere()
+        else:
+            refusal = self.kernel_refusal(device, dtype) if "kernel" in known else ""
+        return forms.resolve(self.form, known, device, refusal)
+
+    def _refusal_everywhere(self) -> str:
+        """Why the kernel can run on no GPU, whatever the dtype; empty if moving there may help."""
+        tried = (torch.float32, torch.bfloat16)
+        found = [self.kernel_refusal(torch.device("cuda"), dtype) for dtype in tried]
+        return "" if "" in found else found[0]
+
+    @abstractmethod
+    def build(self) -> Mixer:
+        """The mixer that this config describes, freshly initialised from torch's random state."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields and the registered name, so that the dictionary alone tells which mixer it is."""
+        return {"name": self.name, **super().to_dict()}
+
+    @classmethod
+    def from_dict(cls: type[M], plain: Mapping[str, Any]) -> M:
+        """The config of the mixer that `plain["name"]` names, whichever class this is called on."""
+        from holdall.contract.registry import lookup  # which knows this class
+
+        options = {key: value for key, value in plain.items() if key != "name"}
+        owner = lookup(plain["name"]).config if "name" in plain else cls
+        if not issubclass(owner, cls):
+            raise TypeError(f"'{plain['name']}' is not a {cls.__name__}")
+        return super(MixerConfig, owner).from_dict(options)
+
+    def options(self) -> dict[str, Any]:
+        """The fields that differ from their defaults, without the width: what makes this one special."""
+        plain = {f.name: (getattr(self, f.name), f.default) for f in dataclasses.fields(self)}
+        return {name: to_plain(v) for name, (v, default) in plain.items() if name != "width" and v != default}
+
+
+class Mixer(nn.Module):
+    """Base of all sequence mixers.
+
+    Attributes:
+        config: the config that built it.
+        form: the form that runs, resolved when the mixer is built and when it moves.
+        owner: what errors call it.
+    """
+
+    state_type: ClassVar[type[State]]
+    """The NamedTuple that this mixer's state is."""
+    refusals: ClassVar[Mapping[str, str]] = {}
+    """Laws that this mixer cannot obey, by name, each with the reason."""
+    own_init: ClassVar[bool] = False
+    """Whether the published initialisation is the mixer's own; otherwise the model's is used."""
+    reads_tokens: ClassVar[bool] = False
+    """Whether `forward` also takes the tokens' ids, as the keyword argument `tokens_BT`."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Every mixer's `forward`, a user's own included, is called through the one check at the border."""
+        super().__init_subclass__(**options)
+        if "forward" in vars(cls):
+            cls.forward = _checked(vars(cls)["forward"])  # type: ignore[method-assign]
+
+    def __init__(self, config: MixerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.form = config.resolved_form(torch.get_default_device(), torch.get_default_dtype())
+        self.owner = f"{config.name} of width {config.width}"
+        self._state_fields: dict[torch.dtype, tuple[Field, ...]] = {}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mixer:
+        """Behind `to`, `cuda`, `half` and the like: another device may run another form."""
+        super()._apply(fn, recurse)
+        weight = next(self.parameters(), None)
+        if weight is not None:
+            self.form = self.config.resolved_form(weight.device, weight.dtype)
+        return self
+
+    @abstractmethod
+    def forward(
+        self, x_BTD: Tensor, state: Any = None, *, inplace: bool = False, want_state: bool = True
+    ) -> tuple[Tensor, Any]:
+        """Read T >= 1 more tokens of any number of rows, none included.
+
+        What does not fit together is refused by name (ValueError): no tokens, another width, and a state of
+        other rows, sizes, dtype, device or kind. Under `torch.autocast` a mixer computes what it computes in
+        that dtype, on copies of its weights; what it keeps wide stays wide.
+
+        Args:
+            x_BTD: the tokens' activations.
+            state: what an earlier call returned; None if nothing was read yet.
+            inplace: the caller gives `state` away, so its memory may be reused. Not for training.
+            want_state: False if the caller will drop the state (training on whole sequences): mixers
+                need not compute it, and return None.
+
+        Returns:
+            y_BTD in the dtype of x, and the state after the last token.
+        """
+
+    @abstractmethod
+    def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None) -> State:
+        """The state that None stands for, for `batch` rows and activations of `dtype`."""
+
+    @abstractmethod
+    def state_elements(self, context_len: int) -> int:
+        """Elements of all tensors in one row's state after `context_len` tokens."""
+
+    def state_fields(self, dtype: torch.dtype) -> tuple[Field, ...]:
+        """What `init_state` makes beside activations of `dtype`, as the check at the border needs it."""
+        fields = self._state_fields.get(dtype)
+        if fields is None:
+            start = self.init_state(1, dtype=dtype, device=torch.device("meta"))
+            grows = self.state_elements(1) > self.state_elements(0)
+            fields = self._state_fields[dtype] = fields_of(start, grows)
+        return fields
+
+    def extra_repr(self) -> str:
+        return f"form={self.form}"
+
+
+# -------------------------------------------------------------------------------------- the border
+
+
+def _checked(forward: Callable[..., tuple[Tensor, Any]]) -> Callable[..., tuple[Tensor, Any]]:
+    """A mixer's forward behind its border."""
+
+    @functools.wraps(forward)
+    def checked(self: Mixer, x_BTD: Tensor, state: Any = None, **how: Any) -> tuple[Tensor, Any]:
+        _check_border(self, x_BTD, state, how.get("tokens_BT") if how else None)
+        if type(state) is tuple:
+            state = self.state_type(*state)
+        run = forward
+        if torch._C._is_any_autocast_enabled():  # whose device need not be this one, but which costs nothing
+            device = x_BTD.device.type
+            if device != "meta" and torch.is_autocast_enabled(device):
+                run = functools.partial(_beside_autocast, forward)
+        if x_BTD.shape[0] == 0:
+            return _no_rows(run, self, x_BTD, state, **how)
+        return run(self, x_BTD, state, **how)
+
+    return checked
+
+
+def _check_border(mixer: Mixer, x_BTD: Tensor, state: Any, tokens_BT: Tensor | None) -> None:
+    """Refuse with ValueError what a mixer would otherwise broadcast, or fail on somewhere inside."""
+    shape = x_BTD.shape
+    if len(shape) != 3 or shape[2] != mixer.config.width:
+        needs = f"{mixer.config.name} needs (rows, tokens, width {mixer.config.width})"
+        raise ValueError(f"x_BTD has shape {tuple(shape)}, where {needs}")
+    if shape[1] == 0:
+        raise ValueError(f"{mixer.config.name} needs at least one token, and x_BTD has shape {tuple(shape)}")
+    if tokens_BT is not None and tokens_BT.shape != shape[:2]:
+        needs = f"{mixer.config.name} needs {tuple(shape[:2])}, as x_BTD"
+        raise ValueError(f"tokens_BT has shape {tuple(tokens_BT.shape)}, where {needs}")
+    if state is None:
+        return
+    rows, device, fields = shape[0], x_BTD.device, mixer.state_fields(x_BTD.dtype)
+    if isinstance(state, mixer.state_type):
+        # `misfit` for a state that fits, which nearly all do, in a quarter of its time: a step may be short
+        for found, (_, time, sizes, dtype) in zip(state, fields, strict=True):
+            if not isinstance(found, Tensor):
+                break
+            has = found.shape
+            if len(has) <= time or has[0] != rows or has[1 + time :] != sizes:
+                break
+            if found.dtype is not dtype or found.device != device:
+                break
+        else:
+            return
+    if why := misfit(state, mixer.state_type, fields, mixer.owner, rows=rows, device=device):
+        raise StateError(why)
+
+
+def _no_rows(
+    forward: Callable[..., tuple[Tensor, Any]], mixer: Mixer, x_BTD: Tensor, state: Any, **how: Any
+) -> tuple[Tensor, Any]:
+    """No rows in, no rows out: what comes of one row of zeros, without that row."""
+
+    def one_row(tensor: Tensor) -> Tensor:
+        return torch.cat((tensor, tensor.new_zeros(1, *tensor.shape[1:])))
+
+    how = {key: one_row(value) if isinstance(value, Tensor) else value for key, value in how.items()}
+    start = None if state is None else map_state(state, one_row)
+    y_BTD, after = forward(mixer, one_row(x_BTD), start, **how)
+    return y_BTD[:0].clone(), None if after is None else map_state(after, lambda tensor: tensor[:0].clone())
+
+
+def _beside_autocast(
+    forward: Callable[..., tuple[Tensor, Any]], mixer: Mixer, x_BTD: Tensor, state: Any, **how: Any
+) -> tuple[Tensor, Any]:
+    """Under autocast: what the mixer computes in autocast's dtype, from copies of its weights in it.
+
+    Autocast itself would take every product to that dtype, those of a recurrence with its wide state too; so
+    within it is off, and what a mixer keeps wide in that dtype stays wide. Outputs have autocast's dtype, as
+    a linear layer's have; states have those that they have beside x without autocast, so that they continue
+    in and out of it. As in autocast itself, fp64 stays.
+    """
+    device = x_BTD.device.type
+    dtype = x_BTD.dtype if x_BTD.dtype == torch.float64 else torch.get_autocast_dtype(device)
+
+    def copied(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+
+    def beside(dtype: torch.dtype, state: Any) -> Any:
+        fields = mixer.state_fields(dtype)
+        return type(state)(*(tensor.to(field.dtype) for tensor, field in zip(state, fields, strict=True)))
+
+    own = {**dict(mixer.named_parameters()), **dict(mixer.named_buffers())}
+    copies = {name: copied(tensor) for name, tensor in own.items()}
+    start = None if state is None else beside(dtype, state)
+    # functional_call would call the mixer's hooks once more
+    with torch.autocast(device, enabled=False), _reparametrize_module(mixer, copies):
+        y_BTD, after = forward(mixer, x_BTD.to(dtype), start, **how)
+    return y_BTD, None if after is None else beside(x_BTD.dtype, after)
+
+
+# ----------------------------------------------------------------------------------------- dtypes
+
+
+def recurrent_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a recurrent state beside activations of `dtype`: at least fp32.
+
+    A recurrence adds thousands of small terms to one number; in bf16 its 8 bits of mantissa would drop
+    every term below 1/256 of the sum.
+    """
+    return torch.promote_types(dtype, torch.float32)
+
+
+def readout_dtype(form: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the values, and so of what is read out of a recurrence, where a norm follows.
+
+    A readout can be thousands of times larger than what the norm makes of it: in fp16, beyond the largest
+    number. So it is narrowed after the norm. A kernel multiplies in the dtype of the activations, which does
+    as well in bf16 with the exponents of fp32.
+    """
+    return dtype if form == "kernel" and dtype != torch.float16 else recurrent_dtype(dtype)

@@ -1,0 +1,126 @@
+"""The registry: what Holdall knows of each mixer. The zoo, the laws and the command line read it."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from holdall.contract.config import did_you_mean
+from holdall.contract.mixer import MixerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paper:
+    """Where a mixer comes from; `arxiv` is the identifier, empty if there is none."""
+
+    title: str
+    authors: str
+    year: int
+    arxiv: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """What the registry knows of one mixer.
+
+    Attributes:
+        family: which mixers it stands beside in tables.
+        state: elements of the state of one row after N tokens, as a formula in the config's letters.
+        training, inference: cost of N tokens at once, and of one more token, in O-notation.
+        causal: whether no output sees the future.
+    """
+
+    name: str
+    family: str
+    summary: str
+    paper: Paper
+    state: str
+    training: str
+    inference: str
+    causal: bool
+    config: type[MixerConfig]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Each option of the mixer with its default."""
+        return {f.name: f.default for f in dataclasses.fields(self.config) if f.name != "width"}
+
+    def configure(self, **options: Any) -> MixerConfig:
+        """A config of this mixer; an unknown option raises TypeError with the closest known one."""
+        known = [field.name for field in dataclasses.fields(self.config)]
+        for option in options:
+            if option not in known:
+                raise TypeError(f"{self.name} has no option '{option}'. {did_you_mean(option, known)}")
+        return self.config(**options)
+
+    def __str__(self) -> str:
+        source = f"{self.paper.authors}, {self.paper.year}"
+        source += f", arXiv {self.paper.arxiv}" if self.paper.arxiv else ""
+        options = "".join(f"\n    {name} = {default!r}" for name, default in self.options.items())
+        about = inspect.getdoc(self.config) or ""
+        options += "\n" + textwrap.indent(about.partition("\n")[2].strip("\n"), "  ")
+        return (
+            f"{self.name}: {self.summary}\n  {self.family}; {self.paper.title} ({source})\n"
+            f"  state elements after N tokens: {self.state}\n"
+            f"  N tokens at once: {self.training}; one more: {self.inference}; "
+            f"{'causal' if self.causal else 'not causal'}\n  options:{options}"
+        )
+
+
+_registry: dict[str, Entry] = {}
+
+
+def register(
+    name: str,
+    *,
+    family: str = "other",
+    paper: Paper,
+    state: str,
+    training: str,
+    inference: str,
+    causal: bool = True,
+) -> Callable[[type[MixerConfig]], type[MixerConfig]]:
+    """Class decorator that enters a mixer's config, and with it the mixer, into the registry.
+
+    The first line of the config's docstring becomes the summary. Raises ValueError for a name that
+    another class already has.
+    """
+
+    def enter(config: type[MixerConfig]) -> type[MixerConfig]:
+        other = _registry[name].config if name in _registry else config
+        if (other.__module__, other.__qualname__) != (config.__module__, config.__qualname__):
+            # the same class once more is welcome: its file was read again
+            raise ValueError(
+                f"mixer '{name}' is already registered, by {other.__module__}.{other.__qualname__}"
+            )
+        config.name = name
+        _registry[name] = Entry(
+            name=name,
+            family=family,
+            summary=(config.__doc__ or "").strip().partition("\n")[0].rstrip("."),
+            paper=paper,
+            state=state,
+            training=training,
+            inference=inference,
+            causal=causal,
+            config=config,
+        )
+        return config
+
+    return enter
+
+
+def lookup(name: str) -> Entry:
+    """The registry's entry, among the mixers whose files were imported; KeyError helps with the name."""
+    if name not in _registry:
+        raise KeyError(f"unknown mixer '{name}'. {did_you_mean(name, _registry)}")
+    return _registry[name]
+
+
+def registered() -> list[str]:
+    """The names of the mixers whose files were imported, sorted."""
+    return sorted(_registry)
