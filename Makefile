@@ -36,7 +36,7 @@ test-full: $(VENV)/installed-dev
 # luck of one fails on another. This is the order that the processors which run the tests seldom have.
 test-portable: export ATEN_CPU_CAPABILITY = default
 test-portable: $(VENV)/installed-dev
-	$(BIN)/pytest -q -n $(JOBS) -m "not compile and not full" tests/laws.py tests/test_laws_go_red.py \
+	$(BIN)/pytest -q -n $(JOBS) -m "not compile and not full" holdall/testing/laws.py tests/test_laws_go_red.py \
 		-k "definition-fp32 or (test_law_in_fp32 and bf16) or coarse or toleran or cancel or nudge"
 	$(BIN)/pytest -q -n $(JOBS) -m "not full" tests/kernels/test_window_attention.py \
 		tests/kernels/test_gated_norm.py -k "outputs_ring or as_plain"

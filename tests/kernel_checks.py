@@ -7,11 +7,11 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
-import laws
 import torch
 from torch import Tensor, nn
 
 from holdall.contract import Mixer, State, map_state
+from holdall.testing import laws
 
 
 @contextlib.contextmanager

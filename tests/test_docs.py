@@ -39,7 +39,16 @@ def test_the_readme_s_code_runs() -> None:
 def test_the_mixer_in_the_docs_obeys_every_law(tmp_path: Path) -> None:
     (code,) = blocks(ROOT / "docs" / "add-a-mixer.md", "python")
     (tmp_path / "leaky.py").write_text(code)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/laws.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--pyargs",
+        "holdall.testing.laws",
+    ]
     done = subprocess.run(
         [*command, "--load", str(tmp_path / "leaky.py"), "-m", "not compile and not full"],
         cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
@@ -53,7 +62,7 @@ def test_the_readme_names_every_file_of_the_package() -> None:
     (tree,) = [block for block in blocks(ROOT / "README.md", "") if "environment.py" in block]
     named = set(re.findall(r"[a-z0-9_]+\.(?:py|html)", tree))
     there = {path.name for path in (ROOT / "holdall").rglob("*.*") if path.suffix in (".py", ".html")}
-    assert named - {"laws.py"} == there - {"__init__.py"}
+    assert named - {"pytest_holdall.py"} == there - {"__init__.py"}
 
 
 def test_the_commands_that_the_pages_name_exist() -> None:
@@ -80,6 +89,7 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
 EXTRAS = {
     "text": {"lightning_fabric", "tokenizers", "zstandard"},
     "kernels": {"triton", "fla"},
+    "laws": {"pytest", "hypothesis"},
 }
 """What each extra brings, as modules. Those of tests and development are not for users."""
 

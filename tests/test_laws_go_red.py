@@ -13,14 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import laws
 import pytest
 import torch
-from nudges import Nudges
 from torch import Tensor, nn
 
 import holdall
 from holdall.contract import Mixer, map_state
+from holdall.testing import laws
+from holdall.testing.nudges import Nudges
 
 TINY = 1e-6
 """Far above the rounding of fp64 and far below what anyone would see in a curve."""

@@ -4,7 +4,7 @@
 
 Training, prefill, one decode step and another chunk after that are this same call. A *state* is a
 value: a NamedTuple of tensors whose first dimension is the batch row, so rows can be selected, copied,
-saved and moved. tests/laws.py holds every registered mixer to the laws that follow from this.
+saved and moved. holdall/testing/laws.py holds every registered mixer to the laws that follow from this.
 
 Shape letters, here and in all of Holdall: B batch row, T time, D model width, H heads, K key dim,
 V value dim, F features, N state size per channel, S slots of a cache.

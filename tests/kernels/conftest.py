@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import kernel_checks
-import laws
 import pytest
 import torch
 from torch import Tensor
+
+from holdall.testing import laws
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":

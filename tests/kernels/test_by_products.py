@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import by_hand
-import laws
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,6 +18,7 @@ from holdall.contract.forms import KernelError
 from holdall.kernels import channels_first, h3, hyena, toeplitz
 from holdall.mixers.h3 import H3Config
 from holdall.mixers.hyena import HyenaConfig
+from holdall.testing import laws
 
 CONFIGS: dict[str, Callable[..., MixerConfig]] = {
     "hyena": lambda **how: HyenaConfig(width=4, **how),

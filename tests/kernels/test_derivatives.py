@@ -10,7 +10,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import laws
 import pytest
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import holdall
 from holdall.kernels import cross_entropy, rwkv_7
+from holdall.testing import laws
 
 LINEAR = {"rwkv_7_beside", "toeplitz_forward"}
 """Their gradients do not depend on what they are differentiated by."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import laws
 import pytest
 import torch
 from kernel_checks import assert_trains_under_vmap, times_compiled
@@ -17,6 +16,7 @@ import holdall
 from holdall.contract.forms import KernelError
 from holdall.kernels import diagonal_scan as kernel
 from holdall.ops import scan
+from holdall.testing import laws
 
 SINGLE, COMPLEX, DOUBLE = torch.float32, torch.complex64, torch.float64
 FORMS = {True: (kernel.steady_scan, scan.steady_scan), False: (kernel.diagonal_scan, scan.diagonal_scan)}

@@ -12,10 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 import kernel_checks
-import laws
 import pytest
 import torch
 from torch import Tensor
+
+from holdall.testing import laws
 
 pytest.importorskip("fla", reason="needs fla-core")
 

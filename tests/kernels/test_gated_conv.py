@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-import laws
 import pytest
 import torch
 from kernel_checks import times_compiled
@@ -16,6 +15,7 @@ from holdall.contract import Mixer, forms
 from holdall.kernels import gated_conv as kernel
 from holdall.mixers.base_conv import BaseConvConfig, ConvState
 from holdall.ops import gated_conv as ops
+from holdall.testing import laws
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-import laws
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +13,7 @@ from torch.func import vmap
 
 from holdall.contract import forms
 from holdall.kernels.gated_norm import gated_rms_norm, launch_backward, launch_forward
+from holdall.testing import laws
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = ("out", "gradient of y", "gradient of z", "gradient of the weight")

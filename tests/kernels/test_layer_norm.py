@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import laws
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +11,7 @@ from torch.func import vmap
 from holdall.contract import forms
 from holdall.kernels.layer_norm import MAX_WIDTH, layer_norm, rms_norm
 from holdall.model import LayerNorm
+from holdall.testing import laws
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = ((1, 1, 16), (2, 63, 48), (1, 65, 64), (3, 40, 129))

@@ -9,7 +9,6 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import laws
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from torch.func import functional_call, vmap
 from holdall.contract.forms import KernelError
 from holdall.kernels import mamba_2 as kernel
 from holdall.mixers.mamba_2 import Mamba2Config, Mamba2State
+from holdall.testing import laws
 
 SINGLE, HALF, DOUBLE = torch.float32, torch.bfloat16, torch.float64
 WIDTH = 32

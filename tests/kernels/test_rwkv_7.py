@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import laws
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +14,7 @@ from torch.func import vmap
 import holdall
 from holdall.contract.forms import KernelError
 from holdall.kernels import rwkv_7
+from holdall.testing import laws
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # rows, tokens, heads, dims of a head

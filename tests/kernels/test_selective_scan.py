@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import laws
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,6 +18,7 @@ import holdall
 from holdall.contract.forms import KernelError
 from holdall.kernels import selective_scan as kernel
 from holdall.ops import scan
+from holdall.testing import laws
 
 SINGLE, HALF, DOUBLE = torch.float32, torch.bfloat16, torch.float64
 NAMES = ("x", "dt", "a", "b", "c", "h", "dt_bias_D", "skip_D", "z_BTD")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import laws
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +12,7 @@ from holdall.contract.forms import KernelError
 from holdall.kernels.short_conv import short_conv
 from holdall.mixers.mamba import MambaConfig
 from holdall.ops import conv
+from holdall.testing import laws
 
 
 def plain(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import laws
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +13,7 @@ from torch.func import vmap
 from holdall.contract.forms import KernelError
 from holdall.kernels.small_linear import _backward as small_linear_backward
 from holdall.kernels.small_linear import small_linear
+from holdall.testing import laws
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # rows, tokens, channels, outputs, log sigmoid; the last has more weights than a program takes

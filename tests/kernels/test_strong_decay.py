@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import kernel_checks
-import laws
 import pytest
 import torch
 
 import holdall
 from holdall.kernels import fla
+from holdall.testing import laws
 
 SINGLE, DOUBLE = torch.float32, torch.float64
 # pairs of which the mask drops one may overflow before; only the interpreter tells

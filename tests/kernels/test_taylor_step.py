@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import laws
 import pytest
 import torch
 from kernel_checks import poisoned
@@ -19,6 +18,7 @@ from holdall.contract import bytes_per_row
 from holdall.contract.forms import KernelError
 from holdall.kernels.taylor_step import taylor_step
 from holdall.ops.linear_attention import FEATURE_MAPS, linear_attention_loop
+from holdall.testing import laws
 
 SINGLE, HALF, DOUBLE = torch.float32, torch.bfloat16, torch.float64
 TAYLOR = FEATURE_MAPS["taylor"]

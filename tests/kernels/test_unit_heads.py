@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import laws
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch.func import vmap
 from holdall.contract.forms import KernelError
 from holdall.kernels.unit_heads import unit_heads
 from holdall.ops.delta_rule import unit_length
+from holdall.testing import laws
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # rows, tokens, heads, key dim, channels of the values

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import laws
 import pytest
 import torch
 from kernel_checks import assert_trains_under_vmap, poisoned, times_compiled
@@ -19,6 +18,7 @@ import holdall
 from holdall.contract.forms import KernelError
 from holdall.kernels import window_attention as kernel
 from holdall.ops.attention import KeyValueCache, window_attention, window_attention_loop
+from holdall.testing import laws
 
 SINGLE, HALF, DOUBLE = torch.float32, torch.bfloat16, torch.float64
 attend = kernel.window_attention

@@ -1,10 +1,10 @@
 """Softmax attention, full and in a window: heads that share keys and values; and where biases are."""
 
-import laws
 import pytest
 
 from holdall.mixers.attention import AttentionConfig
 from holdall.mixers.sliding_window import SlidingWindowConfig
+from holdall.testing import laws
 
 
 @pytest.mark.parametrize("config", [AttentionConfig, SlidingWindowConfig])

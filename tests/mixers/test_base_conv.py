@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import laws
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +9,7 @@ from torch import nn
 
 from holdall.mixers.base_conv import BaseConvConfig, ConvState
 from holdall.ops.conv import short_conv
+from holdall.testing import laws
 
 DOUBLE = torch.float64
 

@@ -6,7 +6,6 @@ Letters: B row, T time, D channels.
 import cmath
 import math
 
-import laws
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 import holdall
 from holdall.mixers.bigs import BiGS, BiGSConfig, Direction
+from holdall.testing import laws
 
 DOUBLE = torch.float64
 

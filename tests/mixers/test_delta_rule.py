@@ -5,7 +5,6 @@ Letters: B row, T time, D width, H heads, K key dim, V value dim.
 
 from typing import Any
 
-import laws
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +16,7 @@ from holdall.mixers.gated_delta_net import GatedDeltaNetConfig
 from holdall.mixers.kimi_delta_attention import KimiDeltaConfig
 from holdall.mixers.rwkv_7 import RWKV7Config
 from holdall.ops.delta_rule import unit_length
+from holdall.testing import laws
 
 DOUBLE = torch.float64
 NAMES = ["delta-net", "gated-delta-net", "kimi-delta-attention", "rwkv-7"]

@@ -5,7 +5,6 @@ The formulas are written once more here, quadratic and in fp64, without any stat
 Letters: B row, T and S time, D width, H heads, K dimensions of a head, F features.
 """
 
-import laws
 import pytest
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from holdall.mixers.hedgehog import Hedgehog
 from holdall.mixers.performer import Performer, orthogonal_rows
 from holdall.mixers.rebased import Rebased
 from holdall.mixers.rfa import Rfa
+from holdall.testing import laws
 
 LENGTH, WIDTH, HEADS = 50, 16, 2
 DOUBLE = torch.float64

@@ -3,12 +3,12 @@
 Letters: B row, T and S time, D width, H heads.
 """
 
-import laws
 import pytest
 import torch
 import torch.nn.functional as F
 
 from holdall.mixers.gateloop import GateLoop, GateLoopConfig
+from holdall.testing import laws
 
 both_forms = pytest.mark.parametrize("form", ["loop", "parallel"])
 

@@ -3,12 +3,12 @@
 Letters: B row, T and S time, D width, H heads, K key dim, V value dim.
 """
 
-import laws
 import pytest
 import torch
 import torch.nn.functional as F
 
 from holdall.mixers.gla import GLAConfig
+from holdall.testing import laws
 
 
 @pytest.mark.parametrize("form", ["loop", "parallel"])

@@ -6,13 +6,13 @@ Letters: B row, T time, R channels of v.
 import cmath
 import math
 
-import laws
 import pytest
 import torch
 import torch.nn.functional as F
 
 import holdall
 from holdall.mixers.gss import GSS, GSSConfig
+from holdall.testing import laws
 
 DOUBLE = torch.float64
 

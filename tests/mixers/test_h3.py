@@ -6,13 +6,13 @@ Letters: B row, T time, D channels, N modes.
 import cmath
 import math
 
-import laws
 import pytest
 import torch
 from torch import Tensor
 
 import holdall
 from holdall.mixers.h3 import H3, H3Config
+from holdall.testing import laws
 
 DOUBLE = torch.float64
 

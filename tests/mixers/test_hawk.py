@@ -3,13 +3,13 @@
 Letters: B row, T time, D width, E channels.
 """
 
-import laws
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from holdall.mixers.hawk import HawkConfig
+from holdall.testing import laws
 
 DOUBLE = torch.float64
 

@@ -1,11 +1,11 @@
 """Hyena beside its published equations, written as sums over the weights alone (tests/by_hand.py)."""
 
 import by_hand
-import laws
 import pytest
 import torch
 
 from holdall.mixers.hyena import HyenaConfig
+from holdall.testing import laws
 
 
 @pytest.mark.claim("mixers/hyena.py", "Weights")

@@ -1,10 +1,10 @@
 """Linformer: what it carries from call to call, and where its positions end."""
 
-import laws
 import pytest
 import torch
 
 from holdall.mixers.linformer import LinformerConfig
+from holdall.testing import laws
 
 DOUBLE = torch.float64
 

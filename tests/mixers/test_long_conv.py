@@ -1,11 +1,11 @@
 """The long convolution against torch's own, its filter's start, and where its memory ends."""
 
-import laws
 import pytest
 import torch
 import torch.nn.functional as F
 
 from holdall.mixers.long_conv import LongConv, LongConvConfig
+from holdall.testing import laws
 
 DOUBLE = torch.float64
 

@@ -3,7 +3,6 @@
 Letters: B row, T time, D width, E inner channels, H heads, G groups, N state per channel.
 """
 
-import laws
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from holdall.mixers.mamba_2 import Mamba2Config
 from holdall.ops.conv import short_conv_loop
 from holdall.ops.scan import selective_scan_loop
+from holdall.testing import laws
 
 DOUBLE = torch.float64
 

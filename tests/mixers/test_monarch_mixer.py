@@ -1,12 +1,12 @@
 """M2's mixer beside Hyena, of which it is a relative, and what it does not offer."""
 
-import laws
 import pytest
 import torch
 
 import holdall
 from holdall.mixers.hyena import HyenaConfig
 from holdall.mixers.monarch_mixer import MonarchMixerConfig
+from holdall.testing import laws
 
 DOUBLE = torch.float64
 

@@ -5,7 +5,6 @@ Letters: B row, T and S time, D width, H heads, K key dim, F features, V value d
 
 from dataclasses import replace
 
-import laws
 import pytest
 import torch
 
@@ -13,6 +12,7 @@ from holdall.contract import join_rows, map_state
 from holdall.mixers.linear_attention import LinearAttentionConfig
 from holdall.mixers.prefix_linear_attention import PrefixLinearAttention, PrefixLinearAttentionConfig
 from holdall.ops.linear_attention import FEATURE_MAPS
+from holdall.testing import laws
 
 E = 12
 CONFIG = PrefixLinearAttentionConfig(width=16, prefix=E, feature_dim=4, heads=2, chunk=8)

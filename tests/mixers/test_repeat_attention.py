@@ -1,12 +1,12 @@
 """Where a token repeats, and what is written there."""
 
-import laws
 import pytest
 import torch
 
 from holdall.mixers.attention import AttentionConfig
 from holdall.mixers.repeat_attention import RepeatAttentionConfig, repeats, repeats_loop
 from holdall.model import ModelConfig
+from holdall.testing import laws
 
 DOUBLE = torch.float64
 IDS = torch.tensor([[3, 0, 3, 5, 0, 0, 7, 5], [1, 1, 2, 3, 4, 5, 6, 1]])

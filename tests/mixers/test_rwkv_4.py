@@ -5,13 +5,13 @@ Letters: B row, T time, D width.
 
 import math
 
-import laws
 import pytest
 import torch
 
 import holdall
 from holdall.mixers.rwkv_4 import RWKV4Config
 from holdall.model import ModelConfig
+from holdall.testing import laws
 
 WIDTH = 16
 

@@ -3,12 +3,12 @@
 Letters: B row, T time, D width.
 """
 
-import laws
 import pytest
 import torch
 
 from holdall.mixers.rwkv_5 import RWKV5Config
 from holdall.model import ModelConfig
+from holdall.testing import laws
 
 WIDTH = 16
 

@@ -5,7 +5,6 @@ Letters: B row, T time, D channels, P modes.
 
 from dataclasses import replace
 
-import laws
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +13,7 @@ from torch import Tensor
 import holdall
 from holdall.mixers.s5 import S5, S5Config
 from holdall.ops.hippo import legs
+from holdall.testing import laws
 
 DOUBLE = torch.float64
 

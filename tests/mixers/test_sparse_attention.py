@@ -1,6 +1,5 @@
 """Sparse attention where it must be something known: Zoology's train form, a sliding window, a plain sort."""
 
-import laws
 import pytest
 import torch
 from torch import Tensor
@@ -8,6 +7,7 @@ from torch import Tensor
 from holdall.mixers import sparse_attention as module
 from holdall.mixers.sliding_window import SlidingWindowConfig
 from holdall.mixers.sparse_attention import Kept, SparseAttention, SparseAttentionConfig
+from holdall.testing import laws
 
 DOUBLE = torch.float64
 

@@ -2,7 +2,6 @@
 
 import math
 
-import laws
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +13,7 @@ from holdall.mixers.liquid_s4 import LiquidS4Config
 from holdall.mixers.s4 import S4Config
 from holdall.mixers.s4d import S4DConfig
 from holdall.ops import hippo
+from holdall.testing import laws
 
 DOUBLE = torch.float64
 LENGTH = 40

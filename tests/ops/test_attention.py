@@ -7,7 +7,6 @@ import functools
 import subprocess
 import sys
 
-import laws
 import pytest
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from holdall.ops.attention import (
     window_attention,
     window_attention_loop,
 )
+from holdall.testing import laws
 
 B, H, K, V, SCALE = 2, 2, 4, 3, 0.5
 DOUBLE = torch.float64

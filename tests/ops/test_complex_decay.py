@@ -3,12 +3,12 @@
 Letters: B row, T time, H heads, K key dim, V value dim.
 """
 
-import laws
 import pytest
 import torch
 from torch import Tensor
 
 from holdall.ops.complex_decay import complex_decay, complex_decay_loop
+from holdall.testing import laws
 
 B, H, K, V = 2, 3, 4, 5
 

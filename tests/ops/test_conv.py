@@ -1,6 +1,5 @@
 """Causal convolutions against torch's own, and against the sum that defines them."""
 
-import laws
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +12,7 @@ from holdall.ops.conv import (
     short_conv_loop,
     toeplitz_conv,
 )
+from holdall.testing import laws
 
 B, D, DOUBLE = 2, 3, torch.float64
 

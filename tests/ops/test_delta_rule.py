@@ -5,7 +5,6 @@ Letters: B row, T time, H heads, K key dim, V value dim.
 
 from typing import Any
 
-import laws
 import pytest
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from holdall.ops.delta_rule import (
     unit_length,
 )
 from holdall.ops.linear_attention import linear_attention_loop
+from holdall.testing import laws
 
 B, H, K, V = 2, 3, 4, 5
 DOUBLE, SINGLE = torch.float64, torch.float32

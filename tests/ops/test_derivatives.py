@@ -6,7 +6,6 @@ import ast
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import laws
 import pytest
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from holdall.model import _SumAt
 from holdall.ops import attention
 from holdall.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_loop
 from holdall.ops.derivatives import once_differentiable
+from holdall.testing import laws
 from holdall.training.devices import _Copies
 
 DOUBLE = torch.float64

@@ -1,6 +1,5 @@
 """Diagonal-plus-rank-one state spaces: against dense matrices, and the fast form against the loop."""
 
-import laws
 import pytest
 import torch
 from torch import Tensor
@@ -8,6 +7,7 @@ from torch import Tensor
 from holdall.ops import hippo
 from holdall.ops.dplr import Transition, dplr_bilinear, dplr_ssm, dplr_ssm_loop
 from holdall.ops.ssm import as_complex
+from holdall.testing import laws
 
 B, D, N, DOUBLE = 2, 3, 4, torch.float64
 

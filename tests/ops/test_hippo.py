@@ -2,11 +2,11 @@
 
 import math
 
-import laws
 import pytest
 import torch
 
 from holdall.ops import hippo
+from holdall.testing import laws
 
 
 def legs_matrix(n: int) -> torch.Tensor:

@@ -7,7 +7,6 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-import laws
 import pytest
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from holdall.ops.linear_attention import (
     taylor_features,
     taylor_scores,
 )
+from holdall.testing import laws
 
 B, H, K, V = 2, 3, 4, 5
 DECAYS = {"no decay": None, "per head": (H,), "per key": (H, K)}

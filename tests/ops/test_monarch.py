@@ -3,12 +3,12 @@
 import cmath
 import math
 
-import laws
 import pytest
 import torch
 
 from holdall.ops.conv import long_conv_loop
 from holdall.ops.monarch import _dft, _signal, _spectrum, monarch_conv, monarch_multiply
+from holdall.testing import laws
 
 B, D, DOUBLE = 2, 3, torch.float64
 

@@ -4,7 +4,6 @@ import itertools
 import math
 from collections.abc import Callable
 
-import laws
 import pytest
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from holdall.mixers.sliding_window import SlidingWindowConfig
 from holdall.model import seeded
 from holdall.ops.rotary import rotary_dims, rotate, standard_frequencies
 from holdall.recipes.presets import preset
+from holdall.testing import laws
 
 DOUBLE, K = torch.float64, 8
 FREQUENCY = standard_frequencies(K, 10000.0, torch.zeros((), dtype=torch.float64))

@@ -5,7 +5,6 @@ Letters: B row, T time, D channels, N state per channel.
 
 import functools
 
-import laws
 import pytest
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from holdall.ops.scan import (
     selective_scan_loop,
     steady_scan,
 )
+from holdall.testing import laws
 
 B, D, N, DOUBLE = 2, 3, 4, torch.float64
 LENGTHS = (1, 2, 7, 8, 9, 16, 20)

@@ -1,11 +1,11 @@
 """Time-invariant diagonal state spaces: the fast form against the loop, and the loop against a direct sum."""
 
-import laws
 import pytest
 import torch
 from torch import Tensor
 
 from holdall.ops.ssm import bilinear, diagonal_ssm, diagonal_ssm_loop, zoh
+from holdall.testing import laws
 
 B, D, N = 2, 3, 4
 

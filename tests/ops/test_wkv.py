@@ -5,13 +5,13 @@ Letters: B row, T time, E channels, H heads, K key dim, V value dim.
 
 import functools
 
-import laws
 import pytest
 import torch
 from torch import Tensor
 
 from holdall.ops.linear_attention import linear_attention_loop
 from holdall.ops.wkv import NOTHING, matrix_wkv, matrix_wkv_loop, wkv, wkv_loop
+from holdall.testing import laws
 
 B, E, DOUBLE = 2, 3, torch.float64
 NAMES = ("y", "m", "l", *(f"gradient of {name}" for name in ("k", "v", "w", "u", "m", "l")))

@@ -7,7 +7,6 @@ import warnings
 from types import ModuleType
 from typing import Any
 
-import laws
 import pytest
 import torch
 from torch import nn
@@ -15,6 +14,7 @@ from torch import nn
 from holdall.contract import Mixer
 from holdall.mixers.attention import AttentionConfig
 from holdall.mixers.sliding_window import SlidingWindowConfig
+from holdall.testing import laws
 
 WIDTH, HEADS, BASE = 32, 4, 500.0
 FORMS = pytest.mark.parametrize("form", ["loop", "blockwise", "parallel"])

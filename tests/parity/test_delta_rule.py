@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
-import laws
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,6 +22,7 @@ from holdall.mixers.gated_delta_net import GatedDeltaNetConfig
 from holdall.mixers.kimi_delta_attention import KimiDeltaConfig
 from holdall.mixers.rwkv_7 import RWKV7Config
 from holdall.ops import delta_rule as ops
+from holdall.testing import laws
 
 B, H, K, V, LENGTH, MORE = 2, 2, 8, 16, 64, 13
 WIDTH = 16

@@ -8,7 +8,6 @@ Letters: B row, T and S time, D width, H heads, K key dim, V value dim, F featur
 
 import math
 
-import laws
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,6 +24,7 @@ from holdall.mixers.monarch_mixer import MonarchMixerConfig
 from holdall.mixers.rwkv_7 import RWKV7Config
 from holdall.mixers.sliding_window import SlidingWindowConfig
 from holdall.mixers.taylor import TaylorConfig
+from holdall.testing import laws
 
 DOUBLE = torch.float64
 WIDTH, HEADS, LENGTH = 12, 2, 20

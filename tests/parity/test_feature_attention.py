@@ -6,7 +6,6 @@ Letters: B row, T time, H heads, K dimensions of a head, F features, V value dim
 import warnings
 from typing import Any
 
-import laws
 import pytest
 import torch
 from torch import nn
@@ -14,6 +13,7 @@ from torch import nn
 import holdall
 from holdall.contract import Mixer
 from holdall.mixers.performer import orthogonal_rows
+from holdall.testing import laws
 
 WIDTH, HEADS, LENGTH = 16, 2, 40
 

@@ -6,12 +6,12 @@ Letters: B row, T time, D channels, P modes.
 import warnings
 from types import ModuleType
 
-import laws
 import pytest
 import torch
 import torch.nn.functional as F
 
 import holdall
+from holdall.testing import laws
 
 DOUBLE = torch.float64
 

@@ -6,12 +6,12 @@ Letters: B row, T time, D width.
 import warnings
 from types import ModuleType
 
-import laws
 import pytest
 import torch
 from torch import nn
 
 from holdall.mixers.gateloop import GateLoop, GateLoopConfig
+from holdall.testing import laws
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,13 @@ Letters: B row, T time, D width, H heads, K key dim, V value dim.
 import warnings
 from types import ModuleType
 
-import laws
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from holdall.mixers.gla import GLAConfig
+from holdall.testing import laws
 
 WIDTH, HEADS, LENGTH = 16, 2, 70
 

@@ -8,7 +8,6 @@ Letters: B row, T time, D width, H heads, K key dim, F features, V value dim.
 import warnings
 from types import ModuleType
 
-import laws
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +16,7 @@ from torch import nn
 from holdall.contract import Mixer
 from holdall.mixers.linear_attention import LinearAttentionConfig
 from holdall.mixers.taylor import TaylorConfig
+from holdall.testing import laws
 
 WIDTH, HEADS, FEATURES, LENGTH = 16, 2, 6, 40
 PIECES = [LENGTH - 3, 1, 2]

@@ -1,10 +1,10 @@
 """Linformer against the package `linformer`, its weights loaded into ours."""
 
-import laws
 import pytest
 import torch
 
 from holdall.mixers.linformer import Linformer, LinformerConfig
+from holdall.testing import laws
 
 DOUBLE = torch.float64
 

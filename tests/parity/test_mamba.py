@@ -6,13 +6,13 @@ Letters: B row, T time, D width, E channels, N state per channel, W taps and P i
 import warnings
 from types import ModuleType
 
-import laws
 import pytest
 import torch
 from torch import nn
 
 import holdall
 from holdall.mixers.mamba import Mamba, MambaConfig
+from holdall.testing import laws
 
 WIDTH, STATE, STEPS = 16, 6, 4
 

@@ -6,12 +6,12 @@ Letters: B row, T time, D width, E channels, H heads, P head_dim, N state per ch
 import warnings
 from types import ModuleType
 
-import laws
 import pytest
 import torch
 from torch import nn
 
 from holdall.mixers.mamba_2 import Mamba2, Mamba2Config
+from holdall.testing import laws
 
 WIDTH, LENGTH, STEPS = 16, 37, 3
 

@@ -9,12 +9,12 @@ Letters: B row, T time, D width, H heads, K key dim, V value dim.
 import warnings
 from types import ModuleType
 
-import laws
 import pytest
 import torch
 import torch.nn.functional as F
 
 from holdall.mixers.prefix_linear_attention import PrefixLinearAttentionConfig
+from holdall.testing import laws
 
 
 @pytest.fixture(scope="module")

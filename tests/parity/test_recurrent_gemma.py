@@ -7,7 +7,6 @@ import warnings
 from dataclasses import replace
 from types import ModuleType
 
-import laws
 import pytest
 import torch
 from torch import nn
@@ -15,6 +14,7 @@ from torch import nn
 from holdall.mixers.hawk import Hawk, HawkConfig
 from holdall.mixers.sliding_window import SlidingWindow
 from holdall.recipes.patterns import griffin
+from holdall.testing import laws
 
 WIDTH, HEADS, LENGTH, STEPS = 16, 4, 20, 5
 

@@ -10,13 +10,13 @@ Letters: B row, T time, D width, H heads, K key dim, V value dim.
 import warnings
 from types import ModuleType
 
-import laws
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from holdall.mixers.retnet import RetNet, RetNetConfig
+from holdall.testing import laws
 
 WIDTH, LENGTH = 24, 40
 DOUBLE = torch.float64

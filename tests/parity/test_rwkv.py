@@ -7,13 +7,13 @@ import warnings
 from collections.abc import Iterator
 from types import ModuleType
 
-import laws
 import pytest
 import torch
 import torch.nn.functional as F
 
 from holdall.mixers.rwkv_4 import RWKV4Config
 from holdall.mixers.rwkv_5 import RWKV5Config
+from holdall.testing import laws
 
 WIDTH, LENGTH, MORE = 16, 40, 5
 

@@ -2,13 +2,13 @@
 
 from dataclasses import fields, replace
 
-import laws
 import pytest
 import torch
 
 from holdall.mixers.sliding_window import SlidingWindowConfig
 from holdall.model import ModelConfig
 from holdall.recipes import based_figure2, synthetics, zoology_figure2
+from holdall.testing import laws
 from holdall.training.populations import TrainConfig
 
 

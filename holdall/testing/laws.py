@@ -1,8 +1,8 @@
 """The page of laws: what every registered mixer obeys, in every variant that its config lists.
 
-    pytest tests/laws.py                                  # the whole registry
-    pytest tests/laws.py -k "mamba and splits"            # one mixer, one law
-    pytest tests/laws.py --load my_mixer.py               # a mixer in a file of your own
+    pytest --pyargs holdall.testing.laws                          # the whole registry
+    pytest --pyargs holdall.testing.laws -k "mamba and splits"    # one mixer, one law
+    pytest --pyargs holdall.testing.laws --load my_mixer.py       # a mixer in a file of your own
 
 A law is a plain function, `law_<name>(mixer)`: it returns if the mixer obeys and raises AssertionError if it
 does not, so it can be called on any mixer. A mixer that cannot obey a law names it in `refusals`, with the
@@ -36,7 +36,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nudges import Nudges
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -54,6 +53,7 @@ from holdall.contract import (
     save_states,
     select_rows,
 )
+from holdall.testing.nudges import Nudges
 
 WIDTH = 16
 LENGTHS = (1, 2, 63, 64, 65, 100)
@@ -99,14 +99,14 @@ def build(config: MixerConfig) -> Mixer:
         mixer = of_x_alone(config.build()).eval()
         with torch.no_grad():
             for parameter in mixer.parameters():
-                parameter += 0.05 * torch.randn(parameter.shape)
+                parameter.add_(0.05 * torch.randn(parameter.shape))
     return mixer
 
 
 def of_x_alone(mixer: Mixer) -> Mixer:
     """The mixer itself; one that reads tokens' ids takes the signs of x's first six channels for them."""
     if mixer.reads_tokens:
-        mixer.__class__ = _tokens_from_signs(type(mixer))
+        mixer.__class__ = _tokens_from_signs(type(mixer))  # type: ignore[arg-type]
     return mixer
 
 
@@ -115,7 +115,7 @@ def _tokens_from_signs(kind: type[Mixer]) -> type[Mixer]:
     class FromSigns(kind):  # type: ignore[misc, valid-type]
         def forward(self, x_BTD: Tensor, state: Any = None, **how: Any) -> tuple[Tensor, Any]:
             tokens_BT = sum((x_BTD[..., bit] > 0).long() << bit for bit in range(6))
-            return kind.forward(self, x_BTD, state, tokens_BT=tokens_BT, **how)
+            return kind.forward(self, x_BTD, state, tokens_BT=tokens_BT, **how)  # type: ignore[call-arg]
 
     return FromSigns
 
@@ -426,9 +426,9 @@ def law_rows(mixer: Mixer, length: int = 65, more: int = 3) -> None:
 
     stranger_BTD = prompt_BTD.clone()
     stranger_BTD[1] = tokens(mixer, length, seed=1)[0]
-    beside = mixer(stranger_BTD)
+    u_BTD, other = mixer(stranger_BTD)
     for row in (0, 2):
-        rounding.check(f"row {row} beside another", one_row(*beside, row), one_row(y_BTD, state, row))
+        rounding.check(f"row {row} beside another", one_row(u_BTD, other, row), one_row(y_BTD, state, row))
 
     picked = [2, 0, 0]
     rounding.check(
@@ -622,14 +622,8 @@ def law_state_dtype(mixer: Mixer) -> None:
     other_BTD = torch.cat((tokens(mixer, 1, seed=1), x_BTD[:, 1:]), dim=1)
     (_, state), (_, other) = mixer(x_BTD), mixer(other_BTD)
     start = mixer.init_state(2, dtype=dtype)
-    for name, first, early, now, after in zip(
-        mixer.state_type._fields,
-        start,
-        short,
-        state,
-        other,
-        strict=True,  # type: ignore[attr-defined]
-    ):
+    names = mixer.state_type._fields  # type: ignore[attr-defined]
+    for name, first, early, now, after in zip(names, start, short, state, other, strict=True):
         assert first.dtype == now.dtype, f"state.{name} starts as {first.dtype} and goes on as {now.dtype}"
         if not differentiable(now):
             continue
@@ -688,7 +682,7 @@ def law_state_border(mixer: Mixer) -> None:
         "no time": (x_BTD[:, 0], state),
     }
     grows = mixer.state_elements(5) > mixer.state_elements(0)
-    for field, tensor in state._asdict().items():  # type: ignore[attr-defined]
+    for field, tensor in state._asdict().items():
         own = getattr(start, field)
         others = {
             "1 row": tensor[:1],
@@ -701,7 +695,7 @@ def law_state_border(mixer: Mixer) -> None:
                 shape = [*tensor.shape[:dim], length, *tensor.shape[dim + 1 :]]
                 others[f"shape {shape}"] = tensor.new_zeros(shape)
         for what, other in others.items():
-            wrong[f"{field} of {what}"] = x_BTD, state._replace(**{field: other})  # type: ignore[attr-defined]
+            wrong[f"{field} of {what}"] = x_BTD, state._replace(**{field: other})
     for what, (u_BTD, other) in wrong.items():
         try:
             mixer(u_BTD, other)
@@ -794,7 +788,7 @@ def law_second_derivative(mixer: Mixer, length: int = 20) -> None:
         # along one direction: what of the first does not depend on anything adds nothing
         for i, grad in enumerate(first):
             ways.append((grad * draw(*grad.shape, dtype=grad.dtype, seed=4 + i)).sum())
-        along = sum(ways)
+        along = torch.stack(ways).sum()
         if not along.requires_grad:
             return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
         grads = torch.autograd.grad(along, list(leaves.values()), materialize_grads=True)
@@ -832,10 +826,10 @@ def law_vmapped(mixer: Mixer, length: int = 65) -> None:
     stage, *copies = (copy.deepcopy(mixer) for _ in range(3))
     with torch.no_grad():
         for i, parameter in enumerate(copies[1].parameters()):
-            parameter += 0.1 * draw(*parameter.shape, dtype=parameter.dtype, seed=i)
+            parameter.add_(0.1 * draw(*parameter.shape, dtype=parameter.dtype, seed=i))
     x_NBTD = torch.stack([tokens(mixer, length, seed=i) for i in range(2)])
     up_NBTD = draw(*x_NBTD.shape, dtype=x_NBTD.dtype, seed=3)
-    parameters, buffers = torch.func.stack_module_state(copies)  # type: ignore[arg-type]
+    parameters, buffers = torch.func.stack_module_state(copies)
 
     def one(parameters: dict[str, Tensor], buffers: dict[str, Tensor], x_BTD: Tensor) -> Tensor:
         return torch.func.functional_call(stage, (parameters, buffers), (x_BTD,), {"want_state": False})[0]

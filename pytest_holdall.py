@@ -1,0 +1,60 @@
+"""The laws as tests: pytest's option `--load`, and a test for every mixer in every variant.
+
+pytest --pyargs holdall.testing.laws                        # every registered mixer
+pytest --pyargs holdall.testing.laws --load my_mixer.py     # only the mixers in this file
+
+Installing Holdall registers this plugin. It does nothing in other tests and imports nothing there, which is
+why it stands outside of the package.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+LOADED = pytest.StashKey[list[str]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--load",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="Holdall: a mixer file of your own (repeatable); the laws check the mixers of these files only",
+    )
+
+
+@pytest.hookimpl(trylast=True)  # jaxtyping's own hook has to come before the first import of what it checks
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "compile: runs torch.compile")
+    config.addinivalue_line("markers", "full: takes minutes; leave it out with -m 'not full'")
+    if files := config.getoption("--load"):
+        from holdall import mixers
+
+        config.stash[LOADED] = [name for file in files for name in mixers.load(file)]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A law's test asks for `case`: every registered mixer in every variant, or those of the loaded files."""
+    if metafunc.module.__name__.endswith("laws") and "case" in metafunc.fixturenames:
+        repeatable()
+        cases = metafunc.module.cases(metafunc.config.stash.get(LOADED, None))
+        metafunc.parametrize("case", cases, ids=str)
+
+
+def repeatable() -> None:
+    """One thread, and the same examples in every run."""
+    import hypothesis
+    import torch
+
+    # the tensors are small: handing them to a second thread costs more than it saves, and pytest-xdist uses
+    # the cores already
+    torch.set_num_threads(1)
+    # a failure is reproduced by the next run, and no file on disk decides which examples are tried
+    hypothesis.settings.register_profile(
+        "holdall", derandomize=True, database=None, deadline=None, max_examples=10
+    )
+    hypothesis.settings.load_profile("holdall")
