@@ -162,7 +162,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-import test_sweep
+from sweeps import test_sweep
 if __name__ == "__main__":
     try:
         test_sweep.run(Path(sys.argv[1]), test_sweep.tiny(epochs=400))
@@ -174,7 +174,7 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill-9"])
 def test_a_stopped_sweep_goes_on_to_the_same_results(tmp_path: Path, how: signal.Signals) -> None:
     script = tmp_path / "sweep.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parents[1])))
     command = [sys.executable, str(script)]
     cut = subprocess.Popen([*command, str(tmp_path / "cut")], start_new_session=True)
     until = time.monotonic() + 60

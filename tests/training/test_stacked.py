@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import TASK, assert_same_run, config, weights
 from torch.func import vmap
+from training.test_populations import TASK, assert_same_run, config, weights
 
 from holdall import files
 from holdall.contract import MixerConfig
@@ -227,7 +227,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 sys.path.insert(0, {tests!r})
-import test_stacked
+from training import test_stacked
 test_stacked.train(
     test_stacked.population_config(epochs={epochs}), Path(sys.argv[1]), device=sys.argv[2], together=True,
     checkpoint_seconds=0.1,
@@ -237,7 +237,7 @@ test_stacked.train(
 
 def killed_and_started_again(tmp_path: Path, device: str, epochs: int) -> None:
     script = tmp_path / "run.py"
-    script.write_text(textwrap.dedent(SCRIPT.format(tests=str(Path(__file__).parent), epochs=epochs)))
+    script.write_text(textwrap.dedent(SCRIPT.format(tests=str(Path(__file__).parents[1]), epochs=epochs)))
     subprocess.run([sys.executable, str(script), str(tmp_path / "whole"), device], check=True)
     kills = 0
     while not (tmp_path / "cut" / "result.json").exists():
@@ -248,7 +248,9 @@ def killed_and_started_again(tmp_path: Path, device: str, epochs: int) -> None:
         if kills < 3:
             time.sleep(0.05 + 0.23 * kills)
             process.send_signal(signal.SIGKILL)
-            kills += process.wait() == -signal.SIGKILL
+            ended = process.wait()
+            assert ended in (0, -signal.SIGKILL)
+            kills += ended != 0
         else:
             assert process.wait(timeout=120) == 0
     assert kills == 3
