@@ -49,22 +49,24 @@ the products of those wider states to bf16 too.
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Config):
-    """A language model, or a synthetic task's model.
-
-    layers: the mixers from bottom to top, all of the model's width.
-    mlp: inner width of each layer's MLP; 0 for none.
-    positions: how many learned positions; 0 for none. A longer context is an error.
-    norm: "layer" with bias, or "rms".
-    """
+    """A language model, or a synthetic task's model."""
 
     vocab: Annotated[int, Range(least=2)]
+    """Vocabulary size, V."""
     width: PositiveInt
+    """Width of the residual stream, D; every layer's mixer has it."""
     layers: tuple[MixerConfig, ...]
+    """The mixers, from the embedding to the head."""
     mlp: NonNegativeInt = 0
+    """Hidden width of each layer's MLP; 0 for no MLPs."""
     mlp_kind: Literal["gelu", "swiglu"] = "gelu"
+    """Kind of MLP: "gelu" with biases, "swiglu" without."""
     positions: NonNegativeInt = 0
+    """Number of learned position embeddings; 0 for none. A longer context is an error."""
     norm: Literal["layer", "rms"] = "layer"
+    """Norm before each mixer and MLP and before the head: "layer" with weight and bias, "rms" with weight."""
     eps: NonNegativeFloat = 1e-5
+    """Epsilon of these norms."""
 
     def validate(self) -> None:
         if not self.layers:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union
 
+import docstring_parser
+
 from holdall import files, settings
 
 
@@ -113,6 +115,21 @@ class Config:
         except Exception as error:  # the values may be of any kind, and validate() calculates with them
             reason = error.args[0] if isinstance(error, KeyError) and error.args else error
             raise files.damaged(where, f"{reason or type(error).__name__}", way_out) from error
+
+
+def field_docs(config: type[Config]) -> dict[str, str]:
+    """Each field's own docstring, the string right below it, as one line; "" for a field without one.
+
+    Read from the source by the parser that tyro uses for `--help`, so a field has the same words everywhere.
+    A class without source, as one typed into a prompt, gives none.
+    """
+    docs = {field.name: "" for field in dataclasses.fields(config)}
+    for owner in reversed(config.__mro__):
+        if dataclasses.is_dataclass(owner):
+            for param in docstring_parser.parse_from_object(owner).params:
+                if param.arg_name in docs and param.description:
+                    docs[param.arg_name] = " ".join(param.description.split())
+    return docs
 
 
 _field_types: dict[Any, tuple[dict[str, Any], dict[str, Any]]] = {}

@@ -23,15 +23,15 @@ M = TypeVar("M", bound="MixerConfig")  # not typing.Self, which the shape checks
 
 @dataclass(frozen=True, kw_only=True)
 class MixerConfig(Config):
-    """Base of the mixers' configs: the model width, and which of a mixer's forms runs.
-
-    `form` "loop" is the definition, "parallel" the parallel or chunked form in plain PyTorch, "kernel" the
-    one for GPUs, where there is one; "auto" takes the fastest that can run on the mixer's device, and the
-    built mixer's `form` says which that is (holdall/contract/forms.py).
-    """
+    """Base of the mixers' configs."""
 
     width: PositiveInt = 64
+    """Width of the model, D: elements of a token's vector, in and out."""
     form: str = "auto"
+    """Which implementation runs: "loop" is the definition, "parallel" the parallel or chunked form in plain
+    PyTorch, "kernel" the GPU kernel, where there is one. "auto" takes the fastest that can run on the mixer's
+    device; the built mixer's `form` is the one that runs (holdall/contract/forms.py).
+    """
 
     name: ClassVar[str] = ""
     """The registered name; set by `register`."""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from holdall.contract.config import did_you_mean
+from holdall.contract.config import did_you_mean, field_docs
 from holdall.contract.mixer import MixerConfig
 
 
@@ -60,14 +60,18 @@ class Entry:
     def __str__(self) -> str:
         source = f"{self.paper.authors}, {self.paper.year}"
         source += f", arXiv {self.paper.arxiv}" if self.paper.arxiv else ""
-        options = "".join(f"\n    {name} = {default!r}" for name, default in self.options.items())
-        about = inspect.getdoc(self.config) or ""
-        options += "\n" + textwrap.indent(about.partition("\n")[2].strip("\n"), "  ")
+        notes = (inspect.getdoc(self.config) or "").partition("\n")[2].strip("\n")
+        notes = "\n" + textwrap.indent(notes, "  ") if notes else ""
+        docs = field_docs(self.config)
+        options = ""
+        for name, default in self.options.items():
+            options += f"\n    {name} = {default!r}"
+            options += "".join(f"\n        {line}" for line in textwrap.wrap(docs[name], 100))
         return (
             f"{self.name}: {self.summary}\n  {self.family}; {self.paper.title} ({source})\n"
             f"  state elements after N tokens: {self.state}\n"
             f"  N tokens at once: {self.training}; one more: {self.inference}; "
-            f"{'causal' if self.causal else 'not causal'}\n  options:{options}"
+            f"{'causal' if self.causal else 'not causal'}{notes}\n  options:{options}"
         )
 
 

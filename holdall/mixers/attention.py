@@ -35,20 +35,22 @@ from holdall.settings import NonNegativeInt, PositiveFloat, PositiveInt, Share
 )
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig(MixerConfig):
-    """Softmax attention over everything read so far.
-
-    heads: of queries, H; kv_heads: of keys and values, G, 0 for as many. One serves H / G of the queries'.
-    rotary: share of each head's dimensions that rotary positions turn; 0 for none, 1 for all.
-    block: queries and keys that meet at once in the form "blockwise", FlashAttention's algorithm in plain
-        PyTorch with memory linear in the length; "parallel" is PyTorch's own attention.
-    """
+    """Softmax attention over everything read so far."""
 
     heads: PositiveInt = 1
+    """Number of query heads, H."""
     kv_heads: NonNegativeInt = 0
+    """Number of key and value heads, G; 0 for as many as `heads`. Each serves H / G query heads."""
     rotary: Share = 0.0
+    """Share of each head's dimensions that rotary positions turn: 0 for none, 1 for all."""
     rotary_base: PositiveFloat = 10000.0
+    """Base of the rotary frequencies."""
     bias: bool = True
+    """Whether the projections have biases."""
     block: PositiveInt = 256
+    """Queries and keys per block of the form "blockwise": FlashAttention's algorithm in plain PyTorch, whose
+    memory is linear in the length. The form "parallel" is PyTorch's own attention.
+    """
 
     forms = ("loop", "blockwise", "parallel")
     variants = (

@@ -50,17 +50,16 @@ class BiGSState(NamedTuple):
 )
 @dataclass(frozen=True, kw_only=True)
 class BiGSConfig(MixerConfig):
-    """One diagonal state space for all channels, under multiplicative gates.
-
-    modes: complex modes per channel, n; expand: channels of the gate per model channel, e; bidirectional: as
-    published, for encoders: a second state space reads each call's tokens from their end; chunk: tokens per
-    Fourier transform.
-    """
+    """One diagonal state space for all channels, under multiplicative gates."""
 
     modes: PositiveInt = 64
+    """Complex modes per channel, n."""
     expand: PositiveInt = 4
+    """Channels of the gate per model channel, e."""
     bidirectional: bool = False
+    """As published, for encoders: a second state space reads the tokens of each call from last to first."""
     chunk: PositiveInt = ssm.CHUNK
+    """Tokens per Fourier transform; the state carries the past from one chunk to the next."""
 
     variants = ({"modes": 4, "chunk": 16}, {"modes": 3, "expand": 1, "bidirectional": True})
 

@@ -56,15 +56,16 @@ class CosformerState(NamedTuple):
 )
 @dataclass(frozen=True, kw_only=True)
 class CosformerConfig(MixerConfig):
-    """Linear attention over ReLU features, reweighted by the cosine of the distance.
-
-    max_length: the length M over which the weight of a distance falls from 1 to 0; best the length of the
-        sequences trained on.
-    """
+    """Linear attention over ReLU features, reweighted by the cosine of the distance."""
 
     heads: PositiveInt = 2
+    """Number of heads, H."""
     max_length: PositiveInt = 512
+    """Distance over which the weight of a token falls from 1 to 0, M; best the length of the training
+    sequences.
+    """
     chunk: PositiveInt = 128
+    """Tokens per chunk: all pairs of tokens within a chunk, and the state from one chunk to the next."""
 
     variants = ({"chunk": 16}, {"heads": 1, "max_length": 48})
 

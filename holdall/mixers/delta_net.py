@@ -54,20 +54,22 @@ class DeltaNetState(NamedTuple):
 )
 @dataclass(frozen=True, kw_only=True)
 class DeltaNetConfig(MixerConfig):
-    """Linear attention with the delta rule: what a key holds is moved towards its new value.
-
-    key_map: silu and unit length, or elu1 and unit sum (Schlag et al.); kernel: taps of the convolution, W, 0
-    for none; gate: of the normalised output; negative_eigenvalues: beta in [0, 2] instead of [0, 1];
-    eps: of that norm; chunk: tokens whose corrections are solved at once.
-    """
+    """Linear attention with the delta rule: what a key holds is moved towards its new value."""
 
     heads: PositiveInt = 2
+    """Number of heads, H."""
     key_map: Literal["silu", "elu1"] = "silu"
+    """Map of queries and keys: "silu" then unit length, or "elu1" then unit sum (Schlag et al.)."""
     kernel: Annotated[int, Range(least=2, zero="no convolution")] = 4
+    """Taps of the short convolution, W; 0 for no convolution."""
     gate: bool = False
+    """Whether a SiLU gate multiplies the normalised output."""
     negative_eigenvalues: bool = False
+    """Double beta, to the range [0, 2], so that a token can reverse what the state holds."""
     eps: NonNegativeFloat = 1e-5
+    """Epsilon of the RMS norm of each head's output."""
     chunk: PositiveInt = delta_rule.CHUNK
+    """Tokens per chunk, whose updates of the state are solved together as one triangular system."""
 
     forms = ("loop", "parallel", "kernel")
     variants = (

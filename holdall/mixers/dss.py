@@ -49,15 +49,14 @@ class DSSState(NamedTuple):
 )
 @dataclass(frozen=True, kw_only=True)
 class DSSConfig(MixerConfig):
-    """Diagonal state space with modes shared by all channels, each at its own pace.
-
-    modes: complex modes per channel, n, two numbers of state each; version: "exp", the one of the paper's two
-    that can be carried on; chunk: tokens per Fourier transform.
-    """
+    """Diagonal state space with modes shared by all channels, each at its own pace."""
 
     modes: PositiveInt = 64
+    """Complex modes per channel, n: two real numbers of state each."""
     version: str = "exp"
+    """The version of the paper's two that has a recurrence, "exp"."""
     chunk: PositiveInt = ssm.CHUNK
+    """Tokens per Fourier transform; the state carries the past from one chunk to the next."""
 
     variants = ({}, {"modes": 3, "chunk": 16})
 

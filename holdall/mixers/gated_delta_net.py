@@ -54,23 +54,26 @@ class GatedDeltaNetState(NamedTuple):
 )
 @dataclass(frozen=True, kw_only=True)
 class GatedDeltaNetConfig(MixerConfig):
-    """The delta rule with a data-dependent decay per head, as in Qwen3-Next.
-
-    head_dim: dimensions of a head's key, K, 0 for width / heads; value_ratio: value dimensions per key
-    dimension, e; value_heads: G, 0 for as many as heads, H; kernel: taps of the convolution, W; gate: of the
-    normalised output; negative_eigenvalues: beta in [0, 2] instead of [0, 1]; eps: of that norm;
-    chunk: tokens whose corrections are solved at once.
-    """
+    """The delta rule with a data-dependent decay per head, as in Qwen3-Next."""
 
     heads: PositiveInt = 2
+    """Number of query and key heads, H."""
     head_dim: NonNegativeInt = 0
+    """Dimensions of a head's queries and keys, K; 0 for width / heads."""
     value_ratio: PositiveInt = 2
+    """Value dimensions per key dimension, e."""
     value_heads: NonNegativeInt = 0
+    """Number of value heads, G; 0 for as many as `heads`."""
     kernel: Annotated[int, Range(least=2)] = 4
+    """Taps of the short convolution, W."""
     gate: bool = True
+    """Whether a SiLU gate multiplies the normalised output."""
     negative_eigenvalues: bool = False
+    """Double beta, to the range [0, 2], so that a token can reverse what the state holds."""
     eps: NonNegativeFloat = 1e-5
+    """Epsilon of the RMS norm of each head's output."""
     chunk: PositiveInt = delta_rule.CHUNK
+    """Tokens per chunk, whose updates of the state are solved together as one triangular system."""
 
     forms = ("loop", "parallel", "kernel")
     variants = (

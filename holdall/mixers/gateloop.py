@@ -49,14 +49,13 @@ class GateLoopState(NamedTuple):
 )
 @dataclass(frozen=True, kw_only=True)
 class GateLoopConfig(MixerConfig):
-    """Linear attention with a complex decay per head that the token decides.
-
-    heads: complex gates per token; each has a state of (width / heads)² complex numbers.
-    chunk: tokens whose pairs are computed at once.
-    """
+    """Linear attention with a complex decay per head that the token decides."""
 
     heads: PositiveInt = 4
+    """Number of heads, each with one complex gate per token and a state of (width / heads)² complex numbers.
+    """
     chunk: PositiveInt = 32
+    """Tokens per chunk: all pairs of tokens within a chunk, and the state from one chunk to the next."""
 
     variants = ({"chunk": 16}, {"heads": 16})
 

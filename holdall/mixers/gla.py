@@ -57,21 +57,24 @@ class GLAConvState(NamedTuple):
 )
 @dataclass(frozen=True, kw_only=True)
 class GLAConfig(MixerConfig):
-    """Linear attention whose key dimensions each forget at a rate that the token decides.
-
-    key_ratio, value_ratio: key and value dimensions per model dimension, all heads together, a and b;
-    gate_rank: rank of the decays' projection; tau: what the decays' logarithms are divided by;
-    kernel: taps of the short convolution of q, k and v, W; 0 for none, which counts as W = 1;
-    eps: of the norm of each head's output.
-    """
+    """Linear attention whose key dimensions each forget at a rate that the token decides."""
 
     heads: PositiveInt = 4
+    """Number of heads, H."""
     key_ratio: PositiveFloat = 0.5
+    """Key dimensions of all heads together per model dimension, a."""
     value_ratio: PositiveFloat = 1.0
+    """Value dimensions of all heads together per model dimension, b."""
     gate_rank: PositiveInt = 16
+    """Rank of the projection that gives the decays."""
     tau: PositiveFloat = 16.0
+    """Temperature: the logarithms of the decays are divided by it."""
     kernel: Annotated[int, Range(least=2, zero="no convolution")] = 0
+    """Taps of the short convolution of q, k and v, W; 0 for no convolution, which counts as W = 1 in the
+    state's size.
+    """
     eps: NonNegativeFloat = 1e-5
+    """Epsilon of the RMS norm of each head's output."""
 
     forms = ("loop", "parallel", "kernel")
     variants = (

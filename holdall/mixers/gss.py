@@ -50,18 +50,18 @@ class GSSState(NamedTuple):
 )
 @dataclass(frozen=True, kw_only=True)
 class GSSConfig(MixerConfig):
-    """Diagonal state space with modes that all channels share, on few channels, behind a wide gate.
-
-    modes: complex modes per channel of v, n; reduce: model channels per channel of v, r; expand: channels of
-    the gate per model channel, e; imag_exp: whether the modes' frequencies are exponentials of A_imag, as in
-    the pseudocode, or A_imag itself; chunk: tokens per Fourier transform.
-    """
+    """Diagonal state space with modes that all channels share, on few channels, behind a wide gate."""
 
     modes: PositiveInt = 512
+    """Complex modes per channel of v, n."""
     reduce: PositiveInt = 4
+    """Model channels per channel of v, r."""
     expand: PositiveInt = 4
+    """Channels of the gate per model channel, e."""
     imag_exp: bool = True
+    """Whether the modes' frequencies are exp(A_imag), as in the paper's pseudocode, or A_imag itself."""
     chunk: PositiveInt = ssm.CHUNK
+    """Tokens per Fourier transform; the state carries the past from one chunk to the next."""
 
     variants = ({"modes": 8}, {"modes": 5, "reduce": 2, "expand": 1, "imag_exp": False, "chunk": 16})
 

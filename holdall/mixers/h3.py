@@ -54,14 +54,16 @@ class H3State(NamedTuple):
 class H3Config(MixerConfig):
     """Shifted keys times values in a diagonal state space, read by queries.
 
-    state: taps of the shift, and real numbers of state per product of key and value, n; head_dim: keys and
-    values per head, r; chunk: tokens per Fourier transform of the diagonal state space. The kernel form reads
-    up to 512 tokens from a fresh start without leaving a state, as in training; the rest is transforms.
+    The kernel form runs where up to 512 tokens are read from an empty state and no state is wanted, as in
+    training; all other calls are Fourier transforms.
     """
 
     state: PositiveInt = 64
+    """Taps of the shift, and real numbers of state per product of a key and a value, n."""
     head_dim: PositiveInt = 1
+    """Key and value dimensions per head, r."""
     chunk: PositiveInt = ssm.CHUNK
+    """Tokens per Fourier transform of the diagonal state space."""
 
     forms = ("loop", "parallel", "kernel")
     variants = ({"state": 8}, {"state": 6, "head_dim": 2, "chunk": 16})

@@ -57,17 +57,16 @@ class HawkState(NamedTuple):
 )
 @dataclass(frozen=True, kw_only=True)
 class HawkConfig(MixerConfig):
-    """Real-gated linear recurrent unit behind a short convolution, Griffin's recurrent block.
-
-    lru_width: channels of the recurrence, E, 0 for the model's width; heads: blocks of the gates'
-    block-diagonal maps, H; kernel: taps of the convolution, W; chunk: steps of the scan that are taken one
-    after another, all chunks side by side.
-    """
+    """Real-gated linear recurrent unit behind a short convolution, Griffin's recurrent block."""
 
     lru_width: NonNegativeInt = 0
+    """Channels of the recurrence, E; 0 for the model's width."""
     heads: PositiveInt = 4
+    """Blocks of the gates' block-diagonal projections, H."""
     kernel: Annotated[int, Range(least=2)] = 4
+    """Taps of the short convolution, W."""
     chunk: PositiveInt = scan.CHUNK
+    """Tokens per chunk of the scan: chunks run in parallel, the tokens of a chunk one after another."""
 
     forms = ("loop", "parallel", "kernel")
     variants = ({}, {"lru_width": 12, "heads": 2, "kernel": 3, "chunk": 16})

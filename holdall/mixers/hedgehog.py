@@ -52,15 +52,18 @@ class HedgehogState(NamedTuple):
 )
 @dataclass(frozen=True, kw_only=True)
 class HedgehogConfig(MixerConfig):
-    """Linear attention with a learned feature map that mimics softmax.
-
-    feature_dim: outputs f of a head's map, 2f features; 0 for as many as a head has dimensions, D / H.
-    """
+    """Linear attention with a learned feature map that mimics softmax."""
 
     heads: PositiveInt = 2
+    """Number of heads, H."""
     feature_dim: NonNegativeInt = 0
+    """Outputs of a head's feature map before the two softmaxes, f: 2f features. 0 for the head's dimensions,
+    D / H.
+    """
     bias: bool = False
+    """Whether the projections have biases."""
     chunk: PositiveInt = 128
+    """Tokens per chunk: all pairs of tokens within a chunk, and the state from one chunk to the next."""
 
     variants = ({"chunk": 16}, {"heads": 4, "feature_dim": 3, "bias": True})
 

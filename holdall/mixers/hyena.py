@@ -53,17 +53,18 @@ class HyenaState(NamedTuple):
 )
 @dataclass(frozen=True, kw_only=True)
 class HyenaConfig(MixerConfig):
-    """Implicit long convolutions between gates.
-
-    order: number of gates, n; max_length: tokens over which the filters' time runs from 0 to 1;
-    hidden: width of the MLP that makes the filters; bands: sines of growing frequency that it sees.
-    """
+    """Implicit long convolutions between gates."""
 
     order: Annotated[int, Range(least=2)] = 2
+    """Number of gates, n."""
     max_length: Annotated[int, Range(least=2)] = 1024
+    """Tokens over which the filters' time runs from 0 to 1."""
     hidden: PositiveInt = 16
+    """Hidden width of the MLP that generates the filters."""
     bands: PositiveInt = 1
+    """Number of frequencies of the sines and cosines of time that the MLP reads."""
     sine_frequency: PositiveFloat = 1.0
+    """Initial frequency of the MLP's sine activations."""
 
     forms = ("loop", "parallel", "kernel")
     variants = ({}, {"order": 3, "max_length": 64, "bands": 2})

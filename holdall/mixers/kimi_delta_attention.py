@@ -54,19 +54,22 @@ class KimiDeltaState(NamedTuple):
 )
 @dataclass(frozen=True, kw_only=True)
 class KimiDeltaConfig(MixerConfig):
-    """The delta rule with a data-dependent decay per key dimension, as in Kimi Linear.
-
-    head_dim: dimensions of a head's key and value, K, and the rank of the gates' maps, 0 for width / heads;
-    kernel: taps of the convolution, W; negative_eigenvalues: beta in [0, 2] instead of [0, 1]; eps: of the
-    norm of each head's output; chunk: tokens whose corrections are solved at once, at most 16.
-    """
+    """The delta rule with a data-dependent decay per key dimension, as in Kimi Linear."""
 
     heads: PositiveInt = 2
+    """Number of heads, H."""
     head_dim: NonNegativeInt = 0
+    """Dimensions of a head's keys and values, K, and the rank of the gates' projections; 0 for width / heads.
+    """
     kernel: Annotated[int, Range(least=2)] = 4
+    """Taps of the short convolution, W."""
     negative_eigenvalues: bool = False
+    """Double beta, to the range [0, 2], so that a token can reverse what the state holds."""
     eps: NonNegativeFloat = 1e-5
+    """Epsilon of the RMS norm of each head's output."""
     chunk: Annotated[int, Range(least=1, most=16)] = delta_rule.CHUNK
+    """Tokens per chunk, at most 16, whose updates of the state are solved together as one triangular system.
+    """
 
     forms = ("loop", "parallel", "kernel")
     variants = ({}, {"heads": 3, "head_dim": 8, "kernel": 3, "negative_eigenvalues": True, "chunk": 8})

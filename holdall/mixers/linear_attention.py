@@ -59,19 +59,24 @@ class NormalisedState(NamedTuple):
 )
 @dataclass(frozen=True, kw_only=True)
 class LinearAttentionConfig(MixerConfig):
-    """Linear attention with a feature map without parameters: elu1, relu, square or identity.
-
-    feature_dim: dimensions of a head's queries and keys, F.
-    chunk: tokens whose pairs are computed at once; up to there the cost is quadratic and no state is built.
-    """
+    """Linear attention with a feature map without parameters: elu1, relu, square or identity."""
 
     feature_map: Literal["elu1", "relu", "square", "identity"] = "elu1"
+    """Map of queries and keys, without parameters: "elu1" is elu(u) + 1, "square" is u²."""
     feature_dim: PositiveInt = 16
+    """Dimensions of a head's queries and keys, F."""
     heads: PositiveInt = 1
+    """Number of heads, H."""
     normalise: bool = True
+    """Whether outputs are divided by the normaliser phi(q) . z."""
     eps: NonNegativeFloat = 1e-12
+    """Added to the normaliser that outputs are divided by."""
     chunk: PositiveInt = 128
+    """Tokens per chunk: the output within a chunk is computed over all pairs of tokens (quadratic), and the
+    state is built at chunk boundaries only.
+    """
     bias: bool = False
+    """Whether the projections have biases."""
 
     state_dtype: ClassVar[str] = "fp32"
     variants = (

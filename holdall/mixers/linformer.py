@@ -61,16 +61,16 @@ class LinformerState(NamedTuple):
 )
 @dataclass(frozen=True, kw_only=True)
 class LinformerConfig(MixerConfig):
-    """Attention to a few learned mixtures of all keys; bidirectional, as published.
-
-    rank: how many mixtures, r; max_length: positions that have a part in them; shared: whether values are
-    mixed as keys are, F = E.
-    """
+    """Attention to a few learned mixtures of all keys; bidirectional, as published."""
 
     rank: PositiveInt = 32
+    """Mixtures of keys, r."""
     heads: PositiveInt = 1
+    """Number of heads, H."""
     max_length: PositiveInt = 1024
+    """Number of positions with learned mixing weights; a longer sequence is an error."""
     shared: bool = False
+    """Whether values are mixed with the weights of the keys, F = E."""
 
     # as long as the longest of the laws
     variants = (

@@ -58,17 +58,16 @@ class LiquidS4State(NamedTuple):
 )
 @dataclass(frozen=True, kw_only=True)
 class LiquidS4Config(MixerConfig):
-    """S4 that also takes in the products of neighbouring inputs.
-
-    state: real numbers of S4's state per channel, n, which are n / 2 complex modes; degree: most inputs in a
-    product, p; kernel: "pb" gives products out at once, "kb" puts them into the state; chunk: tokens that are
-    read at once, a power of two.
-    """
+    """S4 that also takes in the products of neighbouring inputs."""
 
     state: PositiveInt = 64
+    """Real numbers of state per channel, n: n / 2 complex modes, each standing for a conjugate pair."""
     degree: Annotated[int, Range(least=2)] = 2
+    """Largest number of inputs in a product, P."""
     kernel: Literal["pb", "kb"] = "pb"
+    """Where products of inputs go: "pb" adds them to the output at once, "kb" adds them to the state."""
     chunk: PositiveInt = dplr.CHUNK
+    """Tokens per chunk, a power of two; the state carries the past from one chunk to the next."""
 
     variants = ({}, {"state": 6, "degree": 3, "kernel": "kb", "chunk": 16})
 

@@ -48,15 +48,14 @@ class LongConvState(NamedTuple):
 )
 @dataclass(frozen=True, kw_only=True)
 class LongConvConfig(MixerConfig):
-    """Long convolution: an explicit filter per channel.
-
-    max_length: taps of the filter, L; a token further back than that is no longer seen.
-    squash: how much nearer to zero every tap is than its parameter; 0 for Zoology's plain filter. With it
-        the parameters start small and fade along the filter, as published; without, as N(0, 1).
-    """
+    """Long convolution: an explicit filter per channel."""
 
     max_length: Annotated[int, Range(least=2)] = 1024
+    """Taps of the filter, L; tokens further back than that are not seen."""
     squash: NonNegativeFloat = 0.0
+    """Soft threshold that pulls every tap towards zero, s; 0 for Zoology's plain filter. With it the
+    parameters are initialised small and decaying along the filter, as published; without it from N(0, 1).
+    """
 
     variants = ({"max_length": 40}, {"max_length": 200, "squash": 0.01})
 

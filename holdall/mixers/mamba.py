@@ -49,18 +49,20 @@ class MambaState(NamedTuple):
 )
 @dataclass(frozen=True, kw_only=True)
 class MambaConfig(MixerConfig):
-    """Selective state space behind a short convolution.
-
-    state: state size per channel, n; expand: inner channels per model channel, e; kernel: taps of the
-    convolution, W; dt_rank: rank of the step sizes' projection, 0 for width / 16 rounded up;
-    chunk: steps of the scan that are taken one after another, all chunks side by side; not the kernel's.
-    """
+    """Selective state space behind a short convolution."""
 
     state: PositiveInt = 16
+    """State size per channel, n."""
     expand: PositiveInt = 2
+    """Inner channels per model channel, e."""
     kernel: Annotated[int, Range(least=2)] = 4
+    """Taps of the short convolution, W."""
     dt_rank: NonNegativeInt = 0
+    """Rank of the projection to the step sizes; 0 for width / 16, rounded up."""
     chunk: PositiveInt = scan.CHUNK
+    """Tokens per chunk of the scan in plain PyTorch: chunks run in parallel, the tokens of a chunk one after
+    another.
+    """
 
     forms = ("loop", "parallel", "kernel")
     variants = ({}, {"state": 4, "expand": 1, "dt_rank": 3, "chunk": 16})

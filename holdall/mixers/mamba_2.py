@@ -54,21 +54,22 @@ class Mamba2State(NamedTuple):
 )
 @dataclass(frozen=True, kw_only=True)
 class Mamba2Config(MixerConfig):
-    """Selective state space with one decay per head, computed as linear attention.
-
-    state: state size per channel, n; expand: inner channels per model channel, e; head_dim: channels of each
-    head, or all of them in one head where there are fewer; groups: sets of B and C, each shared by as many
-    heads, g; kernel: taps of the convolution, W; eps: of the norm;
-    chunk: tokens whose pairs are computed at once.
-    """
+    """Selective state space with one decay per head, computed as linear attention."""
 
     state: PositiveInt = 128
+    """State size per channel, n."""
     expand: PositiveInt = 2
+    """Inner channels per model channel, e."""
     head_dim: PositiveInt = 64
+    """Channels of a head; where there are fewer inner channels, they are one head."""
     groups: PositiveInt = 1
+    """Sets of B and C, g, each shared by heads / g heads."""
     kernel: Annotated[int, Range(least=2)] = 4
+    """Taps of the short convolution, W."""
     eps: NonNegativeFloat = 1e-5
+    """Epsilon of the RMS norm of the output."""
     chunk: PositiveInt = 128
+    """Tokens per chunk: all pairs of tokens within a chunk, and the state from one chunk to the next."""
 
     forms = ("loop", "parallel", "kernel")
     variants = (

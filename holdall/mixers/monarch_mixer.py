@@ -65,18 +65,18 @@ class ResidualMonarchState(NamedTuple):
 )
 @dataclass(frozen=True, kw_only=True)
 class MonarchMixerConfig(MixerConfig):
-    """Gated long convolution by Monarch matrices, M2's sequence mixer.
-
-    max_length: tokens over which the filters' time runs from 0 to 1; hidden: width of the MLP that makes
-    them; bands: sines of growing frequency that it sees; sine_frequency: of its activations, at the start.
-    residual: a second long convolution, of the mixer's input, is added behind the gate (as in M2-BERT).
-    """
+    """Gated long convolution by Monarch matrices, M2's sequence mixer."""
 
     max_length: Annotated[int, Range(least=2)] = 1024
+    """Tokens over which the filters' time runs from 0 to 1."""
     hidden: PositiveInt = 16
+    """Hidden width of the MLP that generates the filters."""
     bands: PositiveInt = 1
+    """Number of frequencies of the sines and cosines of time that the MLP reads."""
     sine_frequency: PositiveFloat = 10.0
+    """Initial frequency of the MLP's sine activations."""
     residual: bool = False
+    """Whether a second long convolution, of the mixer's input, is added after the gate, as in M2-BERT."""
 
     variants = ({}, {"max_length": 64, "bands": 2, "sine_frequency": 1.0, "residual": True})
 

@@ -70,17 +70,20 @@ class ReluState(NamedTuple):
 )
 @dataclass(frozen=True, kw_only=True)
 class PerformerConfig(MixerConfig):
-    """Linear attention with positive orthogonal random features for softmax (FAVOR+), or their ReLU.
-
-    features: random features per head, F; 0 for K log K, where a head has K = D / H dimensions.
-    bias: of the projections to queries, keys and values. The relu kernel's state is F(D + H).
-    """
+    """Linear attention with positive orthogonal random features for softmax (FAVOR+), or their ReLU."""
 
     kernel: Literal["softmax", "relu"] = "softmax"
+    """Kernel that the features estimate: "softmax" (FAVOR+), or "relu" (generalised attention), with a state
+    of F (D + H).
+    """
     heads: PositiveInt = 2
+    """Number of heads, H."""
     features: NonNegativeInt = 0
+    """Random features per head, F; 0 for K log K, where K = D / H is the head dimension."""
     bias: bool = False
+    """Whether the projections to queries, keys and values have biases."""
     chunk: PositiveInt = 128
+    """Tokens per chunk: all pairs of tokens within a chunk, and the state from one chunk to the next."""
 
     variants = ({"features": 12, "chunk": 16, "bias": True}, {"kernel": "relu", "heads": 1, "chunk": 32})
 

@@ -61,20 +61,23 @@ class PrefixState(NamedTuple):
 )
 @dataclass(frozen=True, kw_only=True)
 class PrefixLinearAttentionConfig(MixerConfig):
-    """Linear attention that first reads a prefix without direction, with its own keys and values (JRT-RNN).
-
-    prefix: tokens at the start of a row's first call that every token sees, E, or all if it brings fewer.
-    feature_dim: dimensions f of a head's queries and keys, before the map; after it there are F features,
-        1 + f + f (f + 1) / 2 for taylor and f for elu1.
-    chunk: tokens whose pairs are computed at once.
-    """
+    """Linear attention that reads a prefix bidirectionally, with its own keys and values (JRT-RNN)."""
 
     prefix: PositiveInt = 64
+    """Tokens at the start of a row's first call that every token sees, E; all of that call if it has fewer.
+    """
     feature_map: Literal["taylor", "elu1"] = "taylor"
+    """Map of queries and keys: "taylor" is exp to second order, "elu1" is elu(u) + 1."""
     feature_dim: PositiveInt = 16
+    """Dimensions of a head's queries and keys before the map, f. After it there are F features:
+    1 + f + f (f + 1) / 2 for taylor, f for elu1.
+    """
     heads: PositiveInt = 1
+    """Number of heads, H."""
     eps: NonNegativeFloat = 1e-12
+    """Added to the normaliser that outputs are divided by."""
     chunk: PositiveInt = 128
+    """Tokens per chunk: all pairs of tokens within a chunk, and the state from one chunk to the next."""
 
     forms = ("loop", "parallel", "kernel")
     variants = (

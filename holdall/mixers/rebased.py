@@ -52,15 +52,16 @@ class RebasedState(NamedTuple):
 )
 @dataclass(frozen=True, kw_only=True)
 class RebasedConfig(MixerConfig):
-    """Linear attention with the square of normed, scaled and shifted queries and keys (ReBased).
-
-    feature_dim: dimensions f of a head's queries and keys, F = f (f + 1) / 2 features; eps: of the norms.
-    """
+    """Linear attention with the square of normed, scaled and shifted queries and keys (ReBased)."""
 
     heads: PositiveInt = 1
+    """Number of heads, H."""
     feature_dim: PositiveInt = 16
+    """Dimensions of a head's queries and keys, f: F = f (f + 1) / 2 features."""
     eps: NonNegativeFloat = 1e-5
+    """Epsilon of the layer norms of queries and keys."""
     chunk: PositiveInt = 128
+    """Tokens per chunk: all pairs of tokens within a chunk, and the state from one chunk to the next."""
 
     variants = ({"feature_dim": 4, "heads": 2, "chunk": 16},)
 

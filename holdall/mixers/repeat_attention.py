@@ -50,15 +50,16 @@ class RepeatState(NamedTuple):
 )
 @dataclass(frozen=True, kw_only=True)
 class RepeatAttentionConfig(MixerConfig):
-    """Softmax attention, written only where the token occurred before in its row.
-
-    rotary: share of each head's dimensions that rotary positions turn; 0 for none, 1 for all.
-    """
+    """Softmax attention, written only where the token occurred before in its row."""
 
     heads: PositiveInt = 1
+    """Number of heads, H."""
     rotary: Share = 0.0
+    """Share of each head's dimensions that rotary positions turn: 0 for none, 1 for all."""
     rotary_base: PositiveFloat = 10000.0
+    """Base of the rotary frequencies."""
     bias: bool = True
+    """Whether the projections have biases."""
 
     variants = ({"heads": 2, "rotary": 0.5},)
 

@@ -49,15 +49,16 @@ class RetNetState(NamedTuple):
 )
 @dataclass(frozen=True, kw_only=True)
 class RetNetConfig(MixerConfig):
-    """Multi-scale retention: linear attention with a fixed decay per head.
-
-    value_ratio: value dimensions per model dimension, r; eps: of the norm of each head's output.
-    """
+    """Multi-scale retention: linear attention with a fixed decay per head."""
 
     heads: PositiveInt = 2
+    """Number of heads, H."""
     value_ratio: PositiveInt = 2
+    """Value dimensions per model dimension, r."""
     eps: NonNegativeFloat = 1e-6
+    """Epsilon of the RMS norm of each head's output."""
     chunk: PositiveInt = 128
+    """Tokens per chunk: all pairs of tokens within a chunk, and the state from one chunk to the next."""
 
     forms = ("loop", "parallel", "kernel")
     variants = ({}, {"heads": 4, "value_ratio": 1, "chunk": 16})

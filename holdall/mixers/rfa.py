@@ -56,18 +56,21 @@ class RfaState(NamedTuple):
 )
 @dataclass(frozen=True, kw_only=True)
 class RfaConfig(MixerConfig):
-    """Linear attention with random Fourier features of unit vectors (RFA), gated by option.
-
-    frequencies: random rows per head, P, each a sine and a cosine; tau: temperature; gate: RFA-Gate.
-    floor: the least that outputs are divided by; 0 for 1 without and P / 1000 with the gate.
-    """
+    """Linear attention with random Fourier features of unit vectors (RFA), gated by option."""
 
     heads: PositiveInt = 2
+    """Number of heads, H."""
     frequencies: PositiveInt = 64
+    """Random frequencies per head, P; each gives a sine and a cosine."""
     tau: PositiveFloat = 1.0
+    """Temperature of the kernel that the features estimate."""
     gate: bool = False
+    """Whether the state decays by a gate per head and token (RFA-Gate)."""
     floor: NonNegativeFloat = 0.0
+    """Lower bound of what outputs are divided by; 0 for the default, 1 without the gate and P / 1000 with it.
+    """
     chunk: PositiveInt = 128
+    """Tokens per chunk: all pairs of tokens within a chunk, and the state from one chunk to the next."""
 
     variants = ({"frequencies": 12, "chunk": 16, "tau": 0.8}, {"frequencies": 8, "heads": 4, "gate": True})
 

@@ -55,15 +55,14 @@ class RWKV4State(NamedTuple):
 )
 @dataclass(frozen=True, kw_only=True)
 class RWKV4Config(MixerConfig):
-    """RWKV-4's time mixing, a mean of all values weighted by key and age.
-
-    layer, layers: which of how many layers this is, from 0; the initialisation depends on it.
-    chunk: steps of the scan that are taken one after another, all chunks side by side.
-    """
+    """RWKV-4's time mixing, a mean of all values weighted by key and age."""
 
     layer: NonNegativeInt = 0
+    """Index of this layer in the model, from 0; the published initialisation depends on it."""
     layers: PositiveInt = 1
+    """Number of layers in the model, for the initialisation alone."""
     chunk: PositiveInt = CHUNK
+    """Tokens per chunk of the scan: chunks run in parallel, the tokens of a chunk one after another."""
 
     variants = ({}, {"layer": 1, "layers": 3, "chunk": 16})
 

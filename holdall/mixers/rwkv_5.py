@@ -54,17 +54,16 @@ class RWKV5State(NamedTuple):
 )
 @dataclass(frozen=True, kw_only=True)
 class RWKV5Config(MixerConfig):
-    """RWKV-5 "Eagle", linear attention that fades per key channel, with a bonus for the present.
-
-    head_size: dimensions of a head's keys and values, K; a narrower model has one head of its width.
-    layer, layers: which of how many layers this is, from 0; the initialisation depends on it.
-    chunk: tokens between which no state is built, a power of two.
-    """
+    """RWKV-5 "Eagle", linear attention that fades per key channel, with a bonus for the present."""
 
     head_size: PositiveInt = 64
+    """Dimensions of a head's keys and values, K; a narrower model has one head of its width."""
     layer: NonNegativeInt = 0
+    """Index of this layer in the model, from 0; the published initialisation depends on it."""
     layers: PositiveInt = 1
+    """Number of layers in the model, for the initialisation alone."""
     chunk: PositiveInt = 64
+    """Tokens per chunk, a power of two; the state carries the past from one chunk to the next."""
 
     forms = ("loop", "parallel", "kernel")
     variants = ({}, {"head_size": 4, "layer": 1, "layers": 3, "chunk": 16})

@@ -59,20 +59,29 @@ class RWKV7State(NamedTuple):
 )
 @dataclass(frozen=True, kw_only=True)
 class RWKV7Config(MixerConfig):
-    """RWKV-7's time mixing, a delta rule whose removal key differs from the key that is written.
-
-    decay_rank, a_rank, gate_rank: of the maps that give decay, removal and gate, R, 0 for the published
-    2.5, 2.5 and 5 sqrt(width), rounded to a multiple of 32; layer, layers: which of how many layers this is,
-    from 0, for the initialisation; chunk: tokens whose corrections are solved at once, at most 16.
-    """
+    """RWKV-7's time mixing, a delta rule whose removal key differs from the key that is written."""
 
     heads: PositiveInt = 2
+    """Number of heads, H."""
     decay_rank: NonNegativeInt = 0
+    """Rank of the projection that gives the decays, R; 0 for the published 2.5 sqrt(width), rounded to a
+    multiple of 32.
+    """
     a_rank: NonNegativeInt = 0
+    """Rank of the projection that gives the removal strength a; 0 for the published 2.5 sqrt(width), rounded
+    to a multiple of 32.
+    """
     gate_rank: NonNegativeInt = 0
+    """Rank of the projection that gives the output gate; 0 for the published 5 sqrt(width), rounded to a
+    multiple of 32.
+    """
     layer: NonNegativeInt = 0
+    """Index of this layer in the model, from 0; the published initialisation depends on it."""
     layers: PositiveInt = 1
+    """Number of layers in the model, for the initialisation alone."""
     chunk: Annotated[int, Range(least=1, most=16)] = CHUNK
+    """Tokens per chunk, at most 16, whose updates of the state are solved together as one triangular system.
+    """
 
     forms = ("loop", "parallel", "kernel")
     variants = (

@@ -55,14 +55,12 @@ class S4State(NamedTuple):
 )
 @dataclass(frozen=True, kw_only=True)
 class S4Config(MixerConfig):
-    """Structured state space per channel, diagonal plus rank one, from HiPPO-LegS.
-
-    state: real numbers of state per channel, n, which are n / 2 complex modes; chunk: tokens that are read
-    at once, a power of two.
-    """
+    """Structured state space per channel, diagonal plus rank one, from HiPPO-LegS."""
 
     state: PositiveInt = 64
+    """Real numbers of state per channel, n: n / 2 complex modes, each standing for a conjugate pair."""
     chunk: PositiveInt = dplr.CHUNK
+    """Tokens per chunk, a power of two; the state carries the past from one chunk to the next."""
 
     variants = ({}, {"state": 6, "chunk": 16})
 

@@ -49,17 +49,18 @@ class S4DState(NamedTuple):
 )
 @dataclass(frozen=True, kw_only=True)
 class S4DConfig(MixerConfig):
-    """Time-invariant diagonal state space per channel, from HiPPO's spectrum.
-
-    state: real numbers of state per channel, n, which are n / 2 complex modes; init: the modes' first
-    frequencies, "lin" (Fourier), "inv" (what LegS's tend to) or "legs" (those of HiPPO-LegS, with its B);
-    discretisation: "zoh" (the input is held) or "bilinear"; chunk: tokens per Fourier transform.
-    """
+    """Time-invariant diagonal state space per channel, from HiPPO's spectrum."""
 
     state: PositiveInt = 64
+    """Real numbers of state per channel, n: n / 2 complex modes, each standing for a conjugate pair."""
     init: Literal["lin", "inv", "legs"] = "lin"
+    """Initial frequencies of the modes: "lin" (Fourier), "inv" (the limit of LegS's) or "legs" (those of
+    HiPPO-LegS, with its B).
+    """
     discretisation: Literal["zoh", "bilinear"] = "zoh"
+    """How a step is discretised: "zoh" (zero-order hold, the input is constant during it) or "bilinear"."""
     chunk: PositiveInt = ssm.CHUNK
+    """Tokens per Fourier transform; the state carries the past from one chunk to the next."""
 
     variants = ({}, {"state": 8, "init": "legs", "discretisation": "bilinear", "chunk": 16})
 

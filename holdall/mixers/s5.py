@@ -53,19 +53,22 @@ class S5State(NamedTuple):
 )
 @dataclass(frozen=True, kw_only=True)
 class S5Config(MixerConfig):
-    """One state space with many inputs and outputs, diagonal from HiPPO-LegS on.
-
-    state: state size n; blocks: HiPPO matrices of size n / blocks that the modes start from.
-    conj_sym: n / 2 modes that stand for conjugate pairs, instead of n free ones.
-    """
+    """One state space with many inputs and outputs, diagonal from HiPPO-LegS on."""
 
     state: PositiveInt = 256
+    """State size, n."""
     blocks: PositiveInt = 8
+    """HiPPO matrices, of size n / blocks, that the modes are initialised from."""
     conj_sym: bool = True
+    """Whether there are n / 2 modes that stand for conjugate pairs, or n free ones."""
     discretisation: Literal["zoh", "bilinear"] = "zoh"
+    """How a step is discretised: "zoh" (zero-order hold, the input is constant during it) or "bilinear"."""
     activation: Literal["half_glu1", "half_glu2", "full_glu", "gelu"] = "half_glu1"
+    """Gate behind the state space; the module's docstring has the formulas."""
     clip_eigs: bool = True
+    """Whether the real parts of A are kept below -1e-4, so that no mode grows."""
     chunk: PositiveInt = 64
+    """Tokens per chunk of the scan: chunks run in parallel, the tokens of a chunk one after another."""
 
     forms = ("loop", "parallel", "kernel")
     variants = (

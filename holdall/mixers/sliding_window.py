@@ -47,19 +47,20 @@ MAX_KERNEL_HEAD_DIM = 128
 )
 @dataclass(frozen=True, kw_only=True)
 class SlidingWindowConfig(MixerConfig):
-    """Softmax attention over the last `window` tokens.
-
-    heads: of queries, H; kv_heads: of keys and values, G, 0 for as many. One serves H / G of the queries'.
-    rotary: share of each head's dimensions that rotary positions turn; 0 for none, 1 for all.
-    bias: of all projections, or "out" of the last one alone.
-    """
+    """Softmax attention over the last `window` tokens."""
 
     window: Annotated[int, Range(least=2)] = 16
+    """Tokens that an output sees, its own included, w."""
     heads: PositiveInt = 1
+    """Number of query heads, H."""
     kv_heads: NonNegativeInt = 0
+    """Number of key and value heads, G; 0 for as many as `heads`. Each serves H / G query heads."""
     rotary: Share = 0.0
+    """Share of each head's dimensions that rotary positions turn: 0 for none, 1 for all."""
     rotary_base: PositiveFloat = 10000.0
+    """Base of the rotary frequencies."""
     bias: bool | Literal["out"] = True
+    """Whether the projections have biases; "out" for the output projection only."""
 
     forms = ("loop", "parallel", "kernel")
     variants = (

@@ -56,14 +56,14 @@ class Kept(NamedTuple):
 )
 @dataclass(frozen=True, kw_only=True)
 class SparseAttentionConfig(MixerConfig):
-    """Softmax attention over the few tokens of the past that a learned score keeps.
-
-    keys: how many tokens are kept, k. chunk: tokens that are read at once, C.
-    """
+    """Softmax attention over the few tokens of the past that a learned score keeps."""
 
     keys: PositiveInt = 64
+    """Tokens that are kept, k."""
     heads: PositiveInt = 1
+    """Number of heads, H."""
     chunk: PositiveInt = 64
+    """Tokens per chunk, C."""
 
     variants = ({"keys": 8, "heads": 2, "chunk": 32}, {"keys": 70, "chunk": 32})
 

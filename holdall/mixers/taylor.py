@@ -40,21 +40,25 @@ from holdall.settings import NonNegativeFloat, PositiveInt
 )
 @dataclass(frozen=True, kw_only=True)
 class TaylorConfig(MixerConfig):
-    """Taylor linear attention (Based): exp to second order.
-
-    feature_dim: dimensions f of a head's queries and keys; the map makes F = 1 + f + f (f + 1) / 2 features.
-    chunk: tokens whose pairs are computed at once; up to there the cost is quadratic and no state is built.
-    state_dtype: of the sum of phi(k) v^T as it is carried from call to call; "fp32" is at least that. "bf16"
-        halves the state, and every call rounds it, so that cuts matter: what a decoded token adds is lost
-        where it is less than 1/512 of the sum. Outputs err by about 1% after 256 tokens one by one, and where
-        values have a mean by 27% after 1024 (holdall/kernels/taylor_step.py). A prompt is rounded once.
-    """
+    """Taylor linear attention (Based): exp to second order."""
 
     feature_dim: PositiveInt = 16
+    """Dimensions of a head's queries and keys, f: F = 1 + f + f (f + 1) / 2 features."""
     heads: PositiveInt = 1
+    """Number of heads, H."""
     eps: NonNegativeFloat = 1e-12
+    """Added to the normaliser that outputs are divided by."""
     chunk: PositiveInt = 128
+    """Tokens per chunk: the output within a chunk is computed over all pairs of tokens (quadratic), and the
+    state is built at chunk boundaries only.
+    """
     state_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Dtype of the sum of phi(k) v^T between calls; "fp32" means at least that. "bf16" halves the state, and
+    every call rounds it, so that outputs depend on where calls end: the contribution of a token is lost where
+    it is less than 1/512 of the sum. Outputs err by about 1% after 256 tokens one by one, and where values
+    have a non-zero mean by 27% after 1024 (holdall/kernels/taylor_step.py). A prompt read in one call is
+    rounded once.
+    """
 
     feature_map: ClassVar[str] = "taylor"
     normalise: ClassVar[bool] = True

@@ -1,0 +1,133 @@
+"""Every field of every config has its own docstring, which editors, `--help` and `holdall zoo` show."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+
+import holdall
+from holdall import mixers
+from holdall.contract import Config, MixerConfig, Paper
+from holdall.contract.config import field_docs
+from holdall.contract.registry import Entry
+
+PENDING = {
+    "sweeps.sweep.Point",
+    "sweeps.sweep.SweepConfig",
+    "tasks.data.DataConfig",
+    "tasks.data.MQARData",
+    "tasks.data.Segment",
+    "tasks.data.SingleQueryData",
+    "tasks.mqar.MQAR",
+    "tasks.single_query.AssociativeRecall",
+    "tasks.single_query.InductionHeads",
+    "tasks.single_query.SingleQuery",
+    "training.language_models.PretrainConfig",
+    "training.language_models.Result",
+    "training.language_models.RunState",
+    "training.populations.MemberResult",
+    "training.populations.MemberState",
+    "training.populations.RunState",
+    "training.populations.TrainConfig",
+}
+"""Configs with fields that have no docstring yet. One that has them all must leave this set."""
+
+
+def subclasses(config: type[Config]) -> Iterator[type[Config]]:
+    for subclass in config.__subclasses__():
+        yield subclass
+        yield from subclasses(subclass)
+
+
+def configs() -> dict[str, type[Config]]:
+    """Every config of the package, by module and name."""
+    for module in pkgutil.walk_packages(holdall.__path__, "holdall."):
+        if not module.name.startswith("holdall.kernels."):  # which need Triton, and have no configs
+            importlib.import_module(module.name)
+    return {
+        f"{config.__module__}.{config.__qualname__}".removeprefix("holdall."): config
+        for config in subclasses(Config)
+        if config.__module__.startswith("holdall.")
+    }
+
+
+def undocumented(config: type[Config]) -> list[str]:
+    """The fields that have no docstring, or whose documentation stands in the docstring of the class."""
+    docs = field_docs(config)
+    about = vars(config).get("__doc__") or ""
+    in_class = {
+        name for name in docs if re.search(rf"^\s*(\w+, )*{name}(, \w+)*: |[;.] {name}: ", about, re.M)
+    }
+    return [name for name, doc in docs.items() if not doc or name in in_class]
+
+
+def test_every_field_of_every_config_has_a_docstring_of_its_own() -> None:
+    missing = {name: fields for name, config in configs().items() if (fields := undocumented(config))}
+    assert set(missing) == PENDING, missing
+
+
+@pytest.mark.parametrize("name", mixers.names())
+def test_the_zoo_shows_each_option_with_its_docstring(name: str) -> None:
+    entry = mixers.entry(name)
+    shown = " ".join(str(entry).split())
+    for option, default in entry.options.items():
+        doc = field_docs(entry.config)[option]
+        assert doc
+        assert f"{option} = {default!r} {doc}" in shown
+
+
+@dataclass(frozen=True, kw_only=True)
+class Documented(MixerConfig):
+    """A mixer.
+
+    A note.
+    """
+
+    size: int = 1
+    """How large,
+    in tokens.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bare(Documented):
+    other: int = 2
+    size: int = 3  # documented by the class that it comes from
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paragraph(Documented):
+    """All at once.
+
+    size: how large. other: how else.
+    """
+
+    other: int = 2
+    """How else."""
+
+
+def test_a_field_without_a_docstring_is_found() -> None:
+    assert undocumented(Documented) == []
+    assert field_docs(Documented)["size"] == "How large, in tokens."
+    assert undocumented(Bare) == ["other"]
+    assert undocumented(Paragraph) == ["size", "other"]
+
+
+def test_a_class_without_source_has_no_docs() -> None:
+    made = dataclasses.make_dataclass("Made", [("size", int, 1)], bases=(Config,), frozen=True, kw_only=True)
+    assert field_docs(made) == {"size": ""}
+
+
+def test_an_entry_shows_the_notes_of_its_config() -> None:
+    entry = Entry(
+        name="noted", family="other", summary="A mixer", paper=Paper(title="T", authors="A", year=2024),
+        state="D", training="N", inference="1", causal=True, config=Documented,
+    )  # fmt: skip
+    assert "causal\n  A note.\n  options:\n" in str(entry)
+    assert str(entry).endswith("    size = 1\n        How large, in tokens.")
