@@ -1,8 +1,7 @@
-"""Tensors in files: the one place that writes and reads safetensors. Nothing that Holdall loads is a pickle.
+"""Tensors in files: the one place that writes and reads safetensors. Holdall never loads a pickle.
 
-A file is either whole, and then exactly what its reader expects, or refused by name: tensors of another shape
-or dtype are neither broadcast nor cast, none may be missing or left over, and none has changed since it was
-written: its header has a checksum of each.
+A file holds exactly the tensors that its reader expects, or it is refused by name: no tensor is broadcast or
+cast, none may be missing or left over, and each must match the checksum in the file's header.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ NAMES = {
 
 
 SUMS = "crc32"
-"""The key in a file's header of its tensors' checksums; files of other writers have none."""
+"""The key of the tensors' checksums in a file's header; files of other programs have none."""
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
@@ -44,11 +43,11 @@ def write(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -
 
 
 class TensorFile:
-    """An open file of tensors, of which only what is asked for is read.
+    """An open file of tensors; a tensor is read only when asked for.
 
     Attributes:
-        about: what its writer said about it.
-        names: of its tensors.
+        about: the metadata that its writer gave.
+        names: the names of its tensors.
     """
 
     def __init__(self, path: Path, file: Any, way_out: str) -> None:
@@ -58,12 +57,12 @@ class TensorFile:
         self._sums = files.parse_json(self.about.pop(SUMS, "{}"), f"the header of {path}", way_out)
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor, on the CPU; RunError if there is none of this name."""
+        """One tensor, on the CPU. Raises RunError if no tensor has this name, or its checksum is wrong."""
         if name not in self.names:
             raise self.damaged(f"it has no tensor {name!r}")
         tensor: Tensor = self._file.get_tensor(name)
         if self._sums and self._sums.get(name) != _sum(tensor):
-            raise self.damaged(f"{name} is not what was written")
+            raise self.damaged(f"{name} does not match its checksum")
         return tensor
 
     def fill(
@@ -82,7 +81,7 @@ class TensorFile:
         if missing := sorted(targets.keys() - there):
             raise self.damaged(f"it has no tensor {prefix + missing[0]!r}")
         if left := sorted(there - targets.keys()):
-            raise self.damaged(f"it has a tensor {prefix + left[0]!r}, which nothing here is called")
+            raise self.damaged(f"it has a tensor {prefix + left[0]!r}, which the model does not have")
         for name, target in targets.items():
             found = self._file.get_slice(prefix + name)
             has = tuple(found.get_shape()), found.get_dtype()
@@ -101,8 +100,8 @@ class TensorFile:
 
 @contextlib.contextmanager
 def opened(path: Path, way_out: str = "") -> Iterator[TensorFile]:
-    """Open a file of tensors. Raises RunError, which names file and way out, if it is none or is damaged."""
-    files.open_file(path, way_out).close()  # a pipe or a folder in its place
+    """Open a file of tensors. Raises RunError, with file and remedy, if it is damaged or no such file."""
+    files.open_file(path, way_out).close()  # refuses a pipe or a folder
     try:
         with safe_open(path, framework="pt") as file:
             yield TensorFile(path, file, way_out)
@@ -111,8 +110,8 @@ def opened(path: Path, way_out: str = "") -> Iterator[TensorFile]:
 
 
 def _sum(tensor: Tensor) -> int:
-    numbers = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    return zlib.crc32(numbers.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type] # a buffer
+    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return zlib.crc32(real.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type] # a buffer
 
 
 def _kind(shape: tuple[int, ...], dtype: str) -> str:

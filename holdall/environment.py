@@ -1,4 +1,4 @@
-"""Where a result was made: versions, hardware, threads and commit, as environment.json holds them."""
+"""The environment of a run: versions, hardware, threads and commit, as written to environment.json."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def describe(device: str, threads: int) -> dict[str, Any]:
-    """Versions, hardware and commit, as environment.json holds them."""
+    """Versions, hardware, threads and commit; the content of environment.json."""
     versions: dict[str, Any] = {}
     if device.startswith("cuda"):
         import torch
@@ -33,14 +33,14 @@ def describe(device: str, threads: int) -> dict[str, Any]:
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def commit() -> str | None:
-    """The commit of the source tree that Holdall runs from, with "+" if it was changed; None outside git."""
+    """The commit of the source tree that Holdall runs from, with "+" if it was modified; None outside git."""
     where = Path(__file__).parent
     try:
         out = subprocess.run(

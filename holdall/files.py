@@ -1,13 +1,13 @@
 """Files and folders: the one place where Holdall reads, writes, locks and removes them.
 
-A folder may come from somebody else. What lies in it is data, never authority:
+A folder may come from somebody else, so its content is untrusted data:
 
-    read        regular files only; the outcome is a value or a RunError that names file and way out. A pipe
-                or a device is refused, not waited for
-    write       beside the file, in a temporary folder, then put in its place in one step: readers and crashes
-                find the old content or the new. A link is replaced, never followed
-    append      to a regular file that is no link, whole lines only
-    names       that a file gives are resolved inside its folder
+    read        regular files only; the result is a value, or a RunError that names the file and the remedy. A
+                pipe or a device is refused, since reading it could block
+    write       into a temporary folder beside the file, then renamed over it: readers and crashes see the old
+                content or the new, never a mixture. A symbolic link is replaced, never followed
+    append      whole lines, to a regular file that is not a symbolic link
+    names       given in a file are resolved inside that file's folder
 
 Files get the mode that the umask allows. Nothing here imports PyTorch.
 """
@@ -37,9 +37,9 @@ LOCK = ".lock"
 
 
 class RunError(Exception):
-    """Something about a run or a file that its user can mend; the message says how, in one line.
+    """A problem with a run or a file that its user can fix; the message says how, in one line.
 
-    below: a line to show under it, such as one of a file.
+    below: a line to show under the message, such as the line of a file that is wrong.
     """
 
     def __init__(self, message: str, below: str = "") -> None:
@@ -48,7 +48,7 @@ class RunError(Exception):
 
 @contextlib.contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turn an error of the file system into a RunError that names the path, the reason and the way out."""
+    """Turn an OSError into a RunError that names the path, the reason and the remedy."""
     try:
         yield
     except OSError as error:
@@ -60,9 +60,9 @@ def explained(path: Path) -> Iterator[None]:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The path of what a file calls by name in its folder, which may have folders of its own.
+    """The path of a file in `folder`, or below it, that another file names.
 
-    Raises RunError if the name, or a link on the way, leads out of the folder.
+    Raises RunError if the name, or a symbolic link on the way, leads out of the folder.
     """
     path = folder / name
     try:
@@ -75,7 +75,7 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def make_folder(folder: Path) -> None:
-    """Create a folder and those above it. Raises RunError with the reason if it cannot be."""
+    """Create a folder and its parents. Raises RunError with the reason if that fails."""
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -84,16 +84,16 @@ def make_folder(folder: Path) -> None:
 
 
 def encodable(text: str) -> str:
-    """A text as one that UTF-8 can hold; the only form in which names of files are written down.
+    """A string that UTF-8 can encode; file names are stored in this form only.
 
-    A byte of a file's name that is no UTF-8, which Python keeps as a lone surrogate, becomes \\xe9, and half
-    of a surrogate pair \\ud83d. Any other text is left as it is.
+    A byte of a file name that is not UTF-8, which Python represents as a lone surrogate, becomes \\xe9, and
+    half of a surrogate pair \\ud83d. Any other string is unchanged.
     """
     return _SURROGATE.sub(_escaped, text)
 
 
 def printable(text: str) -> str:
-    """A text without what moves a terminal's cursor, breaks a line or cannot be encoded: that is escaped."""
+    """A string with control characters, line breaks and lone surrogates escaped, safe for a terminal."""
     return text if text.isprintable() else "".join(c if c.isprintable() else _escaped(c) for c in text)
 
 
@@ -111,10 +111,10 @@ def _escaped(letter: str | re.Match[str]) -> str:
 
 
 def open_file(path: Path, way_out: str = "", *, follow: bool = False) -> IO[bytes]:
-    """Open a regular file for reading. Raises RunError for anything else, and never waits for it.
+    """Open a regular file for reading. Raises RunError for anything else, without blocking on it.
 
     way_out: what the user can do about a file that cannot be read, as a sentence.
-    follow: take the file that a link leads to. What lies in a run or a corpus is never a link.
+    follow: follow symbolic links. The files of a run or a corpus are never links.
     """
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
     try:
@@ -128,7 +128,7 @@ def open_file(path: Path, way_out: str = "", *, follow: bool = False) -> IO[byte
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
         what = "a folder, a device or a pipe is in its place"
-        raise RunError(_with(f"{path} is no file that can be read: {what}", way_out))
+        raise RunError(_with(f"{path} is not a readable file: {what}", way_out))
     return os.fdopen(handle, "rb")
 
 
@@ -138,7 +138,7 @@ def unreadable(path: Path, error: Exception, way_out: str = "") -> RunError:
 
 
 def damaged(what: object, reason: object, way_out: str = "") -> RunError:
-    """The error about a file, or a line of one, that holds what it should not, in one line."""
+    """The error about a file, or a line of one, with wrong content; its message is one line."""
     first = str(reason).strip().partition("\n")[0]
     return RunError(_with(f"{what} is damaged: {first}", way_out))
 
@@ -148,7 +148,7 @@ def _with(what: str, way_out: str) -> str:
 
 
 def read_bytes(path: Path, way_out: str = "", *, follow: bool = False) -> bytes:
-    """All of a regular file. Raises RunError as `open_file`."""
+    """The content of a regular file. Raises RunError as `open_file` does."""
     with open_file(path, way_out, follow=follow) as file:
         try:
             return file.read()
@@ -157,27 +157,29 @@ def read_bytes(path: Path, way_out: str = "", *, follow: bool = False) -> bytes:
 
 
 def read_json(path: Path, way_out: str = "", kind: type = dict) -> Any:
-    """The object, or list, that a JSON file holds. Raises RunError if it holds anything else, or nothing."""
+    """The object (or list) in a JSON file. Raises RunError if the file holds anything else, or nothing."""
     return parse_json(read_bytes(path, way_out), path, way_out, kind)
 
 
 def parse_json(
     data: bytes | str, where: object, way_out: str = "", kind: type = dict, *, constants: bool = False
 ) -> Any:
-    """The object, or list, that JSON says; `where` is named if it says anything else, or nothing."""
+    """The object (or list) in a JSON text. Raises RunError, which names `where`, for anything else."""
     try:
         value = loads(data, constants=constants)
     except ValueError as error:
-        raise damaged(where, f"it is no JSON ({error})", way_out) from error
+        raise damaged(where, f"it is not JSON ({error})", way_out) from error
     if not isinstance(value, kind):
-        raise damaged(where, f"it holds no JSON {'object' if kind is dict else kind.__name__}", way_out)
+        raise damaged(
+            where, f"it does not hold a JSON {'object' if kind is dict else kind.__name__}", way_out
+        )
     return value
 
 
 def loads(data: bytes | str, *, constants: bool = False) -> Any:
-    """Strict JSON: UTF-8, no key twice, no half of a surrogate pair, not nested beyond reason.
+    """Strict JSON: UTF-8, no repeated key, no lone surrogate, nesting within Python's recursion limit.
 
-    constants: take NaN and Infinity, as Python writes them, too. Raises ValueError.
+    constants: also accept NaN and Infinity, as Python writes them. Raises ValueError.
     """
     try:
         value = json.loads(
@@ -185,27 +187,27 @@ def loads(data: bytes | str, *, constants: bool = False) -> Any:
             parse_constant=None if constants else _no_constant,
             object_pairs_hook=_no_key_twice,
         )
-        json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+        json.dumps(value, ensure_ascii=False).encode()  # fails on half of a surrogate pair
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     return value
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key comes twice")
-    return found
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise ValueError("a key occurs twice")
+    return value
 
 
 def read_lines(path: Path, way_out: str = "") -> list[dict[str, Any]]:
-    """The objects of a JSON lines file; a torn last line is left out. Empty if there is no file.
+    """The objects of a JSON lines file, without an incomplete last line. Empty if there is no file.
 
-    Raises RunError, which names the line, if any other is broken.
+    Raises RunError, which names the line, if any other line is broken.
     """
     if not path.exists() and not path.is_symlink():
         return []
@@ -221,17 +223,17 @@ def read_arrays(path: Path, way_out: str = "") -> dict[str, np.ndarray]:
     """The arrays of an .npz file. Raises RunError if it is damaged; nothing in it is ever unpickled."""
     with open_file(path, way_out) as file:
         if not zipfile.is_zipfile(file):
-            raise damaged(path, "it is no .npz archive", way_out)
+            raise damaged(path, "it is not an .npz archive", way_out)
         file.seek(0)
         try:
             with np.load(file, allow_pickle=False) as arrays:
                 return {name: arrays[name] for name in arrays.files}
-        # all that zip, zlib and NumPy raise for bytes that are not theirs; a size that no memory has too
+        # everything that zip, zlib and NumPy raise for malformed bytes, a size beyond all memory included
         except (
             OSError, ValueError, KeyError, EOFError, SyntaxError, TypeError, AttributeError, RuntimeError,
             MemoryError, OverflowError, zipfile.BadZipFile, zlib.error,
         ) as error:  # fmt: skip
-            # NumPy's own words would advise to unpickle what somebody else has made
+            # NumPy's message would advise unpickling an untrusted file
             reason = "it holds pickled objects" if "pickle" in str(error) else error or type(error).__name__
             raise damaged(path, reason, way_out) from error
 
@@ -241,10 +243,10 @@ def read_arrays(path: Path, way_out: str = "") -> dict[str, np.ndarray]:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to; what was written replaces the file at `path` in one step.
+    """A path to write to; the file written there replaces the one at `path` atomically.
 
-    The path lies in a temporary folder beside the file, which goes whatever happens; what a killed process
-    left goes with the next write.
+    It lies in a temporary folder beside `path`, which is removed in any case; the one that a killed process
+    left is removed by the next write.
     """
     with explained(path):
         remove_abandoned(path.parent)
@@ -258,7 +260,9 @@ def replacing(path: Path) -> Iterator[Path]:
                     mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)  # as the umask allows
                 yield temporary
                 with temporary.open("rb+") as file:
-                    os.fchmod(file.fileno(), mode)  # a library may have made another file, for us alone
+                    os.fchmod(
+                        file.fileno(), mode
+                    )  # a library may have made another file, for us alone
                     os.fsync(file.fileno())
                 temporary.replace(path)
             finally:
@@ -266,20 +270,21 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Remove the temporary folders of writers that were killed; a living writer holds its lock."""
-    for left in folder.glob(".holdall-*.tmp"):
-        with contextlib.suppress(OSError, filelock.Timeout), filelock.FileLock(left / LOCK, timeout=0):
-            shutil.rmtree(left, ignore_errors=True)
+    """Remove the temporary folders of killed writers; a running writer holds its lock."""
+    for abandoned in folder.glob(".holdall-*.tmp"):
+        lock = filelock.FileLock(abandoned / LOCK, timeout=0)
+        with contextlib.suppress(OSError, filelock.Timeout), lock:
+            shutil.rmtree(abandoned, ignore_errors=True)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file in one step: a reader, or a crash, finds the old content or the new, nothing between."""
+    """Replace a file atomically: a reader, or a crash, sees the old content or the new, never a mixture."""
     with replacing(path) as temporary:
         temporary.write_bytes(data)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as readable JSON, atomically."""
+    """Write a value as indented JSON, atomically."""
     write_atomically(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
 
 
@@ -291,14 +296,14 @@ def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
 
 
 def append_line(path: Path, value: Any) -> None:
-    """Append one JSON line: all of it or nothing. What a crash tore before is removed first."""
+    """Append one JSON line, all or nothing. An incomplete line that a crash left is removed first."""
     line = (json.dumps(value, ensure_ascii=False) + "\n").encode()
     with _own_file(path) as file:
         end = _last_line_end(file)
         file.truncate(end)
         try:
             file.seek(end)
-            while line:  # a disk that is nearly full takes a part first
+            while line:  # a nearly full disk may accept only a part
                 line = line[file.write(line) :]
         except OSError:  # a full disk
             with contextlib.suppress(OSError):
@@ -307,7 +312,7 @@ def append_line(path: Path, value: Any) -> None:
 
 
 def size_on_disk(path: Path) -> int:
-    """Bytes of a file that was appended to, all of which have reached the disk; 0 if there is none."""
+    """Size of a file in bytes after flushing it to disk; 0 if there is no file."""
     if not path.exists():
         return 0
     with _own_file(path) as file:
@@ -316,9 +321,9 @@ def size_on_disk(path: Path) -> int:
 
 
 def shorten(path: Path, size: int) -> int:
-    """Cut a file of lines back to its first `size` bytes, or, where it has fewer, to its whole lines.
+    """Truncate a file of lines to its first `size` bytes or, if it is shorter, to its complete lines.
 
-    Returns how many of the `size` bytes are missing: a power cut may take lines that a checkpoint knows of.
+    Returns how many of the `size` bytes are missing: a power failure may lose lines that a checkpoint counts.
     """
     if not path.exists():
         return size
@@ -331,9 +336,9 @@ def shorten(path: Path, size: int) -> int:
 
 @contextlib.contextmanager
 def _own_file(path: Path) -> Iterator[io.FileIO]:
-    """A file to read and change in place, made if needed and locked meanwhile: regular, and no link.
+    """A regular file, opened to be changed in place, created if needed and locked meanwhile.
 
-    One that has other names (hard links, as backups make them) is copied first: those stay as they are.
+    A file with several hard links, as backups make them, is copied first, so that the others do not change.
     """
     with explained(path):
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -355,24 +360,24 @@ def _own_file(path: Path) -> Iterator[io.FileIO]:
 
 
 def _last_line_end(file: io.FileIO) -> int:
-    """Where the last whole line of a file ends."""
+    """The offset at which the last complete line of a file ends."""
     at = file.seek(0, os.SEEK_END)
     while at > 0:
         start = max(0, at - (1 << 16))
         file.seek(start)
         piece = file.read(at - start) or b""
-        if (found := piece.rfind(b"\n")) >= 0:
-            return start + found + 1
+        if (newline := piece.rfind(b"\n")) >= 0:
+            return start + newline + 1
         at = start
     return 0
 
 
 @contextlib.contextmanager
 def locked(folder: Path, *, patience: float = 10.0) -> Iterator[None]:
-    """Hold a run folder for this process alone; it is created if needed.
+    """Lock a run folder for this process, creating it if needed.
 
-    The lock falls with the process, however that ends. What killed writers left in the folder is removed.
-    Raises RunError if another process keeps the folder for longer than `patience` seconds.
+    The lock is released when the process ends, even if it is killed. Temporary files of killed writers are
+    removed. Raises RunError if another process holds the lock for longer than `patience` seconds.
     """
     make_folder(folder)
     lock = filelock.FileLock(folder / LOCK, timeout=patience)
@@ -383,7 +388,7 @@ def locked(folder: Path, *, patience: float = 10.0) -> Iterator[None]:
             raise RunError(f"{folder} is in use by another run; wait for it or choose --out") from None
     try:
         remove_abandoned(folder)
-        for pattern in (".*.tmp", ".tmp" + "[0-9A-Za-z]" * 6):  # as killed writers of version 0.1 left them
+        for pattern in (".*.tmp", ".tmp" + "[0-9A-Za-z]" * 6):  # temporary files of version 0.1
             for left in folder.glob(pattern):
                 if left.is_file() or left.is_symlink():
                     left.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Processes that work for another one, and never hear of Ctrl-C: their parent decides what it means."""
+"""Worker processes, which ignore Ctrl-C: their parent decides what it means."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from multiprocessing.context import SpawnContext, SpawnProcess
 
 @contextlib.contextmanager
 def _ctrl_c_later() -> Iterator[None]:
-    """Ctrl-C is blocked in this thread, and stays blocked in a process that is started within.
+    """Block SIGINT in this thread and in the processes that it starts meanwhile.
 
-    A parent that ignored it instead would miss one that is pressed meanwhile; this one gets it afterwards.
+    Blocked signals are delivered to the parent afterwards; if it ignored them instead, they would be lost.
     """
-    resource_tracker.ensure_running()  # whose own start would end the block
+    resource_tracker.ensure_running()  # starting it would unblock the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -27,7 +27,7 @@ def _ctrl_c_later() -> Iterator[None]:
 
 
 class _Worker(SpawnProcess):
-    """Deaf to Ctrl-C from its first instruction, while it still imports PyTorch too."""
+    """Ignores Ctrl-C from its first instruction on, also while it still imports PyTorch."""
 
     def start(self) -> None:
         with _ctrl_c_later():
@@ -39,19 +39,19 @@ class _Context(SpawnContext):
 
 
 def context() -> multiprocessing.context.SpawnContext:
-    """What `multiprocessing.get_context("spawn")` is, with processes that leave Ctrl-C to this one."""
+    """As `multiprocessing.get_context("spawn")`, with processes that leave Ctrl-C to this one."""
     return _Context()
 
 
 def follow_parent() -> None:
-    """Of a process that another one started to work for it: leave Ctrl-C to it, and end when it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it reaches the whole group; the parent says what to do
+    """To be called in a worker process: ignore Ctrl-C, and exit when the parent exits."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it reaches the whole process group; the parent handles it
     parent = multiprocessing.parent_process()
     if parent is None:
         return
 
     def end_with_parent() -> None:
-        parent.join()  # returns when the parent is gone, kill -9 included
+        parent.join()  # returns when the parent has ended, by kill -9 too
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()

@@ -1,10 +1,10 @@
-"""What the numbers of a config may be, declared beside their types, and how two configs differ.
+"""Ranges of a config's numbers, declared beside their types, and the differences between two configs.
 
     learning_rate: PositiveFloat = 8e-4
     kernel: Annotated[int, Range(least=2, zero="no convolution")] = 4
 
-A comparison affirms what is allowed, so that NaN, of which no comparison holds, is refused like any other
-value outside. Infinity is refused everywhere.
+Values are accepted if comparisons hold, so that NaN, for which none does, is refused like any other value out
+of range. Infinity is refused everywhere.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from typing import Annotated, Any, Union
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
-    """The numbers that a field takes. A bound that is None is none.
-
-    above, below: bounds that are excluded; least, most: bounds that are included.
-    zero: what 0 stands for, where it is allowed besides.
-    """
+    """The range of a number. A bound that is None does not apply."""
 
     above: float | None = None
+    """Lower bound, excluded."""
     least: float | None = None
+    """Lower bound, included."""
     below: float | None = None
+    """Upper bound, excluded."""
     most: float | None = None
+    """Upper bound, included."""
     zero: str = ""
+    """What 0 stands for, if it is allowed although it is out of the range; "" if it is not."""
 
     def __contains__(self, value: float) -> bool:
         return bool(self.zero and value == 0) or (
@@ -40,7 +41,7 @@ class Range:
 
     def __str__(self) -> str:
         if self.least is not None and self.most is not None:
-            says = f"from {self.least:,} to {self.most:,}"
+            text = f"from {self.least:,} to {self.most:,}"
         else:
             ends = [
                 "" if self.above is None else f"above {self.above:g}" if self.above else "positive",
@@ -48,12 +49,12 @@ class Range:
                 "" if self.below is None else f"below {self.below:g}",
                 "" if self.most is None else f"at most {self.most:g}",
             ]
-            says = " and ".join(filter(None, ends)) or "a number"
-        return says + (f", or 0 for {self.zero}" if self.zero else "")
+            text = " and ".join(filter(None, ends)) or "a number"
+        return text + (f", or 0 for {self.zero}" if self.zero else "")
 
     @property
     def bounded(self) -> bool:
-        """Whether it ends above, so that nobody needs to hear that infinity is outside."""
+        """Whether there is an upper bound, so that errors need not add that infinity is out of range."""
         return self.below is not None or self.most is not None
 
 
@@ -63,13 +64,13 @@ PositiveFloat = Annotated[float, Range(above=0)]
 NonNegativeFloat = Annotated[float, Range(least=0)]
 Share = Annotated[float, Range(least=0, most=1)]
 Seed = Annotated[int, Range(least=0, most=2**63 - 1)]
-"""Of a random generator: PyTorch's and NumPy's both take it."""
+"""Seed of a random generator; PyTorch and NumPy accept all of this range."""
 Betas = tuple[Annotated[float, Range(least=0, below=1)], Annotated[float, Range(least=0, below=1)]]
-"""Of Adam's moving averages."""
+"""Decay rates of Adam's moving averages."""
 
 
 def is_finite(value: float) -> bool:
-    """Whether a number is neither NaN nor infinite, nor an int beyond all floats."""
+    """Whether a number is not NaN, not infinite, and no int beyond the largest float."""
     return abs(value) <= MOST
 
 
@@ -78,29 +79,29 @@ MOST = 1.7976931348623157e308
 
 
 def refusal(value: Any, kind: Any) -> str:
-    """What a value of the annotated type `kind` must be and is not, as "positive"; empty if nothing is wrong.
+    """What a value of the annotated type `kind` must be but is not, such as "positive"; empty if it fits.
 
     Types are not checked here: a value of another type has no range.
     """
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
-        declared = [each for each in args[1:] if isinstance(each, Range)]
+        declared = [bounds for bounds in args[1:] if isinstance(bounds, Range)]
         if not declared or not _is_number(value):
             return refusal(value, args[0])
-        endless = args[0] is float and not any(each.bounded for each in declared)
+        endless = args[0] is float and not any(bounds.bounded for bounds in declared)
         wants = " and ".join(map(str, declared)) + " and finite" * endless
         if args[0] is int and isinstance(value, float):
             return f"an integer, {wants}"
-        return "" if is_finite(value) and all(value in each for each in declared) else wants
+        return "" if is_finite(value) and all(value in bounds for bounds in declared) else wants
     if origin in (Union, types.UnionType):
         fitting = [arg for arg in args if not _is_number(value) or arg in (int, float) or _declares(arg)]
-        found = [refusal(value, arg) for arg in fitting]
-        return "" if "" in found or not found else found[-1]
+        refusals = [refusal(value, arg) for arg in fitting]
+        return "" if "" in refusals or not refusals else refusals[-1]
     if origin is dict and isinstance(value, Mapping):
         return next(filter(None, (refusal(item, args[1]) for item in value.values())), "")
     if origin is tuple and isinstance(value, tuple):
-        each = args[:1] * len(value) if args[1:] == (...,) else args
-        return next(filter(None, map(refusal, value, each)), "")
+        kinds = args[:1] * len(value) if args[1:] == (...,) else args
+        return next(filter(None, map(refusal, value, kinds)), "")
     return "finite" if kind is float and _is_number(value) and not is_finite(value) else ""
 
 
@@ -113,7 +114,7 @@ def _is_number(value: Any) -> bool:
 
 
 def check(name: str, value: Any, kind: Any) -> None:
-    """Raise ValueError, naming the setting, if its value is outside of what `kind` declares."""
+    """Raise ValueError, naming the setting, if its value is out of the range that `kind` declares."""
     if wants := refusal(value, kind):
         raise ValueError(f"{name} = {value!r} must be {wants}")
 
@@ -136,7 +137,7 @@ ABSENT = object()
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Equal and of one type, but for 1 and 1.0, which JSON does not tell apart; True is not 1."""
+    """Whether two values are equal. 1 equals 1.0, which JSON does not distinguish; True is not 1."""
     return one == other and isinstance(one, bool) == isinstance(other, bool)
 
 
@@ -148,11 +149,11 @@ def _short(value: Any) -> str:
 
 
 def differ(held: Any, wanted: Any, *, most: int = 6) -> str:
-    """The differences of two configs in one line; empty if there are none."""
+    """The differences between two configs in one line; empty if there are none."""
     return listed(differences(held, wanted), most=most)
 
 
 def listed(differences: Sequence[str], *, most: int = 6) -> str:
-    """The first of these in one line, and how many more there are."""
+    """The first `most` differences in one line, and the number of those left out."""
     more = f"; and {len(differences) - most} more" if len(differences) > most else ""
     return "; ".join(differences[:most]) + more

@@ -1,7 +1,7 @@
-"""Real text: documents from files, tokens in memory-mapped shards, and the order in which they are read.
+"""Real text: documents from files, tokens in memory-mapped shards, and the order of training windows.
 
-corpus = holdall.text.open_corpus(folder)      # what `holdall data` left
-corpus = holdall.text.default_corpus()         # a novel that comes with Holdall, as bytes
+corpus = holdall.text.open_corpus(folder)      # a folder written by `holdall data`
+corpus = holdall.text.default_corpus()         # the bundled novel, as bytes
 corpus.train[start:stop]                       # tokens; .documents, .document_of, .about
 Order(len(corpus.train), context_len, seed).rows(step, batch)
 """

@@ -1,10 +1,10 @@
-"""A corpus: the folder of token shards that `holdall data` leaves, memory-mapped.
+"""A corpus: the folder of token shards that `holdall data` writes, memory-mapped.
 
 manifest.json                  counts, settings, hashes; written last: a folder without it is unfinished
 train-00000.npy                token ids, uint16 or uint32: whole documents, each with its end-of-text token
 train-00000.documents.npy      where each document starts in that shard, int64
-train-00000.about.jsonl        id, title and source of each document, one line each
-valid-00000.npy, ...           the same for the documents that are for validation
+train-00000.about.jsonl        id, title and source of each document, one per line
+valid-00000.npy, ...           the same for the validation documents
 tokenizer.json                 the tokenizer's file, if it has one, so that the folder stands alone
 """
 
@@ -41,20 +41,20 @@ from holdall.text.tokenizers import Tokenizer
 
 MANIFEST, PLAN = "manifest.json", "plan.json"
 FORMAT = "holdall-tokens-1"
-"""Changes when a folder of before can no longer be read."""
+"""Format version; changes when older folders can no longer be read."""
 SPLITS = ("train", "valid")
 
 
 def shard_files(split: str, number: int) -> tuple[str, str, str]:
-    """The names of a shard's files: tokens, starts of documents, what is known about them."""
+    """The names of a shard's files: tokens, document starts, document metadata."""
     stem = f"{split}-{number:05d}"
     return f"{stem}.npy", f"{stem}.documents.npy", f"{stem}.about.jsonl"
 
 
 class Tokens:
-    """All tokens of one split, its shards end to end; only what `tokens[start:stop]` asks for is read.
+    """All tokens of one split, its shards concatenated; `tokens[start:stop]` reads only that slice.
 
-    Raises TextError, which names the file, where one holds anything but what the manifest counts.
+    Raises TextError, which names the file, if a file does not hold what the manifest says.
     """
 
     def __init__(
@@ -66,13 +66,15 @@ class Tokens:
         way_out: str = "",
     ) -> None:
         self._shards, self._vocab, self._end, self._way_out = shards, tokenizer.vocab, tokenizer.end, way_out
-        self._files = [tuple(folder / name for name in shard_files(split, each["number"])) for each in shards]
-        self._first_token = np.cumsum([0, *(each["tokens"] for each in shards)])
-        self._first_document = np.cumsum([0, *(each["documents"] for each in shards)])
+        self._files = [
+            tuple(folder / name for name in shard_files(split, shard["number"])) for shard in shards
+        ]
+        self._first_token = np.cumsum([0, *(shard["tokens"] for shard in shards)])
+        self._first_document = np.cumsum([0, *(shard["documents"] for shard in shards)])
         with explained(way_out):
             self._tokens = [
-                open_array(files[0], tokenizer.dtype, each["tokens"])
-                for files, each in zip(self._files, shards, strict=True)
+                open_array(files[0], tokenizer.dtype, shard["tokens"])
+                for files, shard in zip(self._files, shards, strict=True)
             ]
             for index in range(len(shards)):
                 self._open_starts(index)
@@ -82,10 +84,10 @@ class Tokens:
         return int(self._first_token[-1])
 
     def __getitem__(self, where: slice) -> np.ndarray:
-        """Tokens start:stop as int64, across shards; bounds as those of a list, no step."""
+        """Tokens start:stop as int64, across shards; bounds as in list slicing, without a step."""
         start, stop, step = where.indices(len(self))
         if step != 1:
-            raise ValueError(f"tokens are read without a step, not with {step}")
+            raise ValueError(f"tokens are sliced without a step, not with {step}")
         out = np.empty(max(0, stop - start), dtype=np.int64)
         at = start
         while at < stop:
@@ -103,20 +105,20 @@ class Tokens:
 
     @functools.cached_property
     def documents(self) -> np.ndarray:
-        """Where each document starts, ascending, (documents,) int64; each ends where the next one starts."""
+        """Index of each document's first token, ascending, (documents,) int64."""
         with explained(self._way_out):
             starts = [self._read_starts(index) for index in range(len(self._shards))]
-        moved = [each + first for each, first in zip(starts, self._first_token, strict=False)]
-        return np.concatenate([np.empty(0, dtype=np.int64), *moved])
+        shifted = [starts_D + first for starts_D, first in zip(starts, self._first_token, strict=False)]
+        return np.concatenate([np.empty(0, dtype=np.int64), *shifted])
 
     def document_of(self, position: int) -> int:
-        """The index of the document that holds a token."""
+        """The index of the document that contains the token at `position`."""
         if not 0 <= position < len(self):
             raise IndexError(f"position {position} is outside of {len(self)} tokens")
         return int(np.searchsorted(self.documents, position, side="right")) - 1
 
     def about(self, index: int) -> dict[str, str]:
-        """What the source says of a document: `source` (file and record), and `id` and `title` if it does."""
+        """A document's metadata: `source` (file and record), and its `id` and `title` if there are any."""
         if not 0 <= index < self._first_document[-1]:
             raise IndexError(f"document {index} is outside of {self._first_document[-1]} documents")
         shard = int(np.searchsorted(self._first_document, index, side="right")) - 1
@@ -124,7 +126,7 @@ class Tokens:
             return self._about(shard)[index - int(self._first_document[shard])]
 
     def verify(self) -> None:
-        """Read everything. Raises TextError where it is not what was written."""
+        """Read and check everything. Raises TextError if anything differs from what was written."""
         for shard, known in enumerate(self._shards):
             with explained(self._way_out):
                 starts, tokens = self._read_starts(shard), self._tokens[shard]
@@ -133,7 +135,8 @@ class Tokens:
                 if (ends != self._end).any():
                     document = int(np.argmax(ends != self._end))
                     raise TextError(
-                        f"{self._files[shard][0]} was altered: its document {document} has no end"
+                        f"{self._files[shard][0]} was altered: its document {document} does not end in the "
+                        "end-of-text token"
                     )
             digest = hashlib.sha256()
             for at in range(int(self._first_token[shard]), int(self._first_token[shard + 1]), 1 << 20):
@@ -142,7 +145,7 @@ class Tokens:
             digest.update(starts.astype("<i8").data)
             if digest.hexdigest() != known["content"]:
                 raise TextError(
-                    f"{self._files[shard][0]} was altered: its content does not fit the manifest's hash. "
+                    f"{self._files[shard][0]} was altered: its content does not match the manifest's hash. "
                     f"{self._way_out}"
                 )
 
@@ -153,7 +156,7 @@ class Tokens:
         starts = np.array(self._open_starts(shard))
         if starts[0] != 0 or (np.diff(starts) <= 0).any() or starts[-1] >= self._shards[shard]["tokens"]:
             raise TextError(
-                f"{self._files[shard][1]} was altered: where documents start does not ascend from 0 within "
+                f"{self._files[shard][1]} was altered: document starts do not ascend from 0 within "
                 f"{self._shards[shard]['tokens']:,} tokens"
             )
         return starts
@@ -164,19 +167,16 @@ class Tokens:
         try:
             if len(lines) != self._shards[shard]["documents"]:
                 raise ValueError(f"{len(lines):,} lines for {self._shards[shard]['documents']:,} documents")
-            found = [files.loads(line) for line in lines]
-            check(found, [{"source": is_text, ...: is_text}], "line")
+            documents = [files.loads(line) for line in lines]
+            check(documents, [{"source": is_text, ...: is_text}], "line")
         except ValueError as error:
             raise TextError(f"{path} is damaged ({error})") from error
-        return found
+        return documents
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The tokens that a model is trained and validated on.
-
-    content_hash: of the tokens of both splits, their documents and order, and the tokenizer.
-    """
+    """Training and validation tokens with their tokenizer."""
 
     folder: Path
     manifest: dict[str, Any]
@@ -190,6 +190,7 @@ class Corpus:
 
     @property
     def content_hash(self) -> str:
+        """Hash of the tokens of both splits, their documents and order, and the tokenizer."""
         return str(self.manifest["content_hash"])
 
 
@@ -198,10 +199,10 @@ def open_corpus(
 ) -> Corpus:
     """Open a finished corpus.
 
-    Every file's size is compared with the manifest; with `verify` every file is read and hashed too, and
-    `on_bytes` is told how much was.
+    Every file's size is compared with the manifest. With `verify` every file is also read and hashed, and
+    `on_bytes` is called with the number of bytes of each block.
 
-    Raises TextError, which names the file that is missing, truncated or altered, and the way out.
+    Raises TextError, which names the file that is missing, truncated or altered, and the remedy.
     """
     manifest = read_manifest(folder)
     way_out = _way_out(folder, manifest)
@@ -218,7 +219,7 @@ def open_corpus(
 
 @contextlib.contextmanager
 def explained(way_out: str) -> Iterator[None]:
-    """Put the way out behind what a TextError says."""
+    """Append the remedy to the message of a TextError."""
     try:
         yield
     except TextError as error:
@@ -250,22 +251,22 @@ _MANIFEST = {
     "content_hash": is_hash,
 }
 _LATER = {"undivided": UNDIVIDED, "hash": is_hash}
-"""What a manifest of before may be without."""
+"""Keys that manifests of older versions may lack."""
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What a finished corpus says of itself: whole, and sound in itself.
+    """The manifest of a finished corpus, checked for consistency.
 
-    Its files are exactly those that its shards have, so that none of its names leads elsewhere. Raises
-    TextError if the corpus is not finished, or its manifest is damaged or altered.
+    It lists exactly the files of its shards, so that no name in it leads elsewhere. Raises TextError if the
+    corpus is not finished, or its manifest is damaged or altered.
     """
     path = folder / MANIFEST
     if not os.path.isdir(folder):
-        raise TextError(f"{folder} is no folder; `holdall data SOURCE... --out {folder}` makes one")
+        raise TextError(f"{folder} is not a folder; `holdall data SOURCE... --out {folder}` makes one")
     if not os.path.lexists(path):
         unfinished = os.path.lexists(folder / PLAN)
         state = (
-            "is not finished: give its `holdall data` command again, it goes on"
+            "is not finished: run its `holdall data` command again, which resumes it"
             if unfinished
             else (
                 f"holds no tokens ({MANIFEST} is missing); `holdall data SOURCE... --out {folder}` makes them"
@@ -283,49 +284,49 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         except ValueError as error:
             raise TextError(f"{path} is damaged ({error})") from error
     with explained(_way_out(folder, manifest)):
-        # corpora of before the manifest had a hash of its own are taken without
+        # corpora made before manifests had a hash of their own are accepted without one
         sealed = "hash" not in manifest or seal(manifest) == manifest
         if content_hash(manifest) != manifest["content_hash"] or not sealed:
-            raise TextError(f"{path} was altered: its hashes do not fit")
+            raise TextError(f"{path} was altered: its hashes do not match")
         if wrong := _contradiction(manifest):
             raise TextError(f"{path} was altered: {wrong}")
     return manifest
 
 
 def _contradiction(manifest: Mapping[str, Any]) -> str:
-    """What in a manifest does not fit the rest of it; empty if all does."""
+    """What in a manifest contradicts the rest of it; empty if nothing does."""
     names = {tokenizers.FILE} if manifest["tokenizer"]["kind"] == "file" else set[str]()
     for split in SPLITS:
         shards = manifest[split]["shards"]
-        numbers = [each["number"] for each in shards]
+        numbers = [shard["number"] for shard in shards]
         if numbers != sorted(set(numbers)):
             return f"the shards of {split} are not in order"
-        for each in shards:
-            names.update(shard_files(split, each["number"]))
-            if not 1 <= each["documents"] <= each["tokens"]:
-                return f"shard {each['number']} of {split} has {each['documents']} documents"
+        for shard in shards:
+            names.update(shard_files(split, shard["number"]))
+            if not 1 <= shard["documents"] <= shard["tokens"]:
+                return f"shard {shard['number']} of {split} has {shard['documents']} documents"
         for count in ("tokens", "documents"):
-            if manifest[split][count] != sum(each[count] for each in shards):
-                return f"the {count} of {split} are not those of its shards"
+            if manifest[split][count] != sum(shard[count] for shard in shards):
+                return f"the number of {count} of {split} is not the sum over its shards"
     if set(manifest["files"]) != names:
         return f"its files are not those of its shards: {', '.join(sorted(set(manifest['files']) ^ names))}"
     if manifest["tokenizer"]["kind"] == "bytes" and manifest["tokenizer"] != tokenizers.Bytes().describe():
-        return "its tokenizer is not the one of bytes"
+        return "its tokenizer is not the byte tokenizer"
     vocab, end = manifest["tokenizer"]["vocab"], manifest["tokenizer"]["end"]
     if end >= vocab or manifest["dtype"] != ("uint16" if vocab <= 1 << 16 else "uint32"):
-        return f"{manifest['dtype']} is not what {vocab} tokens take, the end being {end}"
+        return f"{manifest['dtype']} and end token {end} do not fit a vocabulary of {vocab}"
     return ""
 
 
 def content_hash(manifest: Mapping[str, Any]) -> str:
-    """Of what a model sees: tokenizer, and tokens and documents of both splits in order."""
+    """Hash of what a model sees: the tokenizer, and the tokens and documents of both splits in order."""
     tokenizer = {key: manifest["tokenizer"][key] for key in ("kind", "vocab", "end", "sha256")}
     shards = [[shard["content"] for shard in manifest[split]["shards"]] for split in SPLITS]
     return hashlib.sha256(json.dumps([tokenizer, shards], sort_keys=True).encode()).hexdigest()
 
 
 def _check_file(path: Path, known: Mapping[str, Any], verify: bool, on_bytes: Callable[[int], None]) -> None:
-    """Raise TextError unless a file has its size and, with `verify`, its content."""
+    """Raise TextError unless a file has the known size and, with `verify`, the known content."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size != known["bytes"]:
@@ -341,11 +342,11 @@ def _check_file(path: Path, known: Mapping[str, Any], verify: bool, on_bytes: Ca
         except OSError as error:
             raise TextError(f"cannot read {path}: {error.strerror or error}") from error
         if digest.hexdigest() != known["sha256"]:
-            raise TextError(f"{path} was altered: its content does not fit the manifest's hash")
+            raise TextError(f"{path} was altered: its content does not match the manifest's hash")
 
 
 def is_intact(path: Path, known: Mapping[str, Any]) -> bool:
-    """Whether a file is what a manifest or a part's record says."""
+    """Whether a file has the size and the hash that a manifest or a part's record says."""
     try:
         _check_file(path, known, True, lambda count: None)
     except TextError:
@@ -356,4 +357,4 @@ def is_intact(path: Path, known: Mapping[str, Any]) -> bool:
 def _way_out(folder: Path, manifest: Mapping[str, Any]) -> str:
     command = str(manifest.get("command") or "")
     command = command if command.startswith("holdall ") else "its `holdall data` command"
-    return f"Restore it from a copy, or remove {folder} and make it anew: {command}"
+    return f"Restore it from a copy, or remove {folder} and make it again: {command}"

@@ -1,4 +1,4 @@
-"""Records to tokens in many processes: batches go out, and come back in order."""
+"""From records to tokens in several processes: batches are sent out, and results come back in order."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from holdall.text.sources import BadRecord, Record, Source, decode, draw, is_bla
 from holdall.text.tokenizers import Tokenizer
 
 BATCH_BYTES = 1 << 20
-"""Of records that a worker gets at once."""
+"""Bytes of records in a batch for a worker."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker must know."""
+    """The settings that a worker needs."""
 
     sources: tuple[Source, ...]
     tokenizer: Tokenizer
@@ -33,15 +33,15 @@ class Job:
     separator: str
 
     def plan(self) -> dict[str, Any]:
-        """All that decides what comes out, as plain JSON values."""
+        """Everything that determines the output, as plain JSON values."""
         sources = [
             {
-                "path": files.encodable(str(each.path)),
-                "bytes": each.size,
-                "modified": each.modified,
-                "valid": each.valid,
+                "path": files.encodable(str(source.path)),
+                "bytes": source.size,
+                "modified": source.modified,
+                "valid": source.valid,
             }
-            for each in self.sources
+            for source in self.sources
         ]
         return {
             "sources": sources,
@@ -56,20 +56,20 @@ class Bad(NamedTuple):
     """A record that was left out."""
 
     reason: str
-    told: str
-    """Where it is, and what was found."""
+    message: str
+    """Where the record is, and what is wrong with it."""
 
 
 @dataclass
 class Split:
-    """Documents of one split, tokens end to end."""
+    """Documents of one split, their tokens concatenated."""
 
     tokens: list[np.ndarray] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     about: list[bytes] = field(default_factory=list)
 
     def add(self, tokens: list[np.ndarray], about: bytes, tokenizer: Tokenizer) -> None:
-        """Take a document; its end of text comes behind it."""
+        """Append a document and its end-of-text token."""
         self.tokens += [*tokens, np.array([tokenizer.end], dtype=tokenizer.dtype)]
         self.lengths.append(sum(map(len, tokens)) + 1)
         self.about.append(about)
@@ -81,57 +81,58 @@ class Split:
 
 
 class Piece(NamedTuple):
-    """What became of a piece of a document that is longer than a batch.
-
-    place: with the last piece, that of the document.
-    """
+    """An encoded piece of a document that is longer than a batch."""
 
     tokens: np.ndarray
     is_blank: bool
     place: Place | None
+    """The document's place, with its last piece; None with the others."""
 
 
 class Place(NamedTuple):
-    """Where a document goes: the index of its split, the line of what is known of it, and the share for
-    validation above which it would be in that."""
+    """Where a document goes."""
 
     split: int
+    """Index of its split in SPLITS."""
     about: bytes
+    """Its line of metadata."""
     least: float
+    """The share for validation above which it would be in the validation split."""
 
 
 class Encoded(NamedTuple):
-    """What became of a batch of records, or of a part of one: see `in_batches`.
-
-    last: file and number of the last record. ends: so does its batch. piece: of a document, if it is no more.
-    least: the smallest share that would have taken a document for validation.
-    undivided: files in which the separator is nowhere.
-    """
+    """An encoded batch of records, or an encoded piece of a long one: see `in_batches`."""
 
     last: tuple[int, int]
+    """File and number of the last record."""
     ends: bool
+    """Whether a part may end after it."""
     splits: tuple[Split, Split]
     bad: list[Bad]
     least: float
+    """The smallest share for validation that would have put a document into the validation split."""
     undivided: list[str]
+    """Files in which the separator does not occur."""
     piece: Piece | None = None
+    """The piece, if the batch is a piece of a long document."""
 
 
 class Batch(NamedTuple):
-    """Whole records, or one piece of a long one. ends: whether a part may end behind it."""
+    """Whole records, or one piece of a long one."""
 
     records: list[Record]
     ends: bool
+    """Whether a part may end after it."""
 
 
 MANY = 1 << 23
-"""Tokens that are not copied into one array."""
+"""From this many tokens on, arrays are not copied into one."""
 
 
 def encode(job: Job, batch: Batch) -> Encoded:
     last = batch.records[-1]
     undivided = [
-        files.encodable(str(job.sources[each.file].path)) for each in batch.records if each.undivided
+        files.encodable(str(job.sources[record.file].path)) for record in batch.records if record.undivided
     ]
     out = Encoded((last.file, last.number), batch.ends, (Split(), Split()), [], 1.0, undivided)
     if not last.is_whole:
@@ -151,9 +152,9 @@ def encode(job: Job, batch: Batch) -> Encoded:
         texts.append(document.text)
     for ids, place in zip(job.tokenizer.encode_batch(texts), places, strict=True):
         out.splits[place.split].add([ids], place.about, job.tokenizer)
-    for each in out.splits:  # one array travels between processes sooner than many small ones
-        if len(each.tokens) > 1 and sum(each.lengths) < MANY:
-            each.tokens = [np.concatenate(each.tokens)]
+    for split in out.splits:  # one array is sent between processes faster than many small ones
+        if len(split.tokens) > 1 and sum(split.lengths) < MANY:
+            split.tokens = [np.concatenate(split.tokens)]
     return out._replace(least=min([1.0, *(place.least for place in places)]))
 
 
@@ -169,13 +170,13 @@ def _encode_piece(job: Job, record: Record, out: Encoded) -> Encoded:
 
 
 def _number(job: Job, last: tuple[int, int]) -> str:
-    """The number of a record behind the name of its file, which may hold others."""
+    """The suffix ":number" of a record, if its file may hold several."""
     return f":{last[1]}" if job.sources[last[0]].is_json or job.separator else ""
 
 
 def _bad(job: Job, last: tuple[int, int], error: BadRecord) -> Bad:
-    found = f"{error}, {error.detail}" if error.detail else str(error)
-    return Bad(str(error), f"{files.encodable(str(job.sources[last[0]].path))}{_number(job, last)}: {found}")
+    what = f"{error}, {error.detail}" if error.detail else str(error)
+    return Bad(str(error), f"{files.encodable(str(job.sources[last[0]].path))}{_number(job, last)}: {what}")
 
 
 def _place(job: Job, record: Record, about: dict[str, str], drawn: float) -> Place:
@@ -188,7 +189,7 @@ def _place(job: Job, record: Record, about: dict[str, str], drawn: float) -> Pla
 
 
 class _Joined:
-    """Puts the pieces of a long document together, which comes out with the last of them."""
+    """Joins the pieces of a long document, which is returned with its last piece."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
@@ -203,7 +204,7 @@ class _Joined:
         if piece is None:
             return encoded
         encoded = encoded._replace(piece=None)
-        if self._is_bad:  # that is told once
+        if self._is_bad:  # reported once per document
             encoded = encoded._replace(bad=[])
         elif encoded.bad:
             self._is_bad = True
@@ -222,14 +223,15 @@ class _Joined:
         return encoded
 
 
-def in_batches(found: Iterable[Record]) -> Iterator[Batch]:
-    """Records in batches of about BATCH_BYTES; where a long document comes in pieces each piece apart.
+def in_batches(records: Iterable[Record]) -> Iterator[Batch]:
+    """Records in batches of about BATCH_BYTES; each piece of a long document is a batch of its own.
 
-    It is one batch all the same: its last piece ends it, and what stands in front of it does not.
+    A part must not end within a long document: only the batch of its last piece has `ends` set, and the batch
+    before its first piece does not.
     """
     batch: list[Record] = []
     size = 0
-    for record in found:
+    for record in records:
         if not record.is_whole:
             if batch:
                 yield Batch(batch, ends=False)
@@ -246,7 +248,7 @@ def in_batches(found: Iterable[Record]) -> Iterator[Batch]:
 
 
 _job: Job
-"""Of a worker process."""
+"""The job of this worker process."""
 
 
 def _begin(job: Job) -> None:
@@ -261,7 +263,7 @@ def _work(batch: Batch) -> Encoded:
 
 
 def encode_all(batches: Iterator[Batch], job: Job, workers: int) -> Generator[Encoded, None, None]:
-    """Each batch encoded, in order; a long document, which comes in pieces, is in the last of them."""
+    """Encode batches, in order; a document that comes in pieces is returned with the last one."""
     joined = _Joined(job)
     if workers <= 1:
         yield from (joined.add(encode(job, batch)) for batch in batches)
@@ -273,13 +275,13 @@ def encode_all(batches: Iterator[Batch], job: Job, workers: int) -> Generator[En
     try:
         for batch in batches:
             waiting.append(pool.submit(_work, batch))
-            if len(waiting) > 2 * workers:  # enough that none waits, little enough to hold in memory
+            if len(waiting) > 2 * workers:  # keeps all workers busy, and memory bounded
                 yield joined.add(waiting.popleft().result())
         while waiting:
             yield joined.add(waiting.popleft().result())
     except concurrent.futures.BrokenExecutor as error:
         raise TextError(
-            "a process that encodes was killed, mostly for want of memory. The same command goes on; take "
+            "a worker process was killed, most likely because memory ran out. The same command resumes; use "
             "fewer --workers"
         ) from error
     finally:

@@ -1,7 +1,6 @@
-"""Files of corpora and tokenizers: what they may hold, or a TextError that names the file.
+"""Files of corpora and tokenizers, checked on reading; errors are TextErrors that name the file.
 
-What a file says is data, never authority: none of its names is opened or removed unless it is one that
-Holdall would have given.
+Their content is untrusted: a name given in a file is opened or removed only if Holdall would have chosen it.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ from holdall import files
 from holdall.files import RunError
 
 CHUNK = 1 << 18
-"""Bytes read at once."""
+"""Bytes per read."""
 
 
 class TextError(RunError):
-    """Something about texts, tokenizers or token shards that a user can mend; the message says how."""
+    """A problem with text files, tokenizers or token shards that a user can fix; the message says how."""
 
 
 @contextlib.contextmanager
@@ -52,40 +51,40 @@ def read_regular(path: Path, *, follow: bool = False) -> bytes:
 def read_json(path: Path) -> dict[str, Any]:
     """`files.read_json` of an object, whose error is a TextError."""
     with _of_text():
-        found: dict[str, Any] = files.read_json(path)
-        return found
+        value: dict[str, Any] = files.read_json(path)
+        return value
 
 
 # ------------------------------------------------------------------------------------------------ forms
 
 
 def seal(value: Mapping[str, Any]) -> dict[str, Any]:
-    """With a hash of all the rest, under the key "hash", so that a change of any part is seen."""
+    """The object with a hash of all its other keys added under "hash", by which changes are detected."""
     rest = {key: value[key] for key in value if key != "hash"}
     text = json.dumps(rest, sort_keys=True)
     return {**rest, "hash": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def check(value: Any, form: Any, where: str = "it") -> None:
-    """Raise ValueError, which says where, unless a JSON value has a form.
+    """Raise ValueError, which says where, unless a JSON value matches a schema.
 
-    A form is a function that says yes or no, a list of one form for all elements, or a mapping of the keys
-    that must be there to their forms; under the key `...` is that of all others, which else may be anything.
+    A schema is a predicate, a list with one schema for all elements, or a mapping from required keys to their
+    schemas; under the key `...` stands the schema of all other keys, which are unchecked without it.
     """
     if isinstance(form, list):
         if not isinstance(value, list):
             raise ValueError(f"{where} is not a list")
-        for index, each in enumerate(value):
-            check(each, form[0], f"{where}[{index}]")
+        for index, element in enumerate(value):
+            check(element, form[0], f"{where}[{index}]")
     elif isinstance(form, Mapping):
         if not isinstance(value, dict):
             raise ValueError(f"{where} is not an object")
         for key in form:
             if key is not ... and key not in value:
                 raise ValueError(f"{where} has no '{key}'")
-        for key, each in value.items():
+        for key, element in value.items():
             if (wanted := form.get(key, form.get(...))) is not None:
-                check(each, wanted, f"{where} '{key}'" if where != "it" else f"'{key}'")
+                check(element, wanted, f"{where} '{key}'" if where != "it" else f"'{key}'")
     elif not form(value):
         raise ValueError(f"{where} is {str(value)[:40]!r}")
 
@@ -110,7 +109,7 @@ def is_hash(value: Any) -> bool:
 
 
 def npy_header(dtype: np.dtype, count: int) -> bytes:
-    """What stands in front of the values in a .npy file of one dimension."""
+    """The header of a .npy file of one dimension."""
     file = io.BytesIO()
     np.lib.format.write_array_header_1_0(
         file, {"descr": dtype.str, "fortran_order": False, "shape": (count,)}
@@ -125,14 +124,14 @@ def open_array(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
             version = np.lib.format.read_magic(file)
             if version != (1, 0):
                 raise ValueError(f"its version is {version}")
-            shape, fortran, held = np.lib.format.read_array_header_1_0(file)
-        except Exception as error:  # NumPy's parser of headers raises many kinds
-            raise TextError(f"{path} is damaged: its beginning is none of a .npy file") from error
+            shape, fortran, file_dtype = np.lib.format.read_array_header_1_0(file)
+        except Exception as error:  # NumPy's header parser raises many kinds
+            raise TextError(f"{path} is damaged: it does not begin like a .npy file") from error
         start, size = file.tell(), os.fstat(file.fileno()).st_size
-        if held != dtype or shape != (count,) or fortran:
+        if file_dtype != dtype or shape != (count,) or fortran:
             raise TextError(
-                f"{path} was altered: it holds {held} of shape {shape}, not the {count:,} values of {dtype} "
-                "that the manifest counts"
+                f"{path} was altered: it holds {file_dtype} of shape {shape}, not the {count:,} values of "
+                f"{dtype} that the manifest counts"
             )
         if size != start + count * dtype.itemsize:
             raise TextError(f"{path} is damaged: its {size:,} bytes do not hold {count:,} values of {dtype}")

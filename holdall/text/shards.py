@@ -1,11 +1,11 @@
-"""Writing token shards: many processes encode, one reads sources and writes; after any end of it, it goes on.
+"""Writing token shards: worker processes encode, one process reads and writes; interrupted runs resume.
 
-The work is cut into *parts*, each a run of records that fills a shard. A part's shards are
-written first and its record, part-00000.json, last; it says where the next part starts. So a crash costs one
-part at most, and the folder comes out the same, bit for bit, for any number of workers and interruptions.
+The work is cut into *parts*, each a run of consecutive records that fills a shard. A part's shards are
+written first and its record, part-00000.json, last; the record says where the next part starts. So a crash
+loses one part at most, and the resulting folder is bit-identical for any number of workers and interruptions.
 
-A document belongs to validation if a hash of its text says so: whatever its place, its neighbours and who
-read it, and together with every copy of it.
+A hash of a document's text decides whether it is for validation. So copies of a document are always in the
+same split, and neither its place nor its neighbours matter.
 """
 
 from __future__ import annotations
@@ -54,22 +54,25 @@ from holdall.text.sources import find, records
 from holdall.text.tokenizers import Tokenizer
 
 SHARD_TOKENS = 1 << 24
-"""At which a part ends, both splits together: 32 MiB as uint16."""
+"""Tokens at which a part ends, both splits together: 32 MiB as uint16."""
 EXAMPLES = 5
-"""Bad records that are told one by one; the others are counted."""
+"""Bad records that are reported individually; the others are only counted."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far the work is, for whoever draws the bar: bytes of the sources as they are on disk."""
+    """Progress of writing a corpus, for progress bars."""
 
     bytes: int
+    """Bytes of the sources read so far, as they are on disk."""
     of_bytes: int
+    """Bytes of all sources."""
     documents: int
     tokens: int
     tokens_before: int
-    """Those that were there when the work went on."""
+    """Tokens that were already written when the work was resumed."""
     left_out: int
+    """Records that were left out."""
 
 
 def write_corpus(
@@ -86,25 +89,25 @@ def write_corpus(
     on_progress: Callable[[Progress], None] = lambda progress: None,
     shard_tokens: int = SHARD_TOKENS,
 ) -> Corpus:
-    """Turn documents into a corpus, or go on with it, or return it if it is finished.
+    """Turn documents into a corpus; resume one that was interrupted, return one that is finished.
 
     Args:
         paths: files and folders, see `sources.find`.
-        folder: where shards go; made if needed. What lies in it is no source.
+        folder: where shards go; created if needed. Files in it are not taken as sources.
         valid: the share of documents for validation, or the files and folders that hold them.
-        text_field: where JSON lines keep their text.
-        separator: what parts the documents of a plain text file; each is one document if it is empty.
+        text_field: the field of JSON lines that holds the text.
+        separator: the string between the documents of a plain text file; if empty, each file is one document.
         strict: raise at the first record that holds no document, instead of leaving it out.
-        workers: processes that encode.
-        command: how a user makes this folder; told where it must be made anew.
+        workers: number of processes that encode.
+        command: the command that makes this folder; quoted in errors if it must be made again.
         shard_tokens: tokens at which a part ends, both splits together.
 
     Raises:
-        TextError: sources, tokenizer or folder do not fit; the message names the way out.
+        TextError: something is wrong with sources, tokenizer or folder; the message names the remedy.
         RunError: the folder cannot be written or is in use.
     """
     if workers < 1:
-        raise TextError(f"{workers} workers cannot do anything; give at least 1")
+        raise TextError(f"{workers} workers are too few; give at least 1")
     share = valid if isinstance(valid, float | int) else 0.0
     if not 0 <= share < 1:
         raise TextError(f"the share for validation is {share:g}; it must be at least 0 and below 1")
@@ -115,12 +118,12 @@ def write_corpus(
         if not _is_finished(folder, plan):
             writer = _Writer(folder, job, strict, shard_tokens, on_progress)
             writer.claim(plan)
-            found = records(
+            source_records = records(
                 sources, after=writer.last, separator=separator, cut=tokenizer.cut, on_bytes=writer.count
             )
-            # no more processes than there are batches: to start one takes a second
+            # no more processes than batches: starting one takes a second
             useful = min(workers, 1 + sum(source.size for source in sources) // BATCH_BYTES)
-            with contextlib.closing(encode_all(in_batches(found), job, useful)) as batches:
+            with contextlib.closing(encode_all(in_batches(source_records), job, useful)) as batches:
                 for encoded in batches:
                     writer.add(encoded)
             writer.finish(plan, ignored, command)
@@ -132,11 +135,11 @@ def write_corpus(
 
 def _refuse(examples: Sequence[str]) -> None:
     if examples:
-        raise TextError(f"{examples[0]}. Mend it, or do without --strict: bad records are then left out")
+        raise TextError(f"{examples[0]}. Fix it, or omit --strict: bad records are then left out")
 
 
 def _is_finished(folder: Path, plan: dict[str, Any]) -> bool:
-    """Whether a folder holds this corpus, TextError if it holds another or some of another."""
+    """Whether a folder holds this corpus. Raises TextError if it holds another one, or a part of another."""
     if os.path.lexists(folder / MANIFEST):
         name, held = MANIFEST, read_manifest(folder)["plan"]
     elif os.path.lexists(folder / _record(0)) and os.path.lexists(folder / PLAN):
@@ -146,19 +149,21 @@ def _is_finished(folder: Path, plan: dict[str, Any]) -> bool:
     if held != plan:
         other = ", ".join(key for key in plan if held.get(key) != plan[key])
         raise TextError(
-            f"{folder} holds, says {name}, tokens made otherwise (other {other}); remove it or choose "
+            f"{folder} holds tokens made with other settings ({other}; see {name}); remove it or choose "
             "another --out"
         )
     return name == MANIFEST
 
 
 def _read_plan(folder: Path) -> dict[str, Any]:
-    """The plan of an unfinished corpus. Raises TextError if it is damaged, or no plan of Holdall's."""
+    """The plan of an unfinished corpus. Raises TextError if it is damaged, or not a plan of Holdall's."""
     try:
         plan: dict[str, Any] = read_json(folder / PLAN)
         check(plan, {"format": is_text})
     except (TextError, ValueError) as error:
-        raise TextError(f"{error}. {folder / PLAN} is no plan of Holdall's; choose another --out") from error
+        raise TextError(
+            f"{error}. {folder / PLAN} is not a plan of Holdall's; choose another --out"
+        ) from error
     return plan
 
 
@@ -177,9 +182,9 @@ _PART = {
 
 
 def _read_part(folder: Path, number: int, sources: int) -> dict[str, Any] | None:
-    """The record of a part that is there as it was written, with its shards; None if it is to be made again.
+    """The record of a part whose shards are intact; None if the part must be made again.
 
-    Of the names in a record none is used but those that its shards must have.
+    Names in the record are used only if they are those that its shards must have.
     """
     try:
         part: dict[str, Any] = read_json(folder / _record(number))
@@ -204,7 +209,7 @@ def _read_part(folder: Path, number: int, sources: int) -> dict[str, Any] | None
 
 
 class _Writer:
-    """Gathers what was encoded into parts, and writes them."""
+    """Collects encoded batches into parts, and writes them."""
 
     def __init__(
         self,
@@ -239,27 +244,30 @@ class _Writer:
         self.least = 1.0
 
     def claim(self, plan: dict[str, Any]) -> None:
-        """Make the folder this plan's, without what an interrupted write left."""
+        """Record the plan in the folder, and remove what an interrupted write left there."""
         digits = "[0-9]" * 5
         there = [file for name in (*SPLITS, "part") for file in self.folder.glob(f"{name}-{digits}.*")]
-        kept = {_record(number) for number in range(len(self.parts))}
-        kept |= {name for part in self.parts for shard in part["shards"].values() for name in shard["files"]}
-        file = self.job.tokenizer.file
+        finished = {_record(number) for number in range(len(self.parts))}
+        finished |= {
+            name for part in self.parts for shard in part["shards"].values() for name in shard["files"]
+        }
+        tokenizer = self.job.tokenizer.file
+        copy = self.folder / tokenizers.FILE
         if not os.path.lexists(self.folder / PLAN):
-            if file and os.path.lexists(copy := self.folder / tokenizers.FILE) and read_regular(copy) != file:
+            if tokenizer and os.path.lexists(copy) and read_regular(copy) != tokenizer:
                 there.append(copy)
             if there:
                 raise TextError(
-                    f"{there[0]} is in the way, and without {PLAN} not of Holdall's; choose another --out"
+                    f"{there[0]} is in the way, and without {PLAN} it is not Holdall's; choose another --out"
                 )
         else:
             _read_plan(self.folder)
-            for left in (*there, *self.folder.glob(".*.tmp")):
-                if left.name not in kept:
-                    self._remove(left.name)
+            for file in (*there, *self.folder.glob(".*.tmp")):
+                if file.name not in finished:
+                    self._remove(file.name)
         files.write_json(self.folder / PLAN, plan)
-        if file:
-            files.write_atomically(self.folder / tokenizers.FILE, file)
+        if tokenizer:
+            files.write_atomically(copy, tokenizer)
 
     def _remove(self, name: str) -> None:
         with files.explained(self.folder / name):
@@ -269,13 +277,13 @@ class _Writer:
         self.bytes += count
 
     def add(self, encoded: Encoded) -> None:
-        """Take a batch; it is on the disk when its part is full."""
-        told = [each.told for each in encoded.bad]
+        """Add a batch to the current part, which is written when it is full."""
+        messages = [record.message for record in encoded.bad]
         if self.strict:
-            _refuse(told)
-        self.part_bad.update(each.reason for each in encoded.bad)
-        self.left_out.update(each.reason for each in encoded.bad)
-        self.examples = (self.examples + told)[:EXAMPLES]
+            _refuse(messages)
+        self.part_bad.update(record.reason for record in encoded.bad)
+        self.left_out.update(record.reason for record in encoded.bad)
+        self.examples = (self.examples + messages)[:EXAMPLES]
         for mine, theirs in zip(self.splits, encoded.splits, strict=True):
             mine.extend(theirs)
             self.documents += len(theirs.lengths)
@@ -324,7 +332,7 @@ class _Writer:
         arrays = [array.data for array in (*split.tokens, starts)]
         for array in arrays:
             content.update(array)
-        # the tokens of a long document are written as they are, without a copy that is as large
+        # arrays are written one by one: a concatenated copy of a long document would double the memory
         written: tuple[Sequence[bytes | memoryview], ...] = (
             [npy_header(self.job.tokenizer.dtype, tokens), *arrays[:-1]],
             [npy_header(starts.dtype, len(starts)), arrays[-1]],
@@ -343,7 +351,7 @@ class _Writer:
         }
 
     def _write(self, name: str, chunks: Sequence[bytes | memoryview]) -> dict[str, Any]:
-        """Write a file of several pieces; returns what is known of it."""
+        """Write a file from chunks; returns its size and hash."""
         size, digest = 0, hashlib.sha256()
         with files.replacing(self.folder / name) as temporary, temporary.open("wb") as file:
             for chunk in chunks:
@@ -381,27 +389,27 @@ class _Writer:
             "dtype": tokenizer.dtype.name,
             **splits,
             "left_out": dict(self.left_out),
-            "examples": [each for part in self.parts for each in part["examples"]][:EXAMPLES],
+            "examples": [example for part in self.parts for example in part["examples"]][:EXAMPLES],
             "ignored_files": ignored,
             "plan": plan,
             "files": written,
         }
         if undivided := [part["undivided"] for part in self.parts if part["undivided"]["files"]]:
             manifest["undivided"] = {
-                "files": sum(each["files"] for each in undivided),
-                "examples": [name for each in undivided for name in each["examples"]][:EXAMPLES],
+                "files": sum(of_part["files"] for of_part in undivided),
+                "examples": [name for of_part in undivided for name in of_part["examples"]][:EXAMPLES],
             }
         manifest["content_hash"] = content_hash(manifest)
         files.write_json(self.folder / MANIFEST, seal(manifest))
         self._remove_parts()
 
     def _check_splits(self) -> None:
-        """Raise TextError if a split that was wanted has no document; the folder is then free for others."""
+        """Raise TextError if a requested split has no documents; the folder can then be used again."""
         there = {name for part in self.parts for name in part["shards"]}
         wrong = ""
         if not there:
-            found = [example for part in self.parts for example in part["examples"][:1]]
-            wrong = "the sources hold no documents" + "".join(f"; {each}" for each in found[:1])
+            examples = [example for part in self.parts for example in part["examples"]]
+            wrong = "the sources hold no documents" + "".join(f"; {example}" for example in examples[:1])
         elif "train" not in there:
             wrong = "every document is for validation and none for training; give a smaller --valid"
         elif "valid" not in there and self.job.valid:
@@ -411,7 +419,7 @@ class _Writer:
                 f"a share above {least:.2g}, a file of its own (--valid FILE) or 0 for none"
             )
             if self.documents < 10:
-                wrong += ". A plain text file is one document, unless --separator says what parts them"
+                wrong += ". A plain text file is one document, unless --separator says where to split it"
         if wrong:
             for number, part in enumerate(self.parts):
                 for split in part["shards"]:
@@ -421,7 +429,7 @@ class _Writer:
             raise TextError(wrong)
 
     def _remove_parts(self) -> None:
-        """Remove the records of parts, and last the plan, by which the folder is known to be ours."""
+        """Remove the records of parts and, last, the plan, which marks the folder as Holdall's."""
         for number in range(len(self.parts)):
             self._remove(_record(number))
         self._remove(PLAN)

@@ -1,9 +1,9 @@
-"""Documents from files: plain text and JSON lines, as they are or compressed, and folders of them.
+"""Documents from plain text and JSON lines files, compressed or not, and folders of them.
 
-A *record* is what holds one document: a line of JSON, a whole file of plain text, or what stands between two
-separators in one. One process finds records, in order; `parse` may run in many. A record that is no document
-(bad UTF-8, broken JSON, no text) is told by the reason, never guessed at. A long document of plain text comes
-in pieces, so that memory does not grow with its length.
+A *record* holds one document: a line of JSON, a whole plain text file, or the text between two separators in
+one. One process reads the records in order; `parse` may run in many. A record that holds no document (bad
+UTF-8, broken JSON, no text) is reported with the reason, never repaired. A long plain text document comes in
+pieces, so that memory does not grow with its length.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ JSON_LINES = (".jsonl", ".ndjson", ".json")
 PLAIN_TEXT = (".txt", ".text", ".md")
 COMPRESSED = (".xz", ".gz", ".zst")
 PIECE_BYTES = 1 << 20
-"""Of plain text, beyond which a document comes in pieces."""
+"""Size above which a plain text document comes in pieces."""
 
 
-class BadRecord(Exception):  # noqa: N818 - a finding about a text, not a fault
-    """A record that holds no document; the reason is the message, what it was found in `detail`."""
+class BadRecord(Exception):  # noqa: N818 - about the data, not a bug
+    """A record that holds no document; the message is the reason, and `detail` says where or what."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason)
@@ -41,7 +41,7 @@ class BadRecord(Exception):  # noqa: N818 - a finding about a text, not a fault
 
 
 def needed(module: str) -> Any:
-    """A module of the extra `text`, imported now. Raises TextError, which names its package."""
+    """Import a module of the extra `text`. Raises TextError with the package to install if it is missing."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -50,16 +50,15 @@ def needed(module: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A file that holds documents.
-
-    size, modified: bytes and seconds; whoever goes on with interrupted work asks whether they still hold.
-    valid: all its documents are for validation.
-    """
+    """A file that holds documents. Its size and time show a resumed run whether it was changed."""
 
     path: Path
     size: int
+    """Bytes on disk."""
     modified: int
+    """Time of the last change, in seconds since 1970."""
     valid: bool = False
+    """Whether all its documents are for validation."""
 
     @property
     def is_json(self) -> bool:
@@ -67,20 +66,21 @@ class Source:
 
 
 class Record(NamedTuple):
-    """The bytes that hold a document: number `number`, from 1, of file `file` of a list of sources.
-
-    A long document comes as several records of one number. start: bytes of it before this piece. ends: no
-    other piece follows. drawn: with the last of several pieces, `draw` of the whole.
-    undivided: there was a separator to look for, and this file holds it nowhere.
-    """
+    """The bytes of a document, or a piece of a long one, which comes as several records of one number."""
 
     file: int
+    """Index of its file in the list of sources."""
     number: int
+    """Number of the document in its file, from 1."""
     data: bytes
     start: int = 0
+    """Bytes of the document before this piece."""
     ends: bool = True
+    """Whether this is the last piece."""
     drawn: float = 0.0
+    """`draw` of the whole document, with the last of several pieces."""
     undivided: bool = False
+    """Whether a separator was given that does not occur in this file."""
 
     @property
     def is_whole(self) -> bool:
@@ -88,7 +88,7 @@ class Record(NamedTuple):
 
 
 class Document(NamedTuple):
-    """A text, and its id and title where the source has them."""
+    """A document's text, and its id and title where the source has them."""
 
     text: str
     about: dict[str, str]
@@ -97,11 +97,11 @@ class Document(NamedTuple):
 def find(
     paths: Sequence[Path], valid: Sequence[Path] = (), *, without: Path | None = None
 ) -> tuple[list[Source], int]:
-    """The files that paths name, folders by name in depth, and how many files in folders are of other kinds.
+    """The source files that paths name, and the number of files in folders that were ignored.
 
-    A file below `valid` is for validation even if `paths` name it too. Any file may be named; in folders
-    those that end in .jsonl, .ndjson, .json, .txt, .text or .md count, compressed or not. What lies in the
-    folder `without` is no source.
+    Folders are searched recursively, in order of names, for files that end in .jsonl, .ndjson, .json, .txt,
+    .text or .md, compressed or not; a file that is named itself may end in anything. A file below `valid` is
+    for validation even if `paths` contain it too. The folder `without` is skipped.
     """
     found: dict[Path, Source] = {}
     ignored = 0
@@ -113,11 +113,12 @@ def find(
             source = Source(path=file, size=stat.st_size, modified=int(stat.st_mtime), valid=is_valid)
             found.setdefault(file.resolve(), source)
     sources = list(found.values())
-    return [each for each in sources if not each.valid] + [each for each in sources if each.valid], ignored
+    train, held_out = ([source for source in sources if source.valid is valid] for valid in (False, True))
+    return train + held_out, ignored
 
 
 def _files(path: Path, without: Path | None) -> tuple[list[Path], int]:
-    """The files of texts that a path names, and how many others there are."""
+    """The text files that a path names, and the number of other files."""
     with _readable(path):
         if path.is_file():
             return [_checked(path)], 0
@@ -131,10 +132,10 @@ def _files(path: Path, without: Path | None) -> tuple[list[Path], int]:
 
 
 def _walk(folder: Path, without: Path | None) -> Iterator[Path]:
-    """What is no folder in a folder and all below, hidden names apart.
+    """The files in a folder and below, except those with hidden names.
 
-    Links to folders are followed, after all that is there without them. Each folder is read once, whatever
-    leads to it, so that links in a circle end. Raises TextError for a folder that cannot be read.
+    Symbolic links to folders are followed last. Each folder is read once, whichever links lead to it, so that
+    cycles end. Raises TextError for a folder that cannot be read.
     """
     folders, links = [folder], list[Path]()
     read = set[tuple[int, int]]()
@@ -158,11 +159,11 @@ def _walk(folder: Path, without: Path | None) -> Iterator[Path]:
 
 
 def _checked(file: Path) -> Path:
-    """A file that can be read. Raises TextError, or its documents would be left out without a word."""
+    """The file, if it can be read. Raises TextError otherwise, so that no documents are silently missing."""
     with _readable(file):
         if not file.is_file():
-            state = "a link that leads nowhere" if file.is_symlink() else "no file that can be read"
-            raise TextError(f"{file} is {state}. Mend it, move it away, or name the files to take")
+            state = "a broken link" if file.is_symlink() else "not a readable file"
+            raise TextError(f"{file} is {state}. Fix it, move it away, or name the files to take")
         if not os.access(file, os.R_OK):
             raise PermissionError(0, "Permission denied")
     return file
@@ -180,7 +181,7 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def _kind(path: Path) -> str:
-    """The ending that says what is in a file, whatever compresses it."""
+    """The suffix of a file's name that says what it holds, without that of its compression."""
     name = path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
     return name.suffix.lower()
 
@@ -196,25 +197,25 @@ def records(
     cut: Callable[[bytes | bytearray, int], int] = lambda data, start: len(data),
     on_bytes: Callable[[int], None] = lambda count: None,
 ) -> Iterator[Record]:
-    """All records of all sources in order, behind the one with file and number `after`.
+    """All records of all sources in order, after the one with file and number `after`.
 
-    separator: what parts the documents of a plain text file; each is one document if it is empty. A new line
-    in it stands for either end of a line, \\n or \\r\\n.
-    cut: the first place at or behind a start where text may be cut, see `Tokenizer.cut`; its length for none.
-    on_bytes: told how many bytes of the files were read or passed over.
+    separator: the string between the documents of a plain text file; if empty, each file is one document. A
+    newline in it matches \\n and \\r\\n.
+    cut: the first position from a start on where text may be cut, or its length; see `Tokenizer.cut`.
+    on_bytes: called with the number of bytes of the files that were read or skipped.
     """
     for index, source in enumerate(sources):
         if index < after[0]:
             on_bytes(source.size)
             continue
         first = after[1] if index == after[0] else 0
-        at, longest = (re.compile(b"\n"), 1) if source.is_json else _parting(separator)
+        at, longest = (re.compile(b"\n"), 1) if source.is_json else _separator_pattern(separator)
         number, start, tried = 1, 0, 0
         held, drawn = bytearray(), new_draw()
         for data, end in _split(_without_mark(_chunks(source.path, on_bytes)), at, longest):
             if number > first:
                 held += data
-            # in front of a long document's first piece there is more than what may turn out to be no record
+            # white space alone does not begin a long document: it may turn out to be no record
             if not source.is_json and len(held) > PIECE_BYTES and (start or not held.isspace()):
                 while (place := cut(held, max(PIECE_BYTES, tried))) < len(held):
                     piece = bytes(held[:place])
@@ -225,14 +226,14 @@ def records(
                 tried = len(held)
             if not end:
                 continue
-            # an empty line, or what follows the last separator, is no record
+            # an empty line, or white space after the last separator, is no record
             if number > first and (
                 start or (held and not held.isspace()) or not (source.is_json or separator)
             ):
                 drawn.update(held if start else b"")
                 share = draw(drawn) if start else 0.0
                 undivided = bool(separator) and end is _End.OF_FILE and number == 1 and not source.is_json
-                whole, held = bytes(held), bytearray()  # one of them is enough where it is large
+                whole, held = bytes(held), bytearray()  # so that a large one is not in memory twice
                 yield Record(index, number, whole, start, True, share, undivided)
                 del whole
             number, start, tried = number + 1, 0, 0
@@ -240,24 +241,24 @@ def records(
 
 
 def new_draw() -> Any:
-    """A hash to which a document's UTF-8 is given, all of it or in pieces, for `draw`."""
+    """A hash object for `draw`, to be updated with a document's UTF-8, at once or in pieces."""
     return hashlib.blake2b(digest_size=8)
 
 
 def draw(hashed: Any) -> float:
-    """A number from 0 to 1 that depends on a document's text alone."""
+    """A pseudorandom number from 0 to 1 that depends on the document's text alone."""
     return int.from_bytes(hashed.digest(), "big") / (1 << 64)
 
 
 class _End(enum.Enum):
-    """What a document ends with."""
+    """What ended a document."""
 
     SEPARATOR = enum.auto()
     OF_FILE = enum.auto()
 
 
-def _parting(separator: str) -> tuple[re.Pattern[bytes] | None, int]:
-    """What finds a separator, whatever ends the lines, and its greatest length in bytes."""
+def _separator_pattern(separator: str) -> tuple[re.Pattern[bytes] | None, int]:
+    """A pattern that matches a separator with either kind of line end, and its maximum length in bytes."""
     if not separator:
         return None, 0
     lines = separator.replace("\r\n", "\n").encode("utf-8", "surrogateescape").split(b"\n")
@@ -268,16 +269,16 @@ def _parting(separator: str) -> tuple[re.Pattern[bytes] | None, int]:
 def _split(
     chunks: Iterator[bytes], at: re.Pattern[bytes] | None, longest: int
 ) -> Iterator[tuple[bytes, _End | None]]:
-    """The bytes of each document as they come, and what it ends with if it does."""
+    """The bytes of each document as they are read, and what ended it if it ends there."""
     tail = b""
     for chunk in chunks:
         if at is None:
             yield chunk, None
             continue
         chunk, start = tail + chunk, 0
-        for found in at.finditer(chunk):
-            yield chunk[start : found.start()], _End.SEPARATOR
-            start = found.end()
+        for match in at.finditer(chunk):
+            yield chunk[start : match.start()], _End.SEPARATOR
+            start = match.end()
         sure = max(start, len(chunk) - longest + 1)  # a separator may lie across two chunks
         yield chunk[start:sure], None
         tail = chunk[sure:]
@@ -285,13 +286,13 @@ def _split(
 
 
 def _without_mark(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """A file's bytes without the mark that some editors put in front of UTF-8."""
+    """A file's bytes without a UTF-8 byte order mark."""
     yield next(chunks, b"").removeprefix(b"\xef\xbb\xbf")
     yield from chunks
 
 
 def _chunks(path: Path, on_bytes: Callable[[int], None]) -> Iterator[bytes]:
-    """A file's bytes, decompressed, few at once. Raises TextError where it is damaged or ends too early."""
+    """A file's bytes, decompressed, in chunks. Raises TextError if it is damaged or truncated."""
     new = _unpacker(path)
     with open_regular(path, follow=True) as file:
         stream: _Stream | None = None
@@ -311,17 +312,17 @@ def _chunks(path: Path, on_bytes: Callable[[int], None]) -> Iterator[bytes]:
                 stream, begun = stream or new(), True
                 try:
                     yield from stream.unpack(raw)
-                except Exception as error:  # of three libraries
-                    raise TextError(f"{path} is damaged: {error}. Get it anew or leave it out") from error
+                except Exception as error:  # three libraries raise their own
+                    raise TextError(f"{path} is damaged: {error}. Get it again or leave it out") from error
                 raw = b""
                 if stream.eof:  # what follows is another stream, or padding
                     raw, stream = stream.unused_data, None
     if stream is not None:
-        raise TextError(f"{path} is truncated: its compressed data has no end. Get it anew or leave it out")
+        raise TextError(f"{path} is truncated: its compressed data has no end. Get it again or leave it out")
 
 
 class _Stream(Protocol):
-    """One compressed stream of a file. Little input can be much output: that comes in small parts."""
+    """One compressed stream of a file. Output can be much larger than input, and so comes in chunks."""
 
     eof: bool
     unused_data: bytes
@@ -355,11 +356,11 @@ class _Gz:
 
 class _Zst:
     def __init__(self) -> None:
-        # archives of texts are often packed with a window of 2 GiB
+        # text archives are often compressed with a window of 2 GiB
         self._engine = needed("zstandard").ZstdDecompressor(max_window_size=1 << 31).decompressobj()
         self.eof, self.unused_data = False, b""
         self._step = 1 << 6
-        """Bytes of input that last gave about a chunk of output, which the library cannot be asked for."""
+        """Bytes of input per call, adapted to give about CHUNK bytes of output."""
 
     def unpack(self, raw: bytes) -> Iterator[bytes]:
         at = 0
@@ -372,7 +373,7 @@ class _Zst:
 
 
 def _unpacker(path: Path) -> Callable[[], _Stream] | None:
-    """What begins with a stream of a file; None if it is not compressed."""
+    """The decompressor class for a file; None if it is not compressed."""
     kinds: dict[str, Callable[[], _Stream]] = {".xz": _Xz, ".gz": _Gz, ".zst": _Zst}
     return kinds.get(path.suffix.lower())
 
@@ -403,16 +404,16 @@ def parse(data: bytes, *, is_json: bool, text_field: str) -> Document:
             raise BadRecord("broken JSON", str(error)) from None
         if not isinstance(value, dict):
             raise BadRecord("broken JSON", "not an object")
-        found = value.get(text_field)
-        if not isinstance(found, str):
+        field = value.get(text_field)
+        if not isinstance(field, str):
             fields = files.encodable(", ".join(value))
             raise BadRecord("no text", f"no '{files.encodable(text_field)}' among the fields {fields}")
-        text = found
+        text = field
         if _has_surrogate(text):
             raise BadRecord("bad UTF-8", "half of a surrogate pair")
         for name in ("id", "title"):
-            if isinstance(each := value.get(name), str | int):
-                about[name] = files.encodable(str(each))
+            if isinstance(field := value.get(name), str | int):
+                about[name] = files.encodable(str(field))
     if is_blank(text):
         raise BadRecord("empty")
     return Document(text, about)

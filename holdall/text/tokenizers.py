@@ -1,7 +1,7 @@
 """From text to tokens and back: bytes, which need no file, or any file of the `tokenizers` library.
 
-Every document ends with one end-of-text token. For bytes it is 256, so that there are 257 tokens; a file that
-has no such token of its own gets one behind its last.
+Every document ends with one end-of-text token. For bytes its id is 256, so that the vocabulary is 257; a file
+without such a token gets one after its last id.
 
 A tokenizer belongs to the tokens that it made: a corpus keeps a copy of its file (holdall/text/shards.py).
 """
@@ -29,21 +29,21 @@ from holdall.text.sources import needed
 END = "<|endoftext|>"
 """How the end of a document is shown."""
 ENDS = (END, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
-"""What tokenizer files call the end of a text, the best first."""
+"""Names of the end-of-text token in tokenizer files, in order of preference."""
 PUBLISHED = {"gpt2": ("openai-community/gpt2", "gpt2"), "gpt-neox": ("EleutherAI/gpt-neox-20b",)}
-"""Names that stand for files on the Hugging Face hub."""
+"""Short names of tokenizers, with their repositories on the Hugging Face hub."""
 FILE = "tokenizer.json"
 LARGEST = 1 << 24
-"""Ids are below; no vocabulary comes near, and a damaged one would ask for a model of that many rows."""
+"""Upper bound of ids. No real vocabulary is near it; a damaged one would need an embedding of that size."""
 
 
 class Tokenizer(ABC):
     """A map from text to token ids and back.
 
     Attributes:
-        name: as it is shown.
-        vocab: how many ids there are, the end of text included.
-        end: the id of the end of a text.
+        name: its name in listings and manifests.
+        vocab: the number of ids, the end-of-text token included.
+        end: the id of the end-of-text token.
     """
 
     name: str
@@ -52,25 +52,25 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The ids of each text, without an end; uint16, or uint32 if the vocabulary needs it.
+        """The ids of each text, without an end token; uint16, or uint32 if the vocabulary needs it.
 
-        What looks like a special token in a text is encoded as the text that it is: neither the end nor
-        another special token comes out of a text.
+        A special token's name in a text is encoded as ordinary text: no text gives an end token or another
+        special token.
         """
 
     @abstractmethod
     def cut(self, data: bytes | bytearray, start: int) -> int:
-        """The first place at or behind `start` where a text in UTF-8 can be cut: the tokens of what is before
-        and of what is behind are those of the whole. Its length if there is none.
+        """The first byte position from `start` on at which text in UTF-8 can be cut without changing its
+        tokens; its length if there is none.
         """
 
     @abstractmethod
     def pieces(self, ids: Sequence[int] | np.ndarray) -> list[str]:
-        """What each token stands for; a token that is part of a character shows its bytes, as in \\xe2."""
+        """The text of each token; a token that is a part of a character is shown as bytes, as in \\xe2."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of tokens; bytes that are no UTF-8 become the replacement character."""
+        """The text of tokens; bytes that are not UTF-8 become the replacement character."""
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
@@ -78,19 +78,19 @@ class Tokenizer(ABC):
 
     @property
     def dtype(self) -> np.dtype:
-        """The smallest that holds every id."""
+        """The smallest unsigned dtype, of uint16 and uint32, that holds every id."""
         return np.dtype("<u2" if self.vocab <= 1 << 16 else "<u4")
 
     @property
     def file(self) -> bytes:
-        """What a corpus must keep to rebuild it; empty if nothing."""
+        """The content of its file, which a corpus keeps a copy of; empty if it has none."""
         return b""
 
 
 def tokenizer(name: str) -> Tokenizer:
-    """The tokenizer that a user names: "bytes", "gpt2", "gpt-neox", or the path of a tokenizer file.
+    """A tokenizer by name: "bytes", "gpt2", "gpt-neox", or the path of a tokenizer file.
 
-    Raises TextError, which says where a file can come from.
+    Raises TextError, which says how to get a file.
     """
     if name == "bytes":
         return Bytes()
@@ -103,13 +103,13 @@ def tokenizer(name: str) -> Tokenizer:
         raise TextError(f"cannot read {path}: {error.strerror or error}") from error
     if not there:
         path = _published(name)
-    shown = path.stem if path.name != FILE else path.absolute().parent.name
+    label = path.stem if path.name != FILE else path.absolute().parent.name
     file = read_regular(path, follow=True)
-    return Filed(file, name if name in PUBLISHED else files.encodable(shown), str(path))
+    return Filed(file, name if name in PUBLISHED else files.encodable(label), str(path))
 
 
 def from_manifest(described: Mapping[str, Any], folder: Path) -> Tokenizer:
-    """The tokenizer of a corpus, from what its manifest says and the file beside it. Raises TextError."""
+    """The tokenizer of a corpus, from its description in the manifest and its file. Raises TextError."""
     if described["kind"] == "bytes":
         return Bytes()
     path = folder / FILE
@@ -131,13 +131,13 @@ def _published(name: str) -> Path:
             return Path(cached)
     try:
         return Path(hub.hf_hub_download(PUBLISHED[name][0], FILE))
-    except Exception as error:  # of many libraries below; whatever it is, the user can do without the hub
+    except Exception as error:  # any of several libraries' errors; the user can do without the hub
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise TextError(f"cannot get {name} from the Hugging Face hub ({reason}). {wayout}") from error
 
 
 class Bytes(Tokenizer):
-    """The bytes of UTF-8, and 256 for the end of a text."""
+    """The bytes of UTF-8, and 256 for the end of text."""
 
     name, vocab, end = "bytes", 257, 256
 
@@ -145,7 +145,7 @@ class Bytes(Tokenizer):
         return [np.frombuffer(text.encode(), np.uint8).astype(self.dtype) for text in texts]
 
     def cut(self, data: bytes | bytearray, start: int) -> int:
-        # a character has at most three bytes behind its first; a fourth is no part of one
+        # a character has at most three continuation bytes
         for place in range(start, min(start + 3, len(data))):
             if data[place] & 0xC0 != 0x80:
                 return place
@@ -163,10 +163,10 @@ class Bytes(Tokenizer):
 
 
 class Filed(Tokenizer):
-    """A file of the `tokenizers` library, which is imported when something is encoded or decoded.
+    """A file of the `tokenizers` library, which is imported on the first encoding or decoding.
 
-    Text is encoded by a copy of the file in which the special tokens have other names, see `_disguised`.
-    Raises TextError, also later, if it is no such file or the library cannot use it.
+    Text is encoded by a copy of the tokenizer whose special tokens are renamed, see `_disguised`. Raises
+    TextError, possibly as late as on first use, if it is no such file or the library cannot use it.
     """
 
     def __init__(self, file: bytes, name: str, path: str) -> None:
@@ -176,11 +176,11 @@ class Filed(Tokenizer):
             known = _ids(self._parsed)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise TextError(
-                f"{path} is no file of the tokenizers library ({type(error).__name__}: {error}); "
-                f"such a file is mostly called {FILE}. Get it anew, or give another one"
+                f"{path} is not a file of the tokenizers library ({type(error).__name__}: {error}); "
+                f"such a file is usually called {FILE}. Get it again, or give another one"
             ) from error
         self.vocab = max(known.values()) + 1
-        # what is unknown must not end a document; where tokens are bytes, nothing is unknown
+        # the unknown token must not end a document; with byte-level tokens nothing is unknown
         unknown = None if self._of_bytes else self._parsed["model"].get("unk_token")
         self._end_word = next((word for word in ENDS if word in known and word != unknown), "")
         self.end = known.get(self._end_word, self.vocab) if self._end_word else self.vocab
@@ -192,7 +192,7 @@ class Filed(Tokenizer):
 
     @contextlib.contextmanager
     def _library(self, what: str) -> Iterator[None]:
-        """Turn whatever the library raises, a panic of its Rust included, into a TextError."""
+        """Turn anything that the library raises, Rust panics included, into a TextError."""
         try:
             yield
         except (TextError, MemoryError, KeyboardInterrupt, SystemExit):
@@ -200,30 +200,30 @@ class Filed(Tokenizer):
         except BaseException as error:
             reason = str(error).strip().partition("\n")[0]
             raise TextError(
-                f"{self._path} {what} ({reason}). Get it anew, or give another tokenizer"
+                f"{self._path} {what} ({reason}). Get it again, or give another tokenizer"
             ) from error
 
     def _load(self, file: str) -> Any:
-        with self._library("is no file that the tokenizers library can use"):
-            made = needed("tokenizers").Tokenizer.from_str(file)
-            made.no_truncation()  # files keep both from whoever used them last
-            made.no_padding()
-            made.encode_special_tokens = True  # a text that mentions <|endoftext|> does not end there
-            return made
+        with self._library("is not a file that the tokenizers library can use"):
+            library_tokenizer = needed("tokenizers").Tokenizer.from_str(file)
+            library_tokenizer.no_truncation()  # files store the last user's settings of both
+            library_tokenizer.no_padding()
+            library_tokenizer.encode_special_tokens = True  # <|endoftext|> in a text is text
+            return library_tokenizer
 
     @functools.cached_property
     def _tokenizer(self) -> Any:
-        """For what is decoded."""
+        """The tokenizer that decodes."""
         return self._load(self._file.decode())
 
     @functools.cached_property
     def _encoder(self) -> tuple[Any, np.ndarray, int | None]:
-        """What encodes; which ids may come of a text, (vocab,) bool; and what stands in for the others."""
-        words = {each["content"] for each in self._parsed.get("added_tokens") or [] if each.get("special")}
+        """The tokenizer that encodes; the ids that a text may give, (vocab,) bool; the id for all others."""
+        words = {token["content"] for token in self._parsed.get("added_tokens") or [] if token.get("special")}
         words |= {self._end_word} - {""}
-        with self._library("is no file that the tokenizers library can use"):
-            made = self._load(json.dumps(_disguised(self._parsed, words)))
-        ids = made.get_vocab(with_added_tokens=True)
+        with self._library("is not a file that the tokenizers library can use"):
+            encoder = self._load(json.dumps(_disguised(self._parsed, words)))
+        ids = encoder.get_vocab(with_added_tokens=True)
         special = {ids[_disguise(word)] for word in words if _disguise(word) in ids}
         others = {i for word, i in ids.items() if i not in special}
         if max(others | special, default=0) >= self.vocab or self.end in others:
@@ -240,41 +240,41 @@ class Filed(Tokenizer):
         may_come[[*special, self.end]] = False
         if unknown is not None and unknown != self.end:
             may_come[unknown] = True
-            return made, may_come, unknown
-        return made, may_come, None
+            return encoder, may_come, unknown
+        return encoder, may_come, None
 
     @functools.cached_property
     def _of_bytes(self) -> bool:
-        """Whether tokens are bytes written as letters, as GPT-2's are."""
+        """Whether the tokenizer is byte-level: tokens are bytes written as letters, as in GPT-2."""
         decoder = self._parsed.get("decoder") or {}
-        return any(each.get("type") == "ByteLevel" for each in (decoder, *decoder.get("decoders", ())))
+        return any(part.get("type") == "ByteLevel" for part in (decoder, *decoder.get("decoders", ())))
 
     @functools.cached_property
     def _cuts(self) -> re.Pattern[bytes] | None:
-        """What a text may be cut behind, if at all: words are split as by GPT-2, and edges do not matter.
+        """A pattern of the positions at which a text may be cut; None if it may not be cut anywhere.
 
-        GPT-2's pattern, which splits text into words before they are encoded, splits wherever white space
-        follows something else.
+        It may where words are split as by GPT-2 and nothing else looks across the cut: GPT-2's pattern, which
+        splits text into words before they are encoded, splits wherever white space follows something else.
         """
         split = self._parsed.get("pre_tokenizer") or {}
         kinds = [split] if split.get("type") != "Sequence" else split.get("pretokenizers", [])
-        levels = [each for each in kinds if each.get("type") == "ByteLevel" and each.get("use_regex", True)]
-        others = [each for each in kinds if each.get("type") not in ("ByteLevel", "Digits")]
+        levels = [part for part in kinds if part.get("type") == "ByteLevel" and part.get("use_regex", True)]
+        others = [part for part in kinds if part.get("type") not in ("ByteLevel", "Digits")]
         changed = (self._parsed.get("normalizer") or {}).get("type")
-        # tokens that are looked for in the text before it is split, and may lie across a cut
+        # added tokens are matched before the text is split, and may span a cut
         added = self._parsed.get("added_tokens") or []
-        across = [each for each in added if each.get("rstrip") or re.search(r"\S\s", each["content"])]
+        across = [token for token in added if token.get("rstrip") or re.search(r"\S\s", token["content"])]
         if len(levels) != 1 or others or across or changed not in UNCHANGED_BY_CUTS:
             return None
-        # a space is put in front of a part that does not begin with one
+        # the tokenizer adds a space before a part that does not begin with one
         at = rb" " if levels[0].get("add_prefix_space", True) else rb"[ \n]"
         return re.compile(rb"[!-~\x80-\xff](?=" + at + rb")")
 
     def cut(self, data: bytes | bytearray, start: int) -> int:
         if self._cuts is None:
             return len(data)
-        for found in self._cuts.finditer(data, max(0, start - 1)):
-            place = found.end()
+        for match in self._cuts.finditer(data, max(0, start - 1)):
+            place = match.end()
             before = data[max(0, place - 4) : place].decode(errors="ignore")[-1:]
             if place >= start and (before.isalnum() or "!" <= before <= "~"):
                 return place
@@ -286,16 +286,17 @@ class Filed(Tokenizer):
         for group in _groups((index, part) for index, text in enumerate(texts) for part in self._parts(text)):
             with self._library("is a tokenizer that cannot encode a document"):
                 encoded = tokenizer.encode_batch_fast([part for _, part in group], add_special_tokens=False)
-            for (index, _), each in zip(group, encoded, strict=True):
-                ids = np.array(each.ids, dtype=self.dtype)
+            for (index, _), encoding in zip(group, encoded, strict=True):
+                ids = np.array(encoding.ids, dtype=self.dtype)
                 allowed = may_come[ids]
-                if not allowed.all():  # a text that has even the disguise of a special token
+                if not allowed.all():  # the text contains even the new name of a special token
                     ids = (
                         ids[allowed] if stand_in is None else np.where(allowed, ids, ids.dtype.type(stand_in))
                     )
                 out[index].append(ids)
         return [
-            np.concatenate([np.empty(0, self.dtype), *each]) if len(each) != 1 else each[0] for each in out
+            parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self.dtype), *parts])
+            for parts in out
         ]
 
     def _parts(self, text: str) -> Iterator[str]:
@@ -315,7 +316,7 @@ class Filed(Tokenizer):
         if i == self.end:
             return END
         word: str | None = self._tokenizer.id_to_token(i) if 0 <= i < self.vocab else None
-        if word is None:  # ids between a vocabulary and the size that its model was given
+        if word is None:  # an id that padding of the vocabulary added
             return f"<{i}>"
         letters = _bytes_of_letters()
         if self._of_bytes and all(letter in letters for letter in word):
@@ -337,18 +338,18 @@ class Filed(Tokenizer):
 
 
 CUT = 1 << 18
-"""Bytes after which a text is cut where it can be: the library's memory grows with the longest one."""
+"""Bytes after which a text is cut if possible: the library's memory grows with the longest text."""
 GROUP = 1 << 20
-"""Letters that the library gets at once: for each of their tokens it makes much more than the id."""
+"""Characters per call of the library, whose memory per token is many times that of an id."""
 UNCHANGED_BY_CUTS = (None, "NFC", "NFD", "NFKC", "NFKD", "Lowercase")
 
 
 def _groups(parts: Iterator[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
     group: list[tuple[int, str]] = []
     letters = 0
-    for each in parts:
-        group.append(each)
-        letters += len(each[1])
+    for part in parts:
+        group.append(part)
+        letters += len(part[1])
         if letters >= GROUP:
             yield group
             group, letters = [], 0
@@ -357,13 +358,13 @@ def _groups(parts: Iterator[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]
 
 
 def _ids(parsed: dict[str, Any]) -> dict[str, int]:
-    """The id of each word of a tokenizer file. Raises ValueError, KeyError or TypeError if one is wrong."""
+    """The id of each token of a tokenizer file. Raises ValueError, KeyError or TypeError if one is wrong."""
     for key in ("normalizer", "pre_tokenizer", "decoder"):
         _check_parts(parsed.get(key), key)
     vocab = parsed["model"]["vocab"]
     if isinstance(vocab, dict):
         words = vocab
-    else:  # of a Unigram model: words and their scores
+    else:  # a Unigram model: words and their scores
         words = {}
         for i, (word, score) in enumerate(vocab):
             if not isinstance(word, str) or not math.isfinite(score):
@@ -386,15 +387,15 @@ def _ids(parsed: dict[str, Any]) -> dict[str, int]:
 
 
 def _check_parts(part: Any, key: str) -> None:
-    """Raise ValueError unless a part of a tokenizer file has a type and sound parts, or is missing."""
+    """Raise ValueError unless a component of a tokenizer file is missing, or it and its parts have types."""
     if part is None:
         return
     if not isinstance(part, dict) or not isinstance(part.get("type"), str):
         raise ValueError(f"its {key} has no type")
     for within in ("normalizers", "pretokenizers", "decoders"):
         if within in part:
-            for each in part[within]:
-                _check_parts(each, key)
+            for component in part[within]:
+                _check_parts(component, key)
 
 
 def _disguise(word: str) -> str:
@@ -404,9 +405,8 @@ def _disguise(word: str) -> str:
 def _disguised(parsed: dict[str, Any], words: set[str]) -> dict[str, Any]:
     """A tokenizer file that finds none of `words`, its special tokens, in any text, whatever kind it is.
 
-    Their names are changed wherever a text is compared with them, after it was normalized and split: in the
-    vocabulary of the model and among the added tokens, so that every other token keeps its id, and its chance
-    to be chosen. What merges into them is left out.
+    They are renamed wherever text is compared with them: in the model's vocabulary and among the added
+    tokens. So every other token keeps its id and its score. Merges that would give one of them are removed.
     """
     new = {word: _disguise(word) for word in words}
     model = dict(parsed["model"])
@@ -418,30 +418,32 @@ def _disguised(parsed: dict[str, Any], words: set[str]) -> dict[str, Any]:
         model["unk_token"] = new.get(model["unk_token"], model["unk_token"])
     if model.get("merges"):
         prefix = len(model.get("continuing_subword_prefix") or "")
-        pairs = [each.split(" ", 1) if isinstance(each, str) else each for each in model["merges"]]
+        pairs = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
         model["merges"] = [
             [a, b] for a, b in pairs if a not in words and b not in words and a + b[prefix:] not in words
         ]
-    if model.get("dropout"):  # tokens by chance, for training tokenizers
+    if model.get("dropout"):  # random merges, for training tokenizers
         model["dropout"] = None
     added = [
-        {**each, "content": new[each["content"]], "special": True} if each["content"] in words else each
-        for each in parsed.get("added_tokens") or []
+        {**token, "content": new[token["content"]], "special": True} if token["content"] in words else token
+        for token in parsed.get("added_tokens") or []
     ]
     return {**parsed, "model": model, "added_tokens": added}
 
 
 @functools.cache
 def _bytes_of_letters() -> dict[str, int]:
-    """The byte that each letter of a byte-level vocabulary stands for (GPT-2): those that print stand for
-    themselves, the others, in order, for the letters from 256 on."""
+    """The byte that each letter of a byte-level vocabulary (GPT-2's) stands for.
+
+    Printable bytes are written as themselves, the others, in order, as the letters from code point 256 on.
+    """
     prints = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in prints]
     return {chr(byte): byte for byte in prints} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 def _shown(piece: bytes) -> str:
-    """Bytes as text if they are whole characters, else escaped."""
+    """Bytes as text if they are complete characters, escaped otherwise."""
     try:
         return piece.decode()
     except UnicodeDecodeError:
@@ -449,5 +451,5 @@ def _shown(piece: bytes) -> str:
 
 
 def encode_alone() -> None:
-    """Keep the library from threads of its own: whoever calls this is one process of several."""
+    """Disable the library's own threads; to be called in each of several worker processes."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

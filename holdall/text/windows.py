@@ -1,15 +1,15 @@
-"""The order of training windows: a seeded shuffle that nobody has to remember.
+"""The order of training windows: a seeded shuffle that is computed, not stored.
 
-Tokens are cut into windows end to end; each gives `context_len` inputs and, one further, as many targets:
+Tokens are cut into consecutive windows, each of `context_len` inputs and as many targets, one token later:
 
     tokens        0 1 2 3 4 5 6 7 8 9        context_len = 3
     window 0      0 1 2 3                    inputs 0 1 2, targets 1 2 3
-    window 1            3 4 5 6              the last token of one is the first of the next: every token but
-    window 2                  6 7 8 9        the very first is a target once in an epoch
+    window 1            3 4 5 6              the last target of a window is the first input of the next: every
+    window 2                  6 7 8 9        token but the first is a target once per epoch
 
-Which window comes at which place of an epoch is a keyed permutation, worked out for the places that are asked
-for and for no others. So it costs nothing to start anywhere, takes no memory however many windows there are,
-and is the same for any number of workers, devices and versions of NumPy.
+The window at each place of an epoch is given by a keyed permutation, computed only for the places that are
+needed. So training can start anywhere at no cost, memory does not grow with the number of windows, and the
+order is the same for any number of workers and devices and any version of NumPy.
 """
 
 from __future__ import annotations
@@ -19,20 +19,19 @@ from dataclasses import dataclass
 import numpy as np
 
 ROUNDS = 6
-"""Of the Feistel network. Four make a permutation that looks random; the rest is margin."""
+"""Rounds of the Feistel network. Four suffice for a pseudorandom permutation; the rest is margin."""
 
 
 @dataclass(frozen=True)
 class Order:
-    """The windows of each training step.
-
-    tokens: how many there are, all documents end to end. context_len: inputs of a window, N.
-    Raises ValueError if not even one window fits.
-    """
+    """The windows of each training step. Raises ValueError if not even one window fits."""
 
     tokens: int
+    """Number of tokens, all documents concatenated."""
     context_len: int
+    """Inputs per window, N."""
     seed: int
+    """Seed of the shuffle."""
 
     def __post_init__(self) -> None:
         if self.context_len < 1:
@@ -49,10 +48,10 @@ class Order:
         return max(0, self.tokens - 1) // self.context_len
 
     def rows(self, step: int, batch: int) -> np.ndarray:
-        """Where the windows of a step start, for its whole batch over all devices: (batch,) int64.
+        """First tokens of the windows of a step, for its whole batch over all devices: (batch,) int64.
 
-        Row r of all steps together is window r of all epochs end to end, so that a device takes the rows of
-        its own and a change of the batch changes no order.
+        Rows are numbered through all steps, and windows through all epochs: row r is window r. So a device
+        takes its own rows, and the batch size does not change the order.
         """
         if step < 0 or batch < 1:
             raise ValueError(f"step {step} is negative or batch {batch} is not positive")
@@ -64,8 +63,8 @@ class Order:
 def _permuted(place_B: np.ndarray, size: int, key_B: np.ndarray) -> np.ndarray:
     """A permutation of 0 .. size - 1 for each key, at the given places; all uint64.
 
-    A Feistel network permutes the next power of four, of which a quarter at least is below `size`. Whatever
-    lands above is sent through once more until it lands below (Black and Rogaway, 2002, cycle walking).
+    A Feistel network permutes the numbers below the next power of four, at least a quarter of which are below
+    `size`. Results above are permuted again until they fall below (cycle walking, Black and Rogaway, 2002).
     """
     half = np.uint64(max(1, -(-(size - 1).bit_length() // 2)))
     mask = (np.uint64(1) << half) - np.uint64(1)
@@ -86,7 +85,7 @@ def _key(seed: int, epoch_B: np.ndarray) -> np.ndarray:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """64 bits to 64 bits, each of which depends on all: splitmix64 (Steele, Lea and Flood, 2014)."""
+    """Mixes 64 bits so that each output bit depends on all input bits: splitmix64 (Steele et al., 2014)."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

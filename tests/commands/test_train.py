@@ -93,7 +93,7 @@ def test_with_no_arguments_it_is_the_small_based_model_on_the_embedded_text(
         ("--width 32", "a preset has its own"),
         ("--pattern mamba --width 16 --steps 0", "--steps = 0 must be positive"),
         ("--pattern mamba:stat=3", "mamba has no option 'stat'"),
-        ("--data nowhere", "nowhere is no folder"),
+        ("--data nowhere", "nowhere is not a folder"),
     ],
 )
 def test_mistakes_are_one_line(

@@ -53,7 +53,7 @@ def test_it_makes_tells_checks_and_does_nothing_twice(
     code, told = run(monkeypatch, capsys, "data", "--check", "--out", out)
     assert code == 2
     assert "train-00000.npy was altered" in told
-    assert f"make it anew: {manifest['command']}" in told
+    assert f"make it again: {manifest['command']}" in told
 
 
 def test_what_comes_from_files_is_neither_markup_nor_a_terminal_s_commands(
@@ -106,7 +106,7 @@ def test_what_a_user_can_mend_is_one_line_and_exit_status_2(
         ((source, "--text-field", "body", "--strict"), "[texts].jsonl:301: broken JSON"),
         ((source, "--tokenizer", "gtp2"), "no tokenizer 'gtp2' and no such file"),
         ((source, "--workers", "0"), "workers"),
-        (("--check",), "is not finished: give its `holdall data` command again"),
+        (("--check",), "is not finished: run its `holdall data` command again"),
     ):
         code, told = run(monkeypatch, capsys, "data", *arguments, "--out", out)
         assert (code, told.startswith("error "), told.count("\n")) == (2, True, 1), told

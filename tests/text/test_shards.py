@@ -248,7 +248,7 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bits(tmp_path: Path, source: Pa
             write_corpus([source], tmp_path / "cut", Bytes(), **SMALL, on_progress=stop)
         except Stop:
             assert not (tmp_path / "cut" / "manifest.json").exists()
-            with pytest.raises(TextError, match="is not finished: give its `holdall data` command again"):
+            with pytest.raises(TextError, match="is not finished: run its `holdall data` command again"):
                 open_corpus(tmp_path / "cut")
     assert starts > 3
     assert open_corpus(tmp_path / "cut", verify=True).content_hash == whole.content_hash
@@ -392,12 +392,14 @@ def test_other_settings_or_sources_in_the_same_folder_are_refused(
     stop = {} if finished else {"on_progress": raise_stop_late}
     with contextlib.suppress(Stop):
         write_corpus([source], tmp_path / "out", Bytes(), **SMALL, **stop)
-    with pytest.raises(TextError, match=r"made otherwise \(other valid\); remove it or choose another --out"):
+    with pytest.raises(
+        TextError, match=r"made with other settings \(valid; .*\); remove it or choose another --out"
+    ):
         write_corpus([source], tmp_path / "out", Bytes(), **{**SMALL, "valid": 0.2})
-    with pytest.raises(TextError, match=r"other tokenizer"):
+    with pytest.raises(TextError, match=r"other settings \(tokenizer;"):
         write_corpus([source], tmp_path / "out", words(), **SMALL)
     source.write_bytes(lzma.compress(b'{"text": "other"}'))
-    with pytest.raises(TextError, match=r"other sources"):
+    with pytest.raises(TextError, match=r"other settings \(sources;"):
         write_corpus([source], tmp_path / "out", Bytes(), **SMALL)
 
 
@@ -498,9 +500,7 @@ def test_bad_records_are_counted_told_and_kept_out(tmp_path: Path) -> None:
             f"{path}:12: broken JSON, Unterminated string starting at: line 1 column 10 (char 9)",
         ]
     for workers in (1, 2):
-        with pytest.raises(
-            TextError, match=r"a\.jsonl:11: bad UTF-8, byte 14\. Mend it, or do without --strict"
-        ):
+        with pytest.raises(TextError, match=r"a\.jsonl:11: bad UTF-8, byte 14\. Fix it, or omit --strict"):
             write_corpus([path], tmp_path / "strict", Bytes(), valid=0, strict=True, workers=workers)
 
 
@@ -586,7 +586,7 @@ def test_a_damaged_or_altered_manifest_is_refused(folder: Path) -> None:
     path.unlink()
     with pytest.raises(TextError, match=r"holds no tokens \(manifest\.json is missing\)"):
         open_corpus(folder)
-    with pytest.raises(TextError, match=r"nowhere is no folder; `holdall data SOURCE\.\.\. --out"):
+    with pytest.raises(TextError, match=r"nowhere is not a folder; `holdall data SOURCE\.\.\. --out"):
         open_corpus(folder / "nowhere")
 
 
@@ -630,7 +630,7 @@ def test_counts_are_those_of_the_files_themselves(folder: Path) -> None:
         (count("documents", 1), r"train-00000\.documents\.npy was altered: .* not the"),
         (
             lambda manifest: manifest["train"].update(tokens=5),
-            r"manifest\.json was altered: the tokens of train",
+            r"manifest\.json was altered: the number of tokens of train",
         ),
         (
             lambda manifest: manifest["files"].update({"../x": {"bytes": 1, "sha256": "0" * 64}}),
@@ -643,7 +643,7 @@ def test_counts_are_those_of_the_files_themselves(folder: Path) -> None:
     ):
         manifest = altered(change)
         path.write_text(json.dumps(manifest))
-        with pytest.raises(TextError, match=r"manifest\.json was altered: its hashes do not fit"):
+        with pytest.raises(TextError, match=r"manifest\.json was altered: its hashes do not match"):
             open_corpus(folder)
         del manifest["hash"]
         for each in (manifest, seal(manifest)):

@@ -223,7 +223,7 @@ def test_what_cannot_be_read_is_refused_and_never_waited_for(
     for name, make in odd.items():
         make(books / name)
         for place in (books, books / name):
-            with pytest.raises(TextError, match=rf"{name} is (a link|no file|neither)"):
+            with pytest.raises(TextError, match=rf"{name} is (a broken link|not a readable file|neither)"):
                 find([place])
         source = Source(path=books / name, size=0, modified=0)
         with pytest.raises(TextError, match=rf"{name}"):  # it may have come later

@@ -294,7 +294,7 @@ def test_what_is_no_tokenizer_is_named(tmp_path: Path) -> None:
         tokenizer("gtp2")
     for text in ("no json", "[]", "{}", '{"model": {"vocab": {}}}'):
         (tmp_path / "a.json").write_text(text)
-        with pytest.raises(TextError, match=r"a\.json is no file of the tokenizers library"):
+        with pytest.raises(TextError, match=r"a\.json is not a file of the tokenizers library"):
             tokenizer(str(tmp_path / "a.json"))
 
 
