@@ -1,6 +1,6 @@
 """The command line: `holdall frontier`, `report`, `zoo`, `soundness`, `matrix`; `data`, `train`, `recall`.
 
-Nothing heavy is imported before a command is known to be well-formed, so that help is instant.
+Heavy modules are imported only after the arguments have been parsed, so that help is instant.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Yes = Annotated[
 
 
 def command(function: Callable[..., int]) -> Callable[..., int]:
-    """A command whose numbers are those that its signature declares (holdall/settings.py)."""
+    """Register a command; its numbers must be in the ranges that its signature declares."""
     kinds = typing.get_type_hints(function, include_extras=True)
 
     @functools.wraps(function)
@@ -106,12 +106,12 @@ def report(
     *,
     out: Path | None = None,
 ) -> int:
-    """Remake figure, page and table of one or several sweeps, from their folders alone.
+    """Make figure, page and table of one or several sweeps again, from their folders alone.
 
     Args:
-        folders: folders that `holdall frontier` left, several are drawn over each other; or one that
-            `holdall matrix` left.
-        out: where picture and page go; the first folder by default.
+        folders: folders written by `holdall frontier`, several of which are drawn in one figure; or one
+            written by `holdall matrix`.
+        out: the folder for figure and page; by default the first folder.
     """
     from holdall.commands import sweeps as shown
 
@@ -128,15 +128,15 @@ def zoo(
     results: Path | None = None,
     page: Path = Path("zoo.md"),
 ) -> int:
-    """List every sequence mixer with its state and its costs; or describe one; or write the zoo's page.
+    """List all sequence mixers with state size and costs; or describe one; or write the zoo's page.
 
     Args:
-        name: a mixer to describe in full.
-        width: model width at which the bytes of state are counted.
-        context: tokens after which they are counted.
-        load: a mixer file of your own to list too.
-        results: a folder that `holdall frontier zoo` left: write the page of what all mixers reached there.
-        page: where that page goes.
+        name: a mixer to describe in full, with all its options.
+        width: model width at which bytes of state are counted.
+        context: tokens after which bytes of state are counted.
+        load: a mixer file of your own to include.
+        results: a folder written by `holdall frontier zoo`: write the page with the results of all mixers.
+        page: the file for that page.
     """
     from holdall.commands import zoo as shown
 
@@ -152,16 +152,16 @@ def soundness(
     length: PositiveInt | None = None,
     load: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = (),
 ) -> int:
-    """Measure how far each mixer drifts from fp64: over 100,000 tokens in fp32, over 16,384 in bf16.
+    """Measure each mixer's error relative to fp64: over 100,000 tokens in fp32, over 16,384 in bf16.
 
-    Stop it at any time; the same command goes on from where it was.
+    Stop it at any time; the same command resumes.
 
     Args:
-        names: mixers, each as NAME or NAME:option=value,option=value; by default all of them.
-        out: the folder that gets soundness.jsonl.
+        names: mixers, each as NAME or NAME:option=value,option=value; by default all.
+        out: the folder for soundness.jsonl.
         width: model width.
-        length: tokens to read in either dtype, instead of those.
-        load: a mixer file of your own; its mixers join.
+        length: tokens to read in both dtypes, instead of the defaults.
+        load: a mixer file of your own, whose mixers are added.
     """
     from holdall.commands import zoo as shown
 
@@ -185,22 +185,22 @@ def matrix(
 ) -> int:
     """Draw the matrix that each mixer applies along the sequence, all mixers side by side.
 
-    Mixers are freshly initialised. Where a mixer is linear in its values the matrix is exact, and checked;
-    else it is the norm of the whole mixer's Jacobian.
+    Mixers are freshly initialised. If a mixer is linear in its values, its matrix is exact, and checked;
+    otherwise the norms of the whole mixer's Jacobian are drawn.
 
     Args:
-        names: mixers, each as NAME or NAME:option=value,option=value; by default all of them.
-        length: tokens, N.
+        names: mixers, each as NAME or NAME:option=value,option=value; by default all.
+        length: number of tokens, N.
         width: model width of mixers and input.
-        input: random (all tokens unlike), repeats (a row of associative recall from few tokens: who looks at
-            equal tokens?) or constant (one token again and again: what position alone does).
-        scale: standard deviation of the input's numbers; larger ones make attention sharper.
+        input: random (all tokens different), repeats (associative recall from few tokens: which mixers
+            attend to equal tokens?) or constant (one token repeated: the effect of position alone).
+        scale: standard deviation of the input; larger ones make attention sharper.
         heads: heads or channels to show of each mixer, up to 4.
-        jacobian: take the whole mixer's Jacobian even where the exact matrix is known.
-        seed: of input and weights.
-        load: a mixer file of your own; its mixers join.
-        out: the folder that gets matrix.png, matrix.html, matrix.json and matrix.npz.
-        dark: draw matrix.png on a dark ground.
+        jacobian: compute the Jacobian even if a mixer has an exact matrix.
+        seed: seed of input and weights.
+        load: a mixer file of your own, whose mixers are added.
+        out: the folder for matrix.png, matrix.html, matrix.json and matrix.npz.
+        dark: draw matrix.png on a dark background.
     """
     from holdall.commands import matrix as shown
 
@@ -222,23 +222,23 @@ def data(
     workers: PositiveInt | None = None,
     check: bool = False,
 ) -> int:
-    """Turn text into token shards that `holdall train --data` reads.
+    """Turn text into token shards for `holdall train --data`.
 
-    Stop it at any time; the same command goes on from where it was.
+    Stop it at any time; the same command resumes.
 
     Args:
-        sources: files and folders: plain text, or JSON lines (.jsonl, .ndjson, .json), also compressed (.xz,
-            .gz, .zst).
-        out: the folder that gets the shards.
+        sources: files and folders of plain text or JSON lines (.jsonl, .ndjson, .json), which may be
+            compressed (.xz, .gz, .zst).
+        out: the folder for the shards.
         tokenizer: bytes (no file needed), gpt2, gpt-neox, or the path of a file of the tokenizers library.
-        valid: the share of documents for validation, drawn by a hash of their text; or a file or folder that
-            holds them.
-        text_field: where JSON lines keep their text.
-        separator: what parts the documents of a plain text file, for example "<|endoftext|>", with \\n for a
-            new line; each file is one document by default.
-        strict: end at bad UTF-8 and broken JSON, which are otherwise counted, reported and left out.
-        workers: processes that encode; by default one per core.
-        check: make nothing, but read all of `out` and compare it with the hashes in its manifest.
+        valid: the share of documents for validation, chosen by a hash of their text; or a file or folder with
+            the validation documents.
+        text_field: the field of JSON lines that holds the text.
+        separator: the string between the documents of a plain text file, for example "<|endoftext|>", with
+            \\n for a newline; by default each file is one document.
+        strict: stop at bad UTF-8 or broken JSON; by default such records are counted, reported and left out.
+        workers: number of processes that encode; by default one per core.
+        check: do not write; read all of `out` and compare it with the hashes in its manifest.
     """
     from holdall.commands import data as shown
 
@@ -362,24 +362,24 @@ def recall(
     load: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = (),
     dark: bool = False,
 ) -> int:
-    """Show which tokens of real text language models recall: perplexity by slice; of two, a page of passages.
+    """Measure recall on real text: perplexity by slice and, for two models, a page of passages.
 
-    Recall hits complete two tokens in a row that were there before in the same context and that are rare in
-    training. What a model says is kept in its run folder. Stop it at any time; the same command goes on.
+    Recall hits complete a pair of tokens that occurred before in the same context and is rare in the training
+    text. Predictions are saved in the run folders. Stop it at any time; the same command resumes.
 
     Args:
-        runs: folders that `holdall train` left, all on one corpus; gaps are those to the first.
-        out: the folder that gets slices.json, recall.png, gaps.png, state.png and, of two runs, recall.html.
-        which: the checkpoint; by default the end's, else the best, else the last.
-        rows: windows of the validation text to score, spread evenly; by default all.
-        context: tokens of a window; by default the shortest that one of the runs was trained on.
-        threshold: a bigram that the training text has more often is no recall hit.
-        passages: how many the page shows.
-        length: tokens of each passage.
-        licence: of the text, for the page, where the corpus does not say it.
+        runs: run folders of `holdall train`, all on one corpus; gaps are relative to the first.
+        out: the folder for slices.json, recall.png, gaps.png, state.png and, for two runs, recall.html.
+        which: the checkpoint; by default the final model, else the best, else the last.
+        rows: windows of the validation text to score, evenly spread; by default all.
+        context: tokens per window; by default the shortest context that the runs were trained on.
+        threshold: a bigram that occurs more often in the training text is not a recall hit.
+        passages: number of passages on the page.
+        length: tokens per passage.
+        licence: licence of the text, for the page, if the corpus does not name it.
         device: where to run the models; auto takes a GPU if there is one.
         load: a mixer file of your own that a run was trained with.
-        dark: draw on a dark ground.
+        dark: draw on a dark background.
     """
     from holdall.commands import recall as shown
 
@@ -405,18 +405,18 @@ def _command() -> str:
 
 
 def main() -> None:
-    """Run the command line. What a user can mend ends in one line and exit status 2 (holdall/errors.py)."""
+    """Run the command line. An error that a user can fix is one line, with exit status 2 (see errors.py)."""
     try:
         code = _run()
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads, `head` for example, has seen enough
+    except BrokenPipeError:  # the reader, `head` for example, closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
     sys.exit(code)
 
 
 def _run() -> Any:
-    """The exit status."""
+    """Parse the arguments and run the command; returns the exit status."""
     from holdall import commands
 
     try:

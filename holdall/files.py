@@ -260,9 +260,7 @@ def replacing(path: Path) -> Iterator[Path]:
                     mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)  # as the umask allows
                 yield temporary
                 with temporary.open("rb+") as file:
-                    os.fchmod(
-                        file.fileno(), mode
-                    )  # a library may have made another file, for us alone
+                    os.fchmod(file.fileno(), mode)  # a library may have made another file, for us alone
                     os.fsync(file.fileno())
                 temporary.replace(path)
             finally:

@@ -132,7 +132,7 @@ def test_a_fault_of_holdall_keeps_its_traceback(
     assert code == 1
     assert said.startswith("Traceback")
     last = said.splitlines()[-1]
-    assert re.match(r"This is a fault of Holdall.*report.*\(holdall zoo --width 7\).*torch \d", last)
+    assert re.match(r"This is a bug in Holdall.*report.*\(holdall zoo --width 7\).*torch \d", last)
 
 
 @pytest.mark.parametrize(

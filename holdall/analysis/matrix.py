@@ -1,25 +1,24 @@
 """The matrix that a sequence mixer applies along the sequence, for one given input.
 
-    o_t = sum_j M_tj v_j        what a mixer's output takes from each token's value
+    o_t = sum_j M_tj v_j        the contribution of each token's value to each output
 
-Softmax attention's M holds its weights, a convolution's is Toeplitz, a window's is banded, and a recurrence
-with a state of n numbers per value channel has M[t:, :t] of rank <= n for every t (it is semiseparable): the
-state is all that passes from the past to the future, so that rank is the memory which the matrix needs.
+Softmax attention's M holds the attention weights, a convolution's is Toeplitz, a window's is banded, and that
+of a recurrence with n state elements per value channel has rank(M[t:, :t]) <= n for every t (it is
+semiseparable): only the state passes from the past to the future, so this rank is the memory that M needs.
 
-Two kinds, and every result says which it is:
+There are two kinds, and every result says which it is:
 
-    exact       The shared maths (holdall.ops, and functions in the mixer's own file) takes values as an
-                argument named by its shape, v_BTHV, x_BTD, u_BTD or b_BTX. One forward pass is watched; each
-                such function is called again on impulses, value 1 at one token j, and answers with column j
-                of M. That it is linear in its values is not believed but checked: M v plus what it answers
-                to zeros must give the recorded output to rounding. Where a mixer has several (a short
-                convolution, then a scan), the one that couples the most pairs of tokens is its matrix, of
-                equals the last; the others are named beside it. And if some output depends on a token that
-                none of them couples it with, even in a chain, then the mixer mixes in a way that is not
-                seen here, and none of them is its matrix. What happens to the function's output afterwards,
-                a gate, a norm, a mask, is not in it.
-    jacobian    For all other mixers: G_tj = || d y_t / d x_j ||, Frobenius, of the whole mixer with its
-                gates, projections and skips.
+    exact       The functions that mix tokens (in holdall.ops and in the mixer's own file) take values as an
+                argument named by its shape: v_BTHV, x_BTD, u_BTD or b_BTX. One forward pass is traced; each
+                such function is called again on impulses, value 1 at token j, which gives column j of M.
+                Linearity in the values is checked: M v plus the output for zeros must equal the recorded
+                output up to rounding. If a mixer has several such functions (a short convolution, then a
+                scan), its matrix is that of the one which couples the most pairs of tokens, the last of
+                equals; the others are listed beside it. If an output depends on a token that these functions
+                do not couple, not even in a chain, then the mixer mixes in some other way and has no exact
+                matrix. What follows the function, such as a gate, a norm or a mask, is not part of M.
+    jacobian    For all other mixers: G_tj = || d y_t / d x_j ||, the Frobenius norm, of the whole mixer with
+                its gates, projections and skips.
 
 Letters: T output token, J input token, X all channels, D model width, S matrices shown.
 """
@@ -46,13 +45,13 @@ from holdall.tasks.mqar import MQAR
 
 INPUTS = ("random", "repeats", "constant")
 VALUES = re.compile(r"[vxub]_([A-Z]*T[A-Z0-9]*)")
-"""Arguments that may hold values: v, x, u or b, and shape letters with time among them."""
+"""Names of arguments that may hold values: v, x, u or b, and shape letters that include T."""
 LETTERS = "vxub"
-"""In this order: linear attention without a norm is linear in its keys too, but v are the values."""
+"""Tried in this order: linear attention without a norm is linear in its keys too, but v are the values."""
 ROUNDING = 1e-9
-"""Two fp64 numbers that are the same on paper differ by less than this share of the largest beside them."""
+"""fp64 values that are equal in exact arithmetic differ by less than this share of the largest."""
 TOKENS_AT_ONCE = 1 << 14
-"""Of the rows that go through a mixer together for its Jacobian: bounds the memory."""
+"""Tokens per pass of a Jacobian, all rows together; bounds the memory."""
 BLOCK = 1024
 """Side of the largest block of a Jacobian whose rank is computed."""
 
@@ -61,7 +60,7 @@ BLOCK = 1024
 
 
 class Input(NamedTuple):
-    """One row of embedded tokens in fp64, their ids, and a name for each (none where no two are alike)."""
+    """One row of embedded tokens in fp64, their ids, and a name for each (none if all tokens differ)."""
 
     x_BTD: Tensor
     tokens_BT: Tensor
@@ -71,10 +70,10 @@ class Input(NamedTuple):
 def inputs(kind: str, length: int, width: int, *, scale: float = 1.0, seed: int = 0) -> Input:
     """An input for a mixer.
 
-    kind: "random", all tokens unlike; "repeats", a row of associative recall from few tokens: key-value
-        pairs, then questions among filler; "constant", one token again and again, which shows what
-        position alone does.
-    scale: the standard deviation of the numbers of an embedding.
+    kind: "random", all tokens different; "repeats", a row of associative recall from a small vocabulary:
+        key-value pairs, then questions among filler; "constant", one token repeated, which shows the effect
+        of position alone.
+    scale: the standard deviation of the embeddings' elements.
     """
     names: list[str] = []
     if kind == "random":
@@ -107,7 +106,7 @@ def matrix_of(
     shown: int = 1,
     jacobian: bool = False,
 ) -> MixingMatrix:
-    """The matrix of a freshly built mixer for an input of `inputs`; the seed decides both."""
+    """The matrix of a freshly initialised mixer for one of `inputs`; both depend on the seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         mixer = config.build().double()
@@ -124,23 +123,23 @@ def mixing_matrix(
     shown: int = 1,
     jacobian: bool = False,
 ) -> MixingMatrix:
-    """The matrix of `mixer` for the one row of x_BTD; both in fp64, so that rounding is told from structure.
+    """The matrix of `mixer` for the one row of x_BTD; both in fp64, to distinguish structure from rounding.
 
     Args:
-        tokens_BT: the tokens' ids, for mixers that read them; None if no two are alike.
-        shown: how many heads or channels to keep, spread evenly.
-        jacobian: take the Jacobian even where the exact matrix is known.
+        tokens_BT: the tokens' ids, for mixers that read them; None if all tokens differ.
+        shown: number of heads or channels to return, evenly spread.
+        jacobian: compute the Jacobian even if the mixer has an exact matrix.
 
     Raises:
-        ValueError: the matrix holds numbers that are not finite.
+        ValueError: the matrix has entries that are NaN or infinite.
     """
     mixer = mixer.eval()
-    found = [] if jacobian else exact_matrices(mixer, x_BTD, tokens_BT)
+    matrices = [] if jacobian else exact_matrices(mixer, x_BTD, tokens_BT)
     label = label or mixer.config.name
-    if not found or not explained(dependence(mixer, x_BTD, tokens_BT), found):
+    if not matrices or not explained(dependence(mixer, x_BTD, tokens_BT), matrices):
         return _jacobian_matrix(mixer, x_BTD, tokens_BT, label)
-    best = max(reversed(found), key=lambda each: each.couplings)
-    beside = tuple(dict.fromkeys(each.source for each in found if each is not best))
+    best = max(reversed(matrices), key=lambda matrix: matrix.couplings)
+    beside = tuple(dict.fromkeys(matrix.source for matrix in matrices if matrix is not best))
     matrix_TJX = best.matrix_TJX
     _check_finite(matrix_TJX)
     count = matrix_TJX.shape[2]
@@ -163,7 +162,7 @@ def mixing_matrix(
 
 
 def _outputs(mixer: Mixer, x_BTD: Tensor, tokens_BT: Tensor | None) -> Tensor:
-    """What the mixer makes of x_BTD; the tokens' ids are the same in all rows."""
+    """The mixer's outputs for x_BTD; the tokens' ids are the same in all rows."""
     if not mixer.reads_tokens:
         return mixer(x_BTD)[0]
     if tokens_BT is None:
@@ -173,7 +172,7 @@ def _outputs(mixer: Mixer, x_BTD: Tensor, tokens_BT: Tensor | None) -> Tensor:
 
 def _check_finite(matrix: Tensor) -> None:
     if not matrix.isfinite().all():
-        raise ValueError("its matrix holds numbers that are not finite")
+        raise ValueError("its matrix has entries that are NaN or infinite")
 
 
 # ------------------------------------------------------------------------------------------------- exact
@@ -181,7 +180,7 @@ def _check_finite(matrix: Tensor) -> None:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Exact:
-    """One function's matrix: (T, J, X) with the heads or channels last."""
+    """The matrix of one function, (T, J, X), with the heads or channels last."""
 
     source: str
     unit: Literal["head", "channel"]
@@ -189,7 +188,7 @@ class Exact:
     error: float
 
     def coupled(self, share: float) -> Tensor:
-        """Which pairs of different tokens are coupled, by more than this share of the largest entry."""
+        """Which pairs of different tokens are coupled, by more than `share` of the largest entry, (T, J)."""
         size_TJ = self.matrix_TJX.abs().amax(-1)
         return (size_TJ > share * size_TJ.max()).fill_diagonal_(False)
 
@@ -200,7 +199,7 @@ class Exact:
 
 @dataclass(eq=False)
 class Call:
-    """A call of a function that may be linear in one of its arguments, as it was seen."""
+    """A traced call of a function that may be linear in one of its arguments."""
 
     function: FunctionType
     arguments: dict[str, Any]
@@ -209,14 +208,14 @@ class Call:
 
 
 def exact_matrices(mixer: Mixer, x_BTD: Tensor, tokens_BT: Tensor | None = None) -> list[Exact]:
-    """The matrices of all functions that couple tokens and are linear in their values, in the order of calls.
+    """The matrices of all functions that couple tokens and are linear in their values, in order of calls.
 
-    A function that is not linear as a whole may call one that is; one that is linear hides what it calls.
+    A function that is not linear may call one that is; calls within a linear function are skipped.
     """
     length, linear = x_BTD.shape[1], set[int]()
     calls = watch(mixer, x_BTD, tokens_BT)
-    found: list[Exact] = []
-    for call in calls:  # callers before what they call
+    matrices: list[Exact] = []
+    for call in calls:  # callers come before what they call
         if id(call.parent) in linear:
             linear.add(id(call))
             continue
@@ -225,26 +224,26 @@ def exact_matrices(mixer: Mixer, x_BTD: Tensor, tokens_BT: Tensor | None = None)
             if exact is not None:
                 linear.add(id(call))
                 if exact.couplings:
-                    found.append(exact)
+                    matrices.append(exact)
                 break
-    return found
+    return matrices
 
 
-def explained(depends_TJ: Tensor, found: Sequence[Exact]) -> bool:
-    """Whether every dependence of an output on a token runs along couplings that were found.
+def explained(depends_TJ: Tensor, matrices: Sequence[Exact]) -> bool:
+    """Whether every dependence of an output on a token is a chain of couplings in these matrices.
 
-    A coupling may be far fainter than the dependence that it has to explain: gates and projections lie
-    between them. Only what is zero to rounding explains nothing.
+    A coupling may be much weaker than the dependence that it explains, since gates and projections come
+    between them; only couplings that are zero up to rounding are excluded.
     """
     step_TJ = torch.eye(len(depends_TJ), dtype=torch.float64)
-    for each in found:
-        step_TJ += each.coupled(1e-14)
-    reached_TJ = torch.linalg.matrix_power(step_TJ, len(found)) > 0
+    for matrix in matrices:
+        step_TJ += matrix.coupled(1e-14)
+    reached_TJ = torch.linalg.matrix_power(step_TJ, len(matrices)) > 0
     return not (depends_TJ & ~reached_TJ).any()
 
 
 def dependence(mixer: Mixer, x_BTD: Tensor, tokens_BT: Tensor | None = None) -> Tensor:
-    """Which outputs depend on which tokens, (T, J): the slope of each output in one random direction."""
+    """Which outputs depend on which tokens, (T, J) bool, by the gradient of one random projection of each."""
     length = x_BTD.shape[1]
     rows_RTD = x_BTD.expand(length, -1, -1).clone().requires_grad_()
     y_RTD = _outputs(mixer, rows_RTD, tokens_BT)
@@ -256,10 +255,10 @@ def dependence(mixer: Mixer, x_BTD: Tensor, tokens_BT: Tensor | None = None) -> 
 
 
 def watch(mixer: Mixer, x_BTD: Tensor, tokens_BT: Tensor | None = None) -> list[Call]:
-    """The calls of one forward pass in which values may be mixed, in the order in which they began.
+    """The calls in one forward pass of functions that may mix values, in the order in which they began.
 
-    Functions are recognised by their code as the interpreter enters and leaves them, so it does not matter
-    how a mixer holds them: by name, as an attribute, inside a partial.
+    A profiling hook recognises functions by their code, so it does not matter how a mixer refers to them: by
+    name, as an attribute, inside a partial.
     """
     known = _functions(mixer)
     calls: list[Call] = []
@@ -289,22 +288,24 @@ def watch(mixer: Mixer, x_BTD: Tensor, tokens_BT: Tensor | None = None) -> list[
 
 
 def _functions(mixer: Mixer) -> dict[CodeType, FunctionType]:
-    """By their code, all functions with values among their arguments: in holdall.ops, and wherever the
-    classes of the mixer and of its parts were written."""
+    """All functions with values among their arguments, by their code objects.
+
+    They are searched in holdall.ops and in the modules of the mixer's classes and of its submodules'.
+    """
     names = {cls.__module__ for part in mixer.modules() for cls in type(part).__mro__}
     names = {name for name in names if not name.startswith("torch.")}
     names |= {name for name in sys.modules if name.startswith("holdall.ops.")}
-    found = {}
+    functions = {}
     for name in names & sys.modules.keys():
         for value in list(vars(sys.modules[name]).values()):
             function = inspect.unwrap(value) if callable(value) else None
             if isinstance(function, FunctionType) and _value_arguments(function):
-                found[function.__code__] = value
-    return found
+                functions[function.__code__] = value
+    return functions
 
 
 def _value_arguments(function: Callable[..., Any]) -> list[str]:
-    """The names of a function's arguments that may hold values; none if it takes arguments without names."""
+    """The names of a function's arguments that may hold values; none if it takes *args or **kwargs."""
     parameters = inspect.signature(function).parameters.values()
     if any(p.kind not in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) for p in parameters):
         return []
@@ -312,7 +313,7 @@ def _value_arguments(function: Callable[..., Any]) -> list[str]:
 
 
 def _exact(call: Call, name: str, length: int) -> Exact | None:
-    """The matrix of a call in one of its arguments, if it is linear in it channel by channel."""
+    """The matrix of a call with respect to one argument; None unless it is linear in it, per channel."""
     value, output = call.arguments[name], _first(call.output)
     letters = name.partition("_")[2]
     time = letters.index("T")
@@ -322,7 +323,7 @@ def _exact(call: Call, name: str, length: int) -> Exact | None:
         return None
     if not all(u.ndim > time and u.shape[time] == length for u in (value, output)):
         return None
-    # time first, and no dimension of one: v_TX and o_TX, X any number of dimensions
+    # time first, without dimensions of size one: v_TX and o_TX, X any number of dimensions
     rest = [letter for letter, size in zip(letters, value.shape, strict=False) if size > 1 and letter != "T"]
     channels = [size for dim, size in enumerate(value.shape) if size > 1 and dim != time]
 
@@ -347,7 +348,7 @@ def _exact(call: Call, name: str, length: int) -> Exact | None:
         return None
     matrix_TJX, size = response_JTX.transpose(0, 1), response_JTX.abs().max()
     while channels and ((matrix_TJX - matrix_TJX[..., :1]).abs() <= ROUNDING * size).all():
-        matrix_TJX = matrix_TJX[..., 0]  # the same for all of its last dimension
+        matrix_TJX = matrix_TJX[..., 0]  # equal along its last dimension
         channels.pop()
     return Exact(
         source=call.function.__name__,
@@ -362,13 +363,13 @@ def _first(result: Any) -> Any:
 
 
 def _each(function: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
-    """The function of each of the inputs: all at once if it can be, else one after the other."""
+    """The function applied to each input: vectorised if possible, else in a loop."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about operations that vmap runs one after the other
+            warnings.simplefilter("ignore")  # about operations that vmap runs in a loop
             return torch.func.vmap(function, chunk_size=64)(inputs)
     except (RuntimeError, ValueError):
-        return torch.stack([function(each) for each in inputs])
+        return torch.stack([function(x) for x in inputs])
 
 
 # ---------------------------------------------------------------------------------------------- Jacobian
@@ -398,31 +399,31 @@ def _jacobian_matrix(mixer: Mixer, x_BTD: Tensor, tokens_BT: Tensor | None, labe
 
 
 def jacobian(mixer: Mixer, x_BTD: Tensor, tokens_BT: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """G_tj = || d y_t / d x_j ||, and d y[N/2:] / d x[:N/2] as a matrix if it is not too large.
+    """G_tj = || d y_t / d x_j ||, (T, J), and d y[N/2:] / d x[:N/2] as a matrix if it is not too large.
 
-    Rows of a batch never see each other, so one backward pass through many equal rows, from another output
-    number in each, gives as many rows of the Jacobian: this needs nothing but the contract.
+    Rows of a batch are independent, so one backward pass through many equal rows, each from another output
+    element, gives as many rows of the Jacobian.
     """
     _, length, width = x_BTD.shape
     half, squares_TJ = length // 2, torch.zeros(length, length, dtype=x_BTD.dtype)
     block: list[Tensor] | None = [] if max(length - half, half) * width <= BLOCK else None
     places = torch.arange(length * width)
-    for some in places.split(max(1, TOKENS_AT_ONCE // length)):
-        rows_RTD = x_BTD.expand(len(some), -1, -1).clone().requires_grad_()
+    for place_R in places.split(max(1, TOKENS_AT_ONCE // length)):
+        rows_RTD = x_BTD.expand(len(place_R), -1, -1).clone().requires_grad_()
         y_RTD = _outputs(mixer, rows_RTD, tokens_BT)
-        chosen_R = y_RTD.flatten(1).gather(1, some[:, None])
+        chosen_R = y_RTD.flatten(1).gather(1, place_R[:, None])
         (gradient_RJD,) = torch.autograd.grad(chosen_R.sum(), rows_RTD)
-        squares_TJ.index_add_(0, some // width, gradient_RJD.square().sum(-1))
+        squares_TJ.index_add_(0, place_R // width, gradient_RJD.square().sum(-1))
         if block is not None:
-            block.append(gradient_RJD[some >= half * width, :half].flatten(1))
+            block.append(gradient_RJD[place_R >= half * width, :half].flatten(1))
     return squares_TJ.sqrt(), None if block is None else torch.cat(block)
 
 
-# ------------------------------------------------------------------------------------- what can be said
+# ------------------------------------------------------------------------------------------- properties
 
 
 def lower_left(matrix_XTJ: Tensor) -> Tensor:
-    """What the second half of the sequence takes from the first."""
+    """The block M[N/2:, :N/2] by which the second half of the sequence depends on the first."""
     half = matrix_XTJ.shape[-1] // 2
     return matrix_XTJ[..., half:, :half]
 
@@ -440,7 +441,7 @@ def _describe(matrix_XTJ: Tensor) -> dict[str, Any]:
 
 
 def toeplitz_distance(matrix_XTJ: Tensor) -> float:
-    """How far the farthest matrix is from its nearest Toeplitz matrix, the means of its diagonals."""
+    """Relative distance to the nearest Toeplitz matrix, the means of the diagonals; the largest of all."""
     length = matrix_XTJ.shape[-1]
     lag_TJ = torch.arange(length)[:, None] - torch.arange(length) + length - 1
     entries_XE = matrix_XTJ.flatten(1)
@@ -453,11 +454,11 @@ def toeplitz_distance(matrix_XTJ: Tensor) -> float:
 
 
 def ranks(block_XTJ: Tensor, whole_XTJ: Tensor) -> dict[str, Any]:
-    """Of the block, to rounding beside the whole matrix and to 1%; the largest over all matrices."""
+    """Ranks of the blocks, up to rounding relative to the whole matrix and to 1%; the largest of all."""
     values_XR = torch.linalg.svdvals(block_XTJ)
     rounding_X1 = 1e-12 * whole_XTJ.abs().square().sum((-2, -1)).sqrt()[:, None]
     real_XR = values_XR * (values_XR > rounding_X1)
-    left_XR = real_XR.square().flip(-1).cumsum(-1).flip(-1)  # what is missing if only those before are kept
+    left_XR = real_XR.square().flip(-1).cumsum(-1).flip(-1)  # squared error if only those before are kept
     needed_XR = left_XR > (0.01**2) * left_XR[:, :1]
     return {
         "rank": int((real_XR > 0).sum(-1).max()),

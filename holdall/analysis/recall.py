@@ -1,31 +1,32 @@
-"""Which tokens of real text a model has to recall from its context, and how well it does there.
+"""Recall on real text: which tokens a model must recall from its context, and its loss on them.
 
     x_0 ... the Maison Bergey bistro ... (723 tokens) ... sigh at the Maison Bergey
                                                                              ^ a recall hit
 
 A model reads a window x_0 .. x_{N-1} and predicts the token after each: x_1 .. x_N. The prediction of x_t
-belongs to the bigram (x_{t-1}, x_t), which is *repeated* if it is also (x_{s-1}, x_s) for some 1 <= s < t;
-t - s of the last such s is its distance. Every token is in one slice (Zoology, arXiv 2312.04927, section 3):
+completes the bigram (x_{t-1}, x_t), which is *repeated* if it equals (x_{s-1}, x_s) for some 1 <= s < t; its
+distance is t - s for the largest such s. Each token is in one slice (Zoology, arXiv 2312.04927, section 3):
 
-    hits        completes a repeated bigram that training has at most `threshold` times (1250 there, of 10
-                billion tokens): too rare to be known by heart, so the context has to give it
-    repeated    completes a repeated bigram that training has more often
+    hits        completes a repeated bigram that occurs at most `threshold` times in the training text (1250
+                there, of 10 billion tokens): too rare to be memorised, so it has to come from the context
+    repeated    completes a repeated bigram that is more frequent in the training text
     rest        completes a bigram that is new in this window
 
-What the paper calls "other tokens" is `repeated` and `rest` together. Every later occurrence counts, not the
-first alone. The context is all that the model reads: an occurrence in an earlier document of the same window
-counts. A bigram with the end-of-text token in it is in `rest`: it says where a document ends and recalls
-nothing. Training's counts are of adjacent tokens of the whole training split, each once.
+The paper's "other tokens" are `repeated` and `rest` together. All repetitions count, not only the first. The
+context is everything that the model reads: an occurrence in an earlier document of the same window counts. A
+bigram with the end-of-text token is in `rest`: it says where a document ends and recalls nothing. Training
+counts are of adjacent tokens of the whole training split.
 
-The share of a gap that the hits explain is, as published, one of log-perplexities weighted by their tokens:
+The share of a gap that the hits explain is, as published, computed from log-perplexities, weighted by tokens:
 
     share = (nll_hits(run) - nll_hits(reference)) |hits| / ((nll(run) - nll(reference)) |tokens|)
 
-The paper's table caps it at 100%, beyond which a run beats the reference at all other tokens; here it is not
-capped. Its 82% is the mean over the four models of 125M. (The shares there follow from its perplexities if
-hits are 7.0% of the tokens, which is also what its columns all, hits and other imply.)
+The paper's table caps it at 100%; here it is not capped, and exceeds 100% if a run is better than the
+reference on other tokens. The paper's 82% is the mean over its four models of 125M. (Its shares follow from
+its perplexities if hits are 7.0% of the tokens, which its columns "all", "hits" and "other" also imply.)
 
-Letters: W windows, N predictions a window, X = N + 1 its tokens, K top predictions, C predictions at once.
+Letters: W windows, N predictions per window, X = N + 1 tokens per window, K top predictions, C predictions
+at once.
 """
 
 from __future__ import annotations
@@ -47,11 +48,11 @@ from holdall.files import RunError
 from holdall.model import Model, ModelConfig, seeded
 
 THRESHOLD = 1250
-"""Zoology's: a bigram that training has more often is known by heart."""
+"""Zoology's: a bigram that is more frequent in the training text counts as memorised."""
 SLICES = ("hits", "repeated", "rest")
 TOP = 5
 FORMAT = "holdall-recall-1"
-"""Written into every recall.json; changes when a file of before can no longer be read."""
+"""Format version in every recall.json; changes when older files can no longer be read."""
 
 
 @runtime_checkable
@@ -66,7 +67,7 @@ class Tokens(Protocol):
 
 
 def distances_loop(window_X: Sequence[int], end: int | None) -> list[int]:
-    """The definition: for each of the N predictions, how far back its bigram was last; 0 if never."""
+    """The definition: for each of the N predictions, the distance of its bigram; 0 if it is not repeated."""
     last_seen: dict[tuple[int, int], int] = {}
     distance_N = []
     for t in range(1, len(window_X)):
@@ -77,14 +78,14 @@ def distances_loop(window_X: Sequence[int], end: int | None) -> list[int]:
 
 
 def distances(windows_WX: np.ndarray, end: int | None) -> np.ndarray:
-    """How far back the bigram of each prediction was last, (W, N) int32; 0 if never.
+    """The distance of each prediction's bigram in tokens, (W, N) int32; 0 if it is not repeated.
 
-    end: the token that ends a document, in whose bigrams nothing is recalled; None if there is none.
+    end: the end-of-text token, whose bigrams never count as repeated; None if there is none.
     """
     distance_WN = np.zeros((len(windows_WX), windows_WX.shape[1] - 1), np.int32)
     for window_X, distance_N in zip(windows_WX, distance_WN, strict=True):
         key_N = bigrams(window_X, int(window_X.max(initial=0)) + 1)
-        order_N = np.argsort(key_N, kind="stable")  # equal bigrams lie together, the earlier ones first
+        order_N = np.argsort(key_N, kind="stable")  # equal bigrams adjacent, in order of time
         again = key_N[order_N[1:]] == key_N[order_N[:-1]]
         distance_N[order_N[1:][again]] = (order_N[1:] - order_N[:-1])[again]
     if end is not None:
@@ -93,7 +94,7 @@ def distances(windows_WX: np.ndarray, end: int | None) -> np.ndarray:
 
 
 def bigrams(tokens_X: np.ndarray, vocab: int) -> np.ndarray:
-    """One number for each pair of adjacent tokens, int64."""
+    """A unique number for each pair of adjacent tokens, (..., X - 1) int64."""
     tokens_X = np.asarray(tokens_X, np.int64)
     return tokens_X[..., :-1] * vocab + tokens_X[..., 1:]
 
@@ -105,22 +106,22 @@ def slice_of(distance_WN: np.ndarray, count_WN: np.ndarray, threshold: int = THR
 
 
 def windows_of(tokens: Tokens, context_len: int, rows: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Windows of a split, in order: all of them, or `rows` spread evenly.
+    """Windows of a split, in order: all of them, or `rows` of them evenly spread.
 
-    The model reads `context_len` tokens of each, and no two share one that is predicted: window w begins at
-    the token that window w - 1 predicts last, so all of them score every token but the first once.
+    The model reads `context_len` tokens of each. Window w begins at the last token that window w - 1
+    predicts, so every token but the first is predicted exactly once.
 
     Returns start_W, int64, and windows_WX, int32, X = context_len + 1.
     Raises RunError if the split is shorter than one window.
     """
-    there = (len(tokens) - 1) // context_len
-    if there < 1:
+    available = (len(tokens) - 1) // context_len
+    if available < 1:
         raise RunError(
             f"the validation split has {len(tokens):,} tokens, too few for one window of {context_len:,}: "
             "choose a smaller --context, or make the corpus with a larger --valid"
         )
-    count = there if rows is None else min(rows, there)
-    start_W = np.arange(count) * there // count * context_len
+    count = available if rows is None else min(rows, available)
+    start_W = np.arange(count) * available // count * context_len
     windows = [np.asarray(tokens[start : start + context_len + 1], np.int32) for start in start_W.tolist()]
     return start_W, np.stack(windows)
 
@@ -129,29 +130,31 @@ def windows_of(tokens: Tokens, context_len: int, rows: int | None = None) -> tup
 
 
 def count_bigrams(tokens: Tokens, wanted: np.ndarray, vocab: int, *, piece: int = 1 << 22) -> np.ndarray:
-    """How often each wanted bigram occurs in the tokens, exactly, (len(wanted),) int64.
+    """The exact number of occurrences of each wanted bigram in the tokens, (len(wanted),) int64.
 
-    wanted: sorted bigrams without repeats; others are not counted. piece: tokens in memory at once.
+    wanted: bigrams to count, sorted and unique. piece: tokens in memory at once.
     """
     count = np.zeros(len(wanted), np.int64)
     for start in range(0, len(tokens) - 1, piece):
-        found = np.sort(bigrams(tokens[start : start + piece + 1], vocab))
-        count += np.searchsorted(found, wanted, "right") - np.searchsorted(found, wanted, "left")
+        sorted_piece = np.sort(bigrams(tokens[start : start + piece + 1], vocab))
+        count += np.searchsorted(sorted_piece, wanted, "right") - np.searchsorted(
+            sorted_piece, wanted, "left"
+        )
     return count
 
 
 def training_counts(corpus: Any) -> tuple[np.ndarray, np.ndarray]:
-    """All bigrams of the validation split, sorted, and how often the training split has each.
+    """The unique bigrams of the validation split, sorted, and the count of each in the training split.
 
-    Counted once per corpus: the result lies in its folder as bigrams.npz, under the corpus's hash. A folder
-    that cannot be written to is no error; the next call counts again.
+    Counted once per corpus and cached in its folder as bigrams.npz, together with the corpus's hash. If the
+    folder is not writable, every call counts again.
     """
     path = Path(corpus.folder) / "bigrams.npz"
     wanted = np.unique(bigrams(corpus.valid[0 : len(corpus.valid)], corpus.vocab))
     with contextlib.suppress(RunError):  # missing or damaged: counted again
-        kept = files.read_arrays(path)
+        cached = files.read_arrays(path)
         names = "corpus", "bigrams", "counts"
-        corpus_hash, known, count = (kept.get(name, np.empty(0)) for name in names)
+        corpus_hash, known, count = (cached.get(name, np.empty(0)) for name in names)
         same = str(corpus_hash) == corpus.content_hash and np.array_equal(known, wanted)
         if same and (count.shape, count.dtype) == (wanted.shape, np.int64) and count.min(initial=0) >= 0:
             return wanted, count
@@ -164,35 +167,35 @@ def training_counts(corpus: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def look_up(windows_WX: np.ndarray, vocab: int, wanted: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """The training count of each prediction's bigram, (W, N) int64; all of them are among `wanted`."""
+    """The training count of each prediction's bigram, (W, N) int64; `wanted` must contain all of them."""
     return count[np.searchsorted(wanted, bigrams(windows_WX, vocab))]
 
 
-# ------------------------------------------------------------------------------------------ what a model says
+# ------------------------------------------------------------------------------------------------ predictions
 
 
 class Predictions(NamedTuple):
-    """What a model says of the N tokens of each window that it predicts; `top` is (W, N, K)."""
+    """A model's predictions of N tokens in each of W windows."""
 
     log_prob: np.ndarray
+    """Log-probability of the true token in nats, (W, N) float32."""
     rank: np.ndarray
+    """Number of tokens with a higher logit than the true one, (W, N) int32."""
     top: np.ndarray
+    """The K most likely tokens, most likely first, (W, N, K) int32."""
     top_log_prob: np.ndarray
+    """Their log-probabilities, (W, N, K) float16."""
 
 
 TOKENS_AT_ONCE = {"cpu": 1 << 12, "cuda": 1 << 15}
-"""Tokens that go through the model together, by device."""
+"""Tokens per forward pass, by device."""
 LOGITS_AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 27}
-"""Logits that exist at once: all of a batch would be hundreds of times its activations."""
+"""Logits in memory at once: those of a whole batch would be hundreds of times as large as activations."""
 
 
 @torch.inference_mode()
 def predict(model: Model, windows_WX: np.ndarray) -> Predictions:
-    """Run a model over windows, on its own device and in its own dtypes; logits are fp32.
-
-    Returns log_prob (W, N) float32 in nats; rank (W, N) int32, how many tokens got a higher logit than the
-    true one; top (W, N, K) int32, most likely first, and top_log_prob float16.
-    """
+    """Run a model over windows, on its own device and in its own dtypes, with fp32 logits."""
     head_VD = model.embed.weight.float()
     device, kind = head_VD.device, head_VD.device.type
     count = windows_WX.shape[1] - 1
@@ -208,7 +211,7 @@ def predict(model: Model, windows_WX: np.ndarray) -> Predictions:
             norm_C1 = logit_CV.logsumexp(-1, keepdim=True)
             true_C1 = logit_CV.gather(1, target_C[:, None])
             top = logit_CV.topk(min(TOP, len(head_VD)), dim=-1)
-            # as "not lower or equal", so that logits that are no numbers make nothing right
+            # counted as "not lower or equal", so that no token is ranked first if logits are NaN
             rank_C = (~(logit_CV <= true_C1)).sum(-1, dtype=torch.int32)
             logs = (true_C1 - norm_C1)[:, 0], rank_C, top.indices.int(), (top.values - norm_C1).half()
             parts.append([part.cpu() for part in logs])
@@ -221,35 +224,31 @@ def predict(model: Model, windows_WX: np.ndarray) -> Predictions:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Scores:
-    """What one run says of the validation windows, and all that the slices need.
-
-    Attributes:
-        label: the run's name, its folder's unless told otherwise.
-        about: settings, corpus, step, parameters and more, as recall.json holds them.
-        start_W: where in the validation split each window begins.
-        tokens_WX: the windows.
-        distance_WN, count_WN: of each prediction's bigram: how far back it was last (0: never), and how often
-            training has it.
-        said: what the model says.
-    """
+    """A run's predictions on the validation windows, and the data that defines the slices."""
 
     label: str
+    """The run's name: its folder's, unless another is given."""
     about: Mapping[str, Any]
+    """Settings, corpus, step, number of parameters and more, as in recall.json."""
     start_W: np.ndarray
+    """Index in the validation split of each window's first token."""
     tokens_WX: np.ndarray
+    """The windows."""
     distance_WN: np.ndarray
+    """Distance of each prediction's bigram in tokens; 0 if it is not repeated."""
     count_WN: np.ndarray
-    said: Predictions
+    """Count of each prediction's bigram in the training split."""
+    predictions: Predictions
 
     @property
     def nll(self) -> np.ndarray:
-        """In nats, (W, N) float64."""
-        return -self.said.log_prob.astype(np.float64)
+        """Negative log-likelihood of each true token in nats, (W, N) float64."""
+        return -self.predictions.log_prob.astype(np.float64)
 
     @property
     def right(self) -> np.ndarray:
-        """Whether the true token is the most likely one, (W, N)."""
-        return self.said.rank == 0
+        """Whether the true token is the most likely one, (W, N) bool."""
+        return self.predictions.rank == 0
 
 
 def score(
@@ -263,15 +262,15 @@ def score(
     save_seconds: float = 30.0,
     on_progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Scores:
-    """Run a model over the validation windows of its corpus and keep what it says in the run folder.
+    """Run a model over the validation windows of its corpus; the predictions are saved in the run folder.
 
-    recall.npz and recall.json hold it. What is there for the same settings is read, not computed again, and a
-    call that was interrupted goes on from the last save.
+    They are in recall.npz and recall.json. Saved predictions of the same settings are read, not computed
+    again, and an interrupted call resumes from its last save.
 
     Args:
-        about: what tells this model from any other: its config and step. Part of the settings.
-        model: makes the model, on its device and in its dtypes; only called if something is left to compute.
-        rows: windows, spread evenly; None for all.
+        about: what identifies the model: its config and step. Part of the settings.
+        model: builds the model, on its device and in its dtypes; only called if something must be computed.
+        rows: number of windows, evenly spread; None for all.
     """
     start_W, tokens_WX = windows_of(corpus.valid, context_len, rows)
     settings = {
@@ -284,9 +283,9 @@ def score(
         "train_tokens": len(corpus.train),
     }
     with contextlib.suppress(RunError):  # damaged: computed again
-        kept = find(folder)
-        if kept is not None and kept.about == {**kept.about, **settings}:
-            return kept
+        saved = find(folder)
+        if saved is not None and saved.about == {**saved.about, **settings}:
+            return saved
     key = _key(settings)
     partial = folder / "recall.partial.npz"
     arrays = {
@@ -295,29 +294,29 @@ def score(
         "distance_WN": distances(tokens_WX, corpus.tokenizer.end),
         "count_WN": look_up(tokens_WX, corpus.vocab, *training_counts(corpus)),
     }
-    said = _unfinished(partial, key, (len(start_W), context_len))
-    done = 0 if said is None else len(said.log_prob)
+    predictions = _unfinished(partial, key, (len(start_W), context_len))
+    done = 0 if predictions is None else len(predictions.log_prob)
     runner = model()
     per_call = max(1, 4 * TOKENS_AT_ONCE.get(runner.embed.weight.device.type, 1 << 12) // context_len)
-    pieces, began = [] if said is None else [said], time.monotonic()
-    saved = began
+    pieces, began = [] if predictions is None else [predictions], time.monotonic()
+    saved_at = began
     while done < len(start_W):
         on_progress(done, len(start_W))
         pieces.append(predict(runner, tokens_WX[done : done + per_call]))
         done += len(pieces[-1].log_prob)
-        if time.monotonic() - saved > save_seconds and done < len(start_W):
+        if time.monotonic() - saved_at > save_seconds and done < len(start_W):
             pieces = [_joined(pieces)]
             files.write_arrays(partial, {"key": np.array(key), **pieces[0]._asdict()})
-            saved = time.monotonic()
+            saved_at = time.monotonic()
     on_progress(done, len(start_W))
-    said = _joined(pieces)
-    found = {
+    predictions = _joined(pieces)
+    measured = {
         "settings": key,
         "parameters": runner.parameter_count(),
         "seconds": round(time.monotonic() - began, 1),
     }
-    scores = Scores(label=folder.name, about={**settings, **found}, said=said, **arrays)
-    files.write_arrays(folder / "recall.npz", {"key": np.array(key), **arrays, **said._asdict()})
+    scores = Scores(label=folder.name, about={**settings, **measured}, predictions=predictions, **arrays)
+    files.write_arrays(folder / "recall.npz", {"key": np.array(key), **arrays, **predictions._asdict()})
     digest = hashlib.sha256((folder / "recall.npz").read_bytes()).hexdigest()
     files.write_json(
         folder / "recall.json", {**scores.about, "npz": digest, "slices": table(scores, THRESHOLD)}
@@ -327,7 +326,7 @@ def score(
 
 
 BESIDES = ("settings", "parameters", "seconds", "npz", "slices")
-"""What recall.json says besides the settings."""
+"""The keys of recall.json that are not settings."""
 
 
 def find(folder: Path) -> Scores | None:
@@ -335,11 +334,11 @@ def find(folder: Path) -> Scores | None:
 
     Raises RunError, which names the file, if it is damaged.
     """
-    said, numbers = folder / "recall.json", folder / "recall.npz"
-    if not said.exists() or not numbers.exists():
+    about_path, arrays_path = folder / "recall.json", folder / "recall.npz"
+    if not about_path.exists() or not arrays_path.exists():
         return None
     way_out = f"Remove it, and `holdall recall` scores the model of {folder} again."
-    about = files.read_json(said, way_out)
+    about = files.read_json(about_path, way_out)
     if about.get("format") != FORMAT:
         return None
     settings = {name: value for name, value in about.items() if name not in BESIDES}
@@ -347,32 +346,32 @@ def find(folder: Path) -> Scores | None:
         about.get(name) for name in ("context_len", "windows", "of_windows", "train_tokens", "parameters")
     ]
     if about.get("settings") != _key(settings) or any(type(n) is not int or n < 1 for n in counts):
-        raise files.damaged(said, "its settings were altered", way_out)
-    arrays = files.read_arrays(numbers, way_out)
-    # both name what they are of, so that a call that ended between the two leaves no false pair
+        raise files.damaged(about_path, "its settings were altered", way_out)
+    arrays = files.read_arrays(arrays_path, way_out)
+    # both files contain the key: a call interrupted between writing them leaves no mismatched pair
     if about["settings"] != str(arrays.pop("key", "")):
         return None
-    if about.get("npz") not in (None, hashlib.sha256(files.read_bytes(numbers)).hexdigest()):
-        raise files.damaged(numbers, "it is not what was written", way_out)
+    if about.get("npz") not in (None, hashlib.sha256(files.read_bytes(arrays_path)).hexdigest()):
+        raise files.damaged(arrays_path, "it does not match its hash", way_out)
     if wrong := _misfit(arrays, about["windows"], about["context_len"]):
-        raise files.damaged(numbers, wrong, way_out)
-    found = Predictions(*(arrays.pop(name) for name in Predictions._fields))
+        raise files.damaged(arrays_path, wrong, way_out)
+    predictions = Predictions(*(arrays.pop(name) for name in Predictions._fields))
     about = {name: value for name, value in about.items() if name not in ("npz", "slices")}
-    return Scores(label=folder.name, about=about, said=found, **arrays)
+    return Scores(label=folder.name, about=about, predictions=predictions, **arrays)
 
 
 def _misfit(arrays: Mapping[str, np.ndarray], windows: int, context_len: int) -> str:
-    """What is wrong with the arrays of so many windows; empty if nothing is."""
-    each = (windows, context_len)
+    """What is wrong with the arrays of `windows` windows; empty if nothing is."""
+    per_token = (windows, context_len)
     shapes = {
         "start_W": (windows,),
         "tokens_WX": (windows, context_len + 1),
-        **dict.fromkeys(("distance_WN", "count_WN", "log_prob", "rank"), each),
+        **dict.fromkeys(("distance_WN", "count_WN", "log_prob", "rank"), per_token),
     }
     if arrays.keys() != {*shapes, "top", "top_log_prob"}:
         return f"it holds {', '.join(sorted(arrays))}"
     shapes |= dict.fromkeys(
-        ("top", "top_log_prob"), (*each, arrays["top"].shape[-1] if arrays["top"].ndim else 0)
+        ("top", "top_log_prob"), (*per_token, arrays["top"].shape[-1] if arrays["top"].ndim else 0)
     )
     for name, array in arrays.items():
         kind = "f" if "log_prob" in name else "i"
@@ -380,7 +379,7 @@ def _misfit(arrays: Mapping[str, np.ndarray], windows: int, context_len: int) ->
             return f"{name} is {array.dtype} of shape {array.shape}, not {shapes[name]}"
         if kind == "i" and array.min(initial=0) < 0:
             return f"{name} has a value below 0"
-        if kind == "f" and array.max(initial=0.0) > 1e-3:  # a NaN is what a model may say
+        if kind == "f" and array.max(initial=0.0) > 1e-3:  # NaN is allowed: a model may have diverged
             return f"{name} has a probability above 1"
     return ""
 
@@ -390,14 +389,14 @@ def _key(settings: Mapping[str, Any]) -> str:
 
 
 def _unfinished(path: Path, key: str, shape: tuple[int, int]) -> Predictions | None:
-    """What an interrupted call has left of so many windows and tokens; None if that cannot be used."""
+    """The predictions that an interrupted call saved; None if there are none for this (windows, tokens)."""
     with contextlib.suppress(RunError):
-        kept = files.read_arrays(path)
+        arrays = files.read_arrays(path)
         names = Predictions._fields
-        if str(kept.get("key")) == key and all(name in kept for name in names):
-            said = Predictions(*(kept[name] for name in names))
-            if all(part.ndim > 1 and part.shape[:2] == (len(said.log_prob), shape[1]) for part in said):
-                return said if len(said.log_prob) <= shape[0] else None
+        if str(arrays.get("key")) == key and all(name in arrays for name in names):
+            saved = Predictions(*(arrays[name] for name in names))
+            if all(part.ndim > 1 and part.shape[:2] == (len(saved.log_prob), shape[1]) for part in saved):
+                return saved if len(saved.log_prob) <= shape[0] else None
     return None
 
 
@@ -409,9 +408,9 @@ def _joined(pieces: Sequence[Predictions]) -> Predictions:
 
 
 def table(scores: Scores, threshold: int) -> dict[str, dict[str, float | None]]:
-    """Per slice, and for "all" and "other" (all but hits): tokens, their share, perplexity and accuracy.
+    """Tokens, their share, perplexity and accuracy of each slice, of "all", and of "other" (all but hits).
 
-    A slice without tokens has None for a perplexity and an accuracy.
+    Perplexity and accuracy of a slice without tokens are None.
     """
     slice_WN, nll_WN = slice_of(scores.distance_WN, scores.count_WN, threshold), scores.nll
     masks = {"all": slice_WN >= 0, **{name: slice_WN == k for k, name in enumerate(SLICES)}}
@@ -429,28 +428,30 @@ def table(scores: Scores, threshold: int) -> dict[str, dict[str, float | None]]:
 
 
 def gap_share(share_of_tokens: float, gap_hits: float, gap: float) -> float:
-    """The share of a gap that hits explain; both are differences of mean nll. NaN if there is no gap."""
+    """The share of a gap that hits explain; both gaps are differences of mean nll. NaN if there is no gap."""
     return share_of_tokens * gap_hits / gap if gap > 0 else float("nan")
 
 
 class Gap(NamedTuple):
-    """A run's gap to a reference in mean nll, below zero for one that is ahead, and what the hits add to it.
-
-    share: of the gap, with its 95% interval; NaN for a run that is not behind, infinite where it may not be.
-    """
+    """The gap of a run to a reference run, in nats per token, and the contribution of the hits to it."""
 
     gap: float
+    """Difference in mean nll; negative if the run is better than the reference."""
     hits: float
+    """The part of the gap that is due to hits."""
     share: float
+    """That part as a share of the gap; NaN if there is no positive gap."""
     low: float
+    """Lower end of the share's 95% interval; infinite if it includes draws without a gap."""
     high: float
+    """Upper end of it."""
 
 
 def gap(run: Scores, reference: Scores, threshold: int, *, draws: int = 1000) -> Gap:
-    """How far a run is behind a reference, and what share of that the hits explain.
+    """The gap of a run to a reference, and the share of it that the hits explain.
 
-    The interval is of bootstrap draws of whole windows, since tokens of one window are not independent. It
-    says how well the share is known from this text, not how it would vary over trainings.
+    The interval is a bootstrap over whole windows, since tokens of one window are not independent. It
+    measures the uncertainty from this sample of text, not the variation between training runs.
     """
     check_same(run, reference)
     hits_WN = slice_of(run.distance_WN, run.count_WN, threshold) == 0
@@ -472,15 +473,15 @@ def gap(run: Scores, reference: Scores, threshold: int, *, draws: int = 1000) ->
 
 
 class Carried(NamedTuple):
-    """What a model carries from token to token at the end of a context: how many numbers, and whether they
-    become more with every token."""
+    """The size of a model's state at the end of a context."""
 
-    numbers: int
+    elements: int
     grows: bool
+    """Whether it grows with the context."""
 
 
 def carried(run: Scores) -> Carried | None:
-    """The state of a run's model; None where its recall.json does not say what the model is."""
+    """The state size of a run's model; None if its recall.json has no config."""
     if "config" not in run.about:
         return None
     config, context_len = ModelConfig.from_dict(run.about["config"]["model"]), run.about["context_len"]
@@ -498,15 +499,15 @@ def check_same(run: Scores, other: Scores) -> None:
     same = (np.array_equal(getattr(run, name), getattr(other, name)) for name in ("tokens_WX", "count_WN"))
     if not all(same):
         texts = (
-            f"{each.label} on {each.about['windows']} windows of {each.about['context_len']} tokens of "
-            f"corpus {each.about['corpus'][:12]}"
-            for each in (run, other)
+            f"{scores.label} on {scores.about['windows']} windows of {scores.about['context_len']} tokens of "
+            f"corpus {scores.about['corpus'][:12]}"
+            for scores in (run, other)
         )
         raise RunError(f"{' and '.join(texts)}: only runs that read the same text can be compared")
 
 
 class Curve(NamedTuple):
-    """A mean over bins: bin b holds the values from low[b] up to and including high[b]."""
+    """Mean nll by bins: bin b holds the values from low[b] to high[b], inclusive."""
 
     low: np.ndarray
     high: np.ndarray
@@ -515,9 +516,9 @@ class Curve(NamedTuple):
 
 
 def curve(scores: Scores, by: str, threshold: int) -> Curve:
-    """Mean nll by powers of two of the distance (of hits) or of the training count (of all repeated bigrams).
+    """Mean nll of hits by distance, or of all repeated bigrams by training count, in bins of powers of two.
 
-    by: "distance" or "frequency". Bins of frequency begin with 0 alone. Empty bins are left out.
+    by: "distance" or "frequency". The first bin of frequencies holds only 0. Empty bins are left out.
     """
     slice_WN = slice_of(scores.distance_WN, scores.count_WN, threshold)
     mask = slice_WN == 0 if by == "distance" else slice_WN <= 1

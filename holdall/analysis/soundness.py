@@ -1,7 +1,7 @@
-"""How far a mixer's output drifts from the truth over great lengths, in the dtypes that people use.
+"""Numerical error of mixers over long sequences, in fp32 and bf16.
 
-The truth is the same mixer in fp64 on the same tokens: the laws hold its forms to the definition there.
-Inputs are normal numbers, weights are the initial ones, but for those that start at zero.
+The reference is the same mixer in fp64 on the same tokens, where the laws hold it to the definition. Inputs
+are Gaussian; weights are the initial ones, except those initialised to zero, which are drawn at random.
 """
 
 from __future__ import annotations
@@ -18,31 +18,30 @@ from holdall import files, mixers
 from holdall.contract import MixerConfig
 
 LENGTHS = {torch.float32: 100_000, torch.bfloat16: 16_384}
-"""Tokens after which an error is told, by dtype."""
+"""Tokens to read, by dtype."""
 MOST_PAIRS = 16_384
-"""Where the cost grows with the square of the length, no more tokens than these."""
+"""Most tokens to read where the cost is quadratic in the length."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drift:
-    """One measurement.
-
-    Attributes:
-        error: largest difference from fp64 over all outputs, relative to the largest output; NaN or infinite
-            where the outputs are.
-        last: the same over the last tenth of the tokens, where drift would show.
-        seconds: of the pass in this dtype.
-    """
+    """One measurement."""
 
     length: int
+    """Tokens read."""
     error: float
+    """Largest difference from fp64 over all outputs, relative to the largest output; NaN or infinite if an
+    output is.
+    """
     last: float
+    """The same over the last tenth of the tokens, where drift would show."""
     seconds: float
+    """Duration of the pass in this dtype."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured(Drift):
-    """A measurement and what it is of: a line of soundness.jsonl."""
+    """A measurement with its mixer and settings: a line of soundness.jsonl."""
 
     mixer: str
     dtype: str
@@ -52,23 +51,23 @@ class Measured(Drift):
 def read(path: Path) -> list[Measured]:
     """The lines of a soundness.jsonl; empty if there is no such file.
 
-    Raises RunError, which names the line that is none.
+    Raises RunError, which names the line that is wrong.
     """
     kinds = {"mixer": str, "dtype": str, "width": int, "length": int} | dict.fromkeys(
         ("error", "last", "seconds"), float
     )
-    found = []
+    measurements = []
     for number, line in enumerate(files.read_lines(path), 1):
         wrong = [name for name, kind in kinds.items() if type(line.get(name)) is not kind]
         if wrong or min(line["width"], line["length"]) < 1:
             reason = f"it has no usable {wrong[0] if wrong else 'width and length'}"
             raise files.damaged(f"line {number} of {path}", reason, "Remove that line.")
-        found.append(Measured(**{name: line[name] for name in kinds}))
-    return found
+        measurements.append(Measured(**{name: line[name] for name in kinds}))
+    return measurements
 
 
 def length_for(config: MixerConfig, dtype: torch.dtype, length: int | None = None) -> int:
-    """The tokens to read: those asked for or the usual ones, fewer where the cost is quadratic."""
+    """Tokens to read: `length` or the default of the dtype, fewer where the cost is quadratic."""
     wanted = length or LENGTHS[dtype]
     quadratic = any(square in mixers.entry(config.name).training for square in ("N²", "N^2"))
     return min(wanted, MOST_PAIRS) if quadratic else wanted
@@ -76,18 +75,20 @@ def length_for(config: MixerConfig, dtype: torch.dtype, length: int | None = Non
 
 @torch.no_grad()
 def drift(config: MixerConfig, dtype: torch.dtype, *, length: int | None = None, seed: int = 0) -> Drift:
-    """Read so many tokens in `dtype` and in fp64, and compare.
+    """Read the same tokens in `dtype` and in fp64, and compare the outputs.
 
-    The weights are rounded to `dtype` first and then widened, so that what is measured is the computation.
+    The fp64 weights are those in `dtype`, widened, so that the error is that of the computation alone.
     """
     length = length_for(config, dtype, length)
-    if getattr(config, "max_length", length) < length:  # filters and positions are made for so many tokens
+    if (
+        getattr(config, "max_length", length) < length
+    ):  # filters and positions are made for `max_length` tokens
         config = dataclasses.replace(config, max_length=length)  # type: ignore[call-arg]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         mixer = config.build().eval()
         for parameter in mixer.parameters():
-            if not parameter.any():  # RWKV's last projection starts at zero, and would hide everything
+            if not parameter.any():  # with RWKV's last projection at zero, all outputs would be zero
                 parameter.normal_(std=0.02)
         mixer = mixer.to(dtype)
         x_1TD = torch.randn(1, length, config.width, dtype=torch.float64).to(dtype)

@@ -1,9 +1,9 @@
-"""What the commands do and show in a terminal: live progress, tables, errors in one line.
+"""The commands and their terminal output: progress bars, tables, one-line errors.
 
-A file for each group of commands, imported when one of them runs; this one knows nothing heavy.
+There is one file per group of commands, imported when one of them runs; this one imports nothing heavy.
 
-Nothing that is printed is taken for Rich's markup, and no control character reaches the terminal: paths,
-labels and texts come from files and users. Style is given by `rich.text.Text`.
+Printed strings are never parsed as Rich's markup, and control characters are escaped, since paths, labels and
+texts come from files and users. Styles are given by `rich.text.Text`.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from rich.text import Text
 from holdall import errors, files
 
 TELL_SECONDS = 30.0
-"""Between the lines of progress where nobody sees a bar move."""
+"""Seconds between progress lines where the output is not a terminal."""
 TRACEBACK = "HOLDALL_TRACEBACK"
-"""The environment variable that shows the traceback of what is otherwise one line."""
+"""Environment variable: if set, refusals are shown with their traceback."""
 
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]|[\ud800-\udfff]")
-"""Control characters but tab and newline, and what stands for bytes of a file name that are no text."""
+"""Control characters except tab and newline, and surrogates, as in file names that are not UTF-8."""
 
 
 def printable(text: str) -> str:
-    """A text with what would steer the terminal, or is no text, escaped; its lines stay lines.
+    """A string with control characters and surrogates escaped, line breaks excepted.
 
-    Rich drops some of it wherever it makes a text of a string (bell, backspace, carriage return and alike).
+    Those that Rich itself removes from text (bell, backspace, carriage return and the like) are removed.
     """
-    return UNPRINTABLE.sub(lambda found: files.printable(found[0]), strip_control_codes(text))
+    return UNPRINTABLE.sub(lambda match: files.printable(match[0]), strip_control_codes(text))
 
 
 class PlainConsole(Console):
-    """A console that prints text as it is."""
+    """A console that does not interpret markup, and escapes control characters."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, highlight=False, **options)
@@ -56,7 +56,7 @@ class PlainConsole(Console):
 
 
 class Words(TextColumn):
-    """A column of a progress bar that prints text as it is."""
+    """A text column of a progress bar, without markup."""
 
     def __init__(self, text: str, **options: Any) -> None:
         super().__init__(text, markup=False, **options)
@@ -67,25 +67,25 @@ console = PlainConsole()
 
 @contextlib.contextmanager
 def busy(text: str = "") -> Iterator[Callable[[str], None]]:
-    """A line that says what is being done; gives the function that changes it."""
+    """A status line while something is computed; yields a function that changes its text."""
     with console.status(Text(text)) as status:
         yield lambda text: status.update(Text(text))
 
 
 def guarded(command: Callable[[], Any]) -> Any:
-    """What a command returns, or what `failed` does with its error."""
+    """Run a command; returns its result, or the exit status of its error (`failed`)."""
     try:
         return command()
-    except BrokenPipeError:  # whoever reads has seen enough, which the caller knows to end
+    except BrokenPipeError:  # the reader closed the pipe; the caller handles it
         raise
     except Exception as error:
         return failed(error)
 
 
 def failed(error: Exception) -> int:
-    """Say what ended a command: of a refusal its one line, of a fault all that helps to mend it.
+    """Print the error that ended a command: one line for a refusal, a traceback and versions for a bug.
 
-    Returns the exit status: 2 for what a user can mend, 1 for a fault.
+    Returns the exit status: 2 for what a user can fix, 1 for a bug.
     """
     stderr = PlainConsole(stderr=True, soft_wrap=True)
     refusal = errors.is_refusal(error)
@@ -103,8 +103,8 @@ def failed(error: Exception) -> int:
             versions.insert(0, f"{name} {metadata.version(name)}")
     stderr.print(
         Text.assemble(
-            ("This is a fault of Holdall", "bold red"),
-            ", not of what you typed. Please report it with the lines above, the command "
+            ("This is a bug in Holdall", "bold red"),
+            ", not in your command. Please report it with the lines above, the command "
             f"({' '.join(['holdall', *sys.argv[1:]])}) and: {', '.join(versions)}.",
         )
     )
@@ -112,7 +112,7 @@ def failed(error: Exception) -> int:
 
 
 def resolve_device(device: str) -> str:
-    """What "auto" means here. Raises ValueError if there is no such device."""
+    """The device for "auto", "cpu" or "cuda". Raises ValueError if there is no such device."""
     import torch
 
     available = torch.cuda.is_available()

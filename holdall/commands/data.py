@@ -1,4 +1,4 @@
-"""What `holdall data` does and shows in a terminal; without PyTorch, so that it starts at once."""
+"""`holdall data`; does not import PyTorch, so that it starts at once."""
 
 from __future__ import annotations
 
@@ -50,36 +50,36 @@ def data(
                 on_progress=view.progress,
             )
     except KeyboardInterrupt:
-        _print(f"Stopped. What is whole is in {out}; the same command resumes from there.")
+        _print(f"Stopped. Finished shards are in {out}; the same command resumes from there.")
         return 130
     _print_corpus(corpus)
     seconds = time.monotonic() - began
     if view.tokens:
         console.print(f"  {seconds:,.1f} s, {view.tokens / seconds:,.0f} tokens/s")
     else:
-        console.print("  It was finished before; nothing was done.")
+        console.print("  It was already finished; nothing was done.")
     return 0
 
 
 class _DataView:
-    """The bar of what is read, and how fast tokens come."""
+    """A progress bar of the bytes read, with the number of tokens per second."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
         self.bars = Progress(
             Words("reading"),
             BarColumn(),
-            Words("{task.percentage:>3.0f}%  {task.fields[says]}"),
+            Words("{task.percentage:>3.0f}%  {task.fields[counts]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,
             transient=True,
             disable=not console.is_terminal,
         )
-        self.bar = self.bars.add_task("", total=None, says="")
+        self.bar = self.bars.add_task("", total=None, counts="")
         self.tokens = 0
-        """Since the command began."""
-        self.began = self.told = time.monotonic()
+        """Tokens written since the command began."""
+        self.began = self.reported = time.monotonic()
 
     def __enter__(self) -> _DataView:
         self.bars.start()
@@ -91,17 +91,17 @@ class _DataView:
     def progress(self, progress: DataProgress) -> None:
         self.tokens = progress.tokens - progress.tokens_before
         now = time.monotonic()
-        says = f"{progress.documents:,} documents  {progress.tokens:,} tokens"
-        says += f"  {self.tokens / (now - self.began):,.0f}/s"
-        says += f"  {progress.left_out:,} left out" if progress.left_out else ""
-        self.bars.update(self.bar, completed=progress.bytes, total=progress.of_bytes, says=says)
-        if not console.is_terminal and now - self.told > TELL_SECONDS:
-            self.told = now
-            console.print(f"{progress.bytes / max(1, progress.of_bytes):4.0%}  {says}")
+        counts = f"{progress.documents:,} documents  {progress.tokens:,} tokens"
+        counts += f"  {self.tokens / (now - self.began):,.0f}/s"
+        counts += f"  {progress.left_out:,} left out" if progress.left_out else ""
+        self.bars.update(self.bar, completed=progress.bytes, total=progress.of_bytes, counts=counts)
+        if not console.is_terminal and now - self.reported > TELL_SECONDS:
+            self.reported = now
+            console.print(f"{progress.bytes / max(1, progress.of_bytes):4.0%}  {counts}")
 
 
 def _print(line: str) -> None:
-    """Print one line, whatever is in the names of files that it holds."""
+    """Print one line; anything unprintable in it, as in file names, is escaped."""
     console.print(files.printable(line), soft_wrap=True)
 
 
@@ -109,7 +109,7 @@ def _check(out: Path) -> int:
     with busy(f"reading {out}"):
         corpus = text.open_corpus(out, verify=True)
     _print_corpus(corpus)
-    console.print(f"  All {len(corpus.manifest['files'])} files are as they were written.")
+    console.print(f"  All {len(corpus.manifest['files'])} files match the hashes in the manifest.")
     return 0
 
 
@@ -120,8 +120,8 @@ def _print_corpus(corpus: text.Corpus) -> None:
     for column in ("documents", "tokens", "shards"):
         table.add_column(column, justify="right", no_wrap=True)
     for split in SPLITS:
-        each = manifest[split]
-        table.add_row(split, f"{each['documents']:,}", f"{each['tokens']:,}", str(len(each["shards"])))
+        counts = manifest[split]
+        table.add_row(split, f"{counts['documents']:,}", f"{counts['tokens']:,}", str(len(counts["shards"])))
     console.print(table)
     for reason, count in manifest["left_out"].items():
         console.print(f"  left out: {count:,} of {reason}")
@@ -129,14 +129,14 @@ def _print_corpus(corpus: text.Corpus) -> None:
         _print(f"    {example}")
     if undivided := manifest.get("undivided"):
         console.print(
-            f"  the separator is nowhere in {undivided['files']:,} files, each of which is one document:"
+            f"  the separator does not occur in {undivided['files']:,} files, each of which is one document:"
         )
         for name in undivided["examples"]:
             _print(f"    {name}")
     if manifest["ignored_files"]:
-        console.print(f"  passed over: {manifest['ignored_files']:,} files in folders that are no text")
-    size = sum(each["bytes"] for each in manifest["files"].values()) / (1 << 20)
+        console.print(f"  ignored: {manifest['ignored_files']:,} files in folders that are not text")
+    size = sum(file["bytes"] for file in manifest["files"].values()) / (1 << 20)
     _print(
         f"  {corpus.folder}: tokenizer {corpus.tokenizer.name}, vocabulary {corpus.vocab:,}, "
-        f"{size:,.1f} MiB of {manifest['dtype']}, content {corpus.content_hash[:12]}",
+        f"{size:,.1f} MiB of {manifest['dtype']}, content hash {corpus.content_hash[:12]}",
     )

@@ -32,28 +32,28 @@ def matrix(
     *,
     command: str,
 ) -> int:
-    """The command `holdall matrix`; 1 if some mixer has no matrix, which stops no other."""
-    wanted = dict.fromkeys(names)
+    """The command `holdall matrix`; returns 1 if some mixer has no matrix, after computing all others."""
+    specs = dict.fromkeys(names)
     for file in load:
         mixers.load(file)
-    for each in wanted:  # what a user typed is checked before anything is computed
-        mixers.configured(each, width)
+    for spec in specs:  # check the user's input before computing anything
+        mixers.configured(spec, width)
     settings: dict[str, Any] = {"length": length, "kind": input, "scale": scale, "seed": seed, "shown": heads}
-    found: list[gallery.MixingMatrix] = []
+    computed: list[gallery.MixingMatrix] = []
     failures: dict[str, str] = {}
-    wanted = wanted or dict.fromkeys(name for members in mixers.families().values() for name in members)
+    specs = specs or dict.fromkeys(name for members in mixers.families().values() for name in members)
     with busy() as say:
-        for each in wanted:
-            say(f"{each} ({len(found) + len(failures) + 1} of {len(wanted)})")
+        for spec in specs:
+            say(f"{spec} ({len(computed) + len(failures) + 1} of {len(specs)})")
             try:
-                label, config = mixers.configured(each, width)
-                found.append(matrix_of(config, label=label, jacobian=jacobian, **settings))
-            except Exception as error:  # whatever a mixer raises stops no other, and is told below
-                failures[each] = f"{type(error).__name__}: {error}".partition("\n")[0]
+                label, config = mixers.configured(spec, width)
+                computed.append(matrix_of(config, label=label, jacobian=jacobian, **settings))
+            except Exception as error:  # an error of one mixer does not stop the others; it is printed below
+                failures[spec] = f"{type(error).__name__}: {error}".partition("\n")[0]
     kind = {
         "random": "random input",
-        "repeats": "associative recall of few tokens",
-        "constant": "one token again and again",
+        "repeats": "associative recall from few tokens",
+        "constant": "one token repeated",
     }
     result = gallery.Gallery(
         command=command,
@@ -61,16 +61,16 @@ def matrix(
         width=width,
         input=f"{kind[input]}, scale {scale:g}",
         tokens=inputs(input, length, width, seed=seed).names,
-        matrices=tuple(found),
+        matrices=tuple(computed),
         failures=failures,
         environment=environment.describe("cpu", torch.get_num_threads()),
     )
-    if found:
+    if computed:
         console.print(_matrix_table(result))
     for label, reason in failures.items():
         console.print(f"{label} has no matrix: {reason}", soft_wrap=True)
     written = gallery.save(result, out)
-    for path in (*(matrices.write(out, out, dark=dark) if found else []), *written):
+    for path in (*(matrices.write(out, out, dark=dark) if computed else []), *written):
         console.print(f"  {path}", soft_wrap=True)
     return 1 if failures else 0
 
@@ -81,10 +81,12 @@ def _matrix_table(result: gallery.Gallery) -> Table:
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         padding=(0, 1),
-        caption="Rank: of what the second half of the sequence takes from the first, M[N/2:, :N/2], out of "
-        "the largest possible; a recurrence passes all of it through its state. To 1%: the rank that gives "
-        "that quarter within 1%. The largest of all heads or channels counts; a Jacobian counts all numbers "
-        "of the state together." + " Small: entries below 1/1000 of their row's largest." * wide,
+        caption="Rank: of the block M[N/2:, :N/2], by which the second half of the sequence depends on the "
+        "first, out of the largest possible; in a recurrence all of it passes through the state. To 1%: the "
+        "lowest rank within 1% of that block. Ranks are the largest of all heads or channels; a Jacobian's "
+        "is of all state elements together."
+        + " Small: entries below 1/1000 of the largest in their row."
+        * wide,
         caption_justify="left",
     )
     table.add_column("mixer")
@@ -92,16 +94,16 @@ def _matrix_table(result: gallery.Gallery) -> Table:
         table.add_column(column, no_wrap=True)
     for column in ("rank", "to 1%", "state", "Toeplitz", "causal", *(["small"] if wide else [])):
         table.add_column(column, justify="right", no_wrap=True)
-    for each in result.matrices:
+    for matrix in result.matrices:
         table.add_row(
-            each.label,
-            each.kind,
-            *([each.source or "the whole mixer"] if wide else []),
-            "-" if each.rank is None else f"{each.rank}/{each.full_rank}",
-            "-" if each.rank_1 is None else str(each.rank_1),
-            str(each.state),
-            "yes" if each.is_toeplitz else f"{each.toeplitz:.0%} off",
-            "yes" if each.causal else "no",
-            *([f"{each.sparsity:.0%}"] if wide else []),
+            matrix.label,
+            matrix.kind,
+            *([matrix.source or "the whole mixer"] if wide else []),
+            "-" if matrix.rank is None else f"{matrix.rank}/{matrix.full_rank}",
+            "-" if matrix.rank_1 is None else str(matrix.rank_1),
+            str(matrix.state),
+            "yes" if matrix.is_toeplitz else f"{matrix.toeplitz:.0%} off",
+            "yes" if matrix.causal else "no",
+            *([f"{matrix.sparsity:.0%}"] if wide else []),
         )
     return table

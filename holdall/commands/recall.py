@@ -1,4 +1,4 @@
-"""What `holdall recall` does and shows in a terminal."""
+"""`holdall recall`."""
 
 from __future__ import annotations
 
@@ -68,18 +68,18 @@ def recall(
             path = recalls.write_page(scored[0], scored[1], open_data(configs[0]), out, **how)
             console.print(f"  {path}", soft_wrap=True)
     except KeyboardInterrupt:
-        console.print("Stopped. What was scored is in the run folders; the same command goes on from there.")
+        console.print("Stopped. Finished scores are in the run folders; the same command resumes from there.")
         return 130
     return 0
 
 
 def _warn_of_bytes(config: PretrainConfig) -> None:
-    """Of bytes nearly every pair was there before: a hit is no recalled name then."""
-    with contextlib.suppress(files.RunError):  # scores are shown where their corpus is not
+    """Warn if tokens are bytes: nearly every pair of bytes is repeated, so hits say little about recall."""
+    with contextlib.suppress(files.RunError):  # scores can be shown without their corpus
         if isinstance(open_data(config).tokenizer, Bytes):
             console.print(
-                "warning: this corpus is of bytes, so a recall hit is a pair of letters that was there "
-                "before and says little about recall. For hits of words make the corpus with a tokenizer, as "
+                "warning: the tokens of this corpus are bytes, so a recall hit is a repeated pair of letters "
+                "and says little about recall. For hits on words make the corpus with a tokenizer, such as "
                 "`holdall data --tokenizer gpt2`, and train on that.",
                 soft_wrap=True,
             )
@@ -93,7 +93,7 @@ def _config(folder: Path) -> PretrainConfig:
 
 
 def _labels(folders: Sequence[Path]) -> list[str]:
-    """The folders' names, with as many parents as tell them apart."""
+    """The folders' names, with as many parents as are needed to distinguish them."""
     whole = [folder.absolute() for folder in folders]
     if len(set(whole)) < len(whole):
         raise ValueError("a run is named twice")
@@ -153,7 +153,7 @@ def _has(kept: slices.Scores, context: int, rows: int | None) -> bool:
 
 
 class _ScoreView:
-    """A bar for the run that is being scored; without a terminal, a line now and then."""
+    """A progress bar of the run that is being scored; if there is no terminal, a line now and then."""
 
     def __init__(self, count: int) -> None:
         self.bars = Progress(
@@ -166,7 +166,7 @@ class _ScoreView:
             transient=True,
             disable=not console.is_terminal,
         )
-        self.count, self.number, self.told = count, 0, time.monotonic()
+        self.count, self.number, self.reported = count, 0, time.monotonic()
 
     def __enter__(self) -> _ScoreView:
         self.bars.start()
@@ -182,28 +182,29 @@ class _ScoreView:
 
     def progress(self, done: int, of: int) -> None:
         self.bars.update(self.task, completed=done, total=of)
-        if not console.is_terminal and time.monotonic() - self.told > TELL_SECONDS:
-            self.told = time.monotonic()
+        if not console.is_terminal and time.monotonic() - self.reported > TELL_SECONDS:
+            self.reported = time.monotonic()
             console.print(f"{self.label}: {done} of {of} windows")
 
 
 def _table(scored: Sequence[slices.Scores], threshold: int) -> Table:
-    """All runs beside each other; the first is the reference."""
+    """A table of all runs; the first is the reference."""
     first, wide = scored[0], console.width >= 100
     lines = [slices.table(run, threshold) for run in scored]
     names = ["all", "hits", "other", *(["repeated", "rest"] if wide else [])]
     of = lines[0]
     text = (
-        f"Perplexity. Hits complete a bigram seen before in the {first.about['context_len']:,} tokens of the "
-        f"context which is at most {threshold:,} times in the {first.about['train_tokens']:,} of training; "
+        f"Perplexity. Hits complete a bigram that occurred before in the {first.about['context_len']:,} "
+        f"tokens of context and at most {threshold:,} times in {first.about['train_tokens']:,} training "
+        "tokens; "
         f"they are {of['hits']['share']:.1%} of {of['all']['tokens']:,} tokens, other repeated bigrams "
         f"{of['repeated']['share']:.1%}. Right: the most likely token is the true one."
     )
     if len(scored) > 1:
         text += (
-            f" Gap: of log-perplexity to {first.label}{'; on hits: what they add to it' if wide else ''}; of "
-            f"it hits: the share that they explain{', with its 95% interval over windows' if wide else ''}; "
-            "above 100% where the run is better on other tokens, none where it is not behind."
+            f" Gap: in log-perplexity to {first.label}{'; on hits: the part due to hits' if wide else ''}; "
+            f"of it hits: their share of it{', with its 95% interval over windows' if wide else ''}; "
+            "above 100% if the run is better on other tokens, none if there is no gap."
         )
     table = Table(
         box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), caption=Text(text), caption_justify="left"

@@ -28,15 +28,15 @@ def zoo(name: str | None, width: int, context: int, load: Sequence[Path]) -> int
     if name is not None:
         console.print(str(mixers.entry(name)), soft_wrap=True)
         return 0
-    seeing = [name for name in mixers.names() if not mixers.entry(name).causal]
+    not_causal = [name for name in mixers.names() if not mixers.entry(name).causal]
     table = Table(
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         padding=(0, 1),
-        caption=f"State: elements that one layer carries per row, and the bytes of them, counted after N = "
-        f"{context} tokens at width D = {width} with bf16 activations. A wider terminal also shows papers "
-        "and costs of N tokens at once and of one more. `holdall zoo NAME` tells letters, paper and options. "
-        f"Not causal: {', '.join(seeing)}.",
+        caption=f"State: elements per row and layer, and their bytes, counted after N = {context} tokens at "
+        f"width D = {width} with bf16 activations. A wider terminal also shows papers and the costs of N "
+        "tokens at once and of one more. `holdall zoo NAME` explains the letters and lists paper and "
+        f"options. Not causal: {', '.join(not_causal)}.",
         caption_justify="left",
     )
     costs, papers = console.width >= 105, console.width >= 140
@@ -71,10 +71,10 @@ def zoo_page(results: Path, page: Path, load: Sequence[Path]) -> int:
 def soundness(names: Sequence[str], out: Path, width: int, length: int | None, load: Sequence[Path]) -> int:
     """The command `holdall soundness`."""
     path = out / "soundness.jsonl"
-    found: list[dict[str, Any]] = []
+    lines: list[dict[str, Any]] = []
     for file in load:
         mixers.load(file)
-    wanted = [(each, mixers.configured(each, width)[1]) for each in names or mixers.names()]
+    configs = [(spec, mixers.configured(spec, width)[1]) for spec in names or mixers.names()]
     with files.explained(out):
         out.mkdir(parents=True, exist_ok=True)
     done = {
@@ -85,29 +85,30 @@ def soundness(names: Sequence[str], out: Path, width: int, length: int | None, l
     for column in ("dtype", "tokens", "error", "late", "s"):
         table.add_column(column, justify="right", no_wrap=True)
     table.caption = (
-        "Error: largest difference from fp64, relative to the largest output; late: of the last tenth."
+        "Error: largest difference from fp64, relative to the largest output; late: over the last tenth of "
+        "the tokens."
     )
     table.caption_justify = "left"
     with busy() as say:
-        for label, config in wanted:
+        for label, config in configs:
             for dtype in LENGTHS:
                 name = str(dtype).removeprefix("torch.")
-                say(f"{label}, {name} ({len(found) + 1} of {len(LENGTHS) * len(wanted)})")
+                say(f"{label}, {name} ({len(lines) + 1} of {len(LENGTHS) * len(configs)})")
                 line = done.get((label, name, width, length_for(config, dtype, length)))
                 if line is None:
                     measured = drift(config, dtype, length=length)
                     line = {"mixer": label, "dtype": name, "width": width, **dataclasses.asdict(measured)}
                     files.append_line(path, line)
-                found.append(line)
+                lines.append(line)
                 table.add_row(
                     label, name, f"{line['length']:,}", f"{line['error']:.1e}", f"{line['last']:.1e}",
                     f"{line['seconds']:.1f}",
                 )  # fmt: skip
     console.print(table)
     console.print(f"  {path}", soft_wrap=True)
-    unsound = [line["mixer"] for line in found if not math.isfinite(line["error"])]
+    unsound = [line["mixer"] for line in lines if not math.isfinite(line["error"])]
     if unsound:
-        console.print(f"not finite: {', '.join(unsound)}", soft_wrap=True)
+        console.print(f"NaN or infinite: {', '.join(unsound)}", soft_wrap=True)
     return 1 if unsound else 0
 
 

@@ -79,7 +79,7 @@ def write(
     known = {
         label: (state, hits[label])
         for label, state in states.items()
-        if state and state.numbers and math.isfinite(hits[label] or math.inf)
+        if state and state.elements and math.isfinite(hits[label] or math.inf)
     }
     if len(known) > 1:  # of whom both are known, and have a place on axes without a zero
         figures["state"] = recall_state.draw(known, scored[0].about["context_len"], dark=dark)
@@ -186,7 +186,7 @@ def legible(text: str) -> str:
 
 def _most(a: Scores, b: Scores) -> int:
     """How many of a model's best tokens are shown: as many as were kept of both."""
-    return min(run.said.top.shape[-1] for run in (a, b))
+    return min(run.predictions.top.shape[-1] for run in (a, b))
 
 
 def _passage(
@@ -200,8 +200,10 @@ def _passage(
     slices = slice_of(distance, a.count_WN[within], threshold)
     fields = [pieces.of(window_X[first:]), slices, distance, np.minimum(a.count_WN[within], 2**31 - 1)]
     for run in (a, b):
-        fields += [_milli(run.said.log_prob[within]), run.said.rank[within]]
-        tops, logs = (x[within][:, : _most(a, b)] for x in (run.said.top, run.said.top_log_prob))
+        fields += [_milli(run.predictions.log_prob[within]), run.predictions.rank[within]]
+        tops, logs = (
+            x[within][:, : _most(a, b)] for x in (run.predictions.top, run.predictions.top_log_prob)
+        )
         fields += [*pieces.of(tops).T, *_milli(logs).T]
     earlier = {}
     for place in np.flatnonzero(distance > np.arange(len(distance)) - 1).tolist():

@@ -28,7 +28,7 @@ def draw(runs: Mapping[str, tuple[Carried, float]], context_len: int, *, dark: b
         FigureCanvasAgg(figure)
         axes = figure.add_axes((0.075, 0.115, 0.915, 0.815))
         for grows, name in ((False, "a state of fixed size"), (True, "grows with the context")):
-            those = [(state.numbers, hits) for state, hits in runs.values() if state.grows == grows]
+            those = [(state.elements, hits) for state, hits in runs.values() if state.grows == grows]
             axes.plot(
                 *zip(*those, strict=True) if those else ([], []), "o", label=name, color=COLOURS["hits"],
                 markerfacecolor=ground if grows else None, markersize=6, markeredgewidth=1.4,
@@ -49,7 +49,7 @@ def draw(runs: Mapping[str, tuple[Carried, float]], context_len: int, *, dark: b
             axis.set_minor_locator(NullLocator())
         axes.set_xlabel(f"Numbers that are carried from token to token, after {context_len:,}")
         axes.set_ylabel("Perplexity on recall hits")
-        _write_labels(axes, {label: (state.numbers, hits) for label, (state, hits) in runs.items()}, muted)
+        _write_labels(axes, {label: (state.elements, hits) for label, (state, hits) in runs.items()}, muted)
         figure.legend(
             loc="upper left", bbox_to_anchor=(0.065, 0.995), ncol=2, frameon=False, fontsize=7.8,
             handletextpad=0.3, columnspacing=1.4, borderaxespad=0.2,

@@ -211,7 +211,7 @@ def scored(corpus, folder, model=small_model, about=ABOUT, **options):
 def same(a: Scores, b: Scores) -> bool:
     fields = [(getattr(each, f.name) for f in dataclasses.fields(Scores)[2:-1]) for each in (a, b)]
     return all((x == y).all() for x, y in zip(*fields, strict=True)) and all(
-        (x == y).all() for x, y in zip(a.said, b.said, strict=True)
+        (x == y).all() for x, y in zip(a.predictions, b.predictions, strict=True)
     )
 
 
@@ -312,7 +312,7 @@ def made(nll_WN, label: str = "made", distance_WN=None, count_WN=None) -> Scores
         tokens_WX=np.zeros((shape[0], shape[1] + 1), np.int32),
         distance_WN=np.zeros(shape, np.int32) if distance_WN is None else np.asarray(distance_WN, np.int32),
         count_WN=np.ones(shape, np.int64) if count_WN is None else np.asarray(count_WN),
-        said=said,
+        predictions=said,
     )
 
 

@@ -73,7 +73,7 @@ def made(label: str, right_WN: np.ndarray, nll: tuple[float, float], **more) -> 
         tokens_WX=tokens_WX,
         distance_WN=slices.distances(tokens_WX, Bytes.end),
         count_WN=np.where(true_WN == ord("y"), 9999, 3),
-        said=Predictions(log_prob, np.where(right_WN, 0, 4).astype(np.int32), top, logs),
+        predictions=Predictions(log_prob, np.where(right_WN, 0, 4).astype(np.int32), top, logs),
         **more,
     )
 
@@ -253,8 +253,10 @@ def test_pointing_tells_what_both_expected_and_where_it_was(visit, pair):
 @pytest.mark.browser
 def test_of_two_runs_that_kept_unequally_many_the_fewer_are_shown(visit, pair):
     a, b = pair
-    said = b.said._replace(top=b.said.top[..., :1], top_log_prob=b.said.top_log_prob[..., :1])
-    for runs in ((a, replace(b, said=said)), (replace(b, said=said), a)):
+    said = b.predictions._replace(
+        top=b.predictions.top[..., :1], top_log_prob=b.predictions.top_log_prob[..., :1]
+    )
+    for runs in ((a, replace(b, predictions=said)), (replace(b, predictions=said), a)):
         page = visit(runs)
         token(page, 3).hover()
         assert page.locator("#tops tr").count() == 2
@@ -403,7 +405,7 @@ def many(label: str, factor: float) -> Scores:
         tokens_WX=np.zeros((20, 401), np.int32),
         distance_WN=distance,
         count_WN=random.integers(0, 5000, (20, 400)) * (random.random((20, 400)) < 0.8),
-        said=Predictions(-nll, np.zeros((20, 400), np.int32), *[np.zeros((20, 400, 5))] * 2),
+        predictions=Predictions(-nll, np.zeros((20, 400), np.int32), *[np.zeros((20, 400, 5))] * 2),
     )
 
 
@@ -446,8 +448,10 @@ def test_curves_of_seventeen_runs_stay_inside_and_tell_the_command():
 
 def test_the_parts_of_a_bar_add_up_to_the_gap():
     first, far = many("first", 0), many("far", 2)
-    better = replace(far, label="better", said=far.said._replace(log_prob=far.said.log_prob.copy()))
-    better.said.log_prob[far.distance_WN == 0] += 3.0  # where nothing is repeated
+    better = replace(
+        far, label="better", predictions=far.predictions._replace(log_prob=far.predictions.log_prob.copy())
+    )
+    better.predictions.log_prob[far.distance_WN == 0] += 3.0  # where nothing is repeated
     found = {run.label: recall_gaps.parts(run, first, 1250) for run in (far, better)}
     for run in (far, better):
         gap = float((run.nll - first.nll).mean())
@@ -507,8 +511,8 @@ def test_states_are_where_they_belong_and_their_labels_apart_and_inside():
         figure = recall_state.draw(runs, 1024, dark=dark)
         (axes,) = figure.axes
         fixed, growing = (set(zip(*line.get_data(), strict=True)) for line in axes.lines)
-        assert fixed == {(state.numbers, hits) for state, hits in runs.values() if not state.grows}
-        assert growing == {(state.numbers, hits) for state, hits in runs.values() if state.grows}
+        assert fixed == {(state.elements, hits) for state, hits in runs.values() if not state.grows}
+        assert growing == {(state.elements, hits) for state, hits in runs.values() if state.grows}
         renderer, page = figure.canvas.get_renderer(), figure.bbox
         figure.draw(renderer)
         # of the words alone: an annotation counts its line too
@@ -575,7 +579,7 @@ def test_command_compares_runs_from_their_folders(runs_of, tmp_path, monkeypatch
     assert "my own text" in page
     assert "Title" in page
     printed = capsys.readouterr().out
-    assert "warning: this corpus is of bytes" in printed
+    assert "warning: the tokens of this corpus are bytes" in printed
     assert re.search(r"\bb +\d+\.\d\d +\d+\.\d\d +\d+\.\d\d", printed)
     # again, and with more: from what the folders keep, even without weights
     monkeypatch.setattr(slices, "predict", lambda *_: pytest.fail("scored again"))

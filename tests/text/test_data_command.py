@@ -47,7 +47,7 @@ def test_it_makes_tells_checks_and_does_nothing_twice(
     assert "nothing was done" in told
     code, told = run(monkeypatch, capsys, "data", "--check", "--out", out)
     assert code == 0
-    assert f"All {len(manifest['files'])} files are as they were written" in told
+    assert f"All {len(manifest['files'])} files match the hashes in the manifest" in told
     shard = out / "train-00000.npy"
     shard.write_bytes(shard.read_bytes()[:-2] + b"\0\0")
     code, told = run(monkeypatch, capsys, "data", "--check", "--out", out)
@@ -71,7 +71,7 @@ def test_what_comes_from_files_is_neither_markup_nor_a_terminal_s_commands(
         assert code == 0, told
         assert not set(told) - {"\n"} - {letter for letter in told if letter.isprintable()}
         assert "[red]caf\\xe9\\x1b[31m\\n[].txt:1: bad UTF-8, byte 4" in told
-        assert "the separator is nowhere in 2 files" in told
+        assert "the separator does not occur in 2 files" in told
         assert "b[x].txt" in told
         assert "out[/]\\x1b[31m" in told
     (out / "manifest.json").unlink()
