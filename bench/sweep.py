@@ -33,7 +33,7 @@ from rich.table import Table
 from bench import gpu, show
 from bench.training import plain_loop
 from holdall import recipes
-from holdall.sweeps.sweep import Point
+from holdall.sweeps import Point
 from holdall.tasks.data import Segment
 from holdall.training.populations import TrainConfig, Trainer, own_stream, repeatable
 

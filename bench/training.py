@@ -39,7 +39,7 @@ from holdall.mixers.mamba import MambaConfig
 from holdall.mixers.taylor import TaylorConfig
 from holdall.model import Model, ModelConfig
 from holdall.recipes.patterns import after_conv
-from holdall.sweeps.sweep import keep_freed_memory
+from holdall.sweeps.worker import keep_freed_memory
 from holdall.tasks.data import MQARData, Segment
 from holdall.tasks.mqar import NOTHING_ASKED
 from holdall.training.populations import TrainConfig, Trainer

@@ -25,8 +25,18 @@ from holdall.recipes import quick
 from holdall.report import data
 from holdall.report import matrix as matrices
 from holdall.report.style import bytes_text
-from holdall.sweeps.remaining import Remaining, in_words
-from holdall.sweeps.sweep import OutOfTime, Point, SweepConfig, Watcher, at_once, in_order, planned, run_sweep
+from holdall.sweeps import (
+    OutOfTime,
+    Point,
+    Remaining,
+    SweepConfig,
+    Watcher,
+    at_once,
+    in_order,
+    in_words,
+    planned,
+    run_sweep,
+)
 from holdall.training.populations import Progress as TrainProgress
 
 OUT_OF_TIME = 75
@@ -127,7 +137,7 @@ class _FrontierView:
         order = in_order(self.jobs)
         self.places = {index: place for place, index in enumerate(order)}
         self.remaining = Remaining(
-            [f"{self.jobs[i].point.label} {self.jobs[i].point.train.model.width}" for i in order],
+            [self.jobs[index].model for index in order],
             [costs[index] for index in order],
             at_once(device, workers),
         )

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from holdall.contract import did_you_mean
 from holdall.recipes import based_figure2, quick, synthetics, zoo, zoology_figure2, zoology_small
-from holdall.sweeps.sweep import SweepConfig
+from holdall.sweeps import SweepConfig
 
 SWEEPS: dict[str, Callable[[int], tuple[SweepConfig, ...]]] = {
     "quick": quick.sweeps,

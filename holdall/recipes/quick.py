@@ -20,7 +20,7 @@ from holdall.mixers.sliding_window import SlidingWindowConfig
 from holdall.mixers.taylor import TaylorConfig
 from holdall.model import ModelConfig
 from holdall.recipes.patterns import after_conv
-from holdall.sweeps.sweep import Point, SweepConfig
+from holdall.sweeps import Point, SweepConfig
 from holdall.tasks.data import MQARData, Segment
 from holdall.training.populations import TrainConfig
 

@@ -23,7 +23,7 @@ from holdall.mixers.gss import GSSConfig
 from holdall.mixers.h3 import H3Config
 from holdall.mixers.s4d import S4DConfig
 from holdall.model import ModelConfig
-from holdall.sweeps.sweep import Point, SweepConfig
+from holdall.sweeps import Point, SweepConfig
 from holdall.tasks.data import Segment, SingleQueryData
 from holdall.training.populations import TrainConfig
 

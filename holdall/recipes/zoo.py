@@ -11,7 +11,7 @@ from typing import Any
 
 from holdall import mixers
 from holdall.recipes import quick
-from holdall.sweeps.sweep import SweepConfig
+from holdall.sweeps import SweepConfig
 
 LONGEST = max(length for length, _ in quick.SEGMENTS)
 OPTIONS: dict[str, dict[str, Any]] = {

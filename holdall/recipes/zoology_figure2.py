@@ -23,7 +23,7 @@ from holdall.mixers.rwkv_4 import RWKV4Config
 from holdall.mixers.taylor import TaylorConfig
 from holdall.model import ModelConfig
 from holdall.recipes.patterns import after_conv
-from holdall.sweeps.sweep import Point, SweepConfig
+from holdall.sweeps import Point, SweepConfig
 from holdall.tasks.data import MQARData, Segment
 from holdall.training.populations import TrainConfig
 

@@ -1,14 +1,14 @@
-"""How long a sweep still takes: counted operations, calibrated by what its runs have taken so far.
+"""How long a sweep will still take: counted operations, calibrated by the time of its runs so far.
 
-    cost of a run      counted beforehand (holdall/training/flops.py), as if it took all its steps
-    seconds a unit     measured: of a run that trains by its own steps, of one that waits by runs of the same
-                       model, else by all
-    early ends         runs end once they are good enough: what share of its steps one will do is the
-                       Kaplan-Meier mean, of runs of the same model if one has ended, else of all. Runs that
-                       still train count as not ended so far: those that end first are the short ones, and
-                       alone would promise that all are short
+    operations       counted beforehand (holdall/training/flops.py), as if a run took all its steps
+    seconds of one   measured: on a run's own steps while it trains, before that on runs of the same model,
+                     else on all runs
+    early ends       runs end once they are accurate enough: the share of its steps that a run will do is the
+                     Kaplan-Meier mean over runs of the same model if one has ended, else over all. Runs that
+                     still train count as not ended so far: the first to end are the short ones, and alone
+                     would promise that all are short
 
-What is left is dealt to the workers in order, and the last of them to end is the answer.
+The runs that are left are dealt to the workers in order; the time until the last of them ends is the answer.
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ from dataclasses import dataclass
 class _Run:
     model: str
     operations: float
-    """Of all its steps."""
+    """FLOPs of all its steps."""
     share: float = 0.0
-    """Of its steps that are done."""
+    """The share of its steps that is done."""
     seconds: float | None = None
-    """All that it took, once it is finished."""
+    """The time of its training, once it is finished."""
     began: float | None = None
+    """When its first progress was reported; None while it waits."""
     began_share: float = 0.0
+    """The share of its steps that was done by then."""
     seen: float = 0.0
     """When `share` was last reported."""
     finished: bool = False
@@ -38,13 +40,13 @@ class _Run:
 
 
 class Remaining:
-    """The seconds that a sweep still takes.
+    """The seconds that a sweep will still take.
 
     Args:
-        models: of each run, what it shares its speed with: the label of its point.
-        operations: of each run, if it takes all its steps.
+        models: the model of each run; runs of the same model take the same time per operation.
+        operations: FLOPs of each run, if it takes all its steps.
         workers: runs that train at once.
-        clock: seconds, ever growing.
+        clock: a monotonic clock, in seconds.
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class Remaining:
         workers: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.runs = [_Run(*each) for each in zip(models, operations, strict=True)]
+        self.runs = [_Run(*run) for run in zip(models, operations, strict=True)]
         self.workers, self.clock = workers, clock
 
     def progress(self, index: int, share: float) -> None:
@@ -65,7 +67,7 @@ class Remaining:
         run.share, run.seen = share, now
 
     def finished(self, index: int, share: float, seconds: float) -> None:
-        """A run has ended, after this share of its steps, having taken so long in all."""
+        """A run has ended after this share of its steps and this many seconds of training."""
         run = self.runs[index]
         run.share, run.seconds, run.finished = share, seconds, True
 
@@ -74,7 +76,7 @@ class Remaining:
         self.runs[index].left_out = True
 
     def seconds(self) -> float | None:
-        """Until the last run ends; None while nothing is known."""
+        """Seconds until the last run ends; None before the first measurement."""
         ends: list[float] = []
         waiting: list[float] = []
         for index, run in enumerate(self.runs):
@@ -87,12 +89,12 @@ class Remaining:
         heapq.heapify(ends)
         while len(ends) < self.workers:
             heapq.heappush(ends, 0.0)
-        for each in waiting:
-            heapq.heappush(ends, heapq.heappop(ends) + each)
+        for duration in waiting:
+            heapq.heappush(ends, heapq.heappop(ends) + duration)
         return max(ends)
 
     def seconds_of(self, index: int) -> float | None:
-        """Until a run ends, once it trains; None while nothing is known."""
+        """Seconds until a run ends, from when it trains; None before the first measurement."""
         run = self.runs[index]
         speed = _speed(run) or self._mean_speed(run.model) or self._mean_speed(None)
         if speed is None:
@@ -102,35 +104,35 @@ class Remaining:
 
     def _mean_speed(self, model: str | None) -> float | None:
         """Seconds per operation of a model's runs, None for all of them."""
-        found = [_speed(run) for run in self.runs if model in (None, run.model)]
-        known = [speed for speed in found if speed is not None]
+        speeds = [_speed(run) for run in self.runs if model in (None, run.model)]
+        known = [speed for speed in speeds if speed is not None]
         return sum(known) / len(known) if known else None
 
     def _expected(self, run: _Run) -> float:
         """The share of its steps that a run will still do."""
-        own = [each for each in self.runs if each.model == run.model]
-        evidence = own if any(each.finished for each in own) else self.runs
+        same = [other for other in self.runs if other.model == run.model]
+        evidence = same if any(other.finished for other in same) else self.runs
         alive, at, expected = 1.0, run.share, 0.0
-        for end in sorted(each.share for each in evidence if each.finished and run.share < each.share < 1):
+        for end in sorted(o.share for o in evidence if o.finished and run.share < o.share < 1):
             expected += alive * (end - at)
             at = end
-            alive *= 1 - 1 / sum(each.share >= end for each in evidence)
+            alive *= 1 - 1 / sum(other.share >= end for other in evidence)
         return expected + alive * (1 - at)
 
 
 def _speed(run: _Run) -> float | None:
-    """Seconds per operation of a run, None if it has not shown any."""
+    """Seconds per operation of a run; None before it was measured."""
     if run.seconds is not None:
-        done, took = run.share, run.seconds
+        share, seconds = run.share, run.seconds
     elif run.began is not None:
-        done, took = run.share - run.began_share, run.seen - run.began
+        share, seconds = run.share - run.began_share, run.seen - run.began
     else:
         return None
-    return took / (done * run.operations) if done > 0 and took > 0 else None
+    return seconds / (share * run.operations) if share > 0 and seconds > 0 else None
 
 
 def in_words(seconds: float | None) -> str:
-    """As "about 12 min left"; empty if it is not known."""
+    """A text like "about 12 min left"; empty if it is not known."""
     if seconds is None:
         return ""
     if seconds < 90:

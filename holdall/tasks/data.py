@@ -108,6 +108,10 @@ class DataConfig(Config):
             raise TypeError(f"'{kind}' is not a {cls.__name__}")
         return super(DataConfig, owner).from_dict(plain)
 
+    def test_settings(self) -> dict[str, Any]:
+        """All that decides the test rows, as plain JSON values."""
+        return {name: value for name, value in self.to_dict().items() if name not in ("train", "practise")}
+
     def build(self, device: torch.device | None = None) -> TaskData:
         return TaskData(self, device)
 

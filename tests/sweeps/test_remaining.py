@@ -8,7 +8,7 @@ import random
 import pytest
 
 from holdall.recipes import quick
-from holdall.sweeps.remaining import Remaining, in_words
+from holdall.sweeps import Remaining, in_words
 
 
 @dataclasses.dataclass

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -25,8 +24,7 @@ from holdall.mixers.attention import AttentionConfig
 from holdall.mixers.linformer import LinformerConfig
 from holdall.mixers.sliding_window import SlidingWindowConfig
 from holdall.recipes import patterns, quick
-from holdall.sweeps import sweep
-from holdall.sweeps.sweep import OutOfTime, SweepConfig, Watcher, run_sweep
+from holdall.sweeps import OutOfTime, SweepConfig, Watcher, compile_ahead, in_order, pool, run_sweep
 from holdall.tasks.data import MQARData, Segment
 from holdall.tasks.information import recall_bits
 from holdall.training.populations import TrainConfig, train
@@ -217,24 +215,25 @@ def test_out_of_time_everything_is_kept_and_the_next_call_goes_on(tmp_path: Path
 
 def test_a_machines_gpus_are_taken_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert sweep.devices("cuda", 3) == ["cuda:0", "cuda:1", "cuda:0"]
-    assert sweep.devices("cpu", 2) == ["cpu", "cpu"]
+    assert pool.devices("cuda", 3) == ["cuda:0", "cuda:1", "cuda:0"]
+    assert pool.devices("cpu", 2) == ["cpu", "cpu"]
 
 
-def test_every_model_but_the_first_is_compiled_ahead_once_on_one_of_the_gpus() -> None:
+def test_every_model_but_the_first_is_compiled_ahead_once_on_one_of_the_gpus(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     points = [point for sweep in recipes.sweeps("based-figure2", 2) for point in sweep.points]
     configs = [job.point.train for job in SweepConfig(recipe="x", points=tuple(points)).jobs(together=True)]
     assert len(configs) == 2 * len(points)
     started: list[Any] = []
-    pool = object.__new__(sweep._Pool)
     ended: list[str] = []
-    pool.plugins, pool.devices, pool.stop = [], ["cuda:0", "cuda:1"], threading.Event()  # type: ignore[assignment]
-    pool.context = SimpleNamespace(  # type: ignore[assignment]
+    context = SimpleNamespace(
         Process=lambda args, **_: SimpleNamespace(
             start=lambda: started.append(args), kill=lambda: ended.append(args[2]), join=lambda: None
         )
     )
-    with pool.compiling_ahead(configs):
+    monkeypatch.setattr(compile_ahead.processes, "context", lambda: context)
+    with compile_ahead.compiling_ahead(configs, ["cuda:0", "cuda:1"], []):
         assert not ended
     assert ended == ["cuda:0", "cuda:1"]
     assert [gpu for _, _, gpu, _ in started] == ["cuda:0", "cuda:1"]
@@ -245,17 +244,16 @@ def test_every_model_but_the_first_is_compiled_ahead_once_on_one_of_the_gpus() -
     for each in short:
         assert [segment.length for segment in each.data.train] == lengths
         assert each.epochs * sum(segment.rows for segment in each.data.train) == len(lengths) * each.batch
-    pool.stop.set()
     started.clear()
-    with pool.compiling_ahead(configs):
+    with compile_ahead.compiling_ahead(configs, ["cpu", "cpu"], []):
         assert not started
 
 
 def test_what_cannot_be_compiled_ahead_is_passed_over(tmp_path: Path) -> None:
-    short = [each.to_dict() for each in sweep.to_compile([point.train for point in tiny().points], 0)]
+    short = [each.to_dict() for each in compile_ahead.to_compile([point.train for point in tiny().points], 0)]
     broken = short[0] | {"batch": 0}
     process = multiprocessing.get_context("spawn").Process(
-        target=sweep.compile_ahead, args=([broken, *short], str(tmp_path), "cpu", [])
+        target=compile_ahead.compile_share, args=([broken, *short], str(tmp_path), "cpu", [])
     )
     process.start()
     process.join(120)
@@ -270,7 +268,7 @@ def test_a_sweep_on_all_gpus_of_a_machine(tmp_path: Path) -> None:
     used = {
         json.loads(path.read_text())["device"] for path in (tmp_path / "out").glob("runs/*/environment.json")
     }
-    assert used == set(sweep.devices("cuda", 2))
+    assert used == set(pool.devices("cuda", 2))
     assert len(lines) == 4
 
 
@@ -463,9 +461,7 @@ def test_one_run_of_each_model_comes_first_and_the_longest_of_them() -> None:
         train=dataclasses.replace(large.train, model=dataclasses.replace(large.train.model, layers=layers)),
     )
     jobs = SweepConfig(recipe="tiny", points=(small, large)).jobs(together=False)
-    order = [
-        (jobs[index].point.label, jobs[index].point.train.learning_rates) for index in sweep.in_order(jobs)
-    ]
+    order = [(jobs[index].point.label, jobs[index].point.train.learning_rates) for index in in_order(jobs)]
     assert order == [(label, (rate,)) for rate in (0.01, 0.02) for label in ("window 4", "attention")]
 
 
