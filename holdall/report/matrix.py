@@ -8,11 +8,8 @@ full colour is `reference`, so that one large entry does not hide all others.
 from __future__ import annotations
 
 import base64
-import json
 import math
-import re
 from collections.abc import Callable
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +18,10 @@ import numpy as np
 from holdall import files
 from holdall.analysis.gallery import Gallery, MixingMatrix, load
 from holdall.files import RunError
+from holdall.report import shell
 
 __all__ = ["write"]
 
-TEMPLATE = Path(__file__).with_name("matrix.html")
 DPI = 200
 
 # From minus one over zero to one; the page holds the same.
@@ -185,22 +182,15 @@ def _draw_key(
 
 def render(gallery: Gallery) -> str:
     """The page as text: about 20 KB and the matrices as fp32."""
-    parts = {
-        "title": escape(f"Mixing matrices of {len(gallery.matrices)} sequence mixers"),
-        "lede": escape(
-            f"{len(gallery.matrices)} sequence mixers, N = {gallery.length} tokens, {gallery.input}."
-        ),
-        "notes": "".join(
-            f'<p class="note">{escape(label)} has no matrix: {escape(reason)}</p>'
-            for label, reason in gallery.failures.items()
-        ),
-        "command": escape(gallery.command),
+    return shell.render(
+        "matrix.html",
+        data=_content(gallery),
+        lede=f"{len(gallery.matrices)} sequence mixers, N = {gallery.length} tokens, {gallery.input}.",
+        failures=list(gallery.failures.items()),
+        command=gallery.command,
         # whole screen pixels for each entry, about as large whatever N is
-        "side": str(gallery.length * max(1, round(208 / gallery.length))),
-        "data": json.dumps(_content(gallery), allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
-    }
-    # one pass, so that nothing that is filled in is ever read as a template itself
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], TEMPLATE.read_text(encoding="utf-8"))
+        side=gallery.length * max(1, round(208 / gallery.length)),
+    )
 
 
 def _content(gallery: Gallery) -> dict[str, Any]:

@@ -1,8 +1,7 @@
 """Two models on the same real text: a page of passages that opens offline, and the slices' table on top.
 
-Each token is coloured by who has it right, and tells what both models expected and where its bigram was
-before. The template beside this file holds all HTML, CSS and JavaScript; this module fills it in. Texts are
-escaped once: here for HTML, and in the JSON that the page carries by writing "<" as an escape.
+Each token is coloured by which model has it right; pointing at one shows what both models expected and where
+its bigram was before.
 """
 
 from __future__ import annotations
@@ -10,12 +9,9 @@ from __future__ import annotations
 import base64
 import io
 import itertools
-import json
 import math
-import re
 import unicodedata
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +19,9 @@ import numpy as np
 
 from holdall import files
 from holdall.analysis.recall import SLICES, Curve, Scores, carried, check_same, curve, gap, slice_of, table
-from holdall.report import recall_curves, recall_gaps, recall_state
+from holdall.report import recall_curves, recall_gaps, recall_state, shell
 from holdall.report.recall_gaps import NAMES
 
-TEMPLATE = Path(__file__).with_name("recall.html")
 OUTCOMES = ("both right", "only A right", "only B right", "both wrong")
 AROUND = 7
 """Tokens to show before and after an earlier occurrence that lies outside the passage."""
@@ -135,22 +130,17 @@ def render(
     pieces = _Pieces(corpus.tokenizer)
     shown = [_passage(a, b, int(w), length, threshold, corpus, pieces, licence) for w in places]
     names = [_plain(run.label) for run in (a, b)]
-    parts = {
-        "title": escape(f"Recall: {names[0]} and {names[1]}"),
-        "lede": _lede(a, b, threshold),
-        "a": escape(names[0]),
-        "b": escape(names[1]),
-        "rows": _rows(a, b, threshold),
-        "threshold": f"{threshold:,}",
-        "train_tokens": f"{a.about['train_tokens']:,}",
-        "context_len": f"{a.about['context_len']:,}",
-        "curves": _curves(a, b, threshold),
-        "command": escape(command),
-    }
-    content = {"names": names, "top": _most(a, b), "pieces": pieces.texts, "passages": shown}
-    parts["data"] = json.dumps(content, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-    # one pass, so that nothing that is filled in is ever read as a template itself
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], TEMPLATE.read_text(encoding="utf-8"))
+    return shell.render(
+        "recall.html",
+        data={"names": names, "top": _most(a, b), "pieces": pieces.texts, "passages": shown},
+        summary=_summary(a, b, threshold),
+        rows=_rows(a, b, threshold),
+        threshold=f"{threshold:,}",
+        train_tokens=f"{a.about['train_tokens']:,}",
+        context_len=f"{a.about['context_len']:,}",
+        curves={name: _curves(a, b, threshold, dark=name == "dark") for name in ("light", "dark")},
+        command=command,
+    )
 
 
 # ------------------------------------------------------------------------------------------------ passages
@@ -246,22 +236,23 @@ def _plain(text: Any) -> str:
 # --------------------------------------------------------------------------------------------------- tables
 
 
-def _lede(a: Scores, b: Scores, threshold: int) -> str:
+def _summary(a: Scores, b: Scores, threshold: int) -> dict[str, Any]:
+    """What the page says first: both perplexities, and what the gap between them is made of."""
     lines, found = [table(run, threshold) for run in (a, b)], gap(b, a, threshold)
-    names = [f"<strong>{escape(_plain(run.label))}</strong>" for run in (a, b)]
-    ppl = [perplexity_text(line["all"]["perplexity"]) for line in lines]
-    text = (
-        f"A is {names[0]}, perplexity {ppl[0]}; B is {names[1]}, {ppl[1]}, on {a.tokens_WX[:, 1:].size:,} "
-        f"tokens of validation text. Recall hits are {lines[0]['hits']['share']:.1%} of them"
-    )
+    summary: dict[str, Any] = {
+        "perplexity": [perplexity_text(line["all"]["perplexity"]) for line in lines],
+        "tokens": f"{a.tokens_WX[:, 1:].size:,}",
+        "hits": f"{lines[0]['hits']['share']:.1%}",
+        "ahead": "",
+        "share": "",
+    }
     if found.gap < 0:
         on_hits = f"{'behind' if found.hits > 0 else 'ahead'} by {abs(found.hits):.3f}"
-        return f"{text}. B is ahead by {-found.gap:.3f} nats a token; on the hits {on_hits}."
+        return summary | {"ahead": f"B is ahead by {-found.gap:.3f} nats a token; on the hits {on_hits}."}
     if share_text(found.share) == "–":
-        return text + "."
-    share = f"<strong>{share_text(found.share)}</strong> of the gap"
-    interval = f"95% interval {share_text(found.low)} to {share_text(found.high)}"
-    return f"{text} and carry {share} ({interval})."
+        return summary
+    interval = f"{share_text(found.low)} to {share_text(found.high)}"
+    return summary | {"share": share_text(found.share), "interval": interval}
 
 
 def share_text(share: float | None) -> str:
@@ -280,7 +271,8 @@ def outcomes(a: Scores, b: Scores) -> np.ndarray:
     return np.where(a.right & b.right, 0, np.where(a.right, 1, np.where(b.right, 2, 3)))
 
 
-def _rows(a: Scores, b: Scores, threshold: int) -> str:
+def _rows(a: Scores, b: Scores, threshold: int) -> list[dict[str, Any]]:
+    """The table of slices."""
     lines_a, lines_b = table(a, threshold), table(b, threshold)
     slice_WN, who_WN = slice_of(a.distance_WN, a.count_WN, threshold), outcomes(a, b)
     behind_WN = b.nll - a.nll
@@ -297,9 +289,8 @@ def _rows(a: Scores, b: Scores, threshold: int) -> str:
             share,
             *(f"{count / max(1, counts.sum()):.1%}" for count in counts),
         ]
-        title = escape(NAMES.get(name, "all tokens"))
-        rows.append(f'<tr><th scope="row">{title}</th>{"".join(f"<td>{c}</td>" for c in cells)}</tr>')
-    return "\n".join(rows)
+        rows.append({"title": NAMES.get(name, "all tokens"), "cells": cells})
+    return rows
 
 
 def perplexity_text(value: float | None) -> str:
@@ -307,14 +298,8 @@ def perplexity_text(value: float | None) -> str:
     return "–" if value is None else f"{value:,.2f}"
 
 
-def _curves(a: Scores, b: Scores, threshold: int) -> str:
-    """Both pictures of the curves within the page; the reader's settings choose."""
-    urls = []
-    for dark in (False, True):
-        picture = io.BytesIO()
-        recall_curves.save([a, b], threshold, picture, dark=dark)
-        urls.append("data:image/png;base64," + base64.b64encode(picture.getvalue()).decode())
-    return (
-        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{urls[1]}"><img src="{urls[0]}" alt="'
-        'Perplexity of both models by distance to the last occurrence and by training frequency"></picture>'
-    )
+def _curves(a: Scores, b: Scores, threshold: int, *, dark: bool) -> str:
+    """The picture of the curves as the URL of an image within the page."""
+    picture = io.BytesIO()
+    recall_curves.save([a, b], threshold, picture, dark=dark)
+    return "data:image/png;base64," + base64.b64encode(picture.getvalue()).decode()
