@@ -1,4 +1,5 @@
-"""The command line: `holdall frontier`, `report`, `zoo`, `soundness`, `matrix`; `data`, `train`, `recall`.
+"""The command line: `holdall frontier`, `report`, `zoo`, `soundness`, `matrix`; `data`, `train`, `recall`,
+`suite`.
 
 Heavy modules are imported only after the arguments have been parsed, so that help is instant.
 """
@@ -396,6 +397,52 @@ def recall(
         device,
         load,
         dark,
+        command=_command(),
+    )
+
+
+@command
+def suite(
+    recipe: Annotated[str, tyro.conf.Positional] = "lm-suite",
+    *,
+    data: Path | None = None,
+    out: Path | None = None,
+    family: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
+    minutes: NonNegativeFloat | None = None,
+    workers: PositiveInt | None = None,
+    device: Literal["cuda", "cpu"] = "cuda",
+    weights: bool = True,
+    licence: str = "",
+) -> int:
+    """Train small language models of equal size on one corpus and compare which tokens each of them loses.
+
+    Each is trained by `holdall train` and scored by `holdall recall`. Stop it at any time; the same command
+    resumes.
+
+    Args:
+        recipe: lm-suite (17 families of 15 million parameters: hours on a GPU).
+        data: the corpus, a folder that `holdall data` made.
+        out: the folder that it leaves; runs/RECIPE by default.
+        family: train only the models of this family now (repeatable).
+        minutes: stop within so many; 75 is then the exit status, and the same command resumes. 0 only
+            compares what is finished, also what was trained elsewhere and copied into the folder's runs.
+        workers: runs that train at once; by default two on each GPU.
+        device: where to train; a CPU would take weeks.
+        weights: keep the trained models, not only what they predict.
+        licence: of the corpus' text; with it and the corpus, passages.html shows some of the text.
+    """
+    from holdall.commands import suite as shown
+
+    return shown.suite(
+        recipe,
+        data,
+        out or Path("runs") / recipe,
+        family,
+        minutes,
+        workers,
+        device,
+        weights,
+        licence,
         command=_command(),
     )
 

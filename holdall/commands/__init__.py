@@ -28,6 +28,8 @@ from holdall import errors, files
 
 TELL_SECONDS = 30.0
 """Seconds between progress lines where the output is not a terminal."""
+OUT_OF_TIME = 75
+"""Exit status if a time limit ended a command: sysexits.h's "try again later"."""
 TRACEBACK = "HOLDALL_TRACEBACK"
 """Environment variable: if set, refusals are shown with their traceback."""
 

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from holdall import mixers, recipes
 from holdall import report as reports
-from holdall.commands import Words, console, resolve_device
+from holdall.commands import OUT_OF_TIME, Words, console, resolve_device
 from holdall.model import Precision
 from holdall.recipes import quick
 from holdall.report import data
@@ -38,9 +38,6 @@ from holdall.sweeps import (
     run_sweep,
 )
 from holdall.training.populations import Progress as TrainProgress
-
-OUT_OF_TIME = 75
-"""Exit status where a time limit ended a command: sysexits.h's "try again later"."""
 
 
 def frontier(

@@ -28,9 +28,10 @@ from holdall.sweeps.config import Job, Point, SweepConfig, in_order
 from holdall.sweeps.folder import OutOfTime, planned
 from holdall.sweeps.pool import at_once
 from holdall.sweeps.remaining import Remaining, in_words
+from holdall.sweeps.suite import SuiteConfig, run_suite
 from holdall.sweeps.sweep import Watcher, run_sweep
 
 __all__ = [
-    "Job", "OutOfTime", "Point", "Remaining", "SweepConfig", "Watcher", "at_once", "in_order", "in_words",
-    "planned", "run_sweep",
+    "Job", "OutOfTime", "Point", "Remaining", "SuiteConfig", "SweepConfig", "Watcher", "at_once", "in_order",
+    "in_words", "planned", "run_suite", "run_sweep",
 ]  # fmt: skip

@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from bench.suite import PUBLISHED as AT_360
 from holdall.analysis import recall
 from holdall.analysis.recall import (
     Predictions,
@@ -38,6 +37,7 @@ from holdall.analysis.recall import (
 from holdall.files import RunError
 from holdall.mixers.attention import AttentionConfig
 from holdall.model import ModelConfig, seeded
+from holdall.recipes.lm_suite import PUBLISHED as AT_360
 
 END, VOCAB = 0, 11
 
