@@ -34,7 +34,7 @@ from bench import gpu, show
 from bench.training import plain_loop
 from holdall import recipes
 from holdall.sweeps import Point
-from holdall.tasks.data import Segment
+from holdall.tasks.data import MQARSegment
 from holdall.training.populations import TrainConfig, Trainer, own_stream, repeatable
 
 SHAPES = ((64, 4), (256, 64))
@@ -52,7 +52,7 @@ def points(families: Sequence[str] = ()) -> list[Point]:
 
 
 def config(point: Point, length: int, pairs: int) -> TrainConfig:
-    segment = Segment(length=length, pairs=pairs, rows=8 * BATCH)
+    segment = MQARSegment(length=length, pairs=pairs, rows=8 * BATCH)
     data = dataclasses.replace(point.train.data, train=(segment,), test=(segment,))
     return dataclasses.replace(point.train, data=data, epochs=100_000, batch=BATCH)
 

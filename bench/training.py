@@ -40,7 +40,7 @@ from holdall.mixers.taylor import TaylorConfig
 from holdall.model import Model, ModelConfig
 from holdall.recipes.patterns import after_conv
 from holdall.sweeps.worker import keep_freed_memory
-from holdall.tasks.data import MQARData, Segment
+from holdall.tasks.data import MQARData, MQARSegment
 from holdall.tasks.mqar import NOTHING_ASKED
 from holdall.training.populations import TrainConfig, Trainer
 
@@ -54,7 +54,7 @@ MIXERS: dict[str, MixerConfig] = {
 
 
 def config(mixer: str, length: int, pairs: int) -> TrainConfig:
-    segment = Segment(length=length, pairs=pairs, rows=8 * BATCH)
+    segment = MQARSegment(length=length, pairs=pairs, rows=8 * BATCH)
     return TrainConfig(
         model=ModelConfig(vocab=VOCAB, width=WIDTH, layers=after_conv(MIXERS[mixer])),
         data=MQARData(vocab=VOCAB, train=(segment,), test=(segment,)),

@@ -21,7 +21,7 @@ from holdall.files import RunError
 from holdall.model import ModelConfig
 from holdall.report import data, page, table
 from holdall.report import matrix as matrices
-from holdall.tasks.data import MQARData, Segment
+from holdall.tasks.data import MQARData, MQARSegment
 from holdall.text import default_corpus
 from holdall.training.chassis import Stopped
 from holdall.training.language_models import PretrainConfig, load_run, pretrain
@@ -114,7 +114,7 @@ def test_a_finished_run_of_a_language_model(language: tuple[PretrainConfig, Path
 
 @lossy
 def test_a_run_of_a_population(tmp_path: Path) -> None:
-    segment = Segment(length=32, pairs=2, rows=32)
+    segment = MQARSegment(length=32, pairs=2, rows=32)
     config = TrainConfig(
         model=small(64), data=MQARData(vocab=64, train=(segment,), test=(segment,)), learning_rates=(1e-3,),
         batch=16, evaluate_every=1,

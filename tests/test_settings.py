@@ -13,23 +13,25 @@ import pytest
 from holdall import mixers
 from holdall.contract import Config, MixerConfig, field_types
 from holdall.model import ModelConfig
+from holdall.recipes import lm_suite
 from holdall.settings import PositiveFloat, PositiveInt, Range, check, differ
-from holdall.sweeps import sweep
-from holdall.tasks.data import DataConfig, MQARData, Segment, SingleQueryData
+from holdall.sweeps import Point, SweepConfig
+from holdall.tasks.data import DataConfig, MQARData, MQARSegment, Segment, SingleQueryData
 from holdall.tasks.single_query import SingleQuery
 from holdall.training import language_models, populations
 from holdall.training.language_models import PretrainConfig
 from holdall.training.populations import TrainConfig
 
-SEGMENT = Segment(length=32, pairs=2, rows=16)
+SEGMENT = MQARSegment(length=32, pairs=2, rows=16)
 DATA = MQARData(vocab=64, train=(SEGMENT,), test=(SEGMENT,))
 MODEL = ModelConfig(vocab=64, width=8, layers=(mixers.entry("base-conv").configure(width=8),))
 TRAIN = TrainConfig(model=MODEL, data=DATA, learning_rates=(1e-3,))
-ONE_QUESTION = Segment(length=30, pairs=1, rows=16)
-MEMBER = populations.MemberState(stopped="", steps=1, accuracy=0.5, accuracy_by_pairs={"4": 0.5})
-POINT = sweep.Point(label="a", family="b", train=TRAIN)
+ONE_QUESTION = Segment(length=30, rows=16)
+MEMBER = populations.MemberState(stopped="", steps=1, accuracy=0.5, accuracy_by_difficulty={"4": 0.5})
+POINT = Point(label="a", family="b", train=TRAIN)
 EXAMPLES = [
-    SEGMENT, DATA, MODEL, TRAIN, POINT, sweep.SweepConfig(recipe="quick", points=(POINT,)),
+    SEGMENT, ONE_QUESTION, lm_suite.suite(), DATA, MODEL, TRAIN, POINT,
+    SweepConfig(recipe="quick", points=(POINT,)),
     PretrainConfig(model=MODEL),
     SingleQueryData(vocab=20, train=(ONE_QUESTION,), test=(ONE_QUESTION,), task_name="induction-heads"),
     language_models.RunState(step=1),
@@ -39,7 +41,7 @@ EXAMPLES = [
     ),
     MEMBER, populations.RunState(step=1, seconds=1.0, members=(MEMBER,), metrics_bytes=1),
     populations.MemberResult(
-        learning_rate=1e-3, seed=0, accuracy=0.5, accuracy_by_pairs={"4": 0.5}, steps=1, rows=1,
+        learning_rate=1e-3, seed=0, accuracy=0.5, accuracy_by_difficulty={"4": 0.5}, steps=1, rows=1,
         stopped="end", seconds=1.0, forms=("loop",), weights=None,
     ),
 ]  # fmt: skip

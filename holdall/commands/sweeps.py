@@ -226,26 +226,26 @@ class _FrontierView:
     def _table(self) -> Table:
         """Each model at its best learning rate so far, the mean of its seeds, in order of state.
 
-        Where the terminal is too narrow for all numbers of pairs, the fewest go first: most solve those.
+        Where the terminal is too narrow for all difficulties, the lowest go first: most models solve those.
         """
         models = sorted(data.grouped(map(data.run_of, self.lines)), key=lambda model: model.state_bytes)
-        pairs = sorted({k for model in models for k in model.by_pairs})
+        tags = sorted({tag for model in models for tag in model.by_difficulty})
         unbounded = console.options.update(max_width=1000)
-        for left_out in range(len(pairs) + 1):
-            table = self._columns(models, pairs[left_out:])
+        for left_out in range(len(tags) + 1):
+            table = self._columns(models, tags[left_out:])
             if console.measure(table, options=unbounded).maximum <= console.width:
                 break
         if left_out:
-            table.caption = "all numbers of pairs are in table.md"
+            table.caption = "table.md has all columns"
         return table
 
-    def _columns(self, models: Sequence[data.Model], pairs: Sequence[int]) -> Table:
+    def _columns(self, models: Sequence[data.Model], tags: Sequence[int]) -> Table:
         widths = len({model.width for model in models}) > 1
         seeds = ", mean over seeds" if any(len(model.best) > 1 for model in models) else ""
-        title = f"recall at the best learning rate{seeds}"
+        title = f"recall at the best learning rate{seeds}, then by number of {models[0].runs[0].difficulty}"
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
         table.add_column("model", no_wrap=True)
-        scores = ("recall", *(f"K={k}" for k in pairs))
+        scores = ("recall", *map(str, tags))
         for column in (*(["width"] if widths else []), "state", *scores, "lr", "s"):
             table.add_column(column, justify="right", no_wrap=True)
         for model in models:
@@ -255,7 +255,7 @@ class _FrontierView:
                 *([str(model.width)] if widths else []),
                 bytes_text(model.state_bytes),
                 Text(_percent(model.accuracy), "bold"),
-                *(_percent(model.by_pairs.get(k)) for k in pairs),
+                *(_percent(model.by_difficulty.get(tag)) for tag in tags),
                 ", ".join(f"{rate:.2g}" for rate in model.learning_rates) or "-",
                 "-" if seconds is None else f"{seconds:.0f}",
             )

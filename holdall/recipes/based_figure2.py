@@ -27,7 +27,7 @@ from holdall.mixers.taylor import TaylorConfig
 from holdall.model import ModelConfig
 from holdall.recipes.patterns import after_conv
 from holdall.sweeps import Point, SweepConfig
-from holdall.tasks.data import MQARData, Segment
+from holdall.tasks.data import MQARData, MQARSegment
 from holdall.training.populations import TrainConfig
 
 VOCAB = 8192
@@ -43,8 +43,8 @@ def data() -> MQARData:
     return MQARData(
         vocab=VOCAB,
         filler="random",
-        train=tuple(Segment(length=length, pairs=pairs, rows=rows) for length, pairs, rows in TRAIN),
-        test=tuple(Segment(length=length, pairs=pairs, rows=1000) for length, pairs in TEST),
+        train=tuple(MQARSegment(length=length, pairs=pairs, rows=rows) for length, pairs, rows in TRAIN),
+        test=tuple(MQARSegment(length=length, pairs=pairs, rows=1000) for length, pairs in TEST),
     )
 
 

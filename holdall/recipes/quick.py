@@ -21,7 +21,7 @@ from holdall.mixers.taylor import TaylorConfig
 from holdall.model import ModelConfig
 from holdall.recipes.patterns import after_conv
 from holdall.sweeps import Point, SweepConfig
-from holdall.tasks.data import MQARData, Segment
+from holdall.tasks.data import MQARData, MQARSegment
 from holdall.training.populations import TrainConfig
 
 WIDTH = 64
@@ -34,8 +34,8 @@ def data() -> MQARData:
     return MQARData(
         vocab=256,
         filler="key-free",
-        train=tuple(Segment(length=length, pairs=pairs, rows=9600) for length, pairs in SEGMENTS),
-        test=tuple(Segment(length=length, pairs=pairs, rows=300) for length, pairs in SEGMENTS),
+        train=tuple(MQARSegment(length=length, pairs=pairs, rows=9600) for length, pairs in SEGMENTS),
+        test=tuple(MQARSegment(length=length, pairs=pairs, rows=300) for length, pairs in SEGMENTS),
     )
 
 

@@ -31,20 +31,20 @@ WIDTH, ROWS, BATCH = 32, 5000, 32
 RATES = (0.0005, 0.002)
 
 Task = Literal["induction-heads", "associative-recall"]
-Practise = Literal["answers", "every token"]
+Loss = Literal["answers", "every token"]
 TASKS: tuple[Task, ...] = ("induction-heads", "associative-recall")
-EPOCHS: dict[Practise, int] = {"answers": 50, "every token": 100}
+EPOCHS: dict[Loss, int] = {"answers": 50, "every token": 100}
 
 
-def data(task: Task, practise: Practise) -> SingleQueryData:
+def data(task: Task, loss: Loss) -> SingleQueryData:
     """The rows of one task, as published, and what of them is trained on."""
-    vocab, length, pairs = (20, 30, 1) if task == "induction-heads" else (10, 20, 10)
+    vocab, length = (20, 30) if task == "induction-heads" else (10, 20)
     return SingleQueryData(
         task_name=task,
-        practise=practise,
+        loss=loss,
         vocab=vocab,
-        train=(Segment(length=length, pairs=pairs, rows=ROWS),),
-        test=(Segment(length=length, pairs=pairs, rows=500),),
+        train=(Segment(length=length, rows=ROWS),),
+        test=(Segment(length=length, rows=500),),
     )
 
 
@@ -57,9 +57,9 @@ def sweeps(seeds: int = 1) -> tuple[SweepConfig, ...]:
         "attention": AttentionConfig(width=WIDTH),
     }
     found = []
-    for practise, epochs in EPOCHS.items():
+    for loss, epochs in EPOCHS.items():
         for task in TASKS:
-            rows = data(task, practise)
+            rows = data(task, loss)
             points = []
             for family, mixer in mixers.items():
                 model = ModelConfig(
@@ -80,6 +80,6 @@ def sweeps(seeds: int = 1) -> tuple[SweepConfig, ...]:
                     stop_at=1.0,
                 )
                 points.append(Point(label=family, family=family, train=train))
-            part = task if practise == "every token" else f"{task}-answers"
+            part = task if loss == "every token" else f"{task}-answers"
             found.append(SweepConfig(recipe="synthetics", part=part, points=tuple(points)))
     return tuple(found)

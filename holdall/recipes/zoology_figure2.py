@@ -24,7 +24,7 @@ from holdall.mixers.taylor import TaylorConfig
 from holdall.model import ModelConfig
 from holdall.recipes.patterns import after_conv
 from holdall.sweeps import Point, SweepConfig
-from holdall.tasks.data import MQARData, Segment
+from holdall.tasks.data import MQARData, MQARSegment
 from holdall.training.populations import TrainConfig
 
 VOCAB = 8192
@@ -57,8 +57,8 @@ def sweeps(seeds: int = 1) -> tuple[SweepConfig, ...]:
         task = MQARData(
             vocab=VOCAB,
             filler="zero",
-            train=(Segment(length=length, pairs=pairs, rows=100_000),),
-            test=(Segment(length=length, pairs=pairs, rows=3000),),
+            train=(MQARSegment(length=length, pairs=pairs, rows=100_000),),
+            test=(MQARSegment(length=length, pairs=pairs, rows=3000),),
         )
         points = []
         for width in (64, 128, 256, 512):

@@ -22,7 +22,7 @@ from holdall.mixers.taylor import TaylorConfig
 from holdall.model import ModelConfig
 from holdall.recipes.patterns import after_conv
 from holdall.sweeps import Point, SweepConfig
-from holdall.tasks.data import MQARData, Segment
+from holdall.tasks.data import MQARData, MQARSegment
 from holdall.training.populations import TrainConfig
 
 VOCAB, STEPS, TOKENS = 64, 4000, 2048
@@ -50,8 +50,8 @@ def sweeps(seeds: int = 1) -> tuple[SweepConfig, ...]:
         task = MQARData(
             vocab=VOCAB,
             filler="zero",
-            train=(Segment(length=length, pairs=pairs, rows=STEPS * batch),),
-            test=(Segment(length=length, pairs=pairs, rows=500),),
+            train=(MQARSegment(length=length, pairs=pairs, rows=STEPS * batch),),
+            test=(MQARSegment(length=length, pairs=pairs, rows=500),),
         )
         points = []
         for width in WIDTHS:

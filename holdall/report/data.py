@@ -18,23 +18,27 @@ from typing import Any
 
 from holdall import files
 from holdall.files import RunError
+from holdall.tasks.data import ABOUT_MQAR, MQARData
 
 AGAIN = "Restore it from a copy, or run the sweep again into a new folder."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """One part of the test: `rows` sequences of `length` tokens with `pairs` key-value pairs each.
-
-    Each asks so many `questions`, whose answers are among so many `values`.
-    """
+    """One part of the test."""
 
     vocab: int
+    """Tokens of the vocabulary."""
     length: int
-    pairs: int
+    """Tokens of a row."""
     rows: int
+    """The number of rows."""
+    difficulty: int
+    """How many of what the sweep's `difficulty` names."""
     values: int
+    """The possible answers to a question."""
     questions: int
+    """Questions of a row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +50,8 @@ class Run:
     width: int
     state_bytes: int
     accuracy: float
-    by_pairs: Mapping[int, float]
+    difficulty: str
+    by_difficulty: Mapping[int, float]
     learning_rate: float
     seed: int
     line: Mapping[str, Any]
@@ -100,9 +105,9 @@ class Model:
         return max((run.accuracy for run in self.best), default=math.nan)
 
     @cached_property
-    def by_pairs(self) -> Mapping[int, float]:
-        """Mean over seeds for each number of pairs that every seed was asked."""
-        asked = [run.by_pairs for run in self.best]
+    def by_difficulty(self) -> Mapping[int, float]:
+        """Mean over seeds at each difficulty that every seed was tested at."""
+        asked = [run.by_difficulty for run in self.best]
         shared = sorted(set(asked[0]).intersection(*asked[1:])) if asked else ()
         return {k: math.fsum(each[k] for each in asked) / len(asked) for k in shared}
 
@@ -130,6 +135,10 @@ class Sweep:
     folder: Path
     command: str
     context_len: int
+    task: str
+    """What is asked, in a sentence or two."""
+    difficulty: str
+    """What the difficulty of a segment counts, such as pairs."""
     segments: tuple[Segment, ...]
     environment: Mapping[str, Any]
     models: tuple[Model, ...]
@@ -138,7 +147,7 @@ class Sweep:
     @property
     def test(self) -> tuple[int, list[tuple[int, int, int]]]:
         """What must agree before two sweeps may share a picture."""
-        return self.context_len, sorted((s.length, s.pairs, s.vocab) for s in self.segments)
+        return self.context_len, sorted((s.length, s.difficulty, s.vocab) for s in self.segments)
 
     @property
     def questions(self) -> list[tuple[int, int]]:
@@ -227,11 +236,12 @@ def _sweep(folder: Path, config: Mapping[str, Any], name: str) -> Sweep:
     try:
         segments = tuple(
             Segment(
-                **{key: _whole(part, key, low=1) for key in ("vocab", "length", "pairs", "rows")},
-                values=_whole({"values": part["vocab"] // 2, **part}, "values", low=1),
-                questions=_whole({"questions": part["pairs"], **part}, "questions", low=1),
+                **{
+                    key: _whole(part, key, low=1)
+                    for key in ("vocab", "length", "rows", "difficulty", "values", "questions")
+                }
             )
-            for part in config["test"]
+            for part in map(_with_defaults, config["test"])
         )
         context_len = _whole(config, "context_len", low=1)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -253,11 +263,19 @@ def _sweep(folder: Path, config: Mapping[str, Any], name: str) -> Sweep:
         folder=folder,
         command=str(config.get("command", "")),
         context_len=context_len,
+        task=str(config.get("task") or ABOUT_MQAR),
+        difficulty=str(config.get("difficulty") or MQARData.difficulty),
         segments=segments,
         environment=files.read_json(folder / "environment.json", AGAIN) if has_environment else {},
         models=models,
         notes=tuple(notes),
     )
+
+
+def _with_defaults(part: Mapping[str, Any]) -> dict[str, Any]:
+    """A test segment with what the first sweeps, which were all of MQAR, did not write down."""
+    pairs = {"questions": part["pairs"], "difficulty": part["pairs"]} if "pairs" in part else {}
+    return {"values": part["vocab"] // 2, **pairs, **part}
 
 
 def _runs(folder: Path) -> tuple[list[Run], list[str]]:
@@ -305,13 +323,16 @@ def run_of(line: Mapping[str, Any]) -> Run:
     for key in REAL:
         if not isinstance(line.get(key, 0.0), float | int | None) or _is_too_large(line.get(key)):
             raise ValueError(f"{key} is {line[key]!r}, not a number")
+    # before difficulties had names, all were called pairs
+    accuracies = line.get("accuracy_by_difficulty", line.get("accuracy_by_pairs"))
     return Run(
         label=str(line["label"]),
         family=str(line.get("family") or line["mixer"]),
         width=_whole(line, "width", low=1),
         state_bytes=_whole(line, "state_bytes"),
         accuracy=_accuracy(line["accuracy"]),
-        by_pairs={int(k): _accuracy(v) for k, v in (line.get("accuracy_by_pairs") or {}).items()},
+        difficulty=str(line.get("difficulty", MQARData.difficulty)),
+        by_difficulty={int(tag): _accuracy(value) for tag, value in (accuracies or {}).items()},
         learning_rate=_rate(line["learning_rate"]),
         seed=_whole(line, "seed"),
         line=line,

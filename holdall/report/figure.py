@@ -66,7 +66,7 @@ def _draw(sweeps: Sequence[Sweep]) -> Any:
         axis.get_major_ticks()
         axis.get_minor_ticks()
     axes.set_xlabel(f"State per sequence after {sweeps[0].context_len:,} tokens, all layers (log scale)")
-    axes.set_ylabel(f"Recall accuracy, {style.pairs_text(sweeps[0])}")
+    axes.set_ylabel(f"Recall accuracy, {style.difficulties_text(sweeps[0])}")
     axes.grid(axis="y", color="#e4e4e4", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -1,6 +1,7 @@
 """The information floor: how little state the answers themselves need, whatever the model.
 
-Questions are (pairs, values) of each segment of a test; holdall.tasks.information holds the mathematics.
+Questions are (questions of a row, possible answers) of each segment of a test; the mathematics is in
+holdall/tasks/information.py.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ def accuracy_at(questions: Questions, state_bytes: float) -> float:
 
 def bytes_for_all(questions: Questions) -> float:
     """The fewest bytes that allow every answer of every segment to be right."""
-    return max(answer_bits(pairs, values) for pairs, values in questions) / 8
+    return max(answer_bits(count, values) for count, values in questions) / 8
 
 
 def bytes_for(questions: Questions, accuracy: float) -> float:

@@ -29,7 +29,8 @@ def render(sweeps: Sequence[Sweep]) -> str:
         sweeps=[_about(sweep, fill[2]) for sweep, fill in zip(sweeps, style.FILLS, strict=False)],
         gap=_gap(sweeps),
         notes=[note for sweep in sweeps for note in sweep.notes],
-        mean=style.pairs_text(sweeps[0]),
+        task=sweeps[0].task,
+        mean=style.difficulties_text(sweeps[0]),
         context_len=f"{sweeps[0].context_len:,}",
         columns=_columns(sweeps),
         rows=rows,
@@ -45,7 +46,8 @@ def _about(sweep: Sweep, fill: str) -> dict[str, Any]:
         "fill": fill,
         "command": sweep.command,
         "test": [
-            f"{part.rows:,} rows of {part.length:,} tokens with {part.pairs:,} key–value pairs; "
+            f"{part.rows:,} rows of {part.length:,} tokens"
+            f"{f' with {part.difficulty:,} {sweep.difficulty}' if part.difficulty != part.length else ''}; "
             f"each answer is one of {part.values:,} values"
             for part in sweep.segments
         ],
@@ -83,7 +85,13 @@ class Cell:
 
 def _columns(sweeps: Sequence[Sweep]) -> list[dict[str, str]]:
     texts = [("Model", "text"), *([("Sweep", "text")] if len(sweeps) > 1 else []), ("Options", "options")]
-    numbers = ["Width", "Parameters", "State", "Accuracy", *(f"{pairs} pairs" for pairs in _pairs(sweeps))]
+    numbers = [
+        "Width",
+        "Parameters",
+        "State",
+        "Accuracy",
+        *(f"{tag} {sweeps[0].difficulty}" for tag in _tags(sweeps)),
+    ]
     numbers += ["Recall bits", "Efficiency", "Learning rate", "Seed", "Steps", "Seconds"]
     return [{"name": name, "kind": kind} for name, kind in (*texts, *((name, "number") for name in numbers))]
 
@@ -115,7 +123,7 @@ def _row(sweeps: Sequence[Sweep], sweep: Sweep, run: Run, mark: int, *, other: b
             _number(line.get("parameters"), "{:,.0f}"),
             Cell(style.bytes_text(run.state_bytes), run.state_bytes),
             _share(run.accuracy, "diverged"),
-            *(_share(run.by_pairs.get(pairs, math.nan), "") for pairs in _pairs(sweeps)),
+            *(_share(run.by_difficulty.get(tag, math.nan), "") for tag in _tags(sweeps)),
             _number(line.get("recall_bits"), "{:,.1f}"),
             _number(line.get("recall_efficiency"), "{:.3%}"),
             _number(run.learning_rate, "{:.4g}"),
@@ -136,7 +144,7 @@ def _share(accuracy: float, missing: str) -> Cell:
     return Cell(missing) if math.isnan(accuracy) else Cell(f"{accuracy:.1%}", accuracy, share=True)
 
 
-def _pairs(sweeps: Sequence[Sweep]) -> list[int]:
-    return sorted(
-        {pairs for sweep in sweeps for model in sweep.models for run in model.runs for pairs in run.by_pairs}
-    )
+def _tags(sweeps: Sequence[Sweep]) -> list[int]:
+    """The difficulties at which any model was tested."""
+    runs = (run for sweep in sweeps for model in sweep.models for run in model.runs)
+    return sorted({tag for run in runs for tag in run.by_difficulty})

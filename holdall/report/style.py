@@ -78,14 +78,14 @@ def byte_range(sweeps: Sequence[Sweep], floor: float) -> tuple[float, float]:
     return 2.0 ** min(powers), max([floor, *drawn]) * 2.5  # room for a label in any font
 
 
-def pairs_text(sweep: Sweep) -> str:
-    """The numbers of pairs that the mean accuracy is taken over, in words."""
-    pairs = sorted({segment.pairs for segment in sweep.segments})
-    if len(pairs) == 1:
-        return f"{pairs[0]} pairs"
-    if len(pairs) <= 4:
-        return f"mean over {', '.join(map(str, pairs[:-1]))} and {pairs[-1]} pairs"
-    return f"mean over {len(pairs)} tests of {pairs[0]} to {pairs[-1]} pairs"
+def difficulties_text(sweep: Sweep) -> str:
+    """The difficulties that the mean accuracy is taken over, in words: "mean over 4, 8 and 16 pairs"."""
+    tags, what = sorted({segment.difficulty for segment in sweep.segments}), sweep.difficulty
+    if len(tags) == 1:
+        return f"{tags[0]} {what}"
+    if len(tags) <= 4:
+        return f"mean over {', '.join(map(str, tags[:-1]))} and {tags[-1]} {what}"
+    return f"mean over {len(tags)} tests of {tags[0]} to {tags[-1]} {what}"
 
 
 def short_labels(sweeps: Sequence[Sweep]) -> dict[Model, str]:

@@ -12,7 +12,7 @@ from holdall.report.data import Model, Sweep, families
 from holdall.report.style import bytes_text
 
 LEGEND = """State: bytes that one sequence carries after {context} tokens, all layers, counted. Recall: share
-of right answers, at the best learning rate, then at single numbers of pairs{seeds}.
+of right answers, at the best learning rate, then by number of {difficulty}{seeds}.
 Bits recalled: the least information that the answers of the hardest segment prove (Fano's inequality);
 efficiency: these bits per bit of state. Seconds of training; where several learning rates were trained at
 once, of all of them.
@@ -27,11 +27,12 @@ def save(sweeps: Sequence[Sweep], path: Path) -> None:
 def render(sweeps: Sequence[Sweep]) -> str:
     """Table and legend. Several sweeps share the columns and follow one another."""
     several = len(sweeps) > 1
-    pairs = sorted({k for sweep in sweeps for model in sweep.models for k in model.by_pairs})
-    heads = ["model", *(["sweep"] if several else []), "width", "state", "recall", *_titles(pairs)]
+    tags = sorted({tag for sweep in sweeps for model in sweep.models for tag in model.by_difficulty})
+    difficulty = sweeps[0].difficulty
+    heads = ["model", *(["sweep"] if several else []), "width", "state", "recall", *_titles(tags, difficulty)]
     heads += ["bits recalled", "efficiency", "learning rate", "steps", "s"]
     rows = [
-        [model.label, *([sweep.name] if several else []), *_cells(model, pairs)]
+        [model.label, *([sweep.name] if several else []), *_cells(model, tags)]
         for sweep in sweeps
         for family in families([sweep])
         for model in sorted((m for m in sweep.models if m.family == family), key=lambda m: m.state_bytes)
@@ -39,6 +40,7 @@ def render(sweeps: Sequence[Sweep]) -> str:
     seeds = any(len(model.best) > 1 for sweep in sweeps for model in sweep.models)
     legend = LEGEND.format(
         context=f"{sweeps[0].context_len:,}",
+        difficulty=difficulty,
         seeds=" (mean over seeds, lowest to highest in brackets)" if seeds else "",
     )
     return markdown(heads, rows, text=range(1 + several)) + "\n\n" + legend
@@ -51,21 +53,21 @@ def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]], text: Containe
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
-def _titles(pairs: Sequence[int]) -> list[str]:
-    return [f"{k} pairs" if k == pairs[0] else str(k) for k in pairs]
+def _titles(tags: Sequence[int], difficulty: str) -> list[str]:
+    return [f"{tag} {difficulty}" if tag == tags[0] else str(tag) for tag in tags]
 
 
-def _cells(model: Model, pairs: Sequence[int]) -> list[str]:
-    cells = [str(model.width), bytes_text(model.state_bytes)]
+def _cells(model: Model, tags: Sequence[int]) -> list[str]:
+    cells, accuracies = [str(model.width), bytes_text(model.state_bytes)], model.by_difficulty
     if not model.best:
-        return [*cells, "diverged", *([""] * (len(pairs) + 5))]
+        return [*cells, "diverged", *([""] * (len(tags) + 5))]
     recall = f"{model.accuracy:.1%}"
     if len(model.best) > 1:
         recall += f" ({100 * model.low:.1f} to {100 * model.high:.1f})"
     return [
         *cells,
         recall,
-        *(f"{model.by_pairs[k]:.0%}" if k in model.by_pairs else "" for k in pairs),
+        *(f"{accuracies[tag]:.0%}" if tag in accuracies else "" for tag in tags),
         _mean(model, "recall_bits", "{:,.0f}"),
         _mean(model, "recall_efficiency", "{:.2%}"),
         ", ".join(f"{rate:.2g}" for rate in model.learning_rates),

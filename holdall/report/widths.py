@@ -62,8 +62,8 @@ def _draw(sweeps: Sequence[Sweep]) -> Any:
         axes.grid(axis="y", color="#e4e4e4", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-        pairs = style.pairs_text(sweep)
-        axes.set_title(f"N = {sweep.context_len:,}, {pairs}", fontsize=8.5, color=INK)
+        tested = style.difficulties_text(sweep)
+        axes.set_title(f"N = {sweep.context_len:,}, {tested}", fontsize=8.5, color=INK)
         for family in names:
             _line(axes, sweep, family, style.look(names.index(family)))
     panels[0].set_ylabel("Recall accuracy")

@@ -48,7 +48,7 @@ def markdown(folder: Path) -> str:
         {run.learning_rate for model in sweep.models for run in model.runs},
         {run.seed for model in sweep.models for run in model.runs},
     )
-    parts = [f"{s.pairs} pairs in {s.length} tokens" for s in sweep.segments]
+    parts = [f"{s.difficulty} {sweep.difficulty} in {s.length} tokens" for s in sweep.segments]
     page = [
         INTRO.format(
             command=f"`{sweep.command}`",

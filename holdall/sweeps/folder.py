@@ -11,6 +11,7 @@ from typing import Any
 from holdall import environment, files, settings
 from holdall.files import RunError
 from holdall.sweeps.config import Job, SweepConfig
+from holdall.tasks.data import updated
 
 OTHER = "Restore it from a copy, or choose another folder with --out."
 
@@ -60,7 +61,7 @@ def _begun(runs: Sequence[Path]) -> set[Path]:
 
 def _claim(out: Path, sweep: SweepConfig, command: str, device: str) -> None:
     """Write what this sweep is, or check that the folder holds the same one, perhaps with fewer seeds."""
-    path, points = out / "config.json", sweep.to_dict()["points"]
+    path, points, data = out / "config.json", sweep.to_dict()["points"], sweep.data
     if path.exists():
         held = files.read_json(path, OTHER).get("points")
         if held == points:
@@ -70,14 +71,17 @@ def _claim(out: Path, sweep: SweepConfig, command: str, device: str) -> None:
         "recipe": " ".join(filter(None, (sweep.recipe, sweep.part))),
         "command": command,
         "context_len": sweep.context_len,
+        "task": data.about,
+        "difficulty": data.difficulty,
         "test": [
             {
-                "vocab": sweep.data.vocab,
-                "values": sweep.data.task(segment).values,
-                "questions": sweep.data.questions_per_row(segment),
+                "vocab": data.vocab,
+                "values": data.task(segment).values,
+                "questions": data.questions_per_row(segment),
+                "difficulty": data.tag(segment),
                 **segment.to_dict(),
             }
-            for segment in sweep.data.test
+            for segment in data.test
         ],
     }
     files.write_json(out / "environment.json", environment.describe(device, 1))
@@ -87,6 +91,10 @@ def _claim(out: Path, sweep: SweepConfig, command: str, device: str) -> None:
 def _check(out: Path, held: Any, wanted: Any) -> None:
     """Raise RunError unless the points in a folder are those of the sweep, perhaps with fewer seeds."""
     try:
+        held = [
+            {**point, "train": {name: updated(value) for name, value in point["train"].items()}}
+            for point in held or ()
+        ]
         different = _difference(held, wanted)
     except (AttributeError, KeyError, TypeError) as error:
         raise files.damaged(out / "config.json", f"its points are none ({error!r})", OTHER) from error
@@ -105,7 +113,7 @@ def _difference(held: Any, wanted: Any) -> str:
 
     def labelled(points: Any) -> dict[str, Any]:
         found = {}
-        for point in points or ():
+        for point in points:
             train = {name: value for name, value in point["train"].items() if name != "seeds"}
             found[f"{point['label']}, width {train['model']['width']}"] = {**point, "train": train}
         return found

@@ -17,14 +17,12 @@ def result_line(job: Job, sweep: SweepConfig, result: dict[str, Any]) -> dict[st
     """
     model, data = job.point.train.model, job.point.train.data
     state_bytes, parameters = measure(model, sweep.context_len)
-    by_pairs = result["accuracy_by_pairs"]
+    accuracies = result["accuracy_by_difficulty"]
     bits = max(
         (
-            recall_bits(
-                data.questions_per_row(segment), data.task(segment).values, by_pairs[str(segment.pairs)]
-            )
+            recall_bits(data.questions_per_row(segment), data.task(segment).values, accuracies[tag])
             for segment in data.test
-            if str(segment.pairs) in by_pairs
+            if (tag := str(data.tag(segment))) in accuracies
         ),
         default=0.0,
     )
@@ -42,7 +40,8 @@ def result_line(job: Job, sweep: SweepConfig, result: dict[str, Any]) -> dict[st
         "state_bytes": state_bytes,
         "context_len": sweep.context_len,
         "accuracy": result["accuracy"],
-        "accuracy_by_pairs": by_pairs,
+        "difficulty": data.difficulty,
+        "accuracy_by_difficulty": accuracies,
         "learning_rate": result["learning_rate"],
         "seed": result["seed"],
         "steps": result["steps"],

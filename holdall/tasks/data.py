@@ -1,8 +1,9 @@
 """What a training loop needs of a synthetic task: batches by step number, and test segments.
 
-A *segment* is a number of rows of one length and difficulty. A batch never mixes segments, so that its rows
-have one length and one number of questions. The order is a pure function of (seed, step): a run that was
-stopped goes on with exactly the batch that it would have seen.
+A *segment* is a number of rows of one length and difficulty. What the difficulty is called is the task's own:
+pairs in MQAR, tokens in induction heads. A batch never mixes segments, so that its rows have one length and
+one number of questions. The order is a pure function of (seed, step): a run that was stopped resumes with
+exactly the batch that it would have seen.
 """
 
 from __future__ import annotations
@@ -33,11 +34,20 @@ class Questions(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Segment(Config):
-    """So many rows of one length with one number of key-value pairs, which is how hard they are."""
+    """Rows of one length and difficulty."""
 
     length: PositiveInt
-    pairs: PositiveInt
+    """Tokens of a row's context."""
     rows: PositiveInt
+    """The number of rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MQARSegment(Segment):
+    """Rows of MQAR: their difficulty is the number of key-value pairs."""
+
+    pairs: PositiveInt
+    """Key-value pairs of a row, each of which is asked for once."""
 
 
 Task = MQAR | SingleQuery
@@ -49,18 +59,21 @@ _kinds: dict[str, type[DataConfig]] = {}
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Config):
-    """Base of the tasks' data: segments to train and to test on.
-
-    seed: of the rows; training and test rows never share a stream. All runs of a sweep see the same rows.
-    """
+    """Base of the tasks' data: segments to train and to test on."""
 
     vocab: PositiveInt
+    """Tokens of the task's vocabulary."""
     train: tuple[Segment, ...]
+    """What is trained on."""
     test: tuple[Segment, ...]
+    """What accuracies are taken on; the score is their mean."""
     seed: Seed = 0
+    """The seed of the rows: all runs of a sweep see the same; training and test rows never share a stream."""
 
     kind: ClassVar[str]
     """The task's name in files."""
+    difficulty: ClassVar[str]
+    """What a segment's difficulty counts, as a plural: the tag of accuracies in results and reports."""
 
     def __init_subclass__(cls) -> None:
         _kinds[cls.kind] = cls
@@ -75,11 +88,20 @@ class DataConfig(Config):
     def task(self, segment: Segment) -> Task:
         """What draws this segment's rows."""
 
+    @property
+    @abstractmethod
+    def about(self) -> str:
+        """What the task asks, in a sentence or two for a report."""
+
+    @abstractmethod
+    def tag(self, segment: Segment) -> int:
+        """The difficulty of a segment: how many of what `difficulty` names."""
+
     @abstractmethod
     def questions_per_row(self, segment: Segment) -> int:
         """How many questions a test row asks: what a state must answer for."""
 
-    def to_practise(self, rows: Questions) -> Questions:
+    def trained_on(self, rows: Questions) -> Questions:
         """The questions that training rows are trained on: by default their own."""
         return rows
 
@@ -99,7 +121,7 @@ class DataConfig(Config):
     @classmethod
     def from_dict(cls: type[D], plain: Mapping[str, Any]) -> D:
         """The data of the task that `plain["kind"]` names, whichever class this is called on."""
-        plain = dict(plain)
+        plain = dict(updated(plain))
         kind = plain.pop("kind", getattr(cls, "kind", "mqar"))
         if kind not in _kinds:
             raise TypeError(f"unknown task '{kind}'. {did_you_mean(kind, _kinds)}")
@@ -110,22 +132,55 @@ class DataConfig(Config):
 
     def test_settings(self) -> dict[str, Any]:
         """All that decides the test rows, as plain JSON values."""
-        return {name: value for name, value in self.to_dict().items() if name not in ("train", "practise")}
+        return {name: value for name, value in self.to_dict().items() if name not in ("train", "loss")}
 
     def build(self, device: torch.device | None = None) -> TaskData:
         return TaskData(self, device)
+
+
+def updated(plain: Any) -> Any:
+    """A task's data in the form of this version, from plain JSON values that any version wrote.
+
+    Before, segments of all tasks had pairs, and `loss` was called "practise". Whatever is not such data is
+    returned as it is.
+    """
+    if not isinstance(plain, Mapping) or plain.get("kind") != "single-query" or "practise" not in plain:
+        return plain
+    data = {"loss" if name == "practise" else name: value for name, value in plain.items()}
+    for part in ("train", "test"):
+        if isinstance(segments := data.get(part), list) and all(isinstance(s, Mapping) for s in segments):
+            data[part] = [{name: s[name] for name in s if name != "pairs"} for s in segments]
+    return data
+
+
+ABOUT_MQAR = (
+    "multi-query associative recall (MQAR): a model reads a list of key–value pairs and is later shown each "
+    "key again. It must answer with the value that stood beside it"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MQARData(DataConfig):
     """Multi-query associative recall."""
 
+    train: tuple[MQARSegment, ...]
+    test: tuple[MQARSegment, ...]
     power: PositiveFloat = 0.01
+    """The exponent of the power law of the gaps between a pair and its question; 1 is uniform."""
     filler: Literal["zero", "random", "key-free"] = "random"
+    """What stands between the questions (holdall/tasks/mqar.py)."""
 
     kind = "mqar"
+    difficulty = "pairs"
 
-    def task(self, segment: Segment) -> MQAR:
+    @property
+    def about(self) -> str:
+        return ABOUT_MQAR
+
+    def tag(self, segment: MQARSegment) -> int:  # type: ignore[override] # its segments are these
+        return segment.pairs
+
+    def task(self, segment: MQARSegment) -> MQAR:  # type: ignore[override]
         return MQAR(
             vocab=self.vocab,
             length=segment.length,
@@ -134,7 +189,7 @@ class MQARData(DataConfig):
             filler=self.filler,
         )
 
-    def questions_per_row(self, segment: Segment) -> int:
+    def questions_per_row(self, segment: MQARSegment) -> int:  # type: ignore[override]
         return segment.pairs
 
 
@@ -142,24 +197,35 @@ class MQARData(DataConfig):
 class SingleQueryData(DataConfig):
     """Induction heads or associative recall: one question at the end of a row.
 
-    practise: train on the answers alone or, as published, on every next token of a row.
-
-    A segment's `length` is that of the context; its `pairs` are the pairs shown, 1 for induction heads.
+    A segment's `length` is that of the context, which is how hard its rows are.
     """
 
     task_name: Literal["induction-heads", "associative-recall"]
-    practise: Literal["answers", "every token"] = "every token"
+    """Which of the two."""
+    loss: Literal["answers", "every token"] = "every token"
+    """What is trained on: the answers alone or, as published, every next token of a row."""
 
     kind = "single-query"
+    difficulty = "tokens"
+
+    @property
+    def about(self) -> str:
+        if self.task_name == "induction-heads":
+            return (
+                "induction heads: somewhere in a row stands a mark. When it comes again at the end, a model "
+                "must answer with the token that followed it"
+            )
+        return (
+            "associative recall: a model reads pairs of a key and its value, some of them several times. It "
+            "must answer with the value of the key at the end"
+        )
+
+    def tag(self, segment: Segment) -> int:
+        return segment.length
 
     def task(self, segment: Segment) -> SingleQuery:
-        induction = self.task_name == "induction-heads"
-        pairs = 1 if induction else segment.length // 2
-        if segment.pairs != pairs:
-            raise ValueError(
-                f"{self.task_name} of length {segment.length} shows {pairs} pairs, not {segment.pairs}"
-            )
-        return (InductionHeads if induction else AssociativeRecall)(vocab=self.vocab, length=segment.length)
+        task = InductionHeads if self.task_name == "induction-heads" else AssociativeRecall
+        return task(vocab=self.vocab, length=segment.length)
 
     def questions_per_row(self, segment: Segment) -> int:
         return 1
@@ -167,8 +233,8 @@ class SingleQueryData(DataConfig):
     def row_length(self, segment: Segment) -> int:
         return self.task(segment).row_length
 
-    def to_practise(self, rows: Questions) -> Questions:
-        if self.practise == "answers":
+    def trained_on(self, rows: Questions) -> Questions:
+        if self.loss == "answers":
             return rows
         following_BN = torch.cat((rows.tokens_BN[:, 1:], rows.answer_BQ), dim=1)
         everywhere_BN = torch.arange(following_BN.shape[1], device=following_BN.device).expand_as(
@@ -187,7 +253,7 @@ class TaskData:
             self._make(segment, int(stream), device)
             for segment, stream in zip((*config.train, *config.test), streams, strict=True)
         ]
-        self.train = [config.to_practise(rows) for rows in made[: len(config.train)]]
+        self.train = [config.trained_on(rows) for rows in made[: len(config.train)]]
         self.test = made[len(config.train) :]
 
     def _make(self, segment: Segment, seed: int, device: torch.device | None) -> Questions:

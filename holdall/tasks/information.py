@@ -24,46 +24,46 @@ from collections.abc import Sequence
 
 
 @functools.cache
-def answer_bits(pairs: int, values: int) -> float:
-    """The entropy of a row's answers in bits: log2(V! / (V - K)!).
+def answer_bits(questions: int, values: int) -> float:
+    """The entropy of a row's K answers in bits: log2(V! / (V - K)!).
 
     Raises:
-        TypeError: pairs or values is not an int. ValueError: not 1 <= pairs <= values.
+        TypeError: questions or values is not an int. ValueError: not 1 <= questions <= values.
     """
-    for name, number in (("pairs", pairs), ("values", values)):
+    for name, number in (("questions", questions), ("values", values)):
         if not isinstance(number, int) or isinstance(number, bool):
             raise TypeError(f"{name} must be an int, got {number!r}")
-    if not 1 <= pairs <= values:
+    if not 1 <= questions <= values:
         raise ValueError(
-            f"{pairs} pairs cannot draw distinct values from {values}: needs 1 <= pairs <= values, so lower "
-            f"pairs or raise the vocabulary"
+            f"{questions} questions cannot draw distinct values from {values}: needs 1 <= questions <= "
+            f"values, so lower questions or raise the vocabulary"
         )
     # a sum of logarithms rounds once; the difference of two log-gammas would cancel most digits
-    return math.fsum(math.log2(values - used) for used in range(pairs))
+    return math.fsum(math.log2(values - used) for used in range(questions))
 
 
-def recall_bits(pairs: int, values: int, accuracy: int | float) -> float:
+def recall_bits(questions: int, values: int, accuracy: int | float) -> float:
     """The least bits about a row's values that any answerer with this accuracy (or better) must hold.
 
     Zero up to accuracy 1 / values, which guessing reaches: Fano's bound alone would turn up again below
     chance, since to be *always* wrong takes knowledge too, but nobody needs that to be no better than this.
 
     Args:
-        pairs: K, the questions of a row. values: V, the possible values. accuracy: expected share answered
-            right, 0 to 1.
+        questions: K, the questions of a row. values: V, the possible values. accuracy: expected share
+            answered right, 0 to 1.
 
     Raises:
         TypeError, ValueError: as `answer_bits`; ValueError also for an accuracy outside 0 to 1.
     """
-    total = answer_bits(pairs, values)
+    total = answer_bits(questions, values)
     if not 0 <= accuracy <= 1:
         raise ValueError(f"accuracy {accuracy} is not a share between 0 and 1")
     if accuracy <= 1 / values:
         return 0.0
-    return max(0.0, total - pairs * _doubt(values, accuracy))
+    return max(0.0, total - questions * _doubt(values, accuracy))
 
 
-def best_accuracy(pairs: int, values: int, bits: int | float) -> float:
+def best_accuracy(questions: int, values: int, bits: int | float) -> float:
     """The highest accuracy that any causal model with so many bits of state can have.
 
     The inverse of `recall_bits`, by bisection to the last bit; 1.0 from `answer_bits` up. With no bits it is
@@ -72,14 +72,14 @@ def best_accuracy(pairs: int, values: int, bits: int | float) -> float:
     Raises:
         TypeError, ValueError: as `answer_bits`; ValueError also for bits below 0.
     """
-    total = answer_bits(pairs, values)
+    total = answer_bits(questions, values)
     if not bits >= 0:
         raise ValueError(f"a state of {bits} bits does not exist: bits must be at least 0")
     if bits >= total:
         return 1.0
     low, high = 1 / values, 1.0  # low is within reach, high is not, and the bound rises between them
     while low < (middle := (low + high) / 2) < high:
-        if recall_bits(pairs, values, middle) <= bits:
+        if recall_bits(questions, values, middle) <= bits:
             low = middle
         else:
             high = middle
@@ -90,14 +90,14 @@ def mean_best_accuracy(segments: Sequence[tuple[int, int]], bits: int | float) -
     """The ceiling of a score that is the mean over test segments: the mean of their best accuracies.
 
     Args:
-        segments: (pairs, values) of each; every segment's rows pass through the same state.
+        segments: (questions, values) of each; every segment's rows pass through the same state.
 
     Raises:
         ValueError: no segments; else as `best_accuracy`.
     """
     if not segments:
-        raise ValueError("a mean over no segments is undefined: give at least one (pairs, values)")
-    return math.fsum(best_accuracy(pairs, values, bits) for pairs, values in segments) / len(segments)
+        raise ValueError("a mean over no segments is undefined: give at least one (questions, values)")
+    return math.fsum(best_accuracy(questions, values, bits) for questions, values in segments) / len(segments)
 
 
 def _doubt(values: int, accuracy: int | float) -> float:

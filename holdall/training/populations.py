@@ -19,7 +19,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +32,7 @@ from holdall.contract import Config
 from holdall.files import RunError
 from holdall.model import Model, ModelConfig, Precision, repeatable, seeded
 from holdall.settings import Betas, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed, Share
-from holdall.tasks.data import DataConfig, Questions, TaskData
+from holdall.tasks.data import DataConfig, Questions, TaskData, updated
 from holdall.training.chassis import Background, Stopped
 from holdall.training.stacked import Member, Population, loss, right
 
@@ -160,11 +160,27 @@ def finished(config: TrainConfig, folder: Path) -> list[dict[str, Any]] | None:
     way_out = "Remove it, and the same command makes it again."
     found = files.read_json(done, way_out, list)
     results = [
-        MemberResult.checked(each, f"result {index} in {done}", way_out) for index, each in enumerate(found)
+        MemberResult.checked(_updated(each, config.data), f"result {index} in {done}", way_out)
+        for index, each in enumerate(found)
     ]
     if [(each.learning_rate, each.seed) for each in results] != list(config.members):
         raise files.damaged(done, "it is of other learning rates or seeds", way_out)
     return [each.to_dict() for each in results]
+
+
+def _updated(member: Any, data: DataConfig) -> Any:
+    """A member of result.json or of a checkpoint in the form of this version.
+
+    Before, the difficulty of every task was called pairs.
+    """
+    if not isinstance(member, Mapping) or "accuracy_by_pairs" not in member:
+        return member
+    accuracies = member["accuracy_by_pairs"]
+    tags = dict.fromkeys(str(data.tag(segment)) for segment in data.test)
+    if data.difficulty != "pairs" and isinstance(accuracies, Mapping) and len(accuracies) == len(tags):
+        accuracies = dict(zip(tags, accuracies.values(), strict=True))
+    kept = {name: value for name, value in member.items() if name != "accuracy_by_pairs"}
+    return {**kept, "accuracy_by_difficulty": accuracies}
 
 
 OTHER = "Restore it from a copy, or choose another folder."
@@ -175,7 +191,8 @@ def _check(folder: Path, config: TrainConfig) -> bool:
     path = folder / "config.json"
     if not path.exists():
         return False
-    if said := settings.differ(files.read_json(path, OTHER), config.to_dict()):
+    held = {name: updated(value) for name, value in files.read_json(path, OTHER).items()}
+    if said := settings.differ(held, config.to_dict()):
         raise RunError(
             f"{folder} holds a run with another config (in {path.name}, {said}); choose another folder"
         )
@@ -215,7 +232,8 @@ class MemberResult(Config):
     seed: Seed
     accuracy: Share | None
     """On the test rows; None where training diverged."""
-    accuracy_by_pairs: dict[str, Share]
+    accuracy_by_difficulty: dict[str, Share]
+    """On the test rows of each difficulty, by the task's tag."""
     steps: NonNegativeInt
     rows: NonNegativeInt
     """Read in training."""
@@ -229,8 +247,8 @@ class MemberResult(Config):
     """The file that has the trained weights."""
 
     def validate(self) -> None:
-        if not all(pairs.isdecimal() for pairs in self.accuracy_by_pairs):
-            raise ValueError(f"accuracy_by_pairs is by numbers of pairs, not {list(self.accuracy_by_pairs)}")
+        if not all(tag.isdecimal() for tag in self.accuracy_by_difficulty):
+            raise ValueError(f"accuracy_by_difficulty is by numbers, not {list(self.accuracy_by_difficulty)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,7 +258,7 @@ class MemberState(Config):
     stopped: Ending
     steps: NonNegativeInt
     accuracy: Share
-    accuracy_by_pairs: dict[str, Share]
+    accuracy_by_difficulty: dict[str, Share]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -389,16 +407,16 @@ class Trainer:
     def _test(self, alive: Sequence[Member], losses_P: Tensor) -> None:
         """Score the members that still train, and let those go that are done."""
         losses = losses_P.tolist()
-        pairs = [str(segment.pairs) for segment in self.config.data.test]
+        tags = [str(self.config.data.tag(segment)) for segment in self.config.data.test]
         for member, loss_now, scores in zip(alive, losses, self._accuracies(alive), strict=True):
             if math.isfinite(loss_now):
-                by_pairs: dict[str, list[float]] = {}
-                for name, score in zip(pairs, scores, strict=True):
-                    by_pairs.setdefault(name, []).append(score)
+                by_tag: dict[str, list[float]] = {}
+                for tag, score in zip(tags, scores, strict=True):
+                    by_tag.setdefault(tag, []).append(score)
                 member.accuracy = sum(scores) / len(scores)
-                member.accuracy_by_pairs = {name: sum(s) / len(s) for name, s in by_pairs.items()}
+                member.accuracy_by_difficulty = {tag: sum(s) / len(s) for tag, s in by_tag.items()}
             else:
-                member.stopped, member.accuracy, member.accuracy_by_pairs = "diverged", 0.0, {}
+                member.stopped, member.accuracy, member.accuracy_by_difficulty = "diverged", 0.0, {}
             if not member.stopped and 0 < self.config.stop_at <= member.accuracy:
                 member.stopped = "accuracy"
             elif not member.stopped and self.step == self.steps:
@@ -409,7 +427,7 @@ class Trainer:
                 "seed": member.seed,
                 "loss": loss_now if math.isfinite(loss_now) else None,
                 "accuracy": member.accuracy,
-                "accuracy_by_pairs": member.accuracy_by_pairs,
+                "accuracy_by_difficulty": member.accuracy_by_difficulty,
                 "seconds": round(self.seconds, 3),
             }
             files.append_line(self.metrics, line)
@@ -429,7 +447,7 @@ class Trainer:
             learning_rate=member.learning_rate,
             seed=member.seed,
             accuracy=None if member.stopped == "diverged" else member.accuracy,
-            accuracy_by_pairs=member.accuracy_by_pairs,
+            accuracy_by_difficulty=member.accuracy_by_difficulty,
             steps=member.steps,
             rows=self.data.rows_before(member.steps, self.config.batch),
             stopped=member.stopped,  # type: ignore[arg-type]
@@ -490,7 +508,11 @@ class Trainer:
             self.metrics.unlink(missing_ok=True)
             return
         with checkpoints.opened(path, "Remove it to start this run again.") as file:
-            state = RunState.parse(file.about.get("state", ""), f"the header of {path}", file.way_out)
+            where = f"the header of {path}"
+            plain = files.parse_json(file.about.get("state", ""), where, file.way_out)
+            if isinstance(plain.get("members"), list):
+                plain["members"] = [_updated(member, self.config.data) for member in plain["members"]]
+            state = RunState.checked(plain, where, file.way_out)
             if state.step > self.steps or len(state.members) != len(self.members):
                 raise file.damaged(f"it is of step {state.step:,} of {len(state.members)} members")
             file.fill(dict(self._tensors()))

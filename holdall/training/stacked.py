@@ -38,7 +38,7 @@ class Member:
     """Empty while it trains; then "accuracy", "diverged" or "end"."""
     steps: int = 0
     accuracy: float = 0.0
-    accuracy_by_pairs: dict[str, float] = field(default_factory=dict)
+    accuracy_by_difficulty: dict[str, float] = field(default_factory=dict)
 
     def set_rate(self, rate: float) -> None:
         for group in self.optimizer.param_groups:

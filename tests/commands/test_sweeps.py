@@ -14,7 +14,7 @@ def line(**changed: Any) -> dict[str, Any]:
     """A line of results.jsonl."""
     return {
         "label": "Taylor, f = 16", "mixer": "taylor", "width": 64, "state_bytes": 40_000, "accuracy": 1.0,
-        "accuracy_by_pairs": {str(k): 1.0 for k in PAIRS}, "learning_rate": 0.00316, "seed": 0,
+        "accuracy_by_difficulty": {str(k): 1.0 for k in PAIRS}, "learning_rate": 0.00316, "seed": 0,
         "seconds": 100.0, **changed,
     }  # fmt: skip
 
@@ -34,19 +34,26 @@ def test_no_cell_is_cut_off(monkeypatch: pytest.MonkeyPatch, width: int, first: 
     text = printed(monkeypatch, width, lines)
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= width
-    assert [k for k in PAIRS if f"K={k} " in text] == [k for k in PAIRS if k >= first]
+    (heads,) = [line for line in text.splitlines() if "state" in line]
+    assert [k for k in PAIRS if str(k) in heads.split()] == [k for k in PAIRS if k >= first]
     assert ("table.md" in text) == (first > PAIRS[0])
 
 
 def test_seeds_count_with_their_best_learning_rates_and_share_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     tried = [(0, 0.001, 0.5, 10), (0, 0.01, 0.75, 20), (1, 0.001, 0.25, 60), (1, 0.01, None, 90)]
     lines = [
-        line(seed=seed, learning_rate=rate, accuracy=score, accuracy_by_pairs={"4": score}, seconds=seconds)
+        line(
+            seed=seed,
+            learning_rate=rate,
+            accuracy=score,
+            accuracy_by_difficulty={"4": score},
+            seconds=seconds,
+        )
         for seed, rate, score, seconds in tried
     ]
     lines.append(line(label="lost", accuracy=None, state_bytes=100))
     title, _, heads, _, lost, mean, *_ = printed(monkeypatch, 100, lines).splitlines()
-    assert title.strip() == "recall at the best learning rate, mean over seeds"
-    assert heads.split() == ["model", "state", "recall", "K=4", "lr", "s"]
+    assert title.strip() == "recall at the best learning rate, mean over seeds, then by number of pairs"
+    assert heads.split() == ["model", "state", "recall", "4", "lr", "s"]
     assert lost.split() == ["lost", "100", "B", "-", "-", "-", "-"]
     assert mean.split()[-5:] == ["50.0%", "50.0%", "0.01,", "0.001", "40"]

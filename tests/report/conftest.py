@@ -26,7 +26,7 @@ def result(label: str, state_bytes: int, accuracy: float | None, **more: Any) ->
         "state_bytes": state_bytes,
         "context_len": 64,
         "accuracy": accuracy,
-        "accuracy_by_pairs": by_pairs,
+        "accuracy_by_difficulty": by_pairs,
         "learning_rate": 0.003,
         "seed": 0,
         "steps": 400,

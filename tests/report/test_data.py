@@ -109,7 +109,7 @@ def test_optional_keys_may_be_missing(make_sweep):
     (sweep,) = load([folder])
     assert families([sweep]) == ["mamba"]
     assert sweep.environment == {}
-    assert sweep.models[0].best[0].by_pairs == {}
+    assert sweep.models[0].best[0].by_difficulty == {}
 
 
 def test_sweeps_get_the_shortest_names_that_differ(make_sweep, line):

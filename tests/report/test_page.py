@@ -26,13 +26,24 @@ def data_of(page: str) -> dict:
 def test_page_names_everything_that_was_recorded(sweep):
     page = render(load([sweep]))
     assert "holdall frontier quick --out runs/sweep" in page
-    assert "1,000 rows of 64 tokens with 16 key–value pairs; each answer is one of 256 values" in page
+    assert "1,000 rows of 64 tokens with 16 pairs; each answer is one of 256 values" in page
     assert "<dt>device</dt><dd>cpu, 2 threads</dd>" in page
     assert not re.search(r"\{\{\w+\}\}", page.replace(re.search(r"<script>.*?</script>", page, re.S)[0], ""))
     first = dict(data_of(page)["marks"][0]["detail"])
     written = json.loads((sweep / "results.jsonl").read_text().splitlines()[0])
     assert list(first) == [key.replace("_", " ") for key in written]
-    assert first["accuracy by pairs"] == "4 = 1, 16 = 0.95"
+    assert first["accuracy by difficulty"] == "4 = 1, 16 = 0.95"
+
+
+def test_page_says_what_was_asked_and_how_hard_it_was(make_sweep, line):
+    test = [{"vocab": 10, "length": 20, "difficulty": 20, "rows": 9, "values": 4, "questions": 1}]
+    runs = [line("a", 64, 0.5, difficulty="tokens", accuracy_by_difficulty={"20": 0.5})]
+    page = render(load([make_sweep("s", runs, test=test, task="induction <heads>", difficulty="tokens")]))
+    said = "is induction &lt;heads&gt;. Accuracy is the share of right answers, 20 tokens."
+    assert f"<strong>The task</strong> {said}" in page
+    assert "<li>9 rows of 20 tokens; each answer is one of 4 values</li>" in page
+    assert '<button type="button">20 tokens</button>' in page
+    assert "MQAR" not in page
 
 
 def test_page_tells_of_diverged_models_and_torn_lines(make_sweep, line):

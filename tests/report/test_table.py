@@ -48,9 +48,9 @@ def test_several_seeds_are_a_mean_and_its_extremes(make_sweep, line):
 def test_what_diverged_or_was_not_asked_stays_empty(make_sweep, line):
     lines = [
         line("a", 64, None),
-        line("b | c", 64, 0.5, accuracy_by_pairs={"4": 0.5}),
+        line("b | c", 64, 0.5, accuracy_by_difficulty={"4": 0.5}),
         line("d", 64, 0.5, seed=0),
-        line("d", 64, 0.5, seed=1, accuracy_by_pairs={"4": 0.5}, recall_bits=None),
+        line("d", 64, 0.5, seed=1, accuracy_by_difficulty={"4": 0.5}, recall_bits=None),
         line("e", 64, 0.5),
     ]
     text = table.render(load([make_sweep("s", lines)]))
@@ -58,6 +58,26 @@ def test_what_diverged_or_was_not_asked_stays_empty(make_sweep, line):
     assert cells(text, r"b \| c")[2:5] == ["50.0%", "50%", ""]
     assert cells(text, "d")[3:6] == ["52%", "", ""]
     assert len({len(re.split(r"(?<!\\)\|", row)) for row in text.split("\n\n")[0].splitlines()}) == 1
+
+
+def test_columns_are_named_by_the_difficulty_of_the_task(make_sweep, line):
+    by_length = {"difficulty": "tokens", "accuracy_by_difficulty": {"20": 0.5, "40": 0.25}}
+    test = [
+        {"vocab": 10, "length": n, "difficulty": n, "rows": 9, "values": 4, "questions": 1} for n in (20, 40)
+    ]
+    folder = make_sweep("s", [line("a", 64, 0.5, **by_length)], test=test, difficulty="tokens")
+    text = table.render(load([folder]))
+    assert "| recall | 20 tokens | 40 | bits recalled |" in text
+    assert "then by number of tokens" in text
+    assert cells(text, "a")[2:5] == ["50.0%", "50%", "25%"]
+
+
+def test_lines_of_before_are_of_pairs(make_sweep, line):
+    old = line("a", 64, 0.5)
+    old["accuracy_by_pairs"] = old.pop("accuracy_by_difficulty")
+    text = table.render(load([make_sweep("s", [old])]))
+    assert "| recall | 4 pairs | 16 | bits recalled |" in text
+    assert cells(text, "a")[2:5] == ["50.0%", "55%", "45%"]
 
 
 def test_several_sweeps_are_told_apart(make_sweep, line):

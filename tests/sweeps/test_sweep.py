@@ -25,7 +25,7 @@ from holdall.mixers.linformer import LinformerConfig
 from holdall.mixers.sliding_window import SlidingWindowConfig
 from holdall.recipes import patterns, quick
 from holdall.sweeps import OutOfTime, SweepConfig, Watcher, compile_ahead, in_order, pool, run_sweep
-from holdall.tasks.data import MQARData, Segment
+from holdall.tasks.data import MQARData, MQARSegment, Segment, SingleQueryData
 from holdall.tasks.information import recall_bits
 from holdall.training.populations import TrainConfig, train
 
@@ -34,8 +34,8 @@ HOLDALL = [sys.executable, "-m", "holdall.cli"]
 TASK = MQARData(
     vocab=32,
     filler="zero",
-    train=(Segment(length=16, pairs=2, rows=64),),
-    test=(Segment(length=16, pairs=2, rows=20), Segment(length=24, pairs=3, rows=20)),
+    train=(MQARSegment(length=16, pairs=2, rows=64),),
+    test=(MQARSegment(length=16, pairs=2, rows=20), MQARSegment(length=24, pairs=3, rows=20)),
 )
 
 
@@ -83,8 +83,8 @@ def test_a_sweep_leaves_one_line_per_model_and_learning_rate(tmp_path: Path) -> 
     assert window["layers"] == ["base-conv", "sliding-window"]
     assert window["form"] == "parallel"
     assert window["steps"] == 4
-    assert set(window["accuracy_by_pairs"]) == {"2", "3"}
-    bits = max(recall_bits(int(k), 16, a) for k, a in window["accuracy_by_pairs"].items())
+    assert set(window["accuracy_by_difficulty"]) == {"2", "3"}
+    bits = max(recall_bits(int(k), 16, a) for k, a in window["accuracy_by_difficulty"].items())
     assert window["recall_bits"] == pytest.approx(bits, abs=0.01)
     assert window["recall_efficiency"] == pytest.approx(bits / (8 * window["state_bytes"]))
     assert (tmp_path / "out" / window["run"] / window["weights"]).exists()
@@ -141,7 +141,7 @@ def test_seeds_can_be_added_later(tmp_path: Path) -> None:
     assert [(line["label"], line["seed"], line["learning_rate"]) for line in both] == [
         (label, seed, rate) for label in ("attention", "window 4") for seed in (0, 1) for rate in (0.01, 0.02)
     ]
-    assert both[2]["accuracy_by_pairs"] != both[0]["accuracy_by_pairs"]
+    assert both[2]["accuracy_by_difficulty"] != both[0]["accuracy_by_difficulty"]
     with pytest.raises(RunError, match=r"more seeds, \[1\] too; give at least --seeds 2"):
         run(tmp_path / "out", with_seeds(1), **TOGETHER)
 
@@ -305,6 +305,42 @@ def test_a_population_trained_elsewhere_counts(tmp_path: Path) -> None:
     assert [line["rows"] for line in lines] == [line["rows"] for line in alone] == [64] * 4
     for line, other in zip(lines, alone, strict=True):
         assert line["accuracy"] == pytest.approx(other["accuracy"], abs=0.05)
+
+
+def test_a_folder_of_before_difficulties_had_names_is_gathered(tmp_path: Path) -> None:
+    """Then the segments of every task had pairs, and so had the keys of accuracies."""
+    segment = Segment(length=20, rows=8)
+    data = SingleQueryData(vocab=10, task_name="associative-recall", train=(segment,), test=(segment,))
+    point = tiny(rates=(0.01,)).points[0]
+    point = dataclasses.replace(point, train=dataclasses.replace(point.train, data=data))
+    sweep = SweepConfig(recipe="tiny", points=(point,))
+    (job,) = sweep.jobs(together=False)
+    run_folder = tmp_path / "runs" / job.folder
+
+    def of_before(train: dict[str, Any]) -> dict[str, Any]:
+        plain = json.loads(json.dumps(train))
+        plain["data"]["practise"] = plain["data"].pop("loss")
+        for segment in (*plain["data"]["train"], *plain["data"]["test"]):
+            segment["pairs"] = 10
+        return plain
+
+    (plain,) = sweep.to_dict()["points"]
+    (tmp_path / "config.json").write_text(
+        json.dumps({"points": [{**plain, "train": of_before(plain["train"])}]})
+    )
+    run_folder.mkdir(parents=True)
+    (run_folder / "config.json").write_text(json.dumps(of_before(job.point.train.to_dict())))
+    result = {
+        "learning_rate": 0.01, "seed": 0, "accuracy": 0.75, "accuracy_by_pairs": {"10": 0.75}, "steps": 1,
+        "rows": 8, "stopped": "end", "seconds": 1.0, "forms": ["parallel", "parallel"], "weights": None,
+    }  # fmt: skip
+    (run_folder / "result.json").write_text(json.dumps([result]))
+    (line,) = run(tmp_path, sweep, minutes=0)
+    assert (line["difficulty"], line["accuracy_by_difficulty"]) == ("tokens", {"20": 0.75})
+    assert line["recall_bits"] == pytest.approx(recall_bits(1, 4, 0.75), abs=0.01)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["points"] == json.loads(json.dumps(sweep.to_dict()["points"]))
+    assert (config["difficulty"], config["test"][0]["difficulty"]) == ("tokens", 20)
 
 
 def test_a_mixer_file_of_the_user_s_own_joins_in_every_process(tmp_path: Path) -> None:

@@ -95,16 +95,20 @@ def test_the_mean_over_segments():
 @pytest.mark.parametrize(
     ("call", "error", "says"),
     [
-        (lambda: recall_bits(5, 4, 0.5), ValueError, r"5 pairs .* from 4: needs 1 <= pairs <= values"),
-        (lambda: recall_bits(0, 4, 0.5), ValueError, "0 pairs"),
+        (
+            lambda: recall_bits(5, 4, 0.5),
+            ValueError,
+            r"5 questions .* from 4: needs 1 <= questions <= values",
+        ),
+        (lambda: recall_bits(0, 4, 0.5), ValueError, "0 questions"),
         (lambda: recall_bits(2, 4, 1.01), ValueError, "accuracy 1.01"),
         (lambda: recall_bits(2, 4, -0.1), ValueError, "accuracy -0.1"),
         (lambda: recall_bits(2, 4, math.nan), ValueError, "accuracy nan"),
         (lambda: best_accuracy(2, 4, -1), ValueError, "a state of -1 bits"),
         (lambda: best_accuracy(2, 4, math.nan), ValueError, "a state of nan bits"),
-        (lambda: best_accuracy(5, 4, 1.0), ValueError, "5 pairs"),
+        (lambda: best_accuracy(5, 4, 1.0), ValueError, "5 questions"),
         (lambda: mean_best_accuracy([], 1.0), ValueError, "no segments"),
-        (lambda: answer_bits(True, 4), TypeError, "pairs"),
+        (lambda: answer_bits(True, 4), TypeError, "questions"),
     ],
 )
 def test_what_makes_no_sense_is_refused(call, error, says):

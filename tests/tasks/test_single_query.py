@@ -1,11 +1,13 @@
 """Induction heads and associative recall: an oracle answers from the tokens, draws fit the distribution."""
 
 import itertools
+import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from holdall.tasks.data import DataConfig, MQARData, Segment, SingleQueryData
+from holdall.tasks.data import DataConfig, MQARData, MQARSegment, Segment, SingleQueryData, updated
 from holdall.tasks.single_query import AssociativeRecall, InductionHeads, drawing
 
 TASKS = [InductionHeads(), AssociativeRecall(), InductionHeads(vocab=4, length=3),
@@ -116,12 +118,12 @@ def test_settings_that_do_not_fit_name_the_field(make, field):
 
 
 def recall_data(**changes):
-    segment = Segment(length=20, pairs=10, rows=64)
+    segment = Segment(length=20, rows=64)
     plain = {"vocab": 10, "train": (segment,), "test": (segment,), "task_name": "associative-recall"}
     return SingleQueryData(**{**plain, **changes})
 
 
-def test_practise_on_every_token_asks_for_each_next_one_and_the_answer_last():
+def test_the_loss_on_every_token_asks_for_each_next_one_and_the_answer_last():
     data = recall_data().build()
     (train,), (test,) = data.train, data.test
     assert train.at_BQ.tolist() == [list(range(22))] * 64
@@ -130,7 +132,7 @@ def test_practise_on_every_token_asks_for_each_next_one_and_the_answer_last():
     assert torch.equal(train.answer_BQ[:, -1:], task.oracle(train.tokens_BN))
     assert test.at_BQ.shape == (64, 1)
     assert torch.equal(test.answer_BQ, task.oracle(test.tokens_BN))
-    answers = recall_data(practise="answers").build().train[0]
+    answers = recall_data(loss="answers").build().train[0]
     assert torch.equal(answers.tokens_BN, train.tokens_BN)
     assert answers.at_BQ.shape == (64, 1)
     assert data.batch(0, 0, 16).answer_BQ.shape == (16, 22)
@@ -140,13 +142,26 @@ def test_the_longest_row_counts_what_asks_too():
     assert recall_data().longest == 22
 
 
-def test_pairs_that_the_task_does_not_show_are_refused():
-    with pytest.raises(ValueError, match="shows 10 pairs, not 4"):
-        recall_data(test=(Segment(length=20, pairs=4, rows=8),))
+def test_a_segment_is_as_hard_as_its_context_is_long():
+    data = recall_data(test=(Segment(length=20, rows=8), Segment(length=40, rows=8)))
+    assert (data.difficulty, [data.tag(segment) for segment in data.test]) == ("tokens", [20, 40])
+
+
+@pytest.mark.parametrize("part", ["associative-recall", "induction-heads-answers"])
+def test_data_of_before_is_read(part):
+    """Segments of these tasks had pairs, and the loss was called otherwise."""
+    folder = Path(__file__).parents[2] / "results" / "synthetics" / part
+    held = json.loads((folder / "config.json").read_text())["points"][0]["train"]["data"]
+    (segment,) = held["test"]
+    assert segment["pairs"] == (10 if part == "associative-recall" else 1)
+    data = DataConfig.from_dict(held)
+    assert data.test == (Segment(length=20 if part == "associative-recall" else 30, rows=500),)
+    assert (data.task_name, data.loss) == (part.removesuffix("-answers"), held["practise"])
+    assert updated(held) == data.to_dict()
 
 
 def test_data_comes_back_from_plain_json_as_its_own_kind():
-    segment = Segment(length=64, pairs=4, rows=8)
+    segment = MQARSegment(length=64, pairs=4, rows=8)
     for data in (recall_data(), MQARData(vocab=64, train=(segment,), test=(segment,))):
         assert DataConfig.from_dict(data.to_dict()) == data
         assert type(data).from_dict(data.to_dict()) == data

@@ -22,14 +22,14 @@ from holdall.files import RunError
 from holdall.mixers.base_conv import BaseConvConfig
 from holdall.mixers.taylor import TaylorConfig
 from holdall.model import ModelConfig
-from holdall.tasks.data import MQARData, Segment, TaskData
+from holdall.tasks.data import MQARData, MQARSegment, TaskData
 from holdall.training.populations import Progress, Stopped, TrainConfig, Trainer, train
 
 TASK = MQARData(
     vocab=32,
     filler="zero",
-    train=(Segment(length=16, pairs=2, rows=100), Segment(length=24, pairs=3, rows=60)),
-    test=(Segment(length=16, pairs=2, rows=50), Segment(length=24, pairs=3, rows=50)),
+    train=(MQARSegment(length=16, pairs=2, rows=100), MQARSegment(length=24, pairs=3, rows=60)),
+    test=(MQARSegment(length=16, pairs=2, rows=50), MQARSegment(length=24, pairs=3, rows=50)),
 )
 
 
@@ -98,11 +98,11 @@ def test_training_and_test_rows_differ() -> None:
 
 
 def test_it_learns(tmp_path: Path) -> None:
-    task = dataclasses.replace(TASK, train=(Segment(length=16, pairs=2, rows=2000),), test=TASK.test[:1])
+    task = dataclasses.replace(TASK, train=(MQARSegment(length=16, pairs=2, rows=2000),), test=TASK.test[:1])
     (result,) = train(config(data=task, epochs=12, stop_at=0.95, batch=32), tmp_path / "run")
     assert result["stopped"] == "accuracy"
     assert result["accuracy"] >= 0.95
-    assert result["accuracy_by_pairs"] == {"2": result["accuracy"]}
+    assert result["accuracy_by_difficulty"] == {"2": result["accuracy"]}
 
 
 def test_the_same_config_gives_the_same_weights_whatever_the_global_random_state(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_a_member_of_a_population_ends_where_it_would_have_ended_alone(
 
 
 def test_a_member_that_is_done_leaves_the_others_to_go_on(tmp_path: Path) -> None:
-    task = dataclasses.replace(TASK, train=(Segment(length=16, pairs=2, rows=2000),), test=TASK.test[:1])
+    task = dataclasses.replace(TASK, train=(MQARSegment(length=16, pairs=2, rows=2000),), test=TASK.test[:1])
     slow, fast = train(
         config(data=task, learning_rates=(1e-6, 0.01), epochs=10, stop_at=0.9, batch=32),
         tmp_path / "run",
@@ -238,7 +238,7 @@ def test_the_weights_of_every_mixer_make_the_trained_model_again(
         trained.append(member.model), write(self, path, member)))  # fmt: skip
     entries = map(holdall.describe, holdall.names())
     layers = tuple(entry.configure(width=16, **entry.config.variants[0]) for entry in entries)
-    few = (Segment(length=8, pairs=1, rows=4),)
+    few = (MQARSegment(length=8, pairs=1, rows=4),)
     task = dataclasses.replace(TASK, train=few, test=few)
     model = ModelConfig(vocab=32, width=16, layers=layers)
     train(config(model=model, data=task, batch=4, epochs=1), tmp_path)
