@@ -81,12 +81,11 @@ def _frontier(sweep: SweepConfig, out: Path, *, device: str, **options: Any) -> 
         with view:
             run_sweep(sweep, out, device=device, watcher=Watcher(view.progress, view.finished), **options)
     except KeyboardInterrupt:
-        said = f"Stopped. Everything so far is in {out}; the same command goes on from here."
-        console.print(said, soft_wrap=True)
+        console.print(f"Stopped. Everything so far is in {out}; the same command resumes it.", soft_wrap=True)
         return 130
     except OutOfTime as stopped:
-        said = f"Time is up: {stopped}. Everything so far is in {out}; the same command goes on."
-        console.print(said, soft_wrap=True)
+        text = f"Time is up: {stopped}. Everything so far is in {out}; the same command resumes it."
+        console.print(text, soft_wrap=True)
         code = OUT_OF_TIME
     if view.lines:
         view.print_table()
@@ -96,6 +95,7 @@ def _frontier(sweep: SweepConfig, out: Path, *, device: str, **options: Any) -> 
 
 
 def _in_precision(sweep: SweepConfig, precision: Precision) -> SweepConfig:
+    """The sweep with this precision instead of the recipe's."""
     points = [
         dataclasses.replace(point, train=dataclasses.replace(point.train, precision=precision))
         for point in sweep.points
@@ -113,7 +113,7 @@ def _with_additions(
     sweep = sweeps[0]
     if sweep.recipe != "quick":
         raise ValueError(f"mixers can be added to the quick recipe, not to {sweep.recipe}")
-    points = [_added_point(each, len(sweep.points[0].train.seeds)) for each in wanted]
+    points = [_added_point(mixer, len(sweep.points[0].train.seeds)) for mixer in wanted]
     return (dataclasses.replace(sweep, points=(*points, *sweep.points)),)
 
 
@@ -124,18 +124,20 @@ def _added_point(wanted: str, seeds: int) -> Point:
 
 
 class _FrontierView:
-    """The live picture of a sweep: bars for what trains, a table that fills as models finish."""
+    """The live view of a sweep: progress bars, and a table that fills as models finish.
+
+    Without a terminal, a line per run that has finished.
+    """
 
     def __init__(
         self, sweep: SweepConfig, out: Path, device: str, workers: int | None, families: Sequence[str]
     ) -> None:
         self.sweep, self.jobs = sweep, planned(sweep, out, together=device != "cpu")
-        costs = [job.operations for job in self.jobs]
         order = in_order(self.jobs)
         self.places = {index: place for place, index in enumerate(order)}
         self.remaining = Remaining(
             [self.jobs[index].model for index in order],
-            [costs[index] for index in order],
+            [self.jobs[index].operations for index in order],
             at_once(device, workers),
         )
         for index, job in enumerate(self.jobs):
@@ -144,30 +146,18 @@ class _FrontierView:
         self.bars = Progress(
             Words("{task.description}", justify="right"),
             BarColumn(),
-            Words("{task.fields[says]}"),
+            Words("{task.fields[status]}"),
             TimeElapsedColumn(),
             Words("{task.fields[left]}"),
             console=console,
         )
-        count, device_name, gpus = len(self.jobs), device, torch.cuda.device_count()
-        if device == "cuda":
-            device_name = f"{f'{gpus} x ' if gpus > 1 else ''}{torch.cuda.get_device_name()}"
-        points = (
-            f"{len(sweep.points)} models, {count} runs" if count > len(sweep.points) else f"{count} models"
-        )
-        layers = [layer for point in sweep.points for layer in point.train.model.layers]
-        forms = sorted({layer.resolved_form(torch.device(device)) for layer in layers})
-        precisions = sorted({point.train.precision for point in sweep.points})
-        about = (
-            f": {points} on {device_name}, form {' and '.join(forms)}, {' and '.join(precisions)}, in {out}"
-        )
-        self.header = Text.assemble((sweep.recipe, "bold"), about)
-        self.whole = self.bars.add_task("all", total=count, says="", left="")
+        self.header = _header(sweep, len(self.jobs), device, out)
+        self.total = self.bars.add_task("all", total=len(self.jobs), status="", left="")
         self.tasks: dict[int, TaskID] = {}
-        self.shares = [0.0] * count
+        self.shares = [0.0] * len(self.jobs)
         self.lines: list[dict[str, Any]] = []
         self.done = 0
-        self.live = Live(self._picture(), console=console, transient=True, refresh_per_second=4)
+        self.live = Live(self._view(), console=console, transient=True, refresh_per_second=4)
 
     def __enter__(self) -> _FrontierView:
         console.print(self.header, soft_wrap=True)
@@ -182,14 +172,14 @@ class _FrontierView:
     def progress(self, index: int, progress: TrainProgress) -> None:
         if index not in self.tasks:
             title = self.jobs[index].title
-            self.tasks[index] = self.bars.add_task(title, total=progress.steps, says="", left="")
-        says = f"loss {progress.loss:.3f}  recall {progress.accuracy:.1%}"
+            self.tasks[index] = self.bars.add_task(title, total=progress.steps, status="", left="")
+        status = f"loss {progress.loss:.3f}  recall {progress.accuracy:.1%}"
         place = self.places[index]
         self.remaining.progress(place, progress.step / progress.steps)
         left = in_words(self.remaining.seconds_of(place))
-        self.bars.update(self.tasks[index], completed=progress.step, says=says, left=left)
+        self.bars.update(self.tasks[index], completed=progress.step, status=status, left=left)
         self.shares[index] = progress.step / progress.steps
-        self._tell_whole()
+        self._update_total()
 
     def finished(self, index: int, lines: list[dict[str, Any]]) -> None:
         self.lines += lines
@@ -200,24 +190,24 @@ class _FrontierView:
         self.shares[index] = 1.0
         if index in self.tasks:
             self.bars.remove_task(self.tasks.pop(index))
-        self._tell_whole()
+        self._update_total()
         if console.is_terminal:
-            self.live.update(self._picture())
+            self.live.update(self._view())
         else:
             (model,) = data.grouped(map(data.run_of, lines))  # a run is of one seed
             best = (model.best or model.runs)[0].line
-            says = f"recall {_percent(best['accuracy'])} from {bytes_text(best['state_bytes'])}"
-            says += f", {best['steps']} steps, {best['seconds']:.0f} s, {_pace(lines)} rows/s"
+            status = f"recall {_percent(best['accuracy'])} from {bytes_text(best['state_bytes'])}"
+            status += f", {best['steps']} steps, {best['seconds']:.0f} s, {_pace(lines)} rows/s"
             left = in_words(self.remaining.seconds()) if self.done < len(self.jobs) else ""
-            says += f"; {left}" if left else ""
-            console.print(f"[{self.done}/{len(self.jobs)}] {self.jobs[index].title}: {says}")
+            status += f"; {left}" if left else ""
+            console.print(f"[{self.done}/{len(self.jobs)}] {self.jobs[index].title}: {status}")
 
-    def _tell_whole(self) -> None:
+    def _update_total(self) -> None:
         left = in_words(self.remaining.seconds()) if self.done < len(self.jobs) else ""
-        says = f"{self.done} of {len(self.jobs)} done"
-        self.bars.update(self.whole, completed=sum(self.shares), says=says, left=left)
+        status = f"{self.done} of {len(self.jobs)} done"
+        self.bars.update(self.total, completed=sum(self.shares), status=status, left=left)
 
-    def _picture(self) -> Group:
+    def _view(self) -> Group:
         return Group(*([self._table()] if self.lines else []), self.bars)
 
     def print_table(self) -> None:
@@ -260,6 +250,19 @@ class _FrontierView:
                 "-" if seconds is None else f"{seconds:.0f}",
             )
         return table
+
+
+def _header(sweep: SweepConfig, runs: int, device: str, out: Path) -> Text:
+    """What a sweep trains, where, in which form and precision."""
+    name, gpus, models = device, torch.cuda.device_count(), len(sweep.points)
+    if device == "cuda":
+        name = f"{f'{gpus} x ' if gpus > 1 else ''}{torch.cuda.get_device_name()}"
+    layers = [layer for point in sweep.points for layer in point.train.model.layers]
+    forms = sorted({layer.resolved_form(torch.device(device)) for layer in layers})
+    precisions = sorted({point.train.precision for point in sweep.points})
+    count = f"{models} models, {runs} runs" if runs > models else f"{runs} models"
+    about = f": {count} on {name}, form {' and '.join(forms)}, {' and '.join(precisions)}, in {out}"
+    return Text.assemble((sweep.recipe, "bold"), about)
 
 
 def _pace(lines: list[dict[str, Any]]) -> str:

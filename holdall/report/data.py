@@ -129,7 +129,7 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """One sweep folder. `name` tells it apart from the others that were loaded with it."""
+    """One sweep folder. `name` distinguishes it from the others that were loaded with it."""
 
     name: str
     folder: Path
@@ -253,7 +253,7 @@ def _sweep(folder: Path, config: Mapping[str, Any], name: str) -> Sweep:
     models = grouped(runs)
     notes += [f"{m.label} (width {m.width}) diverged at every learning rate." for m in models if not m.best]
     notes += [
-        f"{m.label} (width {m.width}) carries no state: a log axis has no place for it."
+        f"{m.label} (width {m.width}) has no state: a log axis has no place for it."
         for m in models
         if m.best and not m.state_bytes
     ]

@@ -48,7 +48,7 @@ def guessing(questions: Questions) -> float:
 
 
 def gap(questions: Questions, models: Iterable[Model]) -> tuple[Model, float] | None:
-    """How far practice is from the floor: a model and how many times the bits of its answers it carries.
+    """How far models are from the floor: a model and its state size over the bits that its answers need.
 
     The model is the smallest on the frontier with at least 90 % of the best accuracy reached. None where
     nothing is drawn or guessing does as well.

@@ -36,8 +36,8 @@ def write(
     dark: bool = False,
     command: str = "",
 ) -> list[Path]:
-    """Write slices.json (all that the table of these runs says), recall.png (curves) and, of several runs,
-    gaps.png (what their gaps are made of) and state.png (what they carry) into `out`.
+    """Write slices.json (all values of the table), recall.png (curves) and, of several runs, gaps.png (what
+    their gaps are made of) and state.png (their state sizes) into `out`.
 
     The first run is the reference. `drawn` names the runs whose curves are drawn, if not those of all. Raises
     RunError unless all scored the same text.
@@ -121,9 +121,9 @@ def render(
 
     Args:
         a, b: scores of the same windows; a is the reference. Raises RunError if they are not.
-        corpus: what both were scored on: names its documents and says what tokens stand for.
+        corpus: the corpus that both were scored on, for its documents' names and its tokenizer.
         passages: how many, evenly from all windows. length: tokens of each, the last of its window.
-        licence: of the text, in words; what the corpus says of a document itself comes first.
+        licence: of the text, in words; a document's own licence in the corpus comes first.
     """
     check_same(a, b)
     places = np.unique(np.linspace(0, len(a.start_W) - 1, min(passages, len(a.start_W))).round().astype(int))
@@ -216,15 +216,15 @@ def _milli(log_prob: np.ndarray) -> np.ndarray:
 
 
 def _documents(corpus: Any, position: int, length: int, licence: str) -> list[list[Any]]:
-    """Where in a passage a document begins, or goes on at 0, and what it is called."""
+    """Where in a passage a document begins, or continues at 0, and what it is called."""
     starts, found = np.asarray(corpus.valid.documents), []
     index = int(corpus.valid.document_of(position))
     while index < len(starts) and starts[index] < position + length:
         about = corpus.valid.about(index)
         licensed = about.get("licence") or about.get("license") or licence
         title = about.get("title") or about.get("id") or f"document {index + 1}"
-        goes_on = bool(starts[index] < position)
-        found.append([max(0, int(starts[index]) - position), _plain(title), goes_on, _plain(licensed)])
+        continued = bool(starts[index] < position)
+        found.append([max(0, int(starts[index]) - position), _plain(title), continued, _plain(licensed)])
         index += 1
     return found
 

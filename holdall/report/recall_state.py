@@ -17,7 +17,7 @@ APART = 0.034
 def draw(runs: Mapping[str, tuple[Carried, float]], context_len: int, *, dark: bool = False) -> Any:
     """State and perplexity on hits, by label, as a matplotlib Figure.
 
-    Hollow are those that carry more with every token.
+    Hollow are those whose state grows with every token.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

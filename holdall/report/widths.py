@@ -1,4 +1,4 @@
-"""Accuracy against model width, one panel per sequence length: how Zoology's figure 2 tells its story.
+"""Accuracy against model width, one panel per sequence length: as in Zoology's figure 2.
 
 A recipe of several sweeps leaves one folder per length; here they stand side by side. A width that solves one
 length and not the next shows a mixer that must grow with the sequence.

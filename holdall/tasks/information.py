@@ -2,7 +2,7 @@
 
 A row names K values, drawn without replacement from V, and then asks for each of them once. Whatever a causal
 model is, its answers are a function of its state after the pairs and of the rest of the row, and the rest of
-the row says nothing about the values. A state of S bits therefore tells at most S bits about them:
+the row holds nothing about the values. A state of S bits therefore holds at most S bits about them:
 
     S  >=  I(values; state)  =  H - H(values | state)          the values' entropy, less what is left of it
     H(values | state)  <=  sum_i H(value_i | state)            chain rule
@@ -46,7 +46,7 @@ def recall_bits(questions: int, values: int, accuracy: int | float) -> float:
     """The least bits about a row's values that any answerer with this accuracy (or better) must hold.
 
     Zero up to accuracy 1 / values, which guessing reaches: Fano's bound alone would turn up again below
-    chance, since to be *always* wrong takes knowledge too, but nobody needs that to be no better than this.
+    chance, since to be *always* wrong takes knowledge too, but being no better than chance needs no state.
 
     Args:
         questions: K, the questions of a row. values: V, the possible values. accuracy: expected share

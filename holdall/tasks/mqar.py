@@ -20,8 +20,8 @@ question is its value. All else after the pairs is filler, which asks nothing:
                question (1.5 of 64 questions at N = 1024), followed by any token. The answer is still the
                value in the pair, the key's first occurrence; a model that trusts the latest one errs
     key-free   uniform over all tokens but the row's own keys. Each key is seen twice, once before its value
-               and once as the question, so nothing is ambiguous. Values stay allowed as filler: nobody asks
-               for a value, and where one follows a question, that key is not asked for again
+               and once as the question, so nothing is ambiguous. Values stay allowed as filler: no question
+               asks for one, and where one follows a question, that key is not asked for again
 
 Source: Arora, Eyuboglu, Timalsina, Johnson, Poli, Zou, Rudra, Ré, "Zoology: Measuring and Improving Recall in
 Efficient Language Models", 2023, arXiv 2312.04927. `MQAR.generate` draws from that distribution quickly;
@@ -140,20 +140,19 @@ class Batch(_Columns):
 class MQAR(Config):
     """The task; see the module for the picture, the distribution and the paper.
 
-    vocab: tokens in all; the lower half are keys (but 0), the upper half values.
-    length: tokens of a row; may be odd, then the last one is filler.
-    pairs: pairs of a row, each asked for once.
-    power: a of the power law of gaps; 1 is uniform.
-    filler: "zero", "random" or "key-free".
-
     Raises TypeError for a wrong type and ValueError for settings that do not fit, each naming the field.
     """
 
     vocab: PositiveInt = 8192
+    """V, all tokens: the lower half are keys (but 0), the upper half values."""
     length: PositiveInt = 64
+    """N, the tokens of a row; may be odd, then the last one is filler."""
     pairs: PositiveInt = 4
+    """K, the pairs of a row, each of which is asked for once."""
     power: PositiveInt | PositiveFloat = 0.01
+    """The exponent of the power law of gaps; 1 is uniform."""
     filler: str = "random"
+    """What stands where nothing is asked: "zero", "random" or "key-free"."""
 
     def validate(self) -> None:
         if self.filler not in FILLERS:

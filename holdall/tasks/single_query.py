@@ -77,7 +77,9 @@ class SingleQuery(Config):
     """
 
     vocab: PositiveInt
+    """V, all tokens, of which the last two never answer."""
     length: PositiveInt
+    """Tokens of the context, before the question."""
 
     @property
     def trigger(self) -> int:

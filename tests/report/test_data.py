@@ -74,7 +74,7 @@ def test_diverged_runs_are_kept_named_and_never_drawn(make_sweep, line, bad):
     assert (b.drawn, c.drawn) == (False, False)
     assert sweep.notes == (
         "b (width 64) diverged at every learning rate.",
-        "c (width 64) carries no state: a log axis has no place for it.",
+        "c (width 64) has no state: a log axis has no place for it.",
     )
 
 

@@ -473,7 +473,7 @@ def test_a_wrong_command_is_one_line_and_no_traceback(tmp_path: Path) -> None:
 def test_a_time_limit_has_its_own_exit_status(tmp_path: Path) -> None:
     says = holdall("frontier", "quick", "--minutes", "0", "--out", str(tmp_path), "--device", "cpu", code=75)
     assert "Time is up: 24 of 24 runs are not finished" in says
-    assert "the same command goes on" in says
+    assert "the same command resumes it" in says
     says = holdall(
         "frontier", "quick", "--family", "Tailor", "--out", str(tmp_path), "--device", "cpu", code=2
     )
