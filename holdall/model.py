@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from holdall.contract import (
     POSITION_FIELDS,
+    POSITION_SLOTS,
     Config,
     Mixer,
     MixerConfig,
@@ -31,9 +32,14 @@ from holdall.contract import (
     bytes_per_row,
     count_on,
     forms,
+    is_reserved,
     misfit,
     none_read,
+    reserve,
+    with_room_too,
+    write_state,
 )
+from holdall.contract.room import advanced, beyond, check_room
 from holdall.kernels import fold, unfold
 from holdall.ops import cross_entropy
 from holdall.settings import NonNegativeFloat, NonNegativeInt, PositiveInt, Range
@@ -275,7 +281,7 @@ class Model(nn.Module):
             tokens_BT: the next T tokens of each row.
             states: what an earlier call returned; None if nothing was read yet.
             at_BQ: positions within these T tokens; after the last mixer only they are computed.
-            inplace, want_states: as in `Mixer.forward`.
+            inplace, want_states: as in `Mixer.forward`. States with room keep all their addresses.
             run: what calls a block, with the block and its arguments: training may have its own way.
 
         Returns:
@@ -285,16 +291,11 @@ class Model(nn.Module):
         self._check_states(tokens_BT, states)
         r = self.embed(tokens_BT)
         after: list[State] = []
-        position: Position | None = None
+        position: State | None = None
         if self.position_embed is not None:
             start = none_read(len(tokens_BT), r.device) if states is None else states[-1]
-            positions = self.config.positions
-            assert isinstance(start, Position)
-            position = count_on(
-                start, tokens_BT.shape[1], positions, f"the model has {positions} learned positions"
-            )
-            index_BT = start.seen_B[:, None] + torch.arange(tokens_BT.shape[1], device=r.device)
-            r = r + self.position_embed(index_BT)
+            embedded_BTD, position = self._embed_positions(start, tokens_BT.shape[1])
+            r = r + embedded_BTD
         for depth, block in enumerate(self.blocks):
             before = None if states is None else states[depth]
             at = at_BQ if depth == len(self.blocks) - 1 else None
@@ -308,8 +309,57 @@ class Model(nn.Module):
                 assert state is not None
                 after.append(state)
         if position is not None:
-            after.append(position)
+            after.append(position if states is None or not inplace else write_state(states[-1], position))
         return self.norm(r), after if want_states else None
+
+    def _embed_positions(self, start: Any, new: int) -> tuple[Tensor, State]:
+        """The learned positions of the next tokens, and the count of tokens read after them."""
+        assert self.position_embed is not None
+        limit = self.config.positions
+        position = count_on(start, new, limit, f"the model has {limit} learned positions")
+        index_BT = start.seen_B[:, None] + torch.arange(new, device=start.seen_B.device)
+        if not is_reserved(start):
+            return self.position_embed(index_BT), position
+        if why := check_room(start, new):
+            raise StateError(f"a model with learned positions: {why}")
+        embedded_BTD, over_BT = self.position_embed(index_BT.clamp(max=limit - 1)), beyond(start, new)
+        if over_BT is not None:
+            embedded_BTD = embedded_BTD.masked_fill(over_BT[..., None], torch.nan)
+        return embedded_BTD, advanced(start, position, new)
+
+    def init_states(
+        self,
+        rows: int,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+        capacity: int | None = None,
+    ) -> list[State]:
+        """The states that None stands for, one per layer (and one more of learned positions).
+
+        Args:
+            rows: how many.
+            dtype: of the activations; the weights' own if None.
+            device: where; that of the weights if None.
+            capacity: tokens that a row will have read at most. With it all tensors have fixed sizes, and with
+                `inplace=True` fixed addresses: see holdall/contract/room.py. More than there are learned
+                positions are refused (ValueError).
+        """
+        dtype, device = dtype or self.embed.weight.dtype, device or self.embed.weight.device
+        states = [
+            mixer.init_state(rows, dtype=dtype, device=device, capacity=capacity) for mixer in self.mixers
+        ]
+        if self.position_embed is None:
+            return states
+        position: State = none_read(rows, device)
+        if capacity is not None:
+            if capacity > self.config.positions:
+                positions = self.config.positions
+                raise ValueError(
+                    f"a capacity of {capacity} tokens, but the model has {positions} learned positions"
+                )
+            position = reserve(position, POSITION_SLOTS, capacity)
+        return [*states, position]
 
     def _check_states(self, tokens_BT: Tensor, states: Sequence[State] | None) -> None:
         """Refuse with ValueError tokens and states that are not of this model; mixers check their own."""
@@ -326,7 +376,8 @@ class Model(nn.Module):
             raise StateError(f"{owner} needs {layers + with_positions} states, not {len(states)}")
         if with_positions:
             device = tokens_BT.device
-            if why := misfit(states[-1], Position, POSITION_FIELDS, owner, rows=shape[0], device=device):
+            kind, fields = with_room_too(states[-1], Position, POSITION_FIELDS)
+            if why := misfit(states[-1], kind, fields, owner, rows=shape[0], device=device):
                 raise StateError(why)
 
     def forward(
@@ -343,6 +394,10 @@ class Model(nn.Module):
         _, states = self.hidden(tokens)
         assert states is not None
         return sum(map(bytes_per_row, states))
+
+    def reserved_bytes(self, capacity: int) -> int:
+        """Bytes of one row's states, all layers, with room for `capacity` tokens."""
+        return sum(map(bytes_per_row, self.init_states(1, device=torch.device("meta"), capacity=capacity)))
 
     def parameter_count(self) -> int:
         """Trained numbers, the tied embedding once."""

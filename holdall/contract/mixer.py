@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,7 +16,28 @@ from torch.nn.utils.stateless import _reparametrize_module
 
 from holdall.contract import forms
 from holdall.contract.config import Config, did_you_mean, to_plain
-from holdall.contract.state import Field, State, StateError, fields_of, map_state, misfit
+from holdall.contract.room import (
+    advanced,
+    as_grown,
+    beyond,
+    capacity_of,
+    check_room,
+    fill,
+    is_reserved,
+    reserve,
+    slot_names,
+    trim,
+)
+from holdall.contract.state import (
+    Field,
+    State,
+    StateError,
+    fields_of,
+    map_state,
+    misfit,
+    with_room_too,
+    write_state,
+)
 from holdall.settings import PositiveInt
 
 M = TypeVar("M", bound="MixerConfig")  # not typing.Self, which the shape checks at test time cannot resolve
@@ -110,12 +132,21 @@ class Mixer(nn.Module):
     """Whether the published initialisation is the mixer's own; otherwise the model's is used."""
     reads_tokens: ClassVar[bool] = False
     """Whether `forward` also takes the tokens' ids, as the keyword argument `tokens_BT`."""
+    fills_slots: bool = False
+    """Whether `forward` takes a state with room as it is, and returns one.
+
+    Otherwise it is given one that grows, a copy of the slots in order, and what it appends is put into the
+    next free slots: right for every mixer, and hardly slower where a step reads all that was read anyway.
+    """
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Every mixer's `forward`, a user's own included, is called through the one check at the border."""
+        """Every mixer's `forward`, a user's own included, is called through the one check at the border; and
+        every mixer's `init_state` takes a capacity."""
         super().__init_subclass__(**options)
         if "forward" in vars(cls):
             cls.forward = _checked(vars(cls)["forward"])  # type: ignore[method-assign]
+        if "init_state" in vars(cls):
+            cls.init_state = _with_capacity(vars(cls)["init_state"])  # type: ignore[method-assign]
 
     def __init__(self, config: MixerConfig) -> None:
         super().__init__()
@@ -145,7 +176,8 @@ class Mixer(nn.Module):
         Args:
             x_BTD: the tokens' activations.
             state: what an earlier call returned; None if nothing was read yet.
-            inplace: the caller gives `state` away, so its memory may be reused. Not for training.
+            inplace: the caller gives `state` away, and the next one is in its memory: every tensor of fixed
+                size is the same tensor, at the same address. Not for training.
             want_state: False if the caller will drop the state (training on whole sequences): mixers
                 need not compute it, and return None.
 
@@ -154,8 +186,32 @@ class Mixer(nn.Module):
         """
 
     @abstractmethod
-    def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None) -> State:
-        """The state that None stands for, for `batch` rows and activations of `dtype`."""
+    def init_state(self, batch: int, *args: Any, **how: Any) -> State:
+        """The state that None stands for. A mixer's own has the signature
+
+            init_state(self, batch, *, dtype, device=None)
+
+        and callers may add `capacity`, which needs no code of the mixer's: see holdall/contract/room.py.
+
+        Args:
+            batch: how many rows.
+            dtype: of the activations.
+            device: where; the default one if None.
+            capacity: tokens that a row will have read at most. With it all tensors have fixed sizes: what
+                grows otherwise has so many slots. A state that never grows is the same with and without.
+        """
+
+    def with_room(self, state: Any, capacity: int) -> State:
+        """A copy of a state with room for `capacity` tokens in each row, those read included.
+
+        Raises ValueError if it holds more.
+        """
+        if is_reserved(state):
+            state = trim(state)
+        like = self.init_state(1, dtype=torch.float32, device=torch.device("meta"), capacity=capacity)
+        if is_reserved(like):
+            return reserve(state, slot_names(like), capacity)
+        return type(state)(*(_at_the_end(old, new) for old, new in zip(state, like, strict=True)))
 
     @abstractmethod
     def state_elements(self, context_len: int) -> int:
@@ -189,10 +245,17 @@ def _checked(forward: Callable[..., tuple[Tensor, Any]]) -> Callable[..., tuple[
         if torch._C._is_any_autocast_enabled():  # whose device need not be this one, but which costs nothing
             device = x_BTD.device.type
             if device != "meta" and torch.is_autocast_enabled(device):
-                run = functools.partial(_beside_autocast, forward)
+                run = functools.partial(_beside_autocast, run)
         if x_BTD.shape[0] == 0:
-            return _no_rows(run, self, x_BTD, state, **how)
-        return run(self, x_BTD, state, **how)
+            run = functools.partial(_no_rows, run)
+        if state is None:
+            return run(self, x_BTD, None, **how)
+        if is_reserved(state):
+            run = functools.partial(_with_room, run)
+        y_BTD, after = run(self, x_BTD, state, **how)
+        if after is not None and how.get("inplace"):
+            after = write_state(state, after)
+        return y_BTD, after
 
     return checked
 
@@ -223,8 +286,73 @@ def _check_border(mixer: Mixer, x_BTD: Tensor, state: Any, tokens_BT: Tensor | N
                 break
         else:
             return
-    if why := misfit(state, mixer.state_type, fields, mixer.owner, rows=rows, device=device):
+    kind, fields = with_room_too(state, mixer.state_type, fields)
+    if why := misfit(state, kind, fields, mixer.owner, rows=rows, device=device):
         raise StateError(why)
+    if is_reserved(state) and (why := check_room(state, shape[1])):
+        raise StateError(f"{mixer.owner}: {why}")
+
+
+def _with_capacity(init_state: Callable[..., State]) -> Callable[..., State]:
+    """A mixer's init_state that takes a capacity, whether or not its own code does."""
+    own = "capacity" in inspect.signature(init_state).parameters
+
+    @functools.wraps(init_state)
+    def with_capacity(self: Mixer, batch: int, *, capacity: int | None = None, **how: Any) -> State:
+        if capacity is None:
+            return init_state(self, batch, **how)
+        if capacity < 1:
+            raise ValueError(f"a capacity is a number of tokens of at least 1, not {capacity}")
+        start = init_state(self, batch, **how, **({"capacity": capacity} if own else {}))
+        grow = [field.name for field in self.state_fields(how["dtype"]) if field.time]
+        if is_reserved(start) or any(getattr(start, name).shape[1] for name in grow) or not grow:
+            return start
+        return reserve(start, grow, capacity)
+
+    return with_capacity
+
+
+def _with_room(
+    forward: Callable[..., tuple[Tensor, Any]], mixer: Mixer, x_BTD: Tensor, state: Any, **how: Any
+) -> tuple[Tensor, Any]:
+    """A call with slots to fill: by the mixer itself, or around it, as of a state that grows."""
+    new, after = x_BTD.shape[1], None
+    if mixer.fills_slots:
+        y_BTD, after = forward(mixer, x_BTD, state, **how)
+    else:
+        y_BTD, grown = forward(mixer, x_BTD, as_grown(state), **how)
+        if grown is not None:
+            after = _filled(mixer, state, grown, new, inplace=bool(how.get("inplace")))
+    over_BT = beyond(state, new)
+    if over_BT is not None:
+        y_BTD = y_BTD.masked_fill(over_BT[..., None], torch.nan)
+    return y_BTD, after
+
+
+def _filled(mixer: Mixer, state: Any, grown: Any, new: int, *, inplace: bool) -> Any:
+    """The state with room after a call, from what came of it as of a state that grows."""
+    capacity = capacity_of(state)
+    tensors = dict(zip(grown._fields, grown, strict=True))
+    for name in slot_names(state):
+        if (found := tensors[name].shape[1]) != capacity + new:
+            raise StateError(
+                f"{mixer.owner} makes {found} slots of {name} from {capacity} slots and {new} tokens, so it "
+                "does not grow by one per token: have its init_state take a capacity, for which it returns "
+                "tensors that stay as large as they are"
+            )
+        appended_BTX = tensors[name][:, capacity:]
+        tensors[name] = fill(getattr(state, name), appended_BTX, state.filled_B, inplace=inplace)
+    return advanced(state, list(tensors.values()), new)
+
+
+def _at_the_end(old_BSX: Tensor, like: Tensor) -> Tensor:
+    """A copy of a tensor behind as many empty slots as make it of the sizes of `like`, whatever its rows."""
+    sizes = list(like.shape[1:])
+    if list(old_BSX.shape[1:]) == sizes:
+        return old_BSX.clone()
+    return torch.cat(
+        (old_BSX.new_zeros(len(old_BSX), sizes[0] - old_BSX.shape[1], *sizes[1:]), old_BSX), dim=1
+    )
 
 
 def _no_rows(
@@ -258,7 +386,7 @@ def _beside_autocast(
         return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
 
     def beside(dtype: torch.dtype, state: Any) -> Any:
-        fields = mixer.state_fields(dtype)
+        _, fields = with_room_too(state, mixer.state_type, mixer.state_fields(dtype))
         return type(state)(*(tensor.to(field.dtype) for tensor, field in zip(state, fields, strict=True)))
 
     own = {**dict(mixer.named_parameters()), **dict(mixer.named_buffers())}

@@ -1,7 +1,8 @@
 """States as values: NamedTuples of tensors whose first dimension is the batch row.
 
-Rows can be selected, copied and joined; a state that is not of the mixer, rows, dtype or device at hand is
-refused by name. A model with learned positions carries its position as one more state.
+Rows can be selected, copied and joined, with room (holdall/contract/room.py) or without; a state that is not
+of the mixer, rows, dtype or device at hand is refused by name. A model with learned positions carries its
+position as one more state.
 
 Letters: B batch row, T time.
 """
@@ -13,6 +14,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+from holdall.contract.room import capacity_of, is_reserved, of_kind
 
 State = tuple[Tensor, ...]
 """A NamedTuple of tensors, first dimension the batch row; each mixer names its own."""
@@ -109,13 +112,18 @@ def none_read(batch: int, device: torch.device | None = None) -> Position:
     return Position(seen_B, seen_B.new_zeros(batch, 0, 0))
 
 
-def count_on(position: Position, new: int, limit: int, limited: str) -> Position:
+def count_on(position: Any, new: int, limit: int, limited: str) -> Position:
     """The counts after `new` more tokens; more than `limit` in a row are refused with ValueError.
 
     A row that was longer than the others may have been taken out since. So only where the limit seems to be
-    passed are the rows' own counts asked for, which waits for the device.
+    passed are the rows' own counts asked for, which waits for the device. A state with room is not asked at
+    all: its capacity is within the limit, and its border holds it to that.
     """
-    seen_B, read_BT0 = position
+    seen_B, read_BT0 = position.seen_B, position.read_BT0
+    if is_reserved(position):
+        if capacity_of(position) > limit:
+            raise ValueError(f"a capacity of {capacity_of(position)} tokens, but {limited}")
+        return Position(seen_B + new, read_BT0)
     total = read_BT0.shape[1] + new
     if total > limit and read_BT0.shape[1] and len(seen_B):
         total = int(seen_B.max()) + new
@@ -126,6 +134,16 @@ def count_on(position: Position, new: int, limit: int, limited: str) -> Position
 
 
 POSITION_FIELDS = fields_of(none_read(1, torch.device("meta")), True)
+POSITION_SLOTS = ("read_BT0",)
+FILLED = Field("filled_B", False, (), torch.long)
+"""What a state with room has beside the fields of one that grows."""
+
+
+def with_room_too(state: Any, kind: type, fields: tuple[Field, ...]) -> tuple[type, tuple[Field, ...]]:
+    """The kind and fields to check a state by: those given, or those of the same state with room."""
+    if is_reserved(state) and of_kind(state) is kind:
+        return type(state), (*fields, FILLED)
+    return kind, fields
 
 
 # ------------------------------------------------------------------------------------------- rows
@@ -167,8 +185,9 @@ def join_rows(states: Sequence[S]) -> S:
     """One state of the rows of several, in order: how requests of different lengths become one batch.
 
     A tensor that grows with the context has time as its second dimension, newest last; shorter ones get
-    zeros in front, which every mixer that carries such a tensor must take for "nothing was there". States of
-    different kinds are refused.
+    zeros in front, which every mixer that carries such a tensor must take for "nothing was there". States
+    with room are joined with others with room, and get the largest of their capacities. States of different
+    kinds are refused.
     """
     if not states:
         raise ValueError("there is no state to join")
@@ -182,11 +201,41 @@ def join_rows(states: Sequence[S]) -> S:
     joined = []
     for tensors in zip(*states, strict=True):
         longest = max(tensor.shape[1] if tensor.ndim > 1 else 0 for tensor in tensors)
-        fronts = [tensor.new_zeros(tensor.shape[0], longest - tensor.shape[1], *tensor.shape[2:])
-                  if tensor.ndim > 1 else None for tensor in tensors]  # fmt: skip
-        joined.append(torch.cat([tensor if front is None else torch.cat((front, tensor), dim=1)
-                                 for front, tensor in zip(fronts, tensors, strict=True)]))  # fmt: skip
+        joined.append(
+            torch.cat([_as_long_as(longest, tensor, at_end=is_reserved(first)) for tensor in tensors])
+        )
     return type(first)(*joined)
+
+
+def _as_long_as(slots: int, tensor: Tensor, *, at_end: bool) -> Tensor:
+    """A tensor with empty slots in front of its own, or behind them."""
+    if tensor.ndim == 1 or tensor.shape[1] == slots:
+        return tensor
+    empty = tensor.new_zeros(tensor.shape[0], slots - tensor.shape[1], *tensor.shape[2:])
+    return torch.cat((tensor, empty) if at_end else (empty, tensor), dim=1)
+
+
+def write_state(given: S, new: S) -> S:
+    """The new state in the memory of `given`, which its owner gives away: the same tensors, where sizes fit.
+
+    What was written there already is not copied; a tensor that has grown is the new one.
+    """
+    late = [
+        (old, now) for old, now in zip(given, new, strict=True) if now is not old and now.shape == old.shape
+    ]
+    # first copies of what lies in memory that is about to be written, such as fields that change places
+    late = [(old, now.clone() if _lies_in(now, given) else now) for old, now in late]
+    for old, now in late:
+        old.copy_(now)
+    fits = (old if now.shape == old.shape else now for old, now in zip(given, new, strict=True))
+    return type(given)(*fits)
+
+
+def _lies_in(tensor: Tensor, state: State) -> bool:
+    """Whether a tensor shares memory with a state; so it may where that cannot be asked."""
+    if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return True
+    return any(torch._C._is_alias_of(tensor, other) for other in state)  # type: ignore[attr-defined]
 
 
 def elements_per_row(state: State) -> int:

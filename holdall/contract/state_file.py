@@ -2,41 +2,107 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from holdall import checkpoints
 from holdall.contract.mixer import Mixer
-from holdall.contract.state import POSITION_FIELDS, Position, State, StateError, misfit
+from holdall.contract.room import reserve, trim
+from holdall.contract.state import POSITION_FIELDS, POSITION_SLOTS, Position, State, StateError, misfit
 
 STATE_FORMAT = "holdall-state-1"
 """Written into every state file; changes when a file of before can no longer be read."""
 
 
-def save_states(states: Sequence[State], path: Path) -> None:
-    """Write the states of a stack of mixers, one per layer, to a safetensors file."""
+class StateFileWarning(UserWarning):
+    """A state file of before files named their model: whether it is another model's cannot be checked."""
+
+
+class StateFile(NamedTuple):
+    """What a state file says of itself.
+
+    model: the fingerprint of the model whose states these are; "" if the file does not say.
+    tokens_read: how many tokens each row has read; None if the file does not say.
+    """
+
+    model: str
+    tokens_read: list[int] | None
+
+
+def save_states(
+    states: Sequence[State], path: Path, *, model: str = "", tokens_read: Sequence[int] | None = None
+) -> None:
+    """Write the states of a stack of mixers, one per layer, to a safetensors file.
+
+    Of a state with room, what was read is written.
+
+    Args:
+        states: one per layer, and one more of learned positions.
+        path: the file.
+        model: the fingerprint of the model whose states these are; `load_states` refuses another model's.
+        tokens_read: how many tokens each row has read; None takes the count of the first state that has one.
+    """
+    states = [trim(state) for state in states]
     tensors = {
         f"{layer}.{type(state).__name__}.{field}": tensor.contiguous().cpu()
         for layer, state in enumerate(states)
         for field, tensor in zip(type(state)._fields, state, strict=True)  # type: ignore[attr-defined]
     }
-    checkpoints.write(path, tensors, {"format": STATE_FORMAT})
+    about = {"format": STATE_FORMAT}
+    if model:
+        about["model"] = model
+    if tokens_read is None:
+        counts = (state.seen_B.tolist() for state in states if hasattr(state, "seen_B"))
+        tokens_read = next(counts, None)
+    if tokens_read is not None:
+        about["tokens_read"] = json.dumps(list(tokens_read))
+    checkpoints.write(path, tensors, about)
 
 
-def load_states(path: Path, mixers: Sequence[Mixer]) -> list[State]:
+def describe_states(path: Path) -> StateFile:
+    """Whose states are in a file that `save_states` wrote, and how many tokens they have read."""
+    with checkpoints.opened(path) as file:
+        return _described(path, file.about)
+
+
+def _described(path: Path, about: Mapping[str, str]) -> StateFile:
+    if about.get("format") != STATE_FORMAT:
+        raise ValueError(f"{path} is not a state file of Holdall ({STATE_FORMAT})")
+    read = about.get("tokens_read")
+    return StateFile(about.get("model", ""), None if read is None else json.loads(read))
+
+
+def load_states(
+    path: Path, mixers: Sequence[Mixer], *, model: str = "", capacity: int | None = None
+) -> list[State]:
     """Read what `save_states` wrote, for the mixers of the same stack.
 
     A model's states end with the `Position` of its learned positions, if it has some: so do these.
 
-    Raises ValueError naming the first layer whose state is not of the kind that its mixer carries, and
-    RunError for a file that is damaged.
+    Args:
+        path: the file.
+        mixers: one per layer.
+        model: the fingerprint of the model that they belong to, if it is to be checked. A file that does not
+            name its model, as those of before did not, is read with a StateFileWarning.
+        capacity: give the states room for so many tokens, those read included.
+
+    Raises ValueError naming the first layer whose state is not of the kind that its mixer carries, or both
+    models if the file is of another, and RunError for a file that is damaged.
     """
     with checkpoints.opened(path) as file:
-        if file.about.get("format") != STATE_FORMAT:
-            raise ValueError(f"{path} is not a state file of Holdall ({STATE_FORMAT})")
+        about = _described(path, file.about)
         tensors = {name: file.tensor(name) for name in file.names}
+    if model and not about.model:
+        warnings.warn(
+            f"{path} does not name its model, so it may be another's", StateFileWarning, stacklevel=2
+        )
+    elif model and about.model != model:
+        raise StateError(f"{path} has states of model {about.model}, not of this one, {model}")
     kinds = [(mixer.state_type, mixer.state_fields(torch.float32), mixer.owner) for mixer in mixers]
     if any(name.startswith(f"{len(mixers)}.{Position.__name__}.") for name in tensors):
         kinds.append((Position, POSITION_FIELDS, "a model with learned positions"))
@@ -52,4 +118,9 @@ def load_states(path: Path, mixers: Sequence[Mixer]) -> list[State]:
         states.append(state)
     if tensors:
         raise ValueError(f"{path} holds states of more than {len(mixers)} layers: {sorted(tensors)}")
-    return states
+    if capacity is None:
+        return states
+    with_room: list[State] = [
+        mixer.with_room(state, capacity) for mixer, state in zip(mixers, states, strict=False)
+    ]
+    return with_room + [reserve(state, POSITION_SLOTS, capacity) for state in states[len(mixers) :]]

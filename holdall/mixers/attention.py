@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, register
+from holdall.contract.room import advanced, is_reserved
 from holdall.ops import attention
 from holdall.ops.attention import KeyValueCache
 from holdall.ops.rotary import rotary_dims, rotate, standard_frequencies
@@ -108,6 +109,7 @@ class Attention(Mixer):
             "parallel": attention.full_attention,
         }
         self.attend = forms[self.form]
+        self.fills_slots = self.form == "parallel"
 
     def forward(
         self,
@@ -120,7 +122,12 @@ class Attention(Mixer):
         if state is None:
             state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
         q, k, v = self.project(x_BTD, state.seen_B)
-        y_BTHV, after = self.attend(q, k, v, state, scale=q.shape[-1] ** -0.5)
+        scale, after = q.shape[-1] ** -0.5, None
+        if is_reserved(state):
+            y_BTHV, *slots = attention.reserved_attention(q, k, v, *state, scale=scale, inplace=inplace)
+            after = advanced(state, (*slots, state.seen_B + x_BTD.shape[1]), x_BTD.shape[1])
+        else:
+            y_BTHV, after = self.attend(q, k, v, state, scale=scale)
         return self.out_proj(y_BTHV.flatten(2)), after if want_state else None
 
     def init_state(

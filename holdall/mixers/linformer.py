@@ -27,12 +27,12 @@ from holdall.contract import (
     Mixer,
     MixerConfig,
     Paper,
-    Position,
     count_on,
     none_read,
     recurrent_dtype,
     register,
 )
+from holdall.contract.room import advanced, is_reserved
 from holdall.settings import PositiveInt
 
 
@@ -89,6 +89,7 @@ class LinformerConfig(MixerConfig):
 class Linformer(Mixer):
     config: LinformerConfig
     state_type = LinformerState
+    fills_slots = True
     refusals = {  # noqa: RUF012
         "causal": "every output sees all tokens of its call, those behind it too",
         "splits": "an output sees the tokens behind it only if they are in the same call",
@@ -115,23 +116,36 @@ class Linformer(Mixer):
         config, new = self.config, x_BTD.shape[1]
         if state is None:
             state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
-        start, limit = Position(state.seen_B, state.read_BT0), config.max_length
-        position = count_on(start, new, limit, f"linformer has max_length {limit}")
+        limit = config.max_length
+        position = count_on(state, new, limit, f"linformer has max_length {limit}")
         q, k, v = self.qkv(x_BTD).unflatten(-1, (3, config.heads, -1)).unbind(2)
         position_BT = state.seen_B[:, None] + torch.arange(new, device=x_BTD.device)
+        if is_reserved(state):  # nothing refuses there what lies beyond
+            position_BT = position_BT.clamp(max=limit - 1)
         e_BTR = F.embedding(position_BT, self.e_LR)
         f_BTR = e_BTR if config.shared else F.embedding(position_BT, self.f_LR)
         mix = _mix_loop if self.form == "loop" else _mix
         k_BRHK, v_BRHK = mix(e_BTR, k, state.k_BRHK), mix(f_BTR, v, state.v_BRHK)
         score_BHTR = torch.einsum("bthk,brhk->bhtr", q.to(k_BRHK.dtype) * q.shape[-1] ** -0.5, k_BRHK)
         y_BTHK = torch.einsum("bhtr,brhk->bthk", score_BHTR.softmax(-1), v_BRHK).to(x_BTD.dtype)
-        after = LinformerState(k_BRHK, v_BRHK, *position) if want_state else None
-        return self.out_proj(y_BTHK.flatten(2)), after
+        after = LinformerState(k_BRHK, v_BRHK, *position)
+        if is_reserved(state):
+            after = advanced(state, after, new)
+        return self.out_proj(y_BTHK.flatten(2)), after if want_state else None
 
     def init_state(
-        self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None
+        self,
+        batch: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | None = None,
+        capacity: int | None = None,
     ) -> LinformerState:
         config = self.config
+        if capacity is not None and capacity > config.max_length:
+            raise ValueError(
+                f"a capacity of {capacity} tokens, but linformer has max_length {config.max_length}"
+            )
         nothing = torch.zeros(
             batch,
             config.rank,

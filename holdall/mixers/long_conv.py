@@ -98,9 +98,15 @@ class LongConv(Mixer):
         return x_BTD + y_BTD, after
 
     def init_state(
-        self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None
+        self,
+        batch: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | None = None,
+        capacity: int | None = None,
     ) -> LongConvState:
-        return LongConvState(torch.zeros(batch, 0, self.config.width, dtype=dtype, device=device))
+        slots = 0 if capacity is None else self.config.max_length - 1  # which is all that it ever keeps
+        return LongConvState(torch.zeros(batch, slots, self.config.width, dtype=dtype, device=device))
 
     def state_elements(self, context_len: int) -> int:
         return min(context_len, self.config.max_length - 1) * self.config.width

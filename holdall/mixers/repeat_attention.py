@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, register
+from holdall.contract.room import advanced, fill, in_order, is_reserved
 from holdall.mixers.attention import QKV, AttentionConfig
 from holdall.ops import attention
 from holdall.ops.attention import KeyValueCache
@@ -100,6 +101,7 @@ class RepeatAttention(Mixer):
         self.project = QKV(config.width, config.heads, config.rotary, config.rotary_base, config.bias)
         self.out_proj = nn.Linear(config.width, config.width, bias=config.bias)
         loop = self.form == "loop"
+        self.fills_slots = not loop
         self.attend = attention.full_attention_loop if loop else attention.full_attention
         self.repeats = repeats_loop if loop else repeats
 
@@ -117,12 +119,21 @@ class RepeatAttention(Mixer):
         if state is None:
             state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
         q, k, v = self.project(x_BTD, state.seen_B)
-        y_BTHV, cache = self.attend(q, k, v, KeyValueCache(*state[:3]), scale=q.shape[-1] ** -0.5)
-        again_BT1 = self.repeats(tokens_BT, state.id_BS)[..., None]
-        y_BTD = self.out_proj(y_BTHV.flatten(2)).masked_fill(~again_BT1, 0.0)
-        if not want_state:
-            return y_BTD, None
-        return y_BTD, RepeatState(*cache, torch.cat((state.id_BS, tokens_BT + 1), dim=1))
+        id_BS, id_BT, scale = state.id_BS, tokens_BT + 1, q.shape[-1] ** -0.5
+        if is_reserved(state):
+            k_BSHK, v_BSHV, seen_B, _, filled_B = state
+            y_BTHV, *slots = attention.reserved_attention(
+                q, k, v, k_BSHK, v_BSHV, seen_B, filled_B, scale=scale, inplace=inplace
+            )
+            again_BT = self.repeats(tokens_BT, in_order(id_BS, filled_B))
+            id_BS = fill(id_BS, id_BT, filled_B, inplace=inplace)
+            after = advanced(state, (*slots, seen_B + id_BT.shape[1], id_BS), id_BT.shape[1])
+        else:
+            y_BTHV, cache = self.attend(q, k, v, KeyValueCache(*state[:3]), scale=scale)
+            again_BT = self.repeats(tokens_BT, id_BS)
+            after = RepeatState(*cache, torch.cat((id_BS, id_BT), dim=1))
+        y_BTD = self.out_proj(y_BTHV.flatten(2)).masked_fill(~again_BT[..., None], 0.0)
+        return y_BTD, after if want_state else None
 
     def init_state(
         self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None

@@ -223,13 +223,21 @@ class SparseAttention(Mixer):
         y_BTD = self.out_proj(y_BTHV.flatten(2)) * gate_BT.sigmoid()[..., None].to(x_BTD.dtype)
         return y_BTD, after if want_state else None
 
-    def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None) -> Kept:
+    def init_state(
+        self,
+        batch: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | None = None,
+        capacity: int | None = None,
+    ) -> Kept:
         heads, head_dim = self.config.heads, self.config.width // self.config.heads
-        nothing = torch.zeros(batch, 0, heads, head_dim, dtype=dtype, device=device)
+        slots = 0 if capacity is None else self.config.keys  # which is all that it ever keeps
+        nothing = torch.zeros(batch, slots, heads, head_dim, dtype=dtype, device=device)
         return Kept(
             nothing,
             nothing.clone(),
-            torch.zeros(batch, 0, dtype=recurrent_dtype(dtype), device=device),
+            torch.zeros(batch, slots, dtype=recurrent_dtype(dtype), device=device),
             torch.zeros(batch, dtype=torch.long, device=device),
         )
 

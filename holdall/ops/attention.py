@@ -19,8 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from holdall.contract.room import fill
+
 if TYPE_CHECKING or "jaxtyping" in sys.modules:  # pytest checks the shapes; nothing else needs jaxtyping
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
 
 
 class KeyValueCache(NamedTuple):
@@ -150,6 +152,32 @@ def full_attention(
         slot_S = torch.arange(past + new, device=q_BTHK.device)
         visible = ((slot_S <= slot_S[past:, None]) & ~_empty(k_BSHK, seen_B)[:, None])[:, None]
     return _attend(q_BTHK, k_BSHK, v_BSHV, visible, scale), KeyValueCache(k_BSHK, v_BSHV, seen_B)
+
+
+def reserved_attention(
+    q_BTHK: Float[Tensor, "b t h k"],
+    k_BTHK: Float[Tensor, "b t g k"],
+    v_BTHV: Float[Tensor, "b t g v"],
+    k_BSHK: Float[Tensor, "b s g k"],
+    v_BSHV: Float[Tensor, "b s g v"],
+    seen_B: Int[Tensor, "b"],
+    filled_B: Int[Tensor, "b"],
+    *,
+    scale: float,
+    inplace: bool = False,
+) -> tuple[Float[Tensor, "b t h v"], Float[Tensor, "b s g k"], Float[Tensor, "b s g v"]]:
+    """The same beside slots of which the first `filled` of a row are filled, the last `seen` of them by it.
+
+    The new keys and values go into the next ones, in place or in a copy, and all slots are looked at: O(T S).
+    Returns y_BTHV, keys and values. See holdall/contract/room.py.
+    """
+    k_BSHK, v_BSHV = (
+        fill(slots, new, filled_B, inplace=inplace) for slots, new in ((k_BSHK, k_BTHK), (v_BSHV, v_BTHV))
+    )
+    slot_S, t = (torch.arange(n, device=filled_B.device) for n in (k_BSHK.shape[1], q_BTHK.shape[1]))
+    visible_BTS = slot_S <= (filled_B[:, None] + t)[..., None]
+    visible_BTS = visible_BTS & (slot_S >= (filled_B - seen_B)[:, None, None])
+    return _attend(q_BTHK, k_BSHK, v_BSHV, visible_BTS[:, None], scale), k_BSHK, v_BSHV
 
 
 def _empty(k_BSHK: Tensor, seen_B: Tensor) -> Tensor:
