@@ -1,8 +1,8 @@
-"""The one backbone: embeddings, pre-norm blocks of mixers, tied head. Only the mixers differ.
+"""The one backbone: embeddings, pre-norm blocks of mixers, a head. Only the mixers differ.
 
     r = embed(tokens) (+ learned positions)
     each layer:  r = r + mixer(norm(r));  r = r + mlp(norm(r))  if there is an MLP
-    logits = norm(r) embed^T
+    logits = norm(r) head^T                                     head = embed  if the head is tied
 
 A hybrid is a list of different mixers. Letters: B row, T time, Q positions asked for, D width, V vocabulary.
 """
@@ -73,6 +73,8 @@ class ModelConfig(Config):
     """Norm before each mixer and MLP and before the head: "layer" with weight and bias, "rms" with weight."""
     eps: NonNegativeFloat = 1e-5
     """Epsilon of these norms."""
+    tied: bool = True
+    """Whether the head is the embedding; otherwise it has weights of its own, of the same shape."""
 
     def validate(self) -> None:
         if not self.layers:
@@ -86,6 +88,13 @@ class ModelConfig(Config):
     def build(self) -> Model:
         """The model, freshly initialised from torch's random state."""
         return Model(self)
+
+    def state_elements(self, context_len: int) -> int:
+        """Elements of one row's states, all layers, after `context_len` tokens."""
+        with seeded(0):  # equal layers are built once
+            mixers = {layer: layer.build() for layer in set(self.layers)}
+        position = int(self.positions > 0)  # the count of tokens read
+        return sum(mixers[layer].state_elements(context_len) for layer in self.layers) + position
 
 
 @contextlib.contextmanager
@@ -245,6 +254,7 @@ class Model(nn.Module):
         self.position_embed = nn.Embedding(config.positions, config.width) if config.positions else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in config.layers)
         self.norm = (LayerNorm if config.norm == "layer" else RMSNorm)(config.width, eps=config.eps)
+        self.head = None if config.tied else nn.Linear(config.width, config.vocab, bias=False)
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -264,6 +274,25 @@ class Model(nn.Module):
     @property
     def mixers(self) -> list[Mixer]:
         return [block.mixer for block in self.blocks]  # type: ignore[misc]
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
+    @property
+    def head_name(self) -> str:
+        """The name of the head's weight among the parameters."""
+        return "embed.weight" if self.head is None else "head.weight"
+
+    @property
+    def head_weight(self) -> Tensor:
+        """What turns `hidden` into logits, (V, D): the embedding where the head is tied."""
+        return self.get_parameter(self.head_name)
+
+    def logits(self, h: Tensor) -> Tensor:
+        """The head's logits, (..., V), of what `hidden` gives, (..., D), in the dtype of the head."""
+        head_VD = self.head_weight
+        return h.to(head_VD.dtype) @ head_VD.T
 
     def hidden(
         self,
@@ -385,12 +414,12 @@ class Model(nn.Module):
     ) -> tuple[Tensor, list[State] | None]:
         """Logits at all positions or those asked for; arguments as in `hidden`."""
         h, after = self.hidden(tokens_BT, states, **options)
-        return h @ self.embed.weight.T, after
+        return self.logits(h), after
 
     @torch.no_grad()
     def state_bytes(self, context_len: int) -> int:
         """Bytes of one row's states, all layers, counted from what is carried after `context_len` tokens."""
-        tokens = torch.zeros(1, context_len, dtype=torch.long, device=self.embed.weight.device)
+        tokens = torch.zeros(1, context_len, dtype=torch.long, device=self.device)
         _, states = self.hidden(tokens)
         assert states is not None
         return sum(map(bytes_per_row, states))
@@ -400,7 +429,7 @@ class Model(nn.Module):
         return sum(map(bytes_per_row, self.init_states(1, device=torch.device("meta"), capacity=capacity)))
 
     def parameter_count(self) -> int:
-        """Trained numbers, the tied embedding once."""
+        """Trained weights; a tied head is counted once, as the embedding."""
         return sum(p.numel() for p in self.parameters())
 
 

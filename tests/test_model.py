@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from holdall.contract import bytes_per_row, join_rows, load_states, save_states, select_rows
+from holdall.contract import bytes_per_row, elements_per_row, join_rows, load_states, save_states, select_rows
 from holdall.mixers.attention import AttentionConfig
 from holdall.mixers.base_conv import BaseConvConfig
 from holdall.mixers.linformer import LinformerConfig
@@ -17,6 +17,7 @@ from holdall.model import Model, ModelConfig
 from holdall.recipes.patterns import based
 
 CONFIG = ModelConfig(vocab=40, width=16, layers=based(16, feature_dim=4, window=5), mlp=24, positions=64)
+UNTIED = dataclasses.replace(CONFIG, tied=False)
 
 
 def build(config: ModelConfig = CONFIG) -> Model:
@@ -31,8 +32,9 @@ def tokens(rows: int = 2, length: int = 30) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["gelu", "swiglu"])
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 @pytest.mark.parametrize("positions", [0, 64])
-def test_any_split_gives_the_whole(kind: str, norm: str, positions: int) -> None:
-    model = build(dataclasses.replace(CONFIG, mlp_kind=kind, norm=norm, positions=positions))
+@pytest.mark.parametrize("tied", [True, False])
+def test_any_split_gives_the_whole(kind: str, norm: str, positions: int, tied: bool) -> None:
+    model = build(dataclasses.replace(CONFIG, mlp_kind=kind, norm=norm, positions=positions, tied=tied))
     whole, _ = model(tokens())
     states, parts = None, []
     for piece in tokens().split([1, 7, 21, 1], dim=1):
@@ -41,17 +43,19 @@ def test_any_split_gives_the_whole(kind: str, norm: str, positions: int) -> None
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=1e-12)
 
 
-def test_logits_asked_for_are_those_of_all_positions() -> None:
+@pytest.mark.parametrize("config", [CONFIG, UNTIED], ids=["tied", "untied"])
+def test_logits_asked_for_are_those_of_all_positions(config: ModelConfig) -> None:
     at = torch.tensor([[0, 3, 29], [5, 5, 6]])
-    every, _ = build()(tokens())
-    asked, states = build()(tokens(), at_BQ=at, want_states=False)
+    every, _ = build(config)(tokens())
+    asked, states = build(config)(tokens(), at_BQ=at, want_states=False)
     assert states is None
     torch.testing.assert_close(asked, every.take_along_dim(at[..., None], dim=1), rtol=0, atol=1e-12)
 
 
-def test_logits_asked_for_carry_the_same_gradients() -> None:
+@pytest.mark.parametrize("config", [CONFIG, UNTIED], ids=["tied", "untied"])
+def test_logits_asked_for_carry_the_same_gradients(config: ModelConfig) -> None:
     at = torch.tensor([[0, 3, 29], [5, 5, 6]])
-    some, every = build(), build()
+    some, every = build(config), build(config)
     some(tokens(), at_BQ=at)[0].square().sum().backward()
     every(tokens())[0].take_along_dim(at[..., None], dim=1).square().sum().backward()
     for (name, a), b in zip(some.named_parameters(), every.parameters(), strict=True):
@@ -166,6 +170,11 @@ def test_the_state_is_counted_over_all_layers() -> None:
     assert model.state_bytes(30) == model.state_bytes(300)
     growing = ModelConfig(vocab=40, width=16, layers=(AttentionConfig(width=16),)).build()
     assert growing.state_bytes(30) == 4 * 2 * 30 * 16 + 8
+    assert model.config.state_elements(30) == conv + taylor + window + 1
+    positions = dataclasses.replace(growing.config, positions=64)
+    assert positions.state_elements(30) == 2 * 30 * 16 + 1 + 1
+    _, states = positions.build()(tokens(1, 30))
+    assert positions.state_elements(30) == sum(map(elements_per_row, states))
 
 
 @torch.no_grad()
@@ -189,6 +198,35 @@ def test_parameters_count_the_tied_embedding_once() -> None:
     model = ModelConfig(vocab=40, width=16, layers=(BaseConvConfig(width=16),)).build()
     conv = 16 * 3 + 16 + 16 * 16 + 16
     assert model.parameter_count() == 40 * 16 + conv + 2 * 2 * 16
+
+
+@torch.no_grad()
+def test_a_head_of_its_own_gives_the_logits_and_a_tied_one_is_the_embedding() -> None:
+    for config, owner in ((CONFIG, "embed.weight"), (UNTIED, "head.weight")):
+        model = build(config)
+        before, _ = model(tokens())
+        assert model.head_weight is dict(model.named_parameters())[owner]
+        torch.testing.assert_close(before, model.hidden(tokens())[0] @ model.head_weight.T)
+        assert model.logits(model.hidden(tokens())[0].float()).dtype == torch.float64  # that of the head
+        model.head_weight[7] += 1
+        after, _ = model(tokens() % 7)  # which never looks up token 7
+        changed_V = (after != build(config)(tokens() % 7)[0]).any(0).any(0)
+        assert changed_V.nonzero().flatten().tolist() == [7]
+
+
+def test_a_head_of_its_own_is_counted_and_initialised() -> None:
+    assert build(UNTIED).parameter_count() == build().parameter_count() + 40 * 16
+    model = dataclasses.replace(UNTIED, vocab=5000).build()
+    assert model.head is not None
+    assert model.head.weight.detach().std().item() == pytest.approx(0.02, rel=0.05)
+    assert not torch.equal(model.head.weight, model.embed.weight)
+
+
+def test_a_config_from_before_heads_could_be_untied_is_of_a_tied_one() -> None:
+    before = CONFIG.to_dict()
+    del before["tied"]
+    assert ModelConfig.from_dict(before) == CONFIG
+    assert ModelConfig.from_dict(UNTIED.to_dict()) == UNTIED
 
 
 def test_initialisation_is_the_model_s_except_where_a_mixer_has_its_own() -> None:

@@ -45,7 +45,7 @@ import torch
 
 from holdall import files
 from holdall.files import RunError
-from holdall.model import Model, ModelConfig, seeded
+from holdall.model import Model, ModelConfig
 
 THRESHOLD = 1250
 """Zoology's: a bigram that is more frequent in the training text counts as memorised."""
@@ -196,7 +196,7 @@ LOGITS_AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 27}
 @torch.inference_mode()
 def predict(model: Model, windows_WX: np.ndarray) -> Predictions:
     """Run a model over windows, on its own device and in its own dtypes, with fp32 logits."""
-    head_VD = model.embed.weight.float()
+    head_VD = model.head_weight.float()
     device, kind = head_VD.device, head_VD.device.type
     count = windows_WX.shape[1] - 1
     rows = max(1, TOKENS_AT_ONCE.get(kind, 1 << 12) // count)
@@ -297,7 +297,7 @@ def score(
     predictions = _unfinished(partial, key, (len(start_W), context_len))
     done = 0 if predictions is None else len(predictions.log_prob)
     runner = model()
-    per_call = max(1, 4 * TOKENS_AT_ONCE.get(runner.embed.weight.device.type, 1 << 12) // context_len)
+    per_call = max(1, 4 * TOKENS_AT_ONCE.get(runner.device.type, 1 << 12) // context_len)
     pieces, began = [] if predictions is None else [predictions], time.monotonic()
     saved_at = began
     while done < len(start_W):
@@ -485,12 +485,7 @@ def carried(run: Scores) -> Carried | None:
     if "config" not in run.about:
         return None
     config, context_len = ModelConfig.from_dict(run.about["config"]["model"]), run.about["context_len"]
-    with seeded(0):
-        built = {layer: layer.build() for layer in set(config.layers)}
-    whole, half = (
-        sum(built[layer].state_elements(length) for layer in config.layers)
-        for length in (context_len, context_len // 2)
-    )
+    whole, half = (config.state_elements(length) for length in (context_len, context_len // 2))
     return Carried(whole, whole > half)
 
 

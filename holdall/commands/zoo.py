@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich import box
 from rich.table import Table
 from rich.text import Text
@@ -16,7 +15,8 @@ from rich.text import Text
 from holdall import files, mixers
 from holdall.analysis.soundness import LENGTHS, drift, length_for
 from holdall.commands import busy, console
-from holdall.contract import Entry, bytes_per_row
+from holdall.contract import Entry
+from holdall.model import ModelConfig
 from holdall.report import zoo as zoo_pages
 from holdall.report.style import bytes_text
 
@@ -112,12 +112,8 @@ def soundness(names: Sequence[str], out: Path, width: int, length: int | None, l
     return 1 if unsound else 0
 
 
-@torch.no_grad()
 def _state_bytes(entry: Entry, width: int, context: int) -> int:
-    """Bytes of a mixer's state after really reading that many tokens."""
+    """Bytes of a mixer's state in bf16 after really reading that many tokens, as a model's only layer."""
     longest = entry.options.get("max_length", context)
     config = entry.configure(width=width, **({"max_length": context} if longest < context else {}))
-    mixer = config.build().to(torch.bfloat16)
-    ids = {"tokens_BT": torch.zeros(1, context, dtype=torch.long)} if mixer.reads_tokens else {}
-    _, state = mixer(torch.zeros(1, context, width, dtype=torch.bfloat16), **ids)
-    return bytes_per_row(state)
+    return ModelConfig(vocab=2, width=width, layers=(config,)).build().bfloat16().state_bytes(context)

@@ -10,7 +10,7 @@ from typing import Any
 
 from holdall import environment, files, settings
 from holdall.files import RunError
-from holdall.sweeps.config import Job, SweepConfig
+from holdall.sweeps.config import Job, Point, SweepConfig
 from holdall.tasks.data import updated
 
 OTHER = "Restore it from a copy, or choose another folder with --out."
@@ -95,8 +95,10 @@ def _check(out: Path, held: Any, wanted: Any) -> None:
             {**point, "train": {name: updated(value) for name, value in point["train"].items()}}
             for point in held or ()
         ]
+        # parsed, so that fields which a folder of an earlier version lacks have their defaults
+        held = [Point.from_dict(point).to_dict() for point in held]
         different = _difference(held, wanted)
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise files.damaged(out / "config.json", f"its points are none ({error!r})", OTHER) from error
     if different:
         raise RunError(f"{out} holds another sweep ({different}); choose another folder with --out")

@@ -57,7 +57,7 @@ def _why(error: BaseException) -> str:
 
 def _once(block: Block, model: Model, rows: int, length: int, dtype: torch.dtype | None) -> None:
     """Forward and backward as in training."""
-    device = model.embed.weight.device
+    device = model.device
     r_BTD = torch.zeros(rows, length, model.config.width, device=device, requires_grad=True)
     tokens_BT = torch.zeros(rows, length, dtype=torch.long, device=device)
     y_BTD, _ = cast_call(block, dtype, r_BTD, tokens_BT=tokens_BT, at_BQ=None, want_state=False)

@@ -34,13 +34,15 @@ def peak_flops(device: torch.device) -> float | None:
 def flops_per_token(model: Model, context_len: int) -> float:
     """Operations of training on one token: 6 per weight, and the products of softmax attention.
 
-    Each weight takes part in one multiplication and one addition forward and two of each backward, the
-    embedding as the head. Of softmax attention, whole or in a window, the products of queries with keys and
-    of weights with values are counted where the mask leaves them: 12 D per key seen. What other mixers
-    compute beside their projections is not counted, nor what `recompute` repeats.
+    Each weight takes part in one multiplication and one addition forward and two of each backward; an
+    embedding only as the tied head, since looking it up multiplies nothing. Of softmax attention, whole or in
+    a window, the products of queries with keys and of weights with values are counted where the mask leaves
+    them: 12 D per key seen. What other mixers compute beside their projections is not counted, nor what
+    `recompute` repeats.
     """
     config, keys = model.config, 0.0
-    weights = model.parameter_count() - config.positions * config.width
+    looked_up = config.positions + (0 if config.tied else config.vocab)
+    weights = model.parameter_count() - looked_up * config.width
     for layer in config.layers:
         if isinstance(layer, AttentionConfig):
             keys += (context_len + 1) / 2

@@ -191,8 +191,9 @@ def _check(folder: Path, config: TrainConfig) -> bool:
     path = folder / "config.json"
     if not path.exists():
         return False
-    held = {name: updated(value) for name, value in files.read_json(path, OTHER).items()}
-    if said := settings.differ(held, config.to_dict()):
+    plain = {name: updated(value) for name, value in files.read_json(path, OTHER).items()}
+    held = TrainConfig.checked(plain, path, OTHER)  # fields that an earlier version lacked get their defaults
+    if said := settings.differ(held.to_dict(), config.to_dict()):
         raise RunError(
             f"{folder} holds a run with another config (in {path.name}, {said}); choose another folder"
         )

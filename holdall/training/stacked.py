@@ -195,13 +195,13 @@ def loss(model: Model, weights: Mapping[str, Tensor], batch: Questions, precisio
     path for one and for many.
     """
     h_BQD = _hidden(model, weights, batch, precision)
-    mean, _ = head_loss(h_BQD.flatten(0, 1), weights["embed.weight"], batch.answer_BQ.flatten())
+    mean, _ = head_loss(h_BQD.flatten(0, 1), weights[model.head_name], batch.answer_BQ.flatten())
     return mean
 
 
 def right(model: Model, weights: Mapping[str, Tensor], batch: Questions, precision: Precision) -> Tensor:
     """Which questions are answered right, (B, Q)."""
-    h_BQD, head_VD = _hidden(model, weights, batch, precision), weights["embed.weight"]
+    h_BQD, head_VD = _hidden(model, weights, batch, precision), weights[model.head_name]
     if has_kernel(h_BQD):
         _, right_N = head_loss(h_BQD.flatten(0, 1), head_VD, batch.answer_BQ.flatten())
         return right_N.unflatten(0, batch.answer_BQ.shape)

@@ -150,9 +150,11 @@ def test_the_run_folder_is_complete(whole: Path, corpus: Path) -> None:
     }
 
 
-def test_a_step_is_what_a_user_would_write(corpus: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_step_is_what_a_user_would_write(tied: bool, corpus: Path, tmp_path: Path) -> None:
     """All logits, PyTorch's cross-entropy, whole batches, AdamW in two groups: the same losses."""
     run = config(corpus, steps=6)
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, tied=tied))
     pretrain(run, tmp_path / "run")
     data = open_data(run)
     with seeded(0):
@@ -186,10 +188,11 @@ def test_the_learning_rate_rises_and_falls(corpus: Path) -> None:
     assert run.rate(110) == pytest.approx(0.1)
 
 
-def test_only_matrices_and_the_embedding_decay(corpus: Path) -> None:
-    model = config(corpus).model.build()
+def test_only_matrices_the_embedding_and_the_head_decay(corpus: Path) -> None:
+    model = dataclasses.replace(config(corpus).model, tied=False).build()
     names = decayed(model)
-    assert {"embed.weight", "blocks.0.mixer.in_proj.weight", "blocks.3.mixer.dt_proj.weight"} <= names
+    assert {"embed.weight", "head.weight", "blocks.0.mixer.in_proj.weight"} <= names
+    assert "blocks.3.mixer.dt_proj.weight" in names
     assert names <= dict(model.named_parameters()).keys()
     rest = dict(model.named_parameters()).keys() - names
     assert {
@@ -560,12 +563,13 @@ def test_two_processes_learn_what_one_learns_and_one_goes_on_from_their_checkpoi
 # -------------------------------------------------------------------------------------- costs, generation
 
 
-def test_operations_are_those_of_pytorchs_counter() -> None:
+@pytest.mark.parametrize("tied", [True, False])
+def test_operations_are_those_of_pytorchs_counter(tied: bool) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     # the loop computes what the mask leaves and no more
     layers = 2 * (AttentionConfig(width=64, heads=2, bias=False, form="loop"),)
-    model = ModelConfig(vocab=96, width=64, layers=layers, mlp=128, mlp_kind="swiglu", norm="rms")
+    model = ModelConfig(vocab=96, width=64, layers=layers, mlp=128, mlp_kind="swiglu", norm="rms", tied=tied)
     built = model.build()
     with FlopCounterMode(display=False) as counter:
         built(torch.randint(96, (2, 40)))[0].sum().backward()
@@ -573,7 +577,8 @@ def test_operations_are_those_of_pytorchs_counter() -> None:
     assert counter.get_total_flops() / 80 == pytest.approx(flops_per_token(built, 40) - norms, rel=1e-4)
     layers = 2 * (SlidingWindowConfig(width=64, window=4, bias=False),)
     window = dataclasses.replace(model, layers=layers, positions=50).build()
-    trained, keys = window.parameter_count() - 50 * 64, (1 + 2 + 3 + 4 * 37) / 40
+    trained = window.parameter_count() - 50 * 64 - (not tied) * 96 * 64
+    keys = (1 + 2 + 3 + 4 * 37) / 40
     assert flops_per_token(window, 40) == pytest.approx(6 * trained + 12 * 64 * 2 * keys)
 
 

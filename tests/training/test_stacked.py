@@ -37,24 +37,31 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 
 
 def members(
-    mixer: MixerConfig, dtype: torch.dtype, rates: tuple[float, ...] = (0.003, 0.01, 0.02)
+    mixer: MixerConfig,
+    dtype: torch.dtype,
+    rates: tuple[float, ...] = (0.003, 0.01, 0.02),
+    *,
+    tied: bool = True,
 ) -> list[Member]:
+    config = ModelConfig(vocab=32, width=16, layers=(BaseConvConfig(width=16), mixer), tied=tied)
     made = []
     for seed, rate in enumerate(rates):
         with seeded(seed):
-            model = (
-                ModelConfig(vocab=32, width=16, layers=(BaseConvConfig(width=16), mixer)).build().to(dtype)
-            )
+            model = config.build().to(dtype)
         made.append(Member(rate, seed, model, torch.optim.AdamW(model.parameters(), lr=rate, fused=True)))
     return made
 
 
 @pytest.mark.parametrize("mixer", MIXERS, ids=lambda mixer: mixer.name)
-@pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-9), (torch.float32, 2e-3)])
+@pytest.mark.parametrize(
+    ("dtype", "error", "tied"),
+    [(torch.float64, 1e-9, True), (torch.float64, 1e-9, False), (torch.float32, 2e-3, True)],
+)
 def test_stacked_members_are_trained_as_by_torch_s_own_adamw(
-    mixer: MixerConfig, dtype: torch.dtype, error: float
+    mixer: MixerConfig, dtype: torch.dtype, error: float, tied: bool
 ) -> None:
-    together, alone, data = members(mixer, dtype), members(mixer, dtype), TaskData(TASK)
+    together, alone = (members(mixer, dtype, tied=tied) for _ in range(2))
+    data = TaskData(TASK)
     everyone = Population(together, data, 16, "fp32", record=False)
     for step in range(12):
         losses_P = everyone.step(step)
@@ -101,8 +108,9 @@ def test_one_that_leaves_goes_on_from_its_own_weights_and_moments() -> None:
         assert torch.equal(before, now)
 
 
-def test_all_are_tested_at_once_as_each_alone() -> None:
-    data, trained = TaskData(TASK), members(MIXERS[0], torch.float32)
+@pytest.mark.parametrize("tied", [True, False])
+def test_all_are_tested_at_once_as_each_alone(tied: bool) -> None:
+    data, trained = TaskData(TASK), members(MIXERS[0], torch.float32, tied=tied)
     everyone = Population(trained, data, 16, "fp32", record=False)
     for step in range(30):
         everyone.step(step)
