@@ -7,11 +7,8 @@ import json
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import textwrap
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from children import kill_and_resume
 from safetensors.torch import load_file
 
 from holdall import files
@@ -396,61 +394,13 @@ def test_stopped_anywhere_it_goes_on_to_the_bit(
     assert_same_run(whole, tmp_path / "cut")
 
 
-SCRIPT = """
-import json, sys
-sys.path.insert(0, {tests!r})
-from collections.abc import Iterator
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from training import test_language_models as t
-folder, corpus, options, devices, strategy, stop = sys.argv[1:]
-fabric = t.launcher("cpu", int(devices), strategy)
-asked = iter(range(10**6))
-try:
-    t.pretrain(t.config(Path(corpus), **json.loads(options)), Path(folder), fabric=fabric,
-               checkpoint_seconds=0.1, should_stop=lambda: next(asked) == int(stop))
-except t.Stopped:
-    sys.exit(130)
-"""
-
-
-def command(
-    tmp_path: Path,
-    folder: str,
-    corpus: Path,
-    devices: int = 1,
-    strategy: str = "auto",
-    stop: int = -1,
-    **changes: object,
-) -> list[str]:
-    script = tmp_path / "run.py"
-    script.write_text(textwrap.dedent(SCRIPT.format(tests=str(Path(__file__).parents[1]))))
-    options = [str(corpus), json.dumps(changes), str(devices), strategy, str(stop)]
-    return [sys.executable, str(script), str(tmp_path / folder), *options]
-
-
 def test_killed_at_any_moment_the_same_command_gives_the_same_losses(
     corpus: Path, tmp_path: Path, whole: Path
 ) -> None:
-    kills, folder = 0, tmp_path / "cut"
-    while not (folder / "result.json").exists():
-        process = subprocess.Popen(command(tmp_path, "cut", corpus))
-        if kills < 3:
-            until = time.monotonic() + 60
-            while process.poll() is None and time.monotonic() < until:
-                told = len(files.read_lines(folder / "metrics.jsonl"))
-                if (folder / "last.safetensors").exists() and told > 15 + 30 * kills:
-                    break
-                time.sleep(0.003)
-            process.send_signal(signal.SIGKILL)
-            ended = process.wait()
-            assert ended in (0, -signal.SIGKILL)
-            kills += ended != 0
-        else:
-            assert process.wait(timeout=120) == 0
-    assert kills == 3
-    assert_same_run(whole, folder)
+    kill_and_resume(
+        pretrain, config(corpus), tmp_path / "cut", at=(15, 45, 75), checkpoint="last.safetensors"
+    )
+    assert_same_run(whole, tmp_path / "cut")
 
 
 def test_a_corpus_may_move(corpus: Path, tmp_path: Path) -> None:
@@ -540,14 +490,33 @@ def test_several_devices_need_fabric_and_one_does_not(monkeypatch: pytest.Monkey
 # --------------------------------------------------------------------------------------- several processes
 
 
+SCRIPT = """
+import json, sys
+from pathlib import Path
+import torch
+from holdall.training.devices import launcher
+from holdall.training.language_models import PretrainConfig, Stopped, pretrain
+
+torch.set_num_threads(1)
+folder, plain, strategy = sys.argv[1:]
+config, asked = PretrainConfig.from_dict(json.loads(plain)), iter(range(10**6))
+try:
+    pretrain(config, Path(folder), fabric=launcher("cpu", 2, strategy), should_stop=lambda: next(asked) == 4)
+except Stopped:
+    sys.exit(130)
+"""
+
+
 @pytest.mark.parametrize(
     ("strategy", "changes"), [("ddp", {"micro_batch": 2}), ("fsdp", {"recompute": True})]
 )
 def test_two_processes_learn_what_one_learns_and_one_goes_on_from_their_checkpoint(
     corpus: Path, tmp_path: Path, whole: Path, strategy: str, changes: dict[str, object]
 ) -> None:
+    script, plain = tmp_path / "run.py", json.dumps(config(corpus, **changes).to_dict())
+    script.write_text(SCRIPT)  # in a file, as Fabric starts the second process by the first one's command
+    cut = [sys.executable, str(script), str(tmp_path / "run"), plain, strategy]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    cut = command(tmp_path, "run", corpus, 2, strategy, stop=4, **changes)
     assert subprocess.run(cut, env=environment, check=False, timeout=120).returncode == 130
     first = losses(tmp_path / "run")
     assert len(first) == 50  # told every ten steps and at evaluations, which all processes agree on

@@ -5,15 +5,11 @@ import errno
 import json
 import math
 import os
-import signal
-import subprocess
-import sys
-import textwrap
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from children import kill_and_resume
 from safetensors.torch import load_file
 
 import holdall
@@ -189,37 +185,10 @@ def test_stopped_anywhere_it_goes_on_to_the_bit(tmp_path: Path) -> None:
     assert not (tmp_path / "cut" / "checkpoint.safetensors").exists()
 
 
-SCRIPT = """
-import sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-sys.path.insert(0, {tests!r})
-from training import test_populations as t
-t.train(t.config(epochs=150), Path(sys.argv[1]), checkpoint_seconds=0.1)
-"""
-
-
 def test_killed_at_any_moment_the_same_command_gives_the_same_result(tmp_path: Path) -> None:
-    script = tmp_path / "run.py"
-    script.write_text(textwrap.dedent(SCRIPT.format(tests=str(Path(__file__).parents[1]))))
-    command = [sys.executable, str(script)]
-    subprocess.run([*command, str(tmp_path / "whole")], check=True)
-    kills = 0
-    while not (tmp_path / "cut" / "result.json").exists():
-        process = subprocess.Popen([*command, str(tmp_path / "cut")])
-        until = time.monotonic() + 60
-        while not (tmp_path / "cut" / "checkpoint.safetensors").exists() and time.monotonic() < until:
-            time.sleep(0.01)
-        if kills < 3:
-            time.sleep(0.05 + 0.23 * kills)
-            process.send_signal(signal.SIGKILL)
-            ended = process.wait()
-            assert ended in (0, -signal.SIGKILL)
-            kills += ended != 0
-        else:
-            assert process.wait(timeout=120) == 0
-    assert kills == 3
+    run = config(epochs=30)
+    train(run, tmp_path / "whole")
+    kill_and_resume(train, run, tmp_path / "cut", at=(3, 12, 21), checkpoint="checkpoint.safetensors")
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 

@@ -1,15 +1,11 @@
 """Populations: stacked they train as they would alone, in both precisions, and resume where they stopped."""
 
 import json
-import signal
-import subprocess
-import sys
-import textwrap
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from children import kill_and_resume
 from torch.func import vmap
 from training.test_populations import TASK, assert_same_run, config, weights
 
@@ -26,6 +22,7 @@ from holdall.tasks.data import TaskData
 from holdall.training import stacked
 from holdall.training.populations import Stopped, TrainConfig, accuracy, train
 from holdall.training.stacked import Member, Population
+from tests.training.test_populations import TASK, assert_same_run, config, weights
 
 MIXERS: tuple[MixerConfig, ...] = (
     AttentionConfig(width=16),
@@ -229,50 +226,14 @@ def test_a_population_stopped_anywhere_goes_on_to_the_bit(tmp_path: Path) -> Non
         assert_same_run(tmp_path / "whole", tmp_path / "cut", member)
 
 
-SCRIPT = """
-import sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-sys.path.insert(0, {tests!r})
-from training import test_stacked
-test_stacked.train(
-    test_stacked.population_config(epochs={epochs}), Path(sys.argv[1]), device=sys.argv[2], together=True,
-    checkpoint_seconds=0.1,
-)
-"""
-
-
-def killed_and_started_again(tmp_path: Path, device: str, epochs: int) -> None:
-    script = tmp_path / "run.py"
-    script.write_text(textwrap.dedent(SCRIPT.format(tests=str(Path(__file__).parents[1]), epochs=epochs)))
-    subprocess.run([sys.executable, str(script), str(tmp_path / "whole"), device], check=True)
-    kills = 0
-    while not (tmp_path / "cut" / "result.json").exists():
-        process = subprocess.Popen([sys.executable, str(script), str(tmp_path / "cut"), device])
-        until = time.monotonic() + 60
-        while not (tmp_path / "cut" / "checkpoint.safetensors").exists() and time.monotonic() < until:
-            time.sleep(0.01)
-        if kills < 3:
-            time.sleep(0.05 + 0.23 * kills)
-            process.send_signal(signal.SIGKILL)
-            ended = process.wait()
-            assert ended in (0, -signal.SIGKILL)
-            kills += ended != 0
-        else:
-            assert process.wait(timeout=120) == 0
-    assert kills == 3
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+def test_a_population_killed_at_any_moment_gives_the_same_result(tmp_path: Path, device: str) -> None:
+    run = population_config(epochs=16)
+    train(run, tmp_path / "whole", device=device, together=True)
+    how = {"checkpoint": "checkpoint.safetensors", "device": device, "together": True}
+    kill_and_resume(train, run, tmp_path / "cut", at=(2, 6, 11), **how)
     for member in range(4):
         assert_same_run(tmp_path / "whole", tmp_path / "cut", member)
-
-
-def test_a_population_killed_at_any_moment_gives_the_same_result(tmp_path: Path) -> None:
-    killed_and_started_again(tmp_path, "cpu", 60)
-
-
-@needs_gpu
-def test_so_does_one_on_a_gpu(tmp_path: Path) -> None:
-    killed_and_started_again(tmp_path, "cuda", 200)
 
 
 @needs_gpu
