@@ -2,23 +2,26 @@
 
 import dataclasses
 import json
-import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import children
 import pytest
 import torch
 
-from holdall import contract, files, recipes
+from holdall import cli, commands, files, processes, recipes
 from holdall.commands import sweeps
+from holdall.contract import registry
 from holdall.files import RunError
 from holdall.mixers.attention import AttentionConfig
 from holdall.mixers.linformer import LinformerConfig
@@ -28,8 +31,6 @@ from holdall.sweeps import OutOfTime, SweepConfig, Watcher, compile_ahead, in_or
 from holdall.tasks.data import MQARData, MQARSegment, Segment, SingleQueryData
 from holdall.tasks.information import recall_bits
 from holdall.training.populations import TrainConfig, train
-
-HOLDALL = [sys.executable, "-m", "holdall.cli"]
 
 TASK = MQARData(
     vocab=32,
@@ -60,6 +61,26 @@ def tiny(rates: tuple[float, ...] = (0.01, 0.02), epochs: int = 1) -> SweepConfi
 
 def run(out: Path, sweep: SweepConfig | None = None, **options: Any) -> list[dict[str, Any]]:
     return run_sweep(sweep or tiny(), out, command="holdall frontier tiny", workers=2, **options)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _workers_are_forked() -> Iterator[None]:
+    """A sweep's workers are processes as ever, but need not import PyTorch first; see children.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "context", children.context)
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished sweep, for tests that leave it as it is."""
+    folder = tmp_path_factory.mktemp("sweep") / "out"
+    run(folder)
+    return folder
+
+
+def results(folder: Path) -> list[dict[str, Any]]:
+    return files.read_lines(folder / "results.jsonl")
 
 
 def without_time(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -95,9 +116,9 @@ def test_a_sweep_leaves_one_line_per_model_and_learning_rate(tmp_path: Path) -> 
     assert SweepConfig.from_dict({"recipe": "tiny", "points": config["points"]}) == tiny()
 
 
-def test_parameters_are_counted(tmp_path: Path) -> None:
+def test_parameters_are_counted(whole: Path) -> None:
     model = tiny().points[0].train.model
-    (line, *_) = run(tmp_path / "out")
+    (line, *_) = results(whole)
     assert line["parameters"] == sum(p.numel() for p in model.build().parameters())
 
 
@@ -107,21 +128,20 @@ def test_together_or_alone_the_lines_name_the_same_models(tmp_path: Path) -> Non
     assert len({job.folder for job in tiny().jobs(together=False)}) == 4
 
 
-def test_a_finished_sweep_trains_nothing_again(tmp_path: Path) -> None:
-    first = run(tmp_path / "out")
-    weights = sorted((tmp_path / "out" / "runs").glob("*/model-0.safetensors"))
+def test_a_finished_sweep_trains_nothing_again(whole: Path) -> None:
+    weights = sorted((whole / "runs").glob("*/model-0.safetensors"))
     stamps = [path.stat().st_mtime_ns for path in weights]
-    assert run(tmp_path / "out") == first
+    assert len(stamps) == 4
+    assert run(whole) == results(whole)
     assert [path.stat().st_mtime_ns for path in weights] == stamps
 
 
-def test_another_sweep_in_the_same_folder_is_refused(tmp_path: Path) -> None:
-    run(tmp_path / "out")
+def test_another_sweep_in_the_same_folder_is_refused(whole: Path) -> None:
     says = r"holds another sweep \(.*attention, width 8\.train\.learning_rates: .*\); choose .*--out"
     with pytest.raises(RunError, match=says):
-        run(tmp_path / "out", tiny(rates=(0.05,)))
+        run(whole, tiny(rates=(0.05,)))
     with pytest.raises(RunError, match=r"\(without 'window 4, width 8' here\)"):
-        run(tmp_path / "out", SweepConfig(recipe="tiny", points=tiny().points[:1]))
+        run(whole, SweepConfig(recipe="tiny", points=tiny().points[:1]))
 
 
 def test_seeds_can_be_added_later(tmp_path: Path) -> None:
@@ -156,39 +176,56 @@ def test_points_of_one_sweep_share_their_test() -> None:
         SweepConfig(recipe="tiny", points=(first, first))
 
 
+LONG = tiny(epochs=100)
+"""Long enough to be stopped before anything is finished."""
+
 SCRIPT = """
-import sys
+import json, sys
 from pathlib import Path
-sys.path.insert(0, {tests!r})
-from sweeps import test_sweep
+from holdall.sweeps.sweep import SweepConfig, run_sweep
 if __name__ == "__main__":
+    sweep = SweepConfig.from_dict(json.loads(Path(sys.argv[1]).read_text()))
     try:
-        test_sweep.run(Path(sys.argv[1]), test_sweep.tiny(epochs=400))
+        run_sweep(sweep, Path(sys.argv[2]), command="holdall frontier tiny", workers=2)
     except KeyboardInterrupt:
         sys.exit(130)
 """
 
 
+@pytest.fixture(scope="module")
+def long(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The lines of a longer sweep that nobody disturbed."""
+    return run(tmp_path_factory.mktemp("long") / "out", LONG)
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill-9"])
-def test_a_stopped_sweep_goes_on_to_the_same_results(tmp_path: Path, how: signal.Signals) -> None:
-    script = tmp_path / "sweep.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parents[1])))
-    command = [sys.executable, str(script)]
-    cut = subprocess.Popen([*command, str(tmp_path / "cut")], start_new_session=True)
+def test_a_stopped_sweep_goes_on_to_the_same_results(
+    tmp_path: Path, how: signal.Signals, long: list[dict[str, Any]]
+) -> None:
+    script, config, out = tmp_path / "sweep.py", tmp_path / "sweep.json", tmp_path / "cut"
+    script.write_text(SCRIPT)
+    config.write_text(json.dumps(LONG.to_dict()))
+    cut = subprocess.Popen([sys.executable, str(script), str(config), str(out)], start_new_session=True)
     until = time.monotonic() + 60
-    while not list((tmp_path / "cut").glob("runs/*/metrics.jsonl")) and time.monotonic() < until:
+    while not list(out.glob("runs/*/metrics.jsonl")) and time.monotonic() < until:
         time.sleep(0.02)
     if how == signal.SIGINT:
         os.killpg(cut.pid, how)  # a terminal's Ctrl-C goes to every process of the group
         assert cut.wait(timeout=60) == 130
-        assert list((tmp_path / "cut").glob("runs/*/checkpoint.safetensors"))
+        assert list(out.glob("runs/*/checkpoint.safetensors"))
     else:
         cut.send_signal(how)  # the parent alone: its workers must not live on
         cut.wait(timeout=60)
-    subprocess.run([*command, str(tmp_path / "cut")], check=True, timeout=120)
-    subprocess.run([*command, str(tmp_path / "whole")], check=True, timeout=120)
-    lines = [files.read_lines(tmp_path / name / "results.jsonl") for name in ("cut", "whole")]
-    assert without_time(lines[0]) == without_time(lines[1])
+    assert len(list(out.glob("runs/*/result.json"))) < 4
+    while True:  # until its workers have noticed, their runs are in use
+        try:
+            resumed = run(out, LONG)
+            break
+        except RunError as error:
+            if "in use" not in str(error) or time.monotonic() > until:
+                raise
+            time.sleep(0.1)
+    assert without_time(resumed) == without_time(long)
 
 
 TOGETHER: dict[str, Any] = {"together": True}
@@ -204,13 +241,13 @@ def test_populations_may_be_one_run_each(tmp_path: Path) -> None:
     assert {line["weights"] for line in lines} == {None}
 
 
-def test_out_of_time_everything_is_kept_and_the_next_call_goes_on(tmp_path: Path) -> None:
-    sweep = tiny(epochs=60)
-    whole = run(tmp_path / "whole", sweep, **TOGETHER)
-    with pytest.raises(OutOfTime, match="of 2 runs are not finished"):
-        run(tmp_path / "pieces", sweep, minutes=0.005, **TOGETHER)
+def test_out_of_time_everything_is_kept_and_the_next_call_goes_on(
+    tmp_path: Path, long: list[dict[str, Any]]
+) -> None:
+    with pytest.raises(OutOfTime, match="of 4 runs are not finished"):
+        run(tmp_path / "pieces", LONG, minutes=0.005)
     assert (tmp_path / "pieces" / "results.jsonl").exists()
-    assert without_time(run(tmp_path / "pieces", sweep, **TOGETHER)) == without_time(whole)
+    assert without_time(run(tmp_path / "pieces", LONG)) == without_time(long)
 
 
 def test_a_machines_gpus_are_taken_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,7 +289,7 @@ def test_every_model_but_the_first_is_compiled_ahead_once_on_one_of_the_gpus(
 def test_what_cannot_be_compiled_ahead_is_passed_over(tmp_path: Path) -> None:
     short = [each.to_dict() for each in compile_ahead.to_compile([point.train for point in tiny().points], 0)]
     broken = short[0] | {"batch": 0}
-    process = multiprocessing.get_context("spawn").Process(
+    process = children.context().Process(
         target=compile_ahead.compile_share, args=([broken, *short], str(tmp_path), "cpu", [])
     )
     process.start()
@@ -292,7 +329,7 @@ def test_a_sweep_can_be_made_in_pieces_and_put_together(tmp_path: Path) -> None:
         run(tmp_path / "all", families=["atention"])
 
 
-def test_a_population_trained_elsewhere_counts(tmp_path: Path) -> None:
+def test_a_population_trained_elsewhere_counts(tmp_path: Path, whole: Path) -> None:
     """What a GPU trained as one run is gathered on a machine where members are runs of their own."""
     (job, _) = tiny().jobs(together=True)
     train(job.point.train, tmp_path / "out" / "runs" / job.folder, together=True)
@@ -301,7 +338,7 @@ def test_a_population_trained_elsewhere_counts(tmp_path: Path) -> None:
         "runs/attention-width-8-seed-0", "runs/attention-width-8-seed-0",
         "runs/window-4-width-8-lr-0.01-seed-0", "runs/window-4-width-8-lr-0.02-seed-0",
     ]  # fmt: skip
-    alone = run(tmp_path / "alone")
+    alone = results(whole)
     assert [line["rows"] for line in lines] == [line["rows"] for line in alone] == [64] * 4
     for line, other in zip(lines, alone, strict=True):
         assert line["accuracy"] == pytest.approx(other["accuracy"], abs=0.05)
@@ -365,7 +402,7 @@ def test_a_mixer_file_of_the_user_s_own_joins_in_every_process(tmp_path: Path) -
         assert quick_points[0].train.model.layers[-1].options() == {"memory": 5.0}
         assert len(quick_points) == 13
     finally:
-        contract._registry.pop(name)  # the other tests of this process know nothing of it
+        registry._registry.pop(name)  # the other tests of this process know nothing of it
 
 
 # --------------------------------------------------------------------------------------------------- recipes
@@ -419,44 +456,44 @@ def test_based_is_a_pattern_of_layers() -> None:
 # ----------------------------------------------------------------------------------------- the command line
 
 
-def holdall(*arguments: str, code: int = 0) -> str:
-    done = subprocess.run(
-        [*HOLDALL, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        env={**os.environ, "COLUMNS": "100"},
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
+@pytest.fixture
+def holdall(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """The command line: what it prints, for these words."""
+    monkeypatch.setattr(commands.console, "width", 100)
+
+    def call(*words: str, code: int = 0) -> str:
+        monkeypatch.setattr(sys, "argv", ["holdall", *words])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        said = capsys.readouterr()
+        assert (ended.value.code or 0) == code, said.out + said.err
+        return said.out + said.err
+
+    return call
 
 
 def test_help_is_instant_and_names_the_commands() -> None:
-    best = 10.0
-    for _ in range(3):
-        before = time.perf_counter()
-        says = holdall("--help")
-        best = min(best, time.perf_counter() - before)
-    assert all(word in says for word in ("frontier", "report", "zoo"))
-    assert best < 1.0
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    done = subprocess.run([sys.executable, "-m", "holdall.cli", "--help"], stdout=subprocess.PIPE, check=True)
+    assert all(word in done.stdout.decode() for word in ("frontier", "report", "zoo"))
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 0.9  # PyTorch alone takes longer
 
 
-def test_zoo_lists_every_mixer_with_counted_bytes() -> None:
+def test_zoo_lists_every_mixer_with_counted_bytes(holdall: Callable[..., str]) -> None:
     says = holdall("zoo", "--width", "64", "--context", "32")
     for line in ("attention", "base-conv", "hyena", "linear-attention", "mamba", "retnet", "sliding-window"):
         assert line in says
     assert "8.01 KiB" in says  # attention: 2 x 32 x 64 numbers of bf16, and an int64
 
 
-def test_zoo_describes_one_mixer_and_helps_with_names() -> None:
+def test_zoo_describes_one_mixer_and_helps_with_names(holdall: Callable[..., str]) -> None:
     says = holdall("zoo", "mamba")
     assert "2312.00752" in says
     assert "expand = 2" in says
     assert "Did you mean 'mamba'" in holdall("zoo", "mamab", code=2)
 
 
-def test_a_wrong_command_is_one_line_and_no_traceback(tmp_path: Path) -> None:
+def test_a_wrong_command_is_one_line_and_no_traceback(tmp_path: Path, holdall: Callable[..., str]) -> None:
     for arguments in (
         ("frontier", "quik"),
         ("frontier", "quick", "--add", "mamba:stat=4"),
@@ -470,7 +507,7 @@ def test_a_wrong_command_is_one_line_and_no_traceback(tmp_path: Path) -> None:
         assert "Traceback" not in says
 
 
-def test_a_time_limit_has_its_own_exit_status(tmp_path: Path) -> None:
+def test_a_time_limit_has_its_own_exit_status(tmp_path: Path, holdall: Callable[..., str]) -> None:
     says = holdall("frontier", "quick", "--minutes", "0", "--out", str(tmp_path), "--device", "cpu", code=75)
     assert "Time is up: 24 of 24 runs are not finished" in says
     assert "the same command resumes it" in says
@@ -481,9 +518,10 @@ def test_a_time_limit_has_its_own_exit_status(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "config.json").read_text())["points"][0]["train"]["precision"] == "fp32"
 
 
-def test_report_remakes_figure_and_page_from_the_folder_alone(tmp_path: Path) -> None:
-    run(tmp_path / "sweep")
-    says = holdall("report", str(tmp_path / "sweep"), "--out", str(tmp_path / "shown"))
+def test_report_remakes_figure_and_page_from_the_folder_alone(
+    tmp_path: Path, whole: Path, holdall: Callable[..., str]
+) -> None:
+    says = holdall("report", str(whole), "--out", str(tmp_path / "shown"))
     for name, least in (("frontier.png", 10_000), ("frontier.html", 10_000), ("table.md", 500)):
         assert (tmp_path / "shown" / name).stat().st_size > least
         assert name in says
