@@ -34,10 +34,10 @@ from holdall.model import ModelConfig, repeatable
 from holdall.recipes.presets import preset
 from holdall.training.devices import launcher
 from holdall.training.flops import flops_per_token, peak_flops
-from holdall.training.language_models import TELL_STEPS, PretrainConfig, Pretrainer
+from holdall.training.language_models import REPORT_STEPS, PretrainConfig, Pretrainer
 
 MODELS, CONTEXTS, TOKENS, VOCAB = ("based-360m", "attention-360m"), (2048, 16_384), 16_384, 50_257
-READS = (TELL_STEPS, 2)
+READS = (REPORT_STEPS, 2)
 """Steps between two readings of the loss."""
 SECONDS, WARM = 8.0, 4
 

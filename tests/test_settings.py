@@ -18,7 +18,7 @@ from holdall.settings import PositiveFloat, PositiveInt, Range, check, differ
 from holdall.sweeps import Point, SweepConfig
 from holdall.tasks.data import DataConfig, MQARData, MQARSegment, Segment, SingleQueryData
 from holdall.tasks.single_query import SingleQuery
-from holdall.training import language_models, populations
+from holdall.training import chassis, language_models, populations
 from holdall.training.language_models import PretrainConfig
 from holdall.training.populations import TrainConfig
 
@@ -34,12 +34,12 @@ EXAMPLES = [
     SweepConfig(recipe="quick", points=(POINT,)),
     PretrainConfig(model=MODEL),
     SingleQueryData(vocab=20, train=(ONE_QUESTION,), test=(ONE_QUESTION,), task_name="induction-heads"),
-    language_models.RunState(step=1),
+    language_models.PretrainState(step=1), chassis.RunState(step=1),
     language_models.Result(
         steps=1, tokens=1, valid_loss=1.0, valid_perplexity=1.0, best_valid_loss=1.0, seconds=1.0,
         parameters=1, forms=("loop",),
     ),
-    MEMBER, populations.RunState(step=1, seconds=1.0, members=(MEMBER,), metrics_bytes=1),
+    MEMBER, populations.PopulationState(step=1, seconds=1.0, members=(MEMBER,), metrics_bytes=1),
     populations.MemberResult(
         learning_rate=1e-3, seed=0, accuracy=0.5, accuracy_by_difficulty={"4": 0.5}, steps=1, rows=1,
         stopped="end", seconds=1.0, forms=("loop",), weights=None,

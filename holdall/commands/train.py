@@ -26,7 +26,7 @@ from holdall.training.devices import Strategy, launcher
 from holdall.training.language_models import (
     LoadedRun,
     PretrainConfig,
-    Progress,
+    PretrainProgress,
     Stopped,
     generate,
     load_run,
@@ -220,7 +220,7 @@ class _View:
     def __exit__(self, *_: object) -> None:
         self.bars.stop()
 
-    def progress(self, progress: Progress) -> None:
+    def progress(self, progress: PretrainProgress) -> None:
         says = f"loss {progress.loss:.3f}  {progress.tokens_per_s:,.0f} tokens/s"
         says += f"  {progress.mfu:.0%} of peak" if progress.mfu is not None else ""
         if progress.valid_loss is not None:

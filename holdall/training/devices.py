@@ -167,15 +167,6 @@ def _shard(module: nn.Module, mesh: Any) -> nn.Module:
     return module.to(mesh.device_type)
 
 
-def decayed(model: nn.Module) -> set[str]:
-    """Names of the parameters that weight decay is for: matrices of linear layers, and embeddings."""
-    return {
-        f"{name}.weight"
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | nn.Embedding)
-    }
-
-
 def whole(tensor: Tensor) -> Tensor:
     """A tensor itself, or all of one whose parts lie on several devices, which then all must ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,18 +1,18 @@
 """Pretraining: a language model of any mixers on the token shards of a corpus, on one device or many.
 
     rows      windows of the training split in an order that is a function of (seed, step); of each step's
-              rows every device takes its part, in passes of `micro_batch` rows whose gradients add up
+              rows every device takes its part, in passes of `micro_batch` rows whose gradients are summed
     pass      holdall/training/devices.py
     update    gradients clipped by their norm, AdamW with warm-up and a cosine
 
-Everything that decides a result is in the config; the state of a run is the step's number, the weights and
-AdamW's moments. The run folder holds them, and the same call goes on from there: to the bit on the same
-device and count, by whatever the first one was ended.
+Everything that decides a result is in the config; the state of a run is the step, the weights and AdamW's
+moments. The run folder (holdall/training/chassis.py) holds them, and the same call resumes from there,
+however the first one ended: bit-exactly on the same device and number of devices.
 
-    config.json         the config, complete                environment.json   versions, devices, commit
-    metrics.jsonl       a line per step and per evaluation  result.json        at the end
-    last.safetensors    weights and moments                 best.safetensors   weights at the lowest
-    model.safetensors   weights at the end                                     validation loss
+    metrics.jsonl       a line per step and per evaluation
+    last.safetensors    the checkpoint: weights and moments
+    best.safetensors    weights at the lowest validation loss
+    model.safetensors   weights at the end
 
 Letters: B rows, N = T + 1 tokens of a row, V vocabulary.
 """
@@ -22,8 +22,6 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
-import functools
-import json
 import math
 import time
 import warnings
@@ -36,7 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from holdall import checkpoints, environment, files, settings
+from holdall import checkpoints, files, settings
 from holdall.contract import Config
 from holdall.files import RunError
 from holdall.model import Model, ModelConfig, Precision, repeatable, seeded
@@ -53,10 +51,12 @@ from holdall.settings import (
 from holdall.text.corpus import Corpus, open_corpus
 from holdall.text.default import default_corpus
 from holdall.text.windows import Order
-from holdall.training.chassis import Background, Stopped
+from holdall.training import schedule
+from holdall.training.chassis import TRAIN_AGAIN, RunFolder, RunState, Stopped, read_state
 from holdall.training.compiled import compile_blocks
-from holdall.training.devices import Fabric, LanguageModelLoss, decayed, launcher, put, whole
+from holdall.training.devices import Fabric, LanguageModelLoss, launcher, put, whole
 from holdall.training.flops import flops_per_token, memory_bytes, peak_flops
+from holdall.training.optimizer import MOMENTS, decayed, moments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,28 +102,32 @@ class PretrainConfig(Config):
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, from 0."""
-        rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
-        along = max(0, step - self.warmup) / max(1, self.steps - self.warmup)
-        low = self.min_learning_rate
-        return self.learning_rate * rise * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * along)))
+        progress = max(0, step - self.warmup) / max(1, self.steps - self.warmup)
+        peak = self.learning_rate * schedule.warmup(step, self.warmup)
+        return peak * schedule.cosine(progress, self.min_learning_rate)
 
 
 @dataclass(frozen=True)
-class Progress:
-    """How far a run is: for whoever draws the bars."""
+class PretrainProgress:
+    """Progress of a run, for progress bars."""
 
     step: int
+    """Steps done."""
     steps: int
+    """Steps of the whole run."""
     loss: float
+    """Training loss of the last step, in nats per token."""
     tokens_per_s: float
+    """Tokens read per second, over all devices."""
     mfu: float | None
-    """Share of the device's peak operations; None where that is unknown."""
+    """Share of the devices' peak operations; None where that is unknown."""
     valid_loss: float | None
+    """Validation loss of the last evaluation, in nats per token; None before the first."""
 
 
 CHECKPOINT_SECONDS = 60.0
-TELL_STEPS, TELL_SECONDS = 10, 0.5
-"""How often losses are fetched, for which a GPU waits: that many steps, or as long in one process."""
+REPORT_STEPS, REPORT_SECONDS = 10, 0.5
+"""How often losses are fetched, for which a GPU waits: after so many steps, or seconds in one process."""
 
 
 def pretrain(
@@ -131,31 +135,31 @@ def pretrain(
     folder: Path,
     *,
     fabric: Fabric | None = None,
-    on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_progress: Callable[[PretrainProgress], None] = lambda progress: None,
     on_line: Callable[[dict[str, Any]], None] = lambda line: None,
     should_stop: Callable[[], bool] = lambda: False,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     in_order: bool = True,
 ) -> dict[str, Any]:
-    """Train a language model, or go on with it, and return what result.json holds.
+    """Train a language model, or resume it, and return what result.json holds.
 
     With several devices every process calls this; the first one writes, and all must see the folder.
 
     Args:
-        folder: the run folder; made if needed. If it holds a checkpoint of the same config, training goes on
+        folder: the run folder; made if needed. If it holds a checkpoint of the same config, training resumes
             from there, and if it holds a result, that is returned.
-        fabric: what `launcher` gave; None for one process on the CPU.
+        fabric: what `launcher` returned; None for one process on the CPU.
         on_progress, on_line: called about twice a second, and with each line of metrics.jsonl; in the first
             process alone.
-        should_stop: asked twice a second, or every ten steps of several processes; True writes a checkpoint
+        should_stop: called twice a second, or every ten steps of several processes; True writes a checkpoint
             and raises Stopped.
-        checkpoint_seconds: at most so much work is lost to a crash.
-        in_order: on a GPU, add in a fixed order, so that the same run gives the same bits.
+        checkpoint_seconds: between checkpoints: the most work that a crash loses.
+        in_order: on a GPU, use deterministic reductions, so that the same run is bit-identical.
 
     Raises:
         RunError: the folder cannot be written, is in use, or holds another config; the corpus is not the one
-            that the config names; devices do not fit the batch; or the loss is no number any more.
-        Stopped: should_stop said so. In processes other than the first either is SystemExit(0).
+            that the config names; devices do not fit the batch; or the loss is NaN or infinite.
+        Stopped: should_stop returned True. In processes other than the first either is SystemExit(0).
     """
     fabric = fabric or launcher()
     corpus = open_data(config)
@@ -164,18 +168,19 @@ def pretrain(
         files.locked(folder) if fabric.is_global_zero else contextlib.nullcontext(),
         repeatable(fabric.device) if in_order else contextlib.nullcontext(),
     ):
-        if _check(folder, config) is not None:
-            _claim(folder, config, fabric, in_order)
-        done = folder / "result.json"
-        if done.exists():
-            return Result.read(done, "Remove it, and the same command makes it again.").to_dict()
+        run = _run_folder(config, folder, fabric, in_order)
+        if run.holds_run():
+            run.claim(fabric.device)  # its corpus may have moved
+        if run.result.exists():
+            return Result.read(run.result, TRAIN_AGAIN).to_dict()
         fabric.launch()
         with _together(fabric):
-            run = Pretrainer(config, corpus, folder, fabric, on_progress, on_line)
-            run.claim = functools.partial(_claim, folder, config, fabric, in_order)
-            result = run.run(should_stop, checkpoint_seconds)
+            trainer = Pretrainer(
+                config, corpus, folder, fabric, on_progress=on_progress, on_line=on_line, in_order=in_order
+            )
+            result = trainer.run(should_stop, checkpoint_seconds)
         if fabric.is_global_zero:
-            files.write_json(done, result)
+            files.write_json(run.result, result)
         fabric.barrier()
     return result
 
@@ -221,40 +226,17 @@ def _checked(config: PretrainConfig, corpus: Corpus, world: int) -> PretrainConf
     return dataclasses.replace(config, data_hash=corpus.content_hash)
 
 
-OTHER = "Restore it from a copy, or choose another --out."
-
-
-def _check(folder: Path, config: PretrainConfig) -> dict[str, Any] | None:
-    """What config.json holds, None if there is none. RunError if it is another run; its corpus may move."""
-    path = folder / "config.json"
-    if not path.exists():
-        return None
-    held = files.read_json(path, OTHER)
-    if said := settings.differ({**held, "data": config.data}, config.to_dict()):
-        raise RunError(
-            f"{folder} holds a run with another config (in {path.name}, {said}); choose another --out"
-        )
-    return held
-
-
-def _claim(folder: Path, config: PretrainConfig, fabric: Fabric, in_order: bool) -> None:
-    """Write what this run is, where the folder does not say so yet, or where its corpus is by now.
-
-    After the first step, before anything else is written: a run that is refused earlier leaves its folder to
-    the corrected command.
-    """
-    if not fabric.is_global_zero:
-        return
-    path, held = folder / "config.json", _check(folder, config)
-    if held is not None:
-        if held.get("data") != config.data:
-            files.write_json(path, config.to_dict())
-    else:
-        where = environment.describe(str(fabric.device), torch.get_num_threads())
-        strategy = type(fabric.strategy).__name__
-        where |= {"devices": fabric.world_size, "strategy": strategy, "in_order": in_order}
-        files.write_json(folder / "environment.json", where)
-        files.write_json(path, config.to_dict())
+def _run_folder(config: PretrainConfig, folder: Path, fabric: Fabric, in_order: bool) -> RunFolder:
+    strategy = type(fabric.strategy).__name__
+    return RunFolder(
+        folder,
+        config,
+        "last.safetensors",
+        about={"model": config.model.to_dict()},
+        environment={"devices": fabric.world_size, "strategy": strategy, "in_order": in_order},
+        writes=fabric.is_global_zero,
+        may_move=("data",),  # the hash of its content decides
+    )
 
 
 # --------------------------------------------------------------------------------------------- the trainer
@@ -269,32 +251,30 @@ class Pretrainer:
         corpus: Corpus,
         folder: Path,
         fabric: Fabric,
-        on_progress: Callable[[Progress], None] = lambda progress: None,
+        on_progress: Callable[[PretrainProgress], None] = lambda progress: None,
         on_line: Callable[[dict[str, Any]], None] = lambda line: None,
+        in_order: bool = True,
     ) -> None:
-        self.config, self.corpus, self.folder, self.fabric = config, corpus, folder, fabric
+        self.config, self.corpus, self.fabric = config, corpus, fabric
+        self.folder = _run_folder(config, folder, fabric, in_order)
         self.on_progress, self.on_line = on_progress, on_line
         self.device, self.world = fabric.device, fabric.world_size
-        self.metrics = folder / "metrics.jsonl"
         self.order = Order(len(corpus.train), config.context_len, config.seed)
         self.uncompiled: dict[str, str] = {}
         """Mixers that torch.compile fails on, and why."""
         self._build()
-        self.claim: Callable[[], None] = lambda: None
-        """Called once, after the first step and before anything is written."""
         self.step, self.seconds = 0, 0.0
         self.best: float | None = None
         self.valid_loss: float | None = None
         self.losses: list[Tensor] = []
-        """Loss and norm of the gradient of each step since they were last told, on the device."""
-        self.told, self.pace = time.monotonic(), 0.0
+        """Loss and gradient norm of each step since the last report, on the device."""
+        self.reported_at, self.tokens_per_s = time.monotonic(), 0.0
         peak = peak_flops(self.device)
         flops = flops_per_token(self.model, config.context_len)
-        self.share_per_pace = None if peak is None else flops / (peak * self.world)
+        self.share_per_token_per_s = None if peak is None else flops / (peak * self.world)
         self.reader = concurrent.futures.ThreadPoolExecutor(1)
-        self.writer = Background()
         self._resume()
-        self.coming = self.reader.submit(self._rows, self.step)
+        self.next_rows = self.reader.submit(self._rows, self.step)
 
     def _build(self) -> None:
         """Model, pass and AdamW; every process builds the same weights and then keeps its part."""
@@ -308,7 +288,7 @@ class Pretrainer:
             for name, why in self.uncompiled.items():
                 warnings.warn(f"torch.compile fails on '{name}', which runs without it: {why}", stacklevel=2)
         self.module = self.fabric.setup_module(LanguageModelLoss(self.model, dtype, config.recompute))
-        self._set_forms(dtype)  # moved to its device a model chooses them anew
+        self._set_forms(dtype)  # moved to its device a model chooses them again
         names = decayed(self.model)
         groups: list[dict[str, Any]] = [
             {"params": [w for name, w in self.model.named_parameters() if (name in names) == decays],
@@ -330,13 +310,12 @@ class Pretrainer:
     # ------------------------------------------------------------------------------------------ the loop
 
     def run(self, should_stop: Callable[[], bool], checkpoint_seconds: float) -> dict[str, Any]:
-        try:
-            self._train(should_stop, checkpoint_seconds)
-            self._write_later("model.safetensors", self._weights())
-            self.writer.wait()
-        finally:
-            self.reader.shutdown(cancel_futures=True)
-            self.writer.close()
+        with self.folder:
+            try:
+                self._train(should_stop, checkpoint_seconds)
+                self.folder.write_later("model.safetensors", self._state(), self._weights())
+            finally:
+                self.reader.shutdown(cancel_futures=True)
         return Result(
             steps=self.step,
             tokens=self.tokens,
@@ -356,34 +335,31 @@ class Pretrainer:
 
     def _train(self, should_stop: Callable[[], bool], checkpoint_seconds: float) -> None:
         config = self.config
-        self.told = saved = time.monotonic()
-        claimed = False
+        self.reported_at = time.monotonic()
         while self.step < config.steps:
             self.train_step()
-            if not claimed:
-                self.claim()
-                claimed = True
+            self.folder.claim(self.device)
             last = self.step == config.steps
             evaluate = last or self.step % config.evaluate_every == 0
-            if not evaluate and not self._time_to_tell():
+            if not evaluate and not self._time_to_report():
                 continue
-            self._tell()
-            stop, late = self.fabric.broadcast((should_stop(), time.monotonic() - saved > checkpoint_seconds))
+            self._report()
+            late = time.monotonic() - self.folder.saved_at > checkpoint_seconds
+            stop, late = self.fabric.broadcast((should_stop(), late))
             if evaluate:
                 self._evaluate()
             if evaluate or stop or late:
                 self._save()
-                saved = time.monotonic()
             if stop and not last:
-                self.writer.wait()
+                self.folder.wait()
                 self._end(Stopped())
-            self.told = time.monotonic()
+            self.reported_at = time.monotonic()
 
     def train_step(self) -> Tensor:
         """One step; returns its loss and its gradient's norm, on the device."""
         config = self.config
-        rows_BN = self.coming.result().to(self.device, non_blocking=True)
-        self.coming = self.reader.submit(self._rows, self.step + 1)
+        rows_BN = self.next_rows.result().to(self.device, non_blocking=True)
+        self.next_rows = self.reader.submit(self._rows, self.step + 1)
         parts = rows_BN.split(config.micro_batch)
         total = torch.zeros((), device=self.device)
         for index, part in enumerate(parts):
@@ -398,66 +374,69 @@ class Pretrainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
-        told = torch.stack((total, whole(norm)))
-        self.losses.append(told)
-        return told
+        loss_and_norm = torch.stack((total, whole(norm)))
+        self.losses.append(loss_and_norm)
+        return loss_and_norm
 
     def _rows(self, step: int) -> Tensor:
-        """This process' part of a step's rows, (B, N): the work of another thread, one step ahead."""
+        """This process' part of a step's rows, (B, N); another thread reads it one step ahead."""
         length, share = self.config.context_len + 1, self.config.batch // self.world
         first = self.fabric.global_rank * share
         starts = self.order.rows(step, self.config.batch)[first : first + share]
         rows_BN = torch.from_numpy(np.stack([self.corpus.train[s : s + length] for s in starts.tolist()]))
         return rows_BN.pin_memory() if self.device.type == "cuda" else rows_BN
 
-    def _time_to_tell(self) -> bool:
+    def _time_to_report(self) -> bool:
         """In several processes by the step alone, or they would not agree."""
-        if self.step % TELL_STEPS == 0:
+        if self.step % REPORT_STEPS == 0:
             return True
-        return self.world == 1 and time.monotonic() - self.told > TELL_SECONDS
+        return self.world == 1 and time.monotonic() - self.reported_at > REPORT_SECONDS
 
-    def _tell(self) -> None:
-        """Fetch and write down the losses of the steps since the last time; stop if they are no numbers."""
+    def _report(self) -> None:
+        """Fetch and log the losses since the last report; end the run if they are NaN or infinite."""
         if not self.losses:
             return
         steps_S2 = self.fabric.all_reduce(torch.stack(self.losses), reduce_op="mean").tolist()
-        now = time.monotonic()
-        first, config = self.step - len(steps_S2), self.config
-        self.seconds += now - self.told
-        self.pace = len(steps_S2) * config.batch * config.context_len / (now - self.told)
-        self.told, self.losses = now, []
-        for index, (loss, norm) in enumerate(steps_S2):
-            step = first + index + 1
+        now, config = time.monotonic(), self.config
+        self.seconds += now - self.reported_at
+        tokens = len(steps_S2) * config.batch * config.context_len
+        self.tokens_per_s = tokens / (now - self.reported_at)
+        self.reported_at, self.losses = now, []
+        for step, (loss, norm) in enumerate(steps_S2, self.step - len(steps_S2) + 1):
             if not math.isfinite(loss) or not math.isfinite(norm):
                 self._diverged(step, f"loss {loss:g}, gradient norm {norm:g}")
-            self._line(
+            self._log(
                 {
                     "step": step,
                     "tokens": step * config.batch * config.context_len,
                     "loss": loss,
                     "learning_rate": config.rate(step - 1),
                     "grad_norm": norm,
-                    "tokens_per_s": round(self.pace),
+                    "tokens_per_s": round(self.tokens_per_s),
                     "mfu": self.mfu,
                     "memory": memory_bytes(self.device),
                 }
             )
         if self.fabric.is_global_zero:
             loss = steps_S2[-1][0]
-            self.on_progress(Progress(self.step, config.steps, loss, self.pace, self.mfu, self.valid_loss))
+            self.on_progress(
+                PretrainProgress(self.step, config.steps, loss, self.tokens_per_s, self.mfu, self.valid_loss)
+            )
 
     @property
     def mfu(self) -> float | None:
-        return None if self.share_per_pace is None else round(self.pace * self.share_per_pace, 4)
+        if self.share_per_token_per_s is None:
+            return None
+        return round(self.tokens_per_s * self.share_per_token_per_s, 4)
 
-    def _line(self, line: dict[str, Any]) -> None:
+    def _log(self, line: dict[str, Any]) -> None:
+        self.folder.log(line)
         if self.fabric.is_global_zero:
-            files.append_line(self.metrics, line)
             self.on_line(line)
 
     def _diverged(self, step: int, what: str) -> NoReturn:
-        self.writer.wait()
-        last = self.folder / "last.safetensors"
+        self.folder.wait()
+        last = self.folder.checkpoint
         kept = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
         rate = self.config.rate(step - 1)
         self._end(
@@ -469,7 +448,7 @@ class Pretrainer:
         )
 
     def _end(self, error: Exception) -> NoReturn:
-        """Leave together: the first process says why."""
+        """End all processes together; the first one raises the error."""
         self.fabric.barrier()
         raise error if self.fabric.is_global_zero else SystemExit(0)
 
@@ -478,7 +457,7 @@ class Pretrainer:
     def _evaluate(self) -> None:
         """The mean loss over the first windows of the validation split, as many for each process.
 
-        Without torch.compile: it would compile passes without gradients, and the last rows, anew for a few
+        Without torch.compile: it would compile passes without gradients, and the last rows, again for a few
         passes, and may fail on them though it took the training.
         """
         config, valid = self.config, self.corpus.valid
@@ -493,7 +472,7 @@ class Pretrainer:
         self.valid_loss = float(self.fabric.all_reduce(total / len(starts), reduce_op="mean"))
         if not math.isfinite(self.valid_loss):  # the last step's update broke it
             self._diverged(self.step, f"validation loss {self.valid_loss:g}")
-        self._line(
+        self._log(
             {
                 "step": self.step,
                 "tokens": self.tokens,
@@ -503,107 +482,84 @@ class Pretrainer:
         )
         if self.best is None or self.valid_loss < self.best:
             self.best = self.valid_loss
-            self._write_later("best.safetensors", self._weights())
+            self.folder.write_later("best.safetensors", self._state(), self._weights())
 
     # ---------------------------------------------------------------------------------------- checkpoints
 
     def _weights(self) -> dict[str, Tensor]:
         """Weights and lasting buffers, whole, copied to the CPU in the first process; empty in the others."""
-        found = {}
-        for name, tensor in self.model.state_dict().items():
-            if (copied := self._copied(tensor)) is not None:
-                found[name] = copied
-        return found
+        return self._copied(self.model.state_dict())
 
     def _moments(self) -> dict[str, Tensor]:
         """AdamW's moments, likewise, as exp_avg.NAME and exp_avg_sq.NAME."""
-        found = {}
-        for name, weight in self.model.named_parameters():
-            for key in MOMENTS:
-                if (copied := self._copied(self.optimizer.state[weight][key])) is not None:
-                    found[f"{key}.{name}"] = copied
-        return found
+        states = {name: moments(self.optimizer, weight) for name, weight in self.model.named_parameters()}
+        return self._copied(
+            {f"{key}.{name}": state[key] for name, state in states.items() for key in MOMENTS}
+        )
 
-    def _copied(self, tensor: Tensor) -> Tensor | None:
-        tensor = whole(tensor.detach())
-        if not self.fabric.is_global_zero:
-            return None
-        return torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format).copy_(tensor)
+    def _copied(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        copies = {}
+        for name, tensor in tensors.items():
+            tensor = whole(tensor.detach())
+            if self.fabric.is_global_zero:
+                copy = torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format)
+                copies[name] = copy.copy_(tensor)
+        return copies
 
-    def _save(self) -> None:
-        """Begin to write a checkpoint: what it holds is copied now, the file is made by another thread."""
-        state = RunState(
+    def _state(self) -> PretrainState:
+        return PretrainState(
             step=self.step,
             seconds=self.seconds,
             best=self.best,
             valid_loss=self.valid_loss,
-            metrics_bytes=files.size_on_disk(self.metrics) if self.fabric.is_global_zero else 0,
+            metrics_bytes=self.folder.metrics_bytes(),
         )
-        weights = {f"model.{name}": tensor for name, tensor in self._weights().items()}
-        self._write_later("last.safetensors", {**weights, **self._moments()}, state)
 
-    def _write_later(self, name: str, tensors: dict[str, Tensor], state: RunState | None = None) -> None:
-        """Have the other thread replace a file of the run folder, after what it was given before."""
-        if not self.fabric.is_global_zero:
-            return
-        about = {
-            "state": json.dumps((state or RunState(step=self.step)).to_dict()),
-            "model": json.dumps(self.config.model.to_dict()),
-        }
-        self.writer.do(checkpoints.write, self.folder / name, tensors, about)
+    def _save(self) -> None:
+        """Begin to write a checkpoint: what it holds is copied now, the file is made by another thread."""
+        weights = {f"model.{name}": tensor for name, tensor in self._weights().items()}
+        self.folder.save(self._state(), {**weights, **self._moments()})
 
     def _resume(self) -> None:
-        """Return to the last checkpoint; lines of metrics written after it will be written again."""
-        path = self.folder / "last.safetensors"
-        if not path.exists():
-            if self.fabric.is_global_zero:
-                self.metrics.unlink(missing_ok=True)
-            return
-        weights = self.model.state_dict()
-        names = {id(weight): name for name, weight in self.model.named_parameters()}
-        with checkpoints.opened(path, "Remove it to start this run again.") as file:
-            state = _state_of(file, self.config.model)
-            if state.step > self.config.steps:
-                raise file.damaged(f"it is of step {state.step:,} of {self.config.steps:,}")
-            targets = {f"model.{name}": tensor for name, tensor in weights.items()}
-            for weight in self.model.parameters():
-                moments = self.optimizer.state[weight]
-                moments["step"] = torch.tensor(float(state.step), device=self.device)
-                for key in MOMENTS:
-                    moments[key] = torch.zeros_like(weight)
-                    targets[f"{key}.{names[id(weight)]}"] = moments[key]
-            file.fill(targets, put=put)
-        self.step, self.seconds, self.best, self.valid_loss = (
-            state.step, state.seconds, state.best, state.valid_loss
-        )  # fmt: skip
-        if self.fabric.is_global_zero and (lost := files.shorten(self.metrics, state.metrics_bytes)):
-            warnings.warn(
-                f"{self.metrics} lacks {lost:,} bytes that were there at step {self.step:,}", stacklevel=2
-            )
+        """Return to the last checkpoint, if there is one."""
+        state = self.folder.resume(PretrainState, self.config.steps, self._fill)
+        if state is not None:
+            self.step, self.seconds = state.step, state.seconds
+            self.best, self.valid_loss = state.best, state.valid_loss
+
+    def _fill(self, file: checkpoints.TensorFile, state: PretrainState) -> None:
+        _state_of(file, self.config.model)
+        targets = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        for name, weight in self.model.named_parameters():
+            adamw = moments(self.optimizer, weight)
+            adamw["step"].fill_(state.step)
+            targets |= {f"{key}.{name}": adamw[key] for key in MOMENTS}
+        file.fill(targets, put=put)
 
 
 def perplexity(loss: float) -> float:
-    """Of a mean loss in nats, as large as a number can be."""
+    """The perplexity of a mean loss in nats; finite, however large."""
     return math.exp(min(loss, 700.0))
-
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result(Config):
-    """What result.json holds, once a run has ended."""
+    """What result.json holds, once a run has finished."""
 
     steps: NonNegativeInt
+    """Training steps done."""
     tokens: NonNegativeInt
-    """Read in training, over all devices."""
+    """Tokens read in training, over all devices."""
     valid_loss: NonNegativeFloat | None
-    """Mean cross-entropy on the validation text, in nats."""
+    """Mean cross-entropy on the validation text at the end, in nats per token."""
     valid_perplexity: NonNegativeFloat | None
+    """The perplexity that it means."""
     best_valid_loss: NonNegativeFloat | None
+    """The lowest validation loss of all evaluations, in nats per token."""
     seconds: NonNegativeFloat
-    """Of training, over all calls."""
+    """Spent training, over all calls."""
     parameters: NonNegativeInt
+    """The model's trained weights."""
     forms: tuple[str, ...]
     """Which form of each layer's mixer ran."""
     uncompiled: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -611,26 +567,21 @@ class Result(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunState(Config):
-    """What a checkpoint says beside its tensors."""
+class PretrainState(RunState):
+    """What a checkpoint says of a language model beside its tensors."""
 
-    step: NonNegativeInt
-    seconds: NonNegativeFloat = 0.0
-    """Of training, over all calls."""
     best: NonNegativeFloat | None = None
-    """The lowest validation loss so far."""
+    """The lowest validation loss so far, in nats per token; None before the first evaluation."""
     valid_loss: NonNegativeFloat | None = None
-    metrics_bytes: NonNegativeInt = 0
-    """Of metrics.jsonl at this step; what is behind is written again."""
+    """The last validation loss, likewise."""
 
 
-def _state_of(file: checkpoints.TensorFile, model: ModelConfig) -> RunState:
+def _state_of(file: checkpoints.TensorFile, model: ModelConfig) -> PretrainState:
     """What a checkpoint says of its run; RunError if it is of another model than the config."""
-    if "state" not in file.about:
-        raise file.damaged("its header does not say which step it is of")
+    state = read_state(file, PretrainState)
     if "model" in file.about and model != ModelConfig.parse(file.about["model"], file.path, file.way_out):
         raise file.damaged("its header describes another model than config.json")
-    return RunState.parse(file.about["state"], f"the header of {file.path}", file.way_out)
+    return state
 
 
 # ------------------------------------------------------------------------------------------- afterwards

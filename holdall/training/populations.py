@@ -1,11 +1,12 @@
-"""The training loop: one model, or a population of one architecture in a single batched pass.
+"""Training of small models on a synthetic task: one model, or a population of one architecture in one pass.
 
 A *population* is every pair of a learning rate and a seed. Its members start from their own seed, see their
 own order of the same rows and have their own AdamW; they share only the arithmetic, so each ends where it
-would have ended alone. A member stops when it reaches the wanted accuracy, or when its loss is no number.
+would have ended alone. A member stops when it reaches the wanted accuracy, or its loss is NaN or infinite.
 
-Everything that decides a result is in the config; the state of a run is the step number, the members'
-weights and AdamW's moments. The run folder holds them, and the same call goes on from there to the bit.
+Everything that decides a result is in the config; the state of a run is the step, the members' weights and
+AdamW's moments. The run folder (holdall/training/chassis.py) holds them, and the same call resumes from there
+bit-exactly.
 
 Letters: P members that still train, B rows, N tokens, Q questions a row.
 """
@@ -18,7 +19,6 @@ import functools
 import json
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,41 +27,47 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from holdall import checkpoints, environment, files, settings
+from holdall import checkpoints, files
 from holdall.contract import Config
-from holdall.files import RunError
 from holdall.model import Model, ModelConfig, Precision, repeatable, seeded
 from holdall.settings import Betas, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed, Share
-from holdall.tasks.data import DataConfig, Questions, TaskData, updated
-from holdall.training.chassis import Background, Stopped
+from holdall.tasks.data import DataConfig, Questions, TaskData
+from holdall.training import schedule
+from holdall.training.chassis import TRAIN_AGAIN, RunFolder, RunState, Stopped, Tensors
+from holdall.training.optimizer import MOMENTS, moments
 from holdall.training.stacked import Member, Population, loss, right
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Config):
-    """A population: one model, one task, and each learning rate with each seed.
-
-    batch: rows per step. epochs: passes over the training rows.
-    schedule: learning rate along a cosine to zero, moved at every step or, as Zoology does, every epoch.
-    warmup: steps over which the learning rate first rises.
-    evaluate_every: steps between tests; 0 for once per epoch.
-    stop_at: a member is done once its accuracy on the test rows is at least this; 0 to never stop early.
-    precision: what a pass computes in, see holdall/model.py; "bf16" is meant for GPUs.
-    """
+    """A population: one model, one task, and each learning rate with each seed."""
 
     model: ModelConfig
+    """The architecture that all members have."""
     data: DataConfig
+    """The task that they train on and are tested on."""
     learning_rates: tuple[PositiveFloat, ...]
+    """Peak learning rates; each is trained with each seed."""
     seeds: tuple[Seed, ...] = (0,)
+    """Seeds of the initial weights and of the order of the rows."""
     batch: PositiveInt = 256
+    """Rows per step, for each member."""
     epochs: PositiveInt = 1
+    """Passes over the training rows."""
     schedule: Literal["step", "epoch"] = "step"
+    """When the learning rate moves along its cosine to zero: at every step or, as in Zoology, every epoch."""
     warmup: NonNegativeInt = 0
+    """Steps over which the learning rate first rises linearly; 0 for none."""
     weight_decay: NonNegativeFloat = 0.1
+    """AdamW's weight decay, of all parameters."""
     betas: Betas = (0.9, 0.999)
+    """Decay rates of AdamW's moments."""
     evaluate_every: NonNegativeInt = 0
+    """Steps between tests; 0 for once per epoch."""
     stop_at: Share = 0.99
+    """A member stops once its accuracy on the test rows is at least this; 0 to never stop early."""
     precision: Precision = "fp32"
+    """What a pass computes in (holdall/precision.py); "bf16" is meant for GPUs."""
 
     def validate(self) -> None:
         if not self.learning_rates or not self.seeds:
@@ -87,18 +93,21 @@ class TrainConfig(Config):
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a population is: for whoever draws the bars."""
+    """Progress of a population, for progress bars."""
 
     step: int
+    """Steps done."""
     steps: int
+    """Steps of the whole run."""
     loss: float
+    """The lowest loss of the members at this step, in nats."""
     accuracy: float
-    """Of the best member, at the last test."""
+    """Accuracy of the best member at the last test."""
 
 
 CHECKPOINT_SECONDS = 20.0
 TOKENS_AT_ONCE = {"cpu": 1 << 15, "cuda": 1 << 18}
-"""Of a test, all members together: what fits into a CPU's cache, and what fills a GPU."""
+"""Tokens of one pass of a test, all members together: what fits into a CPU's cache, and what fills a GPU."""
 
 
 def train(
@@ -112,36 +121,36 @@ def train(
     should_stop: Callable[[], bool] = lambda: False,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
 ) -> list[dict[str, Any]]:
-    """Train a population, or go on with it, and return one result per member.
+    """Train a population, or resume it, and return one result per member.
 
     Args:
-        folder: the run folder; made if needed. If it holds a checkpoint of the same config, training goes on
+        folder: the run folder; made if needed. If it holds a checkpoint of the same config, training resumes
             from there, and if it holds results, they are returned.
-        together: whether members share one batched pass; None for "on a GPU": two cores are full with one.
+        together: whether members share one batched pass; None for "on a GPU": one member fills two cores.
         keep_weights: whether the run folder keeps the trained weights, one file per member.
         on_progress: called a few times a second at most.
-        should_stop: asked before every step; True writes a checkpoint and raises Stopped.
-        checkpoint_seconds: at most so much work is lost to a crash.
+        should_stop: called before every step; True writes a checkpoint and raises Stopped.
+        checkpoint_seconds: between checkpoints: the most work that a crash loses.
 
     Raises:
         RunError: the folder cannot be written, is in use, or holds another config.
-        Stopped: should_stop said so.
+        Stopped: should_stop returned True.
     """
     device = torch.device(device)
     together = device.type != "cpu" if together is None else together
     with files.locked(folder), repeatable(device), own_stream(device):
         if (done := finished(config, folder)) is not None:
             return done
-        run = Trainer(config, folder, device, together, keep_weights)
-        results = run.run(on_progress, should_stop, checkpoint_seconds)
-        files.write_json(folder / "result.json", results)
-        (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+        trainer = Trainer(config, folder, device, together, keep_weights)
+        results = trainer.run(on_progress, should_stop, checkpoint_seconds)
+        files.write_json(trainer.folder.result, results)
+        trainer.folder.checkpoint.unlink(missing_ok=True)
         return results
 
 
 @contextlib.contextmanager
 def own_stream(device: torch.device) -> Iterator[None]:
-    """On a GPU, a stream of its own, backward passes included: the default one cannot be recorded."""
+    """On a GPU, a stream of its own, backward passes included: the default one cannot be captured."""
     if device.type == "cpu":
         yield
         return
@@ -150,22 +159,22 @@ def own_stream(device: torch.device) -> Iterator[None]:
 
 
 def finished(config: TrainConfig, folder: Path) -> list[dict[str, Any]] | None:
-    """The results that a run folder holds, None if it has not ended there.
+    """The results that a run folder holds, None if the run has not finished.
 
-    Raises RunError if the folder holds another config.
+    Raises RunError if the folder holds another config, or a damaged result.
     """
-    _check(folder, config)
-    if not (done := folder / "result.json").exists():
+    run = _run_folder(config, folder)
+    run.holds_run()
+    if not run.result.exists():
         return None
-    way_out = "Remove it, and the same command makes it again."
-    found = files.read_json(done, way_out, list)
+    plain = files.read_json(run.result, TRAIN_AGAIN, list)
     results = [
-        MemberResult.checked(_updated(each, config.data), f"result {index} in {done}", way_out)
-        for index, each in enumerate(found)
+        MemberResult.checked(_updated(result, config.data), f"result {index} in {run.result}", TRAIN_AGAIN)
+        for index, result in enumerate(plain)
     ]
-    if [(each.learning_rate, each.seed) for each in results] != list(config.members):
-        raise files.damaged(done, "it is of other learning rates or seeds", way_out)
-    return [each.to_dict() for each in results]
+    if [(result.learning_rate, result.seed) for result in results] != list(config.members):
+        raise files.damaged(run.result, "it is of other learning rates or seeds", TRAIN_AGAIN)
+    return [result.to_dict() for result in results]
 
 
 def _updated(member: Any, data: DataConfig) -> Any:
@@ -183,34 +192,14 @@ def _updated(member: Any, data: DataConfig) -> Any:
     return {**kept, "accuracy_by_difficulty": accuracies}
 
 
-OTHER = "Restore it from a copy, or choose another folder."
+def _run_folder(config: TrainConfig, folder: Path) -> RunFolder:
+    def updated(state: dict[str, Any]) -> dict[str, Any]:
+        members = state.get("members")
+        if not isinstance(members, list):
+            return state
+        return {**state, "members": [_updated(member, config.data) for member in members]}
 
-
-def _check(folder: Path, config: TrainConfig) -> bool:
-    """Whether the folder holds this run; RunError if it holds another."""
-    path = folder / "config.json"
-    if not path.exists():
-        return False
-    plain = {name: updated(value) for name, value in files.read_json(path, OTHER).items()}
-    held = TrainConfig.checked(plain, path, OTHER)  # fields that an earlier version lacked get their defaults
-    if said := settings.differ(held.to_dict(), config.to_dict()):
-        raise RunError(
-            f"{folder} holds a run with another config (in {path.name}, {said}); choose another folder"
-        )
-    return True
-
-
-def _claim(folder: Path, config: TrainConfig, device: torch.device) -> None:
-    """Write what this run is, if the folder does not say so yet.
-
-    After the first step, before anything else is written: a run that is refused earlier leaves its folder to
-    the corrected command.
-    """
-    if not _check(folder, config):
-        files.write_json(
-            folder / "environment.json", environment.describe(str(device), torch.get_num_threads())
-        )
-        files.write_json(folder / "config.json", config.to_dict())
+    return RunFolder(folder, config, "checkpoint.safetensors", updated=updated)
 
 
 @functools.lru_cache(maxsize=1)
@@ -223,29 +212,33 @@ def _rows(config: DataConfig, device: torch.device) -> TaskData:
 
 
 Ending = Literal["", "accuracy", "diverged", "end"]
+"""Why a member stopped training; empty while it trains."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemberResult(Config):
-    """What result.json says of a member, once a run has ended."""
+    """What result.json says of a member, once a run has finished."""
 
     learning_rate: PositiveFloat
+    """The member's peak learning rate."""
     seed: Seed
+    """The member's seed."""
     accuracy: Share | None
-    """On the test rows; None where training diverged."""
+    """Accuracy on the test rows, the mean over test segments; None where training diverged."""
     accuracy_by_difficulty: dict[str, Share]
-    """On the test rows of each difficulty, by the task's tag."""
+    """The same for the segments of each difficulty, by the task's tag."""
     steps: NonNegativeInt
+    """Steps that the member trained."""
     rows: NonNegativeInt
-    """Read in training."""
+    """Training rows that it read."""
     stopped: Ending
-    """By what training ended."""
+    """Why training stopped."""
     seconds: NonNegativeFloat
-    """Of training, over all calls, all members together."""
+    """Spent training, over all calls, all members together."""
     forms: tuple[str, ...]
     """Which form of each layer's mixer ran."""
     weights: str | None
-    """The file that has the trained weights."""
+    """The file of the trained weights in the run folder; None if they were not kept."""
 
     def validate(self) -> None:
         if not all(tag.isdecimal() for tag in self.accuracy_by_difficulty):
@@ -257,21 +250,21 @@ class MemberState(Config):
     """What a checkpoint says of a member beside its tensors; the fields are those of Member."""
 
     stopped: Ending
+    """Why it stopped training."""
     steps: NonNegativeInt
+    """Steps that it trained."""
     accuracy: Share
+    """At the last test."""
     accuracy_by_difficulty: dict[str, Share]
+    """At the last test, by the task's tag of difficulty."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunState(Config):
-    """What a checkpoint says beside its tensors."""
+class PopulationState(RunState):
+    """What a checkpoint says of a population beside its tensors."""
 
-    step: NonNegativeInt
-    seconds: NonNegativeFloat
-    """Of training, over all calls."""
     members: tuple[MemberState, ...]
-    metrics_bytes: NonNegativeInt
-    """Of metrics.jsonl at this step; what is behind is written again."""
+    """Each member's part."""
 
 
 class Trainer:
@@ -285,8 +278,9 @@ class Trainer:
         together: bool,
         keep_weights: bool = True,
     ) -> None:
-        self.config, self.folder, self.device, self.together = config, folder, device, together
-        self.keep_weights, self.metrics = keep_weights, folder / "metrics.jsonl"
+        self.config, self.device, self.together = config, device, together
+        self.keep_weights = keep_weights
+        self.folder = _run_folder(config, folder)
         self.data = _rows(config.data, device)
         self.members = [self._member(rate, seed) for rate, seed in config.members]
         self.population: Population | None = None
@@ -294,7 +288,6 @@ class Trainer:
         self.seconds = 0.0
         self.epoch_steps = self.data.steps_per_epoch(config.batch)
         self.steps = config.epochs * self.epoch_steps
-        self.writer = Background()
         self._resume()
 
     def _member(self, rate: float, seed: int) -> Member:
@@ -304,7 +297,7 @@ class Trainer:
         on_gpu = self.device.type == "cuda"
         optimizer = torch.optim.AdamW(
             model.parameters(),
-            # a step that is recorded and replayed finds the rate where it lies on the device
+            # a CUDA graph reads the rate from the device
             lr=torch.tensor(rate, device=self.device) if on_gpu else rate,
             betas=self.config.betas,
             weight_decay=self.config.weight_decay,
@@ -321,14 +314,11 @@ class Trainer:
         should_stop: Callable[[], bool],
         checkpoint_seconds: float,
     ) -> list[dict[str, Any]]:
-        try:
+        with self.folder:
             self._train(on_progress, should_stop, checkpoint_seconds)
-            self.writer.wait()
-        finally:
-            self.writer.close()
         if self.keep_weights:
             for index, member in enumerate(self.members):
-                self._write_weights(self.folder / f"model-{index}.safetensors", member)
+                self._write_weights(self.folder.path / f"model-{index}.safetensors", member)
         return [self._result(index, member) for index, member in enumerate(self.members)]
 
     def _train(
@@ -337,8 +327,8 @@ class Trainer:
         should_stop: Callable[[], bool],
         checkpoint_seconds: float,
     ) -> None:
-        started = saved = told = time.monotonic()
-        earlier, loss, claimed = self.seconds, math.nan, False
+        started = reported = time.monotonic()
+        earlier, loss = self.seconds, math.nan
         every = self.config.evaluate_every or self.epoch_steps
         while self.step < self.steps and (alive := [m for m in self.members if not m.stopped]):
             now = time.monotonic()
@@ -346,29 +336,26 @@ class Trainer:
             if should_stop():
                 if self.step:
                     self._save()
-                    self.writer.wait()
+                    self.folder.wait()
                 raise Stopped
-            if self.step and now - saved > checkpoint_seconds:
+            if self.step and now - self.folder.saved_at > checkpoint_seconds:
                 self._save()
-                saved = now
             losses_P = self.train_step(alive)
-            if not claimed:
-                _claim(self.folder, self.config, self.device)
-                claimed = True
+            self.folder.claim(self.device)
             self.step += 1
             if self.step % every == 0 or self.step == self.steps:
                 self._test(alive, losses_P)
-            if now - told > 0.3:
-                told, loss = now, float(losses_P.min())
+            if now - reported > 0.3:
+                reported, loss = now, float(losses_P.min())
                 best = max(member.accuracy for member in self.members)
                 on_progress(Progress(self.step, self.steps, loss, best))
         self.seconds = earlier + time.monotonic() - started
 
     def train_step(self, alive: Sequence[Member]) -> Tensor:
         """One step of every member that still trains; returns their losses, (P,), until the next step."""
-        share = self._schedule()
+        factor = self._rate_factor()
         for member in alive:
-            member.set_rate(member.learning_rate * share)
+            member.set_rate(member.learning_rate * factor)
             member.steps = self.step + 1
         if self.together:
             return self._together(alive).step(self.step)
@@ -384,7 +371,7 @@ class Trainer:
         return torch.stack(losses).detach()
 
     def _together(self, alive: Sequence[Member]) -> Population:
-        """These members as one; made anew where one has left since."""
+        """These members as one; made again where one has left since."""
         if self.population is None or self.population.members != alive:
             self.population = None  # its memory first
             self.population = Population(
@@ -396,17 +383,16 @@ class Trainer:
             )
         return self.population
 
-    def _schedule(self) -> float:
-        """The share of the learning rate at this step."""
+    def _rate_factor(self) -> float:
+        """The learning rate at this step, as a share of its peak."""
         if self.config.schedule == "epoch":
-            share = (self.step // self.epoch_steps) / self.config.epochs
+            progress = (self.step // self.epoch_steps) / self.config.epochs
         else:
-            share = self.step / self.steps
-        rise = min(1.0, (self.step + 1) / self.config.warmup) if self.config.warmup else 1.0
-        return rise * 0.5 * (1 + math.cos(math.pi * share))
+            progress = self.step / self.steps
+        return schedule.warmup(self.step, self.config.warmup) * schedule.cosine(progress)
 
     def _test(self, alive: Sequence[Member], losses_P: Tensor) -> None:
-        """Score the members that still train, and let those go that are done."""
+        """Test the members that still train, and stop those that are done."""
         losses = losses_P.tolist()
         tags = [str(self.config.data.tag(segment)) for segment in self.config.data.test]
         for member, loss_now, scores in zip(alive, losses, self._accuracies(alive), strict=True):
@@ -431,7 +417,7 @@ class Trainer:
                 "accuracy_by_difficulty": member.accuracy_by_difficulty,
                 "seconds": round(self.seconds, 3),
             }
-            files.append_line(self.metrics, line)
+            self.folder.log(line)
 
     def _accuracies(self, alive: Sequence[Member]) -> list[list[float]]:
         """The accuracy of each member on each test segment."""
@@ -465,69 +451,53 @@ class Trainer:
             weights = dict(member.model.named_parameters())
             for name, tensor in member.model.state_dict().items():
                 yield f"{index}.{name}", tensor
-                if name not in weights:  # a buffer
-                    continue
-                weight = weights[name]
-                moments = member.optimizer.state[weight]
-                if not moments:  # AdamW makes them at its first step
-                    moments["step"] = torch.zeros((), device=self.device)
-                    moments["exp_avg"] = torch.zeros_like(weight)
-                    moments["exp_avg_sq"] = torch.zeros_like(weight)
-                for key in ("step", "exp_avg", "exp_avg_sq"):
-                    yield f"{index}.{name}.{key}", moments[key]
+                if name in weights:  # it is no buffer
+                    state = moments(member.optimizer, weights[name])
+                    for key in ("step", *MOMENTS):
+                        yield f"{index}.{name}.{key}", state[key]
 
     def _save(self) -> None:
-        """Begin to write a checkpoint: what it holds is copied now, the file is made by another thread."""
-        self.writer.wait()
+        """Begin to write a checkpoint: its tensors are copied now, the file is made by another thread."""
+        self.folder.wait()  # the copies of the one before are freed first
         fields = [field.name for field in dataclasses.fields(MemberState)]
         members = tuple(MemberState(**{name: getattr(m, name) for name in fields}) for m in self.members)
-        state = RunState(
+        state = PopulationState(
             step=self.step,
             seconds=self.seconds,
             members=members,
-            metrics_bytes=files.size_on_disk(self.metrics),
+            metrics_bytes=self.folder.metrics_bytes(),
         )
         tensors = {
             name: tensor.detach().clone(memory_format=torch.contiguous_format)
             for name, tensor in self._tensors()
         }
         copied = torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
-        self.writer.do(self._write, tensors, {"state": json.dumps(state.to_dict())}, copied)
+        self.folder.save(state, functools.partial(self._fetched, tensors, copied))
 
-    def _write(self, tensors: dict[str, Tensor], metadata: dict[str, str], copied: Any) -> None:
-        """Write a checkpoint: the other thread's part. It waits for the copy alone, not for later steps."""
-        if copied is not None:
-            copied.synchronize()
-            with torch.cuda.stream(torch.cuda.Stream(self.device)):
-                tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
-        checkpoints.write(self.folder / "checkpoint.safetensors", tensors, metadata)
+    def _fetched(self, tensors: Tensors, copied: Any) -> Tensors:
+        """The copies, on the CPU. The other thread waits for them alone, not for later steps."""
+        if copied is None:
+            return tensors
+        copied.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream(self.device)):
+            return {name: tensor.cpu() for name, tensor in tensors.items()}
 
     def _resume(self) -> None:
-        """Return to the last checkpoint; lines of metrics written after it will be written again."""
-        path = self.folder / "checkpoint.safetensors"
-        if not path.exists():
-            self.metrics.unlink(missing_ok=True)
+        """Return to the last checkpoint, if there is one."""
+        if (state := self.folder.resume(PopulationState, self.steps, self._fill)) is None:
             return
-        with checkpoints.opened(path, "Remove it to start this run again.") as file:
-            where = f"the header of {path}"
-            plain = files.parse_json(file.about.get("state", ""), where, file.way_out)
-            if isinstance(plain.get("members"), list):
-                plain["members"] = [_updated(member, self.config.data) for member in plain["members"]]
-            state = RunState.checked(plain, where, file.way_out)
-            if state.step > self.steps or len(state.members) != len(self.members):
-                raise file.damaged(f"it is of step {state.step:,} of {len(state.members)} members")
-            file.fill(dict(self._tensors()))
         self.step, self.seconds = state.step, state.seconds
         for member, saved in zip(self.members, state.members, strict=True):
             for field in dataclasses.fields(saved):
                 setattr(member, field.name, getattr(saved, field.name))
-        if lost := files.shorten(self.metrics, state.metrics_bytes):
-            warnings.warn(
-                f"{self.metrics} lacks {lost:,} bytes that were there at step {self.step:,}", stacklevel=2
-            )
+
+    def _fill(self, file: checkpoints.TensorFile, state: PopulationState) -> None:
+        if len(state.members) != len(self.members):
+            raise file.damaged(f"it is of {len(state.members)} members, not {len(self.members)}")
+        file.fill(dict(self._tensors()))
 
     def _write_weights(self, path: Path, member: Member) -> None:
-        """All that makes the model what it is: parameters, and what was drawn and stays."""
+        """Parameters, and buffers that were drawn and stay."""
         tensors = {name: tensor.contiguous().cpu() for name, tensor in member.model.state_dict().items()}
         metadata = {"config": json.dumps(self.config.model.to_dict())}
         checkpoints.write(path, tensors, metadata)
@@ -535,7 +505,7 @@ class Trainer:
 
 @torch.no_grad()
 def accuracy(model: Model, questions: Questions, precision: Precision, tokens_at_once: int) -> float:
-    """The share of questions that a model answers right."""
+    """The share of questions that a model answers correctly."""
     weights, hits = dict(model.named_parameters()), 0
     rows = max(1, tokens_at_once // questions.tokens_BN.shape[1])
     for part in zip(*(tensor.split(rows) for tensor in questions), strict=True):

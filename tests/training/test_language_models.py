@@ -32,7 +32,7 @@ from holdall.model import Model, ModelConfig, seeded
 from holdall.text.shards import write_corpus
 from holdall.text.tokenizers import Bytes
 from holdall.training import language_models as module
-from holdall.training.devices import LanguageModelLoss, cast_call, decayed, launcher
+from holdall.training.devices import LanguageModelLoss, cast_call, launcher
 from holdall.training.flops import flops_per_token
 from holdall.training.language_models import (
     PretrainConfig,
@@ -43,6 +43,7 @@ from holdall.training.language_models import (
     open_data,
     pretrain,
 )
+from holdall.training.optimizer import decayed
 
 GOLDEN = Path(__file__).parent / "golden_losses.json"
 
@@ -377,7 +378,7 @@ def test_what_fails_without_the_compiler_too_is_raised(
 def test_stopped_anywhere_it_goes_on_to_the_bit(
     corpus: Path, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "TELL_STEPS", 1)
+    monkeypatch.setattr(module, "REPORT_STEPS", 1)
     for stop_after in (3, 17, 30):
         asked = iter(range(10**6))
         with pytest.raises(Stopped):
@@ -440,7 +441,7 @@ def test_a_loss_that_is_no_number_ends_it_and_leaves_the_last_good_checkpoint(
 
 def test_what_does_not_fit_is_one_clear_line(corpus: Path, tmp_path: Path, whole: Path) -> None:
     run = config(corpus)
-    says = r"in config.json, seed: 0 there, 1 here\); choose another --out"
+    says = r"in config.json, seed: 0 there, 1 here\); choose another folder \(--out\)"
     with pytest.raises(RunError, match=says):
         pretrain(config(corpus, seed=1), whole)
     with pytest.raises(RunError, match="is not the one that this run is about"):

@@ -22,7 +22,6 @@ from holdall.tasks.data import TaskData
 from holdall.training import stacked
 from holdall.training.populations import Stopped, TrainConfig, accuracy, train
 from holdall.training.stacked import Member, Population
-from tests.training.test_populations import TASK, assert_same_run, config, weights
 
 MIXERS: tuple[MixerConfig, ...] = (
     AttentionConfig(width=16),
