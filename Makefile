@@ -2,6 +2,7 @@
 # make test       set up, then all tests          make test-full   the exhaustive set as well
 # make test-portable   a slice of laws and kernels as on a processor without vector instructions
 # make check      format, lint, layer fences, types
+# make readme     writes the README's list of rooms       make plant       proves that a mixer is one file
 # make zoo        every mixer on the quick task, its errors over great lengths, and docs/zoo.md
 # make bench      speed beside its ceiling; prints tables, writes results/
 PYTHON ?= python3
@@ -12,7 +13,7 @@ SHAPES  = holdall,shapes.check
 # the kernels' tests run apart: shape checks wrap functions that Triton must read as they are written, and
 # Triton's interpreter is chosen for a whole process
 
-.PHONY: frontier zoo test test-full test-portable check bench format clean
+.PHONY: readme plant frontier zoo test test-full test-portable check bench format clean
 
 frontier: $(VENV)/installed
 	$(BIN)/holdall frontier quick
@@ -40,6 +41,12 @@ test-portable: $(VENV)/installed-dev
 		-k "definition-fp32 or (test_law_in_fp32 and bf16) or coarse or toleran or cancel or nudge"
 	$(BIN)/pytest -q -n $(JOBS) -m "not full" tests/kernels/test_window_attention.py \
 		tests/kernels/test_gated_norm.py -k "outputs_ring or as_plain"
+
+readme: $(VENV)/installed-dev
+	$(BIN)/python -m tools.readme
+
+plant: $(VENV)/installed-dev
+	JOBS=$(JOBS) $(BIN)/python -m tools.plant
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .

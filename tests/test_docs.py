@@ -12,6 +12,7 @@ import pytest
 import holdall
 from holdall.report import table
 from holdall.report.data import load
+from tools import readme
 
 ROOT = Path(__file__).parents[1]
 PAGES = [path for path in (ROOT, ROOT / "docs", ROOT / "results") for path in path.glob("*.md")]
@@ -58,11 +59,23 @@ def test_the_mixer_in_the_docs_obeys_every_law(tmp_path: Path) -> None:
     assert re.search(r"\d\d passed", done.stdout)
 
 
-def test_the_readme_names_every_file_of_the_package() -> None:
-    (tree,) = [block for block in blocks(ROOT / "README.md", "") if "environment.py" in block]
-    named = set(re.findall(r"[a-z0-9_]+\.(?:py|html)", tree))
-    there = {path.name for path in (ROOT / "holdall").rglob("*.*") if path.suffix in (".py", ".html")}
-    assert named - {"pytest_holdall.py"} == there - {"__init__.py"}
+def test_the_readme_lists_the_rooms_as_they_are() -> None:
+    page = (ROOT / "README.md").read_text()
+    assert readme.updated(page) == page, "the README's list of rooms is old: run `make readme`"
+
+
+def test_every_file_of_the_package_lies_in_a_room() -> None:
+    listed = readme.rooms()
+    for path in (ROOT / "holdall").iterdir():
+        if path.suffix == ".py" or (path / "__init__.py").exists():
+            known = f"  {path.name}" in listed or path.name == "__init__.py"
+            assert known, f"pyproject.toml names no layer for {path.name}"
+
+
+def test_the_readme_counts_the_mixers_that_the_zoo_page_measured() -> None:
+    measured = set(re.findall(r"^\| `([a-z0-9-]+)` \|", (ROOT / "docs" / "zoo.md").read_text(), flags=re.M))
+    page = (ROOT / "README.md").read_text()
+    assert set(re.findall(r"\b(\d+) (?:sequence )?mixers", page)) == {str(len(measured))}
 
 
 def test_the_commands_that_the_pages_name_exist() -> None:

@@ -69,8 +69,7 @@ def read(path: Path) -> list[Measured]:
 def length_for(config: MixerConfig, dtype: torch.dtype, length: int | None = None) -> int:
     """Tokens to read: `length` or the default of the dtype, fewer where the cost is quadratic."""
     wanted = length or LENGTHS[dtype]
-    quadratic = any(square in mixers.entry(config.name).training for square in ("N²", "N^2"))
-    return min(wanted, MOST_PAIRS) if quadratic else wanted
+    return min(wanted, MOST_PAIRS) if mixers.entry(config.name).quadratic else wanted
 
 
 @torch.no_grad()

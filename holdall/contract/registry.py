@@ -31,6 +31,7 @@ class Entry:
         family: which mixers it stands beside in tables.
         state: elements of the state of one row after N tokens, as a formula in the config's letters.
         training, inference: cost of N tokens at once, and of one more token, in O-notation.
+        quadratic: whether the cost of N tokens grows with their square.
         causal: whether no output sees the future.
     """
 
@@ -41,6 +42,7 @@ class Entry:
     state: str
     training: str
     inference: str
+    quadratic: bool
     causal: bool
     config: type[MixerConfig]
 
@@ -86,6 +88,7 @@ def register(
     state: str,
     training: str,
     inference: str,
+    quadratic: bool = False,
     causal: bool = True,
 ) -> Callable[[type[MixerConfig]], type[MixerConfig]]:
     """Class decorator that enters a mixer's config, and with it the mixer, into the registry.
@@ -110,6 +113,7 @@ def register(
             state=state,
             training=training,
             inference=inference,
+            quadratic=quadratic,
             causal=causal,
             config=config,
         )

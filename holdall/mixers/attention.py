@@ -33,6 +33,7 @@ from holdall.settings import NonNegativeInt, PositiveFloat, PositiveInt, Share
     state="2NDG/H + 1",
     training="N²D",
     inference="ND",
+    quadratic=True,
 )
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig(MixerConfig):

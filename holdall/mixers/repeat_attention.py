@@ -48,6 +48,7 @@ class RepeatState(NamedTuple):
     state="N(2D + 1) + 1",
     training="N²D",
     inference="ND",
+    quadratic=True,
 )
 @dataclass(frozen=True, kw_only=True)
 class RepeatAttentionConfig(MixerConfig):
