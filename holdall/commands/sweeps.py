@@ -232,7 +232,7 @@ class _FrontierView:
     def _columns(self, models: Sequence[data.Model], tags: Sequence[int]) -> Table:
         widths = len({model.width for model in models}) > 1
         seeds = ", mean over seeds" if any(len(model.best) > 1 for model in models) else ""
-        title = f"recall at the best learning rate{seeds}, then by number of {models[0].runs[0].difficulty}"
+        title = f"recall by {models[0].runs[0].difficulty} at the best learning rate{seeds}"
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
         table.add_column("model", no_wrap=True)
         scores = ("recall", *map(str, tags))

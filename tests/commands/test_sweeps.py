@@ -53,7 +53,7 @@ def test_seeds_count_with_their_best_learning_rates_and_share_a_row(monkeypatch:
     ]
     lines.append(line(label="lost", accuracy=None, state_bytes=100))
     title, _, heads, _, lost, mean, *_ = printed(monkeypatch, 100, lines).splitlines()
-    assert title.strip() == "recall at the best learning rate, mean over seeds, then by number of pairs"
+    assert title.strip() == "recall by pairs at the best learning rate, mean over seeds"
     assert heads.split() == ["model", "state", "recall", "4", "lr", "s"]
     assert lost.split() == ["lost", "100", "B", "-", "-", "-", "-"]
     assert mean.split()[-5:] == ["50.0%", "50.0%", "0.01,", "0.001", "40"]
