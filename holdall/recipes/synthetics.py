@@ -1,4 +1,4 @@
-"""The old synthetics: induction heads and associative recall, which state spaces were found to lack.
+"""Induction heads and associative recall, the synthetic tasks on which early state spaces fail.
 
 Fu et al., "Hungry Hungry Hippos", 2022, arXiv 2212.14052, tables 1 and 2: S4D and the gated state space
 fail where H3 and attention do not. Two layers of width 32 with MLPs, 5,000 training rows of 31 or 22

@@ -1,4 +1,4 @@
-"""Zoology's figure 2 in small: how wide a gated convolution must be, as the sequence grows, within an hour.
+"""A small version of Zoology's figure 2, within an hour: the width that gated convolutions need, by length.
 
 The published experiment (zoology_figure2.py) trains 64 epochs of 100,000 rows; this one keeps its law and
 not its scale: rows of 16 and 32 tokens with 2 and 4 pairs, 64 tokens of vocabulary, filler of zeros, widths

@@ -1,17 +1,17 @@
-"""How many bits a state must hold to recall: the floor under every model's state.
+"""How many bits of state recall needs: a lower bound for every model.
 
 A row names K values, drawn without replacement from V, and then asks for each of them once. Whatever a causal
 model is, its answers are a function of its state after the pairs and of the rest of the row, and the rest of
 the row holds nothing about the values. A state of S bits therefore holds at most S bits about them:
 
-    S  >=  I(values; state)  =  H - H(values | state)          the values' entropy, less what is left of it
+    S  >=  I(values; state)  =  H - H(values | state)          entropy of the values, less what remains of it
     H(values | state)  <=  sum_i H(value_i | state)            chain rule
     H(value_i | state)  <=  h(a_i) + (1 - a_i) log2(V - 1)     Fano; a_i: how often answer i is right
     sum_i (...)  <=  K (h(a) + (1 - a) log2(V - 1))            concave in a; a is the mean of the a_i
 
-h is the binary entropy. H = log2(V! / (V - K)!) exactly: K log2 V, the entropy of values drawn with
-replacement, is larger, and a floor that counts with it would be no floor (11.7 bits too high at K = 256,
-V = 4096: a perfect model could lie below it).
+h is the binary entropy. H = log2(V! / (V - K)!) exactly. K log2 V, the entropy of values drawn with
+replacement, is larger, and would not give a lower bound (11.7 bits too high at K = 256, V = 4096, so that a
+perfect model could lie below it).
 
 Source: Fano's inequality, e.g. Cover and Thomas, Elements of Information Theory, 2nd ed., theorem 2.10.1.
 """
@@ -57,7 +57,7 @@ def recall_bits(questions: int, values: int, accuracy: int | float) -> float:
     """
     total = answer_bits(questions, values)
     if not 0 <= accuracy <= 1:
-        raise ValueError(f"accuracy {accuracy} is not a share between 0 and 1")
+        raise ValueError(f"accuracy {accuracy} is not between 0 and 1")
     if accuracy <= 1 / values:
         return 0.0
     return max(0.0, total - questions * _doubt(values, accuracy))
@@ -66,15 +66,15 @@ def recall_bits(questions: int, values: int, accuracy: int | float) -> float:
 def best_accuracy(questions: int, values: int, bits: int | float) -> float:
     """The highest accuracy that any causal model with so many bits of state can have.
 
-    The inverse of `recall_bits`, by bisection to the last bit; 1.0 from `answer_bits` up. With no bits it is
-    a little above 1 / values, because the bound is not tight there.
+    The inverse of `recall_bits`, by bisection to full precision; 1.0 from `answer_bits` up. For 0 bits it is
+    slightly above 1 / values, since the bound is not tight there.
 
     Raises:
         TypeError, ValueError: as `answer_bits`; ValueError also for bits below 0.
     """
     total = answer_bits(questions, values)
     if not bits >= 0:
-        raise ValueError(f"a state of {bits} bits does not exist: bits must be at least 0")
+        raise ValueError(f"bits {bits} must be at least 0")
     if bits >= total:
         return 1.0
     low, high = 1 / values, 1.0  # low is within reach, high is not, and the bound rises between them
@@ -87,7 +87,7 @@ def best_accuracy(questions: int, values: int, bits: int | float) -> float:
 
 
 def mean_best_accuracy(segments: Sequence[tuple[int, int]], bits: int | float) -> float:
-    """The ceiling of a score that is the mean over test segments: the mean of their best accuracies.
+    """The upper bound of a mean accuracy over test segments: the mean of their best accuracies.
 
     Args:
         segments: (questions, values) of each; every segment's rows pass through the same state.
@@ -101,10 +101,10 @@ def mean_best_accuracy(segments: Sequence[tuple[int, int]], bits: int | float) -
 
 
 def _doubt(values: int, accuracy: int | float) -> float:
-    """Fano: the most bits that can be left of one answer, h(a) + (1 - a) log2(V - 1), for 1/V < a <= 1."""
+    """Fano: the largest remaining entropy of an answer in bits, h(a) + (1 - a) log2(V - 1), 1/V < a <= 1."""
     wrong = 1 - accuracy
     if wrong == 0:
         return 0.0
-    # log1p(-wrong) keeps the digits of log(accuracy) where accuracy is close to one
+    # log1p(-wrong) is accurate where accuracy is close to one
     entropy = -(accuracy * math.log1p(-wrong) + wrong * math.log(wrong)) / math.log(2)
     return entropy + wrong * math.log2(values - 1)

@@ -1,4 +1,4 @@
-"""Multi-query associative recall (MQAR): a row names key-value pairs, then asks for the value of every key.
+"""Multi-query associative recall (MQAR): a row shows key-value pairs, then asks for the value of every key.
 
     MQAR(vocab=32, length=24, pairs=3, filler="zero").generate(1, seed=0), with "." for nothing:
 
@@ -10,13 +10,13 @@ Letters: B rows, N tokens of a row, K pairs (and so questions) of a row, M = N -
 
 Of a vocabulary of V tokens, the keys are K distinct ones of 1 .. V//2 - 1 and the values K distinct ones of
 V//2 .. V - 1, both uniform. The M tokens after the pairs hold `space` = M // 2 slots of two tokens, and key i
-is asked for at the start of a slot of its own. For one key after the other, a slot is drawn among those left:
+is asked for at the start of its own slot. For one key after the other, a slot is drawn among those left:
 slot g = 1 .. space with probability proportional to a * g**(a - 1), a = `power`. With a = 0.01 most questions
 come soon, as repeated bigrams of real text do, and those for the first pairs soonest. The target of a
-question is its value. All else after the pairs is filler, which asks nothing:
+question is its value. All other tokens after the pairs are filler:
 
-    zero       token 0, which is no key and no value
-    random     uniform over the whole vocabulary, as published by default. It can repeat a key before its
+    zero       token 0, which is neither a key nor a value
+    random     uniform over the whole vocabulary, the published default. It can repeat a key before its
                question (1.5 of 64 questions at N = 1024), followed by any token. The answer is still the
                value in the pair, the key's first occurrence; a model that trusts the latest one errs
     key-free   uniform over all tokens but the row's own keys. Each key is seen twice, once before its value
@@ -25,9 +25,9 @@ question is its value. All else after the pairs is filler, which asks nothing:
 
 Source: Arora, Eyuboglu, Timalsina, Johnson, Poli, Zou, Rudra, Ré, "Zoology: Measuring and Improving Recall in
 Efficient Language Models", 2023, arXiv 2312.04927. `MQAR.generate` draws from that distribution quickly;
-`MQAR.generate_published` repeats the published draws one by one.
+`MQAR.generate_published` reproduces the published draws exactly.
 
-    python -m holdall.tasks.mqar      draws one row, and says how many bits a state needs
+    python -m holdall.tasks.mqar      prints one row, and how many bits a state needs
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from holdall.contract import Config, did_you_mean
 from holdall.settings import PositiveFloat, PositiveInt
 
 NOTHING_ASKED = -100
-"""The target where no question is; what PyTorch's cross-entropy ignores by default."""
+"""Target of tokens that are not questions; PyTorch's cross-entropy ignores it by default."""
 
 FILLERS = ("zero", "random", "key-free")
 
@@ -60,7 +60,7 @@ class NotPublishedError(ValueError):
 
 
 class Tags(NamedTuple):
-    """What makes each question hard; int64, (B, K) each, in the order of `Batch.positions`."""
+    """The difficulty of each question; int64, (B, K) each, in the order of `Batch.positions`."""
 
     distance: Tensor
     """Tokens from the key in its pair to the question."""
@@ -85,8 +85,8 @@ class Batch(_Columns):
         positions (B, K)   where the questions are, in reading order
         places (B, K)      which pair each of them asks for, counted from 0
 
-    `answers`, `targets` and `tags` follow from these. They are computed when first asked for and then kept:
-    dense targets are as large as the tokens, and who gathers at `positions` never needs them.
+    `answers`, `targets` and `tags` follow from these. They are computed on demand and cached: dense targets
+    are as large as the tokens, and not needed if outputs are gathered at `positions`.
     """
 
     @functools.cached_property
@@ -138,7 +138,7 @@ class Batch(_Columns):
 
 @dataclass(frozen=True, kw_only=True)
 class MQAR(Config):
-    """The task; see the module for the picture, the distribution and the paper.
+    """The task; see the module's docstring for an example, the distribution and the paper.
 
     Raises TypeError for a wrong type and ValueError for settings that do not fit, each naming the field.
     """

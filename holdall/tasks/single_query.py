@@ -1,4 +1,4 @@
-"""The old synthetics: induction heads and associative recall, one question at the end of each row.
+"""Induction heads and associative recall: one question at the end of each row.
 
     InductionHeads(vocab=12, length=14).generate(1, seed=0):  "=>" is the trigger, "?" the question
 
@@ -71,9 +71,9 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class SingleQuery(Config):
-    """What the two tasks share: `length` tokens of context, then a question.
+    """Base of the two tasks: `length` tokens of context, then a question.
 
-    Raises TypeError for a wrong type and ValueError for settings that do not fit, each naming the field.
+    Raises TypeError for a wrong type and ValueError for inconsistent settings; both name the field.
     """
 
     vocab: PositiveInt
