@@ -96,7 +96,7 @@ def mean_best_accuracy(segments: Sequence[tuple[int, int]], bits: int | float) -
         ValueError: no segments; else as `best_accuracy`.
     """
     if not segments:
-        raise ValueError("a mean over no segments is undefined: give at least one (questions, values)")
+        raise ValueError("give at least one segment, as (questions, values)")
     return math.fsum(best_accuracy(questions, values, bits) for questions, values in segments) / len(segments)
 
 

@@ -104,10 +104,10 @@ def test_the_mean_over_segments():
         (lambda: recall_bits(2, 4, 1.01), ValueError, "accuracy 1.01"),
         (lambda: recall_bits(2, 4, -0.1), ValueError, "accuracy -0.1"),
         (lambda: recall_bits(2, 4, math.nan), ValueError, "accuracy nan"),
-        (lambda: best_accuracy(2, 4, -1), ValueError, "a state of -1 bits"),
-        (lambda: best_accuracy(2, 4, math.nan), ValueError, "a state of nan bits"),
+        (lambda: best_accuracy(2, 4, -1), ValueError, "bits -1 must be"),
+        (lambda: best_accuracy(2, 4, math.nan), ValueError, "bits nan must be"),
         (lambda: best_accuracy(5, 4, 1.0), ValueError, "5 questions"),
-        (lambda: mean_best_accuracy([], 1.0), ValueError, "no segments"),
+        (lambda: mean_best_accuracy([], 1.0), ValueError, "at least one segment"),
         (lambda: answer_bits(True, 4), TypeError, "questions"),
     ],
 )
