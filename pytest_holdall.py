@@ -30,6 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(trylast=True)  # jaxtyping's own hook has to come before the first import of what it checks
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "compile: runs torch.compile")
+    config.addinivalue_line("markers", "gpu: needs a GPU; skips where there is none")
     config.addinivalue_line("markers", "full: takes minutes; leave it out with -m 'not full'")
     if files := config.getoption("--load"):
         from holdall import mixers

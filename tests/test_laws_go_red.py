@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import holdall
-from holdall.contract import Mixer, map_state
+from holdall.contract import Mixer, is_reserved, map_state
 from holdall.testing import laws
 from holdall.testing.nudges import Nudges
 
@@ -261,6 +261,42 @@ def coarse(y_BTD: Tensor, x_BTD: Tensor) -> Tensor:
     return (y_BTD / unit).round() * unit
 
 
+def moves_in_place(when: Callable[[Tensor], bool]) -> Callable[[Mixer], None]:
+    """New tensors for what is given away, behind the border, for some calls."""
+
+    def prepare(mixer: Mixer) -> None:
+        right = type(mixer).forward
+
+        def forward(self: Mixer, x_BTD: Tensor, state: Any = None, **how: Any) -> Any:
+            y_BTD, new = right(self, x_BTD, state, **how)
+            return y_BTD, map_state(new, torch.clone) if how.get("inplace") and when(x_BTD) else new
+
+        type(mixer).forward = forward  # type: ignore[method-assign]
+
+    return prepare
+
+
+def one_ring_for_both(right: Callable, self: Mixer, batch: int, **how: Any) -> Any:
+    state = right(batch, **how)
+    return state._replace(v_BSHV=state.k_BSHK)
+
+
+def with_room(change: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A change of states with room alone."""
+    return lambda state, *_: change(state) if is_reserved(state) else state
+
+
+def looks_at_empty_slots(right: Callable, self: Mixer, x_BTD: Tensor, state: Any = None, **how: Any) -> Any:
+    y_BTD, new = right(x_BTD, state, **how)
+    return (y_BTD + TINY * state.k_BSHK.mean() if is_reserved(state) else y_BTD), new
+
+
+def touch_the_slot_behind(state: Any) -> Any:
+    slots = state.k_BSHK.shape[1]
+    state.k_BSHK[:, (state.filled_B % slots).tolist()] += 1
+    return state
+
+
 def leave_the_border_open(mixer: Mixer) -> None:
     """The forward that its file has, without the check in front."""
     type(mixer).forward = inspect.unwrap(type(mixer).forward)  # type: ignore[method-assign]
@@ -312,6 +348,21 @@ FAULTS: list[tuple[str, str, Callable[[], Mixer]]] = [
     ("untouched", "hands its state on", plant("linear-attention", forward=hands_its_state_on)),
     ("inplace", "loses what is given away", plant("linear-attention", forward=loses_what_is_given_away)),
     ("inplace", "keeps the old state", plant("linear-attention", forward=stale_when_inplace)),
+    ("addresses", "returns new tensors", plant("mamba", prepare=moves_in_place(lambda x: True))),
+    ("addresses", "copies several tokens", plant("retnet", prepare=moves_in_place(lambda x: x.shape[1] > 1))),
+    ("addresses", "copies a cache", plant("attention", prepare=moves_in_place(lambda x: x.shape[1] == 1))),
+    ("addresses", "one tensor for two", plant("sliding-window", init_state=one_ring_for_both)),
+    ("addresses", "grows all the same", plant("hyena", init_state=lambda right, self, batch, **how: right(
+        batch, **{**how, "capacity": None}), prepare=lambda mixer: setattr(
+            type(mixer), "init_state", inspect.unwrap(type(mixer).init_state)))),
+    ("capacity", "forgets in place", plant("mamba", forward=loses_what_is_given_away)),
+    ("capacity", "looks at empty slots", plant("attention", forward=looks_at_empty_slots)),
+    ("capacity", "writes beyond", plant("attention", forward=after(with_room(touch_the_slot_behind)))),
+    ("capacity", "one count for all rows", plant("attention", forward=before(with_room(
+        lambda s: s._replace(filled_B=s.filled_B[:1].repeat(len(s.filled_B))))))),
+    ("capacity", "takes what does not fit", plant("attention", prepare=leave_the_border_open)),
+    ("recorded", "counts on the host", plant("mamba", forward=counts_its_calls)),
+    ("recorded", "new tensors", plant("attention", prepare=moves_in_place(lambda x: True))),
     ("fresh", "starts elsewhere", plant("linear-attention", init_state=start_of_ones)),
     ("fresh", "returns an unwanted state", plant("attention", forward=returns_unwanted_state)),
     ("fresh", "cheaper if unwanted", plant("retnet", forward=cheaper_if_unwanted)),
@@ -379,12 +430,13 @@ ROOM = 4
 exceeds them, as one of 4 units does where 2 + 2 times 0.7 are earned, would be missed on that processor."""
 
 
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+MARKS = {"compiled": [pytest.mark.compile], "recorded": [pytest.mark.gpu, NEEDS_GPU]}
+
+
 @pytest.mark.parametrize(
     ("law", "make"),
-    [
-        pytest.param(law, make, id=f"{law}-{fault}", marks=[pytest.mark.compile] * (law == "compiled"))
-        for law, fault, make in FAULTS
-    ],
+    [pytest.param(law, make, id=f"{law}-{fault}", marks=MARKS.get(law, ())) for law, fault, make in FAULTS],
 )
 def test_a_planted_fault_is_found(
     law: str, make: Callable[[], Mixer], monkeypatch: pytest.MonkeyPatch

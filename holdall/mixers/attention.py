@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -115,11 +116,11 @@ class Attention(Mixer):
     def forward(
         self,
         x_BTD: Tensor,
-        state: KeyValueCache | None = None,
+        state: Any = None,  # with room or without
         *,
         inplace: bool = False,
         want_state: bool = True,
-    ) -> tuple[Tensor, KeyValueCache | None]:
+    ) -> tuple[Tensor, Any]:
         if state is None:
             state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
         q, k, v = self.project(x_BTD, state.seen_B)

@@ -92,7 +92,7 @@ class DeltaNetConfig(MixerConfig):
         return DeltaNet(self)
 
 
-def run_delta_rule(form: str, chunk: int, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+def run_delta_rule(form: str, chunk: int, *tensors: Tensor, inplace: bool = False) -> tuple[Tensor, Tensor]:
     """The rule in one of its forms; arguments and results as in `delta_rule`."""
     if form == "kernel":
         from holdall.kernels.delta_rule import delta_rule as kernel
@@ -100,7 +100,7 @@ def run_delta_rule(form: str, chunk: int, *tensors: Tensor) -> tuple[Tensor, Ten
         return kernel(*tensors)
     if form == "loop":
         return delta_rule.delta_rule_loop(*tensors)
-    return delta_rule.delta_rule(*tensors, chunk=chunk)
+    return delta_rule.delta_rule(*tensors, chunk=chunk, inplace=inplace)
 
 
 def linear_wide(form: str, x: Tensor, weight_ED: Tensor, dtype: torch.dtype) -> Tensor:
@@ -160,7 +160,9 @@ class DeltaNet(Mixer):
         beta_BTH = linear_wide(self.form, x_BTD, self.beta_proj.weight, dtype).sigmoid()
         if config.negative_eigenvalues:
             beta_BTH = 2 * beta_BTH
-        o_BTHV, s_BHKV = run_delta_rule(self.form, config.chunk, q, k, v, beta_BTH, state.s_BHKV)
+        o_BTHV, s_BHKV = run_delta_rule(
+            self.form, config.chunk, q, k, v, beta_BTH, state.s_BHKV, inplace=inplace
+        )
         gate_BTD = None if self.gate_proj is None else self.gate_proj(x_BTD)
         y_BTD = norm_heads(self.form, o_BTHV, self.norm_weight_V, config.eps, gate_BTD)
         return self.out_proj(y_BTD), DeltaNetState(conv_BPE, s_BHKV) if want_state else None

@@ -160,7 +160,9 @@ class GatedDeltaNet(Mixer):
         a_BTH, beta_BTH = linear_wide(self.form, x_BTD, self.ab_proj.weight, dtype).chunk(2, dim=-1)
         log_w_BTH = -self.A_log.to(dtype).exp() * F.softplus(a_BTH + self.dt_bias.to(dtype))
         beta_BTH = beta_BTH.sigmoid() * (2 if config.negative_eigenvalues else 1)
-        o_BTHV, s_BHKV = run_delta_rule(self.form, config.chunk, q, k, v, beta_BTH, state.s_BHKV, log_w_BTH)
+        o_BTHV, s_BHKV = run_delta_rule(
+            self.form, config.chunk, q, k, v, beta_BTH, state.s_BHKV, log_w_BTH, inplace=inplace
+        )
         gate_BTE = None if self.gate_proj is None else self.gate_proj(x_BTD)
         y_BTE = norm_heads(self.form, o_BTHV, self.norm_weight_V, config.eps, gate_BTE)
         return self.out_proj(y_BTE), GatedDeltaNetState(conv_BPE, s_BHKV) if want_state else None

@@ -134,8 +134,9 @@ class KimiDeltaAttention(Mixer):
         log_w_BTHK = -self.A_log.to(dtype).exp()[:, None] * F.softplus(f_BTHK + self.dt_bias_HK.to(dtype))
         beta_BTH = self.beta_proj(x_BTD).to(dtype).sigmoid() * (2 if config.negative_eigenvalues else 1)
         o_BTHV, s_BHKV = run_delta_rule(
-            self.form, config.chunk, q * config.key_dim**-0.5, k, v, beta_BTH, state.s_BHKV, log_w_BTHK
-        )
+            self.form, config.chunk, q * config.key_dim**-0.5, k, v, beta_BTH, state.s_BHKV, log_w_BTHK,
+            inplace=inplace,
+        )  # fmt: skip
         o_BTHV = F.rms_norm(o_BTHV, o_BTHV.shape[-1:], self.norm_weight_V, config.eps)
         y_BTD = self.out_proj(o_BTHV.flatten(2) * self.gate_proj(x_BTD).sigmoid())
         return y_BTD, KimiDeltaState(conv_BPE, s_BHKV) if want_state else None

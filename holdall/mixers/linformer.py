@@ -17,7 +17,7 @@ Deviations:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -108,11 +108,11 @@ class Linformer(Mixer):
     def forward(
         self,
         x_BTD: Tensor,
-        state: LinformerState | None = None,
+        state: Any = None,  # with room or without
         *,
         inplace: bool = False,
         want_state: bool = True,
-    ) -> tuple[Tensor, LinformerState | None]:
+    ) -> tuple[Tensor, Any]:
         config, new = self.config, x_BTD.shape[1]
         if state is None:
             state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)

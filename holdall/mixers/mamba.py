@@ -13,7 +13,6 @@ Deviations:
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple
@@ -101,11 +100,7 @@ class Mamba(Mixer):
         with torch.no_grad():
             self.dt_proj.weight.uniform_(-(config.rank**-0.5), config.rank**-0.5)
             self.dt_proj.bias.copy_(hippo.step_size_bias(inner))
-        loop = self.form == "loop"
-        self.short_conv = conv.short_conv_loop if loop else conv.short_conv
-        self.scan = (
-            scan.selective_scan_loop if loop else functools.partial(scan.selective_scan, chunk=config.chunk)
-        )
+        self.short_conv = conv.short_conv_loop if self.form == "loop" else conv.short_conv
 
     def forward(
         self,
@@ -142,7 +137,11 @@ class Mamba(Mixer):
             )  # fmt: skip
         else:
             dt_BTE = F.softplus(raw_BTE.to(dtype) + self.dt_proj.bias.to(dtype))
-            y_BTE, h_BEN = self.scan(x_BTE, dt_BTE, a_EN, b_BTN, c_BTN, state.h_BEN)
+            args = (x_BTE, dt_BTE, a_EN, b_BTN, c_BTN, state.h_BEN)
+            if self.form == "loop":
+                y_BTE, h_BEN = scan.selective_scan_loop(*args)
+            else:
+                y_BTE, h_BEN = scan.selective_scan(*args, chunk=self.config.chunk, inplace=inplace)
             y_BTE = torch.addcmul(y_BTE, x_BTE, self.D.to(y_BTE.dtype)) * F.silu(z_BTE)
         return self.out_proj(y_BTE), MambaState(conv_BPE, h_BEN) if want_state else None
 

@@ -14,7 +14,7 @@ Deviations: none.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -109,12 +109,12 @@ class RepeatAttention(Mixer):
     def forward(
         self,
         x_BTD: Tensor,
-        state: RepeatState | None = None,
+        state: Any = None,  # with room or without
         *,
         inplace: bool = False,
         want_state: bool = True,
         tokens_BT: Tensor | None = None,
-    ) -> tuple[Tensor, RepeatState | None]:
+    ) -> tuple[Tensor, Any]:
         if tokens_BT is None:
             raise ValueError("repeat-attention needs the tokens' ids: pass tokens_BT, as holdall.model does")
         if state is None:

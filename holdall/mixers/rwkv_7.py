@@ -173,7 +173,9 @@ class RWKV7(Mixer):
         r, w, k, v, a, removal = (u.unflatten(-1, (self.config.heads, -1)) for u in (r, w, k, v, a, removal))
         removal = F.normalize(removal, dim=-1)
         log_w = -math.exp(-0.5) * w.sigmoid()
-        o_BTHV, s_BHKV = self._delta_rule(r, k, v, -a * removal, removal, state.s_BHKV, log_w)
+        o_BTHV, s_BHKV = self._delta_rule(
+            r, k, v, -a * removal, removal, state.s_BHKV, log_w, inplace=inplace
+        )
         o_BTHV = F.layer_norm(o_BTHV, o_BTHV.shape[-1:], eps=1e-5 * o_BTHV.shape[-1])
         norm_bias_D, norm_weight_D = self.norm_bias_D.to(dtype), self.norm_weight_D.to(dtype)
         y_BTD = torch.addcmul(norm_bias_D, o_BTHV.flatten(2), norm_weight_D)
@@ -221,10 +223,10 @@ class RWKV7(Mixer):
         z_BTE = F.linear(rwkv_7.beside(x_BTD, last_BD), both)
         return z_BTE.split((3 * self.config.width, *self.config.ranks), dim=-1)
 
-    def _delta_rule(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    def _delta_rule(self, *tensors: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
         if self.form == "loop":
             return generalised_delta_rule_loop(*tensors)
-        return generalised_delta_rule(*tensors, chunk=self.config.chunk)
+        return generalised_delta_rule(*tensors, chunk=self.config.chunk, inplace=inplace)
 
     def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None) -> RWKV7State:
         width, heads = self.config.width, self.config.heads

@@ -83,6 +83,7 @@ def delta_rule(
     log_decay: Float[Tensor, "b t h"] | Float[Tensor, "b t h k"] | None = None,
     *,
     chunk: int = CHUNK,
+    inplace: bool = False,
 ) -> tuple[Float[Tensor, "b t h v"], Float[Tensor, "b h k v"]]:
     """Chunk by chunk, O(T (C (K + V) + K V)).
 
@@ -94,18 +95,37 @@ def delta_rule(
         log_decay: log w_t <= 0, (B, T, H) or (B, T, H, K); None for no decay.
         chunk: tokens per chunk. With a decay per key dimension, pairs within a chunk cost K times as
             much memory, so such chunks are cut to 16 tokens.
+        inplace: one token may be written into the state. Not for training.
 
     Returns:
         y_BTHV in the dtype of v, and the next state.
     """
     if q_BTHK.shape[1] == 1:  # no chunk to speak of
-        return delta_rule_loop(q_BTHK, k_BTHK, v_BTHV, beta_BTH, s_BHKV, log_decay)
+        step = _step_in_place if inplace else delta_rule_loop
+        return step(q_BTHK, k_BTHK, v_BTHV, beta_BTH, s_BHKV, log_decay)
     dtype = s_BHKV.dtype
     log_w, k_BTHK = _log_w(log_decay, q_BTHK, dtype), k_BTHK.to(dtype)
     beta_BTH1 = beta_BTH[..., None].to(dtype)
     corrected = (k_BTHK, -beta_BTH1 * log_w.exp() * k_BTHK, beta_BTH1 * v_BTHV)
     y_BTHV, s_BHKV = _in_chunks(q_BTHK, corrected, None, s_BHKV, log_w, chunk)
     return y_BTHV.to(v_BTHV.dtype), s_BHKV
+
+
+def _step_in_place(
+    q_B1HK: Tensor, k_B1HK: Tensor, v_B1HV: Tensor, beta_B1H: Tensor, s_BHKV: Tensor, log_decay: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """One token of `delta_rule_loop`, in the memory of the state."""
+    q_BHK, k_BHK, v_BHV, beta_BH = (x[:, 0].to(s_BHKV.dtype) for x in (q_B1HK, k_B1HK, v_B1HV, beta_B1H))
+    if log_decay is not None:
+        s_BHKV.mul_(per_key(log_decay)[:, 0, :, :, None].to(s_BHKV.dtype).exp())
+    u_BHV = beta_BH[..., None] * (v_BHV - _read(s_BHKV, k_BHK))
+    s_BHKV.addcmul_(k_BHK[..., :, None], u_BHV[..., None, :])
+    return _read(s_BHKV, q_BHK)[:, None].to(v_B1HV.dtype), s_BHKV
+
+
+def _read(s_BHKV: Tensor, key_BHK: Tensor) -> Tensor:
+    """S^T k, (B, H, V)."""
+    return (key_BHK[..., None, :] @ s_BHKV)[..., 0, :]
 
 
 def generalised_delta_rule_loop(
@@ -143,6 +163,7 @@ def generalised_delta_rule(
     log_decay: Float[Tensor, "b t h"] | Float[Tensor, "b t h k"] | None = None,
     *,
     chunk: int = CHUNK,
+    inplace: bool = False,
 ) -> tuple[Float[Tensor, "b t h v"], Float[Tensor, "b h k v"]]:
     """Chunk by chunk, O(T (C (K + V) + K V)). Arguments and results are those of `delta_rule`, but:
 
@@ -151,12 +172,34 @@ def generalised_delta_rule(
         b_BTHK: the key under which the state is read, before the decay.
     """
     if q_BTHK.shape[1] == 1:
-        return generalised_delta_rule_loop(q_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, s_BHKV, log_decay)
+        step = _generalised_step_in_place if inplace else generalised_delta_rule_loop
+        return step(q_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, s_BHKV, log_decay)
     dtype = s_BHKV.dtype
     log_w, a_BTHK, b_BTHK = _log_w(log_decay, q_BTHK, dtype), a_BTHK.to(dtype), b_BTHK.to(dtype)
     corrected, plain = (a_BTHK, b_BTHK, torch.zeros_like(v_BTHV)), (k_BTHK, v_BTHV)
     y_BTHV, s_BHKV = _in_chunks(q_BTHK, corrected, plain, s_BHKV, log_w, chunk)
     return y_BTHV.to(v_BTHV.dtype), s_BHKV
+
+
+def _generalised_step_in_place(
+    q_B1HK: Tensor,
+    k_B1HK: Tensor,
+    v_B1HV: Tensor,
+    a_B1HK: Tensor,
+    b_B1HK: Tensor,
+    s_BHKV: Tensor,
+    log_decay: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """One token of `generalised_delta_rule_loop`, in the memory of the state."""
+    q_BHK, k_BHK, v_BHV, a_BHK, b_BHK = (
+        x[:, 0].to(s_BHKV.dtype) for x in (q_B1HK, k_B1HK, v_B1HV, a_B1HK, b_B1HK)
+    )
+    held_BHV = _read(s_BHKV, b_BHK)
+    if log_decay is not None:
+        s_BHKV.mul_(per_key(log_decay)[:, 0, :, :, None].to(s_BHKV.dtype).exp())
+    s_BHKV.addcmul_(a_BHK[..., :, None], held_BHV[..., None, :])
+    s_BHKV.addcmul_(k_BHK[..., :, None], v_BHV[..., None, :])
+    return _read(s_BHKV, q_BHK)[:, None].to(v_B1HV.dtype), s_BHKV
 
 
 # ----------------------------------------------------------------------------------------- within chunks

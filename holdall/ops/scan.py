@@ -121,8 +121,11 @@ def selective_scan(
     h_BDN: Float[Tensor, "b d n"],
     *,
     chunk: int = CHUNK,
+    inplace: bool = False,
 ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b d n"]]:
     """The same, chunks side by side: once for the state that each chunk starts from, once for the outputs.
+
+    With `inplace`, up to a chunk of tokens is written into the memory of the state. Not for training.
 
     Decays and inputs are made step by step and never held for all of time, (B, T, D, N). Inside, channels
     come last, (N, D), so that every product runs along many contiguous channels.
@@ -132,8 +135,8 @@ def selective_scan(
     # decays as powers of two: on a CPU torch.exp can take several times as long as torch.exp2
     a_ND, h_BND = a_DN.to(dtype).T * LOG2_E, h_BDN.mT
     if total <= chunk:
-        y_BTD, h_BND = _selective_steps(u_BTD, dt_BTD, a_ND, b_BTN, c_BTN, h_BND)
-        return y_BTD.to(x_BTD.dtype), h_BND.mT
+        y_BTD, h_BND = _selective_steps(u_BTD, dt_BTD, a_ND, b_BTN, c_BTN, h_BND, inplace=inplace)
+        return y_BTD.to(x_BTD.dtype), h_BDN if inplace else h_BND.mT
     spare = -total % chunk  # a step of length dt = 0 leaves the state as it is
 
     def side_by_side(u_BTX: Tensor) -> Tensor:
@@ -153,15 +156,19 @@ def selective_scan(
 
 
 def _selective_steps(
-    u_BTD: Tensor, dt_BTD: Tensor, a_ND: Tensor, b_BTN: Tensor, c_BTN: Tensor | None, h_BND: Tensor
-) -> tuple[Tensor, Tensor]:
+    u_BTD: Tensor, dt_BTD: Tensor, a_ND: Tensor, b_BTN: Tensor, c_BTN: Tensor | None, h_BND: Tensor,
+    *, inplace: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The recurrence with inputs u = dt x and decays 2^(dt A); without C no outputs, only the state."""
     ys = []
     cs = [None] * u_BTD.shape[1] if c_BTN is None else c_BTN.unbind(1)
     # unbind and not an index per step, whose gradient would be a tensor of zeros for all of time, each
     for u_BD, dt_BD, b_BN, c_BN in zip(u_BTD.unbind(1), dt_BTD.unbind(1), b_BTN.unbind(1), cs, strict=True):
         decay_BND = (dt_BD[:, None] * a_ND).exp2()
-        h_BND = torch.addcmul(b_BN[..., None] * u_BD[:, None], decay_BND, h_BND)
+        if inplace:
+            h_BND.mul_(decay_BND).addcmul_(b_BN[..., None], u_BD[:, None])
+        else:
+            h_BND = torch.addcmul(b_BN[..., None] * u_BD[:, None], decay_BND, h_BND)
         if c_BN is not None:
             ys.append(c_BN[:, None] @ h_BND)
     return torch.cat(ys, dim=1) if ys else u_BTD[:, :0], h_BND

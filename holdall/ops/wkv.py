@@ -141,14 +141,18 @@ def matrix_wkv(
     s_BHKV: Float[Tensor, "b h k v"],
     *,
     chunk: int = 64,
+    inplace: bool = False,
 ) -> tuple[Float[Tensor, "b t h v"], Float[Tensor, "b h k v"]]:
     """All chunks at once: within one by halves, between them by a state for each. O(T (C (K + V) + K V)).
 
     A later token sees an earlier one through the middle of the smallest block that holds both: what has faded
     up to there is a factor of the key, what fades from there on one of the receptance, and both are powers
     of decays, never a quotient. Blocks of 2, 4, ... tokens up to the chunk, a power of two, hold all pairs.
+    With `inplace`, one token is written into the memory of the state. Not for training.
     """
     dtype, total = s_BHKV.dtype, r_BTHK.shape[1]
+    if total == 1 and inplace:
+        return _matrix_step_in_place(r_BTHK, k_BTHK, v_BTHV, w_HK, u_HK, s_BHKV)
     chunk = min(chunk, 1 << (total - 1).bit_length())
     tail = total - (total - 1) // chunk * chunk
     w_HK, u_H11K = w_HK.to(dtype), u_HK.to(dtype)[:, None, None]
@@ -182,3 +186,14 @@ def matrix_wkv(
     last_BHCK = k_BHGCK[:, :, -1, :tail] * fading(tail)[:, 0].flip(-2)
     s_BHKV = (tail * w_HK).exp()[..., None] * before_BHGKV[:, :, -1] + last_BHCK.mT @ v_BHGCV[:, :, -1, :tail]
     return y_BHGCV.flatten(2, 3)[:, :, :total].transpose(1, 2).to(v_BTHV.dtype), s_BHKV
+
+
+def _matrix_step_in_place(
+    r_B1HK: Tensor, k_B1HK: Tensor, v_B1HV: Tensor, w_HK: Tensor, u_HK: Tensor, s_BHKV: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One token of `matrix_wkv_loop`, in the memory of the state."""
+    r_BHK, k_BHK, v_BHV = (x[:, 0].to(s_BHKV.dtype) for x in (r_B1HK, k_B1HK, v_B1HV))
+    bonus_BH1 = (r_BHK * u_HK.to(s_BHKV.dtype) * k_BHK).sum(-1, keepdim=True)
+    y_BHV = (r_BHK[..., None, :] @ s_BHKV)[..., 0, :] + bonus_BH1 * v_BHV
+    s_BHKV.mul_(w_HK.to(s_BHKV.dtype).exp()[..., None]).addcmul_(k_BHK[..., None], v_BHV[..., None, :])
+    return y_BHV[:, None].to(v_B1HV.dtype), s_BHKV

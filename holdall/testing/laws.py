@@ -52,7 +52,9 @@ from holdall.contract import (
     map_state,
     save_states,
     select_rows,
+    trim,
 )
+from holdall.contract.room import capacity_of, is_reserved, slot_names
 from holdall.testing.nudges import Nudges
 
 WIDTH = 16
@@ -496,6 +498,146 @@ def law_inplace(mixer: Mixer, lengths: Sequence[int] = (1, 6, 65)) -> None:
         )
 
 
+def in_place(
+    mixer: Callable, x_BTD: Tensor, sizes: Sequence[int], state: Any, *, fixed: bool
+) -> tuple[Tensor, Any]:
+    """As `read_in_pieces`, in place, where a tensor of one size before and after is the same one.
+
+    fixed: the state has a capacity, so all its tensors must be of one size.
+    """
+    ys = []
+    for piece in x_BTD.split(list(sizes), dim=1):
+        y_BTD, after = mixer(piece, state, inplace=True)
+        for name, old, new in zip(type(state)._fields, state, after, strict=True):
+            where = f"state.{name} in place, after {piece.shape[1]} tokens"
+            assert not fixed or new.shape == old.shape, f"{where}: {tuple(new.shape)}, not {tuple(old.shape)}"
+            assert new.shape != old.shape or new.data_ptr() == old.data_ptr(), f"{where}, is elsewhere"
+        state = after
+        ys.append(y_BTD)
+    return torch.cat(ys, dim=1), state
+
+
+def with_capacity(mixer: Mixer, batch: int, capacity: int) -> Any:
+    """A state in which nothing was read, with arbitrary numbers in its empty slots."""
+    state = mixer.init_state(batch, dtype=dtype_of(mixer), capacity=capacity)
+    for name in slot_names(state) if is_reserved(state) else ():
+        getattr(state, name).fill_(7)
+    return state
+
+
+def without_capacity(state: Any, like: State) -> State:
+    """A state as it is without a capacity: the slots in use, as many as `like` has."""
+    pairs = zip(trim(state), like, strict=True)
+    return type(like)(*(t if t.shape == u.shape else t[:, t.shape[1] - u.shape[1] :] for t, u in pairs))
+
+
+@torch.no_grad()
+def law_addresses(mixer: Mixer, sizes: Sequence[int] = (1, 1, 7, 1, 2, 64)) -> None:
+    """In place, all tensors of fixed size keep their addresses, and with a capacity that is all tensors."""
+    x_BTD = tokens(mixer, sum(sizes))
+    for capacity in (None, sum(sizes)):
+        state = mixer.init_state(2, dtype=x_BTD.dtype, capacity=capacity)
+        addresses = [tensor.data_ptr() for tensor in state if tensor.numel()]
+        assert len(set(addresses)) == len(addresses), "two tensors of init_state share their memory"
+        in_place(mixer, x_BTD, sizes, state, fixed=capacity is not None)
+
+
+@torch.no_grad()
+def law_capacity(
+    mixer: Mixer,
+    cuts: Sequence[Sequence[int]] = ((1,) * 9, (1, 8), (2, 7, 1), (64, 1, 2)),
+    lengths: Sequence[int] = (5, 1, 9),
+    more: int = 3,
+) -> None:
+    """With a capacity and in place, any pieces give what they give without; what does not fit is refused.
+
+    Rows of different lengths stay apart: each fills its own next slots, and nothing else is written.
+    """
+    for sizes in cuts:
+        total = sum(sizes)
+        x_BTD, how = tokens(mixer, total + more), f"with a capacity, in pieces of {tuple(sizes)}"
+        prompt_BTD, rest_BTD = x_BTD.split([total, more], dim=1)
+        rounding, (y_BTD, want) = Rounding(mixer, x_BTD), read_in_pieces(mixer, prompt_BTD, sizes)
+        z_BTD, state = in_place(mixer, prompt_BTD, sizes, with_capacity(mixer, 2, total), fixed=True)
+        rounding.check(how, named(z_BTD, without_capacity(state, want)), named(y_BTD, want))
+        if is_reserved(state):
+            _assert_refused(mixer, rest_BTD, state)
+        (y_BTD, want), wider = mixer(rest_BTD, want), mixer.with_room(state, total + more)
+        z_BTD, state = in_place(mixer, rest_BTD, [more], wider, fixed=True)
+        rounding.check(f"{how}, then more", named(z_BTD, without_capacity(state, want)), named(y_BTD, want))
+
+    x_BTD = tokens(mixer, max(lengths) + more, batch=len(lengths))
+    rounding, alone, states = Rounding(mixer, x_BTD), [], []
+    for row, length in enumerate(lengths):
+        u_BTD = x_BTD[row : row + 1]
+        alone.append(mixer(u_BTD[:, length : length + more], mixer(u_BTD[:, :length])[1])[0])
+        start = with_capacity(mixer, 1, max(lengths) + more)
+        states.append(in_place(mixer, u_BTD[:, :length], [length], start, fixed=True)[1])
+    joined: Any = join_rows(states)
+    before = map_state(joined, torch.clone)
+    rests_BTD = torch.stack([x_BTD[row, length : length + more] for row, length in enumerate(lengths)])
+    y_BTD, state = in_place(mixer, rests_BTD, [more], joined, fixed=True)
+    for row, want_BTD in enumerate(alone):
+        rounding.check(f"row {row} of its own length", {"output": y_BTD[row]}, {"output": want_BTD[0]})
+    for name in slot_names(state) if is_reserved(state) else ():
+        for row, length in enumerate(lengths):
+            old_SX, new_SX = getattr(before, name)[row], getattr(state, name)[row]
+            others = [slot for slot in range(len(old_SX)) if not length <= slot < length + more]
+            assert_bitwise(f"state.{name} of row {row} in other slots", new_SX[others], old_SX[others])
+
+
+def _assert_refused(mixer: Mixer, x_BTD: Tensor, state: Any) -> None:
+    """Tokens beyond a state's capacity are refused by its number, and the state is left alone."""
+    before, said = map_state(state, torch.clone), "nothing: they are taken"
+    try:
+        mixer(x_BTD, state, inplace=True)
+    except StateError as error:
+        said = str(error)
+    full = f"capacity of {capacity_of(state)}"
+    assert full in said, f"tokens beyond a {full}, which should be refused by that: {said}"
+    for name, old, new in zip(type(state)._fields, before, state, strict=True):
+        assert_bitwise(f"state.{name} after tokens that were refused", new, old)
+
+
+@torch.no_grad()
+def law_recorded(mixer: Mixer, length: int = 40, batch: int = 2) -> None:
+    """On a GPU: one step, recorded as a CUDA graph, is replayed at every length and gives what calls give."""
+    on_gpu, x_BTD = copy.deepcopy(mixer).cuda(), tokens(mixer, length, batch=batch)
+    rounding, steps = Rounding(mixer, x_BTD), x_BTD.cuda().split(1, dim=1)
+
+    def start() -> Any:
+        return on_gpu.init_state(batch, dtype=x_BTD.dtype, device=steps[0].device, capacity=length)
+
+    want_BTD, end = in_place(on_gpu, x_BTD.cuda(), [1] * length, start(), fixed=True)
+    now_B1D, state = steps[0].clone(), start()
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # what is compiled or chosen at the first calls is no part of a step
+        for _ in range(2):
+            on_gpu(now_B1D, state, inplace=True)
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.graph(graph):
+        y_B1D, after = on_gpu(now_B1D, state, inplace=True)
+    for name, old, new in zip(type(state)._fields, state, after, strict=True):
+        assert new.data_ptr() == old.data_ptr(), f"state.{name} is elsewhere after a recorded step"
+
+    # from the start, and from the middle of another state: rows come and go under a graph
+    half = length // 2
+    sizes = [1] * half if "splits" in mixer.refusals else [half]
+    _, middle = in_place(on_gpu, x_BTD[:, :half].cuda(), sizes, start(), fixed=True)
+    for first, values in ((0, start()), (half, middle)):
+        for old, new in zip(state, values, strict=True):
+            old.copy_(new)
+        ys = []
+        for x_B1D in steps[first:]:
+            now_B1D.copy_(x_B1D)
+            graph.replay()
+            ys.append(y_B1D.clone())
+        got, want = named(torch.cat(ys, dim=1), state), named(want_BTD[:, first:], end)
+        got, want = ({name: t.cpu() for name, t in tensors.items()} for tensors in (got, want))
+        rounding.check(f"replayed from token {first}", got, want)
+
+
 @torch.no_grad()
 def law_fresh(mixer: Mixer, lengths: Sequence[int] = (1, 65)) -> None:
     """No state means init_state; and who does not want the next state gets the same outputs and None."""
@@ -896,7 +1038,9 @@ both = pytest.mark.parametrize("dtype", [DOUBLE, SINGLE], ids=["fp64", "fp32"])
 
 
 @both
-@pytest.mark.parametrize("law", ["splits", "causal", "rows", "joined_rows", "inplace", "fresh", "definition"])
+@pytest.mark.parametrize(
+    "law", ["splits", "causal", "rows", "joined_rows", "inplace", "capacity", "fresh", "definition"]
+)
 def test_law(case: Case, law: str, dtype: torch.dtype) -> None:
     hold(case.mixer(dtype), LAWS[law])
 
@@ -905,7 +1049,7 @@ def test_law(case: Case, law: str, dtype: torch.dtype) -> None:
     "law",
     [
         *("untouched", "gradients", "gradients_through_state", "second_derivative", "state_size", "saved"),
-        *("vmapped", "deterministic"),
+        *("vmapped", "deterministic", "addresses"),
     ],
 )
 def test_law_in_fp64(case: Case, law: str) -> None:
@@ -920,6 +1064,13 @@ def test_law_state_dtype(case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("law", ["bf16", "autocast", "fp16", "state_border"])
 def test_law_in_fp32(case: Case, law: str) -> None:
     hold(case.mixer(SINGLE), LAWS[law])
+
+
+@pytest.mark.gpu
+def test_law_recorded(case: Case) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU, and PyTorch sees none")
+    hold(case.mixer(SINGLE), law_recorded)
 
 
 def test_law_sound(case: Case) -> None:
