@@ -351,9 +351,9 @@ class Model(nn.Module):
             return self.position_embed(index_BT), position
         if why := check_room(start, new):
             raise StateError(f"a model with learned positions: {why}")
-        embedded_BTD, over_BT = self.position_embed(index_BT.clamp(max=limit - 1)), beyond(start, new)
-        if over_BT is not None:
-            embedded_BTD = embedded_BTD.masked_fill(over_BT[..., None], torch.nan)
+        embedded_BTD, over_B = self.position_embed(index_BT.clamp(max=limit - 1)), beyond(start, new)
+        if over_B is not None:
+            embedded_BTD = embedded_BTD.masked_fill(over_B[:, None, None], torch.nan)
         return embedded_BTD, advanced(start, position, new)
 
     def init_states(

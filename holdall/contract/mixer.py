@@ -323,9 +323,9 @@ def _with_room(
         y_BTD, grown = forward(mixer, x_BTD, as_grown(state), **how)
         if grown is not None:
             after = _filled(mixer, state, grown, new, inplace=bool(how.get("inplace")))
-    over_BT = beyond(state, new)
-    if over_BT is not None:
-        y_BTD = y_BTD.masked_fill(over_BT[..., None], torch.nan)
+    over_B = beyond(state, new)
+    if over_B is not None:
+        y_BTD = y_BTD.masked_fill(over_B[:, None, None], torch.nan)
     return y_BTD, after
 
 

@@ -13,8 +13,8 @@ copying a whole row of state into it, not by setting its count to zero.
 
 Who sees that a row is full? Only the device knows the counts, and to ask it is to wait for all its work. So:
 - on a CPU, where asking costs nothing, every call checks, and refuses what does not fit (StateError);
-- on a GPU nothing waits: from the first token without a slot on, that row's outputs are NaN. Its writes go
-  round to its own first slots, and nothing else is touched. Whoever drives the steps knows how many tokens it
+- on a GPU nothing waits: from the first call that does not fit on, that row's outputs are NaN. Its writes go
+  round to its own first slots, and no other row is touched. Whoever drives the steps knows how many tokens it
   has sent and stops in time; `room_left` asks the device, for callers that do not.
 
 Letters: B row, T new tokens, S slots.
@@ -153,11 +153,8 @@ def room_left(state: Any) -> int | None:
 
 def check_room(state: Any, new: int) -> str:
     """Why a state with room cannot read so many more tokens; empty if it can, or if only the device knows."""
-    capacity = capacity_of(state)
-    known = state.filled_B.device.type == "cpu" and len(state.filled_B) and not torch.compiler.is_compiling()
-    filled = 0
-    if known and not torch._C._functorch.is_batchedtensor(state.filled_B):
-        filled = int(state.filled_B.max())
+    capacity, filled_B = capacity_of(state), state.filled_B
+    filled = int(filled_B.max()) if known_to_the_host(filled_B) and len(filled_B) else 0
     if filled + new <= capacity:
         return ""
     return (
@@ -167,8 +164,14 @@ def check_room(state: Any, new: int) -> str:
 
 
 def beyond(state: Any, new: int) -> Tensor | None:
-    """Which of so many more tokens find no slot, (B, T); None where `check_room` has seen that all do."""
+    """Which rows have no room for so many more tokens, (B,); None where `check_room` saw that all have it."""
     filled_B = state.filled_B
-    if filled_B.device.type == "cpu" and not torch.compiler.is_compiling():
+    if known_to_the_host(filled_B):
         return None
-    return filled_B[:, None] + torch.arange(new, device=filled_B.device) >= capacity_of(state)
+    return filled_B + new > capacity_of(state)
+
+
+def known_to_the_host(filled_B: Tensor) -> bool:
+    """Whether counts can be looked at without waiting for a device, or for what is being traced."""
+    traced = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(filled_B)
+    return filled_B.device.type == "cpu" and not traced
