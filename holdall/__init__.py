@@ -7,16 +7,24 @@
     y_BTD, state = mixer(x_BTD)                          # any T >= 1
     y_BTD, state = mixer(more_BTD, state)                # and on from there
 
+    model = holdall.load("runs/based-mini")              # a trained language model, with its tokenizer
+    model.generate("It is a truth universally")          # and .score(text), .save(path)
+
 Nothing heavy is imported until one of these is used.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
     from holdall.contract import Entry, Mixer
+    from holdall.language_model import Checkpoint, LanguageModel
 
 __version__ = "0.1.0"
-__all__ = ["build", "describe", "names"]
+__all__ = ["build", "describe", "load", "names"]
 
 
 def names() -> list[str]:
@@ -42,3 +50,26 @@ def describe(name: str) -> "Entry":
     from holdall import mixers
 
     return mixers.entry(name)
+
+
+def load(
+    path: "str | Path | None" = None,
+    *,
+    dtype: "str | torch.dtype | None" = None,
+    device: "str | torch.device | None" = None,
+    checkpoint: "Checkpoint | None" = None,
+) -> "LanguageModel":
+    """A trained language model with its tokenizer, from a folder that stands alone: model.safetensors,
+    config.json, tokenizer.json. A run folder is one, and so is what `save` wrote.
+
+    Args:
+        path: the folder, or the name of a model that comes with Holdall; None for the small one that does.
+        dtype: what the model computes in, "fp32" (the default), "bf16" or a dtype of torch.
+        device: the CPU by default.
+        checkpoint: "model" (the end of training), "best" or "last"; by default the first that is there.
+
+    Raises RunError, which names what is missing or damaged, and the way out.
+    """
+    from holdall import language_model
+
+    return language_model.load(path, dtype=dtype, device=device, checkpoint=checkpoint)

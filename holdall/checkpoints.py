@@ -7,9 +7,10 @@ cast, none may be missing or left over, and each must match the checksum in the 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +27,53 @@ NAMES = {
     torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 """What safetensors calls our dtypes."""
+FLOATS = {NAMES[dtype] for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
 
 
 SUMS = "crc32"
 """The key of the tensors' checksums in a file's header; files of other programs have none."""
+CONFIG, FINGERPRINT = "model", "fingerprint"
+"""The keys of the config of the model that the weights are of, as JSON, and of what identifies it."""
+WEIGHTS = "model."
+"""How the names of a model's weights begin in a file that has other tensors beside them."""
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
-    """Write tensors, contiguous and on the CPU, and what is to be said about them; atomically."""
-    sums = {name: _sum(tensor) for name, tensor in tensors.items()}
+    """Write tensors, contiguous and on the CPU, and what is to be said about them; atomically.
+
+    Where `about` has a model's config, the header gets the model's fingerprint too.
+    """
+    sums = checksums(tensors)
+    header = {**about, SUMS: json.dumps(sums)}
+    if CONFIG in about:
+        header[FINGERPRINT] = fingerprint(about[CONFIG], sums)
     with files.replacing(path) as temporary:
         try:
-            save_file(dict(tensors), temporary, {**about, SUMS: json.dumps(sums)})
+            save_file(dict(tensors), temporary, header)
         except SafetensorError as error:  # its word for a full disk
             raise OSError(None, str(error)) from error
+
+
+def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """The CRC-32 of each tensor's bytes."""
+    return {name: _sum(tensor) for name, tensor in tensors.items()}
+
+
+def fingerprint(config: str, sums: Mapping[str, int]) -> str:
+    """What identifies a trained model: a SHA-256 of its config, as JSON, and its weights' checksums by name.
+
+    Of names that begin with `model.`, if there are any, the others are of other tensors and do not count: a
+    run's last checkpoint has the fingerprint of the same weights alone.
+    """
+    prefix = weights_prefix(sums)
+    weights = {name.removeprefix(prefix): sums[name] for name in sums if name.startswith(prefix)}
+    text = json.dumps([json.loads(config), weights], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def weights_prefix(names: Iterable[str]) -> str:
+    """What the names of a model's weights begin with in a file; empty if it holds nothing else."""
+    return WEIGHTS if any(name.startswith(WEIGHTS) for name in names) else ""
 
 
 class TensorFile:
@@ -56,6 +90,19 @@ class TensorFile:
         self.names: list[str] = list(file.keys())
         self._sums = files.parse_json(self.about.pop(SUMS, "{}"), f"the header of {path}", way_out)
 
+    def fingerprint(self, config: str) -> str:
+        """Of the model in this file.
+
+        config: of the model, as JSON, for a file of an earlier version whose header has none.
+
+        Raises RunError if the header says one that is not of its config and checksums.
+        """
+        sums = self._sums or checksums({name: self.tensor(name) for name in self.names})
+        computed = fingerprint(self.about.get(CONFIG, config), sums)
+        if self.about.get(FINGERPRINT, computed) != computed:
+            raise self.damaged("its fingerprint is not that of its config and checksums")
+        return computed
+
     def tensor(self, name: str) -> Tensor:
         """One tensor, on the CPU. Raises RunError if no tensor has this name, or its checksum is wrong."""
         if name not in self.names:
@@ -71,8 +118,11 @@ class TensorFile:
         *,
         prefix: str = "",
         put: Callable[[Tensor, Tensor], object] = lambda target, value: target.copy_(value),
+        any_float: bool = False,
     ) -> None:
         """Copy the tensors whose names begin with `prefix` into those of the same names without it.
+
+        any_float: take values of one floating-point dtype for targets of another, as `put` casts them.
 
         Raises RunError, before anything is copied, unless names, shapes and dtypes are the same; and if one
         of the tensors has changed since it was written.
@@ -85,7 +135,9 @@ class TensorFile:
         for name, target in targets.items():
             found = self._file.get_slice(prefix + name)
             has = tuple(found.get_shape()), found.get_dtype()
-            if has != (wants := (tuple(target.shape), NAMES[target.dtype])):
+            wants = tuple(target.shape), NAMES[target.dtype]
+            cast = any_float and {has[1], wants[1]} <= FLOATS
+            if has != wants and not (cast and has[0] == wants[0]):
                 raise self.damaged(
                     f"{prefix + name} is {_kind(*has)}, where {_kind(*wants)} is needed: the file is "
                     "of another model"

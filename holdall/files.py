@@ -248,23 +248,48 @@ def replacing(path: Path) -> Iterator[Path]:
     It lies in a temporary folder beside `path`, which is removed in any case; the one that a killed process
     left is removed by the next write.
     """
+    with explained(path), _temporary_beside(path) as folder:
+        temporary = folder / path.name
+        with temporary.open("xb") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)  # as the umask allows
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fchmod(file.fileno(), mode)  # a library may have made another file, for us alone
+            os.fsync(file.fileno())
+        temporary.replace(path)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, way_out: str = "") -> Iterator[Path]:
+    """A folder to fill; with all that was written it comes to `path` in one step, or nothing does.
+
+    Raises RunError, before anything is written, if something is at `path` already but an empty folder.
+    """
     with explained(path):
-        remove_abandoned(path.parent)
-        made = Path(tempfile.mkdtemp(prefix=".holdall-", dir=path.parent))
-        with filelock.FileLock(made / LOCK):
-            # only now others see it as a writer's folder: none finds it without its lock
-            folder = made.rename(made.with_name(made.name + ".tmp"))
-            try:
-                temporary = folder / path.name
-                with temporary.open("xb") as file:
-                    mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)  # as the umask allows
-                yield temporary
-                with temporary.open("rb+") as file:
-                    os.fchmod(file.fileno(), mode)  # a library may have made another file, for us alone
-                    os.fsync(file.fileno())
-                temporary.replace(path)
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
+        if os.path.lexists(path) and (path.is_symlink() or not path.is_dir()):
+            raise RunError(_with(f"{path} is there already, and is not a folder", way_out))
+        if path.is_dir() and (there := sorted(os.listdir(path))):
+            raise RunError(_with(f"{path} holds something already: {there[0]}", way_out))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _temporary_beside(path) as folder:
+            made = folder / path.name
+            made.mkdir()
+            yield made
+            made.replace(path)
+
+
+@contextlib.contextmanager
+def _temporary_beside(path: Path) -> Iterator[Path]:
+    """A temporary folder on the file system of `path`, locked against `remove_abandoned` while it is used."""
+    remove_abandoned(path.parent)
+    made = Path(tempfile.mkdtemp(prefix=".holdall-", dir=path.parent))
+    with filelock.FileLock(made / LOCK):
+        # only now others see it as a writer's folder: none finds it without its lock
+        folder = made.rename(made.with_name(made.name + ".tmp"))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_abandoned(folder: Path) -> None:

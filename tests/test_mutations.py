@@ -24,7 +24,7 @@ from holdall.report import matrix as matrices
 from holdall.tasks.data import MQARData, MQARSegment
 from holdall.text import default_corpus
 from holdall.training.chassis import Stopped
-from holdall.training.language_models import PretrainConfig, load_run, pretrain
+from holdall.training.language_models import PretrainConfig, pretrain
 from holdall.training.populations import TrainConfig, train
 
 
@@ -69,7 +69,7 @@ def copied(folder: Path, to: Path) -> Path:
 
 
 def weights(folder: Path) -> list[Any]:
-    return [tensor.tolist() for tensor in load_run(folder).model.state_dict().values()]
+    return [tensor.tolist() for tensor in holdall.load(folder).model.state_dict().values()]
 
 
 # what is lost of a log is reported, and no reason not to resume
@@ -99,7 +99,7 @@ def test_a_finished_run_of_a_language_model(language: tuple[PretrainConfig, Path
     config, folder = language
     whole, right = folder / "whole", weights(folder / "whole")
     refused = tried = 0
-    for name in ("model.safetensors", "config.json"):
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
         for what in mutants(whole / name, name):
             # of a folder without model.safetensors another checkpoint is taken
             wanted = None if what.endswith("gone") or "itself" in what or name == "config.json" else right

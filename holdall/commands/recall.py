@@ -7,7 +7,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich import box
@@ -15,22 +15,21 @@ from rich.progress import BarColumn, Progress, TimeElapsedColumn, TimeRemainingC
 from rich.table import Table
 from rich.text import Text
 
-from holdall import files, mixers
+from holdall import files, language_model, mixers
 from holdall.analysis import recall as slices
 from holdall.commands import TELL_SECONDS, Words, console, resolve_device
 from holdall.files import RunError
+from holdall.language_model import Checkpoint, MissingError
 from holdall.model import Model
 from holdall.report import recall as recalls
 from holdall.text.tokenizers import Bytes
-from holdall.training.language_models import PretrainConfig, load_run, open_data, step_of
-
-Checkpoint = Literal["best", "last", "model"]
+from holdall.training.language_models import PretrainConfig, open_data
 
 
 def recall(
     folders: Sequence[Path],
     out: Path,
-    which: Checkpoint | None,
+    checkpoint: Checkpoint | None,
     rows: int | None,
     context: int | None,
     threshold: int,
@@ -57,7 +56,7 @@ def recall(
         with _ScoreView(len(folders)) as view:
             for folder, config, label in zip(folders, configs, _labels(folders), strict=True):
                 view.start(label)
-                found = _scores(folder, config, which, context, rows, device, view.progress)
+                found = _scores(folder, config, checkpoint, context, rows, device, view.progress)
                 scored.append(dataclasses.replace(found, label=label))
         console.print(_table(scored, threshold))
         how: dict[str, Any] = {"threshold": threshold, "command": command}
@@ -89,6 +88,10 @@ def _config(folder: Path) -> PretrainConfig:
     path = folder / "config.json"
     if not path.exists():
         raise RunError(f"{folder} holds no run of a language model; `holdall train` makes one")
+    if "format" in files.read_json(path):
+        raise RunError(
+            f"{folder} is a saved model, without a corpus to score it on; name the run that it is of"
+        )
     return PretrainConfig.read(path)
 
 
@@ -107,44 +110,36 @@ def _labels(folders: Sequence[Path]) -> list[str]:
 def _scores(
     folder: Path,
     config: PretrainConfig,
-    which: Checkpoint | None,
+    checkpoint: Checkpoint | None,
     context: int,
     rows: int | None,
     device: str,
     on_progress: Callable[[int, int], None],
 ) -> slices.Scores:
     """What a run says of the validation text: as its folder keeps it, or computed now."""
-    names = (which,) if which else ("model", "best", "last")  # as load_run
-    path = next((p for name in names if (p := folder / f"{name}.safetensors").exists()), None)
-    if path is None:  # copied here without its weights?
+    try:
+        header = language_model.read_header(folder, checkpoint)
+    except MissingError as error:  # copied here without its weights?
         kept = slices.find(folder)
         if kept is None or not _has(kept, context, rows):
             raise RunError(
-                f"{folder} holds no {which or 'checkpoint of a'} language model, and no recall.json for "
-                f"--context {context}{f' --rows {rows}' if rows else ''}"
-            )
+                f"{error}, and there is no recall.json for --context {context}"
+                f"{f' --rows {rows}' if rows else ''}"
+            ) from error
         return kept
     corpus = open_data(config)
     dtype = torch.bfloat16 if config.precision == "bf16" and device != "cpu" else torch.float32
 
     def model() -> Model:
-        return computing_in(dtype, load_run(folder, which, device=device).model)
+        return language_model.load(folder, dtype=dtype, device=device, checkpoint=checkpoint).model
 
     about = {
         "config": {**config.to_dict(), "data": ""},
-        "checkpoint": path.stem,
-        "step": step_of(path, config.model),
+        "checkpoint": header.path.stem,
+        "step": header.step,
         "precision": str(dtype).removeprefix("torch."),
     }
     return slices.score(folder, about, corpus, model, context_len=context, rows=rows, on_progress=on_progress)
-
-
-def computing_in(dtype: torch.dtype, model: Model) -> Model:
-    """The model with its blocks in a dtype, as in training: the residual stream and the head stay fp32."""
-    for tensor in (*model.blocks.parameters(), *model.blocks.buffers()):
-        if tensor.is_floating_point():
-            tensor.data = tensor.data.to(dtype)
-    return model
 
 
 def _has(kept: slices.Scores, context: int, rows: int | None) -> bool:

@@ -17,19 +17,18 @@ from rich.progress import BarColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.text import Text
 
-from holdall import mixers
+from holdall import language_model, mixers
 from holdall.commands import TELL_SECONDS, Words, console, resolve_device
 from holdall.files import RunError
+from holdall.language_model import LanguageModel, generate
 from holdall.model import ModelConfig
 from holdall.recipes import presets
+from holdall.text.corpus import Tokens
 from holdall.training.devices import Strategy, launcher
 from holdall.training.language_models import (
-    LoadedRun,
     PretrainConfig,
     PretrainProgress,
     Stopped,
-    generate,
-    load_run,
     open_data,
     perplexity,
     pretrain,
@@ -85,7 +84,7 @@ def train(
             )
         if fabric.is_global_zero:
             _print_result(result, out)
-            _print_samples(load_run(out, device=device))
+            _print_samples(language_model.load(out, device=device), open_data(config).valid)
     except Stopped:
         told = f"Stopped. Everything so far is in {out}; the same command goes on from here."
         console.print(told, soft_wrap=True)
@@ -245,17 +244,14 @@ def _print_result(result: dict[str, Any], out: Path) -> None:
     )
 
 
-def _print_samples(loaded: LoadedRun) -> None:
+def _print_samples(trained: LanguageModel, valid: Tokens) -> None:
     """How the model goes on from places of the validation text, its state carried from token to token."""
-    valid, tokenizer = loaded.corpus.valid, loaded.corpus.tokenizer
+    model, tokenizer = trained.model, trained.tokenizer
     if len(valid) < 2 * PROMPT:
         return
     starts = [int(share * (len(valid) - PROMPT)) for share in torch.linspace(0.1, 0.9, SAMPLES).tolist()]
     prompts = [valid[start : start + PROMPT].tolist() for start in starts]
-    weight = loaded.model.embed.weight
-    written = generate(
-        loaded.model, torch.tensor(prompts, device=weight.device), WRITTEN, vocab=loaded.corpus.vocab
-    )
+    written = generate(model, torch.tensor(prompts, device=model.device), WRITTEN, vocab=tokenizer.vocab)
     for prompt, rest in zip(prompts, written.tolist(), strict=True):
         if tokenizer.end in rest:
             rest = rest[: rest.index(tokenizer.end)]

@@ -3,7 +3,9 @@
 Every document ends with one end-of-text token. For bytes its id is 256, so that the vocabulary is 257; a file
 without such a token gets one after its last id.
 
-A tokenizer belongs to the tokens that it made: a corpus keeps a copy of its file (holdall/text/shards.py).
+A tokenizer belongs to the tokens that it made and to the models that read them: a corpus keeps a copy of its
+file (holdall/text/shards.py), and so does the folder of a model (holdall/language_model.py), where bytes too
+have a `tokenizer.json` that the `tokenizers` library reads.
 """
 
 from __future__ import annotations
@@ -86,6 +88,10 @@ class Tokenizer(ABC):
         """The content of its file, which a corpus keeps a copy of; empty if it has none."""
         return b""
 
+    @abstractmethod
+    def to_json(self) -> bytes:
+        """Its file for the `tokenizers` library, which gives the same ids; what a model's folder keeps."""
+
 
 def tokenizer(name: str) -> Tokenizer:
     """A tokenizer by name: "bytes", "gpt2", "gpt-neox", or the path of a tokenizer file.
@@ -117,6 +123,38 @@ def from_manifest(described: Mapping[str, Any], folder: Path) -> Tokenizer:
     if made.describe() != dict(described):
         raise TextError(f"{path} was altered: it is not the tokenizer that made these tokens")
     return made
+
+
+def from_model_folder(folder: Path, described: Mapping[str, Any] | None, way_out: str) -> Tokenizer:
+    """The tokenizer of a model, from `tokenizer.json` in its folder.
+
+    described: what its checkpoint says of it (`describe`), None if nothing.
+
+    Raises TextError, which names the file, if it is missing, or no tokenizer, or not the one described.
+    """
+    path = folder / FILE
+    try:
+        file = read_regular(path)
+        kind = None if described is None else described.get("kind")
+        if kind == "bytes" or (kind is None and _is_of_bytes(file)):
+            made: Tokenizer = Bytes()
+            altered = not _is_of_bytes(file)
+        else:
+            name = folder.absolute().name if described is None else str(described.get("name"))
+            made, altered = Filed(file, files.encodable(name), str(path)), False
+        if altered or (described is not None and made.describe() != dict(described)):
+            raise TextError(f"{path} was altered: it is not the tokenizer that the model was trained with")
+    except TextError as error:
+        raise TextError(f"{str(error).rstrip('.')}. {way_out}") from error
+    return made
+
+
+def _is_of_bytes(file: bytes) -> bool:
+    """Whether a file is the one that stands for bytes, however its JSON is laid out."""
+    try:
+        return bool(files.loads(file) == files.loads(Bytes().to_json()))
+    except ValueError:
+        return False
 
 
 def _published(name: str) -> Path:
@@ -161,6 +199,28 @@ class Bytes(Tokenizer):
     def describe(self) -> dict[str, Any]:
         return {"kind": self.name, "name": self.name, "vocab": self.vocab, "end": self.end, "sha256": ""}
 
+    def to_json(self) -> bytes:
+        """A vocabulary of the 256 bytes, in GPT-2's letters for them, without merges."""
+        # texts are not split into words, and no space is put in front
+        as_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+        end = {
+            "id": self.end, "content": END, "single_word": False, "lstrip": False, "rstrip": False,
+            "normalized": False, "special": True,
+        }  # fmt: skip
+        letters = sorted(_bytes_of_letters().items(), key=lambda pair: pair[1])
+        file = {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [end],
+            "normalizer": None,
+            "pre_tokenizer": as_bytes,
+            "post_processor": None,
+            "decoder": as_bytes,
+            "model": {"type": "BPE", "vocab": dict(letters), "merges": []},
+        }
+        return (json.dumps(file, indent=1, ensure_ascii=False) + "\n").encode()
+
 
 class Filed(Tokenizer):
     """A file of the `tokenizers` library, which is imported on the first encoding or decoding.
@@ -188,6 +248,9 @@ class Filed(Tokenizer):
 
     @property
     def file(self) -> bytes:
+        return self._file
+
+    def to_json(self) -> bytes:
         return self._file
 
     @contextlib.contextmanager

@@ -61,6 +61,7 @@ class RunFolder:
         checkpoint: name of the file that the run resumes from.
         about: what the header of each file of tensors says beside the state, JSON values by name.
         environment: what environment.json says beside versions, device and commit.
+        beside: further files of the run, by name, written with config.json where they are not there yet.
         writes: whether this process writes; of several processes that train one model, one does.
         may_move: fields of the config that may change between calls, such as the path of the training data.
         updated: brings a checkpoint's state, as JSON values of any version, into the form of this one.
@@ -74,6 +75,7 @@ class RunFolder:
         *,
         about: Mapping[str, Any] | None = None,
         environment: Mapping[str, Any] | None = None,
+        beside: Mapping[str, bytes] | None = None,
         writes: bool = True,
         may_move: Sequence[str] = (),
         updated: Callable[[dict[str, Any]], dict[str, Any]] = lambda state: state,
@@ -81,6 +83,7 @@ class RunFolder:
         self.path, self.config, self.writes, self.may_move = path, config, writes, may_move
         self.updated = updated
         self.about, self.environment = dict(about or {}), dict(environment or {})
+        self.beside = dict(beside or {})
         self.checkpoint = path / checkpoint
         self.metrics = path / "metrics.jsonl"
         self.result = path / "result.json"
@@ -116,6 +119,9 @@ class RunFolder:
         if self._claimed or not self.writes:
             return
         held, wanted = self._held(), self.config.to_dict()
+        for name, content in self.beside.items():
+            if not (self.path / name).exists():
+                files.write_atomically(self.path / name, content)
         if held is None:
             where = environment.describe(str(device), torch.get_num_threads())
             files.write_json(self.path / "environment.json", {**where, **self.environment})
@@ -131,6 +137,8 @@ class RunFolder:
         held: dict[str, Any] = files.read_json(
             path, "Restore it from a copy, or choose another folder (--out)."
         )
+        if "format" in held:
+            raise RunError(f"{self.path} holds a saved model, not a run; choose another folder (--out)")
         wanted = self.config.to_dict()
         moved = {name: wanted[name] for name in self.may_move}
         if difference := settings.differ({**self._completed(held), **moved}, wanted):

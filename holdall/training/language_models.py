@@ -9,6 +9,7 @@ Everything that decides a result is in the config; the state of a run is the ste
 moments. The run folder (holdall/training/chassis.py) holds them, and the same call resumes from there,
 however the first one ended: bit-exactly on the same device and number of devices.
 
+    tokenizer.json      with which the folder is a model's: see holdall/language_model.py
     metrics.jsonl       a line per step and per evaluation
     last.safetensors    the checkpoint: weights and moments
     best.safetensors    weights at the lowest validation loss
@@ -28,28 +29,28 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from holdall import checkpoints, files, settings
+from holdall import checkpoints, files, language_model
 from holdall.contract import Config
 from holdall.files import RunError
-from holdall.model import Model, ModelConfig, Precision, repeatable, seeded
+from holdall.model import ModelConfig, Precision, repeatable, seeded
 from holdall.settings import (
     Betas,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    Range,
     Seed,
     Share,
 )
 from holdall.text.corpus import Corpus, open_corpus
 from holdall.text.default import default_corpus
+from holdall.text.tokenizers import Tokenizer
 from holdall.text.windows import Order
 from holdall.training import schedule
 from holdall.training.chassis import TRAIN_AGAIN, RunFolder, RunState, Stopped, read_state
@@ -168,7 +169,7 @@ def pretrain(
         files.locked(folder) if fabric.is_global_zero else contextlib.nullcontext(),
         repeatable(fabric.device) if in_order else contextlib.nullcontext(),
     ):
-        run = _run_folder(config, folder, fabric, in_order)
+        run = _run_folder(config, folder, corpus.tokenizer, fabric, in_order)
         if run.holds_run():
             run.claim(fabric.device)  # its corpus may have moved
         if run.result.exists():
@@ -199,17 +200,18 @@ def _together(fabric: Fabric) -> Iterator[None]:
 
 
 def open_data(config: PretrainConfig) -> Corpus:
-    """The corpus that a config names."""
-    return open_corpus(Path(config.data)) if config.data else default_corpus()
-
-
-def _checked(config: PretrainConfig, corpus: Corpus, world: int) -> PretrainConfig:
-    """The config with its corpus' hash, or a RunError that says what does not fit."""
+    """The corpus that a config names. Raises RunError if it is another by now."""
+    corpus = open_corpus(Path(config.data)) if config.data else default_corpus()
     if config.data_hash not in ("", corpus.content_hash):
         raise RunError(
             f"the corpus in {corpus.folder} is not the one that this run is about (its content hash is "
             f"{corpus.content_hash}, not {config.data_hash}); give its folder with --data"
         )
+    return corpus
+
+
+def _checked(config: PretrainConfig, corpus: Corpus, world: int) -> PretrainConfig:
+    """The config with its corpus' hash, or a RunError that says what does not fit."""
     if config.model.vocab < corpus.vocab:
         raise RunError(f"the model's vocab {config.model.vocab} is smaller than the corpus' {corpus.vocab}")
     for name, tokens in (("train", corpus.train), ("valid", corpus.valid)):
@@ -226,13 +228,16 @@ def _checked(config: PretrainConfig, corpus: Corpus, world: int) -> PretrainConf
     return dataclasses.replace(config, data_hash=corpus.content_hash)
 
 
-def _run_folder(config: PretrainConfig, folder: Path, fabric: Fabric, in_order: bool) -> RunFolder:
+def _run_folder(
+    config: PretrainConfig, folder: Path, tokenizer: Tokenizer, fabric: Fabric, in_order: bool
+) -> RunFolder:
     strategy = type(fabric.strategy).__name__
     return RunFolder(
         folder,
         config,
         "last.safetensors",
-        about={"model": config.model.to_dict()},
+        about={"model": config.model.to_dict(), "tokenizer": tokenizer.describe()},
+        beside={language_model.TOKENIZER: tokenizer.to_json()},
         environment={"devices": fabric.world_size, "strategy": strategy, "in_order": in_order},
         writes=fabric.is_global_zero,
         may_move=("data",),  # the hash of its content decides
@@ -256,7 +261,7 @@ class Pretrainer:
         in_order: bool = True,
     ) -> None:
         self.config, self.corpus, self.fabric = config, corpus, fabric
-        self.folder = _run_folder(config, folder, fabric, in_order)
+        self.folder = _run_folder(config, folder, corpus.tokenizer, fabric, in_order)
         self.on_progress, self.on_line = on_progress, on_line
         self.device, self.world = fabric.device, fabric.world_size
         self.order = Order(len(corpus.train), config.context_len, config.seed)
@@ -582,106 +587,3 @@ def _state_of(file: checkpoints.TensorFile, model: ModelConfig) -> PretrainState
     if "model" in file.about and model != ModelConfig.parse(file.about["model"], file.path, file.way_out):
         raise file.damaged("its header describes another model than config.json")
     return state
-
-
-# ------------------------------------------------------------------------------------------- afterwards
-
-
-@dataclass(frozen=True)
-class LoadedRun:
-    """What a run folder holds: a model to evaluate, and what it was trained on."""
-
-    model: Model
-    config: PretrainConfig
-    corpus: Corpus
-    step: int
-
-
-def step_of(path: Path, model: ModelConfig) -> int:
-    """The training step that a checkpoint is of. Raises RunError if it is damaged, or of another model."""
-    with checkpoints.opened(path, COPY) as file:
-        return _state_of(file, model).step
-
-
-COPY = "Get it from a copy, or train again in another folder."
-
-
-def load_run(
-    folder: Path, which: Literal["best", "last", "model"] | None = None, *, device: torch.device | str = "cpu"
-) -> LoadedRun:
-    """A trained model, for evaluation, with its config and corpus.
-
-    Args:
-        which: the checkpoint: of the lowest validation loss, the last one, or the end's; None for the end's,
-            else the best, else the last.
-
-    Raises:
-        RunError: the folder holds no such checkpoint, or a damaged one, or the corpus is another by now.
-    """
-    names = (which,) if which else ("model", "best", "last")
-    path = next((p for name in names if (p := folder / f"{name}.safetensors").exists()), None)
-    missing = "config.json" if not (folder / "config.json").exists() else f"{which or 'model'}.safetensors"
-    if path is None or missing == "config.json":
-        raise RunError(f"{folder} holds no language model ({missing} is missing); `holdall train` makes one")
-    config = PretrainConfig.read(folder / "config.json")
-    corpus = open_data(config)
-    _checked(config, corpus, 1)
-    with checkpoints.opened(path, COPY) as file:
-        step = _state_of(file, config.model).step  # before a forged config is built
-        model = config.model.build()
-        file.fill(model.state_dict(), prefix="model." if path.stem == "last" else "", put=put)
-    return LoadedRun(model.to(device).eval(), config, corpus, step)
-
-
-@torch.no_grad()
-def generate(
-    model: Model, tokens_BT: Tensor, count: int, *, vocab: int, temperature: float = 0.8, seed: int = 0
-) -> Tensor:
-    """`count` more tokens for each row, (B, count): the prompt is read once, then token by token.
-
-    Args:
-        vocab: only ids below are drawn: a model's vocabulary may be padded.
-        temperature: 0 takes the likeliest token.
-        seed: of the draws, which are made on the CPU: the same on every device.
-
-    Raises:
-        ValueError: a setting is out of range, the prompt is empty or has ids that the model does not know, or
-            the logits are NaN or infinite.
-    """
-    settings.check("count", count, NonNegativeInt)
-    settings.check("temperature", temperature, NonNegativeFloat)
-    settings.check("vocab", vocab, Annotated[int, Range(least=1, most=model.config.vocab)])
-    rows, length = tokens_BT.shape
-    if not length:
-        raise ValueError("the prompt has no tokens: give at least one, such as the corpus' end of a document")
-    if rows and not 0 <= int(tokens_BT.min()) <= int(tokens_BT.max()) < model.config.vocab:
-        raise ValueError(
-            f"the prompt has ids outside of the model's vocabulary, 0 to {model.config.vocab - 1}"
-        )
-    generator = torch.Generator().manual_seed(seed)
-    drawn_BN = torch.empty(rows, count, dtype=torch.long)
-    if not rows or not count:
-        return drawn_BN
-    h_BTD, states = model.hidden(tokens_BT)
-    for place in range(count):
-        logits_BV = (h_BTD[:, -1] @ model.embed.weight.T)[:, :vocab].float().cpu()
-        if not logits_BV.isfinite().all():
-            raise ValueError("the model's logits are NaN or infinite: its weights are, or it diverged")
-        drawn_BN[:, place] = _drawn(logits_BV, temperature, generator)
-        if place < count - 1:
-            next_B1 = drawn_BN[:, place : place + 1].to(tokens_BT.device)
-            h_BTD, states = model.hidden(next_B1, states, inplace=True)
-    return drawn_BN
-
-
-def _drawn(logits_BV: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
-    """One token of each row, (B,).
-
-    Divided in fp64, and after the largest logit is subtracted: the smallest temperature then gives -inf where
-    a token is less likely than the likeliest, never NaN.
-    """
-    if temperature == 0:
-        return logits_BV.argmax(-1)
-    below_BV = logits_BV.double() - logits_BV.amax(-1, keepdim=True)
-    p_BV = (below_BV / temperature).softmax(-1).float()
-    return torch.multinomial(p_BV, 1, generator=generator)[:, 0]

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
+import holdall
 from holdall import cli, files
 from holdall.commands import train as shown
 from holdall.text.shards import write_corpus
 from holdall.text.tokenizers import Bytes
-from holdall.training.language_models import Stopped, load_run
+from holdall.training.language_models import PretrainConfig, Stopped
 
 SMALL = """--pattern base-conv --pattern taylor:feature_dim=4 --width 16 --depth 2 --mlp 32 --context 32
     --batch 4 --micro-batch 2 --warmup 2 --evaluate-rows 4 --learning-rate 0.01""".split()  # noqa: SIM905
@@ -47,10 +48,10 @@ def test_a_pattern_is_trained_and_writes_samples(
     assert "base-conv taylor:feature_dim=4: 2 layers of width 16 on cpu, form parallel, fp32" in said
     assert "step 4 of 4: validation loss" in said
     assert said.count(" is ") >= shown.SAMPLES  # the prompts are of the validation text
-    loaded = load_run(out)
-    assert [layer.name for layer in loaded.config.model.layers] == ["base-conv", "taylor"]
-    assert (loaded.config.model.vocab, loaded.config.model.mlp, loaded.step) == (264, 32, 4)
-    assert loaded.config.data == str(corpus)
+    loaded = holdall.load(out)
+    assert [layer.name for layer in loaded.config.layers] == ["base-conv", "taylor"]
+    assert (loaded.config.vocab, loaded.config.mlp, loaded.step) == (264, 32, 4)
+    assert PretrainConfig.read(out / "config.json").data == str(corpus)
 
 
 @pytest.mark.filterwarnings("default::UserWarning")
@@ -121,7 +122,7 @@ def test_ctrl_c_writes_a_checkpoint_and_the_same_command_goes_on(corpus: Path, t
         said, _ = process.communicate(timeout=60)
         assert process.returncode == 130
         assert "the same command goes on" in said
-        before, steps = steps, load_run(out, "last").step
+        before, steps = steps, holdall.load(out, checkpoint="last").step
         assert steps > before
         told = [line["step"] for line in files.read_lines(out / "metrics.jsonl") if "loss" in line]
         assert told == list(range(1, steps + 1))

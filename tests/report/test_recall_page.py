@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
+import holdall
 from holdall.analysis import recall as slices
 from holdall.analysis.recall import Predictions, Scores
 from holdall.commands import guarded
@@ -555,7 +556,7 @@ def runs_of(tmp_path):
 
 def command(*folders, out, **options):
     defaults = {
-        "which": None, "rows": None, "context": None, "threshold": 1250, "passages": 2, "length": 20,
+        "checkpoint": None, "rows": None, "context": None, "threshold": 1250, "passages": 2, "length": 20,
         "licence": "", "device": "cpu", "load": (), "dark": False, "command": "holdall recall",
     }  # fmt: skip
     return guarded(lambda: shown.recall(folders, out, **{**defaults, **options}))
@@ -604,6 +605,7 @@ def test_the_table_is_whole_in_a_narrow_terminal(width, monkeypatch):
 
 
 def test_bf16_is_that_of_training():
+    from holdall.language_model import compute_in
     from holdall.training.devices import LanguageModelLoss
 
     with seeded(0):
@@ -615,7 +617,7 @@ def test_bf16_is_that_of_training():
         trained, _ = model.hidden(
             tokens_BT, run=LanguageModelLoss(model, torch.bfloat16, recompute=False)._run
         )
-        scored, _ = shown.computing_in(torch.bfloat16, model).hidden(tokens_BT)
+        scored, _ = compute_in(torch.bfloat16, model).hidden(tokens_BT)
     assert (exact - trained).abs().max() > 1e-3
     assert torch.equal(trained, scored)
 
@@ -631,7 +633,9 @@ def test_command_says_what_is_wrong(runs_of, tmp_path, capsys):
     assert "named twice" in error(a, a)
     assert "holds no run of a language model" in error(tmp_path)
     assert "choose a smaller --context" in error(a, context=10**6)
-    assert "holds no best language model" in error(a, which="best")
+    assert "has no checkpoint 'best', but 'model', and there is no recall.json" in error(a, checkpoint="best")
+    holdall.load().save(tmp_path / "saved")
+    assert "is a saved model, without a corpus to score it on" in error(tmp_path / "saved")
     other = runs_of("y/a", 0)
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "data_hash": "0" * 64}))

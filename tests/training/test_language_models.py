@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from children import kill_and_resume
 from safetensors.torch import load_file
 
+import holdall
 from holdall import files
 from holdall.files import RunError
 from holdall.mixers.attention import AttentionConfig
@@ -28,7 +29,7 @@ from holdall.mixers.h3 import H3Config
 from holdall.mixers.mamba import MambaConfig
 from holdall.mixers.sliding_window import SlidingWindowConfig
 from holdall.mixers.taylor import TaylorConfig
-from holdall.model import Model, ModelConfig, seeded
+from holdall.model import ModelConfig, seeded
 from holdall.text.shards import write_corpus
 from holdall.text.tokenizers import Bytes
 from holdall.training import language_models as module
@@ -38,8 +39,6 @@ from holdall.training.language_models import (
     PretrainConfig,
     Pretrainer,
     Stopped,
-    generate,
-    load_run,
     open_data,
     pretrain,
 )
@@ -409,7 +408,7 @@ def test_a_corpus_may_move(corpus: Path, tmp_path: Path) -> None:
         pretrain(config(corpus, steps=25), tmp_path / "run", should_stop=lambda: True)
     moved = shutil.copytree(corpus, tmp_path / "moved")
     pretrain(config(moved, steps=25), tmp_path / "run")
-    assert load_run(tmp_path / "run").corpus.folder == moved
+    assert open_data(PretrainConfig.read(tmp_path / "run" / "config.json")).folder == moved
 
 
 def test_a_finished_run_is_not_trained_again(whole: Path, corpus: Path) -> None:
@@ -431,7 +430,7 @@ def test_a_loss_that_is_no_number_ends_it_and_leaves_the_last_good_checkpoint(
     )
     with pytest.raises(RunError, match=rf"diverged at {says}.*last good checkpoint is .*last\.safe"):
         pretrain(config(corpus), folder)
-    kept = load_run(folder, "last")
+    kept = holdall.load(folder, checkpoint="last")
     assert kept.step == good
     assert all(w.isfinite().all() for w in kept.model.parameters())
     told = [line["loss"] for line in lines(folder) if "loss" in line]
@@ -522,11 +521,11 @@ def test_two_processes_learn_what_one_learns_and_one_goes_on_from_their_checkpoi
     first = losses(tmp_path / "run")
     assert len(first) == 50  # told every ten steps and at evaluations, which all processes agree on
     assert first == pytest.approx(losses(whole)[:50], rel=1e-3)
-    assert load_run(tmp_path / "run", "last").step == 50
+    assert holdall.load(tmp_path / "run", checkpoint="last").step == 50
     pretrain(config(corpus, **changes), tmp_path / "run")
     assert losses(tmp_path / "run") == pytest.approx(losses(whole), rel=1e-2)
-    ours = load_run(tmp_path / "run").model.state_dict()
-    for name, tensor in load_run(whole).model.state_dict().items():
+    ours = holdall.load(tmp_path / "run").model.state_dict()
+    for name, tensor in holdall.load(whole).model.state_dict().items():
         assert ours[name] == pytest.approx(tensor, abs=0.02), name
 
 
@@ -552,84 +551,8 @@ def test_operations_are_those_of_pytorchs_counter(tied: bool) -> None:
     assert flops_per_token(window, 40) == pytest.approx(6 * trained + 12 * 64 * 2 * keys)
 
 
-def test_generation_with_states_is_generation_without(whole: Path) -> None:
-    model = load_run(whole).model
-    prompt = torch.tensor([list(b"Ann sees"), list(b"Bob call")])
-    drawn = generate(model, prompt, 12, vocab=257, temperature=0)
-    rows = prompt
-    for _ in range(12):
-        rows = torch.cat([rows, model(rows)[0][:, -1:, :257].argmax(-1)], dim=1)
-    assert torch.equal(rows[:, 8:], drawn)
-    hot = [generate(model, prompt, 12, vocab=257, temperature=1.0, seed=seed) for seed in (0, 0, 1)]
-    assert torch.equal(hot[0], hot[1])
-    assert not torch.equal(hot[0], hot[2])
-    assert int(generate(model, prompt, 50, vocab=98, temperature=5.0).max()) < 98
-
-
-def test_which_checkpoint_is_loaded(whole: Path, tmp_path: Path) -> None:
-    assert load_run(whole).step == load_run(whole, "last").step == 100
-    best = min((line["valid_loss"], line["step"]) for line in lines(whole) if "valid_loss" in line)[1]
-    assert load_run(whole, "best").step == best
-    with pytest.raises(RunError, match="holds no language model"):
-        load_run(tmp_path)
-
-
 def test_a_pretrainer_keeps_only_its_own_random_state(corpus: Path, tmp_path: Path) -> None:
     torch.manual_seed(3)
     before = torch.random.get_rng_state()
     Pretrainer(config(corpus), open_data(config(corpus)), tmp_path, launcher())
     assert torch.equal(torch.random.get_rng_state(), before)
-
-
-def random_model() -> Model:
-    with seeded(0):
-        layers = (BaseConvConfig(width=8),)
-        return ModelConfig(vocab=20, width=8, layers=layers).build()
-
-
-def test_no_more_tokens_are_an_empty_result() -> None:
-    prompt = torch.zeros(3, 4, dtype=torch.long)
-    assert generate(random_model(), prompt, 0, vocab=20).shape == (3, 0)
-    assert generate(random_model(), prompt[:0], 5, vocab=20).shape == (0, 5)
-
-
-@pytest.mark.parametrize(
-    ("changed", "says"),
-    [
-        ({"count": -1}, "count = -1 must be at least 0"),
-        ({"temperature": math.nan}, "temperature = nan must be at least 0 and finite"),
-        ({"temperature": math.inf}, "temperature = inf must be"),
-        ({"temperature": -1.0}, r"temperature = -1\.0 must be"),
-        ({"vocab": 0}, "vocab = 0 must be from 1 to 20"),
-        ({"vocab": 21}, "vocab = 21 must be from 1 to 20"),
-        ({"tokens_BT": torch.zeros(2, 0, dtype=torch.long)}, "the prompt has no tokens"),
-        ({"tokens_BT": torch.tensor([[3, 20]])}, "ids outside of the model's vocabulary, 0 to 19"),
-        ({"tokens_BT": torch.tensor([[3, -1]])}, "ids outside of the model's vocabulary, 0 to 19"),
-    ],
-)
-def test_what_generation_cannot_do_is_refused(changed: dict[str, Any], says: str) -> None:
-    options = {"tokens_BT": torch.zeros(2, 4, dtype=torch.long), "count": 3, "vocab": 20, **changed}
-    with pytest.raises(ValueError, match=says):
-        generate(random_model(), **options)
-    broken = random_model()
-    with torch.no_grad():
-        broken.embed.weight.fill_(math.nan)
-    with pytest.raises(ValueError, match="logits are NaN or infinite"):
-        generate(broken, torch.zeros(2, 4, dtype=torch.long), 3, vocab=20)
-
-
-@pytest.mark.parametrize("temperature", [5e-324, 1e-45, 1e-30, 1e-4])
-def test_a_small_temperature_takes_the_likeliest_token(temperature: float) -> None:
-    model, prompt = random_model(), torch.arange(12).view(3, 4)
-    with torch.no_grad():
-        model.embed.weight.mul_(40)  # logits as large as those of a trained model
-    greedy = generate(model, prompt, 6, vocab=20, temperature=0)
-    assert torch.equal(generate(model, prompt, 6, vocab=20, temperature=temperature), greedy)
-
-
-def test_draws_follow_the_softmax_of_the_logits() -> None:
-    logits_BV = torch.tensor([[0.3, -1.0, 2.0, 1.5]]).expand(40_000, 4)
-    wanted_V = (logits_BV[0].double() / 0.7).softmax(-1)
-    drawn_B = module._drawn(logits_BV, 0.7, torch.Generator().manual_seed(0))
-    shares_V = drawn_B.bincount(minlength=4).double() / len(drawn_B)
-    assert shares_V == pytest.approx(wanted_V, abs=0.01)

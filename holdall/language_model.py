@@ -1,0 +1,545 @@
+"""A trained language model with its tokenizer: load it, generate, score, save.
+
+    model = holdall.load("runs/based-mini")        # a run, a saved model; or one that comes with Holdall
+    model.generate("It is a truth universally")    # how the model continues the text
+    model.score("It is a truth").perplexity
+    model.save("models/mine", dtype="bf16")        # loads anywhere else
+
+A model's folder stands alone; nothing else is needed, neither the corpus nor the run:
+
+    model.safetensors   the weights; the header has the model's config and fingerprint, the training step, and
+                        what the tokenizer is
+    config.json         the model's config, under "model"
+    tokenizer.json      a file of the `tokenizers` library, also where tokens are bytes
+
+`save` writes "format" into config.json. A run folder is such a folder from its first checkpoint on: its
+config.json has all of the run's settings instead, and its weights may be in best.safetensors and
+last.safetensors only, until training ends.
+
+Letters: B rows, T tokens, V vocabulary, C some of the tokens.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from holdall import checkpoints, files, mixers, settings
+from holdall.contract import State, recurrent_dtype
+from holdall.files import RunError
+from holdall.model import Model, ModelConfig, seeded
+from holdall.settings import NonNegativeFloat, NonNegativeInt, Range
+from holdall.text import tokenizers
+from holdall.text.corpus import read_manifest
+from holdall.text.tokenizers import Bytes, Tokenizer
+
+FORMAT = "holdall-model-1"
+"""In config.json of a folder that `save` wrote; changes when a folder of before can no longer be read."""
+CONFIG, TOKENIZER = "config.json", tokenizers.FILE
+Checkpoint = Literal["model", "best", "last"]
+"""Weights at the end of training, at the lowest validation loss, and at the last checkpoint."""
+PRETRAINED = Path(__file__).with_name("pretrained")
+"""The folders of the models that come with Holdall."""
+DEFAULT = "based-mini"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+COPY = "Get it from a copy, or train again in another folder."
+TOKENS_AT_ONCE = 4096
+"""Tokens of a text that the model reads in one call; a longer text is read in pieces, by carrying states."""
+LOGITS_AT_ONCE = 1 << 24
+
+
+class MissingError(RunError):
+    """A folder lacks the checkpoint that is asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """What a model says of a text of T tokens."""
+
+    ids_T: Tensor
+    """The tokens, int64, on the CPU."""
+    log_prob_T: Tensor
+    """The log-probability of each token after all before it, in nats, fp64, on the CPU."""
+
+    @property
+    def nats(self) -> float:
+        """The negative log-probability of the whole text."""
+        return -float(self.log_prob_T.sum())
+
+    @property
+    def perplexity(self) -> float:
+        """Per token, as large as a float can be."""
+        return math.exp(min(self.nats / len(self.log_prob_T), 700.0))
+
+
+class LanguageModel:
+    """A model and the tokenizer whose tokens it reads.
+
+    Attributes:
+        model: the weights and states; `model(tokens_BT, states)` gives logits.
+        tokenizer: text to token ids and back.
+        step: the training step of the weights.
+        config: of the model.
+    """
+
+    def __init__(self, model: Model, tokenizer: Tokenizer, *, step: int = 0, fingerprint: str = "") -> None:
+        """`fingerprint` is that of the file the weights are from; by default it is computed from them."""
+        if tokenizer.vocab > model.config.vocab:
+            raise ValueError(
+                f"the tokenizer {tokenizer.name} has {tokenizer.vocab} tokens, more than the model's vocab "
+                f"{model.config.vocab}: it belongs to another model"
+            )
+        self.model, self.tokenizer, self.step = model, tokenizer, step
+        self._fingerprint = fingerprint
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+    @property
+    def fingerprint(self) -> str:
+        """What identifies the model: a hash of its config and weights.
+
+        A model that was loaded has its file's, in whatever dtype; one that was made here that of its weights
+        as they are now.
+        """
+        if self._fingerprint:
+            return self._fingerprint
+        weights = _on_cpu(self.model, None)
+        return checkpoints.fingerprint(_as_json(self.config), checkpoints.checksums(weights))
+
+    def __repr__(self) -> str:
+        return (
+            f"LanguageModel({self.model.parameter_count():,} parameters, {len(self.config.layers)} layers of "
+            f"width {self.config.width}, tokenizer {self.tokenizer.name}, step {self.step:,})"
+        )
+
+    # ------------------------------------------------------------------------------------------------- use
+
+    def generate(
+        self,
+        text: str = "",
+        *,
+        max_tokens: int = 256,
+        temperature: float = 0.8,
+        seed: int = 0,
+        on_text: Callable[[str], object] = lambda piece: None,
+    ) -> str:
+        """How the model continues a text, which it reads as the beginning of a document.
+
+        Args:
+            text: the prompt; empty for a document of the model's own.
+            max_tokens: the most tokens to generate; the end of the document comes earlier or not at all.
+            temperature: what logits are divided by before a token is drawn; 0 takes the likeliest token.
+            seed: of the draws, which are made on the CPU: the same on every device.
+            on_text: called with each new piece of text as soon as its characters are whole.
+
+        Returns:
+            The new text alone: the pieces joined, without the prompt and the end of the document.
+
+        Raises:
+            ValueError: a setting is out of range, the model has no more learned positions, or its logits are
+                NaN or infinite.
+        """
+        settings.check("max_tokens", max_tokens, NonNegativeInt)
+        ids = self._document(text)
+        prompt_1T = torch.tensor([ids], device=self.model.device)
+        drawn = draws(self.model, prompt_1T, vocab=self.tokenizer.vocab, temperature=temperature, seed=seed)
+        decoder, pieces = _Decoder(self.tokenizer, ids), list[str]()
+
+        def show(piece: str) -> None:
+            if piece:
+                pieces.append(piece)
+                on_text(piece)
+
+        for token_1 in itertools.islice(drawn, max_tokens):
+            if (token := int(token_1)) == self.tokenizer.end:
+                break
+            show(decoder.add(token))
+        show(decoder.rest())
+        return "".join(pieces)
+
+    @torch.no_grad()
+    def score(self, text: str) -> Score:
+        """The log-probability of each token of a text, which is read as a whole document's beginning.
+
+        The first token is scored after the end-of-text token, which stands before every document in training.
+        Probabilities are over the model's whole vocabulary, as in the loss that training reports. A long text
+        is read in pieces, by carrying states, so that memory does not grow with it unless the states do.
+
+        Raises ValueError if the text is empty, longer than the learned positions, or the logits are NaN.
+        """
+        ids_N = torch.tensor(self._document(text))
+        if len(ids_N) == 1:
+            raise ValueError("there is nothing to score: the text is empty")
+        states, parts = None, list[Tensor]()
+        rows = max(1, LOGITS_AT_ONCE // self.config.vocab)
+        read, predicted = ids_N[:-1].split(TOKENS_AT_ONCE), ids_N[1:].split(TOKENS_AT_ONCE)
+        for read_T, next_T in zip(read, predicted, strict=True):
+            h_1TD, states = self.model.hidden(read_T[None].to(self.model.device), states, inplace=True)
+            for h_CD, next_C in zip(h_1TD[0].split(rows), next_T.split(rows), strict=True):
+                logits_CV = self.model.logits(h_CD)
+                wide_CV = logits_CV.to(recurrent_dtype(logits_CV.dtype))
+                parts.append(-F.cross_entropy(wide_CV, next_C.to(h_CD.device), reduction="none").cpu())
+        log_prob_T = torch.cat(parts).double()
+        if log_prob_T.isnan().any():
+            raise ValueError("the model's logits are NaN or infinite: its weights are, or it diverged")
+        return Score(ids_T=ids_N[1:], log_prob_T=log_prob_T)
+
+    def save(self, path: str | Path, *, dtype: str | torch.dtype | None = None) -> None:
+        """Write the model into a folder of its own, all of it or nothing; `load` reads it anywhere.
+
+        Args:
+            path: the folder, which is made, or is there and empty.
+            dtype: that weights are written in, "fp32", "bf16" or torch's; as they are by default.
+
+        Raises RunError if the folder holds anything, or cannot be written.
+        """
+        folder, dtype = Path(path), None if dtype is None else _dtype(dtype)
+        weights, described = _on_cpu(self.model, dtype), self.tokenizer.describe()
+        config = {
+            "format": FORMAT, "model": self.config.to_dict(), "tokenizer": described, "step": self.step
+        }  # fmt: skip
+        with files.new_folder(folder, "Choose another folder, or remove it first.") as made:
+            about = header(self.config, self.tokenizer, self.step)
+            checkpoints.write(made / "model.safetensors", weights, about)
+            files.write_json(made / CONFIG, config)
+            files.write_atomically(made / TOKENIZER, self.tokenizer.to_json())
+
+    def _document(self, text: str) -> list[int]:
+        """The ids of a text behind the end of the document before it."""
+        return [self.tokenizer.end, *self.tokenizer.encode_batch([text])[0].tolist()]
+
+
+class _Decoder:
+    """Turns tokens into text as they come, in whole characters.
+
+    A token is decoded beside a few before it, since what stands between them may depend on both, and text is
+    held back while it may be the beginning of a character, of which three bytes at most can be there.
+    """
+
+    BESIDE, PART = 8, "\ufffd"
+    """How many tokens are decoded beside a new one, and what bytes that are not UTF-8 are decoded to."""
+
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int]) -> None:
+        self.tokenizer = tokenizer
+        self.ids = list(before[-self.BESIDE :])
+        self.shown = tokenizer.decode(self.ids)
+
+    def add(self, token: int) -> str:
+        """The text that is certain with this token and was not before."""
+        self.ids.append(token)
+        text = self.tokenizer.decode(self.ids)
+        held = min(3, len(text) - len(text.rstrip(self.PART)))
+        certain = text[: len(text) - held]
+        if not certain.startswith(self.shown):  # some decoders change what they gave before
+            return ""
+        new = certain[len(self.shown) :]
+        self.shown = certain
+        if not held:
+            self.ids = self.ids[-self.BESIDE :]
+            self.shown = self.tokenizer.decode(self.ids)
+        return new
+
+    def rest(self) -> str:
+        """What is still held back, when no more tokens come."""
+        return self.tokenizer.decode(self.ids)[len(self.shown) :]
+
+
+# ------------------------------------------------------------------------------------------------- draws
+
+
+def generate(
+    model: Model, tokens_BT: Tensor, count: int, *, vocab: int, temperature: float = 0.8, seed: int = 0
+) -> Tensor:
+    """`count` more tokens for each row, (B, count), on the CPU; arguments and errors as of `draws`."""
+    settings.check("count", count, NonNegativeInt)
+    drawn = draws(model, tokens_BT, vocab=vocab, temperature=temperature, seed=seed)
+    columns = list(itertools.islice(drawn, count if len(tokens_BT) else 0))
+    return torch.stack(columns, dim=1) if columns else torch.empty(len(tokens_BT), count, dtype=torch.long)
+
+
+def draws(
+    model: Model, tokens_BT: Tensor, *, vocab: int, temperature: float = 0.8, seed: int = 0
+) -> Iterator[Tensor]:
+    """The next token of each row, (B,), on the CPU, again and again: the prompt is read once, then each draw.
+
+    Args:
+        vocab: only ids below are drawn: a model's vocabulary may be padded.
+        temperature: 0 takes the likeliest token.
+        seed: of the draws, which are made on the CPU: the same on every device.
+
+    Raises:
+        ValueError: a setting is out of range, the prompt is empty or has ids that the model does not know, or
+            the logits are NaN or infinite.
+    """
+    settings.check("temperature", temperature, NonNegativeFloat)
+    settings.check("vocab", vocab, Annotated[int, Range(least=1, most=model.config.vocab)])
+    rows, length = tokens_BT.shape
+    if not length:
+        raise ValueError("the prompt has no tokens: give at least one, such as the tokenizer's end of a text")
+    if rows and not 0 <= int(tokens_BT.min()) <= int(tokens_BT.max()) < model.config.vocab:
+        raise ValueError(
+            f"the prompt has ids outside of the model's vocabulary, 0 to {model.config.vocab - 1}"
+        )
+    return _draws(model, tokens_BT, vocab, temperature, torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def _draws(
+    model: Model, tokens_BT: Tensor, vocab: int, temperature: float, generator: torch.Generator
+) -> Iterator[Tensor]:
+    """What `draws` gives; each token is read when the next one is asked for."""
+    states: list[State] | None = None
+    for piece_BT in tokens_BT.split(TOKENS_AT_ONCE, dim=1):
+        h_BTD, states = model.hidden(piece_BT, states, inplace=True)
+    while True:
+        logits_BV = model.logits(h_BTD[:, -1])[:, :vocab].float().cpu()
+        if not logits_BV.isfinite().all():
+            raise ValueError("the model's logits are NaN or infinite: its weights are, or it diverged")
+        drawn_B = draw(logits_BV, temperature, generator)
+        yield drawn_B
+        h_BTD, states = model.hidden(drawn_B[:, None].to(tokens_BT.device), states, inplace=True)
+
+
+def draw(logits_BV: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+    """One token of each row, (B,).
+
+    Divided in fp64, and after the largest logit is subtracted: the smallest temperature then gives -inf where
+    a token is less likely than the likeliest, never NaN.
+    """
+    if temperature == 0:
+        return logits_BV.argmax(-1)
+    below_BV = logits_BV.double() - logits_BV.amax(-1, keepdim=True)
+    p_BV = (below_BV / temperature).softmax(-1).float()
+    return torch.multinomial(p_BV, 1, generator=generator)[:, 0]
+
+
+# --------------------------------------------------------------------------------------------- the folder
+
+
+def load(
+    path: str | Path | None = None,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> LanguageModel:
+    """A trained language model, from a folder that stands alone.
+
+    Args:
+        path: a run folder, one that `save` wrote, or the name of a model that comes with Holdall, which are
+            `pretrained()`; None for "based-mini".
+        dtype: what the blocks compute in, "fp32" (the default), "bf16" or torch's, whatever the file has: see
+            `compute_in`.
+        device: the CPU by default.
+        checkpoint: "model", "best" or "last"; by default the first of these that is there.
+
+    Raises:
+        RunError: something is missing, damaged, or of another model; the message names it, and the way out.
+        ValueError: there is no such dtype or device here.
+    """
+    asked, device = None if dtype is None else _dtype(dtype), _device(device)
+    folder = find_folder(path)
+    held = _read_config(folder)
+    with checkpoints.opened(find_checkpoint(folder, checkpoint), COPY) as file:
+        found = _read_header(file, held)  # before a model is built of a config that may be forged
+        tokenizer = _tokenizer(folder, held, file)
+        with seeded(0):  # a caller's random state is its own
+            model = found.config.build()
+        file.fill(model.state_dict(), prefix=checkpoints.weights_prefix(file.names), any_float=True)
+    if asked is not None:
+        compute_in(asked, model)
+    try:
+        return LanguageModel(
+            model.to(device).eval(), tokenizer, step=found.step, fingerprint=found.fingerprint
+        )
+    except ValueError as error:
+        raise RunError(f"{folder / TOKENIZER}: {error}") from error
+
+
+def compute_in(dtype: torch.dtype, model: Model) -> Model:
+    """The model with its blocks' weights in a dtype, as in training.
+
+    The residual stream, the embedding, the last norm and the head are at least fp32.
+    """
+    wide = recurrent_dtype(dtype)
+    for part, own in ((model, wide), *((block, dtype) for block in model.blocks)):
+        # as Module.to does it, which would make real numbers of complex ones
+        part._apply(lambda tensor, own=own: tensor.to(own) if tensor.is_floating_point() else tensor)
+    return model
+
+
+def pretrained() -> list[str]:
+    """The names of the models that come with Holdall."""
+    return sorted(path.parent.name for path in PRETRAINED.glob(f"*/{CONFIG}"))
+
+
+def find_folder(path: str | Path | None) -> Path:
+    """The folder that a user names; RunError if there is none."""
+    folder = Path(DEFAULT if path is None else path)
+    if path is None or (not folder.exists() and str(folder) in pretrained()):
+        return PRETRAINED / folder
+    if folder.is_file():
+        raise RunError(f"{folder} is a file: name its folder, {folder.parent}, and choose the checkpoint")
+    if not folder.is_dir():
+        names = pretrained()
+        close = difflib.get_close_matches(str(folder), names, n=1)
+        hint = f"Did you mean '{close[0]}'? " if close else ""
+        raise RunError(
+            f"there is no folder {folder}. {hint}Name a run folder of `holdall train`, the folder of a saved "
+            f"model, or one that comes with Holdall: {', '.join(names)}"
+        )
+    return folder
+
+
+def find_checkpoint(folder: Path, checkpoint: Checkpoint | None = None) -> Path:
+    """The file of the checkpoint that is asked for; by default the end's, else the best, else the last.
+
+    Raises RunError, which says what is missing.
+    """
+    if checkpoint is not None and checkpoint not in get_args(Checkpoint):
+        raise ValueError(f"checkpoint = {checkpoint!r} must be one of {', '.join(get_args(Checkpoint))}")
+    names = [f"{name}.safetensors" for name in ([checkpoint] if checkpoint else get_args(Checkpoint))]
+    there = [folder / name for name in names if (folder / name).exists()]
+    if there:
+        return there[0]
+    others = [name for name in get_args(Checkpoint) if (folder / f"{name}.safetensors").exists()]
+    if others:
+        raise MissingError(f"{folder} has no checkpoint '{checkpoint}', but '{others[0]}'")
+    if (folder / "metrics.jsonl").exists():
+        raise MissingError(f"{folder} has no checkpoint yet; give its `holdall train` command again")
+    raise MissingError(f"{folder} holds no language model ({names[0]} is missing); `holdall train` makes one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What a checkpoint says of its weights."""
+
+    path: Path
+    config: ModelConfig
+    step: int
+    fingerprint: str
+
+
+def read_header(folder: Path, checkpoint: Checkpoint | None = None) -> Header:
+    """What a checkpoint in a folder says, without its weights; errors as of `load`."""
+    with checkpoints.opened(find_checkpoint(folder, checkpoint), COPY) as file:
+        return _read_header(file, _read_config(folder))
+
+
+def header(config: ModelConfig, tokenizer: Tokenizer, step: int) -> dict[str, str]:
+    """What the header of a checkpoint says, whoever writes it; the fingerprint comes with it."""
+    return {
+        checkpoints.CONFIG: _as_json(config),
+        "tokenizer": json.dumps(tokenizer.describe()),
+        "step": str(step),
+    }
+
+
+def _read_header(file: checkpoints.TensorFile, held: Mapping[str, Any]) -> Header:
+    """What an open checkpoint says; RunError if it is not of the model in config.json."""
+    where = f"the header of {file.path}"
+    config = _config_of(held, file.path.with_name(CONFIG))
+    said = file.about.get(checkpoints.CONFIG)
+    if said is not None and ModelConfig.parse(said, where, COPY) != config:
+        raise file.damaged("its header describes another model than config.json")
+    # in runs of an earlier version the step is said with what training resumes from
+    state = files.parse_json(file.about["state"], where, COPY) if "state" in file.about else {}
+    step = str(file.about.get("step", state.get("step")))
+    if not step.isdecimal():
+        raise file.damaged("its header does not say which step it is of")
+    return Header(
+        path=file.path, config=config, step=int(step), fingerprint=file.fingerprint(_as_json(config))
+    )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """What config.json holds: of a run or of a saved model."""
+    path = folder / CONFIG
+    if not path.exists():
+        raise RunError(f"{folder} holds no language model ({CONFIG} is missing); `holdall train` makes one")
+    held: dict[str, Any] = files.read_json(path, COPY)
+    if "model" not in held:
+        raise RunError(
+            f"{folder} holds no language model: {CONFIG} describes none; `holdall train` makes one"
+        )
+    if held.get("format", FORMAT) != FORMAT:
+        raise RunError(f"{path} has the format {held['format']!r}, not {FORMAT}: a newer Holdall wrote it")
+    return held
+
+
+def _config_of(held: Mapping[str, Any], path: Path) -> ModelConfig:
+    if not isinstance(held["model"], dict):
+        raise files.damaged(path, "its model is no JSON object", COPY)
+    layers = held["model"].get("layers")
+    named = [layer for layer in layers if isinstance(layer, dict)] if isinstance(layers, list) else []
+    names = [layer["name"] for layer in named if isinstance(layer.get("name"), str)]
+    if unknown := [name for name in names if name not in mixers.names()]:
+        raise RunError(
+            f"{path} names the mixer '{unknown[0]}', which is not registered. If it is your own, load its "
+            "file first: --load FILE, or holdall.mixers.load(FILE)"
+        )
+    return ModelConfig.checked(held["model"], path, COPY)
+
+
+def _tokenizer(folder: Path, held: Mapping[str, Any], file: checkpoints.TensorFile) -> Tokenizer:
+    """The tokenizer of a folder; in a run of an earlier version, which has none, that of its corpus."""
+    if "tokenizer" not in file.about and "data" in held and not (folder / TOKENIZER).exists():
+        return _tokenizer_of_corpus(folder, held)
+    said = file.about.get("tokenizer")
+    described = None if said is None else files.parse_json(said, f"the header of {file.path}", COPY)
+    way_out = f"Copy {TOKENIZER} from the folder that the model came from, or from a run on the same corpus"
+    return tokenizers.from_model_folder(folder, described, way_out)
+
+
+def _tokenizer_of_corpus(folder: Path, held: Mapping[str, Any]) -> Tokenizer:
+    if not held["data"]:
+        return Bytes()
+    try:
+        corpus = Path(held["data"])
+        manifest = read_manifest(corpus)
+        if held.get("data_hash") not in ("", manifest["content_hash"]):
+            raise RunError(f"the corpus in {corpus} is not the one that the run was trained on")
+        return tokenizers.from_manifest(manifest["tokenizer"], corpus)
+    except (RunError, TypeError) as error:
+        raise RunError(
+            f"{folder} has no {TOKENIZER}, as runs of an earlier version, and its corpus cannot give it: "
+            f"{error}. Put the corpus back there, or copy {TOKENIZER} from a run on the same corpus"
+        ) from error
+
+
+def _on_cpu(model: Model, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The weights and lasting buffers, as files hold them; floating-point ones in a dtype."""
+    return {
+        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
+        for name, tensor in model.state_dict().items()
+    }
+
+
+def _as_json(config: ModelConfig) -> str:
+    return json.dumps(config.to_dict())
+
+
+def _dtype(asked: str | torch.dtype) -> torch.dtype:
+    dtype = DTYPES.get(asked) if isinstance(asked, str) else asked
+    if dtype is None or not dtype.is_floating_point:
+        raise ValueError(f"dtype = {asked!r} must be {', '.join(DTYPES)}, or a floating-point dtype of torch")
+    return dtype
+
+
+def _device(asked: str | torch.device | None) -> torch.device:
+    device = torch.device("cpu" if asked is None else asked)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("no CUDA device is available here; load the model with device='cpu'")
+    return device
