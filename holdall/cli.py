@@ -1,5 +1,5 @@
-"""The command line: `holdall frontier`, `report`, `zoo`, `soundness`, `matrix`; `data`, `train`, `recall`,
-`suite`.
+"""The command line: `holdall frontier`, `report`, `zoo`, `soundness`, `matrix`; `data`, `train`, `generate`,
+`recall`, `suite`.
 
 Heavy modules are imported only after the arguments have been parsed, so that help is instant.
 """
@@ -348,11 +348,46 @@ def train(
 
 
 @command
+def generate(
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[RUN]")] = "based-mini",
+    prompt: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[PROMPT]")] = "",
+    *,
+    max_tokens: NonNegativeInt = 256,
+    temperature: NonNegativeFloat = 0.8,
+    seed: Seed = 0,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    precision: Annotated[Literal["fp32", "bf16"] | None, tyro.conf.arg(aliases=["--dtype"])] = None,
+    checkpoint: Literal["model", "best", "last"] | None = None,
+    load: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = (),
+) -> int:
+    """Print how a language model continues a text, as it comes; with no arguments a small included one.
+
+    Only the new text goes to stdout. It ends with the document, or after --max-tokens.
+
+    Args:
+        run: a run folder of `holdall train` or the folder of a saved model; based-mini is included.
+        prompt: the text to continue; "-" reads it from stdin, without a new line at its end. With none the
+            model begins a document.
+        max_tokens: the most tokens to generate.
+        temperature: what logits are divided by before a token is drawn; 0 takes the likeliest token.
+        seed: of the draws.
+        device: where to run; auto takes a GPU if there is one.
+        precision: what the model computes in; by default bf16 on a GPU and fp32 on a CPU.
+        checkpoint: the weights at the end of training (model), at the lowest validation loss (best) or at the
+            last checkpoint (last); by default the first of these that is there.
+        load: a mixer file of your own that the run was trained with.
+    """
+    from holdall.commands import generate as shown
+
+    return shown.generate(run, prompt, max_tokens, temperature, seed, device, precision, checkpoint, load)
+
+
+@command
 def recall(
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = (),
     *,
     out: Path = Path("runs/recall"),
-    which: Literal["best", "last", "model"] | None = None,
+    checkpoint: Annotated[Literal["model", "best", "last"] | None, tyro.conf.arg(aliases=["--which"])] = None,
     rows: PositiveInt | None = None,
     context: PositiveInt | None = None,
     threshold: NonNegativeInt = 1250,
@@ -371,7 +406,7 @@ def recall(
     Args:
         runs: run folders of `holdall train`, all on one corpus; gaps are relative to the first.
         out: the folder for slices.json, recall.png, gaps.png, state.png and, for two runs, recall.html.
-        which: the checkpoint; by default the final model, else the best, else the last.
+        checkpoint: the weights to score; by default the final model, else the best, else the last.
         rows: windows of the validation text to score, evenly spread; by default all.
         context: tokens per window; by default the shortest context that the runs were trained on.
         threshold: a bigram that occurs more often in the training text is not a recall hit.
@@ -387,7 +422,7 @@ def recall(
     return shown.recall(
         runs,
         out,
-        which,
+        checkpoint,
         rows,
         context,
         threshold,

@@ -1,0 +1,57 @@
+"""The command `holdall generate`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from holdall import language_model, mixers
+from holdall.commands import printable, resolve_device
+from holdall.language_model import Checkpoint
+
+STDIN = "-"
+
+
+def generate(
+    run: str,
+    prompt: str,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+    device: str,
+    precision: Literal["fp32", "bf16"] | None,
+    checkpoint: Checkpoint | None,
+    load: Sequence[Path],
+) -> int:
+    """Print how a model continues a prompt; returns the exit status."""
+    for file in load:
+        mixers.load(file)
+    if not prompt and " " in run and not Path(run).exists():
+        raise ValueError(f"name the run before the prompt: holdall generate {language_model.DEFAULT} '{run}'")
+    device = resolve_device(device)
+    dtype = precision or ("fp32" if device == "cpu" else "bf16")
+    model = language_model.load(run, dtype=dtype, device=device, checkpoint=checkpoint)
+    text = _read_stdin() if prompt == STDIN else prompt
+    terminal = sys.stdout.isatty()
+
+    def show(piece: str) -> None:
+        # a model may say anything, but not steer the terminal; a file gets its very words
+        sys.stdout.write(printable(piece) if terminal else piece)
+        sys.stdout.flush()
+
+    try:
+        model.generate(text, max_tokens=max_tokens, temperature=temperature, seed=seed, on_text=show)
+    finally:
+        if terminal:
+            show("\n")
+    return 0
+
+
+def _read_stdin() -> str:
+    """All of stdin, without the new line that a shell puts at its end."""
+    try:
+        return sys.stdin.buffer.read().decode().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"stdin is not UTF-8 ({error})") from None

@@ -1,0 +1,111 @@
+"""The command `holdall generate`, as typed: text to stdout as it comes, and nothing else."""
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import holdall
+from holdall import cli, language_model
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["holdall", "generate", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return int(ended.value.code or 0)
+
+
+def test_on_a_fresh_machine_it_needs_no_arguments(tmp_path: Path) -> None:
+    """In another folder, with a home that is empty; the text alone is on stdout."""
+    environment = {
+        **os.environ,
+        "HOME": str(tmp_path),
+        "XDG_CACHE_HOME": str(tmp_path),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "holdall.cli", "generate"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout == holdall.load().generate()
+    assert len(done.stdout) > 20
+    assert done.stderr == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_options_are_those_of_the_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    holdall.load().save(tmp_path / "mine")
+    options = ("--max-tokens", 30, "--temperature", 1.5, "--seed", 4, "--device", "cpu")
+    for precision in ("fp32", "bf16"):
+        for flag in ("--precision", "--dtype"):
+            assert run(monkeypatch, tmp_path / "mine", "Mr. Darcy", *options, flag, precision) == 0
+            model = holdall.load(tmp_path / "mine", dtype=precision)
+            wanted = model.generate("Mr. Darcy", max_tokens=30, temperature=1.5, seed=4)
+            assert capsys.readouterr().out == wanted
+    assert run(monkeypatch, tmp_path / "mine", "--checkpoint", "best") == 2
+    assert "has no checkpoint 'best', but 'model'" in capsys.readouterr().err
+
+
+def test_a_prompt_from_stdin_ends_without_the_shell_s_new_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for given, prompt in ((b"Mr. Darcy\n", "Mr. Darcy"), ("naïve\n\n".encode(), "naïve\n"), (b"", "")):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given), encoding="ascii"))
+        assert run(monkeypatch, "based-mini", "-", "--max-tokens", 20, "--device", "cpu") == 0
+        assert capsys.readouterr().out == holdall.load().generate(prompt, max_tokens=20)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe")))
+    assert run(monkeypatch, "based-mini", "-") == 2
+    assert "stdin is not UTF-8" in capsys.readouterr().err
+
+
+def test_text_comes_piece_by_piece_and_steers_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+        def flush(self) -> None:
+            seen.append(self.getvalue())
+
+    def scripted(self: object, text: str, *, on_text: object, **_: object) -> str:
+        for piece in ("Lo", "ok: \x1b[2J", "\n\ttab"):
+            on_text(piece)  # type: ignore[operator]
+        return ""
+
+    seen: list[str] = []
+    monkeypatch.setattr(language_model.LanguageModel, "generate", scripted)
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    assert run(monkeypatch) == 0
+    assert seen[:3] == ["Lo", "Look: \\x1b[2J", "Look: \\x1b[2J\n\ttab"]
+    assert seen[-1].endswith("\ttab\n")
+    seen.clear()
+    monkeypatch.setattr(Terminal, "isatty", lambda self: False)
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    assert run(monkeypatch) == 0
+    assert seen[-1] == "Look: \x1b[2J\n\ttab"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("nowhere",), "there is no folder nowhere. Name a run folder of `holdall train`"),
+        (("It is",), "name the run before the prompt: holdall generate based-mini 'It is'"),
+        (("--max-tokens", -1), "--max-tokens = -1 must be at least 0"),
+        (("--temperature", "nan"), "--temperature = nan must be at least 0 and finite"),
+    ],
+)
+def test_mistakes_are_one_line(
+    words: tuple[object, ...],
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(monkeypatch, *words) == 2
+    said = capsys.readouterr()
+    assert says in said.err
+    assert (said.out, said.err.count("\n")) == ("", 1)
