@@ -38,6 +38,7 @@ from holdall import checkpoints, files, mixers, settings
 from holdall.contract import State, recurrent_dtype
 from holdall.files import RunError
 from holdall.model import Model, ModelConfig, seeded
+from holdall.precision import compute_in
 from holdall.settings import NonNegativeFloat, NonNegativeInt, Range
 from holdall.text import tokenizers
 from holdall.text.corpus import read_manifest
@@ -341,7 +342,7 @@ def load(
         path: a run folder, one that `save` wrote, or the name of a model that comes with Holdall, which are
             `pretrained()`; None for "based-mini".
         dtype: what the blocks compute in, "fp32" (the default), "bf16" or torch's, whatever the file has: see
-            `compute_in`.
+            holdall/precision.py.
         device: the CPU by default.
         checkpoint: "model", "best" or "last"; by default the first of these that is there.
 
@@ -366,18 +367,6 @@ def load(
         )
     except ValueError as error:
         raise RunError(f"{folder / TOKENIZER}: {error}") from error
-
-
-def compute_in(dtype: torch.dtype, model: Model) -> Model:
-    """The model with its blocks' weights in a dtype, as in training.
-
-    The residual stream, the embedding, the last norm and the head are at least fp32.
-    """
-    wide = recurrent_dtype(dtype)
-    for part, own in ((model, wide), *((block, dtype) for block in model.blocks)):
-        # as Module.to does it, which would make real numbers of complex ones
-        part._apply(lambda tensor, own=own: tensor.to(own) if tensor.is_floating_point() else tensor)
-    return model
 
 
 def pretrained() -> list[str]:

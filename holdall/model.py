@@ -44,14 +44,6 @@ from holdall.kernels import fold, unfold
 from holdall.ops import cross_entropy
 from holdall.settings import NonNegativeFloat, NonNegativeInt, PositiveInt, Range
 
-Precision = Literal["fp32", "bf16"]
-"""What a training pass computes in.
-
-bf16: the pass runs on bf16 copies of the weights; the weights themselves, AdamW, the loss and whatever mixers
-and norms keep wider (recurrent states, softmax, statistics) stay fp32. It is no autocast, which would take
-the products of those wider states to bf16 too.
-"""
-
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Config):
@@ -162,21 +154,18 @@ class LayerNorm(nn.LayerNorm):
         """Why the kernel cannot run on x; empty if it can."""
         if x.device.type != "cuda":
             return f"this is on device '{x.device.type}'"
-        if self.weight.dtype != x.dtype:
-            return f"x is {x.dtype}, the weight {self.weight.dtype}"
         if self.normalized_shape[0] > 8192:
             return f"the kernel takes a width of at most 8192, not {self.normalized_shape[0]}"
-        return forms.kernel_refusal(x.device, x.dtype)
+        refusals = (forms.kernel_refusal(x.device, dtype) for dtype in (x.dtype, self.weight.dtype))
+        return next(filter(None, refusals), "")
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype != self.weight.dtype:
-            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps).to(self.weight.dtype)
-        if self.refusal(x):
-            return super().forward(x)
-        from holdall.kernels.layer_norm import layer_norm
+        if not self.refusal(x):
+            from holdall.kernels.layer_norm import layer_norm
 
-        return layer_norm(x, self.weight, self.bias, self.eps)
+            return layer_norm(x, self.weight, self.bias, self.eps, self.weight.dtype)
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps).to(self.weight.dtype)
 
 
 class Block(nn.Module):

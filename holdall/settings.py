@@ -13,7 +13,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Union
+from typing import Annotated, Any, Literal, Union
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +67,8 @@ Seed = Annotated[int, Range(least=0, most=2**63 - 1)]
 """Seed of a random generator; PyTorch and NumPy accept all of this range."""
 Betas = tuple[Annotated[float, Range(least=0, below=1)], Annotated[float, Range(least=0, below=1)]]
 """Decay rates of Adam's moving averages."""
+Precision = Literal["fp32", "bf16"]
+"""What a forward and backward pass computes in: holdall/precision.py."""
 
 
 def is_finite(value: float) -> bool:

@@ -20,11 +20,11 @@ from rich.text import Text
 from holdall import mixers, recipes
 from holdall import report as reports
 from holdall.commands import OUT_OF_TIME, Words, console, resolve_device
-from holdall.model import Precision
 from holdall.recipes import quick
 from holdall.report import data
 from holdall.report import matrix as matrices
 from holdall.report.style import bytes_text
+from holdall.settings import Precision
 from holdall.sweeps import (
     OutOfTime,
     Point,

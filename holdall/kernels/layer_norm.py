@@ -43,14 +43,20 @@ PROGRAMS = 1024
 
 
 def layer_norm(
-    x: Float[Tensor, "*b d"], weight_D: Float[Tensor, "d"], bias_D: Float[Tensor, "d"], eps: float
+    x: Float[Tensor, "*b d"],
+    weight_D: Float[Tensor, "d"],
+    bias_D: Float[Tensor, "d"],
+    eps: float,
+    dtype: torch.dtype,
 ) -> Float[Tensor, "*b d"]:
-    """What `torch.nn.functional.layer_norm` gives along the last dimension. Statistics and sums are in fp32.
+    """What `torch.nn.functional.layer_norm` gives along the last dimension, in `dtype`.
+
+    Tensors may be of different dtypes; statistics and sums are in fp32.
 
     Raises KernelError if no kernel can run on these tensors.
     """
     require_kernel(x, weight_D, bias_D)
-    return _forward(x.reshape(1, -1, x.shape[-1]), weight_D[None], bias_D[None], eps, x.dtype).view(x.shape)
+    return _forward(x.reshape(1, -1, x.shape[-1]), weight_D[None], bias_D[None], eps, dtype).view(x.shape)
 
 
 def rms_norm(

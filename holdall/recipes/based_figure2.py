@@ -5,7 +5,7 @@ attention after a short convolution, and so GLA, DeltaNet, Gated DeltaNet and RW
 later; Mamba, Mamba-2, Hyena and H3 in both layers.
 A published window of b sees b tokens and itself, which is `window` b + 1 here.
 Deviations:
-- as in zoology_figure2, and passes in bf16 (holdall/training/stacked.py).
+- as in zoology_figure2, and passes in bf16 (holdall/precision.py).
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import torch
 
 from holdall.contract import MixerConfig
 from holdall.model import Block, Model
-from holdall.training.devices import cast_call
+from holdall.precision import run_block
 
 
 def compile_blocks(model: Model, rows: int, length: int, dtype: torch.dtype | None) -> dict[str, str]:
@@ -19,10 +19,10 @@ def compile_blocks(model: Model, rows: int, length: int, dtype: torch.dtype | No
     Every kind of block, which are those of equal layers, runs once, forward and backward. Where the compiler
     fails, mixers of that kind run without it, their MLPs and norms with it.
 
-    Raises what the compiler is not to blame for.
+    Re-raises errors that also occur without the compiler.
 
     Returns:
-        which mixers run without it, by name, and the first line of why.
+        The mixers that run without it, by name, each with the first line of the error.
     """
     # equal layers share what was compiled; there are as many kinds as kinds of layers
     torch._dynamo.config.recompile_limit = max(64, 2 * len(model.blocks))
@@ -43,14 +43,14 @@ def compile_blocks(model: Model, rows: int, length: int, dtype: torch.dtype | No
                 failed[kind] = _why(error)
         if kind in failed:
             mixer.forward = torch.compiler.disable(mixer.forward)  # type: ignore[method-assign]
-            block.compile(dynamic=False)  # anew, around it
+            block.compile(dynamic=False)  # again, around it
             if new:  # what fails without the compiler too is raised
                 _once(block, model, rows, length, dtype)
     return {kind.name: why for kind, why in failed.items()}
 
 
 def _why(error: BaseException) -> str:
-    """In a line."""
+    """The cause in one line."""
     cause = getattr(error, "inner_exception", error)
     return ": ".join((type(cause).__name__, *str(cause).strip().splitlines()[:1]))
 
@@ -60,5 +60,5 @@ def _once(block: Block, model: Model, rows: int, length: int, dtype: torch.dtype
     device = model.device
     r_BTD = torch.zeros(rows, length, model.config.width, device=device, requires_grad=True)
     tokens_BT = torch.zeros(rows, length, dtype=torch.long, device=device)
-    y_BTD, _ = cast_call(block, dtype, r_BTD, tokens_BT=tokens_BT, at_BQ=None, want_state=False)
+    y_BTD, _ = run_block(block, dtype, r_BTD, tokens_BT=tokens_BT, at_BQ=None, want_state=False)
     torch.autograd.grad(y_BTD.sum(), [r_BTD, *block.parameters()], allow_unused=True)

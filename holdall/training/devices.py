@@ -1,7 +1,6 @@
 """A training step's pass over a language model, on one device or on many.
 
-    pass      in bf16 on copies of fp32 master weights, each block's made when it runs; the residual stream,
-              the head's loss and whatever mixers keep wider stay fp32
+    pass      in fp32, or in bf16 as holdall/precision.py says
     devices   one needs nothing more. Of several, Lightning Fabric starts the processes and joins their
               gradients: DDP, or FSDP (PyTorch's `fully_shard`), which makes the copies itself, by blocks
 
@@ -12,18 +11,17 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from holdall.contract import State
 from holdall.files import RunError
 from holdall.model import Model, head_loss
+from holdall.precision import run_block
 
 Fabric = Any
 """`OneProcess`, or lightning_fabric.Fabric, which is imported late: it is an optional dependency."""
@@ -114,40 +112,8 @@ class LanguageModelLoss(nn.Module):
         if self.sharded:
             return block(r, state, **options)
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(cast_call, block, self.dtype, r, use_reentrant=False, **options)
-        return cast_call(block, self.dtype, r, **options)
-
-
-def cast_call(block: nn.Module, dtype: torch.dtype | None, r: Tensor, **options: Any) -> Any:
-    """A block on copies of its weights and buffers in a dtype; the residual stream stays as it is."""
-    if dtype is None:
-        return block(r, **options)
-    own = {**dict(block.named_parameters()), **dict(block.named_buffers())}
-    names = [name for name, w in own.items() if w.is_floating_point() and w.dtype != dtype]
-    copies = _Copies.apply([dtype] * len(names), *(own[name] for name in names))
-    return functional_call(block, {**own, **dict(zip(names, copies, strict=True))}, (r,), options)
-
-
-class _Copies(torch.autograd.Function):
-    """Tensors in other dtypes, all by one kernel, and their gradients back likewise: a block has many."""
-
-    @staticmethod
-    def forward(ctx: Any, dtypes: Sequence[torch.dtype], *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.dtypes = [tensor.dtype for tensor in tensors]
-        ctx.set_materialize_grads(False)
-        copies = [
-            torch.empty_like(tensor, dtype=dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)
-        ]
-        if copies:
-            torch._foreach_copy_(copies, list(tensors))
-        return tuple(copies)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        there = [i for i, gradient in enumerate(gradients) if gradient is not None]
-        copies = _Copies.apply([ctx.dtypes[i] for i in there], *(gradients[i] for i in there))
-        found = dict(zip(there, copies, strict=True))
-        return None, *(found.get(i) for i in range(len(gradients)))
+            return checkpoint(run_block, block, self.dtype, r, use_reentrant=False, **options)
+        return run_block(block, self.dtype, r, **options)
 
 
 def _shard(module: nn.Module, mesh: Any) -> nn.Module:

@@ -38,13 +38,15 @@ from torch import Tensor
 from holdall import checkpoints, files, language_model
 from holdall.contract import Config
 from holdall.files import RunError
-from holdall.model import ModelConfig, Precision, repeatable, seeded
+from holdall.model import ModelConfig, repeatable, seeded
+from holdall.precision import choose_forms, dtype_of
 from holdall.settings import (
     Betas,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Precision,
     Seed,
     Share,
 )
@@ -283,17 +285,17 @@ class Pretrainer:
 
     def _build(self) -> None:
         """Model, pass and AdamW; every process builds the same weights and then keeps its part."""
-        config, dtype = self.config, torch.bfloat16 if self.config.precision == "bf16" else None
+        config, dtype = self.config, dtype_of(self.config.precision)
         with seeded(config.seed):
             self.model = config.model.build()
         self.model = self.model.to(self.device)
-        self._set_forms(dtype)
+        choose_forms(self.model, dtype)
         if config.compile:
             self.uncompiled = compile_blocks(self.model, config.micro_batch, config.context_len, dtype)
             for name, why in self.uncompiled.items():
                 warnings.warn(f"torch.compile fails on '{name}', which runs without it: {why}", stacklevel=2)
         self.module = self.fabric.setup_module(LanguageModelLoss(self.model, dtype, config.recompute))
-        self._set_forms(dtype)  # moved to its device a model chooses them again
+        choose_forms(self.model, dtype)  # moved to its device a model chooses them again
         names = decayed(self.model)
         groups: list[dict[str, Any]] = [
             {"params": [w for name, w in self.model.named_parameters() if (name in names) == decays],
@@ -306,11 +308,6 @@ class Pretrainer:
             betas=config.betas,
             fused=True,
         )
-
-    def _set_forms(self, dtype: torch.dtype | None) -> None:
-        """Which form runs depends on the dtype that a mixer will see."""
-        for mixer in self.model.mixers:
-            mixer.form = mixer.config.resolved_form(self.device, dtype or torch.float32)
 
     # ------------------------------------------------------------------------------------------ the loop
 

@@ -29,8 +29,18 @@ from torch import Tensor
 
 from holdall import checkpoints, files
 from holdall.contract import Config
-from holdall.model import Model, ModelConfig, Precision, repeatable, seeded
-from holdall.settings import Betas, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed, Share
+from holdall.model import Model, ModelConfig, repeatable, seeded
+from holdall.precision import choose_forms, dtype_of
+from holdall.settings import (
+    Betas,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Precision,
+    Seed,
+    Share,
+)
 from holdall.tasks.data import DataConfig, Questions, TaskData
 from holdall.training import schedule
 from holdall.training.chassis import TRAIN_AGAIN, RunFolder, RunState, Stopped, Tensors
@@ -294,6 +304,7 @@ class Trainer:
         with seeded(seed):
             model = self.config.model.build()
         model = model.to(self.device)
+        choose_forms(model, dtype_of(self.config.precision))
         on_gpu = self.device.type == "cuda"
         optimizer = torch.optim.AdamW(
             model.parameters(),

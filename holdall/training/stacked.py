@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, vmap
 
-from holdall.model import Model, Precision, has_kernel, head_loss
+from holdall.model import Model, has_kernel, head_loss
+from holdall.precision import block_copies, dtype_of
+from holdall.settings import Precision
 from holdall.tasks.data import Questions, TaskData
 
 
@@ -209,12 +211,11 @@ def right(model: Model, weights: Mapping[str, Tensor], batch: Questions, precisi
 
 
 def _hidden(model: Model, weights: Mapping[str, Tensor], batch: Questions, precision: Precision) -> Tensor:
-    """What the head reads where something is asked."""
-    if precision == "bf16":
-        weights = {name: w.to(torch.bfloat16) if w.is_floating_point() else w for name, w in weights.items()}
-    own = {f"model.{name}": weight for name, weight in weights.items()}
+    """What the head reads at the positions of the questions, (B, Q, D)."""
+    dtype = dtype_of(precision)
+    own = {f"model.{name}": weight for name, weight in block_copies(weights, dtype).items()}
     h_BQD, _ = functional_call(_Hidden(model), own, (batch.tokens_BN, batch.at_BQ))
-    return h_BQD
+    return h_BQD if dtype is None else h_BQD.to(dtype)
 
 
 class _Hidden(torch.nn.Module):

@@ -43,7 +43,7 @@ def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def kernel(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return layer_norm(x, weight, bias, 1e-5)
+    return layer_norm(x, weight, bias, 1e-5, x.dtype)
 
 
 def assert_as_exact_as_torch(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
@@ -80,6 +80,23 @@ def test_rms_norm_too_and_it_may_narrow_what_it_gives(dtype: torch.dtype, device
         laws.assert_as_good_as_plain(name, one, other, truth, 1, torch.linalg.vector_norm)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_wide_residual_stream_beside_narrow_weights_gives_a_narrow_result(
+    dtype: torch.dtype, device: torch.device
+) -> None:
+    """As blocks in bf16 need it: x is not rounded, nor is its gradient; members have weights of their own."""
+    tensors = [t[None].repeat(3, *[1] * t.dim()) for t in draw(5, 13, 24, dtype=torch.float32, device=device)]
+    x, weight, bias, dy = (tensors[0], *(tensor.to(dtype) for tensor in tensors[1:]))
+    exact = pulled(vmap(plain), *(tensor.double() for tensor in (x, weight, bias, dy)))
+    theirs = laws.plainly(
+        pulled, lambda x, w, b: vmap(plain)(x, w.float(), b.float()).to(dtype), x, weight, bias, dy
+    )
+    ours = pulled(vmap(lambda x, w, b: layer_norm(x, w, b, 1e-5, dtype)), x, weight, bias, dy)
+    assert [tensor.dtype for tensor in ours] == [dtype, torch.float32, dtype, dtype]
+    for name, one, other, truth in zip(NAMES, ours, theirs, exact, strict=True):
+        laws.assert_as_good_as_plain(name, one, other, truth, 1, torch.linalg.vector_norm)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("size", [(4, 16384, 128), (1000, 64, 256), (3, 7, 5000), (70000, 8)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -91,7 +108,7 @@ def test_so_it_is_at_size(size: tuple[int, ...], dtype: torch.dtype, device: tor
 def test_tensors_may_be_larger_than_32_bits_count() -> None:
     x = torch.randn(2**31 // 1024 + 5, 1024, dtype=torch.bfloat16, device="cuda").requires_grad_()
     weight, bias = (torch.randn(1024, dtype=torch.bfloat16, device="cuda").requires_grad_() for _ in range(2))
-    y = layer_norm(x, weight, bias, 1e-5)
+    y = layer_norm(x, weight, bias, 1e-5, x.dtype)
     (dx,) = torch.autograd.grad(y, x, torch.ones(1, dtype=y.dtype, device="cuda").expand(y.shape))
     tail, dtail = x[-5:].detach().requires_grad_(), torch.ones(5, 1024, dtype=y.dtype, device="cuda")
     truth = plain(tail, weight, bias)
@@ -135,7 +152,7 @@ def test_the_model_s_norm_takes_it_on_a_gpu_alone(device: torch.device) -> None:
         x = torch.randn(2, 32, device="cuda")
         assert not norm.refusal(x)
         assert norm.refusal(x.double())
-        assert torch.equal(norm(x), layer_norm(x, norm.weight, norm.bias, 1e-5))
+        assert torch.equal(norm(x), layer_norm(x, norm.weight, norm.bias, 1e-5, x.dtype))
     wide = LayerNorm(2 * MAX_WIDTH)
     assert "width" in wide.refusal(torch.zeros(2, 2 * MAX_WIDTH, device=device)) or device.type == "cpu"
 
@@ -143,4 +160,4 @@ def test_the_model_s_norm_takes_it_on_a_gpu_alone(device: torch.device) -> None:
 def test_fp64_is_refused(device: torch.device) -> None:
     x, weight, bias, _ = draw(2, 3, 16, dtype=torch.float64, device=device)
     with pytest.raises(forms.KernelError, match="float64"):
-        layer_norm(x, weight, bias, 1e-5)
+        layer_norm(x, weight, bias, 1e-5, x.dtype)

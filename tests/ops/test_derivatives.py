@@ -16,8 +16,8 @@ from holdall.model import _SumAt
 from holdall.ops import attention
 from holdall.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_loop
 from holdall.ops.derivatives import once_differentiable
+from holdall.precision import _Copies
 from holdall.testing import laws
-from holdall.training.devices import _Copies
 
 DOUBLE = torch.float64
 AT, TARGET = torch.tensor([[0, 4], [2, 2]]), torch.tensor([1, 0, 4, 1, 1])
@@ -65,7 +65,7 @@ CASES: dict[str, tuple[tuple[tuple[int, ...], ...], Callable[..., Tensor], Calla
         lambda r, x: _SumAt.apply(r.sin(), x.exp(), AT).square(),
         lambda r, x: sum_at(r.sin(), x.exp()).square(),
     ),
-    "holdall.training.devices._Copies": (
+    "holdall.precision._Copies": (
         ((2, 3), (4,)),
         lambda a, b: sum(c.sin().sum() for c in _Copies.apply([DOUBLE] * 3, a * a, b.exp(), a)[:2]),
         lambda a, b: (a * a).sin().sum() + b.exp().sin().sum(),
@@ -111,7 +111,7 @@ def by_torch_func(function: Callable[..., Tensor], leaves: list[Tensor], ways: l
 @pytest.mark.parametrize("second", [by_autograd, by_torch_func])
 @pytest.mark.parametrize("name", CASES)
 def test_second_derivatives_are_right_or_refused(name: str, second: Callable) -> None:
-    if name == "holdall.training.devices._Copies" and second is by_torch_func:
+    if name == "holdall.precision._Copies" and second is by_torch_func:
         pytest.skip("of weights in another dtype, which PyTorch's transforms do not see")
     shapes, function, plain = CASES[name]
     leaves, ways = ([laws.draw(*shape, dtype=DOUBLE, seed=seed + i) for i, shape in enumerate(shapes)]

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
@@ -22,7 +21,6 @@ from holdall.commands import recall as shown
 from holdall.files import RunError
 from holdall.mixers.attention import AttentionConfig
 from holdall.mixers.mamba import MambaConfig
-from holdall.mixers.s4 import S4Config
 from holdall.model import ModelConfig, seeded
 from holdall.report import recall_gaps, recall_state
 from holdall.report.recall import OUTCOMES, legible, outcomes, render, share_text
@@ -602,24 +600,6 @@ def test_the_table_is_whole_in_a_narrow_terminal(width, monkeypatch):
     assert re.search(r"\d%( \(\d+% to \d+%\))?\s*\n", text)
     assert ("(" in text.split("Perplexity.")[0]) == (width == 160)  # its interval only where there is room
     assert "better on other tokens" in " ".join(text.split())
-
-
-def test_bf16_is_that_of_training():
-    from holdall.language_model import compute_in
-    from holdall.training.devices import LanguageModelLoss
-
-    with seeded(0):
-        mixers = (AttentionConfig(width=16, rotary=1.0), S4Config(width=16), MambaConfig(width=16))
-        model = ModelConfig(vocab=260, width=16, layers=mixers, mlp=32, norm="rms").build().eval()
-    tokens_BT = torch.from_numpy(np.random.default_rng(0).integers(0, 260, (3, 40)))
-    with torch.no_grad():
-        exact, _ = model.hidden(tokens_BT)
-        trained, _ = model.hidden(
-            tokens_BT, run=LanguageModelLoss(model, torch.bfloat16, recompute=False)._run
-        )
-        scored, _ = compute_in(torch.bfloat16, model).hidden(tokens_BT)
-    assert (exact - trained).abs().max() > 1e-3
-    assert torch.equal(trained, scored)
 
 
 def test_command_says_what_is_wrong(runs_of, tmp_path, capsys):

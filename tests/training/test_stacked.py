@@ -118,29 +118,6 @@ def test_all_are_tested_at_once_as_each_alone(tied: bool) -> None:
     assert any(score > 0.1 for scores in found for score in scores)
 
 
-@pytest.mark.parametrize("together", [False, True])
-def test_bf16_is_of_the_pass_alone(together: bool, tmp_path: Path) -> None:
-    seen: set[torch.dtype] = set()
-    pair, data = members(MIXERS[2], torch.float32, (0.01, 0.02)), TaskData(TASK)
-    for member in pair:
-        member.model.blocks[1].mixer.register_forward_hook(lambda mixer, x, y: seen.add(y[0].dtype))
-    if together:
-        everyone = Population(pair, data, 16, "bf16", record=False)
-        loss = everyone.step(0)[0]
-    else:
-        loss = stacked.loss(
-            pair[0].model, dict(pair[0].model.named_parameters()), data.batch(0, 0, 16), "bf16"
-        )
-        loss.backward()
-    assert seen == {torch.bfloat16}
-    assert loss.dtype == torch.float32
-    for member in pair:
-        assert {weight.dtype for weight in member.model.parameters()} == {torch.float32}
-        assert {value.dtype for state in member.optimizer.state.values() for value in state.values()} <= {
-            torch.float32
-        }
-
-
 def test_bf16_learns_and_is_another_run_than_fp32(tmp_path: Path) -> None:
     def run(name: str, **changes: object) -> list[dict]:
         return train(config(learning_rates=(0.01, 0.02), **changes), tmp_path / name, together=True)
