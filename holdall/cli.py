@@ -6,19 +6,24 @@ Heavy modules are imported only after the arguments have been parsed, so that he
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import functools
 import inspect
+import itertools
 import os
 import sys
+import textwrap
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
 from holdall import settings
-from holdall.settings import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range, Seed
+from holdall.settings import NonNegativeFloat, NonNegativeInt, PositiveInt, Precision, Range, Seed
+from holdall.training.options import PretrainOptions
 
 app = tyro.extras.SubcommandApp()
 
@@ -33,21 +38,114 @@ Yes = Annotated[
         str_from_instance=lambda value: [],
     ),
 ]
-"""A flag without a value beside a default that depends on the machine."""
+"""A flag without a value; None where it is not given."""
 
 
 def command(function: Callable[..., int]) -> Callable[..., int]:
     """Register a command; its numbers must be in the ranges that its signature declares."""
-    kinds = typing.get_type_hints(function, include_extras=True)
 
     @functools.wraps(function)
     def checked(*args: Any, **options: Any) -> int:
         given = inspect.signature(function).bind(*args, **options).arguments
-        for name, value in given.items():
-            settings.check(f"--{name.replace('_', '-')}", value, kinds[name])
+        for flag, kind, value in flags(function, given):
+            settings.check(f"--{flag.replace('_', '-')}", value, kind)
         return function(*args, **options)
 
     return app.command(checked)
+
+
+def flags(owner: Any, given: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """The name, annotated type and value of each flag that a command was given."""
+    kinds = typing.get_type_hints(owner, include_extras=True)
+    for name, value in given.items():
+        if dataclasses.is_dataclass(value):
+            yield from flags(type(value), vars(value))
+        else:
+            yield name, kinds[name], value
+
+
+# --------------------------------------------------------------------------------- flags from dataclasses
+
+
+def flags_of(
+    config: type, *, leave_out: Collection[str] = (), called: Mapping[str, str] | None = None
+) -> type:
+    """The fields of a dataclass as flags of a command: a dataclass in which each may be None, for not given.
+
+    A field's docstring is the flag's help, its annotation the flag's type and range. A boolean field gets two
+    flags, the second one to switch it off.
+
+    Args:
+        leave_out: fields that are no flags.
+        called: flags by another name than their field, whose own name remains an alias.
+    """
+    made: list[tuple[str, Any, Any]] = []
+    docs, kinds = field_docs(config), typing.get_type_hints(config, include_extras=True)
+
+    def add(name: str, field: dataclasses.Field, kind: Any, means: Any = None, **how: Any) -> None:
+        about = {"field": field.name, "means": means}
+        made.append(
+            (name, Annotated[kind, tyro.conf.arg(**how)], dataclasses.field(default=None, metadata=about))
+        )
+
+    for field in dataclasses.fields(config):
+        if field.name in leave_out:
+            continue
+        name, kind = (called or {}).get(field.name, field.name), kinds[field.name]
+        hyphenated = field.name.replace("_", "-")
+        aliases = [f"--{hyphenated}"] if name != field.name else None
+        default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        hint = f"(the preset's, else {default})" if default != "" else ""
+        if kind is bool:
+            add(name, field, Yes, help=docs[field.name], help_behavior_hint="", aliases=aliases)
+            opposite = f"Not --{hyphenated}."
+            add(f"no_{name}", field, Yes, means=False, help=opposite, help_behavior_hint="")
+        else:
+            how = {"help": docs[field.name], "help_behavior_hint": hint, "metavar": metavar(kind)}
+            add(name, field, kind | None, aliases=aliases, **how)
+    return dataclasses.make_dataclass(f"{config.__name__}Flags", made, frozen=True, kw_only=True)
+
+
+def given(flags: Any) -> dict[str, Any]:
+    """The values of flags that were given, by field. Raises ValueError for both --flag and --no-flag."""
+    values: dict[str, Any] = {}
+    for flag in dataclasses.fields(flags):
+        if (value := getattr(flags, flag.name)) is None:
+            continue
+        name, means = flag.metadata["field"], flag.metadata["means"]
+        if name in values:
+            raise ValueError(f"--{name} and --{flag.name.replace('_', '-')} were both given")
+        values[name] = value if means is None else means
+    return values
+
+
+def field_docs(config: type) -> dict[str, str]:
+    """The docstring under each field of a dataclass, as one line."""
+    definition = ast.parse(textwrap.dedent(inspect.getsource(config))).body[0]
+    assert isinstance(definition, ast.ClassDef)
+    docs = {}
+    for field, below in itertools.pairwise(definition.body):
+        match field, below:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                docs[name] = " ".join(text.split())
+    return docs
+
+
+def metavar(kind: Any) -> str:
+    """What stands for a flag's value in its help: INT, "FLOAT FLOAT" or {this,that}."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return metavar(args[0])
+    if origin is Literal:
+        return f"{{{','.join(map(str, args))}}}"
+    return " ".join(map(metavar, args)) if origin is tuple else kind.__name__.upper()
+
+
+TrainFlags = flags_of(PretrainOptions, leave_out=("data_hash",), called={"context_len": "context"})
+NOT_GIVEN = TrainFlags()
+
+
+# --------------------------------------------------------------------------------------------- the commands
 
 
 @command
@@ -62,7 +160,7 @@ def frontier(
     workers: PositiveInt | None = None,
     family: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
     minutes: NonNegativeFloat | None = None,
-    precision: Literal["fp32", "bf16"] | None = None,
+    precision: Precision | None = None,
     weights: bool = True,
 ) -> int:
     """Train the models of a recipe and show where each lands: recall against bytes of state.
@@ -252,28 +350,13 @@ def data(
 def train(
     preset: Annotated[str, tyro.conf.Positional] = "based-mini",
     *,
-    data: Path | None = None,
     out: Path | None = None,
     pattern: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
     width: PositiveInt | None = None,
     depth: PositiveInt | None = None,
     mlp: NonNegativeInt | None = None,
-    context: PositiveInt | None = None,
-    batch: PositiveInt | None = None,
-    micro_batch: PositiveInt | None = None,
-    steps: PositiveInt | None = None,
-    learning_rate: PositiveFloat | None = None,
-    warmup: NonNegativeInt | None = None,
-    weight_decay: NonNegativeFloat | None = None,
-    clip: NonNegativeFloat | None = None,
-    seed: Seed = 0,
-    precision: Literal["fp32", "bf16"] | None = None,
-    compile: Yes = None,
-    no_compile: tyro.conf.FlagCreatePairsOff[bool] = False,
-    recompute: bool = False,
+    options: Annotated[TrainFlags, tyro.conf.arg(name="")] = NOT_GIVEN,  # type: ignore[valid-type]
     in_order: bool = True,
-    evaluate_every: PositiveInt | None = None,
-    evaluate_rows: PositiveInt | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     devices: PositiveInt = 1,
     nodes: PositiveInt = 1,
@@ -281,69 +364,36 @@ def train(
     log: Annotated[tuple[Literal["tensorboard", "wandb"], ...], tyro.conf.UseAppendAction] = (),
     load: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = (),
 ) -> int:
-    """Train a language model on text; with no arguments a small Based model on the text that comes along.
+    """Train a language model on text; with no arguments a small Based model on the bundled text.
 
-    Stop it at any time, or let it crash; the same command goes on from the last checkpoint, to the bit on the
-    same device and count.
+    Stop it at any time, or let it crash; the same command resumes from the last checkpoint, bit-exactly on
+    the same device and number of devices.
 
     Args:
         preset: based-mini (minutes on two cores), based-360m, based-1b, attention-360m, attention-1b,
             mamba-360m, mamba-1b, or FAMILY-15m and FAMILY-40m for 17 families (docs/training.md).
-        data: a folder of token shards that `holdall data` left; by default the embedded text, as bytes.
-        out: the run folder; runs/PRESET by default.
-        pattern: instead of a preset, mixers that take turns (repeatable), each as NAME or
+        out: The run folder; runs/PRESET by default.
+        pattern: Instead of a preset, mixers that take turns (repeatable), each as NAME or
             NAME:option=value,option=value.
-        width: of a pattern's model, 256 by default.
-        depth: layers of a pattern's model; the pattern once, or 4, by default.
-        mlp: inner width of the MLPs in a pattern's model, twice the width by default; 0 for none.
-        context: tokens of a row.
-        batch: rows of a step, over all devices.
-        micro_batch: rows of one pass on one device; a step's passes add up.
-        steps: training steps.
-        learning_rate: its highest, after the warm-up; it ends at a tenth of it.
-        warmup: steps over which it rises.
-        weight_decay: of matrices and the embedding.
-        clip: largest norm of a step's gradient; 0 for any.
-        seed: of weights and order.
-        precision: of a pass; by default bf16 on a GPU and fp32 on a CPU. Weights stay fp32.
-        compile: blocks by torch.compile; by default on a GPU.
-        no_compile: on a GPU too, run blocks as they are written.
-        recompute: run each block twice and keep less (activation checkpointing).
-        in_order: on a GPU, add in a fixed order, so that the same run gives the same bits; without it
+        width: Width of a pattern's model, 256 by default.
+        depth: Layers of a pattern's model; the pattern once, or 4, by default.
+        mlp: Inner width of the MLPs in a pattern's model, twice the width by default; 0 for none.
+        options: The fields of PretrainOptions.
+        in_order: On a GPU, use deterministic reductions, so that a resumed run is bit-identical; without them
             attention over long rows is faster.
-        evaluate_every: steps between evaluations on the validation text.
-        evaluate_rows: rows of an evaluation.
-        device: where to train; auto takes a GPU if there is one.
-        devices: how many of them on each node.
-        nodes: machines; each starts the same command, by SLURM or with torchrun's environment variables, and
+        device: Where to train; auto takes a GPU if there is one.
+        devices: Devices on each node.
+        nodes: Machines; each starts the same command, by SLURM or with torchrun's environment variables, and
             sees the run folder.
-        strategy: ddp has the whole model on each device, fsdp shares it out; auto is ddp.
-        log: also to TensorBoard (in the run folder) or Weights & Biases.
-        load: a mixer file of your own that the pattern uses.
+        strategy: ddp keeps the whole model on each device, fsdp shards it; auto is ddp.
+        log: Log to TensorBoard (in the run folder) or Weights & Biases too (repeatable).
+        load: A mixer file of your own that the pattern uses (repeatable).
     """
     from holdall.commands import train as shown
 
-    if compile and no_compile:
-        raise ValueError("--compile and --no-compile were both given")
-    changes = {
-        "context_len": context,
-        "batch": batch,
-        "micro_batch": micro_batch,
-        "steps": steps,
-        "learning_rate": learning_rate,
-        "warmup": warmup,
-        "weight_decay": weight_decay,
-        "clip": clip,
-        "seed": seed,
-        "precision": precision,
-        "compile": False if no_compile else compile,
-        "recompute": recompute,
-        "evaluate_every": evaluate_every,
-        "evaluate_rows": evaluate_rows,
-    }
     shape = {"width": width, "depth": depth, "mlp": mlp}
     return shown.train(
-        preset, data, out, pattern, shape, changes, device, devices, nodes, strategy, log, load, in_order
+        preset, out, pattern, shape, given(options), device, devices, nodes, strategy, log, load, in_order
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -11,11 +12,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
+import tyro
 
-from holdall import cli
+from holdall import cli, settings
 from holdall.commands import train as shown
 from holdall.commands import zoo
 from holdall.settings import Range
+from holdall.training.options import PretrainOptions
 
 Run = Callable[..., tuple[int, str]]
 
@@ -62,6 +65,8 @@ def test_a_reader_that_has_seen_enough_is_no_error() -> None:
         ("frontier --minutes nan", "--minutes = nan must be at least 0 and finite"),
         ("frontier quik", "Did you mean 'quick'"),
         ("train --learning-rate inf", "--learning-rate = inf must be positive and finite"),
+        ("train --context-len 0", "--context = 0 must be positive"),
+        ("train --betas 0.9 1", "--betas = (0.9, 1.0) must be at least 0 and below 1"),
         ("train --micro-batch 0", "--micro-batch = 0 must be positive"),
         ("train --compile --no-compile", "--compile and --no-compile were both given"),
         ("data x --out y --valid 1.5", "--valid = 1.5 must be at least 0 and below 1"),
@@ -88,8 +93,9 @@ def test_every_number_of_a_command_declares_its_range(name: str) -> None:
             return any(isinstance(each, Range) for each in args)
         return kind not in (int, float) and all(declares(arg) for arg in args if origin is not Literal)
 
-    for option, kind in typing.get_type_hints(getattr(cli, name), include_extras=True).items():
-        assert option == "return" or declares(kind), f"{name} --{option} has no range"
+    for owner in (getattr(cli, name), *([cli.TrainFlags] if name == "train" else [])):
+        for option, kind in typing.get_type_hints(owner, include_extras=True).items():
+            assert option == "return" or declares(kind), f"{name} --{option} has no range"
 
 
 @pytest.mark.parametrize(
@@ -168,5 +174,62 @@ def test_compiling_is_a_flag(
     monkeypatch.setattr(shown, "train", lambda *args: given.extend(args) or 0)
     assert run("train", *words, "based-mini")[0] == 0
     assert given[0] == "based-mini"
-    (changes,) = [each for each in given if isinstance(each, dict) and "steps" in each]
-    assert changes["compile"] is wanted
+    assert [each.get("compile") for each in given if isinstance(each, dict)] == [None, wanted]
+
+
+def test_every_training_option_is_a_flag_with_its_own_help(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["holdall", "train", "--help"])
+    monkeypatch.setenv("COLUMNS", "400")
+    with pytest.raises(SystemExit):
+        cli.main()
+    help = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    docs = cli.field_docs(PretrainOptions)
+    for field in dataclasses.fields(PretrainOptions):
+        assert docs[field.name] in help or field.name == "data_hash"
+        assert f"--{field.name.replace('_', '-')} " in help or field.name == "data_hash"
+
+
+def test_a_new_field_is_a_flag_of_its_own() -> None:
+    """With its range, its docstring and, of a boolean, its opposite; nothing else names it."""
+    made = cli.flags_of(Options, called={"some_rate": "rate"}, leave_out=("hidden",))
+    assert cli.given(made()) == {}
+    typed = tyro.cli(made, args=["--some-rate", "3", "--no-fast", "--pair", "0.5", "0.75"])
+    assert cli.given(typed) == {"some_rate": 3.0, "fast": False, "pair": (0.5, 0.75)}
+    assert cli.given(tyro.cli(made, args=["--rate", "2", "--kind", "b"])) == {"some_rate": 2.0, "kind": "b"}
+    with pytest.raises(ValueError, match="--fast and --no-fast were both given"):
+        cli.given(tyro.cli(made, args=["--fast", "--no-fast"]))
+    assert cli.field_docs(Options) == {
+        "some_rate": "How fast, over two lines.", "fast": "Whether.", "pair": "Two.", "kind": "One of two.",
+        "hidden": "Not a flag.",
+    }  # fmt: skip
+    refused = [settings.refusal(value, kind) for _, kind, value in cli.flags(made, {"rate": -1.0})]
+    assert refused == ["positive and finite"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Of every kind that a field of the training options has."""
+
+    some_rate: settings.PositiveFloat = 1.0
+    """How fast,
+    over two lines."""
+    fast: bool = True
+    """Whether."""
+    pair: settings.Betas = (0.1, 0.2)
+    """Two."""
+    kind: Literal["a", "b"] = "a"
+    """One of two."""
+    hidden: int = 0
+    """Not a flag."""
+
+
+def test_help_needs_no_pytorch() -> None:
+    script = (
+        "import sys; from holdall import cli; sys.argv = ['holdall', 'train', '--help']\n"
+        "try: cli.main()\n"
+        "finally: assert 'torch' not in sys.modules"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")

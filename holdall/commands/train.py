@@ -35,12 +35,11 @@ from holdall.training.language_models import (
 )
 
 SAMPLES, PROMPT, WRITTEN = 3, 64, 192
-"""How many samples are written, tokens of the validation text that each goes on from, and tokens of each."""
+"""How many samples are printed, tokens of the validation text that each continues, and tokens of each."""
 
 
 def train(
     name: str,
-    data: Path | None,
     out: Path | None,
     pattern: Sequence[str],
     shape: dict[str, int | None],
@@ -55,7 +54,8 @@ def train(
 ) -> int:
     """The command; returns the exit status.
 
-    `shape` has width, depth and mlp of a pattern, `changes` fields of PretrainConfig; None is the preset's.
+    `shape` has width, depth and mlp of a pattern, None where it was not given; `changes` the fields of
+    PretrainConfig that were.
     """
     out = out or Path("runs") / ("pattern" if pattern else name)
     try:
@@ -64,13 +64,13 @@ def train(
         device = resolve_device(device)
         fabric = launcher(device, devices, strategy, nodes)
         console.quiet = not fabric.is_global_zero
-        config = configured(name, data, pattern, shape, changes, device, fabric.world_size)
+        config = configured(name, pattern, shape, changes, device, fabric.world_size)
         _print_header(config, name, pattern, fabric, out)
-        trackers = [_TRACKERS[each](out, config) for each in log if fabric.is_global_zero]
+        loggers = [LOGGERS[kind](out, config) for kind in log if fabric.is_global_zero]
 
-        def tell(line: dict[str, Any]) -> None:
-            for each in (view.line, *trackers):
-                each(line)
+        def log_line(line: dict[str, Any]) -> None:
+            for log in (view.line, *loggers):
+                log(line)
 
         with _View(config) as view, _interrupted() as stop, _warnings_in_a_line():
             result = pretrain(
@@ -78,7 +78,7 @@ def train(
                 out,
                 fabric=fabric,
                 on_progress=view.progress,
-                on_line=tell,
+                on_line=log_line,
                 should_stop=stop,
                 in_order=in_order,
             )
@@ -86,15 +86,13 @@ def train(
             _print_result(result, out)
             _print_samples(language_model.load(out, device=device), open_data(config).valid)
     except Stopped:
-        told = f"Stopped. Everything so far is in {out}; the same command goes on from here."
-        console.print(told, soft_wrap=True)
+        console.print(f"Stopped. Saved in {out}; the same command resumes from here.", soft_wrap=True)
         return 130
     return 0
 
 
 def configured(
     name: str,
-    data: Path | None,
     pattern: Sequence[str],
     shape: dict[str, int | None],
     changes: dict[str, Any],
@@ -102,31 +100,29 @@ def configured(
     world: int = 1,
 ) -> PretrainConfig:
     """The config that a command line means. Raises KeyError, TypeError or ValueError with the way out."""
-    given = {field: value for field, value in changes.items() if value is not None}
     if not pattern and any(value is not None for value in shape.values()):
         raise ValueError("--width, --depth and --mlp are those of a --pattern; a preset has its own")
-    fields = {**presets.training(name), **given}
-    default = PretrainConfig.__dataclass_fields__["context_len"].default
-    context_len = fields.get("context_len", default)
-    corpus = open_data(PretrainConfig(model=_placeholder(), data=str(data or "")))
+    on_gpu = device != "cpu"
+    fields = {
+        "precision": "bf16" if on_gpu else "fp32",
+        "compile": on_gpu,
+        **presets.training(name),
+        **changes,
+    }
+    if fields.get("data"):
+        fields["data"] = str(Path(fields["data"]).absolute())
+    draft = PretrainConfig(model=presets.preset("based-mini", 2), **fields)  # the corpus decides its vocab
+    corpus = open_data(draft)
     if pattern:
         model = _patterned(pattern, corpus.vocab, **shape)
     else:
-        model = presets.preset(name, corpus.vocab, context_len=context_len)
-    on_gpu = device != "cpu"
-    fields = {"precision": "bf16" if on_gpu else "fp32", "compile": on_gpu, **fields}
-    config = PretrainConfig(
-        model=model, data=str(data.absolute()) if data else "", data_hash=corpus.content_hash, **fields
-    )
-    if "micro_batch" not in given:  # as much as is left for each device
+        model = presets.preset(name, corpus.vocab, context_len=draft.context_len)
+    config = dataclasses.replace(draft, model=model, data_hash=corpus.content_hash)
+    if "micro_batch" not in changes:  # as much as is left for each device
         config = dataclasses.replace(
             config, micro_batch=math.gcd(config.micro_batch, max(1, config.batch // world))
         )
     return config
-
-
-def _placeholder() -> ModelConfig:
-    return presets.preset("based-mini", 2)
 
 
 def _patterned(
@@ -148,7 +144,7 @@ def _patterned(
 
 @contextlib.contextmanager
 def _warnings_in_a_line() -> Iterator[None]:
-    """As something said to the user, not as a place in the code; above the bar, not through it."""
+    """Show a warning's message, without its place in the code, above the progress bar."""
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
         console.print(f"warning: {message}", soft_wrap=True)
@@ -160,7 +156,7 @@ def _warnings_in_a_line() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _interrupted() -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C was pressed, which here ends nothing by itself; the second time it does."""
+    """Whether Ctrl-C was pressed: the first time training stops after its step, the second time at once."""
     pressed = False
 
     def note(*_: object) -> None:
@@ -201,7 +197,7 @@ class _View:
     def __init__(self, config: PretrainConfig) -> None:
         self.bars = Bars(
             BarColumn(),
-            Words("{task.completed:,} of {task.total:,}  {task.fields[says]}"),
+            Words("{task.completed:,} of {task.total:,}  {task.fields[status]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,
@@ -209,8 +205,8 @@ class _View:
             disable=not console.is_terminal,
         )
         self.steps = config.steps
-        self.bar = self.bars.add_task("", total=config.steps, says="", visible=not console.quiet)
-        self.told = time.monotonic()
+        self.bar = self.bars.add_task("", total=config.steps, status="", visible=not console.quiet)
+        self.printed_at = time.monotonic()
 
     def __enter__(self) -> _View:
         self.bars.start()
@@ -220,19 +216,19 @@ class _View:
         self.bars.stop()
 
     def progress(self, progress: PretrainProgress) -> None:
-        says = f"loss {progress.loss:.3f}  {progress.tokens_per_s:,.0f} tokens/s"
-        says += f"  {progress.mfu:.0%} of peak" if progress.mfu is not None else ""
+        status = f"loss {progress.loss:.3f}  {progress.tokens_per_s:,.0f} tokens/s"
+        status += f"  {progress.mfu:.0%} of peak" if progress.mfu is not None else ""
         if progress.valid_loss is not None:
-            says += f"  valid perplexity {perplexity(progress.valid_loss):.2f}"
-        self.bars.update(self.bar, completed=progress.step, says=says)
-        if not console.is_terminal and time.monotonic() - self.told > TELL_SECONDS:
-            self.told = time.monotonic()
-            console.print(f"step {progress.step:,} of {progress.steps:,}: {says}")
+            status += f"  valid perplexity {perplexity(progress.valid_loss):.2f}"
+        self.bars.update(self.bar, completed=progress.step, status=status)
+        if not console.is_terminal and time.monotonic() - self.printed_at > TELL_SECONDS:
+            self.printed_at = time.monotonic()
+            console.print(f"step {progress.step:,} of {progress.steps:,}: {status}")
 
     def line(self, line: dict[str, Any]) -> None:
         if "valid_loss" in line:
-            says = f"loss {line['valid_loss']:.4f}, perplexity {line['valid_perplexity']:.3f}"
-            console.print(f"step {line['step']:,} of {self.steps:,}: validation {says}")
+            losses = f"loss {line['valid_loss']:.4f}, perplexity {line['valid_perplexity']:.3f}"
+            console.print(f"step {line['step']:,} of {self.steps:,}: validation {losses}")
 
 
 def _print_result(result: dict[str, Any], out: Path) -> None:
@@ -245,7 +241,7 @@ def _print_result(result: dict[str, Any], out: Path) -> None:
 
 
 def _print_samples(trained: LanguageModel, valid: Tokens) -> None:
-    """How the model goes on from places of the validation text, its state carried from token to token."""
+    """How the model continues the validation text from a few places."""
     model, tokenizer = trained.model, trained.tokenizer
     if len(valid) < 2 * PROMPT:
         return
@@ -259,31 +255,29 @@ def _print_samples(trained: LanguageModel, valid: Tokens) -> None:
         console.print(Text.assemble((tokenizer.decode(prompt), "dim"), (tokenizer.decode(rest), "bold")))
 
 
-# ---------------------------------------------------------------------------------------------- trackers
+# ----------------------------------------------------------------------------------------------- loggers
 
 
-Tell = Callable[[dict[str, Any]], None]
+Log = Callable[[dict[str, Any]], None]
+"""What is called with each line of metrics.jsonl, which remains the truth."""
 
 
-def _tensorboard(out: Path, config: PretrainConfig) -> Tell:
-    """Event files in the run folder, for `tensorboard --logdir`."""
+def _tensorboard(out: Path, config: PretrainConfig) -> Log:
+    """Lightning Fabric's logger: event files in the run folder, for `tensorboard --logdir`."""
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        from lightning_fabric.loggers import TensorBoardLogger
+
+        logger = TensorBoardLogger(out, name="tensorboard", version="")
+        logger.experiment  # noqa: B018 - which imports tensorboard
     except ImportError as error:
-        raise RunError(f"--log tensorboard needs the package tensorboard: {error}") from error
-    writer = SummaryWriter(str(out / "tensorboard"))
-
-    def tell(line: dict[str, Any]) -> None:
-        for key, value in line.items():
-            if key != "step" and value is not None:
-                writer.add_scalar(key, value, line["step"])
-        writer.flush()
-
-    return tell
+        raise RunError(
+            f"--log tensorboard needs the packages lightning-fabric and tensorboard: {error}"
+        ) from error
+    return _logging(logger)
 
 
-def _wandb(out: Path, config: PretrainConfig) -> Tell:
-    """A run of Weights & Biases by the name of the run folder; a resumed one goes on there."""
+def _wandb(out: Path, config: PretrainConfig) -> Log:
+    """A run of Weights & Biases by the name of the run folder; a resumed one continues there."""
     try:
         import wandb
     except ImportError as error:
@@ -292,11 +286,21 @@ def _wandb(out: Path, config: PretrainConfig) -> Tell:
     run = wandb.init(
         project="holdall", name=out.name, id=out.name, resume="allow", dir=str(out), config=config.to_dict()
     )
-
-    def tell(line: dict[str, Any]) -> None:
-        run.log({key: value for key, value in line.items() if value is not None}, step=line["step"])
-
-    return tell
+    return lambda line: run.log(_values(line), step=line["step"])
 
 
-_TRACKERS: dict[str, Callable[[Path, PretrainConfig], Tell]] = {"tensorboard": _tensorboard, "wandb": _wandb}
+def _logging(logger: Any) -> Log:
+    """Each line to one of Fabric's loggers, at once."""
+
+    def log(line: dict[str, Any]) -> None:
+        logger.log_metrics(_values(line), step=line["step"])
+        logger.save()
+
+    return log
+
+
+def _values(line: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in line.items() if name != "step" and value is not None}
+
+
+LOGGERS: dict[str, Callable[[Path, PretrainConfig], Log]] = {"tensorboard": _tensorboard, "wandb": _wandb}

@@ -41,14 +41,8 @@ from holdall.files import RunError
 from holdall.model import ModelConfig, repeatable, seeded
 from holdall.precision import choose_forms, dtype_of
 from holdall.settings import (
-    Betas,
     NonNegativeFloat,
     NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    Precision,
-    Seed,
-    Share,
 )
 from holdall.text.corpus import Corpus, open_corpus
 from holdall.text.default import default_corpus
@@ -60,42 +54,15 @@ from holdall.training.compiled import compile_blocks
 from holdall.training.devices import Fabric, LanguageModelLoss, launcher, put, whole
 from holdall.training.flops import flops_per_token, memory_bytes, peak_flops
 from holdall.training.optimizer import MOMENTS, decayed, moments
+from holdall.training.options import PretrainOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig(Config):
-    """A model, a corpus, and how the one learns from the other.
-
-    data: the corpus' folder, empty for the embedded text; data_hash: of its content, which must fit.
-    context_len: tokens of a row that are read. batch: rows per step, over all devices; micro_batch: rows of
-    one pass on one device.
-    learning_rate rises over `warmup` steps, then falls along a cosine to the share `min_learning_rate` of it.
-    weight_decay: of linear layers' matrices and the embedding. clip: largest norm of a step's gradient, 0 for
-    any. seed: of weights and order.
-    compile: each block by torch.compile. recompute: keep only each block's input, and run the block again in
-    the backward pass.
-    evaluate_every: steps between evaluations on the first `evaluate_rows` windows of the validation split.
-    """
+class PretrainConfig(PretrainOptions, Config):
+    """A model, a corpus, and how the one learns from the other (holdall/training/options.py)."""
 
     model: ModelConfig
-    data: str = ""
-    data_hash: str = ""
-    context_len: PositiveInt = 2048
-    batch: PositiveInt = 256
-    micro_batch: PositiveInt = 8
-    steps: PositiveInt = 20_000
-    learning_rate: PositiveFloat = 8e-4
-    min_learning_rate: Share = 0.1
-    warmup: NonNegativeInt = 200
-    betas: Betas = (0.9, 0.95)
-    weight_decay: NonNegativeFloat = 0.1
-    clip: NonNegativeFloat = 1.0
-    seed: Seed = 0
-    precision: Precision = "fp32"
-    compile: bool = False
-    recompute: bool = False
-    evaluate_every: PositiveInt = 1000
-    evaluate_rows: PositiveInt = 256
+    """The language model."""
 
     def validate(self) -> None:
         if 0 < self.model.positions < self.context_len:

@@ -73,7 +73,7 @@ def test_with_no_arguments_it_is_the_small_based_model_on_the_embedded_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    config = shown.configured("based-mini", None, (), {}, {}, "cpu")
+    config = shown.configured("based-mini", (), {}, {}, "cpu")
     assert [layer.name for layer in config.model.layers] == [
         "base-conv",
         "taylor",
@@ -82,7 +82,7 @@ def test_with_no_arguments_it_is_the_small_based_model_on_the_embedded_text(
     ]
     assert (config.data, config.precision, config.compile) == ("", "fp32", False)
     assert config.steps * config.batch * config.context_len > 1e6
-    on_gpu = shown.configured("based-360m", None, (), {}, {"batch": 12}, "cuda", 3)
+    on_gpu = shown.configured("based-360m", (), {}, {"batch": 12}, "cuda", 3)
     assert (on_gpu.precision, on_gpu.compile, on_gpu.micro_batch) == ("bf16", True, 4)
     assert (on_gpu.context_len, on_gpu.learning_rate, on_gpu.steps) == (2048, 8e-4, 20_000)
 
@@ -107,7 +107,7 @@ def test_mistakes_are_one_line(
     assert said.count("\n") == 1
 
 
-def test_ctrl_c_writes_a_checkpoint_and_the_same_command_goes_on(corpus: Path, tmp_path: Path) -> None:
+def test_ctrl_c_writes_a_checkpoint_and_the_same_command_resumes(corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     words = [*SMALL, "--data", str(corpus), "--steps", "10000", "--out", str(out)]
     command = [sys.executable, "-m", "holdall.cli", "train", *words]
@@ -121,7 +121,7 @@ def test_ctrl_c_writes_a_checkpoint_and_the_same_command_goes_on(corpus: Path, t
         process.send_signal(signal.SIGINT)
         said, _ = process.communicate(timeout=60)
         assert process.returncode == 130
-        assert "the same command goes on" in said
+        assert "the same command resumes from here" in said
         before, steps = steps, holdall.load(out, checkpoint="last").step
         assert steps > before
         told = [line["step"] for line in files.read_lines(out / "metrics.jsonl") if "loss" in line]
