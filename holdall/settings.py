@@ -96,8 +96,8 @@ def refusal(value: Any, kind: Any) -> str:
             return f"an integer, {wants}"
         return "" if is_finite(value) and all(value in bounds for bounds in declared) else wants
     if origin in (Union, types.UnionType):
-        kinds = [arg for arg in args if arg is not types.NoneType]
-        fitting = [arg for arg in kinds if not _is_number(value) or arg in (int, float) or _declares(arg)]
+        others = [arg for arg in args if arg is not types.NoneType]
+        fitting = [arg for arg in others if not _is_number(value) or arg in (int, float) or _declares(arg)]
         refusals = [refusal(value, arg) for arg in fitting]
         return "" if "" in refusals or not refusals else refusals[-1]
     if origin is dict and isinstance(value, Mapping):

@@ -2,33 +2,47 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 
 from holdall.mixers.attention import AttentionConfig
 from holdall.mixers.sliding_window import SlidingWindowConfig
 from holdall.model import Model
 
-PEAKS = {
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
+DENSE_BF16 = {
     "H200": 989e12,
     "GH200": 989e12,
+    "H100 NVL": 835e12,
     "B200": 2250e12,
-    "A100": 312e12,
     "L40S": 362e12,
-    "L4": 121e12,
     "RTX 4090": 165e12,
 }
-"""Dense bf16 operations per second of a card, by a part of its name; the first that fits."""
+"""bf16 operations per second of cards, by a part of their names, for which Lightning Fabric's table won't do.
+
+It does not know the driver's names of the H200, GH200 and B200, takes an L40S for an L4, and has other
+figures than dense bf16 with fp32 sums for the H100 NVL and the RTX 4090.
+"""
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Operations per second that the maker promises of a device in bf16, None if not known."""
+    """Operations per second that the maker promises of a device for dense bf16 products.
+
+    None if it is not known: not a GPU, a card in neither table, or no package lightning-fabric for its table.
+    """
     if device.type != "cuda":
         return None
-    words = torch.cuda.get_device_name(device).replace("-", " ").split()
-    return next((peak for name, peak in PEAKS.items() if set(name.split()) <= set(words)), None)
+    words = set(torch.cuda.get_device_name(device).replace("-", " ").split())
+    for name, flops in DENSE_BF16.items():
+        if set(name.split()) <= words:
+            return flops
+    try:
+        from lightning_fabric.utilities.throughput import get_available_flops
+    except ImportError:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it does not know the card
+        return get_available_flops(device, torch.bfloat16)
 
 
 def flops_per_token(model: Model, context_len: int) -> float:
@@ -53,7 +67,7 @@ def flops_per_token(model: Model, context_len: int) -> float:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """The most memory that this process had so far: of the GPU, or of the machine where there is none."""
+    """The most memory that this process has used so far: of the GPU, or, without one, of the machine."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource

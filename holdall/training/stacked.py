@@ -3,11 +3,11 @@
     stack       every weight of the P members is one tensor (P, ...), of which a member's own is a slice
     pass        `vmap` of the model over members: every product is batched, every kernel sees more rows
     update      AdamW of each member on its slices, with its own learning rate and its own moments
-    recording   on a GPU all of a step, from the rows' numbers to the new weights, is recorded once per shape
-                as a CUDA graph and replayed: small models would spend their time launching
+    recording   on a GPU each step, from row indices to new weights, is one CUDA graph, captured once for each
+                shape of rows: small models would spend their time launching kernels
 
-A step needs nothing from the CPU but numbers of rows and learning rates, written to where the graph reads
-them, and gives nothing back before somebody asks for the losses.
+A step needs only row indices and learning rates from the host, written to where the graph reads them, and
+the host waits for nothing until it fetches the losses.
 
 Letters: P members, B rows, N tokens, Q questions a row, D width, V vocabulary.
 """
@@ -30,7 +30,7 @@ from holdall.tasks.data import Questions, TaskData
 
 @dataclass
 class Member:
-    """One model of a population, its AdamW, and how far it is."""
+    """One model of a population, its AdamW, and its progress."""
 
     learning_rate: float
     seed: int
@@ -45,14 +45,17 @@ class Member:
     def set_rate(self, rate: float) -> None:
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(rate)  # a recorded step reads it there
+                group["lr"].fill_(rate)  # a CUDA graph reads it there
             else:
                 group["lr"] = rate
 
 
 class Recording:
-    """A function without arguments or results that works on tensors in place. On a GPU it runs once, so that
-    everything it needs is there, is recorded at the second call, and replayed from then on."""
+    """A function without arguments or results that works on tensors in place.
+
+    On a GPU the first call runs it, which allocates what it needs; the second captures it as a CUDA graph,
+    which is replayed from then on.
+    """
 
     def __init__(self, function: Callable[[], None], pool: Any) -> None:
         self.function, self.pool, self.warm = function, pool, False
