@@ -174,7 +174,7 @@ def finished(config: TrainConfig, folder: Path) -> list[dict[str, Any]] | None:
     Raises RunError if the folder holds another config, or a damaged result.
     """
     run = _run_folder(config, folder)
-    run.holds_run()
+    run.holds_run()  # RunError if it is another
     if not run.result.exists():
         return None
     plain = files.read_json(run.result, TRAIN_AGAIN, list)

@@ -124,8 +124,8 @@ def test_ctrl_c_writes_a_checkpoint_and_the_same_command_resumes(corpus: Path, t
         assert "the same command resumes from here" in said
         before, steps = steps, holdall.load(out, checkpoint="last").step
         assert steps > before
-        told = [line["step"] for line in files.read_lines(out / "metrics.jsonl") if "loss" in line]
-        assert told == list(range(1, steps + 1))
+        logged_lines = [line["step"] for line in files.read_lines(out / "metrics.jsonl") if "loss" in line]
+        assert logged_lines == list(range(1, steps + 1))
 
 
 def test_the_code_in_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,8 +147,8 @@ def test_tensorboard_gets_what_the_run_folder_gets(
     assert run(monkeypatch, *words) == 0
     events = accumulator.EventAccumulator(str(out / "tensorboard"))
     events.Reload()
-    told = files.read_lines(out / "metrics.jsonl")
-    ours = [line["loss"] for line in told if "loss" in line]
+    logged_lines = files.read_lines(out / "metrics.jsonl")
+    ours = [line["loss"] for line in logged_lines if "loss" in line]
     assert [event.value for event in events.Scalars("loss")] == pytest.approx(ours)
     assert len(events.Scalars("valid_perplexity")) == 1
 

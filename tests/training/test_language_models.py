@@ -111,7 +111,7 @@ def assert_same_run(a: Path, b: Path) -> None:
 
 @pytest.fixture(scope="module")
 def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that nobody disturbed."""
+    """The folder of an undisturbed run."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     pretrain(config(corpus), folder)
     return folder
@@ -231,7 +231,7 @@ HIDDEN = "ignore:The .grad attribute of a Tensor:UserWarning"
 
 @pytest.mark.filterwarnings(HIDDEN)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_a_gpu_too_it_goes_on_to_the_bit(corpus: Path, tmp_path: Path) -> None:
+def test_on_a_gpu_too_it_resumes_bit_exactly(corpus: Path, tmp_path: Path) -> None:
     run = config(corpus, precision="bf16", compile=True, steps=30)
     pretrain(run, tmp_path / "whole", fabric=launcher("cuda"))
     with pytest.raises(Stopped):
@@ -330,7 +330,7 @@ def test_what_fails_without_the_compiler_too_is_raised(
 # ------------------------------------------------------------------------------------- stopped and resumed
 
 
-def test_stopped_anywhere_it_goes_on_to_the_bit(
+def test_stopped_anywhere_it_resumes_bit_exactly(
     corpus: Path, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "REPORT_STEPS", 1)
@@ -344,8 +344,10 @@ def test_stopped_anywhere_it_goes_on_to_the_bit(
             )
         assert not (tmp_path / "cut" / "result.json").exists()
     resumed = Pretrainer(config(corpus), open_data(config(corpus)), tmp_path / "cut", launcher())
-    told = [line["valid_loss"] for line in lines(whole) if "valid_loss" in line and line["step"] <= 53]
-    assert (resumed.step, resumed.best, resumed.valid_loss) == (53, min(told), told[-1])
+    valid_losses = [
+        line["valid_loss"] for line in lines(whole) if "valid_loss" in line and line["step"] <= 53
+    ]
+    assert (resumed.step, resumed.best, resumed.valid_loss) == (53, min(valid_losses), valid_losses[-1])
     pretrain(config(corpus), tmp_path / "cut")
     assert_same_run(whole, tmp_path / "cut")
 
@@ -377,7 +379,7 @@ def test_a_finished_run_is_not_trained_again(whole: Path, corpus: Path) -> None:
 @pytest.mark.parametrize(
     ("broken", "says", "good"), [(47, "step 48: loss nan", 40), (60, "step 60: validation loss nan", 40)]
 )
-def test_a_loss_that_is_no_number_ends_it_and_leaves_the_last_good_checkpoint(
+def test_a_loss_that_is_nan_ends_it_and_leaves_the_last_good_checkpoint(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: int, says: str, good: int
 ) -> None:
     folder, rate = tmp_path / "run", PretrainConfig.rate
@@ -389,9 +391,9 @@ def test_a_loss_that_is_no_number_ends_it_and_leaves_the_last_good_checkpoint(
     kept = holdall.load(folder, checkpoint="last")
     assert kept.step == good
     assert all(w.isfinite().all() for w in kept.model.parameters())
-    told = [line["loss"] for line in lines(folder) if "loss" in line]
-    assert told
-    assert all(map(math.isfinite, told))
+    logged = [line["loss"] for line in lines(folder) if "loss" in line]
+    assert logged
+    assert all(map(math.isfinite, logged))
 
 
 def test_what_does_not_fit_is_one_clear_line(corpus: Path, tmp_path: Path, whole: Path) -> None:
@@ -466,7 +468,7 @@ except Stopped:
 @pytest.mark.parametrize(
     ("strategy", "changes"), [("ddp", {"micro_batch": 2}), ("fsdp", {"recompute": True})]
 )
-def test_two_processes_learn_what_one_learns_and_one_goes_on_from_their_checkpoint(
+def test_two_processes_learn_what_one_learns_and_one_resumes_from_their_checkpoint(
     corpus: Path, tmp_path: Path, whole: Path, strategy: str, changes: dict[str, object]
 ) -> None:
     script, plain = tmp_path / "run.py", json.dumps(config(corpus, **changes).to_dict())
@@ -475,7 +477,7 @@ def test_two_processes_learn_what_one_learns_and_one_goes_on_from_their_checkpoi
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     assert subprocess.run(cut, env=environment, check=False, timeout=120).returncode == 130
     first = losses(tmp_path / "run")
-    assert len(first) == 50  # told every ten steps and at evaluations, which all processes agree on
+    assert len(first) == 50  # reported every ten steps and at evaluations, which all processes agree on
     assert first == pytest.approx(losses(whole)[:50], rel=1e-3)
     assert holdall.load(tmp_path / "run", checkpoint="last").step == 50
     pretrain(config(corpus, **changes), tmp_path / "run")

@@ -1,4 +1,4 @@
-"""Training: repeatable to the bit, resumable after any kind of end, populations equal to single runs."""
+"""Training: repeatable bit-exactly, resumable after any kind of end, populations equal to single runs."""
 
 import dataclasses
 import errno
@@ -151,24 +151,24 @@ def test_a_member_that_is_done_leaves_the_others_to_go_on(tmp_path: Path) -> Non
     assert fast["steps"] < slow["steps"] == 10 * 63
 
 
-def test_divergence_is_said_and_counts_as_no_accuracy(tmp_path: Path) -> None:
+def test_divergence_is_reported_and_counts_as_no_accuracy(tmp_path: Path) -> None:
     (result,) = train(config(learning_rates=(1e30,)), tmp_path / "run")
     assert result["stopped"] == "diverged"
     assert result["accuracy"] is None
     assert json.loads((tmp_path / "run" / "result.json").read_text()) == [result]
 
 
-def test_progress_is_told(tmp_path: Path) -> None:
-    told: list[Progress] = []
-    train(config(epochs=30), tmp_path / "run", on_progress=told.append)
-    assert told
-    assert all(0 < each.step <= each.steps == 30 * 11 for each in told)
+def test_progress_is_reported(tmp_path: Path) -> None:
+    reports: list[Progress] = []
+    train(config(epochs=30), tmp_path / "run", on_progress=reports.append)
+    assert reports
+    assert all(0 < each.step <= each.steps == 30 * 11 for each in reports)
 
 
 # ------------------------------------------------------------------------------------------------ resuming
 
 
-def test_stopped_anywhere_it_goes_on_to_the_bit(tmp_path: Path) -> None:
+def test_stopped_anywhere_it_resumes_bit_exactly(tmp_path: Path) -> None:
     train(config(learning_rates=(0.003, 0.01)), tmp_path / "whole")
     for stop_after in (1, 3, 9, 15):  # four stops in one run, one of them within its first steps
         steps = iter(range(10**6))

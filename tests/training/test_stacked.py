@@ -87,7 +87,7 @@ def test_a_member_does_not_see_who_is_beside_it() -> None:
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
-def test_one_that_leaves_goes_on_from_its_own_weights_and_moments() -> None:
+def test_one_that_leaves_continues_from_its_own_weights_and_moments() -> None:
     data = TaskData(TASK)
     three, alone = members(MIXERS[2], torch.float64), members(MIXERS[2], torch.float64)[1:2]
     both = Population(alone, data, 16, "fp32", record=False)
@@ -186,7 +186,7 @@ def population_config(**changes: object) -> TrainConfig:
     return config(learning_rates=(0.003, 0.01), seeds=(0, 1), **changes)
 
 
-def test_a_population_stopped_anywhere_goes_on_to_the_bit(tmp_path: Path) -> None:
+def test_a_population_stopped_anywhere_resumes_bit_exactly(tmp_path: Path) -> None:
     train(population_config(), tmp_path / "whole", together=True)
     for stop_after in (1, 3, 9, 15):
         steps = iter(range(10**6))
