@@ -127,7 +127,7 @@ def _scores(
                 f"{f' --rows {rows}' if rows else ''}"
             ) from error
         return kept
-    corpus = open_data(config)
+    corpus = open_data(config, folder / "config.json")
     dtype = torch.bfloat16 if config.precision == "bf16" and device != "cpu" else torch.float32
 
     def model() -> Model:

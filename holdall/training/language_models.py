@@ -168,13 +168,13 @@ def _together(fabric: Fabric) -> Iterator[None]:
         raise
 
 
-def open_data(config: PretrainConfig) -> Corpus:
-    """The corpus that a config names. Raises RunError if it is another by now."""
+def open_data(config: PretrainConfig, where: object = "the config") -> Corpus:
+    """The corpus that a config names. Raises RunError if it is another by now; `where` has the config."""
     corpus = open_corpus(Path(config.data)) if config.data else default_corpus()
     if config.data_hash not in ("", corpus.content_hash):
         raise RunError(
             f"the corpus in {corpus.folder} is not the one that this run is about (its content hash is "
-            f"{corpus.content_hash}, not {config.data_hash}); give its folder with --data"
+            f"{corpus.content_hash}, not {config.data_hash} as in {where}); give its folder with --data"
         )
     return corpus
 
