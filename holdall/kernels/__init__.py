@@ -1,8 +1,8 @@
-"""Triton twins of the operations in holdall.ops, one file each, with a derivation of the work they must do.
+"""GPU kernels of the operations in holdall.ops, one file each, with a derivation of the work they must do.
 
-A kernel is a PyTorch custom operation with the signature of its twin, its own gradient and its own rule for
-`vmap`, which folds the members of a population into the batch. Nothing here is imported before a kernel is
-asked for. Tensors that no kernel can run on are refused with `holdall.contract.forms.KernelError`.
+A kernel is a PyTorch custom operation with the same signature as the operation, its own gradient and its own
+rule for `vmap`, which folds the members of a population into the batch. These files are imported only when a
+kernel is used. Tensors that a kernel does not support raise `holdall.contract.forms.KernelError`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def register_batch_vmap(op: Any) -> None:
-    """Give a custom operation whose tensors all start with the batch its rule for `vmap`: a larger batch."""
+    """Register a rule for `vmap` that enlarges the batch, the first dimension of all tensors."""
 
     def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
         folded = [
@@ -45,8 +45,8 @@ def cdiv(a: int, b: int) -> int:
 
 
 def alignment(size: int) -> int:
-    """16 if the size is a multiple of it, which lets a kernel move 16 bytes at a time, else 1.
+    """16 if the size is a multiple of 16, which allows loads and stores of 16 bytes, else 1.
 
-    Kernels get such a size divided by it: that a length is a multiple, then, is all they are compiled for.
+    Kernels take sizes divided by this, so that they are compiled once for all multiples.
     """
     return 1 if size % 16 else 16

@@ -1,11 +1,11 @@
-"""Linear layers between tokens whose channels lie side by side, and channels whose times lie side by side.
+"""Linear layers between channels-last tensors (B, T, D) and channels-first tensors (E, B, T).
 
     into:   u_EBT = W_ED x_BTD        out of:   y_BTE = W_ED v_DBT
 
-Products along time, as long convolutions are, want a channel's times together; everything else wants a
-token's channels. cuBLAS reads and writes either way at the same rate, so the change of layout costs nothing
-if each product, of the gradients too, is asked for in the layout in which it is needed. PyTorch gives the
-gradient of a transposed operand transposed, which the next operation copies.
+Products along time, such as long convolutions, need the times of a channel contiguous; everything else needs
+the channels of a token contiguous. cuBLAS is equally fast with both layouts, so the change is free if each
+product, also of the gradients, is computed in the layout in which it is needed. PyTorch would return the
+gradient of a transposed operand transposed, and the next operation would copy it.
 
 Letters: M members (1 outside of `vmap`), B row, T time, D channels read, E channels written.
 """
@@ -25,14 +25,14 @@ if TYPE_CHECKING or "jaxtyping" in sys.modules:
 
 
 def into_channels(x_BTD: Float[Tensor, "b t d"], weight_ED: Float[Tensor, "e d"]) -> Float[Tensor, "e b t"]:
-    """`F.linear` without a bias, whose channels come first. Under autocast in its dtype, as F.linear."""
+    """`F.linear` without bias, with channels-first output. Like F.linear, in the dtype of autocast."""
     return _into(*(each[None] for each in _autocast(x_BTD, weight_ED)))[0]
 
 
 def out_of_channels(
     v_DBT: Float[Tensor, "d b t"], weight_ED: Float[Tensor, "e d"], bias_E: Float[Tensor, "e"] | None
 ) -> Float[Tensor, "b t e"]:
-    """`F.linear` of tokens whose channels come first. Under autocast in its dtype, as F.linear."""
+    """`F.linear` with channels-first input. Like F.linear, in the dtype of autocast."""
     y_BTE = _out_of(*(each[None] for each in _autocast(v_DBT, weight_ED)))[0]
     return y_BTE if bias_E is None else y_BTE + bias_E.to(y_BTE.dtype)
 

@@ -1,4 +1,4 @@
-"""Of the delta rule's backward, the part that flash-linear-attention has no sound kernel for on every GPU.
+"""The part of the delta rule's backward for which flash-linear-attention has no correct kernel on every GPU.
 
 With the chunks' states S and their gradients dS, the rows u that tokens write under their keys and du, the
 decays g summed from the chunk's start (base 2, one per head, or none) and G(t, s) = 2^(g_t - g_s) for s <= t,
@@ -9,12 +9,12 @@ else 0:
     dw_t = -S du_t                                      dg_t = dq_t . q_t - dk_t . k_t
     dg_C += 2^g_C sum(S dS) + sum_s 2^(g_C - g_s) (dS u_s) . k_s
 
-The package's kernel for it is mistranslated by Triton 3.4 to 3.7.0 for Hopper GPUs where there are decays
-(flash-linear-attention#640), and asks for more shared memory than there is with wide heads. Here tiles are
-small, and fp32 is multiplied as it is: three passes of tf32, which Triton makes of one product, came out as a
-single one on an H100, now and then with another result, or read where nothing is.
+Triton 3.4 to 3.7.0 miscompiles the package's kernel for Hopper GPUs if there are decays
+(flash-linear-attention#640), and with wide heads it needs more shared memory than there is. Here tiles are
+small, and fp32 operands are multiplied in fp32: Triton's products in three passes of tf32 ran as a single
+pass on an H100, sometimes with differing results, or read out of bounds.
 
-Through memory: q, k, u, dy, du, S and dS once per tile of key dimensions, dq, dk and dw once. Operations per
+Memory traffic: q, k, u, dy, du, S and dS once per tile of key dimensions, dq, dk and dw once. Operations per
 chunk: 2 C V (C + 3 K) + 4 C^2 K, C = 64.
 
 Letters: B row, T time, N chunks, C time within a chunk, H heads, K key dim, V value dim, J blocks of keys.
@@ -32,8 +32,8 @@ from holdall.kernels.language import dot, narrow
 
 
 def _tile(size: int, key_dim: int, value_dim: int, decays: bool) -> int:
-    """Key and value dimensions at a time: of more, the sums of a chunk do not fit into registers; of fewer,
-    the tokens' pairs are made more often. `size`: bytes of a number."""
+    """Key and value dimensions per tile: with more, a chunk's sums do not fit into registers; with fewer, the
+    products of token pairs are recomputed more often. `size`: bytes per element."""
     return 32 if size == 4 or (max(key_dim, value_dim) <= 64 and not decays) else 64
 
 
@@ -48,7 +48,7 @@ def chunk_gradients(
     sums_BTH: Tensor | None,
     chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """dq, dk and dw in the dtype of q, and in fp32 the gradient of the summed decays, if there are any."""
+    """dq, dk and dw in the dtype of q, and the gradient of the cumulative decays, if any, in fp32."""
     (rows, length, heads, key_dim), value_dim = q_BTHK.shape, u_BTHV.shape[3]
     tile = _tile(q_BTHK.element_size(), key_dim, value_dim, sums_BTH is not None)
     block_k, block_v = (min(tile, max(16, triton.next_power_of_2(size))) for size in (key_dim, value_dim))

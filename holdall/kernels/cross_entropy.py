@@ -4,23 +4,23 @@
     d loss / d h_n = ( sum_v p_nv e_v - e_target(n) ) / N     p_nv = exp(s_nv - logsumexp_v s_nv)
     d loss / d e_v = sum_n ( p_nv - [v = target(n)] ) h_n / N
 
-Letters: M members, N predictions, D model width, V vocabulary; R, K and W are N, D and V with room for whole
-tiles, S parts of a row of tiles, C predictions at once.
+Letters: M members, N predictions, D model width, V vocabulary; R, K and W are N, D and V padded to whole
+tiles, S parts of a row of tiles, C predictions per chunk.
 
-Up to width 256, in bf16 and fp16, no logit is ever written (`_fused`). The gradient of h is softmax attention
-with queries h and keys and values e, so one pass along the vocabulary with a running maximum and sum gives
-logsumexp, the arg max and sum_v p_nv e_v together. The gradient of the head needs the finished logsumexp: a
-second pass, along the predictions, that makes the logits once more. Where predictions, or vocabulary, are too
-few to fill the device, several programs share a row of tiles and another launch puts their parts together, in
-a fixed order: no atomics, the same bits each time.
+Up to width 256, in bf16 and fp16, logits are never stored (`_fused`). The gradient of h is softmax attention
+with queries h and keys and values e, so one pass over the vocabulary with a running maximum and sum gives
+logsumexp, the argmax and sum_v p_nv e_v together. The gradient of the head needs the final logsumexp: a
+second pass, over the predictions, which recomputes the logits. If predictions, or vocabulary, are too few to
+fill the GPU, several programs share a row of tiles and another launch combines their parts in a fixed order,
+without atomics, so that results are deterministic.
 
     operations   4 products of 2 N V D: logits and sum_v p e in one pass, logits and sum_n p h in the next
     bytes        h twice, e twice, both gradients once: megabytes where the logits would be gigabytes
 
-Keeping p between the passes would save one product of four, but writes and reads 4 N V bytes: longer than the
-product takes up to width 256. Beyond it, and in fp32, where the matrix units are no help and a library's
-product has the better of ours, `_in_chunks` does keep it: three library products per chunk of predictions and
-a kernel that turns a chunk's logits, in fp32, into p - [v = target]. Its memory is bounded by the chunk.
+Storing p between the passes would save one product of four, but writes and reads 4 N V bytes, which takes
+longer than the product up to width 256. Beyond it, and in fp32, where tensor cores cannot be used and library
+products are faster than ours, `_in_chunks` does store it: three library products per chunk of predictions and
+a kernel that turns a chunk's logits, in fp32, into p - [v = target]. Memory is bounded by the chunk.
 """
 
 from __future__ import annotations
@@ -43,35 +43,35 @@ if TYPE_CHECKING or "jaxtyping" in sys.modules:
     from jaxtyping import Bool, Float, Int
 
 FUSED_WIDTH = 256
-"""The widest rows of which a program can hold a tile and an accumulator."""
+"""Largest width for which a program can hold a tile and an accumulator."""
 CHUNK_LOGITS = 1 << 28
-"""How many logits exist at once in the wide form: fewer would leave too few rows for a product."""
+"""Logits per chunk in the wide form; with fewer, products would have too few rows."""
 ROWS_FUSED = {64: (128, 64, 4, 3), 128: (64, 128, 4, 3), 256: (128, 64, 8, 3)}
-"""First pass: padded width to predictions, vocabulary, warps and stages of a program."""
+"""First pass: from padded width to predictions and vocabulary per tile, warps and stages."""
 VOCAB_FUSED = {64: (64, 128, 4, 3), 128: (64, 128, 4, 2), 256: (128, 64, 8, 3)}
-"""Second pass: padded width to vocabulary, predictions, warps and stages of a program."""
+"""Second pass: from padded width to vocabulary and predictions per tile, warps and stages."""
 MERGE_ROWS = 32
 SCALE_BLOCK = 2048
 WHOLE = 128
-"""Operands come in whole blocks and tiles of any of these, so that loops need not mask what they load."""
+"""Operands are padded to whole blocks and tiles of all of these, so that loads in loops need no masks."""
 SOFTMAX = (8192, 16)
-"""Logits at a time, and warps, of a program that turns a row of them into probabilities."""
+"""Logits per step, and warps, of a program that turns a row of logits into probabilities."""
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 SHIFT = tl.constexpr(10.0)
 SCALE = tl.constexpr(1024.0)
-"""2^SHIFT: finished probabilities are carried times this, or fp16 would lose the small ones."""
+"""2^SHIFT: probabilities are scaled by this, so that small ones do not underflow in fp16."""
 
 
 def linear_cross_entropy(
     h_ND: Float[Tensor, "n d"], head_VD: Float[Tensor, "v d"], target_N: Int[Tensor, "n"]
 ) -> tuple[Float[Tensor, ""], Bool[Tensor, "n"]]:
-    """The mean loss in nats and whether each prediction is right, as `holdall.ops.cross_entropy` has them.
+    """The mean loss in nats and whether each prediction is right, as in `holdall.ops.cross_entropy`.
 
-    Under autocast both operands are read in its dtype, whatever theirs is, and the gradients come in theirs;
-    the loss is fp32. Where gradients are enabled they are made here, so call it without them to evaluate.
-    A target outside of the vocabulary makes the loss NaN.
+    Under autocast both operands are cast to its dtype, and gradients have the operands' own dtypes; the loss
+    is fp32. If gradients are enabled, they are computed in the forward, so disable them for evaluation. A
+    target outside of the vocabulary makes the loss NaN.
 
     Raises:
         KernelError: no kernel can run on these tensors.
@@ -93,7 +93,7 @@ def linear_cross_entropy(
 def _op(
     h: Tensor, head: Tensor, target: Tensor, dtype: torch.dtype, want_grads: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """loss_M, right_MN, and N times the gradients of h_MND and head_MVD; those are empty if not wanted."""
+    """loss_M, right_MN, and N times the gradients of h_MND and head_MVD, or empty tensors without them."""
     loss_MN = h.new_empty(target.shape, dtype=torch.float32)
     right_MN, grad_h_MND, grad_head_MVD = _empty_results(h, head, target, dtype, want_grads)
     scheme = _fused if dtype.itemsize == 2 and h.shape[-1] <= FUSED_WIDTH else _in_chunks
@@ -104,7 +104,7 @@ def _op(
 def _empty_results(
     h: Tensor, head: Tensor, target: Tensor, dtype: torch.dtype, want_grads: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Memory for right_MN and the gradients, in fp32 where sums or their scale may not fit the operands'."""
+    """Tensors for right_MN and the gradients, which are fp32 where the operands' dtype may overflow."""
     kept = torch.bfloat16 if h.dtype == dtype == torch.bfloat16 else torch.float32
     return (
         target.new_empty(target.shape, dtype=torch.bool),
@@ -122,7 +122,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     h, head, *_ = inputs
     loss, right, grad_h, grad_head = output
     ctx.mark_non_differentiable(right, grad_h, grad_head)
-    ctx.set_materialize_grads(False)  # or zeros of the gradients' size would be made for these
+    ctx.set_materialize_grads(False)  # otherwise zeros of the gradients' size would be allocated for these
     ctx.save_for_backward(loss, grad_h, grad_head)
     ctx.dtypes = h.dtype, head.dtype
 
@@ -149,9 +149,9 @@ register_batch_vmap(_op)
 @once_differentiable("F.cross_entropy of all logits")
 @torch.library.custom_op("holdall::linear_cross_entropy_scaled", mutates_args=())
 def _scaled_op(grad: Tensor, grad_loss: Tensor, loss: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-    """grad_MRD grad_loss_M / count, in a dtype, in one pass where PyTorch's own product needs two.
+    """grad_MRD grad_loss_M / count in a dtype, in one pass where PyTorch's product needs two.
 
-    It depends on h and head as the loss does, which is there to say so.
+    It depends on h and head as the loss does; the loss is an argument so that autograd knows that.
     """
     out = torch.empty_like(grad, dtype=dtype)
     size = grad[0].numel()
@@ -177,7 +177,7 @@ def _scale_kernel(grad_ptr, grad_loss_ptr, out_ptr, size, count, BLOCK: tl.const
 
 
 def _operand(x: Tensor, dtype: torch.dtype, multiple: int, width: int) -> Tensor:
-    """x_MRD in a dtype, with zeros up to a multiple in R and to a width in D; x itself where it is so."""
+    """x_MRD in a dtype, padded with zeros to a multiple in R and to a width in D; x itself if it fits."""
     members, rows, _ = x.shape
     whole = multiple * cdiv(rows, multiple)
     if (whole, width) == x.shape[1:]:
@@ -187,7 +187,7 @@ def _operand(x: Tensor, dtype: torch.dtype, multiple: int, width: int) -> Tensor
     return out
 
 
-# ------------------------------------------------------------------------------------- no logit in memory
+# ------------------------------------------------------------------------------------ without stored logits
 
 
 def _fused(
@@ -208,7 +208,7 @@ def _fused(
     rows, words = h_MRK.shape[1], head_MWK.shape[1]
 
     block, tile, warps, stages = ROWS_FUSED[padded]
-    tiles = cdiv(vocab, tile)  # none that lies beyond the vocabulary: it would have no maximum
+    tiles = cdiv(vocab, tile)  # no tile may be entirely beyond the vocabulary: it would have no maximum
     splits, tiles_each = _split(members * rows // block, tiles, warps, h.device)
     top_SMR, sum_SMR = empty((2, splits, members, rows))
     guess_SMR = empty((splits, members, rows), dtype=torch.int32)
@@ -237,12 +237,12 @@ def _fused(
 
 
 def _split(programs: int, tiles: int, warps: int, device: torch.device) -> tuple[int, int]:
-    """Among how many programs to share a row of tiles, and how many tiles each then has.
+    """The number of programs that share a row of tiles, and the number of tiles of each.
 
-    The least tiles one after another, where each part also costs about a tile to put together. A
-    multiprocessor holds 8 warps: more have no registers.
+    It minimises the tiles that are processed in sequence, where combining each part costs about one tile. A
+    multiprocessor runs 8 warps at a time, which is all that the registers allow.
     """
-    at_once = 4  # of the interpreter
+    at_once = 4  # in the interpreter
     if device.type == "cuda":
         at_once = torch.cuda.get_device_properties(device).multi_processor_count * 8 // warps
     most = min(cdiv(tiles, 4), 4 * cdiv(at_once, programs))
@@ -262,7 +262,7 @@ def _rows_kernel(
     PADDED: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
     EVEN: tl.constexpr, WANT_GRADS: tl.constexpr,
 ):  # fmt: skip
-    """One block of predictions along one part of the vocabulary: maximum and its place, sum, sum of p e."""
+    """One block of predictions over one part of the vocabulary: maximum and argmax, sum, sum of p e."""
     split, member = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     h = _tile(h_ptr + member * rows * PADDED, row, PADDED)
@@ -282,7 +282,7 @@ def _rows_kernel(
         if not EVEN:
             s = tl.where(tile * TILE + lane[None, :] < vocab, s, float("-inf"))
         tile_top = tl.max(s, 1)
-        # of equal ones the first, found by comparing: cheaper than a maximum that carries its place along
+        # the first of equal ones, found by comparison, which is faster than an argmax
         place = tl.min(tl.where(s == tile_top[:, None], lane[None, :], TILE), 1)
         guess = tl.where(tile_top > top, tile * TILE + place, guess)
         new_top = tl.maximum(top, tile_top)
@@ -307,9 +307,10 @@ def _merge_kernel(
     loss_ptr, right_ptr, log_sum_ptr, place_ptr, grad_ptr, count, rows, vocab, words, splits,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, WANT_GRADS: tl.constexpr,
 ):  # fmt: skip
-    """Put the parts of the vocabulary together: loss, gradient of h, and what the second pass needs of a row.
+    """Combine the parts of the vocabulary: loss, gradient of h, and each row's data for the second pass.
 
-    That is log2 of its sum, less SHIFT, and its target. Rows beyond `count` are zeros and will add nothing.
+    These are log2 of the sum, less SHIFT, and the target. Rows beyond `count` are zeros and contribute
+    nothing.
     """
     member = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -353,7 +354,7 @@ def _vocab_kernel(
     h_ptr, head_ptr, place_ptr, log_sum_ptr, grad_ptr, rows, vocab, words, tiles, tiles_each,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """One block of the vocabulary along one part of the predictions: sum over n of (p - one-hot) h."""
+    """One block of the vocabulary over one part of the predictions: sum over n of (p - one-hot) h."""
     split, member = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     v = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     e = _tile(head_ptr + member * words * PADDED, v.to(tl.int64), PADDED)
@@ -384,7 +385,7 @@ def _vocab_kernel(
     )
 
 
-# ------------------------------------------------------------------------------ a chunk of logits in memory
+# ---------------------------------------------------------------------------------------- logits in chunks
 
 
 def _in_chunks(
@@ -400,7 +401,7 @@ def _in_chunks(
 ) -> None:
     (members, count, width), vocab = h.shape, head.shape[1]
     empty = partial(torch.empty, dtype=torch.float32, device=h.device)
-    # at an odd vocabulary a library's products take three times as long
+    # with an odd vocabulary library products take three times as long
     h_MND, head_MWD = _operand(h, dtype, 1, width), _operand(head, dtype, 16, width)
     words = head_MWD.shape[1]
     chunk = cdiv(count, cdiv(count * members * words, CHUNK_LOGITS))
@@ -430,7 +431,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor, *, alpha: float = 1.0, beta: int
         torch.baddbmm(out, a, b, alpha=alpha, beta=beta, out=out)
     elif a.device.type == "cuda":
         torch.baddbmm(out, a, b, out.dtype, alpha=alpha, beta=beta, out=out)
-    else:  # a CPU has no product of mixed dtypes
+    else:  # on a CPU there are no products of mixed dtypes
         torch.baddbmm(out, a.to(out.dtype), b.to(out.dtype), alpha=alpha, beta=beta, out=out)
 
 
@@ -439,17 +440,17 @@ def _softmax_kernel(
     logit_ptr, p_ptr, target_ptr, loss_ptr, right_ptr, start, count, vocab, words, chunk_words,
     BLOCK: tl.constexpr, WANT_GRADS: tl.constexpr,
 ):  # fmt: skip
-    """One prediction: its loss, and SCALE (p - one-hot) from its logits, which may be the same memory."""
+    """One prediction: its loss, and SCALE (p - one-hot), which may overwrite its logits."""
     row, member = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     at = member * count + start + row
     logit_ptr += member * chunk_words + row * words
     p_ptr += member * chunk_words + row * words
     target = tl.load(target_ptr + at).to(tl.int32)
-    # before the reductions below, behind whose barrier other warps may overwrite it
+    # read before the reductions below, after whose barrier other warps may overwrite it
     known = (target >= 0) & (target < vocab)
     picked = tl.load(logit_ptr + target, mask=known, other=float("nan"))
 
-    # a running maximum and sum per lane, brought together once at the end
+    # a running maximum and sum per lane, combined once at the end
     v = tl.arange(0, BLOCK)
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -467,7 +468,7 @@ def _softmax_kernel(
     tl.store(loss_ptr + at, (best - picked) + tl.log2(total) * LN2)
     tl.store(right_ptr + at, guess == target)
     if WANT_GRADS:
-        # not from logsumexp: its rounding would be in every p of the row
+        # not from logsumexp, whose rounding error would be in every p of the row
         scale = SCALE / total
         for first in range(0, words, BLOCK):
             s = tl.load(logit_ptr + first + v, mask=first + v < vocab, other=float("-inf"))

@@ -1,27 +1,28 @@
-"""The gradient of decays, as the sum of what decays on its way across a token and of nothing else.
+"""The gradient of decays as an exact sum over the terms that each decay multiplies.
 
 Every token decays a state, writes into it and reads it, S_t = w_t S_{t-1} + k_t u_t^T. With dS'_t, the
 gradient of the decayed state w_t S_{t-1},
 
     dlog w_t = sum_V (w_t S_{t-1}) dS'_t
 
-where every term has passed through w_t. The usual way to it, q_t . dq_t - k_t . dk_t summed over all later
-tokens, has each token's own q_t . k_t in both sums. It cancels, but what it rounds to does not, and nothing
-decays it: of a strong decay's gradient no digit is left. Here a chunk's tokens are cut into blocks. With S
-and dS, the state before a block and the gradient of the state after it, C_t the decay from the block's start
-up to t, G(t, s) = C_t / C_s, L the last token, and e_t what is read with q_t:
+where every term contains w_t. The usual formula, q_t . dq_t - k_t . dk_t summed over all later tokens, has
+each token's own q_t . k_t in both sums. It cancels, but its rounding error does not, and is not multiplied by
+any decay: the gradient of a strong decay loses all digits. Here a chunk's tokens are cut into blocks. Let S
+be the state before a block and dS the gradient of the state after it, C_t the decay from the block's start up
+to t, G(t, s) = C_t / C_s, L the last token, and e_t the gradient of what q_t reads:
 
     dlog w_r = sum_{s < r <= t} G(t, s) k_s q_t (e_t . u_s)              both in the block
                + sum_{t >= r} C_t q_t (S e_t) + sum_{s < r} G(L, s) k_s (dS u_s) + C_L sum_V S dS
 
 For linear attention u is v, and e is dy. The delta rule writes u_t = beta_t (v_t - S'_t^T k_t), so it reads
-twice: its second pair of q and e is k and -dv. S and dS of a block come from those of its chunk by what the
-blocks between wrote or read. A program has a block, a tile of keys and all values, a tile at a time.
+twice: its second pair of q and e is k and -dv. S and dS of a block follow from those of its chunk and from
+the writes and reads of the other blocks. A program has a block and a tile of keys, and loops over tiles of
+values.
 
-Through memory: q, k, the decays and both states once, u, dy and dv once per tile of keys, if what the blocks
-of a chunk share stays in the cache; one number per decay is written. Operations per chunk, with J tokens a
-block, N blocks a chunk and two reads: 3 (N - 1) C K V for states, 6 C K V for what they give and take,
-4 J C V for pairs; and 8 J C K on ordinary cores where each key has its decay.
+Memory traffic: q, k, the decays and both states once, u, dy and dv once per tile of keys, if data shared by
+the blocks of a chunk stays in the cache; one value per decay is written. Operations per chunk, with J tokens
+per block, N blocks per chunk and two reads: 3 (N - 1) C K V for states, 6 C K V for their contributions,
+4 J C V for pairs; and 8 J C K on ordinary cores if each key dimension has its own decay.
 
 Letters: B row, T time, N chunks, C time within a chunk, J time within a block, H heads, K key dim,
 V value dim, X decays: K, or 1.
@@ -37,7 +38,7 @@ from holdall.kernels import cdiv
 from holdall.kernels.language import LOG2_E, dot, narrow
 
 BLOCK = tl.constexpr(16)
-"""Tokens whose pairs are taken one by one, the fewest that a product of matrices has."""
+"""Tokens per block, the smallest size of a matrix product."""
 
 
 def decay_gradients(
@@ -54,14 +55,14 @@ def decay_gradients(
     """The gradient of log_decay, (B, T, H) or (B, T, H, K), in fp32.
 
     Args:
-        u_BTHV: what is written under the keys.
-        dv_BTHV: of the delta rule, the gradient of its values; None for linear attention.
+        u_BTHV: the values written under the keys.
+        dv_BTHV: the gradient of the delta rule's values; None for linear attention.
         s_BNHKV, ds_BNHKV: the state before each chunk, and the gradient of the state after it.
-        log_decay: fp32, as it is, not summed.
+        log_decay: the log decays themselves, not cumulative sums, in fp32.
     """
     (rows, length, heads, key_dim), value_dim = q_BTHK.shape, u_BTHV.shape[3]
     each_key = log_decay.ndim == 4
-    most_v = 32 if q_BTHK.element_size() == 4 else 64  # of more, fp32 does not fit into registers
+    most_v = 32 if q_BTHK.element_size() == 4 else 64  # with more, fp32 does not fit into registers
     tile_k, tile_v = (
         min(most, max(16, triton.next_power_of_2(size)))
         for most, size in ((32, key_dim), (most_v, value_dim))
@@ -78,7 +79,7 @@ def decay_gradients(
 
 @triton.jit
 def _log_decays(log_w_ptr, token_J, real_J, key_K, K: tl.constexpr, EACH_KEY: tl.constexpr):
-    """Of a block, to base 2, (J, X)."""
+    """The log decays of a block in base 2, (J, X)."""
     if EACH_KEY:
         at_JK, here_JK = token_J[:, None] * K + key_K[None, :], real_J[:, None] & (key_K < K)[None, :]
         return LOG2_E * tl.load(log_w_ptr + at_JK, mask=here_JK, other=0.0)
@@ -88,7 +89,7 @@ def _log_decays(log_w_ptr, token_J, real_J, key_K, K: tl.constexpr, EACH_KEY: tl
 
 @triton.jit
 def _since(x_JX, EACH_KEY: tl.constexpr):
-    """For each token, the sum up to it."""
+    """Cumulative sums over tokens."""
     if EACH_KEY:
         return tl.cumsum(x_JX, 0)
     else:
@@ -98,9 +99,9 @@ def _since(x_JX, EACH_KEY: tl.constexpr):
 
 @triton.jit
 def _sums(log_w_JX, EACH_KEY: tl.constexpr):
-    """For each token, the sums up to it of whole numbers and of what is left, from 0 to 1; and those of all.
+    """Cumulative sums of the integer parts and of the fractions in [0, 1], and the totals of both.
 
-    The first are exact, so that differences of sums lose no digits to a token that forgets a lot.
+    Integer sums are exact, so that a strong decay costs no precision in differences of sums.
     """
     whole_JX = tl.floor(log_w_JX)
     left_JX = log_w_JX - whole_JX
@@ -109,7 +110,7 @@ def _sums(log_w_JX, EACH_KEY: tl.constexpr):
 
 @triton.jit
 def _until(log_w_JX, EACH_KEY: tl.constexpr):
-    """For each token, the decay from it to the end."""
+    """The decay from each token to the end of the block."""
     whole_JX, left_JX, whole_X, left_X = _sums(log_w_JX, EACH_KEY)
     return tl.exp2((whole_X[None, :] - whole_JX) + (left_X[None, :] - left_JX))
 
@@ -200,7 +201,7 @@ def _kernel(
     through_K *= tl.exp2(tl.sum(log_w_JX, 0))
     whole_JX, left_JX, _, _ = _sums(log_w_JX, EACH_KEY)
     if EACH_KEY:
-        # from the last token back: what the block's tokens write and those from t on read
+        # backwards from the last token: what the block's tokens write and tokens from t on read
         for back in range(0, BLOCK):
             i = BLOCK - 1 - back
             now_J1, earlier_J1 = (j == i)[:, None], (j < i)[:, None]
@@ -228,7 +229,7 @@ def _kernel(
         earlier_JJ = j[None, :] < j[:, None]
         between_JJ = (whole_JX - tl.trans(whole_JX)) + (left_JX - tl.trans(left_JX))
         pairs_JJ *= tl.exp2(tl.where(earlier_JJ, between_JJ, 0.0))
-        # rows: the token whose decay it is; columns: those that write, read by any from that token on
+        # rows: the token of the decay; columns: the tokens that write, read by any token from that one on
         onwards_JJ = j[None, :] >= j[:, None]
         pairs_JJ = dot(tl.where(onwards_JJ, 1.0, 0.0), tl.where(earlier_JJ, pairs_JJ, 0.0))
         pairs_JJ += tl.sum(behind_JK, 1)[None, :]

@@ -1,6 +1,6 @@
 """The delta rules on a GPU, by flash-linear-attention: see holdall/kernels/fla.py.
 
-What must move: q, k, v, y, the tokens' solved rows (K + V numbers each, written and read) and the chunks'
+Memory traffic: q, k, v, y, the tokens' solved rows (K + V elements each, written and read) and the chunks'
 states. Operations per head: 2 T C (3 K + 2 V) + 6 T K V, and C^2 T / 3 for the triangular systems, C = 64.
 """
 
@@ -29,9 +29,9 @@ def delta_rule(
     *,
     chunk: int = fla.CHUNK,
 ) -> tuple[Float[Tensor, "b t h v"], Float[Tensor, "b h k v"]]:
-    """`holdall.ops.delta_rule.delta_rule`, with the package's own chunk.
+    """`holdall.ops.delta_rule.delta_rule`, with the package's chunk length.
 
-    Products are taken in the dtype of v, and q and k are rounded to it; beta, decay and state are fp32.
+    Matrix products are in the dtype of v, to which q and k are cast; beta, decay and state are fp32.
 
     Raises:
         KernelError: the package is missing or unknown, or it has no kernel for these arguments.
@@ -58,7 +58,7 @@ def generalised_delta_rule(
     *,
     chunk: int = fla.CHUNK,
 ) -> tuple[Float[Tensor, "b t h v"], Float[Tensor, "b h k v"]]:
-    """`holdall.ops.delta_rule.generalised_delta_rule`, as `delta_rule` here; any decay is one per key."""
+    """`holdall.ops.delta_rule.generalised_delta_rule`, as `delta_rule` here; decays are per key dimension."""
     fla.require(q_BTHK, k_BTHK, v_BTHV, s_BHKV, key_dim=q_BTHK.shape[-1])
     if log_decay is None:
         log_decay = torch.zeros_like(q_BTHK, dtype=torch.float32)

@@ -1,19 +1,19 @@
-"""The diagonal scan, h_t = a_t h_{t-1} + b_t in every channel: real or complex, with a per token or steady.
+"""The diagonal scan, h_t = a_t h_{t-1} + b_t per channel: real or complex, with a per token or constant.
 
-A program owns BLOCK channels of one row, a channel per lane, and walks through time in tiles of TILE tokens
-that it loads at once and steps through in registers. The gradient runs the other way: with dh_t the gradient
-of h_t from outside, and s what h_t sends back,
+A program has BLOCK channels of one row, one channel per lane, and loops over tiles of TILE tokens, which it
+loads at once and processes in registers. The gradient runs backwards: with dh_t the incoming gradient of h_t,
+and s_t the gradient that h_t passes on to h_{t-1},
 
     g_t = dh_t + s_{t+1}     s_t = conj(a_t) g_t     grad b_t = g_t     grad a_t = g_t conj(h_{t-1})
 
-A steady a is read once, and its gradient summed over time in registers, over rows by torch.sum: no atomics,
-so the same bits come out twice. Where rows and channels are too few to fill the GPU, time is cut into
-segments, too: a first launch finds the state at the end of each segment that starts from zero and the product
-of its a, and the programs of the second start from those of the segments before theirs.
+A constant ("steady") a is read once, and its gradient is summed over time in registers and over rows by
+torch.sum, without atomics, so that results are deterministic. If rows and channels are too few to fill the
+GPU, time is also cut into segments: a first launch computes the product of each segment's a and its final
+state from a zero start, and the programs of the second start from those of the segments before theirs.
 
-What limits is memory. fp32, per token and channel: a, b and h forward, 12 bytes; a, h, dh and the gradients
-of a and b backward, 20; for 1024 rows of 256 tokens and 256 channels 0.27 and 0.45 ms at 3 TB/s. Steady 8 and
-12; complex twice as many; in segments a and b, or a and dh, are read twice.
+The kernel is memory-bound. In fp32, per token and channel: a, b and h forward, 12 bytes; a, h, dh and the
+gradients of a and b backward, 20; for 1024 rows of 256 tokens and 256 channels 0.27 and 0.45 ms at 3 TB/s. If
+a is constant, 8 and 12; if complex, twice as many; with segments a and b, or a and dh, are read twice.
 
 Letters: B row, T time, X channels, G groups of rows with an a of their own (the members of a population),
 S segments, J tokens of a tile.
@@ -41,9 +41,9 @@ if TYPE_CHECKING or "jaxtyping" in sys.modules:
 TILE = 16
 CONFIG = {"BLOCK": 32, "num_warps": 1, "num_stages": 1}
 ENOUGH = 2048
-"""Programs that fill a GPU."""
+"""Number of programs that fill a GPU."""
 LEAST = 8
-"""Tiles of the shortest segment."""
+"""Fewest tiles per segment."""
 
 
 # ---------------------------------------------------------------------------------------------- on the device
@@ -51,7 +51,7 @@ LEAST = 8
 
 @triton.jit
 def _times(a, b, COMPLEX: tl.constexpr):
-    """A product of numbers, each a pair of tensors; of a real one the second is never looked at."""
+    """A product of complex values, each a pair of tensors; the second is ignored if values are real."""
     if COMPLEX:
         return a[0] * b[0] - a[1] * b[1], a[0] * b[1] + a[1] * b[0]
     else:
@@ -68,7 +68,7 @@ def _plus(a, b, COMPLEX: tl.constexpr):
 
 @triton.jit
 def _decayed(a, low, h, STEADY: tl.constexpr, COMPLEX: tl.constexpr):
-    """a h; a steady a has two parts: its rounding would add up over all the tokens that h remembers."""
+    """a h; a constant a has two parts, since its rounding error would accumulate over tokens."""
     if STEADY:
         return _plus(_times(a, h, COMPLEX), _times(low, h, COMPLEX), COMPLEX)
     else:
@@ -85,7 +85,7 @@ def _conj(a, COMPLEX: tl.constexpr):
 
 @triton.jit
 def _read(ptrs, ok, one, COMPLEX: tl.constexpr):
-    """A complex number is one of 64 bits in memory. What is not there is 0, or 1 where that is `one`."""
+    """Load values; a complex one has 64 bits in memory. Masked values are 0, or 1 if `one`."""
     if COMPLEX:
         bits = tl.load(ptrs, mask=ok, other=0x3F800000 if one else 0)
         re, im = bits.to(tl.int32), (bits >> 32).to(tl.int32)
@@ -118,14 +118,14 @@ def _write_tile(ptr, stride, x_X, ok_JX, x, TILE: tl.constexpr, LEVELS: tl.const
 
 @triton.jit
 def _whose(channels, segments, BLOCK: tl.constexpr):
-    """Row, segment and channels of a program; whatever is multiplied by a row has 64 bits."""
+    """Row, segment and channels of a program; the row has 64 bits, since offsets are multiples of it."""
     pid, blocks = tl.program_id(0), tl.cdiv(channels, BLOCK)
     x_X = pid % blocks * BLOCK + tl.arange(0, BLOCK)
     return (pid // blocks // segments).to(tl.int64), pid // blocks % segments, x_X < channels, x_X
 
 
 NUMBERS = ["time", "channels", "group", "segments", "tiles"]
-"""Not specialised on: another length or width is no reason to compile again."""
+"""Arguments without specialisation, so that another length or width does not recompile the kernel."""
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -134,10 +134,10 @@ def _ends_kernel(
     REVERSE: tl.constexpr, STEADY: tl.constexpr, COMPLEX: tl.constexpr,
     TILE: tl.constexpr, LEVELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What a segment that starts from zero ends with, and the product of its a; in reverse, of the gradients.
+    """Final state of a segment from a zero start, and the product of its a; in reverse, of the gradients.
 
-    The last segment's is never used forward, and its product is multiplied by zero in reverse, so that tokens
-    beyond the last do no harm.
+    Those of the last segment are not used forward, and multiplied by zero in reverse, so that tokens beyond
+    the end do not matter.
     """
     row, segment, inside_X, x_X = _whose(channels, segments, BLOCK)
     zero_X = tl.zeros((BLOCK,), tl.float32)
@@ -181,7 +181,7 @@ def _forward_kernel(
 ):  # fmt: skip
     row, segment, inside_X, x_X = _whose(channels, segments, BLOCK)
     h_X = _read(start_ptr + row * channels + x_X, inside_X, False, COMPLEX)
-    for i in range(segment):  # the state before this one, through those of which only the ends are known
+    for i in range(segment):  # the state before this segment, from the ends of those before it
         at_X = (row * segments + i) * channels + x_X
         kept_X = _read(kept_ptr + at_X, inside_X, False, COMPLEX)
         end_X = _read(ends_ptr + at_X, inside_X, False, COMPLEX)
@@ -232,7 +232,7 @@ def _backward_kernel(
         t_J = start + tl.arange(0, TILE)
         ok_JX = (t_J < time)[:, None] & inside_X[None, :]
         dhs = _read_tile(dh_ptr + at, channels, x_X, ok_JX, False, TILE, LEVELS, COMPLEX)
-        # the states before each token; that before the very first one is added below
+        # the states before each token; that before the first token is handled below
         past_JX = ok_JX & (t_J > 0)[:, None]
         hs = _read_tile(h_ptr + at - channels, channels, x_X, past_JX, False, TILE, LEVELS, COMPLEX)
         many_a = dhs
@@ -255,7 +255,7 @@ def _backward_kernel(
                 tile_da_X = _plus(tile_da_X, at_a_X, COMPLEX)
             else:
                 da_re, da_im = prepend(at_a_X[0], da_re), prepend(at_a_X[1], da_im)
-        if STEADY:  # a sum of thousands
+        if STEADY:  # a sum over thousands of tokens
             re_X, lost_re_X = add_up(da_X[0], tile_da_X[0], lost_X[0])
             im_X, lost_im_X = add_up(da_X[1], tile_da_X[1], lost_X[1])
             da_X, lost_X = (re_X, im_X), (lost_re_X, lost_im_X)
@@ -294,7 +294,7 @@ def steady_scan(
 
 
 def _scan(a: Tensor, low: Tensor | None, b: Tensor, h: Tensor) -> Tensor:
-    """A steady a comes with what it rounds off."""
+    """Run the scan; `low` is the rounding error of a constant a."""
     dtype, shape = functools.reduce(torch.promote_types, (a.dtype, b.dtype, h.dtype)), b.shape
     if dtype.is_complex:
         a, b, h = (torch.view_as_real(u.to(dtype)) for u in (a, b, h))
@@ -307,9 +307,9 @@ def _scan(a: Tensor, low: Tensor | None, b: Tensor, h: Tensor) -> Tensor:
 
 
 def segments(rows: int, time: int, channels: int) -> tuple[int, int]:
-    """Into how many segments time is cut, and the tiles of each: shapes alone decide.
+    """Number of segments that time is cut into, and the tiles of each; depends on shapes alone.
 
-    One, where rows and channels alone fill the GPU; otherwise as many as do, of at least LEAST tiles.
+    One if rows and channels fill the GPU, otherwise as many as do, of at least LEAST tiles each.
     """
     tiles, programs = cdiv(time, TILE), rows * cdiv(channels, CONFIG["BLOCK"])
     length = cdiv(tiles, max(1, min(cdiv(ENOUGH, programs), tiles // LEAST)))
@@ -317,7 +317,7 @@ def segments(rows: int, time: int, channels: int) -> tuple[int, int]:
 
 
 class _Call:
-    """What the launches of one call share. A steady a is (G, X): one for every group of rows."""
+    """Arguments that the launches of a call share. A constant a is (G, X), one for every group of rows."""
 
     def __init__(self, a: Tensor, b: Tensor) -> None:
         self.rows, time, channels = b.shape
@@ -330,7 +330,7 @@ class _Call:
         self.grid = (self.rows * self.segments * cdiv(channels, CONFIG["BLOCK"]),)
 
     def ends(self, a: Tensor, low: Tensor, b: Tensor, *, reverse: bool) -> tuple[Tensor, Tensor]:
-        """Of every segment by itself; nothing where there is but one."""
+        """Final states and products of all segments; empty if there is only one."""
         dtype = b.dtype if b.dtype == torch.int64 else torch.float32
         ends, kept = (b.new_empty(self.rows, self.segments, b.shape[-1], dtype=dtype) for _ in range(2))
         if self.segments > 1:
@@ -339,15 +339,15 @@ class _Call:
 
 
 def _numbers(is_complex: bool, a: Tensor, low: Tensor | None, *tensors: Tensor) -> list[Tensor]:
-    """As the kernels see them: channels side by side, a complex number as one of 64 bits. Where there is no
-    low part they do not look at it."""
+    """Tensors for the kernels: contiguous channels, complex values as one of 64 bits. An absent low part is
+    not read."""
     tensors = a, a if low is None else low, *tensors
     return [u.contiguous().view(torch.int64) if is_complex else u.contiguous() for u in tensors]
 
 
 @torch.library.custom_op("holdall::diagonal_scan_forward", mutates_args=())
 def _forward(a: Tensor, low: Tensor | None, b: Tensor, h: Tensor, is_complex: bool) -> Tensor:
-    """The states after each token. Complex numbers come as two real ones side by side."""
+    """The states after each token. Complex values are pairs of real ones."""
     out = _forward_fake(a, low, b, h, is_complex)
     a, low, b, h, states = _numbers(is_complex, a, low, b, h, out)
     call = _Call(a, b)

@@ -1,25 +1,25 @@
-"""flash-linear-attention as a backend: its Triton kernels behind our signatures, in versions known good.
+"""flash-linear-attention as a backend: its Triton kernels behind our signatures, in tested versions.
 
-It is an optional package (`fla-core`, imported as `fla`, by Yang, Zhang and others). It is never a silent
-stand-in: a mixer's `form` says "kernel", and a version that our tests have not held against our loops is
-refused by name. What is added here to what it does:
+It is an optional package (`fla-core`, imported as `fla`, by Yang, Zhang and others). It is never used
+silently: a mixer's `form` is then "kernel", and a version that our tests have not compared with our loops is
+refused by name. Beyond what the package does, this file provides:
 
 - one pair of custom operations for all of its rules, so that they run under `vmap`, `torch.compile` and in
   CUDA graphs, with gradients of every input and of the incoming state, from output and final state;
-- one fixed configuration per kernel, one of the package's own. It would time 3 to 60 of them for every new
-  head dimension, number of heads or, in places, batch size, minutes of compiling for each model of a sweep,
-  and two runs may pick different ones and so differ in their bits. With one, new head dimensions compile for
-  2 to 11 seconds (7 to 22 in fp32), and a new length for none;
-- fp32 that is fp32: tensors of that type are multiplied in three passes of tf32 instead of one;
-- a kernel of our own where one of its is unsound, holdall/kernels/chunk_gradients.py, and a route around it:
-  see `per_head_is_broken`;
-- in fp32, the gradient of decays by a kernel of our own, holdall/kernels/decay_gradients.py, where it takes a
-  difference of sums that leaves no digits of strong decays. What rounding is left: see `LOST_PER_NAT`. In 16
-  bits the difference stays: what enters it is rounded as coarsely, and the exact sum takes twice as long as
-  all the rest of the backward pass.
+- one fixed configuration per kernel, from the package's list. Its autotuning times 3 to 60 of them for every
+  new head dimension, number of heads or, for some kernels, batch size: minutes of compilation for each model
+  of a sweep, and two runs may choose differently and so not be bit-identical. With one configuration, new
+  head dimensions compile in 2 to 11 seconds (7 to 22 in fp32), and a new length needs no compilation;
+- accurate fp32: fp32 tensors are multiplied in three passes of tf32 instead of one;
+- our own kernel in place of an incorrect one, holdall/kernels/chunk_gradients.py, and a fallback where that
+  has not been tested: see `per_head_is_broken`;
+- in fp32, our own kernel for the gradient of decays, holdall/kernels/decay_gradients.py, where the package
+  takes a difference of sums that loses all digits of strong decays. For the remaining rounding error see
+  `LOST_PER_NAT`. In 16 bits the difference is kept: its inputs are rounded as coarsely, and the exact sum
+  takes twice as long as the rest of the backward pass.
 
-The package's other backends (tilelang and the like), which it would take unasked where they are installed,
-stay off, unless it was imported before this file needed it.
+The package's other backends (such as tilelang), which it would use by default if they are installed, are
+disabled, unless the package was imported before this file.
 
 Letters: B row, T time, H heads, K key dim, V value dim.
 """
@@ -50,19 +50,19 @@ from holdall.kernels.decay_gradients import decay_gradients
 from holdall.ops.derivatives import once_differentiable
 
 KNOWN_GOOD = ("0.6.0",)
-"""Versions of fla-core whose results tests/kernels/test_fla.py held against our loops on a GPU."""
+"""Versions of fla-core that tests/kernels/test_fla.py has compared with our loops on a GPU."""
 CHUNK = 64
-"""Tokens per chunk, the package's own choice."""
+"""Tokens per chunk, as in the package."""
 LOST_PER_NAT = 2.0**-22
-"""The package takes decays between tokens as differences of sums from a chunk's start: in a chunk of 64
-tokens that forgets all but e^-G, what is left is known to within G times this, 1e-4 where G is 420. Of the
-generalised delta rule, with chunks of 16, the gradient of decays itself is a difference of sums, to within
-that of what it would be if nothing were forgotten: digits enough for RWKV-7, whose decays are above e^-0.61.
-Where more is forgotten, form "parallel" has them all."""
+"""Relative error per nat of decay: the package computes decays between tokens as differences of cumulative
+sums. In a chunk of 64 tokens that decays by e^-G, the relative error is up to G times this, 1e-4 for G = 420.
+In the generalised delta rule, with chunks of 16, the gradient of decays is itself a difference of sums, with
+that error relative to the gradient without decay: accurate enough for RWKV-7, whose decays are above e^-0.61.
+With stronger decays, the form "parallel" is accurate."""
 WIDEST_KEY = 256
-"""Key dimensions of a head, where a program holds all of them: not with a decay per head alone."""
+"""Most key dimensions per head, where a program holds all of them: all rules except a decay per head."""
 
-# ------------------------------------------------------------------------------------- whether it can run
+# ------------------------------------------------------------------------------------------- availability
 
 
 try:
@@ -72,20 +72,20 @@ except importlib.metadata.PackageNotFoundError:
 
 
 def refusal(key_dim: int = 0) -> str:
-    """Why flash-linear-attention cannot be used, for heads of such keys; empty if it can."""
+    """Why flash-linear-attention cannot be used, for heads with `key_dim` key dimensions; empty if it can."""
     way_out = f'pip install "fla-core=={KNOWN_GOOD[-1]}"'
     if not VERSION:
         return f"flash-linear-attention is not installed ({way_out})"
     if VERSION not in KNOWN_GOOD:
         known = ", ".join(KNOWN_GOOD)
-        return f"fla-core {VERSION} has not been checked against our loops, {known} has ({way_out})"
+        return f"fla-core {VERSION} has not been tested against our loops, {known} has ({way_out})"
     if key_dim > WIDEST_KEY:
         return f"flash-linear-attention takes heads of up to {WIDEST_KEY} key dimensions here, not {key_dim}"
     return ""
 
 
 def require(*tensors: Tensor | None, key_dim: int = 0) -> None:
-    """Raise KernelError, with the reason and the way out, if it cannot run on these tensors."""
+    """Raise KernelError, with the reason and the remedy, if it cannot run on these tensors."""
     forms.require_kernel(*tensors)
     if reason := refusal(key_dim):
         raise forms.KernelError(reason)
@@ -95,9 +95,10 @@ def require(*tensors: Tensor | None, key_dim: int = 0) -> None:
 def per_head_is_broken() -> bool:
     """Whether the delta rule with a decay per head would have wrong gradients.
 
-    Triton 3.4 to 3.7.0 mistranslates the package's backward for Hopper GPUs, and the package then refuses
-    (flash-linear-attention#640). Ours in its place was held against our loops there with Triton 3.6; with the
-    others such decays are spread over the key dimensions, for which there are other kernels.
+    Triton 3.4 to 3.7.0 miscompiles the package's backward for Hopper GPUs, and the package then raises an
+    error (flash-linear-attention#640). Our replacement was tested against our loops there with Triton 3.6;
+    with the other versions such decays are expanded over the key dimensions, for which there are other
+    kernels.
     """
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
         return False
@@ -107,16 +108,16 @@ def per_head_is_broken() -> bool:
     return (3, 4) <= release < (3, 7, 1) and release[:2] != (3, 6)
 
 
-# ------------------------------------------------------------------------------- its kernels, as we call them
+# ------------------------------------------------------------------------------------- the package's kernels
 
 
 PREFERRED = {"BK": 64, "BV": 64, "BS": 32, "BH": 2, "num_warps": 4, "num_stages": 3}
-"""The configuration that is wanted of every kernel; of those that the package lists, the nearest is taken."""
+"""The preferred configuration; for each kernel the nearest one in the package's list is used."""
 
 
 @functools.cache
 def load(name: str) -> Any:
-    """A module of the package, each of its kernels held to one configuration."""
+    """Import a module of the package and fix one configuration for each of its kernels."""
     before = set(sys.modules)
     with warnings.catch_warnings():  # it warns where there is no GPU
         warnings.simplefilter("ignore")
@@ -145,7 +146,7 @@ def load(name: str) -> Any:
 
 
 def _chunk_gradients(q: Tensor, k: Tensor, v: Tensor, w: Tensor, g: Tensor | None, **own: Any) -> Any:
-    """Ours under the package's names."""
+    """Our kernel with the package's argument names."""
     return chunk_gradients(q, k, v, own["do"], own["dv"], own["h"], own["dh"], g, own["chunk_size"])
 
 
@@ -156,8 +157,8 @@ def _distance(config: Any) -> float:
 
 
 def _make_interpretable(module: Any) -> None:
-    """For tests: Triton's interpreter counts loops in Python's integers, which these kernels cast, and takes
-    no other name for its own functions."""
+    """For tests: in Triton's interpreter loop indices are Python integers, which these kernels cast, and
+    Triton's functions must be called by their own names."""
     import triton.language as tl
 
     class Index(int):
@@ -170,19 +171,20 @@ def _make_interpretable(module: Any) -> None:
 
 
 FP32 = "tf32x3"
-"""How fp32 is multiplied: in three passes of tf32, about 21 bits instead of 11."""
+"""Precision of fp32 products: three passes of tf32, about 21 bits instead of 11."""
 _precision = threading.Lock()
 
 
 @contextlib.contextmanager
 def _running(x: Tensor) -> Iterator[None]:
-    """On the device of x, with products of fp32 as `FP32` says.
+    """Within, the device of x is current, and fp32 products have the precision `FP32`.
 
-    Also beside inputs in bf16: some kernels see fp32 only, such as the sums of decays, and are compiled once.
+    This is also needed for bf16 inputs: some kernels, such as the sums of decays, only take fp32, and are
+    compiled once.
     """
     from triton import knobs
 
-    # the setting is the process's, and another thread may be training another model
+    # the setting is global, and another thread may be training another model
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext(), _precision:
         before = knobs.language.fp32_default
         knobs.language.fp32_default = FP32
@@ -193,9 +195,9 @@ def _running(x: Tensor) -> Iterator[None]:
 
 
 class Inputs(NamedTuple):
-    """Of any rule; what a rule does not have is None. q, k, v, a, b of one dtype, the rest fp32.
+    """The inputs of any rule; None for those that a rule lacks.
 
-    a and b are those of `generalised_delta_rule`.
+    q, k, v, a and b have one dtype, the others are fp32. a and b are those of `generalised_delta_rule`.
     """
 
     q_BTHK: Tensor
@@ -209,16 +211,16 @@ class Inputs(NamedTuple):
 
 
 Forward = Callable[[Inputs, bool], tuple[Tensor, Tensor | None, tuple[Tensor, ...]]]
-"""Inputs and whether the final state is wanted to output, final state, and what is kept for the backward."""
+"""From inputs and whether the final state is needed to output, final state, and tensors for the backward."""
 Backward = Callable[[Inputs, tuple[Tensor, ...], Tensor, Tensor | None, bool], dict[str, Tensor | None]]
-"""Inputs, what was kept, gradients of output and final state, and whether the decays' gradient is wanted, to
-those of the inputs, by name."""
+"""From inputs, saved tensors, gradients of output and final state, and whether the decays' gradient is needed
+to the gradients of the inputs, by name."""
 
 
 def _log2_sums(log_decay: Tensor | None) -> Tensor:
     """The package's decays: base-2 logarithms, summed from the start of each chunk.
 
-    Rows of whole chunks are one long row to it, since it compiles anew for every number of rows.
+    Rows of whole chunks are passed as one long row, since the kernel is recompiled for every number of rows.
     """
     assert log_decay is not None
     rows = log_decay.flatten(0, 1)[None] if log_decay.shape[1] % CHUNK == 0 else log_decay
@@ -227,7 +229,7 @@ def _log2_sums(log_decay: Tensor | None) -> Tensor:
 
 
 def _is_exact(x: Inputs, want_decay: bool) -> bool:
-    """Whether the gradient of decays is a sum of what decays, and no difference."""
+    """Whether the gradient of decays is computed by an exact sum (decay_gradients.py)."""
     return want_decay and x.q_BTHK.dtype == torch.float32
 
 
@@ -239,7 +241,7 @@ def _d_decay(
 
 
 def _per_head_forward(x: Inputs, want_state: bool) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
-    """No decay or one per head: a program walks through the chunks of a head with the state in registers."""
+    """No decay or one per head: a program loops over the chunks of a head with the state in registers."""
     q, k, v, sums, starts = _end_to_end(x)
     y, s = load("ops.common.fused_chunk").fused_chunk_fwd(
         q, k, v, sums, None, 1.0, x.s_BHKV, want_state, cu_seqlens=starts, chunk_size=CHUNK
@@ -266,8 +268,8 @@ def _per_head_backward(
 
 
 def _end_to_end(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
-    """q, k, v and summed decays as one row of texts, and where each starts: these kernels compile anew for
-    every number of rows."""
+    """q, k, v and summed decays as one row of sequences, with their start offsets: these kernels are
+    recompiled for every number of rows."""
     rows, length = x.q_BTHK.shape[:2]
     sums = None if x.log_decay is None else _log2_sums(x.log_decay).flatten(0, 1)[None]
     q, k, v = (u.flatten(0, 1)[None] for u in (x.q_BTHK, x.k_BTHK, x.v_BTHV))
@@ -395,7 +397,7 @@ def _delta_per_key_backward(
 
 
 def _generalised_forward(x: Inputs, want_state: bool) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
-    """Its a is the key that reads, our b, and its b where it is put. Chunks of 16 hold any decay."""
+    """The package's a is our b, the key that reads, and its b our a. Chunks of 16 are safe for any decay."""
     y, s, _, _ = load("ops.generalized_delta_rule.dplr.chunk").chunk_dplr_fwd(
         x.q_BTHK, x.k_BTHK, x.v_BTHV, x.b_BTHK, x.a_BTHK, x.log_decay, 1.0, x.s_BHKV, want_state,
         chunk_size=16,
@@ -404,7 +406,7 @@ def _generalised_forward(x: Inputs, want_state: bool) -> tuple[Tensor, Tensor | 
 
 
 class _Context:
-    """What the package's backward of this rule, which has no name of its own, asks of autograd's context."""
+    """A stand-in for autograd's context, which the package's backward of this rule needs."""
 
     cu_seqlens = chunk_indices = cp_context = None
     scale, chunk_size, safe_gate, disable_recompute = 1.0, 16, False, False
@@ -427,7 +429,7 @@ def _generalised_backward(
 
 
 class Rule(NamedTuple):
-    """A pair of the package's, and the dtypes of the (B, T, H, CHUNK) that it keeps, None for that of q."""
+    """Forward and backward of a rule, and the dtypes of the saved (B, T, H, CHUNK) tensors, None for q's."""
 
     forward: Forward
     backward: Backward
@@ -459,7 +461,7 @@ def fla_forward(
     log_decay: Tensor | None,
     s: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output, final state, and two tensors kept for the backward; (B, 0) for what there is not."""
+    """Output, final state, and two tensors saved for the backward; (B, 0) for those that are absent."""
     inputs = Inputs(*_contiguous(q, k, v, a, b, beta, log_decay, s))
     with _running(v):
         y, state, kept = RULES[rule].forward(inputs, want_state)
@@ -507,7 +509,7 @@ def fla_backward(
     log_decay: Tensor | None,
     s: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of q to s; (B, 0) for what there is not."""
+    """The gradients of q to s; (B, 0) for those that are absent."""
     inputs = Inputs(*_contiguous(q, k, v, a, b, beta, log_decay, s))
     dy, ds = _contiguous(dy, ds)
     with _running(v):
@@ -568,14 +570,14 @@ def _contiguous(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 
 def _present(x: Tensor | None, like: Tensor) -> Tensor:
-    """An operation returns tensors only: an empty one, of as many rows, stands for None."""
+    """x, or an empty tensor with as many rows in place of None, which operations cannot return."""
     return like.new_empty(like.shape[0], 0) if x is None else x
 
 
 def apply(rule: str, inputs: Inputs, want_state: bool = True) -> tuple[Tensor, Tensor | None]:
-    """Output in the dtype of v and final state in fp32, of head dimensions that need not be multiples of 16.
+    """Output in the dtype of v and final state in fp32, for head dimensions of any size.
 
-    Products are taken in the dtype of v. Dimensions are filled up with zeros, which change nothing.
+    Matrix products are in the dtype of v. Dimensions are padded with zeros to multiples of 16.
     """
     x, dtype = inputs, inputs.v_BTHV.dtype
     key_dim, value_dim = x.q_BTHK.shape[-1], x.v_BTHV.shape[-1]

@@ -2,28 +2,29 @@
 
     c_t = b + sum_{i < W} w_i x_{t - W + 1 + i}        y_t = f(c_t) h(g_t) [+ x_t]
 
-f and h are SiLU or nothing; x before the first token is the incoming past. Backward, c_t made again from x:
+f and h are SiLU or the identity; x before the first token is the incoming past. Backward, with c_t
+recomputed:
 
     dc_t = dy_t h(g_t) f'(c_t)              dg_t = dy_t f(c_t) h'(g_t)
-    dx_s = sum_j w_{W-1-j} dc_{s+j} [+ dy_s] [+ what the final past pulls back on x_s, s among the last W - 1]
+    dx_s = sum_j w_{W-1-j} dc_{s+j} [+ dy_s] [+ gradient of the final past, if s is among the last W - 1]
     dw_i = sum_t dc_t x_{t-W+1+i}           db = sum_t dc_t
 
-Through memory, per token and channel: forward reads x and g and writes y; backward reads x, g and dy and
-writes dx and dg: 8 numbers and nothing else to speak of, since taps and biases stay on the chip. 8 rows of
-2048 tokens with 3584 channels (width 1792, expansion 4) in bf16: 0.94 GB, 0.31 ms at 3.0 TB/s.
+Memory traffic per token and channel: forward reads x and g and writes y; backward reads x, g and dy and
+writes dx and dg: 8 elements in all, since taps and biases stay on the chip. 8 rows of 2048 tokens with 3584
+channels (width 1792, expansion 4) in bf16: 0.94 GB, 0.31 ms at 3.0 TB/s.
 
-The projection before it is a product that cuBLAS runs at full rate. Its epilogue, which would save reading x
-and g once more (0.08 of 0.31 ms, beside 2.8 ms of products), is not taken into a product of our own: that
-would have to run within 10% of cuBLAS and yet exchange W - 1 tokens between its tiles, and the backward needs
-x and g in memory anyhow. What is taken over is the projection's bias: added here it costs nothing, and its
-gradient, a sum over all of dx and dg, falls out of the walk below, where PyTorch reads both again (another
-0.08 ms).
+The projection before it is a matrix product that cuBLAS runs at full speed. Fusing the two would save one
+read of x and g (0.08 of 0.31 ms, beside 2.8 ms of products), but our own product would have to run within 10%
+of cuBLAS and exchange W - 1 tokens between its tiles, and the backward needs x and g in memory anyway. Only
+the projection's bias is included: adding it here is free, and its gradient, a sum over dx and dg, is computed
+in the loop below, while PyTorch reads both again (another 0.08 ms).
 
-Forward, one program has a tile of tokens and channels; the W - 1 tokens before it come out of the L1 cache.
-Backward, a thread walks from the end to the start of a chunk of tokens with the last W values of x and of dc
-in registers, so that each number is read once and each SiLU made once; only the W - 1 tokens after the chunk
-are made twice. A program has several chunks side by side and sums its dw and db over them; a second, ordinary
-sum over programs ends the gradients of the parameters: no atomics, the same bits each time.
+Forward, one program has a tile of tokens and channels; the W - 1 tokens before it are in the L1 cache.
+Backward, a thread loops from the end to the start of a chunk of tokens with the last W values of x and of dc
+in registers, so that each element is read once and each SiLU computed once; only the W - 1 tokens after the
+chunk are computed twice. A program has several chunks in parallel and sums its dw and db over them; a second
+reduction over programs completes the gradients of the parameters, without atomics, so that results are
+deterministic.
 
 Letters: M member of a population (1 outside of `vmap`), B row, T new tokens, P = W - 1 past ones, D channels,
 W taps, E channels of the projection: D, or 2 D if x is its first half.
@@ -49,7 +50,7 @@ if TYPE_CHECKING or "jaxtyping" in sys.modules:
     from jaxtyping import Float
 
 MAX_TAPS = 8
-"""The window of taps lives in registers."""
+"""Most taps: their window is in registers."""
 
 
 # ---------------------------------------------------------------------------------------------- the kernels
@@ -72,7 +73,7 @@ def _append(values, value):
 
 @triton.jit
 def _per_channel(pointer, offsets, mask):
-    """A parameter of each channel as a row; 0 if there is none."""
+    """A parameter per channel as a row; 0 if it is absent."""
     if pointer is None:
         return tl.zeros_like(offsets).to(tl.float32)[None, :]
     else:
@@ -81,7 +82,7 @@ def _per_channel(pointer, offsets, mask):
 
 @triton.jit
 def _add_bias(x, bias_pointer, bias, where):
-    """Past values of x have their bias already, and what is masked stays zero."""
+    """Add the bias, except to past values of x, which include it, and to masked ones, which stay zero."""
     if bias_pointer is None:
         return x
     else:
@@ -89,7 +90,7 @@ def _add_bias(x, bias_pointer, bias, where):
 
 
 STRIDES = ["x_m", "x_b", "x_t", "gate_m", "gate_b", "gate_t", "dy_m", "dy_b", "dy_t"]
-"""In units of ALIGN, which tells the compiler that they are multiples; they change with the length."""
+"""In units of ALIGN, so that the compiler knows that they are multiples; they depend on the length."""
 
 
 @triton.jit(do_not_specialize=["B", "T", *STRIDES[:6]])
@@ -139,7 +140,7 @@ def _forward_kernel(
         stays = (p < -first) & real_d[None, :]
         kept = _load(past_ptr + (p + T) * D, stays)
         if INPLACE:
-            tl.debug_barrier()  # the past has been read by all, whoever holds which part of it
+            tl.debug_barrier()  # all threads must have read the past before it is overwritten
         _store(next_ptr + p * D, kept, stays)
         _store(next_ptr + (t - first) * D, x, real & (t >= first))
 
@@ -193,7 +194,7 @@ def _backward_kernel(
     t0 = q % chunks * chunk
     first = T - (W - 1)  # the token at which the next past starts
 
-    # the rows of the chunks' last tokens; everything is counted back from them
+    # the rows of the chunks' last tokens; offsets are relative to them
     last = t0 + chunk - 1
     x_ptr += (m * x_m + b * x_b + last.to(tl.int64) * x_t) * ALIGN + d[None, :]
     gate_ptr += (m * gate_m + b * gate_b + last.to(tl.int64) * gate_t) * ALIGN + d[None, :]
@@ -241,7 +242,7 @@ def _backward_kernel(
         window = window[1:]
 
     for block in range(0, chunk, UNROLL):
-        xs, gates, dys = (), (), ()  # asked for together, before any is waited for
+        xs, gates, dys = (), (), ()  # all loads are issued before the first is waited for
         for u in tl.static_range(UNROLL):
             i = block + u
             here = live & (last - i < T)
@@ -316,7 +317,7 @@ def _block_d(channels: int) -> int:
 
 
 def forward_config(channels: int, length: int) -> dict[str, int]:
-    """Tokens and channels of a program's tile, and its warps: 16 numbers per thread; 4 for a single token."""
+    """Tokens and channels of a program's tile, and its warps: 16 elements per thread, 4 for one token."""
     block_d = _block_d(channels)
     if length == 1:
         return {"BLOCK_T": 1, "BLOCK_D": block_d, "num_warps": 1}
@@ -324,7 +325,7 @@ def forward_config(channels: int, length: int) -> dict[str, int]:
 
 
 def backward_config(channels: int) -> dict[str, int]:
-    """Chunks and channels of a program, 4 per thread, and tokens whose loads are under way together."""
+    """Chunks and channels of a program, 4 per thread, and tokens that are loaded together."""
     block_d = _block_d(channels)
     return {"ROWS": 512 // block_d, "BLOCK_D": block_d, "UNROLL": 4, "num_warps": 4}
 
@@ -332,14 +333,14 @@ def backward_config(channels: int) -> dict[str, int]:
 def chunk_length(
     members: int, batch: int, length: int, channels: int, taps: int, config: dict[str, int]
 ) -> int:
-    """Tokens that a thread walks through: many, unless that left some of the card without work."""
+    """Tokens per thread: many, unless that would leave a part of the GPU idle."""
     chunk = 128
     while chunk > 16:
         programs = members * cdiv(batch * cdiv(length, chunk), config["ROWS"])
         if programs * cdiv(channels, config["BLOCK_D"]) >= 512:
             break
         chunk //= 2
-    # at least as long as the past, so that no chunk but the first reaches back into it
+    # at least as long as the past, so that only the first chunk reads it
     return cdiv(max(min(chunk, length), taps - 1), config["UNROLL"]) * config["UNROLL"]
 
 
@@ -347,19 +348,19 @@ def chunk_length(
 
 
 def _strided(x: Tensor) -> Tensor:
-    """Rows may lie anywhere, a row's channels must lie side by side."""
+    """x, copied unless its channels are contiguous."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _strides(*tensors: Tensor) -> tuple[int, list[int]]:
-    """The largest common divisor that helps, 16 wherever channels are a multiple of it; strides over it."""
+    """16 if all strides are multiples of it, else 1; and the strides divided by it."""
     strides = [stride for x in tensors for stride in x.stride()[:-1]]
     align = 1 if any(stride % 16 for stride in strides) else 16
     return align, [stride // align for stride in strides]
 
 
 def _branches(x: Tensor | None, projected: Tensor) -> tuple[Tensor, Tensor]:
-    """x and the gate, views of where they are."""
+    """Views of x and the gate."""
     if x is None:
         x, projected = projected.chunk(2, dim=-1)
     return _strided(x), _strided(projected)
@@ -391,7 +392,7 @@ def launch_forward(
     weight: Tensor, bias: Tensor | None, past: Tensor, after: Tensor, y_MBTD: Tensor,
     *, silu: str, skip: bool = False,
 ) -> None:  # fmt: skip
-    """Write y and the next past. Channels of x and gate lie side by side, the rest is contiguous."""
+    """Write y and the next past. Channels of x and gate must be contiguous, all other tensors contiguous."""
     M, B, T, D = x_MBTD.shape
     W = weight.shape[-1]
     if y_MBTD.numel() == 0:
@@ -445,7 +446,7 @@ def _backward(
     past: Tensor, dy: Tensor, dafter: Tensor, silu: str, skip: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x (empty if it is half of the projection), of the projection and of the past; and, in
-    fp32 and by channel, of the parameters, (M, K, D): taps, then the biases that there are."""
+    fp32 per channel, of the parameters, (M, K, D): taps, then those biases that exist."""
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     x_MBTD, gate_MBTD = _branches(x, projected)
     dx, dprojected, dpast, dparameters = _backward_outputs(x, projected, projection_bias, weight, bias, past)
@@ -466,7 +467,7 @@ def launch_backward(
     dx_MBTD: Tensor, dgate_MBTD: Tensor | None, dpast: Tensor, dparameters_MKD: Tensor,
     *, silu: str, skip: bool = False,
 ) -> None:  # fmt: skip
-    """Write the gradients, of the gate only if wanted. Of dx and dgate all tokens lie at one distance."""
+    """Write the gradients, that of the gate only if needed. Tokens of dx and dgate must have one stride."""
     M, B, T, D = x_MBTD.shape
     config = backward_config(D)
     chunk = chunk_length(M, B, T, D, weight.shape[-1], config)
@@ -546,7 +547,7 @@ def _(info, in_dims, *args):
 
 
 def refusal(taps: int) -> str:
-    """Why there is no kernel for so many taps; empty if there is one."""
+    """Why there is no kernel for this many taps; empty if there is one."""
     return "" if 2 <= taps <= MAX_TAPS else f"the kernel takes filters of 2 to {MAX_TAPS} taps, not {taps}"
 
 
@@ -562,10 +563,10 @@ def gated_conv(
     skip: bool = False,
     inplace: bool = False,
 ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b w-1 d"]]:
-    """The kernel form of `holdall.ops.gated_conv.gated_conv`, which says what the arguments are.
+    """The kernel form of `holdall.ops.gated_conv.gated_conv`, which documents the arguments.
 
-    Each tensor may have a dtype of its own: sums are in fp32, y has the dtype of what is convolved, the next
-    past that of the past. With `inplace`, and no gradients to come, a few tokens write it over the old one.
+    Tensors may have different dtypes: sums are in fp32, y has the dtype of the convolution's input, the next
+    past that of the past. With `inplace`, and without gradients, short calls overwrite the past.
     """
     forms.require_kernel(input_BTD, projected_BTE, weight_DW, past_BPD)
     if why := refusal(weight_DW.shape[-1]):

@@ -6,17 +6,17 @@
 
     g = w dout [silu(z) after]    du = (g - (u / r) mean(g u / r)) / r    dw = sum dout u / r [silu(z) after]
     before    dv = du silu(z)   dz = du v silu'(z)  after    dv = du        dz = dout (w u / r) silu'(z)
-    dy = dv     dx = D dv, left to whoever has dy     dD = sum dv x over tokens and the channels of a head
+    dy = dv     dx = D dv, left to the caller     dD = sum dv x over tokens and the channels of a head
 
-Through memory: forward reads y, z and x and writes one tensor; backward reads y, z, x and dout and writes dy
-and dz. 4 x 65,536 tokens of 256 channels in bf16 are 134 MB a tensor: 0.18 and 0.27 ms at 3.0 TB/s. PyTorch's
-gate, norm and weight are passes of their own over fp32 tensors, some 70 numbers of 2 bytes for these 10.
-D x is added here, in fp32, and D's gradient taken here: where it is most of v, norm and gate are nearly blind
-to D, and that gradient is a small difference of large numbers, which would drown in the rounding of v and dv.
+Memory traffic: forward reads y, z and x and writes one tensor; backward reads y, z, x and dout and writes dy
+and dz. 4 x 65,536 tokens of 256 channels in bf16 are 134 MB per tensor: 0.18 and 0.27 ms at 3.0 TB/s. In
+PyTorch gate, norm and weight are separate passes over fp32 tensors, some 70 elements of 2 bytes for these 10.
+D x and D's gradient are computed here in fp32: where D x is most of v, norm and gate hardly depend on D, and
+its gradient is a small difference of large values, which would be lost in the rounding of v and dv.
 
-Each token's channels may fall into groups, each normalised by itself with its own part of w; z, dz and x may
-be parts of wider tensors. A program has a tile of tokens of one group; backward it walks over several and
-keeps its share of dw and dD, which an ordinary sum over programs ends: no atomics, the same bits each time.
+Channels may be in groups, each normalised separately with its own part of w; z, dz and x may be parts of
+wider tensors. A program has a tile of tokens of one group. In the backward it loops over several tiles and
+accumulates its part of dw and dD, which a second reduction completes, without atomics: deterministic.
 
 Letters: M members (1 outside of `vmap`), N tokens, G groups, D channels of a group, Q programs.
 """
@@ -53,7 +53,7 @@ def gated_rms_norm(
 ) -> Float[Tensor, "*b d"]:
     """weight * rms_norm(y * silu(z)) along the last dimension; weight * rms_norm(y) * silu(z) with `after`.
 
-    In fp32 inside, in the dtype of y outside. Raises KernelError if no kernel can run on these tensors.
+    Computed in fp32, returned in the dtype of y. Raises KernelError if no kernel can run on these tensors.
     """
     require_kernel(y, z, weight_D)
     rows_1ND = (tensor.reshape(1, -1, y.shape[-1]) for tensor in (y, z))
@@ -64,7 +64,7 @@ def launch_forward(
     y_MNE: Tensor, z_MNE: Tensor, weight_ME: Tensor, eps: float, *, x_MNE: Tensor | None = None,
     D_MH: Tensor | None = None, groups: int = 1, after: bool = False,
 ) -> Tensor:  # fmt: skip
-    """All contiguous, but z and x: their tokens lie at one distance, and a token's channels side by side."""
+    """Tensors are contiguous, except z and x: these need contiguous channels and one stride of tokens."""
     out_MNE = torch.empty(y_MNE.shape, dtype=y_MNE.dtype, device=y_MNE.device)
     (members, rows, channels), config = y_MNE.shape, _config(y_MNE.shape[2] // groups)
     if y_MNE.numel():
@@ -80,7 +80,7 @@ def launch_backward(
     y_MNE: Tensor, z_MNE: Tensor, weight_ME: Tensor, dout_MNE: Tensor, dz_MNE: Tensor, eps: float,
     *, x_MNE: Tensor | None = None, D_MH: Tensor | None = None, groups: int = 1, after: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """dy, and in fp32 dw, (M, E), and dD. Writes dz, whose tokens lie at one distance too."""
+    """dy, and in fp32 dw, (M, E), and dD. Writes dz, whose tokens have one stride too."""
     dy_MNE = torch.empty(y_MNE.shape, dtype=y_MNE.dtype, device=y_MNE.device)
     (members, rows, channels), config = y_MNE.shape, _config(y_MNE.shape[2] // groups)
     if not y_MNE.numel():

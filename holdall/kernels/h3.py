@@ -1,16 +1,17 @@
-"""H3 between its projections on a GPU, for rows short enough that all pairs of tokens are products.
+"""H3 between its projections on a GPU, for short rows, whose state spaces are matrix products.
 
     k~ = M_shift k        m_ij = M_memory (k~_i v_j)        y_j = sum_i q_i m_ij        per head, i and j < r
 
-with each state space as the Toeplitz matrix of its kernel, its skip on the diagonal: products that tensor
-cores run in the dtype of the activations with sums in fp32. Through memory, in numbers per token and channel
-with r keys and values a head: the shift 4 (the bias of k is added before it), the outer product 2 + r, its
-convolution 2 r, reading 2 + r; backward 2 + 2 r, 4 r, 4 + r, 4 and 3 for the biases' sums. At r = 2, 262,144
-tokens of 128 channels in bf16 (67 MB): 16 and 29 passes, 1.2 ms at 2.5 TB/s. Transforms in fp32 of rows
-twice as long, complex products and their layouts take some 200 such passes.
+with each state space as the Toeplitz matrix of its kernel, its skip on the diagonal: products on tensor cores
+in the dtype of the activations with sums in fp32. Memory traffic, in elements per token and channel with r
+keys and values per head: the shift 4 (the bias of k is added before it), the outer product 2 + r, its
+convolution 2 r, reading 2 + r; backward 2 + 2 r, 4 r, 4 + r, 4 and 3 for the sums of the biases. At r = 2,
+262,144 tokens of 128 channels in bf16 (67 MB): 16 and 29 passes, 1.2 ms at 2.5 TB/s. FFTs in fp32 of rows
+twice as long, complex products and layout changes take some 200 such passes.
 
-Everything lies channels first (holdall/kernels/channels_first.py), so both state spaces are batched products
-of contiguous matrices, and the two kernels here walk along memory: programs have a head and some tokens.
+All tensors are channels-first (holdall/kernels/channels_first.py), so that both state spaces are batched
+products of contiguous matrices and the two kernels here access memory contiguously: a program has a head and
+some tokens.
 
 Letters: M members (1 outside of `vmap`), D channels, H heads, R keys and values of each, B row, T and S
 times, C = 3 D channels of q, k and v, X = B T tokens.
@@ -36,13 +37,13 @@ if TYPE_CHECKING or "jaxtyping" in sys.modules:
     from jaxtyping import Float
 
 MAX_HEAD_DIM = 8
-"""A program has r keys and r values of its tokens in registers."""
+"""Largest r: a program has r keys and r values of its tokens in registers."""
 BLOCK = 1024
-"""Tokens of a program; a quarter of it for heads of more than 4."""
+"""Tokens per program; a quarter of it if r > 4."""
 
 
 def refusal(head_dim: int) -> str:
-    """Why there is no kernel for such heads; empty if there is one."""
+    """Why there is no kernel for this head dimension; empty if there is one."""
     return (
         "" if head_dim <= MAX_HEAD_DIM else f"the kernel takes head_dim up to {MAX_HEAD_DIM}, not {head_dim}"
     )
@@ -54,11 +55,11 @@ def remember(
     shift_DTS: Float[Tensor, "d t t"],
     memory_HTS: Float[Tensor, "h t t"],
 ) -> Float[Tensor, "d b t"]:
-    """What queries read from the memory of shifted keys and values, from a fresh start.
+    """What queries read from the memory of shifted keys and values, from an empty state.
 
     Args:
-        qkv_CBT: queries, keys and values, channel h r + i of each for dimension i of head h; bias_C is to be
-            added to them.
+        qkv_CBT: queries, keys and values without their bias, bias_C; channel h r + i of each is dimension i
+            of head h.
         shift_DTS, memory_HTS: the state spaces with their skips as matrices (holdall/kernels/toeplitz.py).
 
     Returns:
@@ -76,7 +77,7 @@ def remember(
 def _forward(
     qkv: Tensor, bias: Tensor, shift: Tensor, memory: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y; and for the backward pass k~, its products with v, and what the memory makes of these."""
+    """y; and for the backward k~, its products with v, and the outputs of the memory."""
     qkv, bias = qkv.contiguous(), bias.contiguous()
     y, shifted, products, recalled = _outputs(qkv, memory)
     if not qkv.numel():
@@ -151,7 +152,7 @@ def _biased_keys(qkv: Tensor, bias: Tensor) -> Tensor:
 
 
 def _launch(qkv: Tensor, memory: Tensor) -> tuple[tuple[int], dict[str, int]]:
-    """The grid, and what all kernels need to know."""
+    """The grid, and the constants of all kernels."""
     (members, channels, batch, length), heads = qkv.shape, memory.shape[1]
     tokens, align, dim = batch * length, alignment(batch * length), channels // 3 // heads
     block = BLOCK if dim <= 4 else BLOCK // 4
@@ -169,12 +170,12 @@ def _launch(qkv: Tensor, memory: Tensor) -> tuple[tuple[int], dict[str, int]]:
 # ---------------------------------------------------------------------------------------------- the kernels
 
 SIZES = ["tokens", "heads"]
-"""`tokens` are in units of ALIGN, which tells the compiler that they are a multiple."""
+"""`tokens` are in units of ALIGN, so that the compiler knows that they are a multiple."""
 
 
 @triton.jit
 def _place(tokens, heads, BLOCK: tl.constexpr):
-    """Member, head, and which tokens."""
+    """Member, head and tokens of a program."""
     blocks = tl.cdiv(tokens, BLOCK)
     member = (tl.program_id(0) // blocks // heads).to(tl.int64)
     head = (tl.program_id(0) // blocks % heads).to(tl.int64)

@@ -1,20 +1,20 @@
-"""Hyena between its projections on a GPU, for rows short enough that all pairs of tokens are products.
+"""Hyena between its projections on a GPU, for short rows, whose convolutions are matrix products.
 
     s = shortconv(u + b_in), split into x_0 .. x_{n-1}, v
     z_o = x_{n-1-o} v_o      v_{o+1} = M_o z_o      y = x_0 v_{n-1}      for o = 0 .. n - 2, from v_0 = v
 
-with each long filter as the Toeplitz matrix M of its taps, the skip d added to the first. The long
-convolutions are batched products that tensor cores run in the dtype of the activations, with sums in fp32.
-The short ones and the gates are one kernel here: it makes s from u where it needs it, so s is never stored.
+with each long filter as the Toeplitz matrix M of its taps, whose first tap includes the skip d. The long
+convolutions are batched products on tensor cores in the dtype of the activations, with sums in fp32. The
+short ones and the gates are one kernel here, which computes s from u where it is needed, without storing it.
 
-Through memory, in numbers per token and channel for n = 2: a gate of v 3, the product 2, a gate of c 3;
-backward 5, 4, and 5. 262,144 tokens of 128 channels in bf16 (67 MB): 8 and 14 passes, 0.6 ms at 2.5 TB/s.
-Beside it PyTorch stores s, multiplies, adds the skip, splits and joins again in passes of their own, half of
-them across strides, as its product puts channels first where everything else has them last: some 90 passes.
+Memory traffic, in elements per token and channel for n = 2: gate of v 3, product 2, gate of c 3; backward 5,
+4, and 5. 262,144 tokens of 128 channels in bf16 (67 MB): 8 and 14 passes, 0.6 ms at 2.5 TB/s. PyTorch stores
+s, multiplies, adds the skip, splits and concatenates in separate passes, half of them strided, since its
+product is channels-first and everything else channels-last: some 90 passes.
 
-A program has a channel and tiles of rows and times; the W - 1 tokens before a tile come out of the L1 cache.
-Backward it sums gradients of taps and biases over its tiles; a second, ordinary sum over programs ends them:
-no atomics, the same bits each time.
+A program has a channel and tiles of rows and times; the W - 1 tokens before a tile are in the L1 cache. In
+the backward it sums gradients of taps and biases over its tiles, and a second reduction over programs
+completes them, without atomics, so that results are deterministic.
 
 Letters: M members (1 outside of `vmap`), D width, U = (n + 1) D channels, E = (n - 1) D long filters, B row,
 T and S times, W taps, Q programs of a channel.
@@ -43,7 +43,7 @@ FORWARD = {"BLOCK_B": 32, "BLOCK_T": 64, "num_warps": 4}
 BACKWARD = {"BLOCK_B": 16, "BLOCK_T": 64, "num_warps": 8}
 """Rows and times of a tile."""
 TILES_EACH = 8
-"""Tiles of a program in the backward pass."""
+"""Tiles per program in the backward pass."""
 
 
 def gated_convolutions(
@@ -53,11 +53,11 @@ def gated_convolutions(
     bias_U: Float[Tensor, "u"],
     matrices_ETS: Float[Tensor, "e t t"],
 ) -> Float[Tensor, "d b t"]:
-    """Everything between Hyena's projections, from a fresh start.
+    """Everything between Hyena's projections, from an empty state.
 
     Args:
-        u_UBT: what the first projection gives without its bias, input_bias_U.
-        weight_UW, bias_U: the short convolution.
+        u_UBT: output of the first projection without its bias, input_bias_U.
+        weight_UW, bias_U: parameters of the short convolution.
         matrices_ETS: long filters and skips as matrices (holdall/kernels/toeplitz.py), in the order
             in which they are used, each of D channels.
 
@@ -71,7 +71,7 @@ def gated_convolutions(
 def _forward(
     u: Tensor, input_bias: Tensor, weight: Tensor, bias: Tensor, matrices: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y; and for the backward pass what every long convolution reads and writes."""
+    """y; and for the backward the input and output of every long convolution."""
     call = _Call(u, input_bias, weight, bias, matrices)
     y, gated, convolved = call.outputs()
     if not u.numel():
@@ -99,7 +99,7 @@ def _backward(
     u: Tensor, input_bias: Tensor, weight: Tensor, bias: Tensor, matrices: Tensor,
     gated: Tensor, convolved: Tensor, dy: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of u and of the matrices; and in fp32 of taps, bias and input bias, (M, U, W + 2)."""
+    """Gradients of u and of the matrices; and, in fp32, of taps, bias and input bias, (M, U, W + 2)."""
     call = _Call(u, input_bias, weight, bias, matrices)
     du, sums = torch.empty_like(call.u), call.sums()
     if not u.numel():
@@ -167,11 +167,11 @@ class _Call:
         return self.u.new_empty((*self.u.shape[:2], self.taps + 2), dtype=torch.float32)
 
     def part(self, x: Tensor, i: int) -> Tensor:
-        """The i-th D channels: of a split or, in the order in which they are used, of a long convolution."""
+        """The i-th block of D channels of a split or, in order of use, of a long convolution."""
         return x[:, i * self.width : (i + 1) * self.width]
 
     def gate(self, i: int, value: Tensor | None, into: Tensor) -> None:
-        """into = x_i value; v if there is no value."""
+        """into = x_i value; v without a value."""
         tiles = cdiv(self.batch, FORWARD["BLOCK_B"]) * cdiv(self.length, FORWARD["BLOCK_T"])
         into_channels = into.stride(0) // (self.batch * self.length)
         _forward_kernel[(self.members * self.width * tiles,)](
@@ -183,7 +183,7 @@ class _Call:
     def gate_backward(
         self, i: int, value: Tensor | None, dy: Tensor, du: Tensor, dvalue: Tensor | None, sums: Tensor
     ) -> None:
-        """The gradient of the i-th D channels, and of value; or of v, if there is no value."""
+        """The gradients of the i-th block of channels and of value; of v without a value."""
         tiles = cdiv(self.batch, BACKWARD["BLOCK_B"]) * cdiv(self.length, BACKWARD["BLOCK_T"])
         programs = cdiv(tiles, TILES_EACH)
         sums_MDQXK = sums.new_empty((self.members, self.width, programs, 2, self.taps + 2))
@@ -200,12 +200,12 @@ class _Call:
 # ---------------------------------------------------------------------------------------------- the kernels
 
 SIZES = ["batch", "length", "width", "i", "order"]
-"""`length` is in units of ALIGN, which tells the compiler that it is a multiple."""
+"""`length` is in units of ALIGN, so that the compiler knows that it is a multiple."""
 
 
 @triton.jit
 def _window(u_ptr, input_bias_ptr, channel, b, t, batch, length, first: tl.constexpr, COUNT: tl.constexpr):
-    """A channel's inputs at t + first, t + first + 1, ... as a tuple; zeros outside of the row."""
+    """A channel's inputs at t + first, t + first + 1, ... as a tuple; zero outside the row."""
     u_ptr += channel * batch * length
     input_bias = tl.load(input_bias_ptr + channel).to(tl.float32)
     window = ()
@@ -264,7 +264,7 @@ def _forward_kernel(
 
 @triton.jit
 def _add_sums(sums, pulled, du, window, W: tl.constexpr):
-    """Shares of the gradients of taps, bias and input bias, from those of the short convolution and of u."""
+    """Add to the gradients of taps, bias and input bias, given those of the short convolution and of u."""
     more = ()
     for tap in tl.static_range(W):
         more = append(more, sums[tap] + pulled * window[tap])
@@ -296,12 +296,14 @@ def _backward_kernel(
         b = tile // blocks_t * BLOCK_B + tl.arange(0, BLOCK_B)[:, None]
         t = tile % blocks_t * BLOCK_T + tl.arange(0, BLOCK_T)[None, :]
         here = (b < batch) & (t < length)
-        # what the short convolutions that see t see
+        # inputs of the short convolutions that read t
         gate_window = _window(u_ptr, input_bias_ptr, of_gate, b, t, batch, length, 1 - W, 2 * W - 1)
         if value_ptr is None:
             v_window = _window(u_ptr, input_bias_ptr, of_v, b, t, batch, length, 1 - W, 2 * W - 1)
         to_u_gate, to_u_v = tl.zeros_like(zero), tl.zeros_like(zero)
-        for tap in tl.static_range(W):  # by which the token W - 1 - tap after t sees t; the last is t
+        for tap in tl.static_range(
+            W
+        ):  # with which the token W - 1 - tap after t reads t; the last is t itself
             then = t + (W - 1 - tap)
             later = (b < batch) & (then < length)
             dy = tl.load(dy_ptr + b * length + then, mask=later, other=0.0).to(tl.float32)

@@ -1,4 +1,4 @@
-"""What the kernels share on the device."""
+"""Device functions that the kernels share."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from holdall.contract import forms
 INTERPRETED = tl.constexpr(forms.interpreted())
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-LN_2_HIGH = tl.constexpr(0.693359375)  # so few bits that whole multiples of it are exact in fp32
+LN_2_HIGH = tl.constexpr(0.693359375)  # few enough bits that its integer multiples are exact in fp32
 LN_2_LOW = tl.constexpr(-2.12194440e-4)
-ROUND = tl.constexpr(12582912.0)  # 1.5 x 2^23: added and taken away again, it leaves a whole number in fp32
+ROUND = tl.constexpr(12582912.0)  # 1.5 x 2^23: adding and subtracting it rounds to an integer in fp32
 
 
 @triton.jit
 def dot(a, b, acc=None):
-    """a @ b + acc in fp32, with fp32 operands as they are, not rounded to tf32.
+    """a @ b + acc in fp32; fp32 operands are not rounded to tf32.
 
-    Triton's interpreter multiplies the bits of bfloat16 as if they were integers, so there it gets fp32.
+    Triton's interpreter multiplies the bits of bfloat16 as integers, so operands are cast to fp32 there.
     """
     if INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
@@ -28,7 +28,7 @@ def dot(a, b, acc=None):
 
 @triton.jit
 def narrow(x, dtype: tl.constexpr):
-    """fp32 to another dtype, to the nearest; by hand in the interpreter, which cuts digits off."""
+    """fp32 to another dtype, rounding to nearest; by hand in the interpreter, which truncates."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
@@ -38,7 +38,7 @@ def narrow(x, dtype: tl.constexpr):
 
 @triton.jit
 def add_up(total, more, lost):
-    """A sum, and what it rounds off for the next time, by Kahan's rule."""
+    """One step of Kahan summation: the sum, and the rounding error for the next step."""
     more += lost
     after = total + more
     return after, more - (after - total)
@@ -46,7 +46,7 @@ def add_up(total, more, lost):
 
 @triton.jit
 def exp2(x):
-    """Zero below 2^-126: without that, which tl.exp2 does not offer, the one instruction becomes four."""
+    """2^x in one instruction, flushing results below 2^-126 to zero; tl.exp2 cannot, and takes four."""
     if INTERPRETED:
         return tl.exp2(x)
     else:
@@ -55,7 +55,7 @@ def exp2(x):
 
 @triton.jit
 def reciprocal(x):
-    """Of a number near one, to the last bit or two; a division by any number takes eight times as long."""
+    """1 / x for x near one, up to the last bit or two; a general division takes eight times as long."""
     if INTERPRETED:
         return 1 / x
     else:
@@ -64,9 +64,9 @@ def reciprocal(x):
 
 @triton.jit
 def exp(x, EXACT: tl.constexpr):
-    """Of at most 80 or so; exact is to the last bit or two, for some more instructions than one.
+    """e^x for x up to about 80; if EXACT, accurate to the last bit or two, at the cost of more instructions.
 
-    exp(x) = 2^k exp(f) with the whole number k that leaves the least f, which is rounded nowhere.
+    exp(x) = 2^k exp(f) with the integer k that minimises |f|; f is computed without rounding.
     """
     if EXACT:
         k = (x * LOG2_E + ROUND) - ROUND
@@ -88,7 +88,7 @@ def sigmoid(x, EXACT: tl.constexpr):
 def softplus(x, EXACT: tl.constexpr):
     """max(x, 0) + log(1 + u) with u = exp(-|x|), which is in [0, 1].
 
-    There the polynomial of degree 9 for log(1 + u) / u that errs least errs by 5e-9 of it.
+    log(1 + u) / u is approximated by the best polynomial of degree 9, with a relative error of 5e-9.
     """
     u = exp(tl.maximum(-tl.abs(x), -88.0), EXACT)
     series = 0.106036551 + u * (-0.0569595248 + u * (0.0198514555 + u * -0.00324402284))
@@ -108,7 +108,7 @@ def prepend(value, values):
 
 @triton.jit
 def split_tokens(x_JX, TOKENS: tl.constexpr, LEVELS: tl.constexpr):
-    """The 2^LEVELS tokens of a tile (J, X) as a tuple: registers renamed, where time lies within a thread."""
+    """The 2^LEVELS tokens of a tile (J, X) as a tuple; free if time is within a thread's registers."""
     CHANNELS: tl.constexpr = x_JX.shape[1]
     parts = append((), tl.trans(x_JX))
     for level in tl.static_range(LEVELS):

@@ -5,13 +5,13 @@
 
 RMS norm has neither b nor the means of x and g, and the mean of x^2 for the variance.
 
-Through memory: forward reads x and writes y, backward reads x and dy and writes dx; a row's mean and variance
-are made again from x, which is there anyway. 4 x 65,536 rows of width 128 in bf16 are 67 MB a tensor: 0.045
-and 0.067 ms at 3.0 TB/s. Under `vmap` PyTorch multiplies, adds and sums in passes of their own, and a block
-of its kernel's threads has one row, so that most are idle at such widths: 0.7 ms together.
+Memory traffic: forward reads x and writes y, backward reads x and dy and writes dx; mean and variance are
+recomputed from x, which is read anyway. 4 x 65,536 rows of width 128 in bf16 are 67 MB per tensor: 0.045 and
+0.067 ms at 3.0 TB/s. Under `vmap` PyTorch multiplies, adds and sums in separate passes, and its kernel uses
+one thread block per row, most of whose threads are idle at such widths: 0.7 ms in all.
 
-A program has a tile of rows. Backward it walks over several tiles and keeps its share of dw and db; a second,
-ordinary sum over programs ends them: no atomics, the same bits each time.
+A program has a tile of rows. In the backward it loops over several tiles and accumulates its part of dw and
+db; a second reduction over programs completes them, without atomics, so that results are deterministic.
 
 Letters: M members (1 outside of `vmap`), N rows, D width, Q programs.
 """
@@ -35,11 +35,11 @@ if TYPE_CHECKING or "jaxtyping" in sys.modules:
     from jaxtyping import Float
 
 MAX_WIDTH = 8192
-"""A row lies in the registers of one program."""
+"""Largest width: a row is in the registers of one program."""
 TILE = 2048
-"""Numbers per tile, at least one row."""
+"""Elements per tile, at least one row."""
 PROGRAMS = 1024
-"""Of the backward pass, all members together: enough to fill a device, few enough to sum over after it."""
+"""Programs of the backward pass, all members together: enough to fill a GPU, few enough to sum over."""
 
 
 def layer_norm(
@@ -62,7 +62,7 @@ def layer_norm(
 def rms_norm(
     x: Float[Tensor, "*b d"], weight_D: Float[Tensor, "d"], eps: float, dtype: torch.dtype
 ) -> Float[Tensor, "*b d"]:
-    """What `torch.nn.functional.rms_norm` gives along the last dimension, in `dtype`.
+    """`torch.nn.functional.rms_norm` along the last dimension, with output in `dtype`.
 
     Raises KernelError if no kernel can run on these tensors.
     """
@@ -72,7 +72,7 @@ def rms_norm(
 
 @torch.library.custom_op("holdall::layer_norm_forward", mutates_args=())
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
-    """Layer norm, or without a bias RMS norm."""
+    """Layer norm; RMS norm if there is no bias."""
     x_MND, y_MND = x.contiguous(), torch.empty(x.shape, dtype=dtype, device=x.device)
     bias = None if bias is None else bias.contiguous()
     (members, rows, width), config = x.shape, _config(x.shape[2])
@@ -137,7 +137,7 @@ def _config(width: int) -> dict[str, int]:
 
 @triton.jit
 def _normalised(x_ptr, at, here, real_d, eps, WIDTH: tl.constexpr, CENTRED: tl.constexpr):
-    """A tile of u, zero where there is nothing, and each row's 1 / sqrt(var + eps)."""
+    """A tile of u, zero where masked, and each row's 1 / sqrt(var + eps)."""
     x = tl.load(x_ptr + at, mask=here, other=0.0).to(tl.float32)
     if CENTRED:
         x = tl.where(real_d, x - tl.sum(x, 1)[:, None] / WIDTH, 0.0)

@@ -1,9 +1,10 @@
 """Linear attention with decay on a GPU, by flash-linear-attention: see holdall/kernels/fla.py.
 
-What must move: q, k, v and y once, and each chunk's states, of K V numbers per 64 tokens, unless a program
-keeps them: without decay or with one per head, forward and backward are one kernel each and move q, k, v (and
-y's gradient) once, the backward twice. A decay per key is three kernels forward and eight backward, and in
-fp32 is as large as q and k together in bf16. Operations: 2 T C (K + V) + 4 T K V per head, C = 64.
+Memory traffic: q, k, v and y once, and each chunk's state, K V elements per 64 tokens, unless it stays in
+registers: without decay or with one per head, forward and backward are one kernel each and move q, k, v (and
+y's gradient) once, the backward twice. A decay per key dimension takes three kernels forward and eight
+backward, and in fp32 is as large as q and k together in bf16. Operations per head: 2 T C (K + V) + 4 T K V,
+C = 64.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ def linear_attention(
 ) -> tuple[Float[Tensor, "b t h v"], Float[Tensor, "b h f v"] | None, Float[Tensor, "b h f"] | None]:
     """`holdall.ops.linear_attention.linear_attention` without feature map and normaliser.
 
-    Products are taken in the dtype of v, and q and k are rounded to it; decay and state are fp32. The chunk
-    is the package's own, and an incoming state is not overwritten.
+    Matrix products are in the dtype of v, to which q and k are cast; decay and state are fp32. The chunk
+    length is the package's, and the incoming state is not overwritten.
 
     Raises:
         KernelError: the package is missing or unknown, or it has no kernel for these arguments.

@@ -1,6 +1,6 @@
-"""All that Mamba-2 does between its two projections: convolution, scan and gated norm, forward and backward.
+"""Mamba-2 between its two projections: convolution, scan and gated norm, forward and backward.
 
-With x, B and C out of the short convolution, per head, and everything but products' operands in fp32:
+With x, B and C from the short convolution, per head, and everything in fp32 except operands of products:
 
     dt_t = softplus(raw_t + bias)      l_t = -exp(A_log) dt_t
     h_t = exp(l_t) h_{t-1} + dt_t B_t x_t^T        y_t = h_t^T C_t
@@ -22,21 +22,21 @@ Backward, from the last chunk to the first, with s the gradient of h' and A_ij =
     dl_t = sum_{i >= t} dL_i within the chunk             dA_log = sum_t dl_t l_t
     ddt_j = sum_i A_ij P_ij / dt_j + exp(L_last - L_j) r_j - exp(A_log) dl_j
 
-In fp32 dl_t is summed as what it is, all that decays on its way across t, so that nothing has to cancel, and
-L is kept in two parts. Differences of decays are only ever taken within a chunk. A program has one head of
-one row and walks over its chunks with the state in registers. The forward keeps the state that each chunk
-starts from, in x's dtype, so that the backward is one walk too. dt x, the decays between tokens and B and C
-per head are never written; the heads of a group write a gradient of B and C each, and another kernel adds
-them up. D x is the norm's part.
+In fp32 dl_t is computed as the exact sum over the terms that its decay multiplies, without cancellation, and
+L is stored in two parts. Differences of cumulative decays are only taken within a chunk. A program has one
+head of one row and loops over its chunks with the state in registers. The forward stores the state at the
+start of each chunk, in x's dtype, so that the backward is one loop too. dt x, the decays between tokens and
+B and C per head are never stored; each head of a group writes a gradient of B and C, and another kernel sums
+them. D x is added by the norm's kernel.
 
-Through memory, per token, C = E + 2 G N: forward the convolution reads and writes C, the scan reads C and
+Memory traffic per token, C = E + 2 G N: forward the convolution reads and writes C, the scan reads C and
 writes E and the states, N E / 32, and the norm reads 3 E and writes E; backward norm 6 E, scan 3 E + 2 G N +
-N E / 32 and 4 H N for the heads' gradients of B and C, convolution 3 C. At E = 256, 4 heads and N = 24 (kept
-as 32) these are 2.4 and 3.9 thousand numbers, for 262,144 tokens in bf16 1.3 and 2.0 GB, 0.4 and 0.7 ms at
-3.0 TB/s. All gradients go straight to their places in the gradient of the first projection's output: nothing
+N E / 32 and 4 H N for the heads' gradients of B and C, convolution 3 C. At E = 256, 4 heads and N = 24
+(padded to 32) these are 2.4 and 3.9 thousand elements, for 262,144 tokens in bf16 1.3 and 2.0 GB, 0.4 and 0.7
+ms at 3.0 TB/s. All gradients are written directly into the gradient of the first projection's output: nothing
 is split or concatenated.
 
-Letters: M member of a population (1 outside of `vmap`), B row, T time, F what the first projection gives,
+Letters: M member of a population (1 outside of `vmap`), B row, T time, F outputs of the first projection,
 C channels of the convolution, P past tokens of it, W taps, E inner channels, H heads, G groups, N state, V
 channels of a head, Q chunks, R heads of a group.
 """
@@ -61,11 +61,11 @@ if TYPE_CHECKING or "jaxtyping" in sys.modules:
     from jaxtyping import Float
 
 LARGEST = 128 * 64
-"""Numbers in the state of a head, each dimension a power of 2: it lies in the registers of one program."""
+"""Most elements of a head's state, with dimensions padded to powers of 2: it is in a program's registers."""
 
 
 class Sizes(NamedTuple):
-    """What the first projection's output consists of: z (E), x (E), B and C (G, N), dt (H)."""
+    """The parts of the first projection's output: z (E), x (E), B and C (G, N), dt (H)."""
 
     heads: int
     head_dim: int
@@ -81,19 +81,19 @@ class Sizes(NamedTuple):
         return self.inner + 2 * self.groups * self.state
 
     def parts(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Views of z, of what is convolved, of dt, and of what fills up."""
+        """Views of z, of the convolution's input, of dt, and of the padding."""
         sizes = [self.inner, self.channels, self.heads]
         z, xbc, dt, rest = projected.split([*sizes, projected.shape[-1] - sum(sizes)], dim=-1)
         return z, xbc, dt, rest
 
     @property
     def padded(self) -> tuple[int, int]:
-        """State and head dimension. Products have at least 16 rows and columns."""
+        """State and head dimension, padded: products have at least 16 rows and columns."""
         state, dim = (max(16, triton.next_power_of_2(size)) for size in (self.state, self.head_dim))
         return state, dim
 
     def tile(self, dtype: torch.dtype) -> dict[str, int]:
-        """The scan's constants: chunks are short in fp32, whose products are no matter of tensor cores."""
+        """The scan's constants: chunks are shorter in fp32, whose products cannot use tensor cores."""
         state, dim = self.padded
         return {
             "HEADS": self.heads, "DIM": self.head_dim, "GROUPS": self.groups, "STATE": self.state,
@@ -104,15 +104,15 @@ class Sizes(NamedTuple):
         state, dim = self.padded
         if dtype == torch.float32 or state * dim > 64 * 64:
             return {"num_warps": 8, "num_stages": 1}
-        if backward:  # so few registers that three programs share a multiprocessor, not two
+        if backward:  # few enough registers for three programs per multiprocessor instead of two
             return {"num_warps": 4, "num_stages": 1, "maxnreg": 168}
         return {"num_warps": 4, "num_stages": 3}
 
 
 def refusal(head_dim: int, state: int, taps: int) -> str:
-    """Why there is no kernel for such sizes; empty if there is one."""
+    """Why there is no kernel for these sizes; empty if there is one."""
     if math.prod(Sizes(1, head_dim, 1, state).padded) > LARGEST:
-        return f"the kernel keeps up to {LARGEST} numbers of state a head, not {state} times {head_dim}"
+        return f"the kernel takes up to {LARGEST} elements of state per head, not {state} times {head_dim}"
     return gated_conv.refusal(taps)
 
 
@@ -129,9 +129,9 @@ def mamba_2(
     sizes: Sizes,
     eps: float,
 ) -> tuple[Float[Tensor, "b t e"], Float[Tensor, "b w-1 c"], Float[Tensor, "b h n v"]]:
-    """What the second projection reads, and the states of convolution and scan, the latter in fp32.
+    """The input of the second projection, and the states of convolution and scan, the latter in fp32.
 
-    projected_BTF may end in columns that are not read. Products are taken in its dtype, sums in fp32.
+    projected_BTF may have padding columns at its end. Products are in its dtype, sums in fp32.
 
     Raises:
         KernelError: no kernel can run on these tensors, or for these sizes.
@@ -156,8 +156,8 @@ def _forward(
     projected: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor,
     norm_weight: Tensor, past: Tensor, s: Tensor | None, sizes: list[int], eps: float, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Output, past and state; and, for the backward, what the convolution and the scan gave, the steps, and
-    the state that each chunk starts from, (M, 0) if it is not to be kept."""
+    """Output, past and state; and, for the backward, the outputs of convolution and scan, the steps, and the
+    state at the start of each chunk, (M, 0) if it is not needed."""
     size = Sizes(*sizes)
     projected = projected.contiguous()
     M, B, T, _ = projected.shape
@@ -191,7 +191,7 @@ def _forward(
 
 
 def _exact(x: Tensor) -> bool:
-    """Whether decays keep what they round off."""
+    """Whether cumulative decays are stored in two parts."""
     return x.dtype == torch.float32
 
 
@@ -211,7 +211,7 @@ def _outputs(projected: Tensor, past: Tensor, size: Sizes, keep: bool) -> tuple[
 
 
 def _open(x: Tensor) -> Tensor:
-    """The gate of a convolution that has none: ones for all tokens, which stay in cache."""
+    """A gate of ones for a convolution without one, broadcast over tokens, so that it stays in cache."""
     return x.new_ones(x.shape[-1]).expand(x.shape)
 
 
@@ -230,7 +230,7 @@ def _backward(
     starts: Tensor, dout: Tensor, dafter: Tensor | None, ds_after: Tensor | None,
     sizes: list[int], eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of the projection, the past and the state, (M, 0) if there was none; and in fp32 of the
+    """Gradients of the projection, the past and the state, (M, 0) if there was none; and, in fp32, of the
     convolution's taps and bias, (M, W + 1, C), of the norm's weight, (M, E), and of dt_bias, A_log and D,
     (M, 3, H)."""
     size, R = Sizes(*sizes), sizes[0] // sizes[2]
@@ -337,11 +337,11 @@ def _steps_kernel(
     dt_ptr, dt_bias_ptr, a_log_ptr, steps_ptr, dt_t, B, T,
     HEADS: tl.constexpr, CHUNK: tl.constexpr, PADDED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Of a chunk, for each head: dt, the log decay from the chunk's start and to its end, softplus's slope.
+    """For each head of a chunk: dt, the log decays from the chunk's start and to its end, softplus's slope.
 
-    In fp32 also what the second rounds off: decays between tokens are differences of sums far larger.
+    In fp32 also the rounding error of the second: decays between tokens are differences of much larger sums.
 
-    A kernel of its own: within the others the compiler would repeat all this in every layout they need it in.
+    This is a separate kernel, since within the others the compiler would repeat it for every layout.
     """
     chunks = tl.cdiv(T, CHUNK)
     row = (tl.program_id(0) // chunks).to(tl.int64)
@@ -373,7 +373,7 @@ def _steps(steps_ptr, q, T, CHUNK: tl.constexpr, EXACT: tl.constexpr):
     """dt, log decay from the chunk's start, in two parts, and decay to its end, and over all of it."""
     t = q * CHUNK + tl.arange(0, CHUNK)
     dt = tl.load(steps_ptr + t, mask=t < T, other=0.0)
-    sums = tl.load(steps_ptr + T + tl.minimum(t, T - 1))  # after the end nothing decays
+    sums = tl.load(steps_ptr + T + tl.minimum(t, T - 1))  # no decay after the end
     low = sums
     if EXACT:
         low = tl.load(steps_ptr + 4 * T + tl.minimum(t, T - 1))
@@ -384,7 +384,7 @@ def _steps(steps_ptr, q, T, CHUNK: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def _between(sums, low, CHUNK: tl.constexpr, EXACT: tl.constexpr):
-    """The decay from token j to token i, 0 where j comes later."""
+    """The decay from token j to token i; 0 if j is later."""
     i, j = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
     log_decay = sums[:, None] - sums[None, :]
     if EXACT:
@@ -464,7 +464,7 @@ def _backward_kernel(
     ds = tl.zeros((V, N), tl.float32)
     if ds_after_ptr is not None:
         ds += tl.load(ds_after_ptr + s_at, mask=s_real, other=0.0).to(tl.float32)
-    # per token, summed over tokens at the end
+    # per token; summed over tokens at the end
     dbias, da_log = tl.zeros((CHUNK,), tl.float32), tl.zeros((CHUNK,), tl.float32)
     lost_dbias, lost_da_log = dbias, da_log
 
@@ -489,7 +489,7 @@ def _backward_kernel(
         pairs = dot(c, tl.trans(b))
         share = dpairs * pairs
         share_j = tl.sum(share, 0)
-        if EXACT:  # what decays on its way across token i, with nothing in the sum that has to cancel
+        if EXACT:  # the exact sum over the terms that the decay of token i multiplies
             across = tl.cumsum(share, 1) - share
             dlog_decay = tl.sum(tl.where(t[:, None] >= t[None, :], across, 0.0), 0)
         else:
@@ -538,7 +538,7 @@ def _sum_kernel(
     each_ptr, sum_ptr, rows, sum_t,
     R: tl.constexpr, COLUMNS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of B and C from the heads of a group, added up in their order."""
+    """The gradients of B and C, summed over the heads of a group in order."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[:, None]
     column = tl.arange(0, PADDED)[None, :]
     here = (row < rows) & (column < COLUMNS)

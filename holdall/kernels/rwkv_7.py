@@ -1,31 +1,32 @@
-"""What RWKV-7 does before and after its delta rule, three kernels each way.
+"""RWKV-7's operations before and after its delta rule: three kernels each way.
 
     beside      z_t = [x_t | x_{t-1}]
     prepare     kk = u / |u|, u = k_k k'    a = sigmoid(a0 + l_a)    log w = -e^(-1/2) sigmoid(w0 + l_w)
-                k = k' (1 + (a - 1) k_a)        and what the rule reads: r, log w, k, v, -a kk, kk
+                k = k' (1 + (a - 1) k_a)        and the inputs of the rule: r, log w, k, v, -a kk, kk
     finish      y = g (w n + b + (r . (r_k k)) v)        n = (o - mean o) / sqrt(var o + eps) per head
 
-The token shift's lerps need not be: a map of x_t + m (x_{t-1} - x_t) is a map of z_t whose weights are
-[W (1 - m) | W m], so that one product gives r, k', v and the low ranks of decay, removal and gate.
+The token shift's interpolations are not computed: a linear map of x_t + m (x_{t-1} - x_t) is a linear map of
+z_t with weights [W (1 - m) | W m], so that one product gives r, k', v and the low ranks of decay, removal and
+gate.
 
-Backward of prepare, all sums over tokens, and of kk, A = -a kk and the others the incoming gradients:
+Backward of prepare, with sums over tokens, from the gradients of kk, A = -a kk and the others:
 
     dl_w = -e^(-1/2) s (1 - s) dlog w,  s = sigmoid(w0 + l_w)            dw0 = sum dl_w
     dl_a = a (1 - a) (k' k_a dk - kk dA)        da0 = sum dl_a           dk_a = sum k' (a - 1) dk
     du = (e - kk (kk . e)) / |u|,  e = dkk - a dA                        dk_k = sum k' du
     dk' = (1 + (a - 1) k_a) dk + k_k du
 
-and of finish, with t what g is multiplied by, dt = g dy and c = r . (r_k k):
+and of finish, with t the factor that g multiplies, dt = g dy and c = r . (r_k k):
 
     dg = t dy    dv = c dt    dc = v . dt    dr = dc r_k k    dk = dc r_k r    dr_k = sum dc r k
     dw = sum dt n    db = sum dt    do = (h - mean h - n mean(h n)) / sqrt(var o + eps),  h = w dt
 
-Through memory, in tensors of as many channels as x: beside 3 and 3, prepare 12 and 17 (log w is fp32),
-finish 6 and 11. 262,144 tokens of 128 channels in bf16 are 67 MB a tensor, 52 of them 1.4 ms at 2.45 TB/s;
-passes of their own, half of them in fp32, move some 300.
+Memory traffic, in tensors of the size of x: beside 3 and 3, prepare 12 and 17 (log w is fp32), finish 6 and
+11. 262,144 tokens of 128 channels in bf16 are 67 MB per tensor, 52 of them 1.4 ms at 2.45 TB/s; separate
+passes, half of them in fp32, move some 300.
 
-Programs that sum for parameters walk over some tokens of a head each; another, ordinary sum ends them: no
-atomics, the same bits each time.
+Programs that compute gradients of parameters loop over some tokens of a head each, and a second reduction
+completes the sums, without atomics, so that results are deterministic.
 
 Letters: M members (1 outside of `vmap`), B row, T time, N tokens, D channels, H heads, K dims of a head,
 Q programs.
@@ -51,18 +52,18 @@ if TYPE_CHECKING or "jaxtyping" in sys.modules:
     from jaxtyping import Float
 
 TILE = 1024
-"""Numbers per tile, at least one head of one token."""
+"""Elements per tile, at least one head of one token."""
 PROGRAMS = 2112
-"""That sum for parameters, of all heads and members together: 16 for each of an H100's multiprocessors."""
+"""Programs that compute gradients of parameters, in all: 16 per multiprocessor of an H100."""
 DECAY = tl.constexpr(math.exp(-0.5))
-"""The fastest: log w is never below its negative."""
+"""The strongest decay: log w is never below its negative."""
 
 
 # ------------------------------------------------------------------------------------------------- beside
 
 
 def beside(x_BTD: Float[Tensor, "b t d"], last_BD: Float[Tensor, "b d"]) -> Float[Tensor, "b t 2*d"]:
-    """Each token beside the one before it, `last_BD` before the first.
+    """Each token concatenated with the previous one; `last_BD` precedes the first.
 
     Raises KernelError if no kernel can run on these tensors.
     """
@@ -156,7 +157,7 @@ def prepare(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """r, log w, k, v, -a kk and kk, each (B, T, H, K), log w in fp32 and the others in the dtype of r.
 
-    w_BTD and a_BTD are what w0 and a0 are added to; tokens of rkv_BTE may lie apart.
+    w0 and a0 are added to w_BTD and a_BTD. Tokens of rkv_BTE may have any stride.
 
     Raises KernelError if no kernel can run on these tensors.
     """
@@ -206,7 +207,7 @@ def _prepare_backward(
     dkk: Tensor,
     heads: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of the first four, the last (M, 4, D) in fp32."""
+    """Gradients of the first four arguments, the last (M, 4, D) in fp32."""
     rkv = _by_tokens(rkv)
     members, tokens, width = w.shape
     drkv, dw, da_logit = rkv.new_empty(rkv.shape), torch.empty_like(w), torch.empty_like(a)
@@ -274,13 +275,13 @@ def _write(pointer, at, x, mask):
 
 @triton.jit
 def _parameter(weights_ptr, number: tl.constexpr, member, c, real, NUMBERS: tl.constexpr, D: tl.constexpr):
-    """One of a member's parameters for the channels of a head."""
+    """A parameter of a member, for the channels of a head."""
     return _read(weights_ptr, (member * NUMBERS + number) * D + c, real)[None, :]
 
 
 @triton.jit
 def _removal(k, k_k):
-    """u / |u| and 1 / |u|, nothing divided by less than 1e-12."""
+    """u / |u| and 1 / |u|, with |u| clamped to at least 1e-12."""
     u = k * k_k
     length = tl.sqrt(tl.sum(u * u, 1))[:, None]
     inverse = 1 / tl.maximum(length, 1e-12)
@@ -371,7 +372,7 @@ def finish(
     r_k_HK: Float[Tensor, "h k"],
     eps: float,
 ) -> Float[Tensor, "b t h*k"]:
-    """What the gated, normalised output and the bonus of the token itself are together.
+    """The normalised output plus the bonus of the current token, gated.
 
     Raises KernelError if no kernel can run on these tensors.
     """
@@ -416,7 +417,7 @@ def _finish_backward(
     heads: int,
     eps: float,
 ) -> Six:
-    """Of the first six, the last (M, 3, D) in fp32."""
+    """Gradients of the first six arguments, the last (M, 3, D) in fp32."""
     members, tokens, width = g.shape
     do, dr, dk, dv, dg = (torch.empty(g.shape, dtype=g.dtype, device=g.device) for _ in range(5))
     if not g.numel():
@@ -537,13 +538,13 @@ def _config(size: int) -> dict[str, int]:
 
 
 def _programs(tokens: int, others: int, block: int) -> tuple[int, int]:
-    """For each head and member, and the tiles that each walks over."""
+    """Programs per head and member, and tiles per program."""
     tiles_each = cdiv(cdiv(tokens, block), max(1, PROGRAMS // others))
     return cdiv(cdiv(tokens, block), tiles_each), tiles_each
 
 
 def _by_tokens(x_MNE: Tensor) -> Tensor:
-    """Tokens at one distance, also from member to member, and their channels side by side."""
+    """x, copied unless tokens of all members have one stride and contiguous channels."""
     members, tokens, _ = x_MNE.shape
     apart = x_MNE.stride(0) == tokens * x_MNE.stride(1) or members == 1
     return x_MNE if apart and x_MNE.stride(2) == 1 else x_MNE.contiguous()

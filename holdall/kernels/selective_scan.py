@@ -1,38 +1,38 @@
-"""The selective scan, and what Mamba puts around it, in one launch each way.
+"""The selective scan, fused with Mamba's operations around it, in one launch each way.
 
     dt_t = softplus(raw_t + bias)        h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t
     y_t = (C_t . h_t + skip x_t) silu(z_t)
 
 Bias, skip and z are optional; without a bias, raw is dt itself. The (B, T, D, N) tensors of decays and states
-are never written. A program owns BLOCK channels of one row: lanes are channels, time and the N states of a
-channel follow one another. Tokens come in tiles of TILE, whose dt, dt x and y stay in registers while n runs
-over the states:
+are never stored. A program has BLOCK channels of one row: lanes are channels, and it loops over time and the
+N states of a channel. Tokens are in tiles of TILE, whose dt, dt x and y stay in registers while n loops over
+the states:
 
     for n: for t in tile: h = exp2(dt_t A_n log2 e) h + (dt_t x_t) B_tn,   y_t += C_tn h
 
-(beside inputs in fp32 with a longer, exact exponential) and h_n goes from tile to tile through memory. Those
-are the states that the backward needs: it takes the tiles last to first, recomputes h within each from the
-state at its start, and then, with q_t the gradient of y before gate and skip, and s the gradient that h_t
-sends back,
+(for fp32 inputs with a longer, accurate exponential) and h_n passes from tile to tile through memory. These
+are the states that the backward needs: it loops over the tiles from last to first, recomputes h within each
+from the state at its start, and then, with q_t the gradient of y before gate and skip, and s_t the gradient
+that h_t passes on to h_{t-1},
 
     g_t = C_tn q_t + s_{t+1}        s_t = exp(dt_t A_n) g_t        w_t = s_t h_{t-1}
     grad dt_t = sum_n A_n w_t + x_t sum_n g_t B_tn     grad x_t = dt_t sum_n g_t B_tn + skip q_t
     grad A_n = sum_t dt_t w_t       grad B_tn = sum_d g_t dt_t x_t        grad C_tn = sum_d h_t q_t
 
-The sums over channels run across lanes: the 2 TILE of them that one n has are folded into each other, half of
-the lanes going on with one sum and half with another, until each holds a whole one (`_fold`).
-(Begun on tensor cores, by products with ones, they take fewer instructions and 6 to 13% more time.)
-Partial sums of programs are added up in their order, without atomics, so the same bits come out twice.
+The sums over channels are across lanes: the 2 TILE sums of one n are folded into each other, half of the
+lanes continuing with one sum and half with another, until each lane has a complete one (`_fold`). (With the
+first part on tensor cores, by products with ones, they take fewer instructions and 6 to 13% more time.)
+Partial sums of programs are added in a fixed order, without atomics, so that results are deterministic.
 
-Where rows and channels are too few to fill the GPU, time is cut into segments, too (`segments`): a first
-launch runs every segment from zero for the state at its end alone, and the programs of the second start from
-the ends and the total decays of the segments before theirs. That costs one more exponential.
+If rows and channels are too few to fill the GPU, time is also cut into segments (`segments`): a first launch
+computes the final state of every segment from a zero start, and the programs of the second start from the
+final states and total decays of the segments before theirs. That costs one more exponential.
 
-What limits: an exponential per token, channel and state each way, of which a multiprocessor does 16 a clock,
-132 x 16 x 1.755 GHz = 3.7e12 a second on an H100. For 4 x 256 rows of 256 tokens, 256 channels and 16 states
-that is 0.29 ms each way. With all that is around it there are 13 instructions forward and 34 backward, of
-which 8 add up across channels and 7 are due once per token and channel: 0.47 and 1.2 ms at 128 lanes a clock.
-Bytes per token and channel, bf16: forward x, dt, z, y and 4 N / TILE of states, 16 in all, or 0.36 ms;
+Limits: one exponential per token, channel and state each way, of which a multiprocessor computes 16 per
+clock, 132 x 16 x 1.755 GHz = 3.7e12 per second on an H100. For 4 x 256 rows of 256 tokens, 256 channels and
+16 states that is 0.29 ms each way. In all there are 13 instructions forward and 34 backward, of which 8 are
+sums across channels and 7 are needed once per token and channel: 0.47 and 1.2 ms at 128 lanes per clock.
+Bytes per token and channel in bf16: forward x, dt, z, y and 4 N / TILE of states, 16 in all, or 0.36 ms;
 backward x, dt, z, dy, three gradients, the states, and 8 N / BLOCK of partial sums, written and read, 30 in
 all, or 0.67 ms.
 
@@ -73,16 +73,16 @@ if TYPE_CHECKING or "jaxtyping" in sys.modules:
 LANES = tl.constexpr(32)
 
 TILE = 8
-"""Tokens of a tile, at most 16: twice as many sums over channels are folded into 32 lanes."""
+"""Tokens per tile, at most 16: twice as many sums over channels are folded into 32 lanes."""
 FORWARD = {"BLOCK": 32, "num_warps": 1, "num_stages": 1, "maxnreg": 64}
 BACKWARD = {"BLOCK": 32, "num_warps": 1, "num_stages": 1, "maxnreg": 128}
-"""Channels of a program, one for each lane of its warp, and registers of a lane: so few that 4 warps or more
-take turns at each of a multiprocessor's schedulers, and none is spilt."""
+"""Channels per program, one per lane of its warp, and registers per lane: few enough that each scheduler of a
+multiprocessor has at least 4 warps, without spilling."""
 STEP = {"BLOCK": 32, "num_warps": 4, "num_stages": 1}
 ENOUGH = 1024
-"""Programs that fill a GPU: 8 on each multiprocessor."""
+"""Number of programs that fill a GPU: 8 per multiprocessor."""
 LEAST = 16
-"""Tiles of the shortest segment: the states at its ends cost no more than a few of its tokens."""
+"""Fewest tiles per segment: the states at its ends cost no more than a few of its tokens."""
 
 
 # ---------------------------------------------------------------------------------------------- on the device
@@ -90,7 +90,7 @@ LEAST = 16
 
 @triton.jit
 def _decay(dt, a, EXACT: tl.constexpr):
-    """exp(dt A), of a = A where it is exact, as beside inputs in fp32, else A log2 e."""
+    """exp(dt A); a is A if EXACT, as for fp32 inputs, else A log2 e."""
     if EXACT:
         return exp(dt * a, True)
     else:
@@ -104,7 +104,7 @@ def _load(ptrs, ok):
 
 @triton.jit
 def _load_dt(ptrs, ok, bias, SOFTPLUS: tl.constexpr, EXACT: tl.constexpr):
-    """The length of a step; zero beyond the last token or channel, so that nothing changes there."""
+    """The step size; zero beyond the last token or channel, where the state must not change."""
     dt = _load(ptrs, ok)
     if SOFTPLUS:
         dt = tl.where(ok, softplus(dt + bias, EXACT), 0.0)
@@ -118,13 +118,13 @@ def _tile(start_ptr, STRIDE: tl.constexpr, d_D, TILE: tl.constexpr):
 
 @triton.jit
 def _known(left, inside_D, TILE: tl.constexpr):
-    """Which of a tile's tokens and channels there are."""
+    """Mask of a tile's tokens and channels."""
     return (tl.arange(0, TILE) < left)[:, None] & inside_D[None, :]
 
 
 @triton.jit
 def _pair(bits):
-    """B_tn and C_tn, which lie beside each other: one load of 64 bits for all lanes."""
+    """B_tn and C_tn, which are adjacent: one load of 64 bits for all lanes."""
     low, high = bits.to(tl.int32), (bits >> 32).to(tl.int32)
     return low.to(tl.float32, bitcast=True), high.to(tl.float32, bitcast=True)
 
@@ -136,7 +136,7 @@ def _of_state(ptr, n, channels, d_D, ok_D):
 
 @triton.jit
 def _whose(segments, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
-    """Row, segment and channels of a program; whatever is multiplied by a row has 64 bits."""
+    """Row, segment and channels of a program; the row has 64 bits, since offsets are multiples of it."""
     pid = tl.program_id(0)
     BLOCKS: tl.constexpr = (CHANNELS + BLOCK - 1) // BLOCK
     d_D = pid % BLOCKS * BLOCK + tl.arange(0, BLOCK)
@@ -151,7 +151,7 @@ def _start_segment(
     state_ptr, start_ptr, ends_ptr, totals_ptr, a_ptr, d_D, ok_D, channels, size, first, count,
     STEP: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """The state before a segment: the one given, led through `count` of which only the ends are known."""
+    """The state before a segment, from the initial one and the ends of the `count` segments before it."""
     for n in range(size):
         a_D = tl.load(a_ptr + (n * channels + d_D), mask=ok_D, other=0.0)
         h_D = tl.load(start_ptr + (d_D * size + n), mask=ok_D, other=0.0)
@@ -167,8 +167,8 @@ NUMBERS = [
     "time", "size", "group", "segments", "tiles", "all_tiles", "slots", "rows", "x_row", "dt_row", "z_row",
     "dy_row", "out_row",
 ]  # fmt: skip
-"""Not specialised on: another batch or length is no reason to compile again. Another width is, whose strides
-are then part of the instructions: address arithmetic was a fifth of them."""
+"""Arguments without specialisation, so that another batch or length does not recompile the kernel. Widths are
+constants, whose strides become part of the instructions: address arithmetic was a fifth of them."""
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -180,7 +180,7 @@ def _ends_kernel(
     CHANNELS: tl.constexpr, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, GATE: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
-    """What a segment that starts from zero ends with, and the sum of its dt; in reverse, of the gradients."""
+    """Final state of a segment from a zero start, and the sum of its dt; in reverse, of the gradients."""
     EXACT: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
     row, segment, d_D, inside_D = _whose(segments, CHANNELS, BLOCK)
     a_ptr += row // group * size * CHANNELS
@@ -261,14 +261,14 @@ def _forward_kernel(
         dts, us = split_tokens(dt_JD, TILE, LEVELS), split_tokens(dt_JD * x_JD, TILE, LEVELS)
         ys = split_tokens(x_JD * skip_D[None, :], TILE, LEVELS)
         next_ptr = states_ptr + size * CHANNELS if KEEP else states_ptr
-        # a thread reads what it wrote itself; the barrier tells the compiler so
+        # a thread reads its own writes; the barrier prevents reordering by the compiler
         tl.debug_barrier()
         pair_ptr = pairs_ptr + (row * all_tiles + tile) * size * TILE
         a_next = _of_state(a_ptr, 0, CHANNELS, d_D, inside_D)
         h_next = _of_state(states_ptr, 0, CHANNELS, d_D, inside_D)
         first_next = tl.load(pair_ptr)
         for n in tl.range(0, size, loop_unroll_factor=2):
-            # what the next n needs is on its way meanwhile: one number of its line of pairs brings the others
+            # prefetch for the next n: loading one of its pairs fetches the whole cache line
             a_D, h_D, first, m = a_next, h_next, first_next, tl.minimum(n + 1, size - 1)
             a_next = _of_state(a_ptr, m, CHANNELS, d_D, inside_D)
             h_next = _of_state(states_ptr, m, CHANNELS, d_D, inside_D)
@@ -296,19 +296,19 @@ def _forward_kernel(
 
 @triton.jit
 def _lanes(x_D, BLOCK: tl.constexpr):
-    """Channels that share a lane, added up; the lanes' number as five dimensions of two."""
+    """Sums of the channels that share a lane; the lane index as five dimensions of size two."""
     return tl.sum(tl.reshape(x_D, (BLOCK // LANES, 2, 2, 2, 2, 2)), axis=0)
 
 
 @triton.jit
 def _fold(low, high, lane, AXIS: tl.constexpr):
-    """Sums over a pair of lanes: one lane keeps that of `low`, the other that of `high`.
+    """Sums over a pair of lanes: one lane gets that of `low`, the other that of `high`.
 
-    Each sends its neighbour what that one keeps: one exchange for two sums.
+    Each sends its neighbour the value that the neighbour adds: one exchange for two sums.
     """
     first = (lane >> (4 - AXIS)) & 1 == 0
     kept, sent = tl.where(first, low, high), tl.where(first, high, low).to(tl.int32, bitcast=True)
-    # a neighbour's bits: those of both, without one's own
+    # the neighbour's bits: the XOR of both, without one's own
     received = tl.xor_sum(sent, axis=AXIS, keep_dims=True) ^ sent
     return kept + received.to(tl.float32, bitcast=True)
 
@@ -407,7 +407,7 @@ def _backward_kernel(
             tl.store(sum_ptrs, tl.reshape(whole, (2 * TILE,)))
             tl.store(carry_ptr + (n * CHANNELS + d_D), s_D, mask=inside_D)
             tl.store(da_ptr + (n * CHANNELS + d_D), da_D, mask=inside_D)
-        # read once more, since registers are short
+        # read again, to save registers
         x_JD = _load(_tile(x_ptr + row * x_row + start * X_TIME, X_TIME, d_D, TILE), ok_JD)
         g_JD = join_tokens(gs, TILE, LEVELS)
         ddt_JD = join_tokens(ws, TILE, LEVELS) * (1.0 if EXACT else LN_2) + x_JD * g_JD
@@ -448,7 +448,7 @@ def _pack_kernel(
     b_ptr, c_ptr, pairs_ptr, time, size, all_tiles, b_row, b_time, c_row, c_time,
     STATES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """A tile's B and C in fp32, as one number of 64 bits, (N, J); zero beyond the last token."""
+    """A tile's B and C in fp32, as pairs of 64 bits, (N, J); zero beyond the last token."""
     row, start = (tl.program_id(0) // all_tiles).to(tl.int64), tl.program_id(0) % all_tiles * TILE
     n_N, t_J = tl.arange(0, STATES), (start + tl.arange(0, TILE)).to(tl.int64)
     ok_NJ = (n_N < size)[:, None] & (t_J < time)[None, :]
@@ -465,7 +465,7 @@ def _pack_kernel(
 def _unpack_kernel(
     sums_ptr, db_ptr, dc_ptr, time, size, all_tiles, rows, blocks, STATES: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
-    """The gradients of B and C: what the blocks of channels have of them, added up in their order."""
+    """The gradients of B and C, summed over blocks of channels in order."""
     row, start = (tl.program_id(0) // all_tiles).to(tl.int64), tl.program_id(0) % all_tiles * TILE
     n_N, t_J = tl.arange(0, STATES), (start + tl.arange(0, TILE)).to(tl.int64)
     ok_NJ = (n_N < size)[:, None] & (t_J < time)[None, :]
@@ -530,13 +530,13 @@ def selective_scan(
     z_BTD: Float[Tensor, "b t d"] | None = None,
     inplace: bool = False,
 ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b d n"]]:
-    """`holdall.ops.scan.selective_scan`, and what Mamba puts around it.
+    """`holdall.ops.scan.selective_scan`, fused with Mamba's operations around it.
 
     Args:
-        dt_BTD: the step sizes; with `dt_bias_D` the input of softplus, before the bias is added.
+        dt_BTD: the step sizes; with `dt_bias_D` the input of softplus without the bias.
         skip_D: y += skip x.
         z_BTD: then y *= silu(z).
-        inplace: one token's state may be written over that of before. Not for training.
+        inplace: for a single token, update the state in place. Not for training.
 
     Returns:
         y_BTD in the dtype of x, and the last state, fp32.
@@ -555,10 +555,10 @@ def selective_scan(
 
 
 def segments(rows: int, time: int, channels: int) -> tuple[int, int]:
-    """Into how many segments time is cut, and the tiles of each.
+    """Number of segments that time is cut into, and the tiles of each.
 
-    One, where rows and channels alone fill the GPU. Otherwise as many as fill it twice, of at least LEAST
-    tiles. Shapes alone decide, so that the same call gives the same bits on any GPU.
+    One if rows and channels fill the GPU, otherwise as many as fill it twice, of at least LEAST tiles each.
+    It depends on shapes alone, so that the same call is bit-identical on any GPU.
     """
     tiles, programs = cdiv(time, TILE), rows * cdiv(channels, 32)
     count = 1 if programs >= ENOUGH else min(cdiv(2 * ENOUGH, programs), tiles // LEAST)
@@ -567,7 +567,7 @@ def segments(rows: int, time: int, channels: int) -> tuple[int, int]:
 
 
 class _Call:
-    """What the launches of one call share; of the parameters there is one of each for every group of rows."""
+    """Arguments that the launches of a call share; every group of rows has its own parameters."""
 
     def __init__(
         self, x: Tensor, dt: Tensor, a: Tensor, bias: Tensor | None, skip: Tensor | None, z: Tensor | None
@@ -575,7 +575,7 @@ class _Call:
         self.x, self.dt = _rows(x), _rows(dt)
         a = a.float() if x.dtype == torch.float32 else a.float() * LOG2_E.value  # see _decay
         self.a_GND = a.mT.contiguous()
-        # what is not there is not read either, but has to be a pointer
+        # absent tensors are not read, but a pointer is needed
         self.z = self.x if z is None else _rows(z)
         self.bias, self.skip = (self.a_GND if p is None else p.contiguous() for p in (bias, skip))
         self.rows, self.time, self.channels = x.shape
@@ -599,7 +599,7 @@ class _Call:
         return self.x.new_empty(shape, dtype=torch.float32)
 
     def ends(self, pairs: Tensor, dy: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Of every segment by itself, and with dy reversed; nothing where there is but one."""
+        """Final states and sums of dt of all segments, with dy in reverse; empty if there is only one."""
         ends = self.empty(self.rows, self.segments, self.size, self.channels)
         totals = self.empty(self.rows, self.segments, self.channels)
         if self.segments > 1:
@@ -613,7 +613,7 @@ class _Call:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """Channels lie side by side, and tokens as far apart as the layer is wide that made them."""
+    """x, copied unless channels are contiguous; tokens may have the stride of a wider layer."""
     rows, time, channels = x.shape
     if x.stride(-1) == 1 and (channels <= x.stride(1) <= x.stride(0) or rows == 1 < time):
         return x
@@ -625,7 +625,7 @@ def _forward(
     x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, h: Tensor, bias: Tensor | None,
     skip: Tensor | None, z: Tensor | None, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """y, the last state and, to keep for the backward, the tiles' states and the pairs of B and C."""
+    """y, the last state and, for the backward, the tiles' states and the pairs of B and C."""
     call = _Call(x, dt, a, bias, skip, z)
     slots = call.tiles + 1 if keep else 1
     y, last = x.new_empty(x.shape), call.empty(*h.shape)
@@ -659,7 +659,7 @@ def _(
 
 
 def _nothing(x: Tensor) -> Tensor:
-    """A custom operation returns tensors, whatever it is called for."""
+    """An empty tensor in place of None, which custom operations cannot return."""
     return x.new_empty(x.shape[0], 0, dtype=torch.float32)
 
 
@@ -743,7 +743,7 @@ def _one_step(
     x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, h: Tensor, bias: Tensor | None,
     skip: Tensor | None, z: Tensor | None, new: Tensor,
 ) -> Tensor:  # fmt: skip
-    """Writes the next state into `new`, which may be h itself, and returns y."""
+    """Write the next state to `new`, which may be h itself, and return y."""
     (rows, _, channels), size = x.shape, a.shape[-1]
     flags = {"SOFTPLUS": bias is not None, "SKIP": skip is not None, "GATE": z is not None}
     x, dt, a = _rows(x), _rows(dt), a.contiguous()

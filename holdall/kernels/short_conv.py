@@ -1,10 +1,10 @@
-"""The short causal convolution on a GPU, with or without SiLU after it: the gated one, whose gate is open.
+"""The short causal convolution on a GPU, with or without SiLU after it: gated_conv.py with a gate of ones.
 
     y_t = f(b + sum_{i < W} w_i x_{t - W + 1 + i})
 
-The gate is a row of ones that stands for all tokens and stays in cache. What the kernel writes without need
-is the gate's gradient, one number in six. Forward reads x and writes y, backward reads x and dy and writes
-dx. Plain PyTorch reads and writes fp32 tensors once and again for every tap, some 40 numbers both ways.
+The gate is a row of ones, broadcast over tokens, which stays in cache. Only the gate's gradient is written
+without need, one element in six. Forward reads x and writes y, backward reads x and dy and writes dx. Plain
+PyTorch reads and writes fp32 tensors again for every tap, some 40 elements in both directions.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING or "jaxtyping" in sys.modules:
 
 
 def refusal(taps: int) -> str:
-    """Why there is no kernel for so many taps; empty if there is one, or if there are none to apply."""
+    """Why there is no kernel for this many taps; empty if there is one, or if there is no convolution."""
     return gated_conv.refusal(taps) if taps else ""
 
 
@@ -33,9 +33,9 @@ def short_conv(
     *,
     silu: bool = False,
 ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b w-1 d"]]:
-    """The twin of `holdall.ops.conv.short_conv`, and SiLU if wanted.
+    """The kernel form of `holdall.ops.conv.short_conv`, with an optional SiLU.
 
-    Raises KernelError if no kernel can run on these tensors, or with so many taps.
+    Raises KernelError if no kernel can run on these tensors, or for this many taps.
     """
     open_BTD = x_BTD.new_ones(x_BTD.shape[-1]).expand(x_BTD.shape)
     return gated_conv.gated_conv(

@@ -1,18 +1,18 @@
-"""A linear map with few weights, in fp32 whatever its inputs are, with or without log sigmoid after it.
+"""A linear map with few weights, in fp32 for inputs of any dtype, with or without log sigmoid after it.
 
     l = W x + b        y = c log sigmoid(l)  or  y = l
     dl = c (1 - sigmoid(l)) dy  or  dy        dx = W^T dl        dW = sum_n dl x^T        db = sum_n dl
 
-Decays, gates and steps are such maps: a handful of outputs, or a rank of 16, and they want more digits than
-bf16 has. As a product, dW is a few tiles that each sum over all tokens, 32 x 32 in fp32 or 16 x 16 in bf16:
-2.1 and 0.7 ms for 4 x 65,536 tokens. Here programs walk over some tokens each, and a
-second, ordinary sum over programs ends dW and db: no atomics, the same bits each time.
+Decays, gates and step sizes are such maps: a few outputs, or a rank of 16, which need more precision than
+bf16 has. As a matrix product, dW is a few tiles that each sum over all tokens, 32 x 32 in fp32 or 16 x 16 in
+bf16: 2.1 and 0.7 ms for 4 x 65,536 tokens. Here each program loops over some of the tokens, and a second
+reduction over programs completes dW and db, without atomics, so that results are deterministic.
 
-Through memory: x in and y out, backward x and dy in and dx out. 262,144 tokens of 128 channels in bf16 are
-67 MB: 0.03 and 0.06 ms at 2.45 TB/s; from 16 to 64 in fp32 the larger part is y, 67 MB too.
+Memory traffic: x is read and y written, backward x and dy read and dx written. 262,144 tokens of 128 channels
+in bf16 are 67 MB: 0.03 and 0.06 ms at 2.45 TB/s; from 16 to 64 in fp32 the larger part is y, 67 MB too.
 
-Products of bf16 are exact in fp32, and what meets a dl, which is fp32, meets it as the sum of two bf16, 16
-bits of it: 2^-17 off, where dx and dW are rounded at 2^-9.
+Products of bf16 are exact in fp32. In products of bf16 with dl, which is fp32, dl is split into two bf16
+parts, 16 bits of it: an error of 2^-17, while dx and dW are rounded at 2^-9.
 
 Letters: M members (1 outside of `vmap`), N tokens, D channels, E outputs, Q programs.
 """
@@ -37,14 +37,14 @@ if TYPE_CHECKING or "jaxtyping" in sys.modules:
     from jaxtyping import Float
 
 MAX_WEIGHTS = 8192
-"""That a program can hold. PyTorch multiplies with more of them, where tiles are enough."""
+"""Most weights that a program can hold; with more, PyTorch's product is used, which has enough tiles."""
 BLOCK = 64
 PROGRAMS = 1056
-"""Of the backward pass, all members together: eight for each of an H100's multiprocessors."""
+"""Programs of the backward pass, all members together: eight per multiprocessor of an H100."""
 
 
 def fits(weight_ED: Tensor) -> bool:
-    """Whether a program can hold so many weights."""
+    """Whether a program can hold these weights."""
     outputs, channels = weight_ED.shape
     return _padded(channels) * _padded(outputs) <= MAX_WEIGHTS
 
@@ -57,7 +57,7 @@ def small_linear(
     log_sigmoid: bool = False,
     scale: float = 1.0,
 ) -> Float[Tensor, "*b e"]:
-    """What `torch.nn.functional.linear` gives of tensors in fp32; or `scale` times its log sigmoid.
+    """`torch.nn.functional.linear` in fp32; with a scale, `scale` times its log sigmoid.
 
     Raises KernelError if no kernel can run on these tensors.
     """
@@ -73,7 +73,7 @@ def small_linear(
 
 @torch.library.custom_op("holdall::small_linear_forward", mutates_args=())
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """With a scale, of log sigmoid; with 0 of the map alone."""
+    """The map; with a scale other than 0, scale times its log sigmoid."""
     members, rows, outputs = *x.shape[:2], weight.shape[1]
     y_MNE = torch.empty((members, rows, outputs), device=x.device)
     if y_MNE.numel():
@@ -148,7 +148,7 @@ def _config(x: Tensor, outputs: int) -> dict[str, int]:
 
 @triton.jit
 def _dot_fp32(a, b, dtype: tl.constexpr):
-    """a @ b, a in fp32 and b of a dtype: exactly, or beside bf16 with a's first 16 bits."""
+    """a @ b with a in fp32: exact if b is fp32, with the first 16 bits of a if b is bf16."""
     if dtype == tl.bfloat16:
         high = narrow(a, tl.bfloat16)
         low = narrow(a - high.to(tl.float32), tl.bfloat16)
@@ -191,7 +191,7 @@ def _forward_kernel(
 
 @triton.jit
 def _log_one_and(x):
-    """log(1 + x) for x in [0, 1], with the digits that 1 + x loses: log(u) x / (u - 1), u = 1 + x rounded."""
+    """log(1 + x) for x in [0, 1], accurate for small x: log(u) x / (u - 1) with u = 1 + x rounded."""
     u = 1 + x
     return tl.where(u == 1, x, tl.log(u) * x / tl.where(u == 1, 1.0, u - 1))
 

@@ -1,29 +1,29 @@
-"""Taylor linear attention, chunked: Based's second-order exp(q . k), without ever writing its features.
+"""Taylor linear attention in chunks: Based's second-order exp(q . k), without storing features.
 
     y_t = sum_{j <= t} p_tj v_j / (sum_{j <= t} p_tj + eps)
     p_tj = 1 + s + s^2 / 2,   s = q_t . k_j / sqrt(K)
 
 and p_tj = phi(q_t) . phi(k_j) with the F = 1 + K + K (K + 1) / 2 features of holdall.ops.linear_attention.
-A row is cut into segments of L tokens. Within a segment all pairs are met as in FlashAttention; everything
-before it is met through the state at its start. Three launches forward:
+A row is cut into segments of L tokens. Within a segment all pairs are computed as in FlashAttention; all
+earlier tokens enter through the state at its start. Forward takes three launches:
 
-    sums      for each segment alone    sum phi(k) v^T, sum phi(k)
+    sums      for each segment          sum phi(k) v^T, sum phi(k)
     prefix    over the segments         the state before each of them, and the last one
     outputs   for each block of queries phi(q) S + pairs, over phi(q) . z + pairs
 
-and backward grad_q (from the same prefix), then sums and prefix of the gradients' state, in which time runs
-backwards, and grad_kv. With r_t = 1 / (den_t + eps), the gradients of numerator and denominator are
+and backward grad_q (from the same prefix), then sums and prefix of the gradients' state, backwards in time,
+and grad_kv. With r_t = 1 / (den_t + eps), the gradients of numerator and denominator are
 r_t dy_t and m_t = -r_t (dy_t . y_t), so that dp_tj = r_t dy_t . v_j + m_t, and the state that carries them is
 
     dS = sum_t phi(q_t) r_t dy_t^T,   dz = sum_t phi(q_t) m_t
 
-Features are made where they are used: x_i and x_j of 64 features at once are two products of x with one-hot
-matrices, exact, on the tensor cores, and in the registers from which their product goes into the next one.
+Features are computed where they are used: the factors x_i and x_j of 64 features are two products of x with
+one-hot matrices, exact, on the tensor cores, whose results are multiplied in registers.
 
-Bytes that must move, bf16: q, k, v, y once, 4 (K + V) per token and head: 168 MB for 4 rows x 16 heads x
-8192 tokens at K = 16, V = 64, 0.056 ms at 3 TB/s. Sums read k and v once more; states cost 10 F V bytes a
-segment. Operations of products per token and head, forward: 4 F V for the state, 12 F K for the features,
-L (K + V) for the pairs; 0.1 MFLOP at these sizes, 53 GFLOP in all, 0.08 ms at 650 TFLOP/s.
+Memory traffic in bf16: q, k, v, y once, 4 (K + V) bytes per token and head: 168 MB for 4 rows x 16 heads x
+8192 tokens at K = 16, V = 64, 0.056 ms at 3 TB/s. Sums read k and v once more; states cost 10 F V bytes per
+segment. Operations of matrix products per token and head, forward: 4 F V for the state, 12 F K for the
+features, L (K + V) for the pairs; 0.1 MFLOP at these sizes, 53 GFLOP in all, 0.08 ms at 650 TFLOP/s.
 
 Letters: B row, T time, H heads, K key dim, V value dim, F features, C tokens of a block, N segments.
 """
@@ -51,9 +51,9 @@ if TYPE_CHECKING or "jaxtyping" in sys.modules:  # pytest checks the shapes; not
 FEATURES = FEATURE_MAPS["taylor"].size
 MAX_KEY, MAX_VALUE = 32, 128
 SEGMENT = 512
-"""Tokens whose pairs are met directly; as many as cost what a state's features would."""
+"""Tokens per segment: with this many, pairs cost about as much as the features of the state."""
 TILE = 64
-"""Features at once."""
+"""Features per tile."""
 
 
 def refusal(key_dim: int, value_dim: int, dtype: torch.dtype) -> str:
@@ -75,11 +75,11 @@ def taylor_attention(
     eps: float = 1e-12,
     want_state: bool = True,
 ) -> tuple[Float[Tensor, "b t h v"], Float[Tensor, "b h f v"] | None, Float[Tensor, "b h f"] | None]:
-    """The twin of `holdall.ops.linear_attention.linear_attention` with the Taylor map, normalised.
+    """The kernel form of `holdall.ops.linear_attention.linear_attention` with the Taylor map, normalised.
 
-    Sums are kept in fp32; features, scores and states enter products in the dtype of v. So with bfloat16 the
-    outputs are as good as plain PyTorch's, which has everything in fp32 until it rounds the output itself,
-    while the states are as good as products of bfloat16 features make them.
+    Sums are in fp32; features, scores and states are cast to the dtype of v for matrix products. So with
+    bfloat16 the outputs are as accurate as plain PyTorch's, which is in fp32 until the output is rounded,
+    while the states have the accuracy of products of bfloat16 features.
 
     Raises:
         KernelError: no kernel for this device, dtype or size.
@@ -97,7 +97,7 @@ def absorb(
     s_BHFV: Float[Tensor, "b h f v"] | None = None,
     z_BHF: Float[Tensor, "b h f"] | None = None,
 ) -> tuple[Float[Tensor, "b h f v"], Float[Tensor, "b h f"]]:
-    """The twin of `holdall.ops.linear_attention.absorb` with the Taylor map: only the state, no outputs."""
+    """The kernel form of `holdall.ops.linear_attention.absorb` with the Taylor map: the state, no outputs."""
     _check(k_BTHK, v_BTHV)
     return torch.ops.holdall.taylor_absorb(*_alike(k_BTHK, v_BTHV), *_wide(s_BHFV, z_BHF))
 
@@ -109,7 +109,7 @@ def _check(*tensors: Tensor) -> None:
 
 
 def _alike(*tensors: Tensor) -> list[Tensor]:
-    """In one dtype, each with its last dimension dense."""
+    """Cast to one dtype, each with a contiguous last dimension."""
     dtype = functools.reduce(torch.promote_types, [x.dtype for x in tensors])
     return [x.to(dtype) if x.stride(-1) == 1 else x.to(dtype).contiguous() for x in tensors]
 
@@ -123,11 +123,11 @@ def _wide(s_BHFV: Tensor | None, z_BHF: Tensor | None) -> tuple[Tensor | None, T
 
 @functools.cache
 def _table(key_dim: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Feature f is weight_f x_i x_j, where either factor may be 1 instead.
+    """Tables of the features: feature f is weight_f x_i x_j, where either factor may be 1 instead.
 
     Returns:
-        hot_2KF: column f picks x_i, or x_j, as a product with x; ones_2F: 1 where the factor is 1; weight_F.
-        Their weight is 0 in the columns that fill up the last tile.
+        hot_2KF: one-hot columns that select x_i, or x_j, in a product with x; ones_2F: 1 where the factor is
+        1; weight_F, 0 in the padding of the last tile.
     """
     one, each = [-1] * key_dim, list(range(key_dim))
     i, j = torch.triu_indices(key_dim, key_dim, offset=1).tolist()
@@ -144,7 +144,7 @@ def _table(key_dim: int, dtype: torch.dtype, device: torch.device) -> tuple[Tens
 
 @triton.jit
 def _hot(hot, factor: tl.constexpr, tile, NF: tl.constexpr, TILE: tl.constexpr, FK: tl.constexpr):
-    """A tile of the matrix that picks the first (0) or second (1) factor of each feature, (FK, TILE)."""
+    """A tile of the one-hot matrix of the first (0) or second (1) factor of each feature, (FK, TILE)."""
     f = tile * TILE + tl.arange(0, TILE)
     return tl.load(hot + factor * FK * NF + tl.arange(0, FK)[:, None] * NF + f[None, :])
 
@@ -166,8 +166,8 @@ def _factors(x_CK, i_KF, j_KF, ones, tile, NF: tl.constexpr, TILE: tl.constexpr)
 
 @triton.jit
 def _place(T, H, C: tl.constexpr):
-    """Which row and head, and the first token. Neighbouring programs take neighbouring heads, which lie
-    side by side in memory."""
+    """Row and head of a program, and its first token. Neighbouring programs take neighbouring heads, which
+    are adjacent in memory."""
     h, pid = tl.program_id(0) % H, tl.program_id(0) // H
     blocks = tl.cdiv(T, C)
     return (pid // blocks).to(tl.int64) * H + h, pid % blocks * C
@@ -247,9 +247,9 @@ def _prefix(
     F: tl.constexpr, V: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     HAS_IN: tl.constexpr, HAS_OUT: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """The state before each segment, in whichever direction time runs; s and z lie side by side.
+    """The state before each segment, in either direction of time; s and z are adjacent.
 
-    What the other kernels read is weighted once more: they meet it with features without weights.
+    The stored states are multiplied by the weights again, since the other kernels use unweighted features.
     """
     blocks: tl.constexpr = (F * V + F + BLOCK - 1) // BLOCK
     bh = (tl.program_id(0) // blocks).to(tl.int64)
@@ -277,7 +277,7 @@ def _met(
     y_CV, den_C, q_CK, t_C, k, v, start, first, k_t, v_t, T,
     K: tl.constexpr, V: tl.constexpr, FK: tl.constexpr, FV: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """Queries meet a block of keys, which may be their own."""
+    """Contribution of a block of keys, which may be the queries' own, to their outputs."""
     t_S = start + tl.arange(0, S)
     k_SK, v_SV = _block(k, t_S, k_t, T, K, FK), _block(v, t_S, v_t, T, V, FV)
     s_CS = dot(q_CK, tl.trans(k_SK))
@@ -340,7 +340,7 @@ def _grad_q_met(
     dq_CK, q_CK, dy_CV, r_C, m_C, t_C, k, v, start, first, k_t, v_t, T,
     K: tl.constexpr, V: tl.constexpr, FK: tl.constexpr, FV: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """What a block of keys, which may be their own, adds to the gradients of queries."""
+    """Contribution of a block of keys, which may be the queries' own, to their gradients."""
     t_S = start + tl.arange(0, S)
     k_SK, v_SV = _block(k, t_S, k_t, T, K, FK), _block(v, t_S, v_t, T, V, FV)
     slope_CS = K**-0.5 + dot(q_CK, tl.trans(k_SK)) * (1.0 / K)
@@ -405,7 +405,7 @@ def _grad_kv_met(
     dk_CK, dv_CV, k_CK, v_CV, t_C, q, dy, scale, shift, start, q_t, dy_t, T, CAUSAL: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, FK: tl.constexpr, FV: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """What a block of queries adds to the gradients of keys and values."""
+    """Contribution of a block of queries to the gradients of keys and values."""
     t_S = start + tl.arange(0, S)
     q_SK, dy_SV = _block(q, t_S, q_t, T, K, FK), _block(dy, t_S, dy_t, T, V, FV)
     r_S = tl.load(scale + t_S, mask=t_S < T, other=0.0)
@@ -470,8 +470,8 @@ def _grad_kv(
 
 # ------------------------------------------------------------------------------------------ the launches
 
-# Block sizes, found on an H100; lengths have no say. Segments are a multiple of all C and S; GROUP is
-# how many tiles of a state one program sums up at most.
+# Block sizes, tuned on an H100, independent of lengths. Segments are a multiple of all C and S; GROUP is the
+# largest number of tiles of a state that one program accumulates.
 CONFIGS: dict[str, dict[str, int]] = {
     "sums": {"C": 32, "GROUP": 3, "num_warps": 4, "num_stages": 4, "maxnreg": 168},
     "outputs": {"C": 128, "S": 64, "num_warps": 4, "num_stages": 3},
@@ -479,11 +479,11 @@ CONFIGS: dict[str, dict[str, int]] = {
     "grad_kv": {"C": 64, "S": 32, "num_warps": 4, "num_stages": 3, "maxnreg": 168},
 }
 WIDE: dict[str, dict[str, int]] = {"sums": {"GROUP": 1}, "outputs": {"C": 64}, "grad_kv": {"maxnreg": 255}}
-"""What is different for values of more than 64 dimensions, whose sums would not fit into the registers."""
+"""Overrides for more than 64 value dimensions, whose sums would not fit into registers."""
 
 
 class _Sizes:
-    """What all launches of one call share."""
+    """Sizes that all launches of a call share."""
 
     def __init__(self, k_BTHK: Tensor, v_BTHV: Tensor) -> None:
         self.batch, self.time, self.heads, key = k_BTHK.shape
@@ -509,10 +509,10 @@ class _Sizes:
     def sums(
         self, k: Tensor, v: Tensor, scale: Tensor | None, shift: Tensor | None, first: int, count: int
     ) -> Tensor:
-        """(B, H, N, WIDTH); only segments first .. first + count - 1 are made."""
+        """(B, H, N, WIDTH); only segments first .. first + count - 1 are computed."""
         sums = self.empty((self.batch, self.heads, self.segments, self.width))
         tiles = self.constants["NF"] // TILE
-        # so many at once as fit into the registers: keys and values are read once for each group
+        # as many tiles as fit into registers: keys and values are read once for each group
         config = self.config("sums")
         group = next(size for size in range(config["GROUP"], 0, -1) if tiles % size == 0)
         if count:
@@ -527,7 +527,7 @@ class _Sizes:
         self, sums: Tensor, s_in: Tensor | None, z_in: Tensor | None, first: int, count: int,
         dtype: torch.dtype, *, want_out: bool, reverse: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        """s and z before each segment, (B, H, N, F, V) and (B, H, N, F); and after the last, if wanted."""
+        """s and z before each segment, (B, H, N, F, V) and (B, H, N, F); and after the last, if requested."""
         size = self.batch, self.heads, self.segments, self.features
         value = self.constants["V"]
         s_prefix = torch.empty(*size, value, dtype=dtype, device=sums.device)
@@ -614,7 +614,7 @@ def _backward(
 def _gradients_of_state(
     ds: Tensor | None, dz: Tensor | None, k: Tensor, v: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Both or none: what was not used has gradient zero."""
+    """Gradients of s and z, or None if neither was used; if one was, the other's is zero."""
     if ds is None and dz is None:
         return None, None
     key, value = k.shape[-1], v.shape[-1]

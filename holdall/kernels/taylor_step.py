@@ -3,21 +3,21 @@
     S += phi(k) v^T      z += phi(k)      y = phi(q) S / (phi(q) . z + eps)
 
 with phi and the packed order of its features as in holdall.ops.linear_attention: F = 1 + K + K (K + 1) / 2.
-Each feature is a weight times a product of two entries of [1, x], so a table of F pairs of indices makes them
-all where they are used; they never exist in memory.
+Each feature is a weight times a product of two entries of [1, x], so a table of F pairs of indices is enough
+to compute features where they are used; they are never stored.
 
-One program owns a row's head: it reads z, adds phi(k), has the normaliser, and writes z; then blocks of
-features of S pass through its registers, are added to, written and summed into y. No other program reads what
-it writes, so the state may be overwritten where it lies.
+One program handles one head of a row: it reads z, adds phi(k), computes the normaliser, and writes z; then it
+loops over blocks of features of S, updates and writes them, and accumulates y. No other program reads these
+elements, so the state can be updated in place.
 
-S must be read and written: 2 F V numbers per row and head. 128 rows, 16 heads, V = 112, K = 16 at fp32 are
-281 MB, 0.093 ms at 3.02 TB/s, and half of it at bf16; q, k, v, y and z are 2 % of that. Operations: 4 F V per
-row and head, nothing.
+S must be read and written: 2 F V elements per row and head. 128 rows, 16 heads, V = 112, K = 16 in fp32 are
+281 MB, 0.093 ms at 3.02 TB/s, and half of it in bf16; q, k, v, y and z are 2 % of that. Operations: 4 F V per
+row and head, which is negligible.
 
-S may be bf16: it is added to in fp32 and rounded to the nearest once per token. z is fp32 at least: its first
+S may be bf16: it is updated in fp32 and rounded to nearest once per token. z is at least fp32: its first
 entry counts the tokens, and in bf16 it would stop at 256. S itself stops growing where a token adds less than
-1/512 of what is there. Error of y against fp64, token by token (K = 16, V = 64, standard normal; in brackets
-with values that have a mean, of the size of their spread): 1.4 % (1.3 %) after 256 tokens, 3.0 % (27 %) after
+1/512 of its value. Error of y against fp64, token by token (K = 16, V = 64, standard normal; in brackets with
+values whose mean equals their standard deviation): 1.4 % (1.3 %) after 256 tokens, 3.0 % (27 %) after
 1024, 6.0 % (66 %) after 4096, 12 % (87 %) after 16384. In fp32 it is 2e-6 after 16384, either way.
 
 Letters: B row, H heads, K key dim, V value dim, F features.
@@ -37,7 +37,7 @@ from holdall.kernels import register_batch_vmap
 from holdall.kernels.language import narrow
 
 MAX_KEY_DIM = 32
-"""Above, a row's F features no longer fit into one block."""
+"""Most key dimensions for which the F features of a head fit into one block."""
 
 
 @triton.jit
@@ -50,7 +50,7 @@ def _feature(x_ptr, i, j, weight):
 
 @triton.jit
 def _indices(table_ptr, weight_ptr, f, F: tl.constexpr):
-    """The two entries of [1, x] that make a feature, and its weight, which is 0 beyond the last one."""
+    """The indices of each feature's two factors in [1, x], and its weight, 0 beyond the last feature."""
     pair = tl.load(table_ptr + f, mask=f < F, other=0)
     return pair % 64, pair // 64, tl.load(weight_ptr + f, mask=f < F, other=0.0)
 
@@ -59,12 +59,12 @@ def _indices(table_ptr, weight_ptr, f, F: tl.constexpr):
 def _normaliser(
     q_ptr, k_ptr, z, next_z_ptr, table_ptr, weight_ptr, at, F: tl.constexpr, BLOCK_F: tl.constexpr
 ):  # fmt: skip
-    """The next phi(q) . z, and z where it belongs."""
+    """phi(q) . z for the updated z, which is stored."""
     f = tl.arange(0, BLOCK_F)
     i, j, weight = _indices(table_ptr, weight_ptr, f, F)
     z += _feature(k_ptr, i, j, weight)
     norm = tl.sum(_feature(q_ptr, i, j, weight) * z, 0)
-    # a thread may hold what another one stores: all have read before the first writes
+    # a thread may read what another one stores: all must have read before the first writes
     tl.debug_barrier()
     tl.store(next_z_ptr + at + f, z, mask=f < F)
     return norm
@@ -85,7 +85,7 @@ def _step_kernel(
     s_ptr += row_head * F * V
     next_s_ptr += row_head * F * V
 
-    # z is on its way while S is read; the rest of the normaliser waits until then
+    # z is loaded while S is read; the rest of the normaliser is computed after that
     f_z = tl.arange(0, BLOCK_F)
     z = tl.load(z_ptr + row_head * F + f_z, mask=f_z < F, other=0.0)
     norm = eps
@@ -110,7 +110,7 @@ def _step_kernel(
 
 @functools.cache
 def _features(key_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """For each feature, the pair of entries of [1, x] as i + 64 j, and the weight."""
+    """For each feature, the indices of its factors in [1, x] as i + 64 j, and its weight."""
     one, own = torch.zeros(1, dtype=torch.int32), torch.arange(1, key_dim + 1, dtype=torch.int32)
     i, j = torch.triu_indices(key_dim, key_dim, offset=1, dtype=torch.int32) + 1
     table = torch.cat((one, own, own + 64 * own, i + 64 * j))
@@ -121,7 +121,7 @@ def _features(key_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _config(value_dim: int) -> dict[str, int]:
-    """Tiles of at least as many entries as there are threads: each entry of S has one thread that owns it."""
+    """Tiles of at least as many elements as threads, so that each element of S belongs to one thread."""
     block = min(128, max(16, triton.next_power_of_2(value_dim)))
     return {"BLOCK_V": block, "TILE": 2048 // block, "STAGES": 4, "num_warps": 4}
 
@@ -130,7 +130,7 @@ def _launch(
     q_B1HK: Tensor, k_B1HK: Tensor, v_B1HV: Tensor, s: Tensor, z: Tensor, next_s: Tensor, next_z: Tensor,
     eps: float,
 ) -> Tensor:  # fmt: skip
-    """y; the next state is written where told, which may be the state itself."""
+    """Returns y; writes the next state to the given tensors, which may be the state itself."""
     batch, _, heads, key_dim = q_B1HK.shape
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_B1HK, k_B1HK, v_B1HV))
     y_B1HV = v.new_empty(v.shape)
@@ -184,18 +184,18 @@ def taylor_step(
     eps: float = 1e-12,
     inplace: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`holdall.ops.linear_attention` of one token, with the Taylor map and normalised; without gradients.
+    """`holdall.ops.linear_attention` for one token, with the Taylor map and normalised; without gradients.
 
     Args:
         s_BHFV: fp32 or bf16.
         z_BHF: fp32.
-        inplace: the state is given away: the next one is written into its memory.
+        inplace: update the state in place.
 
     Returns:
         y_B1HV in the dtype of v, and the next s and z in their own dtypes.
 
     Raises:
-        KernelError: where the tensors are, or with so many key dimensions, no kernel can run.
+        KernelError: no kernel can run on these tensors, or for this many key dimensions.
     """
     forms.require_kernel(q_B1HK, k_B1HK, v_B1HV, s_BHFV, z_BHF)
     if q_B1HK.shape[-1] > MAX_KEY_DIM:

@@ -1,10 +1,10 @@
-"""Filters as Toeplitz matrices on a GPU, and the products with them that convolve short rows.
+"""Filters as Toeplitz matrices on a GPU, and convolutions of short rows as products with them.
 
     M_ts = h_{t - s} for s <= t, else 0        dh_j = sum_t dM_{t, t - j}
 
-512 filters of 256 taps are 67 MB of bf16, read by cuBLAS as often as it likes: 0.03 ms to write, and half of
-that to read the lower half of dM, whose diagonals are summed in fp32 in the order of time. PyTorch's
-`unfold` and `flip` copy the matrix, and their backward passes copy it twice and add with index arithmetic.
+512 filters of 256 taps are 67 MB of bf16, which cuBLAS may read several times: 0.03 ms to write, and half of
+that to read the lower half of dM, whose diagonals are summed in fp32 in order of time. PyTorch's `unfold` and
+`flip` copy the matrix, and their backward passes copy it twice and add by index arithmetic.
 
 Letters: N filters, L taps, T and S times, M members, E channels, B row.
 """
@@ -28,7 +28,7 @@ if TYPE_CHECKING or "jaxtyping" in sys.modules:
     from jaxtyping import Float
 
 BLOCK = 64
-"""Times of a tile, either way."""
+"""Rows and columns of a tile."""
 
 
 def toeplitz(filter_NL: Float[Tensor, "n l"], dtype: torch.dtype) -> Float[Tensor, "n l l"]:
@@ -41,13 +41,13 @@ def toeplitz(filter_NL: Float[Tensor, "n l"], dtype: torch.dtype) -> Float[Tenso
 
 
 def convolve(x_MEBS: Tensor, m_METS: Tensor, y_MEBT: Tensor) -> None:
-    """y_t = sum_s M_ts x_s per member and channel, written into y; each member's part lies in one piece."""
+    """y_t = sum_s M_ts x_s per member and channel, written into y; each member's part is contiguous."""
     for x_EBS, m_ETS, y_EBT in zip(x_MEBS, m_METS, y_MEBT, strict=True):
         torch.bmm(x_EBS, m_ETS.mT, out=y_EBT)
 
 
 def pull_on_matrix(dy_MEBT: Tensor, x_MEBS: Tensor) -> Tensor:
-    """The gradient of M, (M, E, T, S), from those of y = M x."""
+    """The gradient of M, (M, E, T, S), from that of y = M x."""
     dm = torch.bmm(dy_MEBT.flatten(0, 1).mT, x_MEBS.flatten(0, 1))
     return dm.unflatten(0, dy_MEBT.shape[:2])
 

@@ -1,11 +1,12 @@
-"""Queries, keys and values out of one projection, q and k of unit length per head: one kernel each way.
+"""Split a projection into q, k and v, with q and k of unit length per head: one kernel each way.
 
     q = c u_q r_q        k = u_k r_k        v = u_v        r = 1 / sqrt(|u|^2 + eps) per head and token
     du = r (g - u r^2 (u . g)),  g = c dq or dk        du_v = dv
 
-Through memory: the projection in, as much out; backward once more and the gradient out. 262,144 tokens of
-3 x 128 channels in bf16 are 0.2 GB, so 0.16 ms and 0.25 ms at 2.45 TB/s. Passes of their own would square,
-sum, scale and round in fp32, copy what heads' kernels want side by side, and put gradients together again.
+Memory traffic: the projection is read and as much is written; backward reads both again and writes the
+gradient. 262,144 tokens of 3 x 128 channels in bf16 are 0.2 GB, so 0.16 ms and 0.25 ms at 2.45 TB/s. PyTorch
+squares, sums, scales and rounds in fp32, makes the heads contiguous and concatenates gradients, each in a
+pass of its own.
 
 Letters: N tokens, E channels of the projection, H heads, K key dim, V channels of all values.
 """
@@ -29,16 +30,16 @@ if TYPE_CHECKING or "jaxtyping" in sys.modules:
     from jaxtyping import Float
 
 TILE = 4096
-"""Numbers per program."""
+"""Elements per program."""
 EPS = 1e-6
 
 
 def unit_heads(
     qkv_BTE: Float[Tensor, "b t e"], heads: int, key_dim: int, scale: float
 ) -> tuple[Float[Tensor, "b t h k"], Float[Tensor, "b t h k"], Float[Tensor, "b t v"]]:
-    """q of length `scale` and k of unit length, each of `heads` heads, and what is left, which is v.
+    """q of length `scale` and k of unit length, each with `heads` heads, and the rest of the channels, v.
 
-    They are what `holdall.ops.delta_rule.unit_length` gives, rounded to the dtype of the projection.
+    As `holdall.ops.delta_rule.unit_length`, rounded to the dtype of the projection.
 
     Raises KernelError if no kernel can run on these tensors.
     """
@@ -83,7 +84,7 @@ def _outputs(qkv: Tensor, heads: int, key_dim: int) -> tuple[Tensor, Tensor, Ten
 def _launch(
     kernel: Any, qkv: Tensor, others: tuple[Tensor, ...], heads: int, key_dim: int, scale: float
 ) -> None:
-    """A program for some tokens of each head of q and of k, and of as many channels of v at a time."""
+    """One program per block of tokens and head of q or k, or as many channels of v."""
     tokens, padded = qkv.shape[0] * qkv.shape[1], triton.next_power_of_2(key_dim)
     values = qkv.shape[2] - 2 * heads * key_dim
     if tokens:
@@ -112,7 +113,7 @@ register_batch_vmap(_backward)
 def _place(
     tokens, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Where a program's tile is: in the projection, in q or k, in v; and what of it is real."""
+    """Offsets of a program's tile in the projection, in q or k, and in v; and its mask."""
     piece = tl.program_id(1)
     token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[:, None]
     c = tl.arange(0, PADDED)[None, :]

@@ -1,36 +1,36 @@
-"""Sliding-window attention over the band alone, forward and backward, and a decode step over the ring.
+"""Sliding-window attention that computes only the band, and a decode step on the ring buffer.
 
     s_tj = scale q_t . k_j,  t - w < j <= t
     L_t = log sum_j exp(s_tj)        y_t = sum_j exp(s_tj - L_t) v_j
 
-Forward (the algorithm of FlashAttention-2, Dao 2023, arXiv 2307.08691): a block of queries meets the blocks
-of keys from its first query's window on, w - 1 + block in all; a running maximum and a running sum make the
-softmax; L_t is kept, for the way back. The tokens of the incoming ring are positions -(w - 1) .. -1, read
-from their slots (seen + position) mod (w - 1) where a row has filled them; the new ones are positions
-0 .. T - 1.
+Forward (the algorithm of FlashAttention-2, Dao 2023, arXiv 2307.08691): a block of queries loops over the
+blocks of keys from its first query's window on, w - 1 + block in all, with a running maximum and sum; L_t is
+stored for the backward. The tokens of the incoming ring buffer have positions -(w - 1) .. -1, and are read
+from slots (seen + position) mod (w - 1) if a row has filled them; the new ones have positions 0 .. T - 1.
 
-Backward, with p_tj = exp(s_tj - L_t) made again:
+Backward, with p_tj = exp(s_tj - L_t) recomputed:
 
     dv_j = sum_t p_tj dy_t        ds_tj = p_tj (dy_t . v_j - D_t),  D_t = dy_t . y_t
     dq_t = scale sum_j ds_tj k_j                          dk_j = scale sum_t ds_tj q_t
 
-One program owns block i of the queries and block i of the keys: first it sums dq over the keys that its
-queries see, then dk and dv over the queries that see its keys, j .. j + w - 1, of all heads that share them.
-So nothing is added up across programs and the result is the same bits every time; and neighbouring programs
-read the same tiles at about the same time, from the L2 cache. Blocks of the ring have programs of their own.
+One program has block i of the queries and block i of the keys: first it sums dq over the keys in its queries'
+windows, then dk and dv over the queries whose windows contain its keys, j .. j + w - 1, of all heads that
+share them. So there are no sums across programs, results are deterministic, and neighbouring programs read
+the same tiles at about the same time, from the L2 cache. Blocks of the ring buffer have separate programs.
 
-Through memory: forward 2 K + 2 V numbers per token and head, q, k, v and y, and backward twice that, q, k, v,
-y, dy (and L) in, dq, dk and dv out; operations 2 (K + V) min(w, T) per token and head, and backward 2.5 times
-that. At bf16, head dim 128 and rows of 256 tokens, that is 1 KiB and at most 66 kFLOP per token: 0.34 ns at
-3 TB/s, 0.1 ns at 680 TFLOP/s. Short rows are bound by memory; from windows of about 900 on, operations take
-longer.
+Memory traffic: forward 2 K + 2 V elements per token and head, q, k, v and y, and backward twice that, q, k,
+v, y, dy (and L) in, dq, dk and dv out; operations 2 (K + V) min(w, T) per token and head, and backward 2.5
+times that. In bf16 with head dimension 128 and rows of 256 tokens, that is 1 KiB and at most 66 kFLOP per
+token: 0.34 ns at 3 TB/s, 0.1 ns at 680 TFLOP/s. Short rows are memory-bound; windows from about 900 on are
+compute-bound.
 
-PyTorch's flex attention, compiled with the band as its mask, cannot be used here: it has no rule for vmap. It
-also took 0.24 ms forward and 0.42 ms backward for 1024 rows of 256 tokens, one head of 128 and window 65,
-where this takes 0.10 ms and 0.36 ms, of 0.09 ms and 0.18 ms for the bytes (one H100, torch 2.11).
+PyTorch's flex attention, compiled with the band as its mask, cannot be used here, since it has no rule for
+vmap. It also took 0.24 ms forward and 0.42 ms backward for 1024 rows of 256 tokens, one head of 128 and
+window 65, where this kernel takes 0.10 ms and 0.36 ms, and memory traffic alone 0.09 ms and 0.18 ms (one
+H100, torch 2.11).
 
-A step reads the ring once: 2 (w - 1) K numbers per row and head of keys, and next to nothing is computed.
-Given the ring away, it writes one slot; else the next ring as a whole.
+A decode step reads the ring buffer once, 2 (w - 1) K elements per row and head of keys, and computes next to
+nothing. In place it writes one slot, otherwise the whole next ring buffer.
 
 Letters: B row, T new tokens, S slots, H heads (of queries; G of keys and values), K key dim, V value dim.
 """
@@ -51,7 +51,7 @@ from holdall.ops.attention import KeyValueCache, empty_cache, next_ring
 from holdall.ops.derivatives import once_differentiable
 
 MAX_HEAD_DIM = 128
-"""Above, blocks of queries, keys and values no longer lie in shared memory together."""
+"""Largest head dimension for which blocks of queries, keys and values fit into shared memory."""
 
 LOG2_E = 1.4426950408889634
 
@@ -61,7 +61,7 @@ LOG2_E = 1.4426950408889634
 
 @triton.jit
 def _load_rows(pointer, offsets, valid, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows at these offsets, zero where not valid and beyond the size of a row."""
+    """Rows at these offsets; zero if not valid, and beyond the size of a row."""
     d = tl.arange(0, BLOCK)
     mask = valid[:, None] & (d < SIZE)[None, :]
     return tl.load(pointer + offsets[:, None] + d[None, :], mask=mask, other=0.0)
@@ -78,9 +78,8 @@ def _store_rows(pointer, offsets, valid, x, SIZE: tl.constexpr, BLOCK: tl.conste
 
 @triton.jit
 def _plus_product(acc, a, b, one):
-    """acc + a @ b. `one` is 1: it keeps the compiler, in fp32, from adding thousands of terms one by one.
-
-    Sums of whole blocks lose fewer digits."""
+    """acc + a @ b. `one` is 1: it prevents the compiler from fusing the addition, which in fp32 would add
+    thousands of terms to acc one by one; sums of whole blocks are more accurate."""
     if a.dtype == tl.float32:
         return acc + dot(a, b) * one
     return dot(a, b, acc)
@@ -88,7 +87,7 @@ def _plus_product(acc, a, b, one):
 
 @triton.jit
 def _attend(q, k, v, visible, scale, top, total, acc, one):
-    """One block of keys joins the running softmax."""
+    """Update the running softmax with one block of keys."""
     score = dot(q, tl.trans(k)) * scale
     score = tl.where(visible, score, float("-inf"))
     higher = tl.maximum(top, tl.max(score, 1))
@@ -116,7 +115,7 @@ def _forward_kernel(
     back = window - 1
     t = first + tl.arange(0, BLOCK_T)
     q = _load_rows(q_ptr + b * q_b + h * q_h, t.to(tl.int64) * q_t, t < T, K, BLOCK_K)
-    # finite, so that a query that sees no key of a block has no infinity minus infinity
+    # finite, to avoid infinity minus infinity for a query without any key in a block
     top = tl.full((BLOCK_T,), -1e38, tl.float32)
     total = tl.zeros((BLOCK_T,), tl.float32)
     acc = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
@@ -147,7 +146,7 @@ def _forward_kernel(
 
 @triton.jit
 def _grad_queries(dq, q, dy, log, mean, k, v, visible, scale, one):
-    """One block of keys adds to the gradient of the queries."""
+    """Contribution of one block of keys to the gradient of the queries."""
     score = dot(q, tl.trans(k)) * scale
     p = tl.exp2(tl.where(visible, score - log[:, None], float("-inf")))
     ds = p * (dot(dy, tl.trans(v)) - mean[:, None])
@@ -162,7 +161,7 @@ def _grad_keys(
 ):  # fmt: skip
     """Gradients of a block of keys and values at positions j, from the queries first .. last - 1.
 
-    Queries beyond the last are zero, as are their outputs' gradients, and add nothing.
+    Queries beyond the last and the gradients of their outputs are zero, and contribute nothing.
     """
     dk = tl.zeros((BLOCK_S, BLOCK_K), tl.float32)
     dv = tl.zeros((BLOCK_S, BLOCK_V), tl.float32)
@@ -257,7 +256,7 @@ def _backward_kernel(
             begin = (block - blocks) * BLOCK_S - back
             j = begin + tl.arange(0, BLOCK_S)
             slot = ((b * back + (newest + back + j) % back) * G + g).to(tl.int64)
-            # slots never filled may hold anything
+            # unfilled slots may hold anything
             filled = (j < 0) & (j >= oldest)
             k = _load_rows(ring_k_ptr, slot * K, filled, K, BLOCK_K)
             v = _load_rows(ring_v_ptr, slot * V, filled, V, BLOCK_V)
@@ -280,7 +279,7 @@ def _step_kernel(
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program per row and head of keys: no other one touches its part of the ring."""
+    """One program per row and head of keys, which alone accesses its part of the ring buffer."""
     b = (tl.program_id(0) // G).to(tl.int64)
     g = tl.program_id(0) % G
     seen = tl.load(seen_ptr + b)
@@ -293,7 +292,7 @@ def _step_kernel(
     used = head < H // G
     head = tl.where(used, g * (H // G) + head, 0)
     q = _load_rows(q_ptr + b * q_b, head * q_h, used, K, BLOCK_K)
-    # the token itself is the first that it sees
+    # the first key is the token's own
     top = tl.sum(q.to(tl.float32) * k_own.to(tl.float32)[None, :], 1) * scale
     total = tl.full((BLOCK_H,), 1.0, tl.float32)
     acc = tl.zeros((BLOCK_H, BLOCK_V), tl.float32) + v_own.to(tl.float32)[None, :]
@@ -306,7 +305,7 @@ def _step_kernel(
         row = (b * slots + slot) * G + g
         k = _load_rows(ring_k_ptr, row * K, slot < slots, K, BLOCK_K)
         v = _load_rows(ring_v_ptr, row * V, slot < slots, V, BLOCK_V)
-        # scores of all heads per slot, (S, H): with a single head they lie as the tiles of keys and values do
+        # scores of all heads per slot, (S, H): with a single head in the layout of the key and value tiles
         if BLOCK_H == 1:
             score = tl.sum(k.to(tl.float32) * q.to(tl.float32), 1)[:, None] * scale
         else:
@@ -316,7 +315,7 @@ def _step_kernel(
         p = tl.exp2(score - higher[None, :])
         shrink = tl.exp2(top - higher)
         total = total * shrink + tl.sum(p, 0)
-        # slots never filled may hold anything, and their zero probability must not meet it
+        # unfilled slots may hold anything, even NaN, which a zero probability would not remove
         seen_v = tl.where((slot < filled)[:, None], v, 0.0)
         if BLOCK_H == 1:
             acc = acc * shrink[:, None] + tl.sum(p * seen_v.to(tl.float32), 0)[None, :]
@@ -330,7 +329,7 @@ def _step_kernel(
 
     _store_rows(y_ptr, (b * H + head) * V, used, acc / total[:, None], V, BLOCK_V)
     if INPLACE:
-        # the token that leaves the window lies where the new one goes: all threads have read it before
+        # the new token replaces the one that leaves the window, which all threads have read before
         tl.debug_barrier()
         row = (b * slots + own) * G + g
         tl.store(next_k_ptr + row * K + dk, k_own, mask=dk < K)
@@ -343,7 +342,7 @@ def _step_kernel(
 
 
 def _padded(size: int) -> int:
-    """What a product of tiles takes: a power of two, at least 16."""
+    """A size padded for products of tiles: a power of two, at least 16."""
     return max(16, triton.next_power_of_2(size))
 
 
@@ -360,13 +359,13 @@ def _backward_config(dtype: torch.dtype, dim: int) -> dict[str, int]:
 
 
 def _single_config(dim: int) -> dict[str, int]:
-    """Products in fp32 keep their operands in registers, which larger blocks do not fit into."""
+    """The configuration in fp32, whose products have operands in registers, so that blocks are smaller."""
     block = 32 if dim <= 64 else 16
     return {"BLOCK_T": block, "BLOCK_S": block, "num_warps": 8, "num_stages": 1}
 
 
 def _step_config(dtype: torch.dtype, programs: int, group: int) -> dict[str, int]:
-    """Many programs need little each; few need many warps. Heads that share keys are a product of tiles."""
+    """Few warps if there are many programs, else many. Heads that share keys are a product of tiles."""
     if group > 1:
         return {"BLOCK_S": 16 if dtype == torch.float32 else 32, "STAGES": 2, "num_warps": 4}
     if programs < 512:
@@ -395,7 +394,7 @@ def _forward(
     q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, ring_k_BSGK: Tensor, ring_v_BSGV: Tensor, seen_B: Tensor,
     window: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y, and L in base 2; a ring without slots stands for nothing read yet."""
+    """y, and L in base 2; a ring buffer without slots means that nothing was read yet."""
     batch, new, heads, _ = q_BTHK.shape
     q, k, v = map(_dense_last, (q_BTHK, k_BTGK, v_BTGV))
     y_BTHV = v.new_empty(batch, new, heads, v.shape[-1])
@@ -464,7 +463,7 @@ def _launch_step(
     q_B1HK: Tensor, k_B1GK: Tensor, v_B1GV: Tensor, ring_k: Tensor, ring_v: Tensor, seen_B: Tensor,
     next_k: Tensor, next_v: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y and the next count of tokens; the next ring is written where told, which may be the ring itself."""
+    """Returns y and the next token count; writes the next ring to the given tensors, maybe the ring's."""
     batch, _, heads, _ = q_B1HK.shape
     q, k, v = map(_dense_last, (q_B1HK, k_B1GK, v_B1GV))
     y_B1HV, next_seen_B = v.new_empty(batch, 1, heads, v.shape[-1]), torch.empty_like(seen_B)
@@ -534,12 +533,11 @@ def window_attention(
 ) -> tuple[Tensor, KeyValueCache | None]:
     """`holdall.ops.attention.window_attention` on a GPU: same arguments, same results.
 
-    One token after a cache, where no gradient is asked for, is one launch. Given the cache away, it writes
-    into the ring's own memory; `seen_B` is always new. Under autocast it attends in autocast's dtype, as
-    PyTorch's own attention does.
+    One token after a cache, without gradients, is one launch. In place it writes into the ring buffer;
+    `seen_B` is always new. Under autocast it computes in autocast's dtype, like PyTorch's own attention.
 
     Raises:
-        KernelError: where the tensors are, in their dtype or with heads of this size no kernel can run.
+        KernelError: no kernel can run on these tensors, or with heads of this size.
     """
     forms.require_kernel(q_BTHK, k_BTHK, v_BTHV)
     batch, new, groups, key_dim = k_BTHK.shape

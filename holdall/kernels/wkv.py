@@ -2,12 +2,12 @@
 
     y_t = S_{t-1}^T r_t + (r_t . u k_t) v_t        S_t = diag(e^w) S_{t-1} + k_t v_t^T
 
-S_{t-1} is the state of a linear attention that reads every token one late, and that forgets nothing before
-its first:  S'_t = diag(e^{w_t}) S'_{t-1} + k_{t-1} v_{t-1}^T,  k_{-1} = 0,  w_0 = 0  and  w_t = w  later.
-So no power of a decay is divided by, however fast it fades.
+S_{t-1} is the state of a linear attention that reads every token one step late, without decay at its first:
+S'_t = diag(e^{w_t}) S'_{t-1} + k_{t-1} v_{t-1}^T,  k_{-1} = 0,  w_0 = 0  and  w_t = w  later. So nothing is
+divided by powers of a decay, and any decay is safe.
 
-What must move: what a decay per key moves (holdall/kernels/linear_attention.py), and r, k, v and y once more
-for the bonus.
+Memory traffic: that of a decay per key dimension (holdall/kernels/linear_attention.py), and r, k, v and y
+once more for the bonus.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def matrix_wkv(
     u_HK: Float[Tensor, "h k"],
     s_BHKV: Float[Tensor, "b h k v"],
 ) -> tuple[Float[Tensor, "b t h v"], Float[Tensor, "b h k v"]]:
-    """`holdall.ops.wkv.matrix_wkv`, with the package's own chunk.
+    """`holdall.ops.wkv.matrix_wkv`, with the package's chunk length.
 
-    Products are taken in the dtype of v; the bonus, decay and state are fp32.
+    Matrix products are in the dtype of v; the bonus, decay and state are fp32.
 
     Raises:
         KernelError: the package is missing or unknown, or it has no kernel for these arguments.

@@ -443,7 +443,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     ("version", "says"),
     [
         ("", r'flash-linear-attention is not installed \(pip install "fla-core==0.6.0"\)'),
-        ("0.7.1", r"fla-core 0.7.1 has not been checked against our loops, 0.6.0 has"),
+        ("0.7.1", r"fla-core 0.7.1 has not been tested against our loops, 0.6.0 has"),
     ],
 )
 def test_a_version_that_was_not_checked_is_refused(

@@ -229,7 +229,7 @@ def test_autocast_multiplies_in_bfloat16(device: torch.device) -> None:
 
 
 def test_what_it_cannot_do_is_refused(device: torch.device) -> None:
-    with pytest.raises(KernelError, match="8192 numbers of state a head, not 200 times 64"):
+    with pytest.raises(KernelError, match="8192 elements of state per head, not 200 times 64"):
         Mamba2Config(width=64, state=200, form="kernel").build().to(device)(
             torch.zeros(1, 2, 64, device=device)
         )
