@@ -1,7 +1,7 @@
 """The zoo: one file per sequence mixer. Importing this package registers all of them.
 
-A file in this folder registers its mixer by decorating its config with `holdall.contract.register`; a
-file of a user's own does the same and is read by `load`.
+Each file registers its mixer by decorating its config with `holdall.contract.register`. A user's own file
+does the same and is imported by `load`.
 """
 
 import importlib
@@ -26,22 +26,22 @@ def names() -> list[str]:
 
 
 def entry(name: str) -> Entry:
-    """What the registry knows of a mixer; KeyError with the closest name for an unknown one."""
+    """The registry's entry of a mixer. Raises KeyError with the closest name for an unknown one."""
     return lookup(name)
 
 
 FAMILIES = (
     "softmax attention", "linear attention", "delta rule", "state space", "gated recurrence", "convolution",
 )  # fmt: skip
-"""In the order in which tables show them; a user's own come after."""
+"""In the order of tables; users' own families come last."""
 
 
 def families() -> dict[str, list[str]]:
     """The names of all registered mixers by family."""
-    found: dict[str, list[str]] = {family: [] for family in FAMILIES}
+    by_family: dict[str, list[str]] = {family: [] for family in FAMILIES}
     for name in names():
-        found.setdefault(entry(name).family, []).append(name)
-    return {family: members for family, members in found.items() if members}
+        by_family.setdefault(entry(name).family, []).append(name)
+    return {family: members for family, members in by_family.items() if members}
 
 
 def load(file: Path) -> list[str]:
@@ -57,7 +57,7 @@ def load(file: Path) -> list[str]:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where dataclasses look up what annotations mean
+    sys.modules[name] = module  # dataclasses resolve annotations there
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
@@ -66,7 +66,7 @@ def load(file: Path) -> list[str]:
     except BaseException:
         del sys.modules[name]
         raise
-    # those that were there before count too if they are of this file: it may be read again
+    # mixers that were registered before count if they are from this file, which may be loaded again
     new = [n for n in registered() if n not in before or lookup(n).config.__module__ == name]
     if not new:
         raise ValueError(f"{file} registered no mixer: decorate its config with holdall.contract.register")
@@ -74,7 +74,7 @@ def load(file: Path) -> list[str]:
 
 
 def _failure(file: Path, error: BaseException) -> tuple[str, str]:
-    """What went wrong in a user's file, and the line of it in which it did."""
+    """The error in a user's file, and the line of the file in which it occurred."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.lineno and frame.filename == str(file)]
     if isinstance(error, SyntaxError) and error.filename == str(file) and error.lineno:
@@ -82,7 +82,7 @@ def _failure(file: Path, error: BaseException) -> tuple[str, str]:
     what = f"{type(error).__name__}: {error.msg if isinstance(error, SyntaxError) else error}"
     if not lines:
         return f"{file}: {what}", ""
-    linecache.checkcache(str(file))  # it may have been read before, and mended since
+    linecache.checkcache(str(file))  # the file may have changed since it was last read
     return f"{file}, line {lines[-1]}: {what}", linecache.getline(str(file), lines[-1]).strip()
 
 
@@ -92,7 +92,7 @@ def configured(wanted: str, width: int) -> tuple[str, MixerConfig]:
     Raises KeyError, TypeError or ValueError for an unknown mixer, an unknown option or a bad value.
     """
     name, _, text = wanted.partition(":")
-    found = lookup(name)
+    entry = lookup(name)
     options = {}
     for part in filter(None, text.split(",")):
         option, equals, value = part.partition("=")
@@ -100,11 +100,11 @@ def configured(wanted: str, width: int) -> tuple[str, MixerConfig]:
             raise ValueError(f"'{wanted}': write options as option=value, joined by commas")
         options[option] = _parsed(value)
     label = ", ".join([name, *(f"{option} = {value}" for option, value in options.items())])
-    return label, found.configure(**{"width": width, **options})
+    return label, entry.configure(**{"width": width, **options})
 
 
 def _parsed(value: str) -> Any:
-    """The number or truth value that a text means, or the text itself."""
+    """A number, a bool or, for anything else, the string itself."""
     for kind in (int, float):
         try:
             return kind(value)

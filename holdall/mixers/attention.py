@@ -1,11 +1,11 @@
-"""Softmax attention, the mixer whose recall all others are measured against.
+"""Softmax attention, the reference for the recall of all other mixers.
 
     q, k, v = W_q x, W_k x, W_v x (+ b), H heads
     y_t = W_o [ sum_{j <= t} softmax_j(q_t . k_j / sqrt(K)) v_j ] + b
 
 Vaswani et al., "Attention Is All You Need", 2017, arXiv 1706.03762.
-Weights map one to one onto Zoology's MHA (and, with rotary 0.5 and no bias, flash-attention's): `qkv` holds
-the rows of q, k and v in that order.
+Weights map one to one onto Zoology's MHA (and, with rotary 0.5 and no bias, flash-attention's): `qkv` has the
+rows of q, k and v in that order.
 Deviations: none (Zoology masks with -10000, which is zero after the softmax).
 """
 

@@ -8,13 +8,12 @@ Arora et al., "Zoology", 2023, arXiv 2312.04927; and, expanded, the gated convol
 models, Arora et al., 2024, arXiv 2402.18668.
 Weights:
 - Zoology's BaseConv, short: its convolution's weight (D, 1, W) and bias are `weight_DW` and `bias_D`, and the
-  input is added inside the mixer;
+  residual is part of the mixer;
 - Zoology's BaseConv, long: its filter's two linear layers are `filter.fc1` and `filter.fc2`;
 - Based's BaseConv: in_proj, out_proj, and conv.conv.weight (D, 1, W) as `weight_DW`. It has no residual.
 Deviations:
-- beyond `max_length` L, where Zoology stops with an error, the filter's features continue as the same
-  functions of time;
-- of the W inputs in Based's state the oldest is never used again, and ours holds the other W - 1.
+- beyond `max_length` L, where Zoology raises an error, the filter's features are the same functions of time;
+- of the W inputs in Based's state the oldest is never used again; ours has the other W - 1.
 """
 
 from __future__ import annotations

@@ -1,17 +1,18 @@
-"""BiGS: state spaces, one for all channels, under multiplicative gates; here from left to right by default.
+"""BiGS: one state space for all channels, with multiplicative gates; causal by default.
 
     v = gelu(W_v x)      u = gelu(W_u x)      s_t = Re sum_n C_n h_tn + D u_t      h' = A h + u, held for dt
     y = W_o [gelu(W_l c) * v]      c = W_c s,   or, bidirectional,   c = (W_c s) * flip(W_c' s')
 
-with s' as s from weights of its own, of flip(x). All maps W have biases. Each channel has its own n modes but
-A, C, dt and the scalar D are one for all of them: A = min(A_re, -1e-4) + i A_im, dt = exp(log_step).
+where s' is s with its own weights, of flip(x). All maps W have biases. Each channel has its own n modes, but
+all share A, C, dt and the scalar D: A = min(A_re, -1e-4) + i A_im, dt = exp(log_step).
 Wang, Yan, Gu, Rush, "Pretraining Without Attention", 2022, arXiv 2212.10544.
 Weights map onto the official BiGSLayer: dv, dol and do are `v`, `mix` and `out_proj`; du_forward, fs4 (D, and
 its kernel's A_re, A_im, C and log_step) and duc_forward are `forwards`, with `u` and `c`; those of the other
-direction are `backwards`. Its LayerNorm (eps 1e-12) and its residual are the model's here.
+direction are `backwards`. Its LayerNorm (eps 1e-12) and residual are part of the model here.
 Deviations:
-- the published model is bidirectional; the causal one leaves out the backward factor of c and keeps the rest;
-- bidirectional, the backward state space reads only the tokens of the call, where the forward one resumes.
+- the published model is bidirectional; the causal one omits the backward factor of c;
+- bidirectional, the backward state space reads only the tokens of the call, while the forward one carries its
+  state on.
 """
 
 from __future__ import annotations

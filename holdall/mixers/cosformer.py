@@ -1,4 +1,4 @@
-"""cosFormer: linear attention over ReLU features, reweighted so that near tokens count more.
+"""cosFormer: linear attention over ReLU features, weighted so that near tokens count more.
 
     theta_i = pi / 2 * min(i, M) / M, i = 1, 2, ...      phi_i(u) = [relu(u) sin theta_i, relu(u) cos theta_i]
     phi_i(q) . phi_j(k) = relu(q) . relu(k) cos(theta_i - theta_j)
@@ -9,11 +9,11 @@ Qin et al., "cosFormer: Rethinking Softmax in Attention", 2022, arXiv 2202.08791
 Weights map onto the official CosformerAttention's q_proj, k_proj, v_proj (rows of `qkv`, in that order) and
 out_proj.
 Deviations:
-- in the official code M is the length of the sequence at hand, so that outputs change when more tokens come
-  and no state can be carried on; here M is `max_length`, fixed, and the two agree on a sequence of that
+- in the official code M is the length of the current sequence, so that outputs change when tokens are
+  appended and there is no recurrence; here M is `max_length`, fixed, and the two agree on sequences of that
   length;
-- beyond M, where cos(theta_i - theta_j) would become negative and the divisor with it, positions stay at M:
-  tokens there count fully for each other, and those of before as they do from position M.
+- beyond M, where cos(theta_i - theta_j), and with it the divisor, would become negative, positions stay at M:
+  those tokens have weight 1 for each other, and earlier ones the weight that they have from position M.
 """
 
 from __future__ import annotations

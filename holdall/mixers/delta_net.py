@@ -1,4 +1,4 @@
-"""DeltaNet: linear attention whose state is corrected towards each value, where a sum would only pile up.
+"""DeltaNet: linear attention whose state is corrected towards each new value instead of summing values.
 
     [q | k | v] = silu(shortconv_4(W x))        q, k of unit length per head        beta = sigmoid(W_beta x)
     S_t = S_{t-1} + k_t (beta_t (v_t - S_{t-1}^T k_t))^T                o_t = S_t^T q_t / sqrt(K)
@@ -7,14 +7,14 @@
 Yang, Wang, Zhang, Shen, Kim, "Parallelizing Linear Transformers with the Delta Rule over Sequence Length",
 2024, arXiv 2406.06484; the rule is that of Schlag, Irie, Schmidhuber, "Linear Transformers Are Secretly Fast
 Weight Programmers", 2021, arXiv 2102.11174, whose keys are `key_map` "elu1" with kernel 0: q and k are
-elu(u) + 1, divided by their sum; v keeps its silu. `negative_eigenvalues` doubles beta, so that a token can
+elu(u) + 1, divided by their sum; v has its silu. `negative_eigenvalues` doubles beta, so that a token can
 reverse what the state holds (Grazzi et al., 2024, arXiv 2411.12537).
 Weights map onto flash-linear-attention's DeltaNet: q_proj, k_proj, v_proj are the rows of `qkv`, in that
 order, q_conv1d, k_conv1d, v_conv1d (without their middle dimension) those of `conv_weight_EW`; b_proj is
 `beta_proj`, g_proj `gate_proj`, o_norm.weight `norm_weight_V`, o_proj `out_proj`.
 Deviations:
-- convolutions start as torch's do: as small as the other weights, they would let the values of a small model
-  vanish below the norm's epsilon.
+- convolutions start as torch's do: initialised as small as the other weights, they would make the values of a
+  small model vanish below the norm's epsilon.
 """
 
 from __future__ import annotations

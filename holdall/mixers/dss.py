@@ -1,17 +1,17 @@
-"""DSS: the first diagonal state spaces, whose modes all channels share, each at its own pace.
+"""DSS: the first diagonal state spaces; channels share modes, each with its own time scales.
 
-    Lambda = -exp(Lambda_log_neg_re) + i Lambda_im      N modes for all channels, none of them a conjugate
-    z = exp(log_dt_0) Re Lambda + i exp(log_dt_1) Im Lambda      each channel's paces of decay and oscillation
+    Lambda = -exp(Lambda_log_neg_re) + i Lambda_im      N modes for all channels, no conjugate pairs
+    z = exp(log_dt_0) Re Lambda + i exp(log_dt_1) Im Lambda      each channel's rates of decay and oscillation
     h_t = exp(z) h_{t-1} + (exp(z) - 1) / Lambda u_t      y_t = Re(W . h_t) + D u_t
     out = W_out GELU(y) + bias
 
 Gupta, Gu, Berant, "Diagonal State Spaces are as Effective as Structured State Spaces", 2022, arXiv
 2203.14343: their DSS-exp.
-Weights have the names and shapes of ag1988/dss's module with version "exp", but for the first dimension of D
-and W, which counts one channel there, and for output_linear, which is `out_proj`.
+Weights have the names and shapes of ag1988/dss's module with version "exp", except for the first dimension of
+D and W, which has size one there, and for output_linear, which is `out_proj`.
 Deviations:
-- DSS-softmax is refused. It divides each mode by the sum of its own powers over the whole kernel, so all
-  outputs depend on how long the sequence will be, and nothing of fixed size can carry it on.
+- DSS-softmax is refused. It divides each mode by the sum of its powers over the whole kernel, so all outputs
+  depend on the final length of the sequence, and it has no recurrence of fixed size.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class DSSState(NamedTuple):
 )
 @dataclass(frozen=True, kw_only=True)
 class DSSConfig(MixerConfig):
-    """Diagonal state space with modes shared by all channels, each at its own pace."""
+    """Diagonal state space with modes shared by all channels, each with its own time scales."""
 
     modes: PositiveInt = 64
     """Complex modes per channel, n: two real numbers of state each."""
@@ -63,8 +63,8 @@ class DSSConfig(MixerConfig):
     def validate(self) -> None:
         if self.version == "softmax":
             raise ValueError(
-                "version 'softmax' normalises over the length of the kernel: outputs depend on how long the "
-                "text will be, and no state can carry them on. Use version 'exp'"
+                "version 'softmax' normalises over the length of the kernel: outputs depend on the final "
+                "length of the text, and there is no recurrence. Use version 'exp'"
             )
         if self.version != "exp":
             raise ValueError(f"dss has no version '{self.version}', only 'exp'")

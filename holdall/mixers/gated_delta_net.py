@@ -1,20 +1,20 @@
-"""Gated DeltaNet: the delta rule, and a decay per head that clears the state where correcting is not enough.
+"""Gated DeltaNet: the delta rule with a data-dependent decay per head, which can clear the state.
 
     [q | k | v] = silu(shortconv_4(W x))        q, k of unit length per head        beta = sigmoid(W_beta x)
     S' = w_t S_{t-1}                            w_t = exp(-exp(A_log) softplus(W_a x + dt_bias))
     S_t = S' + k_t (beta_t (v_t - S'^T k_t))^T                          o_t = S_t^T q_t / sqrt(K)
     y_t = W_o (RMSNorm_head(o_t) * weight * silu(W_g x))
 
-Decay, beta, value and state belong to a value head; with more value heads than heads, neighbouring ones share
-a query and a key. Yang, Kautz, Hatamizadeh, "Gated Delta Networks: Improving Mamba2 with Delta Rule", 2024,
-arXiv 2412.06464; it is the linear layer of Qwen3-Next and Olmo Hybrid. `negative_eigenvalues` doubles beta
-(Grazzi et al., 2024, arXiv 2411.12537).
+Decay, beta, value and state are per value head; if there are more value heads than heads, neighbouring ones
+share a query and a key. Yang, Kautz, Hatamizadeh, "Gated Delta Networks: Improving Mamba2 with Delta Rule",
+2024, arXiv 2412.06464; it is the linear layer of Qwen3-Next and Olmo Hybrid. `negative_eigenvalues` doubles
+beta (Grazzi et al., 2024, arXiv 2411.12537).
 Weights map onto flash-linear-attention's GatedDeltaNet: q_proj, k_proj, v_proj are the rows of `qkv`, in that
 order, q_conv1d, k_conv1d, v_conv1d (without their middle dimension) those of `conv_weight_EW`, a_proj and
 b_proj those of `ab_proj`; g_proj is `gate_proj`, o_norm.weight `norm_weight_V`, o_proj `out_proj`.
 Deviations:
-- exp(A_log) is drawn from [1e-4, 16] and not from [0, 16], whose logarithm has no lower end;
-- convolutions start as torch's do, where that library's language model draws N(0, 0.02) for them too.
+- exp(A_log) is drawn from [1e-4, 16] instead of [0, 16], whose logarithm is unbounded;
+- convolutions start as torch's do, while that library's language model draws them from N(0, 0.02) too.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
-"""GateLoop: linear attention whose state shrinks and turns by a complex gate that each token decides.
+"""GateLoop: linear attention with a data-dependent complex decay per head.
 
     q, k, v = W_q x, W_k x, W_v x        c_t = W_a x_t + b, complex        a_t = sigmoid(|c_t|) c_t / |c_t|
     S_t = a_t S_{t-1} + k_t v_t^T        o_t = q_t^T Re(S_t)
     y = W_o (o * silu(W_g x))
 
-Per head a_t is one complex number and S a complex (K, V) matrix; as many heads as channels make the diagonal
-recurrence. Katsch, "GateLoop: Fully Data-Controlled Linear Recurrence for Sequence Modeling", 2023, arXiv
-2311.01927.
+Per head a_t is one complex number and S a complex (K, V) matrix; with one channel per head this is the
+diagonal recurrence. Katsch, "GateLoop: Fully Data-Controlled Linear Recurrence for Sequence Modeling", 2023,
+arXiv 2311.01927.
 Weights map onto the GateLoopedAttention of the package gateloop-transformer: to_qkv, then to_gates.0, are the
 rows of `qkvg`; to_a.0 is `transition`, whose rows 2h and 2h + 1 give the real and imaginary part for head h;
 to_out is `out_proj`. (The paper's own repository has a real-valued recurrence only.)
 Deviations:
-- the package scales the gradient of c by 0.9, a learning rate in disguise; here it is the gradient.
+- the package scales the gradient of c by 0.9, which acts as a learning rate; here it is not scaled.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class GateLoopState(NamedTuple):
 )
 @dataclass(frozen=True, kw_only=True)
 class GateLoopConfig(MixerConfig):
-    """Linear attention with a complex decay per head that the token decides."""
+    """Linear attention with a data-dependent complex decay per head."""
 
     heads: PositiveInt = 4
     """Number of heads, each with one complex gate per token and a state of (width / heads)² complex numbers.

@@ -1,11 +1,11 @@
-"""Gated linear attention: every key dimension forgets at a rate of its own that the token decides.
+"""Gated linear attention: linear attention with a data-dependent decay per key dimension.
 
     q, k, v = W_q x, W_k x, W_v x        log a_t = logsigmoid(W_2 W_1 x_t + b) / tau        per key dimension
     S_t = diag(a_t) S_{t-1} + k_t v_t^T        o_t = S_t^T q_t / sqrt(K)
     y = W_o (w * RMSNorm_head(o) * silu(W_g x))
 
-Per head S is (K, V), and w, of V numbers, is shared by the heads. With a `kernel`, q, k and v first pass a
-short causal convolution of that many taps and silu. Yang, Wang, Shen, Panda, Kim, "Gated Linear Attention
+Per head S is (K, V); w (V) is shared by the heads. With a `kernel`, q, k and v first pass through a short
+causal convolution with that many taps and silu. Yang, Wang, Shen, Panda, Kim, "Gated Linear Attention
 Transformers with Hardware-Efficient Training", 2023, arXiv 2312.06635.
 Weights map onto flash-linear-attention's layer: q_proj, k_proj, v_proj, g_proj are the rows of `qkvg`, in
 that order; gk_proj.0 and .1 are `gate_down` and `gate_up`; g_norm_swish_gate.weight is `norm_weight_V`;
@@ -57,7 +57,7 @@ class GLAConvState(NamedTuple):
 )
 @dataclass(frozen=True, kw_only=True)
 class GLAConfig(MixerConfig):
-    """Linear attention whose key dimensions each forget at a rate that the token decides."""
+    """Linear attention with a data-dependent decay per key dimension."""
 
     heads: PositiveInt = 4
     """Number of heads, H."""

@@ -4,14 +4,14 @@
     h_t = exp(A) h_{t-1} + (exp(A) - 1) / A v_t        s_t = Re(C h_t) + D * v_t
     y = W_o [u * W_g s] + b
 
-A = -exp(A_real) + i exp(A_imag) are n modes that the channels of v share, each with a state of its own; C is
+A = -exp(A_real) + i exp(A_imag) are n modes that the channels of v share, each with its own state; C is
 (R, n) for R = D / r channels. There is no step size and no B, and no mode stands for a conjugate pair.
 Mehta, Gupta, Cutkosky, Neyshabur, "Long Range Language Modeling via Gated State Spaces", 2022, arXiv
 2206.13947. The authors published pseudocode, which gated-state-spaces-pytorch follows.
 Weights map onto that package's GSS: to_u.0 and to_v.0 are the rows of `uv`, in that order; dss holds norm,
 Lambda_real and Lambda_imag (A_real and A_imag), C_real and C_imag (C's last dimension) and param_D; to_gate
-and to_out are `gate` and `out_proj`. Its first LayerNorm and its residual are the model's here; the LayerNorm
-on v is kept.
+and to_out are `gate` and `out_proj`. Its first LayerNorm and its residual are part of the model here; the
+LayerNorm on v is part of the mixer.
 Deviations: none.
 """
 

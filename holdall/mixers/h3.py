@@ -1,4 +1,4 @@
-"""H3: a state space that shifts keys, another that remembers their products with values, read by queries.
+"""H3: a shift state space for keys, and a diagonal one for their products with values, read by queries.
 
     k~ = shift(k) + d_s * k        shift(k)_t = sum_{l < n} K_l k_{t-l}      K_l = sum_{i < n - l} B_i C_{i+l}
     S_t = k~_t v_t^T               per head, an outer product of r keys and r values
@@ -13,7 +13,7 @@ kernel.kernel holds log_dt, B, (with a first dimension of 1) C, inv_A_real and A
 out_proj. As there, channel h r + i of q, k and v is dimension i of head h, but value i of head h reaches
 out_proj as channel i D / r + h.
 Deviations:
-- the shift's state is the last n - 1 keys, and not what B makes of the last n.
+- the shift's state is the last n - 1 keys, instead of their products with B.
 """
 
 from __future__ import annotations

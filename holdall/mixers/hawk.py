@@ -15,8 +15,8 @@ Deviations:
 - a^8 is drawn uniformly from [0.9, 0.999], as the paper says; the released code draws a from there, a^2
   uniformly;
 - that code bounds the derivative of the square root, whose argument 1 - a^2 is often rounded to zero in bf16.
-  Here the argument is -expm1(2 log a) at full relative precision, and the gates' gradients are finite as they
-  are.
+  Here the argument is -expm1(2 log a) at full relative precision, and the gates' gradients are finite without
+  a bound.
 """
 
 from __future__ import annotations

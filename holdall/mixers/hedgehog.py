@@ -1,18 +1,18 @@
-"""Hedgehog: linear attention whose feature map is learned, and spiky as softmax is.
+"""Hedgehog: linear attention with a learned feature map that is as spiky as softmax.
 
     phi(u) = max([softmax(u W_h), softmax(-u W_h)], 1e-12)        W_h: one per head, for queries and for keys
     S_t = S_{t-1} + phi(k_t) v_t^T        z_t = z_{t-1} + phi(k_t)
     y_t = W_o [ phi(q_t)^T S_t / (phi(q_t) . z_t + 1e-12) ]
 
 Zhang, Bhatia, Kumbong, Re, "The Hedgehog & the Porcupine: Expressive Linear Attentions with Softmax Mimicry",
-2024, arXiv 2402.04347. The two softmaxes, each over a head's features, are taken apart, as in the paper and
-in LoLCATs. The maps start as the identity.
+2024, arXiv 2402.04347. The two softmaxes, each over a head's features, are separate, as in the paper and in
+LoLCATs. The maps are initialised to the identity.
 Weights: feature_map_q.mlp.layer and feature_map_k.mlp.layer of LoLCATs are map_q_HKF and map_k_HKF; the rows
 of `qkv` are q_proj, k_proj and v_proj, in that order.
 Deviations:
-- LoLCATs turns queries and keys by rotary positions before the map, as the softmax attention that it replaces
-  does; here nothing marks positions;
-- flash-linear-attention takes one softmax over both halves, and doubles the map's outputs before.
+- LoLCATs turns queries and keys by rotary positions before the map, like the softmax attention that it
+  replaces; here there are no positions;
+- flash-linear-attention takes one softmax over both halves, after doubling the map's outputs.
 """
 
 from __future__ import annotations

@@ -5,14 +5,15 @@
     y = W_out (x_0 * v) + b
     h(t) = MLP_sin([t, cos w t, -sin w t]) * exp(-t |delta|),  t from 0 to 1 over max_length tokens
 
-Poli et al., "Hyena Hierarchy", 2023, arXiv 2302.10866. It has no recurrence of fixed size: the state holds
-the inputs of every long convolution and grows with the context.
-Weights map onto safari's standalone HyenaOperator: gates are met from the last to the first and filters h,
-skips d in the order o in which they are used, o slowest; Zoology's order-2 Hyena is the same with the blocks
+Poli et al., "Hyena Hierarchy", 2023, arXiv 2302.10866. It has no recurrence of fixed size: the state is the
+inputs of all long convolutions and grows with the context.
+Weights map onto safari's standalone HyenaOperator: gates are applied from the last to the first, and filters
+h and skips d are in the order o of their use, o slowest; Zoology's order-2 Hyena is the same with the blocks
 of x_0 and x_1 swapped.
 Deviations:
-- the features of time are fixed, where both learn them (pos_emb.z, marked for a rate of 1e-5) from these on;
-- beyond `max_length` the filter continues as the same functions of time.
+- the features of time are fixed, while both learn them (pos_emb.z, with a learning rate of 1e-5) starting
+  from these;
+- beyond `max_length` the filter is the same function of time.
 """
 
 from __future__ import annotations

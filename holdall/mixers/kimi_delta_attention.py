@@ -1,20 +1,20 @@
-"""Kimi Delta Attention: Gated DeltaNet in which each key dimension of a head forgets at its own rate.
+"""Kimi Delta Attention: Gated DeltaNet with a decay per key dimension.
 
     [q | k | v] = silu(shortconv_4(W x))        q, k of unit length per head        beta = sigmoid(W_beta x)
     S' = diag(w_t) S_{t-1}                      w_t = exp(-exp(A_log) softplus(W_f2 W_f1 x + dt_bias))
     S_t = S' + k_t (beta_t (v_t - S'^T k_t))^T                          o_t = S_t^T q_t / sqrt(K)
     y_t = W_o (RMSNorm_head(o_t) * weight * sigmoid(W_g2 W_g1 x))
 
-A_log is one number per head, dt_bias one per head and key dimension; W_f1 and W_g1 have as many rows as a
-head has dimensions. Kimi Team, "Kimi Linear: An Expressive, Efficient Attention Architecture", 2025, arXiv
+A_log is a scalar per head, dt_bias one per head and key dimension; W_f1 and W_g1 have as many rows as a head
+has dimensions. Kimi Team, "Kimi Linear: An Expressive, Efficient Attention Architecture", 2025, arXiv
 2510.26692. `negative_eigenvalues` doubles beta (Grazzi et al., 2024, arXiv 2411.12537).
 Weights map onto the released model's and transformers' layer: q_proj, k_proj, v_proj are the rows of `qkv`,
 in that order, the convolutions (without their middle dimension) those of `conv_weight_EW`; f_a_proj and
 f_b_proj are `decay_proj`'s 0 and 1, dt_bias and A_log (flat) those here, g_a_proj and g_b_proj `gate_proj`'s;
 b_proj is `beta_proj`, o_norm.weight `norm_weight_V`, o_proj `out_proj`.
 Deviations:
-- flash-linear-attention's layer, but not those, has a bias after W_g2; here there is none;
-- convolutions start as torch's do, where that library's language model draws N(0, 0.02) for them too.
+- flash-linear-attention's layer, unlike those, has a bias after W_g2; here there is none;
+- convolutions start as torch's do, while that library's language model draws them from N(0, 0.02) too.
 """
 
 from __future__ import annotations

@@ -1,18 +1,18 @@
-"""Linear attention: softmax's exp(q . k) replaced by phi(q) . phi(k), which a state of fixed size can sum.
+"""Linear attention: exp(q . k) replaced by phi(q) . phi(k), so that a state of fixed size is enough.
 
     S_t = S_{t-1} + phi(k_t) v_t^T          z_t = z_{t-1} + phi(k_t)
     y_t = W_o [ phi(q_t)^T S_t / (phi(q_t) . z_t + eps) ]
 
 Katharopoulos, Vyas, Pappas, Fleuret, "Transformers are RNNs", 2020, arXiv 2006.16236: phi(u) = elu(u) + 1.
-The other maps here have no parameters either; taylor.py, performer.py, hedgehog.py and more have their own.
+The other maps here have no parameters either; taylor.py, performer.py, hedgehog.py and others have their own.
 Weights:
 - fast-transformers' query, key and value projections are the rows of `qkv`, in that order, and its output
   projection `out_proj`; `bias=True`, eps 1e-6;
 - Zoology's proj_q, proj_k, proj_v likewise, and its proj_o; no bias, eps 1e-12, its pos_elu is elu1, its
   SquaredMap square.
 Deviations:
-- both always normalise. With map "identity" the normaliser is a sum of signed terms and can come near zero:
-  `normalise=False` is the sound choice there.
+- both always normalise. With map "identity" the normaliser is a sum of signed terms and can be close to zero,
+  so `normalise=False` should be used.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
-"""Linformer: attention to r mixtures of all keys, where the mixture is learned and depends on position alone.
+"""Linformer: attention to r learned mixtures of all keys, whose weights depend on position alone.
 
     K~ = sum_t e_t k_t^T     V~ = sum_t f_t v_t^T      e_t, f_t: rows of E and F, (max_length, r)
-    y_t = W_o [ sum_{i < r} softmax_i(q_t . K~_i / sqrt(K)) V~_i ] + b,   H heads, E and F common to them
+    y_t = W_o [ sum_{i < r} softmax_i(q_t . K~_i / sqrt(K)) V~_i ] + b,   H heads, which share E and F
 
-Wang, Li, Khabsa, Fang, Ma, "Linformer: Self-Attention with Linear Complexity", 2020, arXiv 2006.04768. What
-is causal about it: K~ and V~ are sums over tokens, so they are carried from call to call, in r D numbers
-each. What is not: every output looks at sums over the whole sequence, the tokens behind it included, so no
-language model can be made of it.
+Wang, Li, Khabsa, Fang, Ma, "Linformer: Self-Attention with Linear Complexity", 2020, arXiv 2006.04768. K~ and
+V~ are sums over tokens, which are carried from call to call in r D elements each. But it is not causal: every
+output depends on sums over the whole sequence, later tokens included, so it cannot be used in a language
+model.
 Weights map onto lucidrains' LinformerSelfAttention: to_q, to_k, to_v are the rows of `qkv`, in that order,
 proj_k is `e_LR`, proj_v `f_LR`, to_out `out_proj`; its share_kv is `shared` with equal rows for k and v.
 Positions beyond `max_length` are an error, as there.
 Deviations:
-- an output sees all of its own call and all calls before; the published operator is one call.
+- an output sees its whole call and all earlier calls; the published operator is one call.
 """
 
 from __future__ import annotations

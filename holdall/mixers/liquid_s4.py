@@ -1,24 +1,24 @@
-"""Liquid-S4: S4 that also takes in products of neighbouring inputs, as if the input acted on the transition.
+"""Liquid-S4: S4 that also reads products of neighbouring inputs, as if inputs changed the transition.
 
 A liquid state space is x_k = (A + B u_k) x_{k-1} + B u_k, with S4's discretised A and B and the product B x
-taken mode by mode. Unrolled, it is S4 and one term more for every product of several inputs. The paper keeps,
-with its liquid kernel (C A^l B^p)_l, those of p neighbours, for all p up to a degree P:
+mode by mode. Unrolled, it is S4 plus one term for every product of several inputs. With its liquid kernel
+(C A^l B^p)_l, the paper keeps those of p neighbours, for all p up to a degree P:
 
     s_p,k = u_k u_{k-1} ... u_{k-p+1}      B^p mode by mode
     kb      y_k = sum_l C A^l (B u_{k-l} + sum_{p=2}^P B^p s_p,k-l) + D u_k
     pb      y_k = sum_l C A^l B u_{k-l} + sum_{p=2}^P C B^p s_p,k + D u_k      the kernel without A: C B^p
     out = a * sigmoid(g)      [a | g] = W_out GELU(y) + bias
 
-So kb is S4 with more inputs, pb is S4 and a polynomial of the last P inputs; either way these are all the
-state that comes to S4's. Hasani, Lechner, Wang, Chahine, Amini, Rus, "Liquid Structural State-Space Models",
+So kb is S4 with more inputs, and pb is S4 plus a polynomial of the last P inputs; in both cases the state is
+S4's and these inputs. Hasani, Lechner, Wang, Chahine, Amini, Rus, "Liquid Structural State-Space Models",
 2022, arXiv 2209.12951. `kernel` holds S4's parameters, as in holdall.mixers.s4.
 Deviations, from the paper's code and not from its equations:
 - there the products are added in reversed order of time, so that outputs see the future; here in order;
-- its recurrent step leaves the products out; here all forms have them;
-- its kb multiplies spectra on different grids, which is no convolution; here it is one;
-- its B^p is B^(p-1) times the sum of its modes, without the term of rank one; here each mode's power, with
-  it;
-- as in the code, pb's kernel is C B^p at lag 0 only: at all lags it would add up all products ever.
+- its recurrent step omits the products; here all forms have them;
+- its kb multiplies spectra on different grids, which is not a convolution; here it is one;
+- its B^p is B^(p-1) times the sum of its modes, without the rank-one term; here it is each mode's power, with
+  that term;
+- as in the code, pb's kernel is C B^p at lag 0 only: at all lags it would sum over all past products.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Long convolution: one learned filter per channel, as long as the context, and nothing else.
+"""Long convolution: one explicit filter per channel, as long as the context.
 
     y_t = x_t + sum_{j <= t, t - j < L} h_{t - j} x_j          h: L taps per channel, explicit parameters
     with squash s:  h = sign(g) max(|g| - s, 0)                of the parameters g
@@ -9,8 +9,8 @@ Weights: the one of Zoology's LongConvolution, `filter`, is transposed here to (
 Deviations:
 - Zoology's transform is as long as twice the input, so that with a filter longer than the input by more than
   one tap late tokens wrap around to early outputs; here none do;
-- the squashed filter is the kernel of Fu et al.'s layer; their learned skip, GELU and GLU around it are left
-  to the block, as in Zoology.
+- the squashed filter is the kernel of Fu et al.'s layer, without their learned skip, GELU and GLU, as in
+  Zoology.
 """
 
 from __future__ import annotations

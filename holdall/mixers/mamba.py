@@ -7,8 +7,8 @@
 Gu, Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023, arXiv 2312.00752.
 Weights have the names and shapes of mamba_ssm's module (conv1d.weight without its middle dimension).
 Deviations:
-- the convolution's state holds the 3 inputs that are needed, where the official one holds 4;
-- the recurrent state is fp32 whatever the weights are.
+- the convolution's state has the 3 inputs that are needed, the official one 4;
+- the recurrent state is fp32 for weights of any dtype.
 """
 
 from __future__ import annotations

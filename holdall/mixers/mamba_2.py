@@ -1,19 +1,19 @@
-"""Mamba-2: a state space with one decay per head and token, and so linear attention that learns to forget.
+"""Mamba-2: a state space with one data-dependent decay per head, which is linear attention with decay.
 
     [z | x B C | dt] = W_in u        [x B C] = silu(shortconv_4(x B C))        dt = softplus(dt + b)
     S_t = exp(dt_t A) S_{t-1} + B_t (dt_t x_t)^T        y_t = S_t^T C_t + D x_t        A = -exp(A_log)
     out = W_out (w * RMSNorm(y * silu(z)))
 
-Per head S is (state, head_dim), A and D are numbers; C, B and dt x are queries, keys and values, and the
+Per head S is (state, head_dim), A and D are scalars; C, B and dt x are queries, keys and values, and the
 heads of a group share B and C. Dao, Gu, "Transformers are SSMs: Generalized Models and Efficient Algorithms
 Through Structured State Space Duality", 2024, arXiv 2405.21060.
 Weights have the names, orders and shapes of mamba_ssm's Mamba2 (conv1d.weight without its middle dimension;
-norm.weight is `norm_weight_E`). With several groups each is normalised by itself, as in Mamba2 and the
-released models; mamba_ssm's Mamba2Simple takes the norm over all channels.
+norm.weight is `norm_weight_E`). Groups are normalised separately, as in Mamba2 and the released models;
+mamba_ssm's Mamba2Simple normalises over all channels.
 Deviations:
-- the convolution's state holds the 3 inputs that are needed, where the official one holds 4;
-- the recurrent state is fp32 whatever the weights are;
-- it is (state, head_dim), where the official one is transposed.
+- the convolution's state has the 3 inputs that are needed, the official one 4;
+- the recurrent state is fp32 for weights of any dtype;
+- it is (state, head_dim), the official one is transposed.
 """
 
 from __future__ import annotations

@@ -4,20 +4,22 @@
     y = W_out (x_2 c) + b                            or W_out (x_2 c + h' conv u + d' u) + b, with `residual`
 
 The convolution is M^-1 (M h . M v) with M the Fourier matrix of twice the length, as an order-2 Monarch
-matrix: two block-diagonal products and a permutation (ops/monarch.py). Zeros behind h and v keep it causal.
+matrix: two block-diagonal products and a permutation (ops/monarch.py). Padding h and v with zeros makes it
+causal.
 h(t) = MLP_sin([t, cos w t, -sin w t]) exp(-t |delta|), Hyena's filter, t from 0 to 1 over max_length tokens.
 
 Fu, Arora, Grogan et al., "Monarch Mixer: A Simple Sub-Quadratic GEMM-Based Architecture", 2023, arXiv
-2310.12109. M2's Monarch products along the width are the MLP's half of the block. As Hyena's, the state grows
-with the context.
+2310.12109. M2's Monarch products along the width are in the MLP half of the block. As in Hyena, the state
+grows with the context.
 Weights map onto MonarchMixerSequenceMixing: in_linear, short_filter (without its middle dimension),
 filter_fn.implicit_filter (layers 0, 2, 4 are `filter.hidden`, layer 6 `filter.last`, and the sines' one
 `freq` times hyena_w_mod is `frequency_H`), filter_fn.bias (`skip_D`), filter_fn2 likewise for the residual,
 out_linear.
 Deviations:
-- the features of time are fixed, where M2 learns them (pos_emb.z, marked for a rate of 1e-5) from these on;
-- beyond `max_length` the filters continue as the same functions of time;
-- M2-BERT's bidirectional mixer is not offered: it adds a filter over the tokens to come.
+- the features of time are fixed, while M2 learns them (pos_emb.z, with a learning rate of 1e-5) starting from
+  these;
+- beyond `max_length` the filters are the same functions of time;
+- M2-BERT's bidirectional mixer, which adds a filter over later tokens, is not available.
 """
 
 from __future__ import annotations

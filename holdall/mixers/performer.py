@@ -1,6 +1,6 @@
-"""Performer: linear attention with random features whose products are, on average, softmax's exp(q . k).
+"""Performer: linear attention with random features whose expected products are exp(q . k).
 
-    u = K^(-1/4) q,  w = K^(-1/4) k       P: F orthogonal random rows of dimension K, as long as Gaussian ones
+    u = K^(-1/4) q,  w = K^(-1/4) k       P: F orthogonal random rows of dimension K with Gaussian norms
     phi(q_t) = exp(P u_t - |u_t|^2 / 2 - max_f (P u_t)_f) + e
     phi_t(k_j) = exp(P w_j - |w_j|^2 / 2 - M_t) + e            M_t = max over i <= t and f of (P w_i)_f
     a_tj = phi(q_t) . phi_t(k_j)
@@ -10,16 +10,17 @@
 phi(u) = relu(P u) + 1e-3 for both and d = 1e-6. Choromanski et al., "Rethinking Attention with Performers",
 2020, arXiv 2009.14794.
 
-The state carries A = sum_j exp(P w_j - |w_j|^2 / 2 - M_t) v_j^T, shrunk by exp(M_{t-1} - M_t) whenever the
-maximum grows, and sum_j v_j for what e adds; a one behind every v_j makes the same sums the divisor.
+The state is A = sum_j exp(P w_j - |w_j|^2 / 2 - M_t) v_j^T, rescaled by exp(M_{t-1} - M_t) when the maximum
+grows, and sum_j v_j for the term with e; a 1 appended to every v_j gives the divisor by the same sums.
 Weights map onto performer-pytorch's SelfAttention: to_q, to_k, to_v are the rows of `qkv`, in that order,
 to_out is out_proj, and fast_attention.projection_matrix is projection_FK.
 Deviations:
-- performer-pytorch (and the original) take M over the whole sequence, the future included, and as e does not
-  shrink with it, early outputs depend on later tokens. Here y_t is what their code gives for the t tokens up
-  to there;
-- their rows of P are no uniform draw (see orthogonal_rows), so that their estimate of exp(q . k) is biased;
-- they can redraw P while training; here one draw stays with the weights.
+- performer-pytorch (and the original) take M over the whole sequence, the future included, and since e is not
+  rescaled with it, early outputs depend on later tokens. Here y_t is the output of their code for the first t
+  tokens;
+- their rows of P are not uniformly distributed (see orthogonal_rows), so their estimate of exp(q . k) is
+  biased;
+- they can redraw P during training; here it is drawn once and stored with the weights.
 """
 
 from __future__ import annotations

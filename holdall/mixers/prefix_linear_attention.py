@@ -1,20 +1,20 @@
-"""Prefix linear attention (JRT-RNN): the prompt is read without direction first, the rest causally after it.
+"""Prefix linear attention (JRT-RNN): the prompt is read bidirectionally, the rest causally.
 
     k~, v~ = W_k~ x, W_v~ x  of the first E tokens        q, k, v = W_q x, W_k x, W_v x  of all tokens
     S_t = sum_{i < E} phi(k~_i) v~_i^T + sum_{j <= t} phi(k_j) v_j^T
     z_t = sum_{i < E} phi(k~_i) + sum_{j <= t} phi(k_j)
     y_t = W_o [ phi(q_t)^T S_t / (phi(q_t) . z_t + eps) ]
 
-at every t, inside the prefix too, whose tokens so see all of it. They count twice, once through each pair of
-projections. After the prefix this is linear attention: there is one state, S and z. Arora et al., "Just read
-twice: closing the recall gap for recurrent language models", 2024, arXiv 2407.05483. What the prefix is: the
-first min(E, T) tokens of a row's first call, which brings T. All calls after that are causal, however few
-tokens the first one had.
+at every t, also within the prefix, whose tokens therefore see all of it. They enter twice, once with each
+pair of projections. After the prefix this is linear attention with one state, S and z. Arora et al., "Just
+read twice: closing the recall gap for recurrent language models", 2024, arXiv 2407.05483. The prefix is the
+first min(E, T) tokens of a row's first call, which has T tokens. All later calls are causal, even if the
+first one was shorter than E.
 Weights map one to one onto the official module: proj_q, proj_k, proj_v are the rows of `qkv`, proj_k_enc,
 proj_v_enc those of `prefix_kv`, in that order.
 Deviations:
 - the Taylor map keeps the symmetric half of the second order: the same outputs from fewer features;
-- there is no mask of padding: rows of other lengths are other calls, whose states join.
+- there is no mask of padding: rows of different lengths are separate calls, whose states are joined.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@
 Aksenov, Balagansky, Lo Cicero Vaina, Shaposhnikov, Gorbatovski, Gavrilov, "Linear Transformers with Learnable
 Kernel Functions are Better In-Context Models", 2024, arXiv 2402.10644.
 Weights map onto the official ReBased: proj_q, proj_k, proj_v are the rows of `qkv`, in that order, proj_o is
-out_proj, and ln_q and ln_k have their names. (flash-linear-attention's port norms every head by itself,
-queries and keys with the same weights.)
+out_proj, and ln_q and ln_k have their names. (flash-linear-attention's port normalises every head
+separately, queries and keys with the same weights.)
 Deviations:
 - the state keeps the symmetric half of the squares.
 """

@@ -1,12 +1,12 @@
-"""Repeat attention: softmax attention whose output is written only where a token occurs again.
+"""Repeat attention: softmax attention whose output is nonzero only where a token recurs.
 
     a_t = causal multi-head softmax attention of x at t, as in `attention`
     y_t = a_t  if the token at t occurred before in its row,  0  otherwise
 
-The rule that Arora et al. give by hand before they learn one, "Zoology", 2023, arXiv 2312.04927: recall needs
-attention only where something of before comes up again, and the rest is left to the convolution beside it.
-The tokens' ids decide, and the state keeps them. All outputs are computed here and those of new tokens set to
-zero; a kernel could leave them out. There is no code of this rule to compare with: the paper has it in words.
+The hand-written rule of Arora et al., "Zoology", 2023, arXiv 2312.04927, before they learn one: recall needs
+attention only where something recurs; the rest is left to the convolution before it. Token ids decide, and
+are part of the state. All outputs are computed here and those of new tokens set to zero; a kernel could skip
+them. There is no published code of this rule: the paper describes it in words.
 Weights map as those of `attention`.
 Deviations: none.
 """

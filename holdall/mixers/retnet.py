@@ -1,15 +1,15 @@
-"""RetNet's multi-scale retention: linear attention whose heads forget at fixed, different rates.
+"""RetNet's multi-scale retention: linear attention with a fixed decay per head.
 
     gamma_h = 1 - 2^(-5 - h)     S_n = gamma S_{n-1} + k_n v_n^T     o_n = q_n S_n / sqrt(sum_{j<=n} gamma^j)
     y = W_o (silu(W_g x) * RMSNorm_head(o))
 
-with q and k turned by rotary positions (interleaved pairs, angles 10000^-linspace(0, 1, K / 2)) and k scaled
-by 1 / sqrt(K). Sun et al., "Retentive Network", 2023, arXiv 2307.08621.
+where q and k are rotated by rotary positions (interleaved pairs, angles 10000^-linspace(0, 1, K / 2)) and k
+scaled by 1 / sqrt(K). Sun et al., "Retentive Network", 2023, arXiv 2307.08621.
 Weights map onto torchscale's module: q_proj, k_proj, v_proj, g_proj are the rows of `qkvg`, in that order.
 Deviations:
 - torchscale's parallel form also divides each row by clamp(sum |A|, 1, 5e4), detached, and its recurrent form
-  does not, so the two disagree; the norm that follows cancels any such scale up to its epsilon. Here all
-  forms leave it out.
+  does not, so the two disagree; the norm that follows cancels any such scale up to its epsilon. Here no form
+  has it.
 """
 
 from __future__ import annotations

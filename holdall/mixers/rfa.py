@@ -1,20 +1,20 @@
-"""Random Feature Attention: linear attention with random Fourier features, and a gate that forgets by option.
+"""Random Feature Attention: linear attention with random Fourier features, and an optional decay gate.
 
     u^ = u / (|u| + 1e-3)        W_h = R_h diag(sigma_h) / tau        phi(u) = [sin(W_h u^), cos(W_h u^)] / 10
     S_t = S_{t-1} + phi(k_t) v_t^T         gated (RFA-Gate): S_t = g_t S_{t-1} + (1 - g_t) phi(k_t) v_t^T
     z_t = z_{t-1} + phi(k_t)                                 z_t = g_t z_{t-1} + (1 - g_t) phi(k_t)
     y_t = W_o [ phi(q_t)^T S_t / max(phi(q_t) . z_t, floor) ]         g_t = sigmoid(w_g . x_t + b_g), per head
 
-R_h: one Gaussian draw per head, P rows. phi(q) . phi(k) estimates P / 100 exp(-|q^ - k^|^2 / (2 tau^2)), as
-softmax weighs unit vectors: their norms cancel. Peng, Pappas, Yogatama, Schwartz, Smith, Kong, "Random
-Feature Attention", 2021, arXiv 2103.02143.
+R_h: P Gaussian rows per head, drawn once. phi(q) . phi(k) estimates P / 100 exp(-|q^ - k^|^2 / (2 tau^2)),
+the softmax weights of unit vectors, whose norms cancel. Peng, Pappas, Yogatama, Schwartz, Smith, Kong,
+"Random Feature Attention", 2021, arXiv 2103.02143.
 Weights map onto the official CausalAttention: q_proj, k_proj, v_proj are the rows of `qkv`, in that order;
 sigma, without its middle dimension, is sigma_HK; random_matrices is rows_HPK.
 Deviations:
-- the official code draws R from a pool of 500 for every batch that it trains on; here one draw stays with the
-  weights;
-- it has no gate, which is the paper's; gated sums are averages, phi(q) . z <= P / 100, so the official floor
-  of 1 would never let go: gated, the floor is a tenth of that bound.
+- the official code draws R from a pool of 500 for every training batch; here it is drawn once and stored with
+  the weights;
+- it has no gate, which is from the paper; gated sums are averages with phi(q) . z <= P / 100, for which the
+  official floor of 1 would be too high: with the gate the floor is a tenth of that bound.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""RWKV-4's time mixing: a mean of all values, weighted by their keys and by their age, gated by a receptance.
+"""RWKV-4's time mixing: a mean of all values, weighted by key and age, gated by a receptance.
 
     z_t = m_z x_t + (1 - m_z) x_{t-1}   for each of z = k, v, r      the token shift; x_{-1} = 0
     k, v, r = W_k k_t, W_v v_t, sigmoid(W_r r_t)        w = -exp(time_decay)        u = time_first
@@ -6,14 +6,14 @@
                 / (sum_{i<t} e^{(t-1-i) w + k_i}     + e^{u + k_t}) ]
 
 Peng et al., "RWKV: Reinventing RNNs for the Transformer Era", 2023, arXiv 2305.13048. Channel mixing is an
-MLP and no part of the mixer. The published initialisation depends on the layer (options `layer` and
-`layers`), and sets W_k, W_r and W_o to zero: the mixer is silent until W_o has moved, the one of them that
-has a gradient at the start.
+MLP, not part of the mixer. The published initialisation depends on the layer (options `layer` and `layers`),
+and sets W_k, W_r and W_o to zero: outputs are zero until W_o, which alone has a gradient at the start, has
+changed.
 Weights map one to one onto RWKV-LM's RWKV_TimeMix: key, value, receptance, output (`out_proj`), time_decay,
 time_first; time_mix_k, time_mix_v and time_mix_r are the rows of `time_mix_ZD`.
 Deviations:
-- the state has two numbers per channel where the official one has three. Those are p, q and o, with p e^o and
-  q e^o the two sums over the past; here they are the quotient m = p / q and the log l = o + log q.
+- the state has two elements per channel, the official one three. Those are p, q and o, where p e^o and q e^o
+  are the two sums over the past; here they are the quotient m = p / q and the log l = o + log q.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""RWKV-5 "Eagle" (version 5.2): linear attention that fades per key channel, with a bonus for the present.
+"""RWKV-5 "Eagle" (version 5.2): linear attention with a decay per key channel, and a bonus for the token.
 
     z_t = m_z x_t + (1 - m_z) x_{t-1}   for each of z = r, k, v, g     the token shift; x_{-1} = 0
     r, k, v, g = W_r r_t, W_k k_t, W_v v_t, silu(W_g g_t)       w = exp(-exp(time_decay))       u = time_faaaa
@@ -6,8 +6,8 @@
     y_t = W_o [ g_t * GroupNorm_H(o_t / 8) ]
 
 Peng et al., "Eagle and Finch: RWKV with Matrix-Valued States and Dynamic Recurrence", 2024, arXiv 2404.05892.
-The published initialisation depends on the layer (options `layer` and `layers`), and sets W_o to zero: the
-mixer is silent until W_o, which has a gradient from the start, has moved.
+The published initialisation depends on the layer (options `layer` and `layers`), and sets W_o to zero:
+outputs are zero until W_o, which has a gradient from the start, has changed.
 Weights map one to one onto RWKV-LM's RWKV_Tmix_x052: receptance, key, value, gate, output (`out_proj`), ln_x
 (`norm_weight_D`, `norm_bias_D`), time_decay and time_faaaa; time_mix_k, time_mix_v, time_mix_r and time_mix_g
 are the rows of `time_mix_ZD`.
@@ -54,7 +54,7 @@ class RWKV5State(NamedTuple):
 )
 @dataclass(frozen=True, kw_only=True)
 class RWKV5Config(MixerConfig):
-    """RWKV-5 "Eagle", linear attention that fades per key channel, with a bonus for the present."""
+    """RWKV-5 "Eagle": linear attention with a decay per key channel, and a bonus for the current token."""
 
     head_size: PositiveInt = 64
     """Dimensions of a head's keys and values, K; a narrower model has one head of its width."""

@@ -1,4 +1,4 @@
-"""RWKV-7 "Goose": a state that fades per key channel, and in which a removal key makes room for each value.
+"""RWKV-7 "Goose": a delta rule with a decay per key channel and a separate removal key.
 
     z_t = x_t + m_z (x_{t-1} - x_t)  for each of z = r, w, k, v, a, g           the token shift; x_{-1} = 0
     r, k', v = W_r r_t, W_k k_t, W_v v_t        log w = -e^(-1/2) sigmoid(w0 + tanh(w_t w1) w2)
@@ -8,17 +8,16 @@
     y_t = W_o [ g (GroupNorm_head(o_t) + (sum_head r k r_k) v) ]
 
 Peng et al., "RWKV-7 "Goose" with Expressive Dynamic State Evolution", 2025, arXiv 2503.14456. Channel mixing
-is an MLP and no part of the mixer. The published initialisation depends on the layer (options `layer` and
-`layers`), and sets W_o to zero: the mixer is silent until W_o has moved, the one of its weights that has a
-gradient at the start.
+is an MLP, not part of the mixer. The published initialisation depends on the layer (options `layer` and
+`layers`), and sets W_o to zero: outputs are zero until W_o, which alone has a gradient at the start, has
+changed.
 Weights map one to one onto RWKV-LM's RWKV_Tmix_x070: receptance, key, value, output (`out_proj`), w0 to w2,
 a0 to a2, g1, g2, k_k, k_a, r_k; x_r, x_w, x_k, x_v, x_a, x_g are the rows of `mix_ZD`, ln_x is
 `norm_weight_D`, `norm_bias_D`. The state is (key, value), the official one (value, key).
 Deviations:
-- the value residual (v0, v1, v2), by which later layers mix in the first layer's values, is left out: a mixer
-  sees one layer, and each is what the official first layer is;
-- the epsilon of GroupNorm is 1e-5 per dimension of a head, the official 64e-5 at its head size of 64,
-  whatever the head size is.
+- the value residual (v0, v1, v2), which mixes the first layer's values into later layers, is omitted: a mixer
+  sees one layer only, so every layer is like the official first one;
+- the epsilon of GroupNorm is 1e-5 times the head size, which is the official 64e-5 at its head size of 64.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""S4: a structured state space per channel that starts as HiPPO-LegS, which keeps the past as polynomials.
+"""S4: a structured state space per channel, initialised as HiPPO-LegS, which stores the past as polynomials.
 
     h' = A h + B u      A = diag(lambda) - P P^*, lambda = -exp(log_A_real) + i A_imag
     h_t = (1 - dt/2 A)^-1 ((1 + dt/2 A) h_{t-1} + dt B u_t)      the channel's step is dt = exp(log_dt)
@@ -6,17 +6,17 @@
     out = a * sigmoid(g)      [a | g] = W_out GELU(y) + bias
 
 Gu, Goel, Ré, "Efficiently Modeling Long Sequences with Structured State Spaces", 2021, arXiv 2111.00396. By
-the identity of Woodbury a step is a diagonal matrix less one of rank one, O(N); see holdall.ops.dplr. The
-paper trains on the kernel C dA^l dB of the whole length, found at roots of unity; here it is needed in chunks
+the Woodbury identity a step is a diagonal minus a rank-one matrix, O(N); see holdall.ops.dplr. The paper
+trains with the kernel C dA^l dB of the whole length, computed at roots of unity; here it is needed for chunks
 only.
 
 Weights map onto state-spaces/s4's S4Block with mode "dplr" and n_ssm the width: inv_dt is `log_dt`, A_real is
 `log_A_real`, A_imag is `-A_imag` (it is subtracted there), output_linear.0 is `out_proj`; B, C, D and P lack
-their first dimension, of one. A checkpoint's C is C (1 - dA^L) with L its l_kernel, and has to be multiplied
-by the inverse.
+their first dimension, of one. A checkpoint's C is C (1 - dA^L) with L its l_kernel, and must be multiplied by
+the inverse.
 Deviations:
-- the code clips the imaginary parts of B to 2 at the start, and what is imaginary depends on the phases that
-  a linear algebra library happens to pick; here B and P start real, and nothing is clipped.
+- the code clips the imaginary parts of the initial B to 2; these depend on the phases of eigenvectors, which
+  a linear algebra library chooses arbitrarily. Here B and P start real, and nothing is clipped.
 """
 
 from __future__ import annotations

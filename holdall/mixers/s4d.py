@@ -1,4 +1,4 @@
-"""S4D: a time-invariant diagonal state space per channel, started from what HiPPO remembers with.
+"""S4D: a time-invariant diagonal state space per channel, initialised from the spectrum of HiPPO.
 
     h' = A h + B u      A = -exp(log_A_real) + i A_imag, discretised with the channel's step dt = exp(log_dt)
     y_t = 2 Re(C . h_t) + D u_t      N / 2 modes: of each conjugate pair only one is kept
@@ -10,8 +10,8 @@ Weights map onto state-spaces/s4's S4Block with mode "diag" and n_ssm the width:
 `log_A_real`, A_imag is `-A_imag` (it is subtracted there), output_linear.0 is `out_proj`; B, C (pairs re, im)
 and D lack their first dimension, of one. The standalone s4d.py has the sign of here, and no B, which is ones.
 Deviations:
-- the code clips the imaginary parts of LegS's B to 2, and what is imaginary depends on the phases that a
-  linear algebra library happens to pick; here they are such that B is real, and nothing is clipped.
+- the code clips the imaginary parts of LegS's B to 2; these depend on the phases of eigenvectors, which a
+  linear algebra library chooses arbitrarily. Here the phases make B real, and nothing is clipped.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""S5: one diagonal state space from all channels to all channels, read by a scan, behind a gate.
+"""S5: one diagonal state space from all channels to all channels, computed by a scan, with a gate.
 
     h_t = exp(dt A) h_{t-1} + B' u_t          P complex modes, each with its own step dt = exp(log_step)
     s_t = 2 Re(C h_t) + D * u_t               without the 2 if modes do not stand for conjugate pairs
@@ -10,11 +10,11 @@
 B is (P, D), C (D, P). Smith, Warrington, Linderman, "Simplified State Space Layers for Sequence Modeling",
 2022, arXiv 2208.04933.
 Weights map onto the official JAX module by name (A_re, A_im are Lambda_re, Lambda_im; log_step loses its last
-dimension; gate and out_proj are out2 and out1, their kernels transposed), whose SequenceLayer also holds the
-norm and the residual that here are the model's.
+dimension; gate and out_proj are out2 and out1, their kernels transposed). Its SequenceLayer also has the norm
+and the residual, which are part of the model here.
 Deviations:
-- the real parts of A are kept below -1e-4 unless `clip_eigs` is off; the official code advises that for
-  sequences without end and has it off by default;
+- the real parts of A are kept below -1e-4 unless `clip_eigs` is off; the official code recommends that for
+  unbounded sequences, but has it off by default;
 - of its initialisations of C only the default is here.
 """
 

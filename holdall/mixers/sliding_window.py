@@ -2,8 +2,8 @@
 
     y_t = W_o [ sum_{t - w < j <= t} softmax_j(q_t . k_j / sqrt(K)) v_j ] + b
 
-Beltagy, Peters, Cohan, "Longformer", 2020, arXiv 2004.05150. `window` counts the token itself, so the state
-holds the w - 1 tokens before it.
+Beltagy, Peters, Cohan, "Longformer", 2020, arXiv 2004.05150. `window` includes the token itself, so the
+state has the w - 1 tokens before it.
 Weights:
 - Zoology's SlidingAttn, of one head, as those of `attention`; its `block_size` b is window b + 1;
 - Based's SlidingAttention, with rotary 1 and no bias: Wqkv is `qkv`; its `window_size` s, which its code

@@ -1,6 +1,6 @@
-"""Input-dependent sparse attention: the input decides which few tokens of the past may be looked at.
+"""Input-dependent sparse attention: attention to a few past tokens, chosen by a learned score.
 
-    z_t = w_key . x_t            kept_t = the `keys` tokens j <= t of largest z_j, of equals the newer
+    z_t = w_key . x_t            kept_t = the `keys` tokens j <= t of largest z_j, the newer of equals
     a_t = sum_{j in kept_t} softmax_j(q_t . k_j / sqrt(K) + log sigmoid(z_j)) v_j,   H heads
     y_t = sigmoid(w_query . x_t) (W_o a_t + b)
 
@@ -9,12 +9,12 @@ Arora et al., "Zoology", 2023, arXiv 2312.04927.
 Weights map onto Zoology's SigmoidLookups: Wqkv is `project.qkv`, selecting is the first row of `select`,
 out_proj. With w_key = 0 and `keys` at least the length this is its train form, less residual and loss.
 Deviations:
-- SigmoidLookups trains on full attention times sigmoid(w . x_t), and when tested writes only the outputs
-  where this is among the k largest of the whole sequence: that leaks the future, and needs all keys. Here the
-  choice is causal and the same in training and use, and it is of keys, not of outputs, so that memory is
-  bounded;
-- the choice has a score of its own (`w_key`, second row of `select`), which learns through log sigmoid(z);
-  the auxiliary loss against too many lookups has nothing left to do;
+- SigmoidLookups trains on full attention times sigmoid(w . x_t), and at test time keeps only the outputs
+  where this is among the k largest of the whole sequence, which leaks the future and needs all keys. Here the
+  choice is causal and the same in training and inference, and it is of keys, not of outputs, so that memory
+  is bounded;
+- the choice has its own score (`w_key`, second row of `select`), which is trained through log sigmoid(z); the
+  auxiliary loss against too many lookups is not needed;
 - with w_key = 0 and fewer keys it is a gated sliding window.
 """
 
@@ -56,7 +56,7 @@ class Kept(NamedTuple):
 )
 @dataclass(frozen=True, kw_only=True)
 class SparseAttentionConfig(MixerConfig):
-    """Softmax attention over the few tokens of the past that a learned score keeps."""
+    """Softmax attention over a few past tokens, chosen by a learned score."""
 
     keys: PositiveInt = 64
     """Tokens that are kept, k."""

@@ -1,4 +1,4 @@
-"""Based's linear attention: softmax's exp(q . k) to second order, which a state of fixed size can sum.
+"""Based's linear attention: exp(q . k) to second order, for which a state of fixed size is enough.
 
     phi(u) = [1, u / f^(1/4), (u (x) u) / sqrt(2 f)]    phi(q) . phi(k) = 1 + s + s^2 / 2, s = q . k / sqrt(f)
     S_t = S_{t-1} + phi(k_t) v_t^T                      z_t = z_{t-1} + phi(k_t)
@@ -10,7 +10,7 @@ Weights map one to one onto Based's and Zoology's proj_q, proj_k, proj_v (rows o
 Based's out_proj or Zoology's proj_o.
 Deviations:
 - the map keeps the symmetric half of the second order: the same outputs from 1 + f + f (f + 1) / 2 features,
-  153 and not 273 at f = 16.
+  153 instead of 273 at f = 16.
 """
 
 from __future__ import annotations
