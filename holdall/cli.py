@@ -163,23 +163,23 @@ def frontier(
     precision: Precision | None = None,
     weights: bool = True,
 ) -> int:
-    """Train the models of a recipe and show where each lands: recall against bytes of state.
+    """Train the models of a recipe and plot their recall against their state size in bytes.
 
-    Stop it at any time; the same command goes on from where it was.
+    Stop it at any time; the same command resumes.
 
     Args:
         recipe: quick (a dozen models, minutes), zoology-figure2 or based-figure2 (as published).
-        out: the folder that it leaves; runs/RECIPE by default.
+        out: the folder for runs and results; by default runs/RECIPE.
         add: one more registered mixer for the quick recipe, as NAME or NAME:option=value,option=value.
-        load: a mixer file of your own; every mixer that it registers joins the quick recipe.
-        seeds: how many seeds for every learning rate; with more of them later the same folder goes on.
+        load: a mixer file of your own, whose mixers are added to the quick recipe.
+        seeds: seeds per learning rate; more can be added to the same folder later.
         device: where to train; auto takes a GPU if there is one.
-        workers: runs that train at once; by default one per core, or per GPU.
+        workers: runs that are trained in parallel; by default one per core, or per GPU.
         family: train only the models of this family now (repeatable).
-        minutes: stop within so many; 75 is then the exit status, and the same command goes on. 0 only
-            gathers what is finished, also what was trained elsewhere and copied into the folder's runs.
-        precision: what training computes in, instead of what the recipe says.
-        weights: keep the trained weights.
+        minutes: stop within this time, with exit status 75; the same command resumes. 0 only collects
+            finished runs, also those that were trained elsewhere and copied into the folder's runs.
+        precision: precision of training, instead of the recipe's.
+        weights: save the trained weights.
     """
     from holdall.commands import sweeps as shown
 

@@ -13,9 +13,8 @@ import pytest
 
 import holdall
 from holdall import mixers
-from holdall.contract import Config, MixerConfig, Paper
+from holdall.contract import Config, MixerConfig
 from holdall.contract.config import field_docs
-from holdall.contract.registry import Entry
 
 PENDING = {
     "sweeps.sweep.Point",
@@ -72,10 +71,10 @@ def test_every_field_of_every_config_has_a_docstring_of_its_own() -> None:
 def test_the_zoo_shows_each_option_with_its_docstring(name: str) -> None:
     entry = mixers.entry(name)
     shown = " ".join(str(entry).split())
+    docs = field_docs(entry.config)
     for option, default in entry.options.items():
-        doc = field_docs(entry.config)[option]
-        assert doc
-        assert f"{option} = {default!r} {doc}" in shown
+        assert docs[option]
+        assert f"{option} = {default!r} {docs[option]}" in shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,9 +120,6 @@ def test_a_class_without_source_has_no_docs() -> None:
 
 
 def test_an_entry_shows_the_notes_of_its_config() -> None:
-    entry = Entry(
-        name="noted", family="other", summary="A mixer", paper=Paper(title="T", authors="A", year=2024),
-        state="D", training="N", inference="1", causal=True, config=Documented,
-    )  # fmt: skip
+    entry = dataclasses.replace(mixers.entry("attention"), config=Documented)
     assert "causal\n  A note.\n  options:\n" in str(entry)
     assert str(entry).endswith("    size = 1\n        How large, in tokens.")

@@ -330,7 +330,7 @@ BESIDES = ("settings", "parameters", "seconds", "npz", "slices")
 
 
 def find(folder: Path) -> Scores | None:
-    """What `score` left in a run folder; None if there is nothing, or of another format.
+    """The scores saved in a run folder; None if there are none, or in another format.
 
     Raises RunError, which names the file, if it is damaged.
     """

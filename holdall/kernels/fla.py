@@ -152,8 +152,8 @@ def _chunk_gradients(q: Tensor, k: Tensor, v: Tensor, w: Tensor, g: Tensor | Non
 
 def _distance(config: Any) -> float:
     """How far a configuration is from the preferred one, in factors of two."""
-    found = {**config.kwargs, "num_warps": config.num_warps, "num_stages": config.num_stages}
-    return sum(abs(math.log2(found[name] / size)) for name, size in PREFERRED.items() if name in found)
+    settings = {**config.kwargs, "num_warps": config.num_warps, "num_stages": config.num_stages}
+    return sum(abs(math.log2(settings[name] / size)) for name, size in PREFERRED.items() if name in settings)
 
 
 def _make_interpretable(module: Any) -> None:
@@ -250,21 +250,21 @@ def _per_head_forward(x: Inputs, want_state: bool) -> tuple[Tensor, Tensor | Non
 
 
 def _per_head_backward(
-    x: Inputs, kept: tuple[Tensor, ...], dy: Tensor, ds: Tensor | None, want_decay: bool
+    x: Inputs, saved: tuple[Tensor, ...], dy: Tensor, ds: Tensor | None, want_decay: bool
 ) -> dict[str, Tensor | None]:
     q, k, v, sums, starts = _end_to_end(x)
     dq, dk, dv, d_decay, ds0 = load("ops.common.fused_chunk").fused_chunk_bwd(
         q, k, v, sums, None, dy.view(v.shape), 1.0, x.s_BHKV, ds, cu_seqlens=starts, chunk_size=CHUNK
     )
-    found = {"q_BTHK": dq, "k_BTHK": dk, "v_BTHV": dv, "log_decay": d_decay}
-    found = {n: None if d is None else d.view(getattr(x, n).shape) for n, d in found.items()}
+    gradients = {"q_BTHK": dq, "k_BTHK": dk, "v_BTHV": dv, "log_decay": d_decay}
+    gradients = {n: None if d is None else d.view(getattr(x, n).shape) for n, d in gradients.items()}
     if _is_exact(x, want_decay):
         parts = load("ops.common.chunk_h")
         own = {"g": _log2_sums(x.log_decay), "h0": x.s_BHKV, "chunk_size": CHUNK}
         states, _ = parts.chunk_fwd_h(x.k_BTHK, x.v_BTHV, **own)
         d_states, _ = parts.chunk_bwd_dh(x.q_BTHK, x.k_BTHK, x.v_BTHV, dy, dht=ds, scale=1.0, **own)
-        found["log_decay"] = _d_decay(x, x.v_BTHV, dy, None, states, d_states)
-    return {**found, "s_BHKV": ds0}
+        gradients["log_decay"] = _d_decay(x, x.v_BTHV, dy, None, states, d_states)
+    return {**gradients, "s_BHKV": ds0}
 
 
 def _end_to_end(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
@@ -285,18 +285,18 @@ def _per_key_forward(x: Inputs, want_state: bool) -> tuple[Tensor, Tensor | None
 
 
 def _per_key_backward(
-    x: Inputs, kept: tuple[Tensor, ...], dy: Tensor, ds: Tensor | None, want_decay: bool
+    x: Inputs, saved: tuple[Tensor, ...], dy: Tensor, ds: Tensor | None, want_decay: bool
 ) -> dict[str, Tensor | None]:
     parts, sums = load("ops.gla.chunk"), _log2_sums(x.log_decay)
     if not _is_exact(x, want_decay):
         dq, dk, dv, d_decay, ds0 = parts.chunk_gla_bwd(
-            x.q_BTHK, x.k_BTHK, x.v_BTHV, None, sums, 1.0, x.s_BHKV, None, kept[0], dy, ds, chunk_size=CHUNK
+            x.q_BTHK, x.k_BTHK, x.v_BTHV, None, sums, 1.0, x.s_BHKV, None, saved[0], dy, ds, chunk_size=CHUNK
         )
         return {"q_BTHK": dq, "k_BTHK": dk, "v_BTHV": dv, "log_decay": d_decay, "s_BHKV": ds0}
     own = {"gk": sums, "h0": x.s_BHKV, "chunk_size": CHUNK, "states_in_fp32": True}
     states, _ = parts.chunk_fwd_h(x.k_BTHK, x.v_BTHV, **own)
     d_states, ds0 = parts.chunk_bwd_dh(x.q_BTHK, x.k_BTHK, x.v_BTHV, dy, dht=ds, scale=1.0, **own)
-    dv = parts.chunk_gla_bwd_dv(x.k_BTHK, sums, kept[0], dy, d_states, chunk_size=CHUNK)
+    dv = parts.chunk_gla_bwd_dv(x.k_BTHK, sums, saved[0], dy, d_states, chunk_size=CHUNK)
     d_pairs = parts.chunk_gla_bwd_dA(x.v_BTHV, dy, 1.0, chunk_size=CHUNK)
     dq, dk = parts.chunk_gla_bwd_dqk_intra(x.q_BTHK, x.k_BTHK, sums, d_pairs, chunk_size=CHUNK)
     dq, dk, _ = parts.chunk_gla_bwd_dqkg(
@@ -314,10 +314,10 @@ def _delta_forward(x: Inputs, want_state: bool) -> tuple[Tensor, Tensor | None, 
 
 
 def _delta_backward(
-    x: Inputs, kept: tuple[Tensor, ...], dy: Tensor, ds: Tensor | None, want_decay: bool
+    x: Inputs, saved: tuple[Tensor, ...], dy: Tensor, ds: Tensor | None, want_decay: bool
 ) -> dict[str, Tensor | None]:
     dq, dk, dv, d_beta, ds0 = load("ops.delta_rule.chunk").chunk_delta_rule_bwd(
-        x.q_BTHK, x.k_BTHK, x.v_BTHV, x.beta_BTH, kept[0], 1.0, x.s_BHKV, dy, ds, chunk_size=CHUNK
+        x.q_BTHK, x.k_BTHK, x.v_BTHV, x.beta_BTH, saved[0], 1.0, x.s_BHKV, dy, ds, chunk_size=CHUNK
     )
     return {"q_BTHK": dq, "k_BTHK": dk, "v_BTHV": dv, "beta_BTH": d_beta, "s_BHKV": ds0}
 
@@ -330,18 +330,18 @@ def _delta_per_head_forward(x: Inputs, want_state: bool) -> tuple[Tensor, Tensor
 
 
 def _delta_per_head_backward(
-    x: Inputs, kept: tuple[Tensor, ...], dy: Tensor, ds: Tensor | None, want_decay: bool
+    x: Inputs, saved: tuple[Tensor, ...], dy: Tensor, ds: Tensor | None, want_decay: bool
 ) -> dict[str, Tensor | None]:
     parts, sums = load("ops.gated_delta_rule.chunk"), _log2_sums(x.log_decay)
     q, k, v, beta = x.q_BTHK, x.k_BTHK, x.v_BTHV, x.beta_BTH
     if not _is_exact(x, want_decay):
         dq, dk, dv, d_beta, d_decay, ds0, *_ = parts.chunk_gated_delta_rule_bwd(
-            q, k, v, sums, beta, kept[0], 1.0, x.s_BHKV, dy, ds, chunk_size=CHUNK
+            q, k, v, sums, beta, saved[0], 1.0, x.s_BHKV, dy, ds, chunk_size=CHUNK
         )
         return {
             "q_BTHK": dq, "k_BTHK": dk, "v_BTHV": dv, "beta_BTH": d_beta, "log_decay": d_decay, "s_BHKV": ds0,
         }  # fmt: skip
-    w, u = parts.recompute_w_u_fwd(k, v, beta, kept[0], g=sums)
+    w, u = parts.recompute_w_u_fwd(k, v, beta, saved[0], g=sums)
     states, u, _ = parts.chunk_gated_delta_rule_fwd_h(
         k, w, u, g=sums, initial_state=x.s_BHKV, chunk_size=CHUNK
     )
@@ -350,7 +350,7 @@ def _delta_per_head_backward(
         q, k, w, dy, du, g=sums, h0=x.s_BHKV, dht=ds, scale=1.0, chunk_size=CHUNK
     )
     dq, dk, dw, _ = chunk_gradients(q, k, u, dy, du, states, d_states, sums, CHUNK)
-    dk_too, dv, d_beta, _ = parts.prepare_wy_repr_bwd(k, v, beta, kept[0], dw, du, g=sums)
+    dk_too, dv, d_beta, _ = parts.prepare_wy_repr_bwd(k, v, beta, saved[0], dw, du, g=sums)
     return {
         "q_BTHK": dq, "k_BTHK": dk.add_(dk_too), "v_BTHV": dv, "beta_BTH": d_beta, "s_BHKV": ds0,
         "log_decay": _d_decay(x, u, dy, dv, states, d_states),
@@ -365,13 +365,13 @@ def _delta_per_key_forward(x: Inputs, want_state: bool) -> tuple[Tensor, Tensor 
 
 
 def _delta_per_key_backward(
-    x: Inputs, kept: tuple[Tensor, ...], dy: Tensor, ds: Tensor | None, want_decay: bool
+    x: Inputs, saved: tuple[Tensor, ...], dy: Tensor, ds: Tensor | None, want_decay: bool
 ) -> dict[str, Tensor | None]:
     parts, sums = load("ops.kda.chunk_bwd"), _log2_sums(x.log_decay)
-    q, k, v, beta, (pairs_BTHC, solved_BTHC) = x.q_BTHK, x.k_BTHK, x.v_BTHV, x.beta_BTH, kept
+    q, k, v, beta, (pairs_BTHC, solved_BTHC) = x.q_BTHK, x.k_BTHK, x.v_BTHV, x.beta_BTH, saved
     if not _is_exact(x, want_decay):
         dq, dk, dv, d_beta, d_decay, ds0, *_ = parts.chunk_kda_bwd(
-            q, k, v, beta, *kept, 1.0, x.s_BHKV, dy, ds, g=sums, chunk_size=CHUNK
+            q, k, v, beta, *saved, 1.0, x.s_BHKV, dy, ds, g=sums, chunk_size=CHUNK
         )
         return {
             "q_BTHK": dq, "k_BTHK": dk, "v_BTHV": dv, "beta_BTH": d_beta, "log_decay": d_decay, "s_BHKV": ds0,
@@ -417,7 +417,7 @@ class _Context:
 
 
 def _generalised_backward(
-    x: Inputs, kept: tuple[Tensor, ...], dy: Tensor, ds: Tensor | None, want_decay: bool
+    x: Inputs, saved: tuple[Tensor, ...], dy: Tensor, ds: Tensor | None, want_decay: bool
 ) -> dict[str, Tensor | None]:
     function = load("ops.generalized_delta_rule.dplr.chunk").ChunkDPLRDeltaRuleFunction
     context = _Context(x.q_BTHK, x.k_BTHK, x.v_BTHV, x.b_BTHK, x.a_BTHK, x.log_decay, x.s_BHKV)
@@ -433,7 +433,7 @@ class Rule(NamedTuple):
 
     forward: Forward
     backward: Backward
-    kept: tuple[torch.dtype | None, ...] = ()
+    saved: tuple[torch.dtype | None, ...] = ()
 
 
 RULES = {
@@ -464,8 +464,8 @@ def fla_forward(
     """Output, final state, and two tensors saved for the backward; (B, 0) for those that are absent."""
     inputs = Inputs(*_contiguous(q, k, v, a, b, beta, log_decay, s))
     with _running(v):
-        y, state, kept = RULES[rule].forward(inputs, want_state)
-    first, second, *_ = (*kept, None, None)
+        y, state, saved = RULES[rule].forward(inputs, want_state)
+    first, second, *_ = (*saved, None, None)
     return y.to(v.dtype), _present(state, q), _present(first, q), _present(second, q)
 
 
@@ -483,11 +483,11 @@ def _(
     s: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, _, heads, key_dim = q.shape
-    kept: list[Tensor | None] = [
-        q.new_empty(*q.shape[:3], CHUNK, dtype=dtype or q.dtype) for dtype in RULES[rule].kept
+    saved: list[Tensor | None] = [
+        q.new_empty(*q.shape[:3], CHUNK, dtype=dtype or q.dtype) for dtype in RULES[rule].saved
     ]
     state = q.new_empty(rows, heads, key_dim, v.shape[3], dtype=torch.float32) if want_state else None
-    first, second, *_ = (*kept, None, None)
+    first, second, *_ = (*saved, None, None)
     return v.new_empty(v.shape), _present(state, q), _present(first, q), _present(second, q)
 
 
@@ -513,11 +513,13 @@ def fla_backward(
     inputs = Inputs(*_contiguous(q, k, v, a, b, beta, log_decay, s))
     dy, ds = _contiguous(dy, ds)
     with _running(v):
-        found = RULES[rule].backward(inputs, (first, second)[: len(RULES[rule].kept)], dy, ds, want_decay)
+        gradients = RULES[rule].backward(
+            inputs, (first, second)[: len(RULES[rule].saved)], dy, ds, want_decay
+        )
     if not want_decay:
         inputs = inputs._replace(log_decay=None)
     return tuple(  # type: ignore[return-value]
-        _present(None if x is None else found[name].to(x.dtype), q)  # type: ignore[union-attr]
+        _present(None if x is None else gradients[name].to(x.dtype), q)  # type: ignore[union-attr]
         for name, x in inputs._asdict().items()
     )
 
@@ -555,9 +557,9 @@ def _pull_back(ctx: Any, dy: Tensor | None, ds: Tensor | None, *_: Any) -> tuple
     v = inputs[2]
     dy = torch.zeros_like(v) if dy is None else dy
     want_decay = inputs[6] is not None and ctx.needs_input_grad[8]
-    found = fla_backward(ctx.rule, want_decay, dy, ds, first, second, *inputs)
+    gradients = fla_backward(ctx.rule, want_decay, dy, ds, first, second, *inputs)
     wanted = [*inputs[:6], inputs[6] if want_decay else None, inputs[7]]
-    return None, None, *(None if x is None else d for x, d in zip(wanted, found, strict=True))
+    return None, None, *(None if x is None else d for x, d in zip(wanted, gradients, strict=True))
 
 
 fla_forward.register_autograd(_pull_back, setup_context=_keep)

@@ -103,7 +103,7 @@ def find(
     .text or .md, compressed or not; a file that is named itself may end in anything. A file below `valid` is
     for validation even if `paths` contain it too. The folder `without` is skipped.
     """
-    found: dict[Path, Source] = {}
+    by_path: dict[Path, Source] = {}
     ignored = 0
     for path, is_valid in (*((path, True) for path in valid), *((path, False) for path in paths)):
         inside, others = _files(path, without)
@@ -111,8 +111,8 @@ def find(
         for file in inside:
             stat = file.stat()
             source = Source(path=file, size=stat.st_size, modified=int(stat.st_mtime), valid=is_valid)
-            found.setdefault(file.resolve(), source)
-    sources = list(found.values())
+            by_path.setdefault(file.resolve(), source)
+    sources = list(by_path.values())
     train, held_out = ([source for source in sources if source.valid is valid] for valid in (False, True))
     return train + held_out, ignored
 
