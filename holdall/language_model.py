@@ -202,7 +202,7 @@ class LanguageModel:
 
         Args:
             path: the folder, which is made, or is there and empty.
-            dtype: that weights are written in, "fp32", "bf16" or torch's; as they are by default.
+            dtype: that weights are written in, "fp32", "bf16" or one of torch; as they are by default.
 
         Raises RunError if the folder holds anything, or cannot be written.
         """
@@ -212,7 +212,7 @@ class LanguageModel:
             "format": FORMAT, "model": self.config.to_dict(), "tokenizer": described, "step": self.step
         }  # fmt: skip
         with files.new_folder(folder, "Choose another folder, or remove it first.") as made:
-            about = header(self.config, self.tokenizer, self.step)
+            about = header_of(self.config, self.tokenizer, self.step)
             checkpoints.write(made / "model.safetensors", weights, about)
             files.write_json(made / CONFIG, config)
             files.write_atomically(made / TOKENIZER, self.tokenizer.to_json())
@@ -352,19 +352,18 @@ def load(
     """
     asked, device = None if dtype is None else _dtype(dtype), _device(device)
     folder = find_folder(path)
-    held = _read_config(folder)
+    config_json = _read_config(folder)
     with checkpoints.opened(find_checkpoint(folder, checkpoint), COPY) as file:
-        found = _read_header(file, held)  # before a model is built of a config that may be forged
-        tokenizer = _tokenizer(folder, held, file)
+        header = _read_header(file, config_json)  # before a model is built of a config that may be forged
+        tokenizer = _tokenizer(folder, config_json, file)
         with seeded(0):  # a caller's random state is its own
-            model = found.config.build()
+            model = header.config.build()
         file.fill(model.state_dict(), prefix=checkpoints.weights_prefix(file.names), any_float=True)
     if asked is not None:
         compute_in(asked, model)
     try:
-        return LanguageModel(
-            model.to(device).eval(), tokenizer, step=found.step, fingerprint=found.fingerprint
-        )
+        model = model.to(device).eval()
+        return LanguageModel(model, tokenizer, step=header.step, fingerprint=header.fingerprint)
     except ValueError as error:
         raise RunError(f"{folder / TOKENIZER}: {error}") from error
 
@@ -427,7 +426,7 @@ def read_header(folder: Path, checkpoint: Checkpoint | None = None) -> Header:
         return _read_header(file, _read_config(folder))
 
 
-def header(config: ModelConfig, tokenizer: Tokenizer, step: int) -> dict[str, str]:
+def header_of(config: ModelConfig, tokenizer: Tokenizer, step: int) -> dict[str, str]:
     """What the header of a checkpoint says, whoever writes it; the fingerprint comes with it."""
     return {
         checkpoints.CONFIG: _as_json(config),
@@ -436,12 +435,12 @@ def header(config: ModelConfig, tokenizer: Tokenizer, step: int) -> dict[str, st
     }
 
 
-def _read_header(file: checkpoints.TensorFile, held: Mapping[str, Any]) -> Header:
-    """What an open checkpoint says; RunError if it is not of the model in config.json."""
+def _read_header(file: checkpoints.TensorFile, config_json: Mapping[str, Any]) -> Header:
+    """What an open checkpoint says; RunError if it is of another model than config.json."""
     where = f"the header of {file.path}"
-    config = _config_of(held, file.path.with_name(CONFIG))
-    said = file.about.get(checkpoints.CONFIG)
-    if said is not None and ModelConfig.parse(said, where, COPY) != config:
+    config = _config_of(config_json, file.path.with_name(CONFIG))
+    own = file.about.get(checkpoints.CONFIG)
+    if own is not None and ModelConfig.parse(own, where, COPY) != config:
         raise file.damaged("its header describes another model than config.json")
     # in runs of an earlier version the step is said with what training resumes from
     state = files.parse_json(file.about["state"], where, COPY) if "state" in file.about else {}
@@ -458,20 +457,22 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.exists():
         raise RunError(f"{folder} holds no language model ({CONFIG} is missing); `holdall train` makes one")
-    held: dict[str, Any] = files.read_json(path, COPY)
-    if "model" not in held:
+    config_json: dict[str, Any] = files.read_json(path, COPY)
+    if "model" not in config_json:
         raise RunError(
             f"{folder} holds no language model: {CONFIG} describes none; `holdall train` makes one"
         )
-    if held.get("format", FORMAT) != FORMAT:
-        raise RunError(f"{path} has the format {held['format']!r}, not {FORMAT}: a newer Holdall wrote it")
-    return held
+    if config_json.get("format", FORMAT) != FORMAT:
+        raise RunError(
+            f"{path} has the format {config_json['format']!r}, not {FORMAT}: a newer Holdall wrote it"
+        )
+    return config_json
 
 
-def _config_of(held: Mapping[str, Any], path: Path) -> ModelConfig:
-    if not isinstance(held["model"], dict):
+def _config_of(config_json: Mapping[str, Any], path: Path) -> ModelConfig:
+    if not isinstance(config_json["model"], dict):
         raise files.damaged(path, "its model is no JSON object", COPY)
-    layers = held["model"].get("layers")
+    layers = config_json["model"].get("layers")
     named = [layer for layer in layers if isinstance(layer, dict)] if isinstance(layers, list) else []
     names = [layer["name"] for layer in named if isinstance(layer.get("name"), str)]
     if unknown := [name for name in names if name not in mixers.names()]:
@@ -479,26 +480,27 @@ def _config_of(held: Mapping[str, Any], path: Path) -> ModelConfig:
             f"{path} names the mixer '{unknown[0]}', which is not registered. If it is your own, load its "
             "file first: --load FILE, or holdall.mixers.load(FILE)"
         )
-    return ModelConfig.checked(held["model"], path, COPY)
+    return ModelConfig.checked(config_json["model"], path, COPY)
 
 
-def _tokenizer(folder: Path, held: Mapping[str, Any], file: checkpoints.TensorFile) -> Tokenizer:
+def _tokenizer(folder: Path, config_json: Mapping[str, Any], file: checkpoints.TensorFile) -> Tokenizer:
     """The tokenizer of a folder; in a run of an earlier version, which has none, that of its corpus."""
-    if "tokenizer" not in file.about and "data" in held and not (folder / TOKENIZER).exists():
-        return _tokenizer_of_corpus(folder, held)
-    said = file.about.get("tokenizer")
-    described = None if said is None else files.parse_json(said, f"the header of {file.path}", COPY)
+    if "tokenizer" not in file.about and "data" in config_json and not (folder / TOKENIZER).exists():
+        return _tokenizer_of_corpus(folder, config_json)
+    described = None
+    if "tokenizer" in file.about:
+        described = files.parse_json(file.about["tokenizer"], f"the header of {file.path}", COPY)
     way_out = f"Copy {TOKENIZER} from the folder that the model came from, or from a run on the same corpus"
     return tokenizers.from_model_folder(folder, described, way_out)
 
 
-def _tokenizer_of_corpus(folder: Path, held: Mapping[str, Any]) -> Tokenizer:
-    if not held["data"]:
+def _tokenizer_of_corpus(folder: Path, config_json: Mapping[str, Any]) -> Tokenizer:
+    if not config_json["data"]:
         return Bytes()
     try:
-        corpus = Path(held["data"])
+        corpus = Path(config_json["data"])
         manifest = read_manifest(corpus)
-        if held.get("data_hash") not in ("", manifest["content_hash"]):
+        if config_json.get("data_hash") not in ("", manifest["content_hash"]):
             raise RunError(f"the corpus in {corpus} is not the one that the run was trained on")
         return tokenizers.from_manifest(manifest["tokenizer"], corpus)
     except (RunError, TypeError) as error:
@@ -522,8 +524,8 @@ def _as_json(config: ModelConfig) -> str:
 
 def _dtype(asked: str | torch.dtype) -> torch.dtype:
     dtype = DTYPES.get(asked) if isinstance(asked, str) else asked
-    if dtype is None or not dtype.is_floating_point:
-        raise ValueError(f"dtype = {asked!r} must be {', '.join(DTYPES)}, or a floating-point dtype of torch")
+    if dtype is None or not dtype.is_floating_point or dtype.itemsize < 2:
+        raise ValueError(f"dtype = {asked!r} must be {', '.join(DTYPES)}, or torch's float64 or float16")
     return dtype
 
 

@@ -469,8 +469,8 @@ def test_what_cannot_be_loaded_is_said_with_the_way_out(saved: Path, run: Path, 
     says = "checkpoint = 'end' must be one of model, best, last|typechecking parameter 'checkpoint'"
     with pytest.raises((ValueError, TypeError), match=says):
         load(saved, checkpoint="end")  # type: ignore[arg-type]
-    for dtype in ("int8", torch.int8):
-        with pytest.raises(ValueError, match=r"dtype = .*int8.* must be fp32, bf16, or a floating-point"):
+    for dtype in ("int8", torch.int8, torch.float8_e5m2):
+        with pytest.raises(ValueError, match=r"dtype = .*8.* must be fp32, bf16, or torch's"):
             load(saved, dtype=dtype)
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="no CUDA device is available here"):
@@ -507,6 +507,14 @@ def test_a_dtype_is_that_of_the_blocks(saved: Path) -> None:
         assert states[1][0].dtype == torch.float32  # a recurrent state stays wide
         difference = (model.score(text).log_prob_T - exact.score(text).log_prob_T).abs()
         assert 0 < difference.max() < error
+
+
+def test_numbers_that_are_complex_or_counts_keep_their_dtype() -> None:
+    model = CONFIG.build()
+    model.mixers[0].register_buffer("turn", torch.ones(3, dtype=torch.complex64))
+    model.mixers[0].register_buffer("places", torch.arange(3))
+    mixer = language_model.compute_in(torch.bfloat16, model).mixers[0]
+    assert (mixer.turn.dtype, mixer.places.dtype) == (torch.complex64, torch.int64)
 
 
 def test_the_form_is_the_one_for_the_dtype(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
