@@ -32,12 +32,14 @@ def short_conv(
     past_BPD: Float[Tensor, "b w-1 d"],
     *,
     silu: bool = False,
+    inplace: bool = False,
 ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b w-1 d"]]:
-    """The kernel form of `holdall.ops.conv.short_conv`, with an optional SiLU.
+    """The kernel form of `holdall.ops.conv.short_conv`, with an optional SiLU; `inplace` as in `gated_conv`.
 
     Raises KernelError if no kernel can run on these tensors, or for this many taps.
     """
     open_BTD = x_BTD.new_ones(x_BTD.shape[-1]).expand(x_BTD.shape)
     return gated_conv.gated_conv(
-        x_BTD, open_BTD, None, weight_DW, bias_D, past_BPD, silu="conv" if silu else "none"
-    )
+        x_BTD, open_BTD, None, weight_DW, bias_D, past_BPD,
+        silu="conv" if silu else "none", inplace=inplace,
+    )  # fmt: skip

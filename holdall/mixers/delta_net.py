@@ -155,7 +155,7 @@ class DeltaNet(Mixer):
         if state is None:
             state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
         dtype = state.s_BHKV.dtype
-        q, k, v, conv_BPE = self._heads(self.qkv(x_BTD), state.conv_BPE, dtype)
+        q, k, v, conv_BPE = self._heads(self.qkv(x_BTD), state.conv_BPE, dtype, inplace)
         # in bf16 a beta near 1 would leave up to 1/256 of what is to be replaced
         beta_BTH = linear_wide(self.form, x_BTD, self.beta_proj.weight, dtype).sigmoid()
         if config.negative_eigenvalues:
@@ -168,7 +168,7 @@ class DeltaNet(Mixer):
         return self.out_proj(y_BTD), DeltaNetState(conv_BPE, s_BHKV) if want_state else None
 
     def _heads(
-        self, qkv_BTE: Tensor, conv_BPE: Tensor, dtype: torch.dtype
+        self, qkv_BTE: Tensor, conv_BPE: Tensor, dtype: torch.dtype, inplace: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries, keys and values of each head, and the inputs that the convolution needs next."""
         config, size = self.config, self.config.width // self.config.heads
@@ -177,7 +177,9 @@ class DeltaNet(Mixer):
             from holdall.kernels.unit_heads import unit_heads
 
             silu = config.key_map == "silu"
-            qkv_BTE, conv_BPE = short_conv(qkv_BTE, self.conv_weight_EW, None, conv_BPE, silu=silu)
+            qkv_BTE, conv_BPE = short_conv(
+                qkv_BTE, self.conv_weight_EW, None, conv_BPE, silu=silu, inplace=inplace
+            )
             if silu:
                 q, k, v = unit_heads(qkv_BTE, config.heads, size, size**-0.5)
                 return q, k, v.unflatten(-1, (config.heads, -1)), conv_BPE

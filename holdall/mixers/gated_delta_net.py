@@ -145,7 +145,7 @@ class GatedDeltaNet(Mixer):
             from holdall.kernels.short_conv import short_conv
             from holdall.kernels.unit_heads import unit_heads
 
-            qkv_BTE, conv_BPE = short_conv(self.qkv(x_BTD), *filters, silu=True)
+            qkv_BTE, conv_BPE = short_conv(self.qkv(x_BTD), *filters, silu=True, inplace=inplace)
             q, k, v = unit_heads(qkv_BTE, config.heads, config.key_dim, scale)
         else:
             convolve = conv.short_conv_loop if self.form == "loop" else conv.short_conv

@@ -18,6 +18,7 @@ Deviations:
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -138,7 +139,9 @@ class Hyena(Mixer):
             state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
         short_conv = self.short_conv
         if self.form == "kernel":  # of the short convolution; the long ones are the library's transforms
-            from holdall.kernels.short_conv import short_conv
+            from holdall.kernels.short_conv import short_conv as kernel
+
+            short_conv = functools.partial(kernel, inplace=inplace)
         u_BTU, short_BPU = short_conv(
             self.in_proj(x_BTD), self.short_weight_UW, self.short_bias_U, state.short_BPU
         )

@@ -117,7 +117,7 @@ class Mamba(Mixer):
             from holdall.kernels.short_conv import short_conv
 
             x_BTE, conv_BPE = short_conv(
-                x_BTE, self.conv_weight_EW, self.conv_bias_E, state.conv_BPE, silu=True
+                x_BTE, self.conv_weight_EW, self.conv_bias_E, state.conv_BPE, silu=True, inplace=inplace
             )
         else:
             x_BTE, conv_BPE = self.short_conv(x_BTE, self.conv_weight_EW, self.conv_bias_E, state.conv_BPE)

@@ -1,6 +1,7 @@
 """States with room: what the laws do not say of them, and models and files of such states."""
 
 import dataclasses
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -107,6 +108,14 @@ def test_rows_come_and_go_in_fixed_buffers() -> None:
         want, _ = model(tokens(3, 4, seed=2)[row : row + 1], model(before)[1])
         laws.assert_close(f"row {row}", logits[row], want[0])
     assert buffers[-1].seen_B.tolist() == [21, 9, 21]
+    # rows that are packed to the front are read by themselves, in the same buffers
+    front = [map_state(state, lambda tensor: tensor[:2]) for state in buffers]
+    want, _ = model(tokens(2, 2, seed=3), [map_state(state, torch.clone) for state in front])
+    behind = [tensor[2:].clone() for state in buffers for tensor in state]
+    logits, _ = model(tokens(2, 2, seed=3), front, inplace=True)
+    laws.assert_close("the front rows", logits, want)
+    assert buffers[-1].seen_B.tolist() == [23, 11, 21]
+    assert all(torch.equal(a[2:], b) for a, b in zip((t for s in buffers for t in s), behind, strict=True))
 
 
 @torch.no_grad()
@@ -232,6 +241,41 @@ def test_the_caller_may_say_how_many_tokens_were_read(tmp_path: Path) -> None:
     assert describe_states(file).tokens_read is None
     save_states([mixer(torch.ones(2, 3, 16))[1]], file, tokens_read=[3, 3])
     assert describe_states(file).tokens_read == [3, 3]
+
+
+# ---------------------------------------------------------------------------------------------- no copies
+
+WRITTEN = {
+    "attention": ("k_BSHK", "v_BSHV"),
+    "repeat-attention": ("k_BSHK", "v_BSHV", "id_BS"),
+    "sliding-window": ("k_BSHK", "v_BSHV"),
+    "linear-attention": ("s_BHFV", "z_BHF"),
+    "taylor": ("s_BHFV", "z_BHF"),
+    "retnet": ("s_BHKV",),
+    "gla": ("s_BHKV",),
+    "mamba-2": ("s_BHNV",),
+    "mamba": ("h_BEN",),
+    "delta-net": ("s_BHKV",),
+    "gated-delta-net": ("s_BHKV",),
+    "kimi-delta-attention": ("s_BHKV",),
+    "rwkv-5": ("s_BHKV",),
+    "rwkv-7": ("s_BHKV",),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", WRITTEN)
+def test_one_token_is_written_into_a_large_state_by_its_op_and_not_copied(name: str) -> None:
+    """The border would copy a new tensor into the old one unseen, which takes as long as the step."""
+    mixer = laws.of_x_alone(holdall.build(name, width=16, form="parallel"))
+    state = mixer.init_state(2, dtype=torch.float32, capacity=4)
+    kind = type(mixer).__mro__[1] if mixer.reads_tokens else type(mixer)
+    ids = {"tokens_BT": torch.zeros(2, 1, dtype=torch.long)} if mixer.reads_tokens else {}
+    _, after = inspect.unwrap(kind.forward)(
+        mixer, laws.draw(2, 1, 16, dtype=torch.float32), state, inplace=True, **ids
+    )
+    for field in WRITTEN[name]:
+        assert getattr(after, field) is getattr(state, field), field
 
 
 # ------------------------------------------------------------------------------------- a mixer of one's own
