@@ -117,8 +117,8 @@ class Config:
             raise files.damaged(where, f"{reason or type(error).__name__}", way_out) from error
 
 
-def field_docs(config: type[Config]) -> dict[str, str]:
-    """Each field's own docstring, the string right below it, as one line; "" for a field without one.
+def field_docs(config: type[Any]) -> dict[str, str]:
+    """The docstring of each field of a dataclass, the string right below it, as one line; "" without one.
 
     Read from the source by the parser that tyro uses for `--help`, so a field has the same words everywhere.
     A class without source, as one typed into a prompt, gives none.
