@@ -1,5 +1,6 @@
 # make frontier   the recall-memory frontier, from nothing, in minutes
-# make test       set up, then all tests          make test-full   the exhaustive set as well
+# make quick      what matters most, in less than a minute: the laws in fp64, the contract, a training, a sweep
+# make test       all tests but the exhaustive ones, in minutes       make test-full   those as well
 # make test-portable   a slice of laws and kernels as on a processor without vector instructions
 # make check      format, lint, layer fences, types
 # make readme     writes the README's list of rooms       make plant       proves that a mixer is one file
@@ -9,11 +10,14 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 JOBS   ?= 2
-SHAPES  = holdall,shapes.check
-# the kernels' tests run apart: shape checks wrap functions that Triton must read as they are written, and
-# Triton's interpreter is chosen for a whole process
+SHAPES  = --jaxtyping-packages=holdall,shapes.check
+PYTEST  = $(BIN)/pytest -q -n $(JOBS) --dist worksteal
+# processes that tests start would compile all of Holdall again and again
+unexport PYTHONDONTWRITEBYTECODE
+# kernels and what torch.compile reads run apart: shape checks wrap functions that these must read as they are
+# written, and Triton's interpreter is chosen for a whole process
 
-.PHONY: readme plant frontier zoo test test-full test-portable check bench format clean
+.PHONY: readme plant frontier zoo quick test test-full test-portable check bench format clean
 
 frontier: $(VENV)/installed
 	$(BIN)/holdall frontier quick
@@ -23,24 +27,26 @@ zoo: $(VENV)/installed
 	$(BIN)/holdall soundness
 	$(BIN)/holdall zoo --results runs/zoo --page docs/zoo.md
 
+quick: $(VENV)/installed-dev
+	$(PYTEST) -m quick --ignore=tests/kernels --ignore=tests/parity
+
 test: $(VENV)/installed-dev
-	$(BIN)/pytest -q -n $(JOBS) --jaxtyping-packages=$(SHAPES) -m "not compile and not full" --ignore=tests/kernels
-	$(BIN)/pytest -q -n $(JOBS) -m "not full" tests/kernels
-	$(BIN)/pytest -q -n $(JOBS) -m "compile and not full" --ignore=tests/kernels
+	$(PYTEST) -m "not compile and not full" $(SHAPES) --ignore=tests/kernels
+	$(PYTEST) -m "not full" tests/kernels
+	$(PYTEST) -m "compile and not full" --ignore=tests/kernels
 
 test-full: $(VENV)/installed-dev
-	$(BIN)/pytest -q -n $(JOBS) --jaxtyping-packages=$(SHAPES) -m "not compile" --ignore=tests/kernels
-	$(BIN)/pytest -q -n $(JOBS) tests/kernels
-	$(BIN)/pytest -q -n $(JOBS) -m compile --ignore=tests/kernels
+	$(PYTEST) -m "not compile" $(SHAPES) --ignore=tests/kernels
+	$(PYTEST) tests/kernels
+	$(PYTEST) -m compile --ignore=tests/kernels
 
 # PyTorch picks its CPU code by processor, and each adds in an order of its own: a tolerance that holds by the
 # luck of one fails on another. This is the order that the processors which run the tests seldom have.
 test-portable: export ATEN_CPU_CAPABILITY = default
 test-portable: $(VENV)/installed-dev
-	$(BIN)/pytest -q -n $(JOBS) -m "not compile and not full" holdall/testing/laws.py tests/test_laws_go_red.py \
-		-k "definition-fp32 or (test_law_in_fp32 and bf16) or coarse or toleran or cancel or nudge"
-	$(BIN)/pytest -q -n $(JOBS) -m "not full" tests/kernels/test_window_attention.py \
-		tests/kernels/test_gated_norm.py -k "outputs_ring or as_plain"
+	$(PYTEST) -m "not compile and not full" holdall/testing/laws.py tests/test_laws_go_red.py \
+		tests/kernels/test_window_attention.py tests/kernels/test_gated_norm.py -k "definition-fp32 or \
+		(test_law_in_fp32 and bf16) or coarse or toleran or cancel or nudge or outputs_ring or as_plain"
 
 readme: $(VENV)/installed-dev
 	$(BIN)/python -m tools.readme

@@ -31,6 +31,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "compile: runs torch.compile")
     config.addinivalue_line("markers", "gpu: needs a GPU; skips where there is none")
+    config.addinivalue_line(
+        "markers", "quick: what is worth a minute while one writes; pick it with -m quick"
+    )
     config.addinivalue_line("markers", "full: takes minutes; leave it out with -m 'not full'")
     if files := config.getoption("--load"):
         from holdall import mixers
@@ -39,11 +42,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A law's test asks for `case`: every registered mixer in every variant, or those of the loaded files."""
-    if metafunc.module.__name__.endswith("laws") and "case" in metafunc.fixturenames:
+    """A law's test asks for `case`: every registered mixer in every variant, or those of the loaded files.
+
+    One that asks for `one_case` gets the last variant of each, which mostly has the shortest chunks.
+    """
+    asked = {"case", "one_case"} & set(metafunc.fixturenames)
+    if metafunc.module.__name__.endswith("laws") and asked:
         repeatable()
         cases = metafunc.module.cases(metafunc.config.stash.get(LOADED, None))
-        metafunc.parametrize("case", cases, ids=str)
+        if "one_case" in asked:
+            cases = list({case.config.name: case for case in cases}.values())
+        metafunc.parametrize(asked.pop(), cases, ids=str)
 
 
 def repeatable() -> None:

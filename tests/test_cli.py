@@ -20,6 +20,8 @@ from holdall.commands import zoo
 from holdall.settings import Range
 from holdall.training.options import PretrainOptions
 
+pytestmark = pytest.mark.quick
+
 Run = Callable[..., tuple[int, str]]
 
 

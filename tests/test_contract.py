@@ -37,6 +37,8 @@ from holdall.contract import (
 )
 from holdall.files import RunError
 
+pytestmark = pytest.mark.quick
+
 # ---------------------------------------------------------------------------------------------------- configs
 
 

@@ -32,6 +32,7 @@ def blocks(page: Path, language: str) -> list[str]:
     return ["\n".join(lines) + "\n" for name, lines in found if name == language]
 
 
+@pytest.mark.quick
 def test_the_readme_s_code_runs() -> None:
     (code,) = blocks(ROOT / "README.md", "python")
     exec(compile(code, "README.md", "exec"), {})
@@ -59,11 +60,13 @@ def test_the_mixer_in_the_docs_obeys_every_law(tmp_path: Path) -> None:
     assert re.search(r"\d\d passed", done.stdout)
 
 
+@pytest.mark.quick
 def test_the_readme_lists_the_rooms_as_they_are() -> None:
     page = (ROOT / "README.md").read_text()
     assert readme.updated(page) == page, "the README's list of rooms is old: run `make readme`"
 
 
+@pytest.mark.quick
 def test_every_file_of_the_package_lies_in_a_room() -> None:
     listed = readme.rooms()
     for path in (ROOT / "holdall").iterdir():
@@ -72,12 +75,14 @@ def test_every_file_of_the_package_lies_in_a_room() -> None:
             assert known, f"pyproject.toml names no layer for {path.name}"
 
 
+@pytest.mark.quick
 def test_the_readme_counts_the_mixers_that_the_zoo_page_measured() -> None:
     measured = set(re.findall(r"^\| `([a-z0-9-]+)` \|", (ROOT / "docs" / "zoo.md").read_text(), flags=re.M))
     page = (ROOT / "README.md").read_text()
     assert set(re.findall(r"\b(\d+) (?:sequence )?mixers", page)) == {str(len(measured))}
 
 
+@pytest.mark.quick
 def test_the_commands_that_the_pages_name_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
     for page in PAGES:
@@ -85,6 +90,7 @@ def test_the_commands_that_the_pages_name_exist() -> None:
             assert target in targets, f"{page.name} names 'make {target}'"
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("sweep", ["quick", "based-figure2"])
 def test_the_tables_of_sweeps_are_those_of_their_results(sweep: str) -> None:
     folder = ROOT / "results" / sweep
@@ -92,6 +98,7 @@ def test_the_tables_of_sweeps_are_those_of_their_results(sweep: str) -> None:
     assert shown in (folder / "README.md").read_text()
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_between_pages_lead_somewhere(page: Path) -> None:
     for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
@@ -107,6 +114,7 @@ EXTRAS = {
 """What each extra brings, as modules. Those of tests and development are not for users."""
 
 
+@pytest.mark.quick
 def test_an_extra_installs_what_the_package_imports() -> None:
     """And nothing is promised that is not there."""
     about = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

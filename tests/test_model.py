@@ -16,6 +16,8 @@ from holdall.mixers.taylor import TaylorConfig
 from holdall.model import Model, ModelConfig
 from holdall.recipes.patterns import based
 
+pytestmark = pytest.mark.quick
+
 CONFIG = ModelConfig(vocab=40, width=16, layers=based(16, feature_dim=4, window=5), mlp=24, positions=64)
 UNTIED = dataclasses.replace(CONFIG, tied=False)
 

@@ -1034,7 +1034,10 @@ def hold(mixer: Mixer, law: Callable[..., None], *args: Any) -> None:
 
 LAWS = {name.removeprefix("law_"): law for name, law in list(globals().items()) if name.startswith("law_")}
 DOUBLE, SINGLE, HALF = torch.float64, torch.float32, torch.bfloat16
-both = pytest.mark.parametrize("dtype", [DOUBLE, SINGLE], ids=["fp64", "fp32"])
+quick = pytest.mark.quick
+both = pytest.mark.parametrize(
+    "dtype", [pytest.param(DOUBLE, id="fp64", marks=quick), pytest.param(SINGLE, id="fp32")]
+)
 
 
 @both
@@ -1048,8 +1051,8 @@ def test_law(case: Case, law: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     "law",
     [
-        *("untouched", "gradients", "gradients_through_state", "second_derivative", "state_size", "saved"),
-        *("vmapped", "deterministic", "addresses"),
+        *(pytest.param(law, marks=quick) for law in ("untouched", "gradients", "state_size", "saved")),
+        *("gradients_through_state", "second_derivative", "vmapped", "deterministic", "addresses"),
     ],
 )
 def test_law_in_fp64(case: Case, law: str) -> None:
@@ -1091,7 +1094,15 @@ traced = pytest.mark.filterwarnings("ignore:.*Function'> should not be instantia
 
 @pytest.mark.compile
 @traced
-def test_law_compiled(case: Case) -> None:
+def test_law_compiled(one_case: Case) -> None:
+    """Of each mixer one variant: to compile takes seconds, and the others differ little to the compiler."""
+    hold(one_case.mixer(DOUBLE), law_compiled)
+
+
+@pytest.mark.compile
+@pytest.mark.full
+@traced
+def test_law_compiled_in_every_variant(case: Case) -> None:
     hold(case.mixer(DOUBLE), law_compiled)
 
 
@@ -1106,10 +1117,16 @@ def test_law_compiled_over_chunks(case: Case) -> None:
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="inductor needs a C++ compiler")
 # torch's own, while it imports the compiler
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
-@pytest.mark.parametrize("name", ["attention", "base-conv", "taylor", "mamba"])
+@pytest.mark.parametrize(
+    "name", ["attention", "base-conv", "taylor", pytest.param("mamba", marks=pytest.mark.full)]
+)
 def test_law_compiled_by_inductor(name: str) -> None:
     """One of each family: what is traced in one graph, inductor has so far always been able to compile."""
-    hold(cases([name])[0].mixer(DOUBLE), law_compiled, "inductor", 6)
+    from torch._inductor import config
+
+    # not for vector instructions: which of them work here is first tried out, by compiling, for half a minute
+    with config.patch({"cpp.vec_isa_ok": False, "compile_threads": 1}):
+        hold(cases([name])[0].mixer(DOUBLE), law_compiled, "inductor", 6)
 
 
 def test_the_registry_is_right_about_causality(case: Case) -> None:

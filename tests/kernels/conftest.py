@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
+import inspect
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import kernel_checks
 import pytest
@@ -24,6 +27,42 @@ if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 pytest.importorskip("triton", reason="needs Triton")
+
+
+def interpret_faster() -> None:
+    """Spare Triton's interpreter what takes most of its time, and changes nothing.
+
+    With every call of a jitted function, also of one within a kernel that runs, it looks through all of
+    `triton.language` for what is to be replaced, though all of it has been replaced when the kernel began.
+    """
+    from triton import language
+    from triton.runtime import interpreter
+
+    patch_lang, is_builtin = interpreter._patch_lang, language.core.is_builtin
+
+    @functools.cache
+    def languages(function: Callable) -> list[ModuleType]:
+        return [u for u in function.__globals__.values() if u is language or u is language.core]
+
+    @functools.cache
+    def builtins(module: object) -> list[str]:
+        return [name for name, member in inspect.getmembers(module) if is_builtin(member)]
+
+    def patch_once(function: Callable) -> object:
+        if any(is_builtin(module.load) for module in languages(function)):
+            return patch_lang(function)
+        return interpreter._LangPatchScope()
+
+    def patch_builtin(module: object, builder: object, scope: object) -> None:
+        for name in builtins(module):
+            if is_builtin(member := getattr(module, name)):
+                interpreter._patch_attr(module, name, member, builder, scope)
+
+    interpreter._patch_lang, interpreter._patch_builtin = patch_once, patch_builtin
+
+
+if DEVICE == "cpu":
+    interpret_faster()
 
 
 @pytest.fixture

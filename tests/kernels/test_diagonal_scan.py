@@ -56,9 +56,10 @@ def check(args: list[Tensor], *, steady: bool) -> dict[str, Tensor]:
 
 
 GPU_LENGTHS = [pytest.param(length, marks=pytest.mark.gpu) for length in (1000, 16384)]
+MORE_LENGTHS = [pytest.param(length, marks=pytest.mark.full) for length in (63, 64)]
 
 
-@pytest.mark.parametrize("length", [1, 63, 64, 65, *GPU_LENGTHS])
+@pytest.mark.parametrize("length", [1, 65, *MORE_LENGTHS, *GPU_LENGTHS])
 @pytest.mark.parametrize("dtype", [SINGLE, COMPLEX], ids=str)
 @pytest.mark.parametrize("steady", [False, True])
 def test_lengths(steady: bool, dtype: torch.dtype, length: int, device: torch.device) -> None:

@@ -78,15 +78,16 @@ def check(
 
 
 GPU_LENGTHS = [pytest.param(length, marks=pytest.mark.gpu) for length in (1000, 16384)]
+MORE_LENGTHS = [pytest.param(length, marks=pytest.mark.full) for length in (63, 64)]
 
 
-@pytest.mark.parametrize("length", [1, 63, 64, 65, *GPU_LENGTHS])
+@pytest.mark.parametrize("length", [1, 65, *MORE_LENGTHS, *GPU_LENGTHS])
 def test_lengths(length: int, device: torch.device) -> None:
     check(length, device)
 
 
 @pytest.mark.parametrize("dtype", [HALF, torch.float16], ids=str)
-@pytest.mark.parametrize("length", [130, *GPU_LENGTHS])
+@pytest.mark.parametrize("length", [40, pytest.param(130, marks=pytest.mark.full), *GPU_LENGTHS])
 def test_half_precision(dtype: torch.dtype, length: int, device: torch.device) -> None:
     check(length, device, dtype)
 
@@ -107,8 +108,14 @@ def test_sizes_of_real_models(options: dict[str, int], dtype: torch.dtype, devic
     check(300, device, dtype, batch=3, **options)
 
 
-@pytest.mark.parametrize("dtype", [SINGLE, HALF], ids=str)
-@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("groups", "dtype"),
+    [
+        *((1, SINGLE), (2, HALF), (4, SINGLE)),
+        *(pytest.param(*other, marks=pytest.mark.full) for other in ((1, HALF), (2, SINGLE), (4, HALF))),
+    ],
+    ids=str,
+)
 def test_groups_from_a_fresh_state(groups: int, dtype: torch.dtype, device: torch.device) -> None:
     check(40, device, dtype, carried=False, groups=groups, state=5)
 

@@ -89,9 +89,10 @@ def check(given: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 GPU_LENGTHS = [pytest.param(length, marks=pytest.mark.gpu) for length in (1000, 16384)]
+MORE_LENGTHS = [pytest.param(length, marks=pytest.mark.full) for length in (63, 64)]
 
 
-@pytest.mark.parametrize("length", [1, 63, 64, 65, *GPU_LENGTHS])
+@pytest.mark.parametrize("length", [1, 65, *MORE_LENGTHS, *GPU_LENGTHS])
 def test_lengths(length: int, device: torch.device) -> None:
     check(inputs(length, device=device))
 

@@ -104,9 +104,16 @@ def test_each_family_learns_with_all_its_weights(family: str) -> None:
     assert found[torch.bfloat16] == pytest.approx(found[None], rel=0.01)
 
 
+COMPILED = ("attention", "based", "griffin", "h3", "mamba")
+"""Kinds of models; the mixers of all the others are compiled alone by the laws."""
+
+
 @pytest.mark.compile
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # PyTorch hides it itself
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(family, marks=[pytest.mark.full] * (family not in COMPILED)) for family in FAMILIES],
+)
 def test_each_family_is_compiled_whole_and_once_for_each_kind_of_layer(family: str) -> None:
     layers = FAMILIES[family](128, 4, 32)
     model = ModelConfig(vocab=16, width=128, layers=layers, mlp=32, mlp_kind="swiglu", norm="rms").build()

@@ -87,6 +87,7 @@ def without_time(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
 
 
+@pytest.mark.quick
 def test_a_sweep_leaves_one_line_per_model_and_learning_rate(tmp_path: Path) -> None:
     told: list[int] = []
     lines = run(tmp_path / "out", watcher=Watcher(finished=lambda index, lines: told.append(index)))

@@ -120,6 +120,7 @@ def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ----------------------------------------------------------------------------------------------- the loop
 
 
+@pytest.mark.quick
 def test_a_hundred_golden_losses(whole: Path) -> None:
     """Whoever means to change them writes losses(folder) to golden_losses.json, and says why."""
     golden = json.loads(GOLDEN.read_text())

@@ -93,6 +93,7 @@ def test_training_and_test_rows_differ() -> None:
 # ---------------------------------------------------------------------------------------------- the loop
 
 
+@pytest.mark.quick
 def test_it_learns(tmp_path: Path) -> None:
     task = dataclasses.replace(TASK, train=(MQARSegment(length=16, pairs=2, rows=2000),), test=TASK.test[:1])
     (result,) = train(config(data=task, epochs=12, stop_at=0.95, batch=32), tmp_path / "run")
