@@ -23,7 +23,7 @@ import math
 from collections.abc import Sequence
 
 
-@functools.cache
+@functools.lru_cache(maxsize=None, typed=True)  # True is no 1 here, and is refused
 def answer_bits(questions: int, values: int) -> float:
     """The entropy of a row's K answers in bits: log2(V! / (V - K)!).
 
