@@ -108,7 +108,7 @@ class Config:
         return cls.checked(files.parse_json(text, where, way_out), where, way_out)
 
     @classmethod
-    def checked(cls: type[C], plain: Mapping[str, Any], where: object, way_out: str = "") -> C:
+    def checked(cls: type[C], plain: Any, where: object, way_out: str = "") -> C:
         """`from_dict` of values that come from a file: whatever is wrong with them is a RunError."""
         try:
             return cls.from_dict(plain)
