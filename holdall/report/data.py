@@ -9,6 +9,7 @@ Nothing here draws. State is in bytes per sequence over all layers, accuracy lie
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +19,9 @@ from typing import Any
 
 from holdall import files
 from holdall.files import RunError
-from holdall.tasks.data import ABOUT_MQAR, MQARData
 
+PAIRS = "pairs"
+"""What every difficulty was called before tasks named their own."""
 AGAIN = "Restore it from a copy, or run the sweep again into a new folder."
 
 
@@ -263,13 +265,22 @@ def _sweep(folder: Path, config: Mapping[str, Any], name: str) -> Sweep:
         folder=folder,
         command=str(config.get("command", "")),
         context_len=context_len,
-        task=str(config.get("task") or ABOUT_MQAR),
-        difficulty=str(config.get("difficulty") or MQARData.difficulty),
+        task=str(config.get("task") or _task(config)),
+        difficulty=str(config.get("difficulty") or PAIRS),
         segments=segments,
         environment=files.read_json(folder / "environment.json", AGAIN) if has_environment else {},
         models=models,
         notes=tuple(notes),
     )
+
+
+def _task(config: Mapping[str, Any]) -> str:
+    """What the task of a sweep asks, for folders that do not say it; MQAR where they name no task either."""
+    from holdall.tasks.data import ABOUT_MQAR, DataConfig  # PyTorch with it
+
+    with contextlib.suppress(Exception):  # of another version, or damaged: what it trains is not needed here
+        return DataConfig.from_dict(config["points"][0]["train"]["data"]).about
+    return ABOUT_MQAR
 
 
 def _with_defaults(part: Mapping[str, Any]) -> dict[str, Any]:
@@ -331,7 +342,7 @@ def run_of(line: Mapping[str, Any]) -> Run:
         width=_whole(line, "width", low=1),
         state_bytes=_whole(line, "state_bytes"),
         accuracy=_accuracy(line["accuracy"]),
-        difficulty=str(line.get("difficulty", MQARData.difficulty)),
+        difficulty=str(line.get("difficulty", PAIRS)),
         by_difficulty={int(tag): _accuracy(value) for tag, value in (accuracies or {}).items()},
         learning_rate=_rate(line["learning_rate"]),
         seed=_whole(line, "seed"),

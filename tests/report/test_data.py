@@ -3,12 +3,22 @@
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 
 from holdall.files import RunError
 from holdall.report import write
 from holdall.report.data import families, load, pareto
+
+
+@pytest.mark.parametrize(
+    ("folder", "task"), [("quick", "multi-query"), ("synthetics/induction-heads", "induction")]
+)
+def test_folders_of_before_say_their_task_too(folder, task):
+    (sweep,) = load([Path(__file__).parents[2] / "results" / folder])
+    assert sweep.task.startswith(task)
+    assert sweep.difficulty == "pairs"  # as their lines were written
 
 
 def test_best_learning_rate_counts_for_each_seed_and_seeds_make_a_spread(make_sweep, line):
