@@ -22,6 +22,7 @@ Letters: B row, T new tokens, S slots.
 
 from __future__ import annotations
 
+import copyreg
 import functools
 from collections import namedtuple
 from collections.abc import Sequence
@@ -46,7 +47,13 @@ def reserved_kind(kind: Any, slots: tuple[str, ...]) -> Any:
     """The NamedTuple of states of `kind` whose tensors named in `slots` have room."""
     made: Any = namedtuple(f"Reserved{kind.__name__}", (*kind._fields, "filled_B"))  # type: ignore[misc]
     _RESERVED[made] = _Of(kind, slots)
+    # its name is in no module, where pickle would look for it
+    copyreg.pickle(made, lambda state: (_again, (kind, slots, *state)))
     return made
+
+
+def _again(kind: type, slots: tuple[str, ...], *tensors: Tensor) -> Any:
+    return reserved_kind(kind, slots)(*tensors)
 
 
 def is_reserved(state: Any) -> TypeGuard[Any]:

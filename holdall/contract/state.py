@@ -135,6 +135,7 @@ def count_on(position: Any, new: int, limit: int, limited: str) -> Position:
 
 POSITION_FIELDS = fields_of(none_read(1, torch.device("meta")), True)
 POSITION_SLOTS = ("read_BT0",)
+"""What of a `Position` has a fixed size with a capacity."""
 FILLED = Field("filled_B", False, (), torch.long)
 """What a state with room has beside the fields of one that grows."""
 

@@ -1,7 +1,9 @@
 """States with room: what the laws do not say of them, and models and files of such states."""
 
+import copy
 import dataclasses
 import inspect
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -133,6 +135,16 @@ def test_rows_of_states_with_room_are_selected_and_joined() -> None:
         laws.assert_close(f"row {row}", logits[row], want[0])
     with pytest.raises(StateError, match="cannot be joined with the first"):
         join_rows([long[0], model(tokens(1, 3))[1][0]])
+
+
+@torch.no_grad()
+def test_states_with_room_are_pickled_and_copied() -> None:
+    model = build()
+    _, states = model(tokens(2, 5), model.init_states(2, capacity=9))
+    for again in (copy.deepcopy(states), pickle.loads(pickle.dumps(states))):
+        assert [type(state) for state in again] == [type(state) for state in states]
+        for state, other in zip(again, states, strict=True):
+            assert all(map(torch.equal, state, other))
 
 
 def test_bytes_with_a_capacity_are_those_of_the_tensors() -> None:
