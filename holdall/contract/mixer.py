@@ -136,7 +136,7 @@ class Mixer(nn.Module):
     """Whether `forward` takes a state with room as it is, and returns one.
 
     Otherwise it is given one that grows, a copy of the slots in order, and what it appends is put into the
-    next free slots: right for every mixer, and hardly slower where a step reads all that was read anyway.
+    next free slots: right for every mixer, at the price of that copy in every step.
     """
 
     def __init_subclass__(cls, **options: Any) -> None:

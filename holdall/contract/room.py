@@ -105,7 +105,7 @@ def in_order(slots_BSX: Tensor, filled_B: Tensor) -> Tensor:
     row_B1 = torch.arange(len(filled_B), device=filled_B.device)[:, None]
     empty_BS = slot_S < slots - filled_B[:, None]
     moved_BSX = slots_BSX[row_B1, (filled_B[:, None] + slot_S) % slots]
-    return moved_BSX.masked_fill(empty_BS.view(*empty_BS.shape, *[1] * (slots_BSX.ndim - 2)), 0)
+    return moved_BSX.masked_fill_(empty_BS.view(*empty_BS.shape, *[1] * (slots_BSX.ndim - 2)), 0)
 
 
 def fill(slots_BSX: Tensor, new_BTX: Tensor, filled_B: Tensor, *, inplace: bool) -> Tensor:

@@ -101,7 +101,8 @@ def long_conv(
     filter_LD = filter_LD[:length]
     dtype = torch.promote_types(filter_LD.dtype, torch.float32)
     if new == 1:
-        y_BD = torch.einsum("bsd,sd->bd", seen_BSD.to(dtype), filter_LD.to(dtype).flip(0))
+        # a product and a sum: as a small matrix product per channel it takes a CPU five times as long
+        y_BD = (seen_BSD * filter_LD.to(dtype).flip(0)).sum(1)
         return y_BD[:, None].to(x_BTD.dtype), seen_BSD
     if x_BTD.is_cuda and length <= BY_PRODUCTS:
         return toeplitz_conv(seen_BSD, filter_LD, new), seen_BSD
