@@ -36,6 +36,7 @@ from holdall.contract import (
     misfit,
     none_read,
     reserve,
+    trim,
     with_room_too,
     write_state,
 )
@@ -369,34 +370,48 @@ class Model(nn.Module):
         ]
         if self.position_embed is None:
             return states
-        position: State = none_read(rows, device)
-        if capacity is not None:
-            if capacity > self.config.positions:
-                positions = self.config.positions
-                raise ValueError(
-                    f"a capacity of {capacity} tokens, but the model has {positions} learned positions"
-                )
-            position = reserve(position, POSITION_SLOTS, capacity)
-        return [*states, position]
+        position = none_read(rows, device)
+        return [*states, position if capacity is None else self._position_with_room(position, capacity)]
+
+    def with_room(self, states: Sequence[State], capacity: int) -> list[State]:
+        """Copies of a model's states with room for `capacity` tokens in each row, those read included.
+
+        Raises ValueError if they hold more, or if the model has fewer learned positions.
+        """
+        self._check_count(states)
+        pairs = zip(self.mixers, states, strict=False)
+        roomy = [mixer.with_room(state, capacity) for mixer, state in pairs]
+        return roomy + [self._position_with_room(trim(state), capacity) for state in states[len(roomy) :]]
+
+    def _position_with_room(self, position: State, capacity: int) -> State:
+        if capacity > self.config.positions:
+            positions = self.config.positions
+            raise ValueError(
+                f"a capacity of {capacity} tokens, but the model has {positions} learned positions"
+            )
+        return reserve(position, POSITION_SLOTS, capacity)
 
     def _check_states(self, tokens_BT: Tensor, states: Sequence[State] | None) -> None:
         """Refuse with ValueError tokens and states that are not of this model; mixers check their own."""
-        shape, layers = tuple(tokens_BT.shape), len(self.blocks)
+        shape = tuple(tokens_BT.shape)
         if len(shape) != 2 or not shape[1]:
             raise ValueError(f"tokens_BT has shape {shape}, where a model needs rows of at least one token")
         if states is None:
             return
-        owner = f"a model of {layers} layers"
-        with_positions = self.position_embed is not None
-        if with_positions:
-            owner += " and learned positions"
-        if len(states) != layers + with_positions:
-            raise StateError(f"{owner} needs {layers + with_positions} states, not {len(states)}")
+        owner, with_positions = self._check_count(states), self.position_embed is not None
         if with_positions:
             device = tokens_BT.device
             kind, fields = with_room_too(states[-1], Position, POSITION_FIELDS)
             if why := misfit(states[-1], kind, fields, owner, rows=shape[0], device=device):
                 raise StateError(why)
+
+    def _check_count(self, states: Sequence[State]) -> str:
+        """Refuse another number of states than the model has; returns what errors call the model."""
+        layers, with_positions = len(self.blocks), self.position_embed is not None
+        owner = f"a model of {layers} layers" + " and learned positions" * with_positions
+        if len(states) != layers + with_positions:
+            raise StateError(f"{owner} needs {layers + with_positions} states, not {len(states)}")
+        return owner
 
     def forward(
         self, tokens_BT: Tensor, states: Sequence[State] | None = None, **options: Any

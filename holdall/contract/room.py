@@ -166,7 +166,7 @@ def check_room(state: Any, new: int) -> str:
         return ""
     return (
         f"{filled} tokens were read, and {new} more do not fit the state's capacity of {capacity}. Make it "
-        "with a larger one, init_state(rows, capacity=...), or move to one, with_room(state, capacity)"
+        "with a larger one, init_state(rows, capacity=...), or move to one by with_room, of mixers and models"
     )
 
 

@@ -93,6 +93,25 @@ def test_a_model_reads_with_a_capacity_what_it_reads_without_at_the_same_address
 
 
 @torch.no_grad()
+def test_a_model_s_states_are_given_more_room() -> None:
+    model = build()
+    _, grown = model(tokens(2, 9))
+    _, full = model(tokens(2, 9), model.init_states(2, capacity=9))
+    want, _ = model(tokens(2, 3, seed=1), grown)
+    for states in (grown, full):
+        wider = model.with_room(states, 12)
+        where = addresses(wider)
+        logits, after = model(tokens(2, 3, seed=1), wider, inplace=True)
+        laws.assert_close("logits", logits, want)
+        assert addresses(after) == where
+        assert room_left(after[-1]) == 0
+    with pytest.raises(ValueError, match="a capacity of 33 tokens, but the model has 32 learned positions"):
+        model.with_room(grown, 33)
+    with pytest.raises(StateError, match="needs 4 states, not 3"):
+        model.with_room(grown[:-1], 12)
+
+
+@torch.no_grad()
 def test_rows_come_and_go_in_fixed_buffers() -> None:
     """A finished row's place is taken by another sequence, of another length: each reads as if alone."""
     model = build()
