@@ -36,7 +36,6 @@ from holdall.contract import (
     misfit,
     none_read,
     reserve,
-    trim,
     with_room_too,
     write_state,
 )
@@ -381,7 +380,7 @@ class Model(nn.Module):
         self._check_count(states)
         pairs = zip(self.mixers, states, strict=False)
         roomy = [mixer.with_room(state, capacity) for mixer, state in pairs]
-        return roomy + [self._position_with_room(trim(state), capacity) for state in states[len(roomy) :]]
+        return roomy + [self._position_with_room(state, capacity) for state in states[len(roomy) :]]
 
     def _position_with_room(self, position: State, capacity: int) -> State:
         if capacity > self.config.positions:

@@ -26,7 +26,6 @@ from holdall.contract.room import (
     is_reserved,
     reserve,
     slot_names,
-    trim,
 )
 from holdall.contract.state import (
     Field,
@@ -206,8 +205,6 @@ class Mixer(nn.Module):
 
         Raises ValueError if it holds more.
         """
-        if is_reserved(state):
-            state = trim(state)
         like = self.init_state(1, dtype=torch.float32, device=torch.device("meta"), capacity=capacity)
         if is_reserved(like):
             return reserve(state, slot_names(like), capacity)

@@ -77,25 +77,29 @@ def capacity_of(state: Any) -> int:
 
 
 def reserve(state: Any, slots: Sequence[str], capacity: int) -> Any:
-    """A copy of a state that grows, with room for `capacity` tokens in each row, those it holds included.
+    """A copy of a state with room for `capacity` tokens in each row, those it holds included.
 
-    Rows that were joined with longer ones have empty slots in front, which count as filled.
+    A state with room gets more or less of it, and every row keeps its own count; this waits for the device.
+    In a state that grows, rows that were joined with longer ones have empty slots in front, which count as
+    filled.
 
     Raises ValueError if the state holds more.
     """
-    filled = max(getattr(state, name).shape[1] for name in slots)
+    tensors = dict(zip(state._fields, state, strict=True))
+    if is_reserved(state):
+        kind, filled = type(state), capacity_of(state) - (room_left(state) or 0)
+    else:
+        kind = reserved_kind(type(state), tuple(slots))  # type: ignore[arg-type]
+        filled = max(tensors[name].shape[1] for name in slots)
+        tensors["filled_B"] = torch.full((len(state[0]),), filled, dtype=torch.long, device=state[0].device)
     if filled > capacity:
         raise ValueError(f"a state of {filled} tokens does not fit a capacity of {capacity}")
-    tensors = dict(zip(state._fields, state, strict=True))
-    for name in slots:
-        old_BSX = tensors[name]
-        tensors[name] = old_BSX.new_zeros(old_BSX.shape[0], capacity, *old_BSX.shape[2:])
-        tensors[name][:, :filled] = old_BSX
-    rows = state[0].shape[0]
-    filled_B = torch.full((rows,), filled, dtype=torch.long, device=state[0].device)
-    copies = (tensor if name in slots else tensor.clone() for name, tensor in tensors.items())
-    kind: Any = type(state)
-    return reserved_kind(kind, tuple(slots))(*copies, filled_B)
+    for name, old in tensors.items():
+        tensors[name] = old.clone()
+        if name in slots:
+            tensors[name] = old.new_zeros(old.shape[0], capacity, *old.shape[2:])
+            tensors[name][:, :filled] = old[:, :filled]
+    return kind(*tensors.values())
 
 
 def in_order(slots_BSX: Tensor, filled_B: Tensor) -> Tensor:

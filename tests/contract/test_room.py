@@ -152,6 +152,14 @@ def test_rows_of_states_with_room_are_selected_and_joined() -> None:
     for row, n in enumerate((3, 12, 3)):
         want, _ = model(tokens(1, 4), model(tokens(1, n, seed=n))[1])
         laws.assert_close(f"row {row}", logits[row], want[0])
+    for capacity, left in ((30, 18), (12, 0)):  # more room or less, and every row keeps its own count
+        moved = model.with_room(joined, capacity)
+        assert moved[0].filled_B.tolist() == [12, 3]
+        assert room_left(moved[0]) == left
+    want, _ = model(tokens(2, 4), joined)
+    laws.assert_close("with more room", model(tokens(2, 4), model.with_room(joined, 30))[0], want)
+    with pytest.raises(ValueError, match="a state of 12 tokens does not fit a capacity of 11"):
+        model.with_room(joined, 11)
     with pytest.raises(StateError, match="cannot be joined with the first"):
         join_rows([long[0], model(tokens(1, 3))[1][0]])
 
