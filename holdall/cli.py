@@ -6,14 +6,11 @@ Heavy modules are imported only after the arguments have been parsed, so that he
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import functools
 import inspect
-import itertools
 import os
 import sys
-import textwrap
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
@@ -22,7 +19,15 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from holdall import settings
-from holdall.settings import NonNegativeFloat, NonNegativeInt, PositiveInt, Precision, Range, Seed
+from holdall.settings import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    Precision,
+    Range,
+    Seed,
+    field_docs,
+)
 from holdall.training.options import PretrainOptions
 
 app = tyro.extras.SubcommandApp()
@@ -117,18 +122,6 @@ def given(flags: Any) -> dict[str, Any]:
             raise ValueError(f"--{name} and --{flag.name.replace('_', '-')} were both given")
         values[name] = value if means is None else means
     return values
-
-
-def field_docs(config: type) -> dict[str, str]:
-    """The docstring under each field of a dataclass, as one line."""
-    definition = ast.parse(textwrap.dedent(inspect.getsource(config))).body[0]
-    assert isinstance(definition, ast.ClassDef)
-    docs = {}
-    for field, below in itertools.pairwise(definition.body):
-        match field, below:
-            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                docs[name] = " ".join(text.split())
-    return docs
 
 
 def metavar(kind: Any) -> str:

@@ -9,11 +9,14 @@ of range. Infinity is refused everywhere.
 
 from __future__ import annotations
 
+import dataclasses
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union
+
+import docstring_parser
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,3 +163,18 @@ def listed(differences: Sequence[str], *, most: int = 6) -> str:
     """The first `most` differences in one line, and the number of those left out."""
     more = f"; and {len(differences) - most} more" if len(differences) > most else ""
     return "; ".join(differences[:most]) + more
+
+
+def field_docs(config: type[Any]) -> dict[str, str]:
+    """The docstring of each field of a dataclass, the string right below it, as one line; "" without one.
+
+    Read from the source by the parser that tyro uses for `--help`, so a field has the same words everywhere.
+    A class without source, as one typed into a prompt, gives none.
+    """
+    docs = {field.name: "" for field in dataclasses.fields(config)}
+    for owner in reversed(config.__mro__):
+        if dataclasses.is_dataclass(owner):
+            for param in docstring_parser.parse_from_object(owner).params:
+                if param.arg_name in docs and param.description:
+                    docs[param.arg_name] = " ".join(param.description.split())
+    return docs

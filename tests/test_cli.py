@@ -187,7 +187,7 @@ def test_every_training_option_is_a_flag_with_its_own_help(
     with pytest.raises(SystemExit):
         cli.main()
     help = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    docs = cli.field_docs(PretrainOptions)
+    docs = settings.field_docs(PretrainOptions)
     for field in dataclasses.fields(PretrainOptions):
         assert docs[field.name] in help or field.name == "data_hash"
         assert f"--{field.name.replace('_', '-')} " in help or field.name == "data_hash"
@@ -202,7 +202,7 @@ def test_a_new_field_is_a_flag_of_its_own() -> None:
     assert cli.given(tyro.cli(made, args=["--rate", "2", "--kind", "b"])) == {"some_rate": 2.0, "kind": "b"}
     with pytest.raises(ValueError, match="--fast and --no-fast were both given"):
         cli.given(tyro.cli(made, args=["--fast", "--no-fast"]))
-    assert cli.field_docs(Options) == {
+    assert settings.field_docs(Options) == {
         "some_rate": "How fast, over two lines.", "fast": "Whether.", "pair": "Two.", "kind": "One of two.",
         "hidden": "Not a flag.",
     }  # fmt: skip

@@ -278,7 +278,7 @@ def test_saving_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_a_saved_model_is_no_run_to_resume(saved: Path, tmp_path: Path) -> None:
     corpus = write_text(tmp_path, Bytes())
-    with pytest.raises(RunError, match="holds a saved model, not a run; choose another --out"):
+    with pytest.raises(RunError, match="holds a saved model, not a run; choose another folder"):
         trained(str(corpus), saved)
 
 
@@ -327,7 +327,9 @@ def test_an_old_run_has_the_tokenizer_of_its_corpus(tmp_path: Path) -> None:
         load(folder)
     (folder / "config.json").write_text(json.dumps(config))
     shutil.move(corpus, tmp_path / "moved")
-    says = r"run has no tokenizer\.json, as runs of an earlier.*corpus is no folder.*or copy tokenizer\.json"
+    says = (
+        r"run has no tokenizer\.json, as runs of an earlier.*corpus is not a folder.*or copy tokenizer\.json"
+    )
     with pytest.raises(RunError, match=says):
         load(folder)
     shutil.copy(tmp_path / "moved" / "tokenizer.json", folder)
@@ -375,7 +377,7 @@ def test_a_header_that_does_not_fit_its_weights_is_refused(saved: Path) -> None:
     for changes, why in (
         ({"fingerprint": "0" * 64}, "its fingerprint is not that of"),
         ({"model": json.dumps(dataclasses.replace(CONFIG, eps=1e-3).to_dict())}, "another model than config"),
-        ({"model": "{"}, "it is no JSON"),
+        ({"model": "{"}, "it is not JSON"),
         ({"step": "-1"}, "does not say which step"),
         ({"step": None}, "does not say which step"),
     ):

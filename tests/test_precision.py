@@ -17,7 +17,7 @@ from holdall.mixers.performer import PerformerConfig
 from holdall.mixers.s4 import S4Config
 from holdall.model import Model, ModelConfig, seeded
 from holdall.precision import block_copies, compute_in, dtype_of, run_block
-from holdall.tasks.data import MQARData, Questions, Segment, TaskData
+from holdall.tasks.data import MQARData, MQARSegment, Questions, TaskData
 from holdall.training import stacked
 from holdall.training.devices import LanguageModelLoss
 from holdall.training.stacked import Member, Population
@@ -30,7 +30,7 @@ LAYERS: tuple[MixerConfig, ...] = (
     S4Config(width=16),  # complex weights
     PerformerConfig(width=16),  # a buffer
 )
-SEGMENT = Segment(length=24, pairs=3, rows=8)
+SEGMENT = MQARSegment(length=24, pairs=3, rows=8)
 TASK = TaskData(MQARData(vocab=32, filler="zero", train=(SEGMENT,), test=(SEGMENT,)))
 
 

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union
 
-import docstring_parser
-
 from holdall import files, settings
 
 
@@ -115,21 +113,6 @@ class Config:
         except Exception as error:  # the values may be of any kind, and validate() calculates with them
             reason = error.args[0] if isinstance(error, KeyError) and error.args else error
             raise files.damaged(where, f"{reason or type(error).__name__}", way_out) from error
-
-
-def field_docs(config: type[Any]) -> dict[str, str]:
-    """The docstring of each field of a dataclass, the string right below it, as one line; "" without one.
-
-    Read from the source by the parser that tyro uses for `--help`, so a field has the same words everywhere.
-    A class without source, as one typed into a prompt, gives none.
-    """
-    docs = {field.name: "" for field in dataclasses.fields(config)}
-    for owner in reversed(config.__mro__):
-        if dataclasses.is_dataclass(owner):
-            for param in docstring_parser.parse_from_object(owner).params:
-                if param.arg_name in docs and param.description:
-                    docs[param.arg_name] = " ".join(param.description.split())
-    return docs
 
 
 _field_types: dict[Any, tuple[dict[str, Any], dict[str, Any]]] = {}

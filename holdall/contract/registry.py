@@ -9,8 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from holdall.contract.config import did_you_mean, field_docs
+from holdall.contract.config import did_you_mean
 from holdall.contract.mixer import MixerConfig
+from holdall.settings import field_docs
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -182,7 +182,7 @@ class RunFolder:
         Raises what went wrong with the file before.
         """
         if self.writes:
-            about = {"state": state.to_dict(), **self.about}
+            about = {"step": state.step, "state": state.to_dict(), **self.about}
             header = {name: json.dumps(value) for name, value in about.items()}
             self._writer.start(_write, self.path / name, tensors, header)
 
