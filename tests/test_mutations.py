@@ -141,10 +141,11 @@ def test_a_run_of_a_population(tmp_path: Path) -> None:
     assert tried / 4 < refused < tried
 
 
-def test_a_sweep_folder(tmp_path: Path) -> None:
+def test_a_sweep_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("plotly.offline.get_plotlyjs", lambda: "")  # millions of letters, always the same
     folder = tmp_path / "sweep"
     shutil.copytree(Path(__file__).parents[1] / "results" / "quick", folder)
-    lines = (folder / "results.jsonl").read_text().splitlines()[:6]
+    lines = (folder / "results.jsonl").read_text().splitlines()[:3]
     (folder / "results.jsonl").write_text("\n".join(lines) + "\n")
     refused = 0
 
@@ -154,9 +155,9 @@ def test_a_sweep_folder(tmp_path: Path) -> None:
         assert table.render(sweeps).encode()
 
     for name in ("config.json", "environment.json", "results.jsonl"):
-        for what in mutants(folder / name, name, count=25):
+        for what in mutants(folder / name, name, count=10):
             refused += check(what, shown, None, name if "gone" not in what else str(folder))
-    assert refused > 25
+    assert refused > 15
 
 
 @pytest.fixture

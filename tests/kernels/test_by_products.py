@@ -27,7 +27,8 @@ CONFIGS: dict[str, Callable[..., MixerConfig]] = {
     "h3 with pairs": lambda **how: H3Config(width=8, state=8, head_dim=2, **how),
     "h3 with triples": lambda **how: H3Config(width=6, state=8, head_dim=3, **how),
 }
-LENGTHS = (1, 63, 64, 65, *(pytest.param(length, marks=pytest.mark.gpu) for length in (300, 512)))
+FULL = (pytest.param(length, marks=pytest.mark.full) for length in (63, 64))
+LENGTHS = (1, *FULL, 65, *(pytest.param(length, marks=pytest.mark.gpu) for length in (300, 512)))
 
 
 def built(name: str, form: str, dtype: torch.dtype, device: torch.device) -> Mixer:

@@ -366,7 +366,7 @@ def test_offsets_beyond_32_bits(rule: str, device: torch.device) -> None:
 # ----------------------------------------------------------------------------------------- RWKV-5's attention
 
 
-@pytest.mark.parametrize("w", [-0.05, -1.0, -50.0])
+@pytest.mark.parametrize("w", [-0.05, pytest.param(-1.0, marks=pytest.mark.full), -50.0])
 @pytest.mark.parametrize(
     ("length", "dtype"),
     [(1, SINGLE), (65, SINGLE), *(pytest.param(n, t, marks=gpu) for n in (63, 1000) for t in (SINGLE, BF16))],

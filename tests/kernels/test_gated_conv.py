@@ -193,7 +193,9 @@ def test_mixed_dtypes(device: torch.device) -> None:
 MEMBERS = 3
 
 
-@pytest.mark.parametrize("form", [ZOOLOGY, BASED], ids=["zoology", "based"])
+@pytest.mark.parametrize(
+    "form", [pytest.param(ZOOLOGY, id="zoology", marks=pytest.mark.full), pytest.param(BASED, id="based")]
+)
 @pytest.mark.parametrize(
     "own",
     [
