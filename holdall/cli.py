@@ -6,44 +6,21 @@ Heavy modules are imported only after the arguments have been parsed, so that he
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 import os
 import sys
-import typing
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from holdall import settings
-from holdall.settings import (
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveInt,
-    Precision,
-    Range,
-    Seed,
-    field_docs,
-)
+from holdall import flags
+from holdall.settings import NonNegativeFloat, NonNegativeInt, PositiveInt, Precision, Range, Seed
 from holdall.training.options import PretrainOptions
 
 app = tyro.extras.SubcommandApp()
-
-
-Yes = Annotated[
-    bool | None,
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs=0,
-        metavar="",
-        instance_from_str=lambda words: True,
-        is_instance=lambda value: value in (True, None),
-        str_from_instance=lambda value: [],
-    ),
-]
-"""A flag without a value; None where it is not given."""
 
 
 def command(function: Callable[..., int]) -> Callable[..., int]:
@@ -51,94 +28,19 @@ def command(function: Callable[..., int]) -> Callable[..., int]:
 
     @functools.wraps(function)
     def checked(*args: Any, **options: Any) -> int:
-        given = inspect.signature(function).bind(*args, **options).arguments
-        for flag, kind, value in flags(function, given):
-            settings.check(f"--{flag.replace('_', '-')}", value, kind)
+        flags.check(function, inspect.signature(function).bind(*args, **options).arguments)
         return function(*args, **options)
 
     return app.command(checked)
 
 
-def flags(owner: Any, given: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """The name, annotated type and value of each flag that a command was given."""
-    kinds = typing.get_type_hints(owner, include_extras=True)
-    for name, value in given.items():
-        if dataclasses.is_dataclass(value):
-            yield from flags(type(value), vars(value))
-        else:
-            yield name, kinds[name], value
-
-
-# --------------------------------------------------------------------------------- flags from dataclasses
-
-
-def flags_of(
-    config: type, *, leave_out: Collection[str] = (), called: Mapping[str, str] | None = None
-) -> type:
-    """The fields of a dataclass as flags of a command: a dataclass in which each may be None, for not given.
-
-    A field's docstring is the flag's help, its annotation the flag's type and range. A boolean field gets two
-    flags, the second one to switch it off.
-
-    Args:
-        leave_out: fields that are no flags.
-        called: flags by another name than their field, whose own name remains an alias.
-    """
-    made: list[tuple[str, Any, Any]] = []
-    docs, kinds = field_docs(config), typing.get_type_hints(config, include_extras=True)
-
-    def add(name: str, field: dataclasses.Field, kind: Any, means: Any = None, **how: Any) -> None:
-        about = {"field": field.name, "means": means}
-        made.append(
-            (name, Annotated[kind, tyro.conf.arg(**how)], dataclasses.field(default=None, metadata=about))
-        )
-
-    for field in dataclasses.fields(config):
-        if field.name in leave_out:
-            continue
-        name, kind = (called or {}).get(field.name, field.name), kinds[field.name]
-        hyphenated = field.name.replace("_", "-")
-        aliases = [f"--{hyphenated}"] if name != field.name else None
-        default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-        hint = f"(the preset's, else {default})" if default != "" else ""
-        if kind is bool:
-            add(name, field, Yes, help=docs[field.name], help_behavior_hint="", aliases=aliases)
-            opposite = f"Not --{hyphenated}."
-            add(f"no_{name}", field, Yes, means=False, help=opposite, help_behavior_hint="")
-        else:
-            how = {"help": docs[field.name], "help_behavior_hint": hint, "metavar": metavar(kind)}
-            add(name, field, kind | None, aliases=aliases, **how)
-    return dataclasses.make_dataclass(f"{config.__name__}Flags", made, frozen=True, kw_only=True)
-
-
-def given(flags: Any) -> dict[str, Any]:
-    """The values of flags that were given, by field. Raises ValueError for both --flag and --no-flag."""
-    values: dict[str, Any] = {}
-    for flag in dataclasses.fields(flags):
-        if (value := getattr(flags, flag.name)) is None:
-            continue
-        name, means = flag.metadata["field"], flag.metadata["means"]
-        if name in values:
-            raise ValueError(f"--{name} and --{flag.name.replace('_', '-')} were both given")
-        values[name] = value if means is None else means
-    return values
-
-
-def metavar(kind: Any) -> str:
-    """What stands for a flag's value in its help: INT, "FLOAT FLOAT" or {this,that}."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Annotated:
-        return metavar(args[0])
-    if origin is Literal:
-        return f"{{{','.join(map(str, args))}}}"
-    return " ".join(map(metavar, args)) if origin is tuple else kind.__name__.upper()
-
-
-TrainFlags = flags_of(PretrainOptions, leave_out=("data_hash",), called={"context_len": "context"})
+TrainFlags = flags.flags_of(
+    PretrainOptions,
+    leave_out=("data_hash",),
+    called={"context_len": "context"},
+    default="(the preset's, else {})",
+)
 NOT_GIVEN = TrainFlags()
-
-
-# --------------------------------------------------------------------------------------------- the commands
 
 
 @command
@@ -386,7 +288,18 @@ def train(
 
     shape = {"width": width, "depth": depth, "mlp": mlp}
     return shown.train(
-        preset, out, pattern, shape, given(options), device, devices, nodes, strategy, log, load, in_order
+        preset,
+        out,
+        pattern,
+        shape,
+        flags.given(options),
+        device,
+        devices,
+        nodes,
+        strategy,
+        log,
+        load,
+        in_order,
     )
 
 

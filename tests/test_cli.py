@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import pytest
 import tyro
 
-from holdall import cli, settings
+from holdall import cli, flags, settings
 from holdall.commands import train as shown
 from holdall.commands import zoo
 from holdall.settings import Range
@@ -187,7 +187,7 @@ def test_every_training_option_is_a_flag_with_its_own_help(
     with pytest.raises(SystemExit):
         cli.main()
     help = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    docs = settings.field_docs(PretrainOptions)
+    docs = flags.field_docs(PretrainOptions)
     for field in dataclasses.fields(PretrainOptions):
         assert docs[field.name] in help or field.name == "data_hash"
         assert f"--{field.name.replace('_', '-')} " in help or field.name == "data_hash"
@@ -195,19 +195,19 @@ def test_every_training_option_is_a_flag_with_its_own_help(
 
 def test_a_new_field_is_a_flag_of_its_own() -> None:
     """With its range, its docstring and, of a boolean, its opposite; nothing else names it."""
-    made = cli.flags_of(Options, called={"some_rate": "rate"}, leave_out=("hidden",))
-    assert cli.given(made()) == {}
+    made = flags.flags_of(Options, called={"some_rate": "rate"}, leave_out=("hidden",))
+    assert flags.given(made()) == {}
     typed = tyro.cli(made, args=["--some-rate", "3", "--no-fast", "--pair", "0.5", "0.75"])
-    assert cli.given(typed) == {"some_rate": 3.0, "fast": False, "pair": (0.5, 0.75)}
-    assert cli.given(tyro.cli(made, args=["--rate", "2", "--kind", "b"])) == {"some_rate": 2.0, "kind": "b"}
+    assert flags.given(typed) == {"some_rate": 3.0, "fast": False, "pair": (0.5, 0.75)}
+    assert flags.given(tyro.cli(made, args=["--rate", "2", "--kind", "b"])) == {"some_rate": 2.0, "kind": "b"}
     with pytest.raises(ValueError, match="--fast and --no-fast were both given"):
-        cli.given(tyro.cli(made, args=["--fast", "--no-fast"]))
-    assert settings.field_docs(Options) == {
+        flags.given(tyro.cli(made, args=["--fast", "--no-fast"]))
+    assert flags.field_docs(Options) == {
         "some_rate": "How fast, over two lines.", "fast": "Whether.", "pair": "Two.", "kind": "One of two.",
         "hidden": "Not a flag.",
     }  # fmt: skip
-    refused = [settings.refusal(value, kind) for _, kind, value in cli.flags(made, {"rate": -1.0})]
-    assert refused == ["positive and finite"]
+    with pytest.raises(ValueError, match=r"--rate = -1.0 must be positive and finite"):
+        flags.check(made, {"rate": -1.0})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
