@@ -32,6 +32,7 @@ from rich.table import Table
 from bench import gpu, show
 from holdall.model import ModelConfig, repeatable
 from holdall.recipes.presets import preset
+from holdall.text.tokenizers import Bytes
 from holdall.training.devices import launcher
 from holdall.training.flops import flops_per_token, peak_flops
 from holdall.training.language_models import REPORT_STEPS, PretrainConfig, Pretrainer
@@ -45,7 +46,7 @@ SECONDS, WARM = 8.0, 4
 class RandomText:
     """Stands in for a corpus: tokens that nobody can learn, at no cost."""
 
-    vocab, content_hash, folder = VOCAB, "random", Path("random")
+    vocab, content_hash, folder, tokenizer = VOCAB, "random", Path("random"), Bytes()
 
     def __init__(self, length: int, vocab: int) -> None:
         self.train = self.valid = np.random.default_rng(0).integers(0, vocab, length)
