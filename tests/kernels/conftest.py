@@ -38,6 +38,8 @@ def interpret_faster() -> None:
     from triton import language
     from triton.runtime import interpreter
 
+    if not all(hasattr(interpreter, name) for name in ("_patch_lang", "_patch_builtin", "_patch_attr")):
+        return  # another release of Triton: it interprets as slowly as it does
     patch_lang, is_builtin = interpreter._patch_lang, language.core.is_builtin
 
     @functools.cache
