@@ -125,7 +125,7 @@ def _table(out: Path, rare: int, rates: Mapping[str, str], published: Published)
         rows.append(
             (
                 f"`{family}`",
-                f"{run['state']['numbers'] / 1e3:,.0f}k",
+                f"{run['state']['elements'] / 1e3:,.0f}k",
                 rates[family],
                 *(recall.perplexity_text(slices[name]["perplexity"]) for name in ("all", "hits", "other")),
                 "–" if right is None else f"{right:.1%}",

@@ -89,6 +89,8 @@ def test_a_folder_holds_one_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 TINY: dict[str, Any] = {
     "context": 32, "batch": 2, "micro_batch": 2, "warmup": 1, "evaluate_every": 2, "evaluate_rows": 2,
     "steps": 2, "tried_steps": 1, "tried_rates": (1e-3,),
+    # of the presets, based-mini alone is small
+    "families": ("based", "h3"), "size": "mini", "reference": "based", "tried": ("based",),
 }  # fmt: skip
 
 
@@ -103,7 +105,7 @@ def test_a_tiny_suite_from_corpus_to_table(
 
     def run(*words: str, config: suite.SuiteConfig = tiny) -> tuple[int, str]:
         """The exit status of `holdall suite` and what it printed."""
-        monkeypatch.setitem(recipes.SUITES, "lm-suite", (lambda: config, lm_suite.PUBLISHED))
+        monkeypatch.setitem(recipes.SUITES, "lm-suite", (lambda: config, {"based": lm_suite.PUBLISHED["attention"]}))
         monkeypatch.setattr(sys, "argv", ["holdall", "suite", *words])
         with pytest.raises(SystemExit) as end:
             cli.main()
@@ -111,7 +113,7 @@ def test_a_tiny_suite_from_corpus_to_table(
         return end.value.code, printed.out + printed.err
 
     out = tmp_path / "out"
-    words = ["--data", str(tmp_path / "corpus"), "--out", str(out), "--family", "attention"]
+    words = ["--data", str(tmp_path / "corpus"), "--out", str(out), "--family", "based"]
     words += ["--no-weights", "--device", "cpu"]
     # in too little time there is nothing to compare, which is no error, and what was there stays
     out.mkdir()
@@ -121,18 +123,18 @@ def test_a_tiny_suite_from_corpus_to_table(
     assert "nothing to compare yet" in printed
     assert (out / "results.jsonl").read_text() == "of before"
     code, printed = run(*words)
-    assert code == 0
-    assert printed.count("tried attention at") == 2  # begins, ends
+    assert code == 0, printed
+    assert printed.count("tried based at") == 2  # begins, ends
     table = [line for line in printed.splitlines() if line.startswith("| `")]
     assert len(table) == 1
-    assert table[0].startswith("| `attention` | 197k | 0.001 |")
+    assert table[0].startswith("| `based` | 29k | 0.001 |")
     assert table[0].endswith("| 9.44 / 1.98 / 10.62 |")
     lines = list(map(json.loads, (out / "results.jsonl").read_text().splitlines()))
     assert [(line["kind"], line["steps"]) for line in lines] == [("tried", 1), ("whole", 2)]
-    assert json.loads((out / "slices.json").read_text())["runs"][0]["label"] == "attention"
+    assert json.loads((out / "slices.json").read_text())["runs"][0]["label"] == "based"
     assert (out / "recall.png").exists()
     assert (out / "threshold-1" / "recall.png").exists()
-    assert "parameters" in (out / "runs" / "whole" / "attention-lr0.001" / "log.txt").read_text()
+    assert "parameters" in (out / "runs" / "whole" / "based-lr0.001" / "log.txt").read_text()
     assert not list(out.rglob("*.safetensors"))
     # again: nothing is left to do, nor is anything trained to compare what is there
     with monkeypatch.context() as patch:
@@ -141,10 +143,10 @@ def test_a_tiny_suite_from_corpus_to_table(
         assert run("--minutes", "0", "--out", str(out)) == (0, "\n".join([*printed.splitlines()[-3:], ""]))
     # a run that fails is named, and where to look
     (out / "config.json").unlink()
-    code, printed = run(*words, "--family", "h3", config=dataclasses.replace(tiny, micro_batch=3))
+    code, printed = run(*words, "--family", "h3")
     assert code == 1
-    assert re.search(r"h3 at 0.002 on the CPU: failed, see .*log.txt: .*3", printed)
+    assert re.search(r"h3 at 0.002 on the CPU: failed, see .*log.txt: .*'h3-mini'", printed)
     # only others than the one that all are compared with
     code, printed = run("--minutes", "0", "--out", str(tmp_path / "empty"))
     assert code == 2
-    assert "has no attention that was trained and scored" in printed
+    assert "has no based that was trained and scored" in printed
