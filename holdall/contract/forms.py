@@ -12,9 +12,11 @@ or from float64, is built, and raises if it is called before it has moved.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -64,6 +66,34 @@ def resolve(asked: str, forms: Sequence[str], device: torch.device, refusal: str
     if refusal and is_strict():
         raise KernelError(f"strict: the kernel cannot run, {refusal}; without strict, '{plain[-1]}' would")
     return plain[-1] if refusal else "kernel"
+
+
+def plain(form: str) -> str:
+    """The form of an op that has no kernel where it stands beside one: the loop, or the parallel form."""
+    return "loop" if form == "loop" else "parallel"
+
+
+def kernel_of(op: Callable[..., Any]) -> Callable[..., Any]:
+    """The Triton twin of a function of holdall/ops: the one of the same name in the file of the same name.
+
+    It is found by name because holdall/kernels lies above ops: kernels use the plain parts of ops, need
+    Triton, and are imported when one is asked for. It is looked up once and kept on the op itself, where
+    torch.compile sees what is found while it traces; the import is what it could not trace.
+    """
+    if not hasattr(op, "kernel"):
+        _find_kernel(op)
+    return op.kernel  # type: ignore[attr-defined]
+
+
+def _find_kernel(op: Any) -> bool:
+    file = importlib.import_module(f"holdall.kernels.{op.__module__.rpartition('.')[2]}")
+    op.kernel = getattr(file, op.__name__)
+    return True
+
+
+# run while tracing, not traced: what torch.compiler.assume_constant_result does, but to call that imports the
+# compiler and Triton, and `import holdall` is quick
+_find_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def require_kernel(*tensors: torch.Tensor | None) -> None:

@@ -19,6 +19,11 @@ if TYPE_CHECKING or "jaxtyping" in sys.modules:  # pytest checks the shapes; not
     from jaxtyping import Float
 
 
+def kernel_refusal(key_dim: int) -> str:
+    """Why there is no kernel for heads of so many key dimensions; empty if there is one."""
+    return fla.refusal(key_dim)
+
+
 def delta_rule(
     q_BTHK: Float[Tensor, "b t h k"],
     k_BTHK: Float[Tensor, "b t h k"],
@@ -26,8 +31,6 @@ def delta_rule(
     beta_BTH: Float[Tensor, "b t h"],
     s_BHKV: Float[Tensor, "b h k v"],
     log_decay: Float[Tensor, "b t h"] | Float[Tensor, "b t h k"] | None = None,
-    *,
-    chunk: int = fla.CHUNK,
 ) -> tuple[Float[Tensor, "b t h v"], Float[Tensor, "b h k v"]]:
     """`holdall.ops.delta_rule.delta_rule`, with the package's chunk length.
 
@@ -55,8 +58,6 @@ def generalised_delta_rule(
     b_BTHK: Float[Tensor, "b t h k"],
     s_BHKV: Float[Tensor, "b h k v"],
     log_decay: Float[Tensor, "b t h"] | Float[Tensor, "b t h k"] | None = None,
-    *,
-    chunk: int = fla.CHUNK,
 ) -> tuple[Float[Tensor, "b t h v"], Float[Tensor, "b h k v"]]:
     """`holdall.ops.delta_rule.generalised_delta_rule`, as `delta_rule` here; decays are per key dimension."""
     fla.require(q_BTHK, k_BTHK, v_BTHV, s_BHKV, key_dim=q_BTHK.shape[-1])

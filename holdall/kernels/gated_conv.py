@@ -546,7 +546,7 @@ def _(info, in_dims, *args):
 # -------------------------------------------------------------------------------------- the public function
 
 
-def refusal(taps: int) -> str:
+def kernel_refusal(taps: int) -> str:
     """Why there is no kernel for this many taps; empty if there is one."""
     return "" if 2 <= taps <= MAX_TAPS else f"the kernel takes filters of 2 to {MAX_TAPS} taps, not {taps}"
 
@@ -569,7 +569,7 @@ def gated_conv(
     past that of the past. With `inplace`, and without gradients, short calls overwrite the past.
     """
     forms.require_kernel(input_BTD, projected_BTE, weight_DW, past_BPD)
-    if why := refusal(weight_DW.shape[-1]):
+    if why := kernel_refusal(weight_DW.shape[-1]):
         raise forms.KernelError(why)
     tensors = [None if t is None else t[None] for t in (
         input_BTD, projected_BTE, projection_bias_E, weight_DW, bias_D, past_BPD

@@ -53,7 +53,7 @@ import triton.language as tl
 from torch import Tensor
 
 from holdall.contract import forms
-from holdall.kernels import cdiv, gated_conv, gated_norm, register_batch_vmap
+from holdall.kernels import cdiv, gated_conv, gated_rms_norm, register_batch_vmap
 from holdall.kernels.language import add_up, dot, exp, narrow, softplus
 from holdall.ops.derivatives import once_differentiable
 
@@ -113,7 +113,7 @@ def refusal(head_dim: int, state: int, taps: int) -> str:
     """Why there is no kernel for these sizes; empty if there is one."""
     if math.prod(Sizes(1, head_dim, 1, state).padded) > LARGEST:
         return f"the kernel takes up to {LARGEST} elements of state per head, not {state} times {head_dim}"
-    return gated_conv.refusal(taps)
+    return gated_conv.kernel_refusal(taps)
 
 
 def mamba_2(
@@ -183,7 +183,7 @@ def _forward(
             starts if keep else None, B, T, **tile,
             **size.config(projected.dtype, backward=False),
         )  # fmt: skip
-    out = gated_norm.launch_forward(
+    out = gated_rms_norm.launch_forward(
         y.flatten(1, 2), z.flatten(1, 2), norm_weight.contiguous(), eps,
         x_MNE=xbc[..., : size.inner].flatten(1, 2), D_MH=D.contiguous(), groups=size.groups,
     ).view(out.shape)  # fmt: skip
@@ -245,7 +245,7 @@ def _backward(
             ds.zero_() if ds_after is None else ds.copy_(ds_after)
         return dprojected, dafter.clone(), ds, dconv.zero_(), dnorm.zero_(), dscan.zero_()
 
-    dy, dnorm, dD = gated_norm.launch_backward(
+    dy, dnorm, dD = gated_rms_norm.launch_backward(
         y.flatten(1, 2), z.flatten(1, 2), norm_weight.contiguous(),
         dout.contiguous().flatten(1, 2), dz.flatten(1, 2), eps,
         x_MNE=xbc[..., : size.inner].flatten(1, 2), D_MH=D.contiguous(), groups=size.groups,

@@ -146,7 +146,7 @@ def _beside_backward_kernel(
 
 
 def prepare(
-    rkv_BTE: Float[Tensor, "b t 3*d"],
+    rkv_BTE: Float[Tensor, "b t e"],
     w_BTD: Float[Tensor, "b t d"],
     a_BTD: Float[Tensor, "b t d"],
     w0_D: Float[Tensor, "d"],

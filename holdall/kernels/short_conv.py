@@ -20,9 +20,9 @@ if TYPE_CHECKING or "jaxtyping" in sys.modules:
     from jaxtyping import Float
 
 
-def refusal(taps: int) -> str:
+def kernel_refusal(taps: int) -> str:
     """Why there is no kernel for this many taps; empty if there is one, or if there is no convolution."""
-    return gated_conv.refusal(taps) if taps else ""
+    return gated_conv.kernel_refusal(taps) if taps else ""
 
 
 def short_conv(
@@ -34,7 +34,7 @@ def short_conv(
     silu: bool = False,
     inplace: bool = False,
 ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b w-1 d"]]:
-    """The kernel form of `holdall.ops.conv.short_conv`, with an optional SiLU; `inplace` as in `gated_conv`.
+    """The kernel form of `holdall.ops.short_conv.short_conv`; `inplace` as in `gated_conv`.
 
     Raises KernelError if no kernel can run on these tensors, or for this many taps.
     """

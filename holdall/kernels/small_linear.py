@@ -43,7 +43,12 @@ PROGRAMS = 1056
 """Programs of the backward pass, all members together: eight per multiprocessor of an H100."""
 
 
-def fits(weight_ED: Tensor) -> bool:
+def widened_linear(x: Float[Tensor, "*b d"], weight_ED: Float[Tensor, "e d"]) -> Float[Tensor, "*b e"]:
+    """x W^T in fp32; if a program cannot hold the weights, of a product in the dtype of x."""
+    return small_linear(x, weight_ED) if _fits(weight_ED) else F.linear(x, weight_ED).float()
+
+
+def _fits(weight_ED: Tensor) -> bool:
     """Whether a program can hold these weights."""
     outputs, channels = weight_ED.shape
     return _padded(channels) * _padded(outputs) <= MAX_WEIGHTS
@@ -63,7 +68,7 @@ def small_linear(
     """
     require_kernel(x, weight_ED, bias_E)
     outputs = weight_ED.shape[0]
-    if not fits(weight_ED):
+    if not _fits(weight_ED):
         y = F.linear(x.float(), weight_ED.float(), None if bias_E is None else bias_E.float())
         return scale * F.logsigmoid(y) if log_sigmoid else y
     bias = None if bias_E is None else bias_E[None]

@@ -18,10 +18,16 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor
 
+from holdall.kernels import fla
 from holdall.kernels.linear_attention import linear_attention
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:  # pytest checks the shapes; nothing else needs jaxtyping
     from jaxtyping import Float
+
+
+def kernel_refusal(key_dim: int) -> str:
+    """Why there is no kernel for heads of so many key dimensions; empty if there is one."""
+    return fla.refusal(key_dim)
 
 
 def matrix_wkv(

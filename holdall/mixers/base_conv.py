@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, register
-from holdall.ops import conv, gated_conv
+from holdall.ops import gated_conv
+from holdall.ops.long_conv import filter_features, long_conv
 from holdall.settings import PositiveInt, Range
 
 
@@ -101,11 +102,7 @@ class BaseConvConfig(MixerConfig):
     def kernel_refusal(self, device: torch.device, dtype: torch.dtype) -> str:
         if self.filter == "long":
             return "there is a kernel for the short filter only"
-        if refusal := super().kernel_refusal(device, dtype):
-            return refusal
-        from holdall.kernels import gated_conv as kernel
-
-        return kernel.refusal(self.kernel)
+        return super().kernel_refusal(device, dtype) or gated_conv.kernel_refusal(self.kernel)
 
     def build(self) -> BaseConv:
         return BaseConv(self)
@@ -120,7 +117,7 @@ class ImplicitFilter(nn.Module):
         self.fc1, self.fc2 = nn.Linear(3, hidden), nn.Linear(hidden, width)
 
     def forward(self, length: int) -> Tensor:
-        z_L3 = conv.filter_features(length, self.max_length, 1, self.fc1.weight)
+        z_L3 = filter_features(length, self.max_length, 1, self.fc1.weight)
         hidden_LH = F.relu(F.linear(z_L3, self.fc1.weight.to(z_L3.dtype), self.fc1.bias.to(z_L3.dtype)))
         return F.linear(hidden_LH, self.fc2.weight.to(z_L3.dtype), self.fc2.bias.to(z_L3.dtype))
 
@@ -159,9 +156,8 @@ class BaseConv(Mixer):
         return y_BTD, ConvState(past_BPD) if want_state else None
 
     def _long(self, x_BTD: Tensor, past_BPD: Tensor) -> tuple[Tensor, Tensor]:
-        convolve = conv.long_conv_loop if self.form == "loop" else conv.long_conv
         filter_LD = self.filter(past_BPD.shape[1] + x_BTD.shape[1])
-        c_BTD, past_BPD = convolve(x_BTD, filter_LD, past_BPD)
+        c_BTD, past_BPD = long_conv(x_BTD, filter_LD, past_BPD, form=self.form)
         c_BTD, gate_BTD = c_BTD + x_BTD, self.projection(x_BTD)
         if self.config.activation == "silu":
             c_BTD, gate_BTD = F.silu(c_BTD), F.silu(gate_BTD)
@@ -170,18 +166,14 @@ class BaseConv(Mixer):
     def _short(self, x_BTD: Tensor, past_BPD: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
         expanded = self.config.expand is not None
         projection, bias_E = self.in_proj if expanded else self.projection, None
-        if self.form == "kernel":
-            from holdall.kernels.gated_conv import gated_conv as convolve
-
-            # which adds the bias itself, and has the sum that is its gradient for nothing
+        if self.form == "kernel":  # adds the bias itself, and has the sum that is its gradient for nothing
             projected_BTE, bias_E = F.linear(x_BTD, projection.weight), projection.bias
         else:
-            convolve = gated_conv.gated_conv_loop if self.form == "loop" else gated_conv.gated_conv
             projected_BTE = projection(x_BTD)
-        y_BTD, past_BPD = convolve(
+        y_BTD, past_BPD = gated_conv.gated_conv(
             None if expanded else x_BTD, projected_BTE, bias_E, self.weight_DW, self.bias_D, past_BPD,
             silu="conv" if expanded else "both" if self.config.activation == "silu" else "none",
-            skip=not expanded, inplace=inplace,
+            skip=not expanded, inplace=inplace, form=self.form,
         )  # fmt: skip
         return self.out_proj(y_BTD) if expanded else y_BTD, past_BPD
 

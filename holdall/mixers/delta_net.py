@@ -27,8 +27,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
-from holdall.ops import conv, delta_rule
+from holdall.contract.forms import plain
+from holdall.ops import delta_rule, short_conv
+from holdall.ops.gated_rms_norm import norm_heads
 from holdall.ops.linear_attention import elu_plus_one
+from holdall.ops.small_linear import widened_linear
+from holdall.ops.unit_heads import unit_heads
 from holdall.settings import NonNegativeFloat, PositiveInt, Range
 
 
@@ -82,49 +86,14 @@ class DeltaNetConfig(MixerConfig):
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
 
     def kernel_refusal(self, device: torch.device, dtype: torch.dtype) -> str:
-        if refusal := super().kernel_refusal(device, dtype):
-            return refusal
-        from holdall.kernels import fla, short_conv
-
-        return fla.refusal(self.width // self.heads) or short_conv.refusal(self.kernel)
+        return (
+            super().kernel_refusal(device, dtype)
+            or delta_rule.kernel_refusal(self.width // self.heads)
+            or short_conv.kernel_refusal(self.kernel)
+        )
 
     def build(self) -> DeltaNet:
         return DeltaNet(self)
-
-
-def run_delta_rule(form: str, chunk: int, *tensors: Tensor, inplace: bool = False) -> tuple[Tensor, Tensor]:
-    """The rule in one of its forms; arguments and results as in `delta_rule`."""
-    if form == "kernel":
-        from holdall.kernels.delta_rule import delta_rule as kernel
-
-        return kernel(*tensors)
-    if form == "loop":
-        return delta_rule.delta_rule_loop(*tensors)
-    return delta_rule.delta_rule(*tensors, chunk=chunk, inplace=inplace)
-
-
-def linear_wide(form: str, x: Tensor, weight_ED: Tensor, dtype: torch.dtype) -> Tensor:
-    """x W^T of a few outputs in `dtype`; unrounded where the kernel for few weights runs."""
-    if form == "kernel":
-        from holdall.kernels.small_linear import fits, small_linear
-
-        if fits(weight_ED):
-            return small_linear(x, weight_ED)
-    return F.linear(x, weight_ED).to(dtype)
-
-
-def norm_heads(form: str, o_BTHV: Tensor, weight_V: Tensor, eps: float, gate_BTE: Tensor | None) -> Tensor:
-    """RMS norm of each head, times silu of the gate if there is one; all heads' channels side by side."""
-    if form != "kernel":
-        y_BTE = F.rms_norm(o_BTHV, o_BTHV.shape[-1:], weight_V, eps).flatten(2)
-        return y_BTE if gate_BTE is None else y_BTE * F.silu(gate_BTE)
-    if gate_BTE is None:
-        from holdall.kernels.layer_norm import rms_norm
-
-        return rms_norm(o_BTHV, weight_V, eps, o_BTHV.dtype).flatten(2)
-    from holdall.kernels.gated_norm import gated_rms_norm
-
-    return gated_rms_norm(o_BTHV, gate_BTE.view(o_BTHV.shape), weight_V, eps, after=True).flatten(2)
 
 
 class DeltaNet(Mixer):
@@ -157,14 +126,14 @@ class DeltaNet(Mixer):
         dtype = state.s_BHKV.dtype
         q, k, v, conv_BPE = self._heads(self.qkv(x_BTD), state.conv_BPE, dtype, inplace)
         # in bf16 a beta near 1 would leave up to 1/256 of what is to be replaced
-        beta_BTH = linear_wide(self.form, x_BTD, self.beta_proj.weight, dtype).sigmoid()
+        beta_BTH = widened_linear(x_BTD, self.beta_proj.weight, form=self.form).sigmoid()
         if config.negative_eigenvalues:
             beta_BTH = 2 * beta_BTH
-        o_BTHV, s_BHKV = run_delta_rule(
-            self.form, config.chunk, q, k, v, beta_BTH, state.s_BHKV, inplace=inplace
+        o_BTHV, s_BHKV = delta_rule.delta_rule(
+            q, k, v, beta_BTH, state.s_BHKV, chunk=config.chunk, form=self.form, inplace=inplace
         )
         gate_BTD = None if self.gate_proj is None else self.gate_proj(x_BTD)
-        y_BTD = norm_heads(self.form, o_BTHV, self.norm_weight_V, config.eps, gate_BTD)
+        y_BTD = norm_heads(o_BTHV, self.norm_weight_V, config.eps, gate_BTD, form=self.form)
         return self.out_proj(y_BTD), DeltaNetState(conv_BPE, s_BHKV) if want_state else None
 
     def _heads(
@@ -172,26 +141,20 @@ class DeltaNet(Mixer):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries, keys and values of each head, and the inputs that the convolution needs next."""
         config, size = self.config, self.config.width // self.config.heads
-        if config.kernel and self.form == "kernel":
-            from holdall.kernels.short_conv import short_conv
-            from holdall.kernels.unit_heads import unit_heads
-
-            silu = config.key_map == "silu"
-            qkv_BTE, conv_BPE = short_conv(
-                qkv_BTE, self.conv_weight_EW, None, conv_BPE, silu=silu, inplace=inplace
+        unit, form = config.key_map == "silu", self.form
+        if config.kernel:
+            qkv_BTE, conv_BPE = short_conv.short_conv(
+                qkv_BTE, self.conv_weight_EW, None, conv_BPE, silu=unit, inplace=inplace, form=form
             )
-            if silu:
-                q, k, v = unit_heads(qkv_BTE, config.heads, size, size**-0.5)
-                return q, k, v.unflatten(-1, (config.heads, -1)), conv_BPE
-        elif config.kernel:
-            convolve = conv.short_conv_loop if self.form == "loop" else conv.short_conv
-            qkv_BTE, conv_BPE = convolve(qkv_BTE, self.conv_weight_EW, None, conv_BPE)
+        elif unit:
+            # SiLU is a pass of its own here, and unit vectors stay wide until the rule rounds them
+            qkv_BTE, form = F.silu(qkv_BTE), plain(form)
+        if unit:
+            q, k, v_BTD = unit_heads(qkv_BTE, config.heads, size, size**-0.5, form=form)
+            return q, k, v_BTD.unflatten(-1, (config.heads, -1)), conv_BPE
         q, k, v = (u.unflatten(-1, (config.heads, -1)) for u in qkv_BTE.chunk(3, dim=-1))
-        if config.key_map == "silu":
-            q, k = (delta_rule.unit_length(F.silu(u)) for u in (q, k))
-        else:
-            q, k = (elu_plus_one(u.to(dtype)) for u in (q, k))
-            q, k = (u / u.sum(-1, keepdim=True).clamp(min=1e-6) for u in (q, k))
+        q, k = (elu_plus_one(u.to(dtype)) for u in (q, k))
+        q, k = (u / u.sum(-1, keepdim=True).clamp(min=1e-6) for u in (q, k))
         return q * size**-0.5, k, F.silu(v), conv_BPE
 
     def init_state(

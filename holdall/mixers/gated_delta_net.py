@@ -27,8 +27,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
-from holdall.mixers.delta_net import linear_wide, norm_heads, run_delta_rule
-from holdall.ops import conv, delta_rule, hippo
+from holdall.ops import delta_rule, hippo, short_conv
+from holdall.ops.gated_rms_norm import norm_heads
+from holdall.ops.small_linear import widened_linear
+from holdall.ops.unit_heads import unit_heads
 from holdall.settings import NonNegativeFloat, NonNegativeInt, PositiveInt, Range
 
 
@@ -101,11 +103,11 @@ class GatedDeltaNetConfig(MixerConfig):
         return [self.heads * self.key_dim] * 2 + [self.states * self.value_ratio * self.key_dim]
 
     def kernel_refusal(self, device: torch.device, dtype: torch.dtype) -> str:
-        if refusal := super().kernel_refusal(device, dtype):
-            return refusal
-        from holdall.kernels import fla, short_conv
-
-        return fla.refusal(self.key_dim) or short_conv.refusal(self.kernel)
+        return (
+            super().kernel_refusal(device, dtype)
+            or delta_rule.kernel_refusal(self.key_dim)
+            or short_conv.kernel_refusal(self.kernel)
+        )
 
     def build(self) -> GatedDeltaNet:
         return GatedDeltaNet(self)
@@ -140,31 +142,23 @@ class GatedDeltaNet(Mixer):
         if state is None:
             state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
         dtype = state.s_BHKV.dtype
-        scale, filters = config.key_dim**-0.5, (self.conv_weight_EW, None, state.conv_BPE)
-        if self.form == "kernel":
-            from holdall.kernels.short_conv import short_conv
-            from holdall.kernels.unit_heads import unit_heads
-
-            qkv_BTE, conv_BPE = short_conv(self.qkv(x_BTD), *filters, silu=True, inplace=inplace)
-            q, k, v = unit_heads(qkv_BTE, config.heads, config.key_dim, scale)
-        else:
-            convolve = conv.short_conv_loop if self.form == "loop" else conv.short_conv
-            qkv_BTE, conv_BPE = convolve(self.qkv(x_BTD), *filters)
-            q, k, v = F.silu(qkv_BTE).split(config.sizes, dim=-1)
-            q, k = (delta_rule.unit_length(u.unflatten(-1, (config.heads, -1))) for u in (q, k))
-            q = q * scale
+        qkv_BTE, conv_BPE = short_conv.short_conv(
+            self.qkv(x_BTD), self.conv_weight_EW, None, state.conv_BPE, silu=True,
+            inplace=inplace, form=self.form,
+        )  # fmt: skip
+        q, k, v = unit_heads(qkv_BTE, config.heads, config.key_dim, config.key_dim**-0.5, form=self.form)
         if config.states > config.heads:
             q, k = (u.repeat_interleave(config.states // config.heads, dim=2) for u in (q, k))
         v = v.unflatten(-1, (config.states, -1))
         # decay and step decide what is kept over thousands of tokens: not in bf16
-        a_BTH, beta_BTH = linear_wide(self.form, x_BTD, self.ab_proj.weight, dtype).chunk(2, dim=-1)
+        a_BTH, beta_BTH = widened_linear(x_BTD, self.ab_proj.weight, form=self.form).chunk(2, dim=-1)
         log_w_BTH = -self.A_log.to(dtype).exp() * F.softplus(a_BTH + self.dt_bias.to(dtype))
         beta_BTH = beta_BTH.sigmoid() * (2 if config.negative_eigenvalues else 1)
-        o_BTHV, s_BHKV = run_delta_rule(
-            self.form, config.chunk, q, k, v, beta_BTH, state.s_BHKV, log_w_BTH, inplace=inplace
+        o_BTHV, s_BHKV = delta_rule.delta_rule(
+            q, k, v, beta_BTH, state.s_BHKV, log_w_BTH, chunk=config.chunk, form=self.form, inplace=inplace
         )
         gate_BTE = None if self.gate_proj is None else self.gate_proj(x_BTD)
-        y_BTE = norm_heads(self.form, o_BTHV, self.norm_weight_V, config.eps, gate_BTE)
+        y_BTE = norm_heads(o_BTHV, self.norm_weight_V, config.eps, gate_BTE, form=self.form)
         return self.out_proj(y_BTE), GatedDeltaNetState(conv_BPE, s_BHKV) if want_state else None
 
     def init_state(

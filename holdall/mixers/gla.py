@@ -20,12 +20,14 @@ from dataclasses import dataclass
 from typing import Annotated, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, State, readout_dtype, recurrent_dtype, register
-from holdall.ops import conv
-from holdall.ops.linear_attention import linear_attention, linear_attention_loop
+from holdall.contract.forms import plain
+from holdall.ops import linear_attention
+from holdall.ops.gated_rms_norm import gated_rms_norm
+from holdall.ops.short_conv import short_conv
+from holdall.ops.small_linear import small_linear
 from holdall.settings import NonNegativeFloat, PositiveFloat, PositiveInt, Range
 
 
@@ -97,11 +99,10 @@ class GLAConfig(MixerConfig):
         return int(self.value_ratio * self.width)
 
     def kernel_refusal(self, device: torch.device, dtype: torch.dtype) -> str:
-        if refusal := super().kernel_refusal(device, dtype):
-            return refusal
-        from holdall.kernels import fla
-
-        return fla.refusal(self.keys // self.heads)
+        sizes = self.keys // self.heads, self.values // self.heads
+        return super().kernel_refusal(device, dtype) or linear_attention.kernel_refusal(
+            *sizes, dtype, decay_per_key=True
+        )
 
     def build(self) -> GLA:
         return GLA(self)
@@ -129,56 +130,39 @@ class GLA(Mixer):
     def forward(
         self, x_BTD: Tensor, state: State | None = None, *, inplace: bool = False, want_state: bool = True
     ) -> tuple[Tensor, State | None]:
-        config, dtype, loop = self.config, recurrent_dtype(x_BTD.dtype), self.form == "loop"
-        fresh = state is None
+        config, fresh = self.config, state is None
         if state is None:
             state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
         s_BHKV: Tensor | None
         s_BHKV, *convs = state
         qkv_BTE, gate_BTE = self.qkvg(x_BTD).split([sum(self.sizes), config.values], dim=-1)
         if config.kernel:
-            short_conv = conv.short_conv_loop if loop else conv.short_conv
-            qkv_BTE, *convs = short_conv(qkv_BTE, self.conv_weight_EW, None, *convs)
-            qkv_BTE = F.silu(qkv_BTE)
-        log_decay_BTE = self._log_decay(self.gate_down(x_BTD), dtype)
+            qkv_BTE, *convs = short_conv(
+                qkv_BTE, self.conv_weight_EW, None, *convs, silu=True, form=plain(self.form)
+            )
+        log_decay_BTE = self._log_decay(self.gate_down(x_BTD))
         qkv_BTE = qkv_BTE.to(readout_dtype(self.form, x_BTD.dtype))
         q, k, v, log_decay_BTHK = (
             u.unflatten(-1, (config.heads, -1)) for u in (*qkv_BTE.split(self.sizes, dim=-1), log_decay_BTE)
         )
         q = q * q.shape[-1] ** -0.5
-        if loop:
-            o_BTHV, s_BHKV, _ = linear_attention_loop(q, k, v, s_BHKV, None, log_decay_BTHK)
-        else:
-            if self.form == "kernel":
-                from holdall.kernels.linear_attention import linear_attention as chunked
-            else:
-                chunked = linear_attention
-            o_BTHV, s_BHKV, _ = chunked(
-                q, k, v, None if fresh else s_BHKV, None, log_decay_BTHK,
-                inplace=inplace, want_state=want_state,
-            )  # fmt: skip
-        if self.form == "kernel":
-            from holdall.kernels.gated_norm import gated_rms_norm
-
-            gate_BTHV = gate_BTE.unflatten(-1, (config.heads, -1))
-            y_BTE = gated_rms_norm(o_BTHV, gate_BTHV, self.norm_weight_V, config.eps, after=True).flatten(2)
-        else:
-            o_BTHV = F.rms_norm(o_BTHV.to(dtype), o_BTHV.shape[-1:], eps=config.eps) * self.norm_weight_V
-            y_BTE = o_BTHV.flatten(2) * F.silu(gate_BTE.to(dtype))
+        o_BTHV, s_BHKV, _ = linear_attention.linear_attention(
+            q, k, v, None if fresh else s_BHKV, None, log_decay_BTHK,
+            inplace=inplace, want_state=want_state, form=self.form,
+        )  # fmt: skip
+        gate_BTHV = gate_BTE.unflatten(-1, (config.heads, -1))
+        y_BTHV = gated_rms_norm(o_BTHV, gate_BTHV, self.norm_weight_V, config.eps, after=True, form=self.form)
         after: State | None = None
         if want_state and s_BHKV is not None:
             after = GLAConvState(s_BHKV, *convs) if config.kernel else GLAState(s_BHKV)
-        return self.out_proj(y_BTE.to(x_BTD.dtype)), after
+        return self.out_proj(y_BTHV.flatten(2).to(x_BTD.dtype)), after
 
-    def _log_decay(self, low_BTR: Tensor, dtype: torch.dtype) -> Tensor:
+    def _log_decay(self, low_BTR: Tensor) -> Tensor:
         """What is forgotten adds up over thousands of tokens: not in bf16."""
-        weight_ER, bias_E, tau = self.gate_up.weight, self.gate_up.bias, self.config.tau
-        if self.form == "kernel":
-            from holdall.kernels.small_linear import small_linear
-
-            return small_linear(low_BTR, weight_ER, bias_E, log_sigmoid=True, scale=1 / tau)
-        logit_BTE = F.linear(low_BTR.to(dtype), weight_ER.to(dtype), bias_E.to(dtype))
-        return F.logsigmoid(logit_BTE) / tau
+        return small_linear(
+            low_BTR, self.gate_up.weight, self.gate_up.bias,
+            log_sigmoid=True, divisor=self.config.tau, form=self.form,
+        )  # fmt: skip
 
     def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None) -> State:
         config = self.config

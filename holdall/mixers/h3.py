@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
-from holdall.ops import conv, hippo, ssm
+from holdall.contract.forms import plain
+from holdall.ops import hippo, long_conv, ssm
 from holdall.settings import PositiveInt
 
 
@@ -108,13 +109,14 @@ class H3(Mixer):
         self.C = nn.Parameter(torch.randn(heads, modes, 2) * 0.5**0.5)
         self.D = nn.Parameter(torch.randn(heads))
         self.out_proj = nn.Linear(width, width)
-        # as a state can have hundreds of slots, the shift is a job for a long convolution
-        self.convolve = conv.long_conv_loop if self.form == "loop" else conv.long_conv
 
     def shift(self, k_BTD: Tensor, past_BPD: Tensor) -> tuple[Tensor, Tensor]:
         """The keys as the shift's state space puts them out, and its inputs after them."""
         new, kernel_DL = k_BTD.shape[1], self.shift_kernel(k_BTD.dtype)
-        y_BTD, seen_BSD = self.convolve(k_BTD, F.pad(kernel_DL, (0, new - 1)).T, past_BPD.to(k_BTD.dtype))
+        # as a state can have hundreds of slots, the shift is a job for a long convolution
+        y_BTD, seen_BSD = long_conv.long_conv(
+            k_BTD, F.pad(kernel_DL, (0, new - 1)).T, past_BPD.to(k_BTD.dtype), form=plain(self.form)
+        )
         after_BPD = seen_BSD[:, new:].to(past_BPD.dtype, copy=True)
         return torch.addcmul(y_BTD, k_BTD, self.shift_D.to(k_BTD.dtype)), after_BPD
 
@@ -153,7 +155,7 @@ class H3(Mixer):
         self, x_BTD: Tensor, state: H3State | None = None, *, inplace: bool = False, want_state: bool = True
     ) -> tuple[Tensor, H3State | None]:
         config, fresh = self.config, state is None
-        if self.form == "kernel" and fresh and not want_state and x_BTD.shape[1] <= conv.BY_PRODUCTS:
+        if self.form == "kernel" and fresh and not want_state and x_BTD.shape[1] <= long_conv.BY_PRODUCTS:
             return self.by_products(x_BTD), None
         if state is None:
             state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)

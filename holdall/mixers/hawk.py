@@ -30,7 +30,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
-from holdall.ops import conv, scan
+from holdall.contract.forms import plain
+from holdall.ops import scan
+from holdall.ops.short_conv import short_conv
 from holdall.settings import NonNegativeInt, PositiveInt, Range
 
 
@@ -106,7 +108,6 @@ class Hawk(Mixer):
                 layer.weight.normal_(std=layer.in_features**-0.5)
                 layer.bias.zero_()
         loop = self.form == "loop"
-        self.short_conv = conv.short_conv_loop if loop else conv.short_conv
         self.scan = (
             scan.diagonal_scan_loop if loop else functools.partial(scan.diagonal_scan, chunk=config.chunk)
         )
@@ -123,7 +124,9 @@ class Hawk(Mixer):
             state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
         dtype, new = state.h_BE.dtype, x_BTD.shape[1]
         u_BTE, x_BTE = self.in_proj(x_BTD).chunk(2, dim=-1)
-        x_BTE, conv_BPE = self.short_conv(x_BTE, self.conv_weight_EW, self.conv_bias_E, state.conv_BPE)
+        x_BTE, conv_BPE = short_conv(
+            x_BTE, self.conv_weight_EW, self.conv_bias_E, state.conv_BPE, form=plain(self.form)
+        )
         x_BTHI = x_BTE.unflatten(-1, (self.config.heads, -1))
         gate_GBTHJ = torch.einsum("bthi,ghij->gbthj", x_BTHI, self.gate_weight_GHIJ).to(dtype)
         # the gates decide what is forgotten over thousands of tokens: not in bf16

@@ -18,7 +18,6 @@ Deviations:
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -29,7 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, register
-from holdall.ops import conv
+from holdall.contract.forms import plain
+from holdall.ops import long_conv, short_conv
 from holdall.settings import PositiveFloat, PositiveInt, Range
 
 
@@ -89,7 +89,7 @@ class HyenaFilter(nn.Module):
         self.last = nn.Linear(config.hidden, channels, bias=False)
 
     def forward(self, length: int) -> Tensor:
-        z_LH = time_LZ = conv.filter_features(length, self.max_length, self.bands, self.frequency_H)
+        z_LH = time_LZ = long_conv.filter_features(length, self.max_length, self.bands, self.frequency_H)
         dtype = time_LZ.dtype
         for layer in self.hidden:
             z_LH = torch.sin(self.frequency_H.to(dtype) * _linear(layer, z_LH))
@@ -120,9 +120,6 @@ class Hyena(Mixer):
         self.filter = HyenaFilter(long_channels, config)
         self.skip_E = nn.Parameter(torch.randn(long_channels))
         self.out_proj = nn.Linear(width, width)
-        loop = self.form == "loop"
-        self.short_conv = conv.short_conv_loop if loop else conv.short_conv
-        self.long_conv = conv.long_conv_loop if loop else conv.long_conv
 
     def forward(
         self,
@@ -133,17 +130,22 @@ class Hyena(Mixer):
         want_state: bool = True,
     ) -> tuple[Tensor, HyenaState | None]:
         width = self.config.width
-        if self.form == "kernel" and state is None and not want_state and x_BTD.shape[1] <= conv.BY_PRODUCTS:
+        if (
+            self.form == "kernel"
+            and state is None
+            and not want_state
+            and x_BTD.shape[1] <= long_conv.BY_PRODUCTS
+        ):
             return self.by_products(x_BTD), None
         if state is None:
             state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
-        short_conv = self.short_conv
-        if self.form == "kernel":  # of the short convolution; the long ones are the library's transforms
-            from holdall.kernels.short_conv import short_conv as kernel
-
-            short_conv = functools.partial(kernel, inplace=inplace)
-        u_BTU, short_BPU = short_conv(
-            self.in_proj(x_BTD), self.short_weight_UW, self.short_bias_U, state.short_BPU
+        u_BTU, short_BPU = short_conv.short_conv(
+            self.in_proj(x_BTD),
+            self.short_weight_UW,
+            self.short_bias_U,
+            state.short_BPU,
+            form=self.form,
+            inplace=inplace,
         )
         *gates, v_BTD = u_BTU.split(width, dim=-1)
         filters = self.filter(state.long_BPE.shape[1] + x_BTD.shape[1]).split(width, dim=-1)
@@ -151,7 +153,7 @@ class Hyena(Mixer):
         kept: list[Tensor] = []
         for gate_BTD, h_LD, d_D, old_BPD in zip(reversed(gates[1:]), filters, skips, pasts, strict=True):
             v_BTD = v_BTD * gate_BTD
-            c_BTD, past_BPD = self.long_conv(v_BTD, h_LD, old_BPD)
+            c_BTD, past_BPD = long_conv.long_conv(v_BTD, h_LD, old_BPD, form=plain(self.form))
             v_BTD = c_BTD + d_D * v_BTD
             kept.append(past_BPD)
         after = HyenaState(short_BPU, torch.cat(kept, dim=-1)) if want_state else None

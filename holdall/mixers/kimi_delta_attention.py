@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
-from holdall.mixers.delta_net import run_delta_rule
-from holdall.ops import conv, delta_rule, hippo
+from holdall.contract.forms import plain
+from holdall.ops import delta_rule, hippo, short_conv
 from holdall.settings import NonNegativeFloat, NonNegativeInt, PositiveInt, Range
 
 
@@ -83,11 +83,7 @@ class KimiDeltaConfig(MixerConfig):
         return self.head_dim or self.width // self.heads
 
     def kernel_refusal(self, device: torch.device, dtype: torch.dtype) -> str:
-        if refusal := super().kernel_refusal(device, dtype):
-            return refusal
-        from holdall.kernels import fla
-
-        return fla.refusal(self.key_dim)
+        return super().kernel_refusal(device, dtype) or delta_rule.kernel_refusal(self.key_dim)
 
     def build(self) -> KimiDeltaAttention:
         return KimiDeltaAttention(self)
@@ -125,17 +121,18 @@ class KimiDeltaAttention(Mixer):
         if state is None:
             state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
         dtype = state.s_BHKV.dtype
-        short_conv = conv.short_conv_loop if self.form == "loop" else conv.short_conv
-        qkv_BTE, conv_BPE = short_conv(self.qkv(x_BTD), self.conv_weight_EW, None, state.conv_BPE)
-        q, k, v = F.silu(qkv_BTE).unflatten(-1, (3, config.heads, -1)).unbind(2)
+        qkv_BTE, conv_BPE = short_conv.short_conv(
+            self.qkv(x_BTD), self.conv_weight_EW, None, state.conv_BPE, silu=True, form=plain(self.form)
+        )
+        q, k, v = qkv_BTE.unflatten(-1, (3, config.heads, -1)).unbind(2)
         q, k = delta_rule.unit_length(q), delta_rule.unit_length(k)
         # decay and step decide what is kept over thousands of tokens: not in bf16
         f_BTHK = self.decay_proj(x_BTD).to(dtype).unflatten(-1, (config.heads, -1))
         log_w_BTHK = -self.A_log.to(dtype).exp()[:, None] * F.softplus(f_BTHK + self.dt_bias_HK.to(dtype))
         beta_BTH = self.beta_proj(x_BTD).to(dtype).sigmoid() * (2 if config.negative_eigenvalues else 1)
-        o_BTHV, s_BHKV = run_delta_rule(
-            self.form, config.chunk, q * config.key_dim**-0.5, k, v, beta_BTH, state.s_BHKV, log_w_BTHK,
-            inplace=inplace,
+        o_BTHV, s_BHKV = delta_rule.delta_rule(
+            q * config.key_dim**-0.5, k, v, beta_BTH, state.s_BHKV, log_w_BTHK,
+            chunk=config.chunk, inplace=inplace, form=self.form,
         )  # fmt: skip
         o_BTHV = F.rms_norm(o_BTHV, o_BTHV.shape[-1:], self.norm_weight_V, config.eps)
         y_BTD = self.out_proj(o_BTHV.flatten(2) * self.gate_proj(x_BTD).sigmoid())

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, State, recurrent_dtype, register
-from holdall.ops.linear_attention import FEATURE_MAPS, linear_attention, linear_attention_loop
+from holdall.ops.linear_attention import FEATURE_MAPS, linear_attention
 from holdall.settings import NonNegativeFloat, PositiveInt
 
 if TYPE_CHECKING:
@@ -112,45 +112,14 @@ class LinearAttention(Mixer):
     ) -> tuple[Tensor, State | None]:
         config = self.config
         q, k, v = (u.unflatten(-1, (config.heads, -1)) for u in self.qkv(x_BTD).split(self.sizes, dim=-1))
-        after: list[Tensor | None]
-        if self.form == "kernel" and x_BTD.shape[1] == 1 and not _wants_gradient(q, k, v, *(state or ())):
-            from holdall.kernels.taylor_step import taylor_step
-
-            state = state or self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
-            y_BTHV, *after = taylor_step(q, k, v, *state, eps=config.eps, inplace=inplace)
-        elif self.form == "kernel":
-            from holdall.kernels.taylor import taylor_attention
-
-            y_BTHV, *after = taylor_attention(
-                q, k, v, *(state or (None, None)), eps=config.eps, want_state=want_state
-            )
-        elif self.form == "loop":
-            state = state or self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
-            y_BTHV, *after = linear_attention_loop(
-                q, k, v, *self._widened(state), feature_map=self.feature_map, eps=config.eps
-            )
-        else:
-            y_BTHV, *after = linear_attention(
-                q,
-                k,
-                v,
-                *(self._widened(state) if state else (None, None)),
-                feature_map=self.feature_map,
-                normalise=config.normalise,
-                eps=config.eps,
-                chunk=config.chunk,
-                inplace=inplace,
-                want_state=want_state,
-            )
+        y_BTHV, *after = linear_attention(
+            q, k, v, *(state or (None, None)), feature_map=self.feature_map, normalise=config.normalise,
+            eps=config.eps, chunk=config.chunk, inplace=inplace, want_state=want_state, form=self.form,
+        )  # fmt: skip
         kept = None
         if want_state:
             kept = self._rounded(self.state_type(*(tensor for tensor in after if tensor is not None)))
         return self.out_proj(y_BTHV.flatten(2)), kept
-
-    def _widened(self, state: State) -> State:
-        """The state to go on from: a call keeps its sums in at least fp32, where a state is bf16 too."""
-        s_BHFV, *z = state
-        return (s_BHFV.to(torch.promote_types(s_BHFV.dtype, torch.float32)), *z)
 
     def _rounded(self, state: State) -> State:
         """The state to carry: s alone in bf16, since z counts the tokens."""
@@ -171,7 +140,3 @@ class LinearAttention(Mixer):
     def state_elements(self, context_len: int) -> int:
         features = self.feature_map.size(self.config.feature_dim)
         return features * (self.config.width + self.config.heads * self.config.normalise)
-
-
-def _wants_gradient(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
-from holdall.ops import conv
+from holdall.ops.long_conv import long_conv
 from holdall.settings import NonNegativeFloat, Range
 
 
@@ -75,7 +75,6 @@ class LongConv(Mixer):
             rate_D = (config.width / 2) ** (torch.arange(config.width) / config.width)
             filter_LD = 0.02 * filter_LD * torch.exp(-time_L1 * rate_D)
         self.filter_LD = nn.Parameter(filter_LD)
-        self.convolve = conv.long_conv_loop if self.form == "loop" else conv.long_conv
 
     def forward(
         self,
@@ -92,7 +91,7 @@ class LongConv(Mixer):
             filter_LD = F.softshrink(filter_LD, self.config.squash)
         length, taps = state.past_BPD.shape[1] + x_BTD.shape[1], self.config.max_length
         filter_LD = F.pad(filter_LD, (0, 0, 0, max(length - taps, 0)))
-        y_BTD, seen_BSD = self.convolve(x_BTD, filter_LD, state.past_BPD)
+        y_BTD, seen_BSD = long_conv(x_BTD, filter_LD, state.past_BPD, form=self.form)
         kept = min(length, taps - 1)
         after = LongConvState(seen_BSD[:, length - kept :].clone()) if want_state else None
         return x_BTD + y_BTD, after

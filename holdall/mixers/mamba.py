@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
-from holdall.ops import conv, hippo, scan
+from holdall.ops import hippo, scan, short_conv
 from holdall.settings import NonNegativeInt, PositiveInt, Range
 
 
@@ -71,11 +71,7 @@ class MambaConfig(MixerConfig):
         return self.dt_rank or math.ceil(self.width / 16)
 
     def kernel_refusal(self, device: torch.device, dtype: torch.dtype) -> str:
-        if refusal := super().kernel_refusal(device, dtype):
-            return refusal
-        from holdall.kernels import short_conv
-
-        return short_conv.refusal(self.kernel)
+        return super().kernel_refusal(device, dtype) or short_conv.kernel_refusal(self.kernel)
 
     def build(self) -> Mamba:
         return Mamba(self)
@@ -100,7 +96,6 @@ class Mamba(Mixer):
         with torch.no_grad():
             self.dt_proj.weight.uniform_(-(config.rank**-0.5), config.rank**-0.5)
             self.dt_proj.bias.copy_(hippo.step_size_bias(inner))
-        self.short_conv = conv.short_conv_loop if self.form == "loop" else conv.short_conv
 
     def forward(
         self,
@@ -113,15 +108,10 @@ class Mamba(Mixer):
         if state is None:
             state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
         x_BTE, z_BTE = self.in_proj(x_BTD).chunk(2, dim=-1)
-        if self.form == "kernel":
-            from holdall.kernels.short_conv import short_conv
-
-            x_BTE, conv_BPE = short_conv(
-                x_BTE, self.conv_weight_EW, self.conv_bias_E, state.conv_BPE, silu=True, inplace=inplace
-            )
-        else:
-            x_BTE, conv_BPE = self.short_conv(x_BTE, self.conv_weight_EW, self.conv_bias_E, state.conv_BPE)
-            x_BTE = F.silu(x_BTE)
+        x_BTE, conv_BPE = short_conv.short_conv(
+            x_BTE, self.conv_weight_EW, self.conv_bias_E, state.conv_BPE, silu=True,
+            inplace=inplace, form=self.form,
+        )  # fmt: skip
         down_FE, up_ER, sizes = self._narrow_projections(fill=self.form == "kernel" and x_BTD.shape[1] > 1)
         dt_BTR, b_BTN, c_BTN, _ = F.linear(x_BTE, down_FE).split(sizes, dim=-1)
         dtype = recurrent_dtype(x_BTD.dtype)

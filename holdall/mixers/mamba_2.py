@@ -26,8 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
-from holdall.ops import conv, hippo
-from holdall.ops.linear_attention import linear_attention, linear_attention_loop
+from holdall.ops import hippo
+from holdall.ops.linear_attention import linear_attention
+from holdall.ops.short_conv import short_conv
 from holdall.settings import NonNegativeFloat, PositiveInt, Range
 
 
@@ -133,7 +134,7 @@ class Mamba2(Mixer):
         inplace: bool = False,
         want_state: bool = True,
     ) -> tuple[Tensor, Mamba2State | None]:
-        config, dtype, loop = self.config, recurrent_dtype(x_BTD.dtype), self.form == "loop"
+        config, dtype = self.config, recurrent_dtype(x_BTD.dtype)
         fresh = state is None
         if state is None:
             state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
@@ -143,11 +144,11 @@ class Mamba2(Mixer):
         z_BTE, xbc_BTE, dt_BTH = self.in_proj(x_BTD).split(
             [config.inner, config.conv_channels, config.heads], dim=-1
         )
-        xbc_BTE, conv_BPE = (conv.short_conv_loop if loop else conv.short_conv)(
-            xbc_BTE, self.conv_weight_EW, self.conv_bias_E, state.conv_BPE
+        xbc_BTE, conv_BPE = short_conv(
+            xbc_BTE, self.conv_weight_EW, self.conv_bias_E, state.conv_BPE, silu=True, form=self.form
         )
         each_group = config.groups * config.state
-        x_BTE, b_BTE, c_BTE = F.silu(xbc_BTE).split([config.inner, each_group, each_group], dim=-1)
+        x_BTE, b_BTE, c_BTE = xbc_BTE.split([config.inner, each_group, each_group], dim=-1)
         k_BTHN, q_BTHN = (
             u.unflatten(-1, (config.groups, 1, config.state))
             .expand(-1, -1, -1, config.heads // config.groups, -1)
@@ -159,16 +160,10 @@ class Mamba2(Mixer):
         log_decay_BTH = -self.A_log.to(dtype).exp() * dt_BTH
         x_BTHV = x_BTE.unflatten(-1, (config.heads, -1)).to(dtype)
         v_BTHV = dt_BTH[..., None] * x_BTHV
-        s_BHNV: Tensor | None
-        if loop:
-            y_BTHV, s_BHNV, _ = linear_attention_loop(
-                q_BTHN, k_BTHN, v_BTHV, state.s_BHNV, None, log_decay_BTH
-            )
-        else:
-            y_BTHV, s_BHNV, _ = linear_attention(
-                q_BTHN, k_BTHN, v_BTHV, None if fresh else state.s_BHNV, None, log_decay_BTH,
-                chunk=config.chunk, inplace=inplace, want_state=want_state,
-            )  # fmt: skip
+        y_BTHV, s_BHNV, _ = linear_attention(
+            q_BTHN, k_BTHN, v_BTHV, None if fresh else state.s_BHNV, None, log_decay_BTH,
+            chunk=config.chunk, inplace=inplace, want_state=want_state, form=self.form,
+        )  # fmt: skip
         y_BTHV = torch.addcmul(y_BTHV.to(dtype), x_BTHV, self.D.to(dtype)[:, None])
         y_BTGE = (y_BTHV.flatten(2) * F.silu(z_BTE.to(dtype))).unflatten(-1, (config.groups, -1))
         y_BTE = F.rms_norm(y_BTGE, y_BTGE.shape[-1:], eps=config.eps).flatten(2) * self.norm_weight_E

@@ -32,8 +32,9 @@ from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, State, register
 from holdall.mixers.hyena import HyenaConfig, HyenaFilter
-from holdall.ops import conv
+from holdall.ops.long_conv import long_conv_loop
 from holdall.ops.monarch import monarch_conv
+from holdall.ops.short_conv import short_conv
 from holdall.settings import PositiveFloat, PositiveInt, Range
 
 
@@ -112,9 +113,7 @@ class MonarchMixer(Mixer):
             self.residual_filter = HyenaFilter(width, config.filter_config)
             self.residual_skip_D = nn.Parameter(torch.randn(width))
         self.out_proj = nn.Linear(width, width)
-        loop = self.form == "loop"
-        self.short_conv = conv.short_conv_loop if loop else conv.short_conv
-        self.long_conv = conv.long_conv_loop if loop else monarch_conv
+        self.long_conv = long_conv_loop if self.form == "loop" else monarch_conv
 
     def forward(
         self, x_BTD: Tensor, state: State | None = None, *, inplace: bool = False, want_state: bool = True
@@ -122,8 +121,8 @@ class MonarchMixer(Mixer):
         if state is None:
             state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
         short_BPU, *pasts = state
-        u_BTU, short_BPU = self.short_conv(
-            self.in_proj(x_BTD), self.short_weight_UW, self.short_bias_U, short_BPU
+        u_BTU, short_BPU = short_conv(
+            self.in_proj(x_BTD), self.short_weight_UW, self.short_bias_U, short_BPU, form=self.form
         )
         gate_BTD, after_BTD, v_BTD = u_BTU.chunk(3, dim=-1)
         length = pasts[0].shape[1] + x_BTD.shape[1]

@@ -27,13 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
-from holdall.ops.linear_attention import (
-    FEATURE_MAPS,
-    absorb,
-    absorb_loop,
-    linear_attention,
-    linear_attention_loop,
-)
+from holdall.ops.linear_attention import FEATURE_MAPS, absorb, kernel_refusal, linear_attention
 from holdall.settings import NonNegativeFloat, PositiveInt
 
 
@@ -96,11 +90,9 @@ class PrefixLinearAttentionConfig(MixerConfig):
     def kernel_refusal(self, device: torch.device, dtype: torch.dtype) -> str:
         if self.feature_map != "taylor":
             return f"the kernel has the Taylor map alone, not {self.feature_map}"
-        if why := super().kernel_refusal(device, dtype):
-            return why
-        from holdall.kernels.taylor import refusal
-
-        return refusal(self.feature_dim, self.width // self.heads, dtype)
+        return super().kernel_refusal(device, dtype) or kernel_refusal(
+            self.feature_dim, self.width // self.heads, dtype, feature_map=FEATURE_MAPS[self.feature_map]
+        )
 
     def build(self) -> PrefixLinearAttention:
         return PrefixLinearAttention(self)
@@ -132,46 +124,28 @@ class PrefixLinearAttention(Mixer):
         inplace: bool = False,
         want_state: bool = True,
     ) -> tuple[Tensor, PrefixState | None]:
-        config, phi, loop = self.config, self.feature_map, self.form == "loop"
+        config, phi = self.config, self.feature_map
         fresh = state is None
         if state is None:
             state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
         parts = self.qkv(x_BTD).split(self.sizes, dim=-1)
         prefix_parts = self.prefix_kv(x_BTD[:, : config.prefix]).split(self.sizes[1:], dim=-1)
         q, k, v, prefix_k, prefix_v = (u.unflatten(-1, (config.heads, -1)) for u in (*parts, *prefix_parts))
-        s_BHFV: Tensor | None
-        z_BHF: Tensor | None
-        kernel = self.form == "kernel"
-        if kernel:
-            from holdall.kernels import taylor
-        if loop:
-            zeros = torch.zeros_like(state.s_BHFV), torch.zeros_like(state.z_BHF)
-            s_BHFV, z_BHF = absorb_loop(prefix_k, prefix_v, *zeros, feature_map=phi)
-        elif kernel:
-            s_BHFV, z_BHF = taylor.absorb(prefix_k, prefix_v)
-        else:
-            s_BHFV, z_BHF = absorb(prefix_k, prefix_v, None, None, feature_map=phi, chunk=config.chunk)
+        s_BHFV, z_BHF = absorb(
+            prefix_k, prefix_v, None, None, feature_map=phi, chunk=config.chunk, form=self.form
+        )
         if not fresh:
             # rows that have read something have had their prefix
             first_B = (state.seen_B == 0).to(s_BHFV.dtype)
             s_BHFV = torch.addcmul(state.s_BHFV, s_BHFV, first_B[:, None, None, None])
             z_BHF = torch.addcmul(state.z_BHF, z_BHF, first_B[:, None, None])
-        if loop:
-            y_BTHV, s_BHFV, z_BHF = linear_attention_loop(
-                q, k, v, s_BHFV, z_BHF, feature_map=phi, eps=config.eps
-            )
-        elif kernel:
-            y_BTHV, s_BHFV, z_BHF = taylor.taylor_attention(
-                q, k, v, s_BHFV, z_BHF, eps=config.eps, want_state=want_state
-            )
-        else:
-            y_BTHV, s_BHFV, z_BHF = linear_attention(
-                q, k, v, s_BHFV, z_BHF, feature_map=phi, normalise=True, eps=config.eps,
-                chunk=config.chunk, inplace=inplace, want_state=want_state,
-            )  # fmt: skip
+        y_BTHV, after_BHFV, after_BHF = linear_attention(
+            q, k, v, s_BHFV, z_BHF, feature_map=phi, normalise=True, eps=config.eps,
+            chunk=config.chunk, inplace=inplace, want_state=want_state, form=self.form,
+        )  # fmt: skip
         after = None
-        if want_state and s_BHFV is not None and z_BHF is not None:
-            after = PrefixState(s_BHFV, z_BHF, state.seen_B + x_BTD.shape[1])
+        if want_state and after_BHFV is not None and after_BHF is not None:
+            after = PrefixState(after_BHFV, after_BHF, state.seen_B + x_BTD.shape[1])
         return self.out_proj(y_BTHV.flatten(2)), after
 
     def init_state(

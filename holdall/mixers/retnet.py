@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, readout_dtype, recurrent_dtype, register
-from holdall.ops.linear_attention import linear_attention, linear_attention_loop
+from holdall.ops import linear_attention
 from holdall.ops.rotary import rotate
 from holdall.settings import NonNegativeFloat, PositiveInt
 
@@ -68,11 +68,8 @@ class RetNetConfig(MixerConfig):
             raise ValueError(f"width {self.width} is not a multiple of twice the heads {self.heads}")
 
     def kernel_refusal(self, device: torch.device, dtype: torch.dtype) -> str:
-        if refusal := super().kernel_refusal(device, dtype):
-            return refusal
-        from holdall.kernels import fla
-
-        return fla.refusal()
+        sizes = self.width // self.heads, self.value_ratio * self.width // self.heads
+        return super().kernel_refusal(device, dtype) or linear_attention.kernel_refusal(*sizes, dtype)
 
     def build(self) -> RetNet:
         return RetNet(self)
@@ -117,18 +114,10 @@ class RetNet(Mixer):
         q = rotate(q, position_BT, frequency_F, interleaved=True)
         k = rotate(k, position_BT, frequency_F, interleaved=True) * k.shape[-1] ** -0.5
         log_decay_BTH = log_gamma_H.expand(x_BTD.shape[0], new, -1)
-        s_BHKV: Tensor | None
-        if self.form == "loop":
-            o_BTHV, s_BHKV, _ = linear_attention_loop(q, k, v, state.s_BHKV, None, log_decay_BTH)
-        else:
-            if self.form == "kernel":
-                from holdall.kernels.linear_attention import linear_attention as chunked
-            else:
-                chunked = linear_attention
-            o_BTHV, s_BHKV, _ = chunked(
-                q, k, v, None if fresh else state.s_BHKV, None, log_decay_BTH,
-                chunk=config.chunk, inplace=inplace, want_state=want_state,
-            )  # fmt: skip
+        o_BTHV, s_BHKV, _ = linear_attention.linear_attention(
+            q, k, v, None if fresh else state.s_BHKV, None, log_decay_BTH,
+            chunk=config.chunk, inplace=inplace, want_state=want_state, form=self.form,
+        )  # fmt: skip
         # sum of gamma^j over j = 0 .. n
         total_BTH = torch.expm1((position_BT[..., None] + 1) * log_gamma_H) / torch.expm1(log_gamma_H)
         o_BTHV = o_BTHV * total_BTH.rsqrt()[..., None].to(o_BTHV.dtype)

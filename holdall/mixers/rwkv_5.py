@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, readout_dtype, recurrent_dtype, register
 from holdall.mixers.rwkv_4 import depths, mix_start, ramp, shift, zigzag
-from holdall.ops.wkv import matrix_wkv, matrix_wkv_loop
+from holdall.ops.wkv import kernel_refusal, matrix_wkv
 from holdall.settings import NonNegativeInt, PositiveInt
 
 NORM_EPS = 64e-5
@@ -81,11 +81,7 @@ class RWKV5Config(MixerConfig):
         return min(self.head_size, self.width)
 
     def kernel_refusal(self, device: torch.device, dtype: torch.dtype) -> str:
-        if refusal := super().kernel_refusal(device, dtype):
-            return refusal
-        from holdall.kernels import fla
-
-        return fla.refusal(self.key_dim)
+        return super().kernel_refusal(device, dtype) or kernel_refusal(self.key_dim)
 
     def build(self) -> RWKV5:
         return RWKV5(self)
@@ -129,20 +125,14 @@ class RWKV5(Mixer):
         k, v, r = (z_BTD.unflatten(-1, (-1, self.config.key_dim)) for z_BTD in (k, v, r))
         v = v.to(readout_dtype(self.form, x_BTD.dtype))
         log_decay_HK = -self.time_decay.to(state.s_BHKV.dtype).exp()
-        o_BTHV, s_BHKV = self._wkv(r, k, v, log_decay_HK, self.time_faaaa, state.s_BHKV, inplace=inplace)
+        o_BTHV, s_BHKV = matrix_wkv(
+            r, k, v, log_decay_HK, self.time_faaaa, state.s_BHKV,
+            chunk=self.config.chunk, inplace=inplace, form=self.form,
+        )  # fmt: skip
         o_BTD = F.layer_norm(o_BTHV, o_BTHV.shape[-1:], eps=NORM_EPS).flatten(2).to(x_BTD.dtype)
         o_BTD = torch.addcmul(self.norm_bias_D, o_BTD, self.norm_weight_D)
         y_BTD = self.out_proj(o_BTD * F.silu(gate_BTD))
         return y_BTD, RWKV5State(x_BTD[:, -1].clone(), s_BHKV) if want_state else None
-
-    def _wkv(self, *tensors: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
-        if self.form == "loop":
-            return matrix_wkv_loop(*tensors)
-        if self.form == "kernel":
-            from holdall.kernels import wkv
-
-            return wkv.matrix_wkv(*tensors)
-        return matrix_wkv(*tensors, chunk=self.config.chunk, inplace=inplace)
 
     def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None) -> RWKV5State:
         width, size = self.config.width, self.config.key_dim

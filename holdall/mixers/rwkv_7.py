@@ -22,7 +22,6 @@ Deviations:
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple
 
@@ -32,7 +31,8 @@ from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
 from holdall.mixers.rwkv_4 import depths, mix_start, ramp, shift
-from holdall.ops.delta_rule import CHUNK, generalised_delta_rule, generalised_delta_rule_loop
+from holdall.ops.delta_rule import CHUNK, generalised_delta_rule, kernel_refusal
+from holdall.ops.rwkv_7 import beside, finish, prepare
 from holdall.settings import NonNegativeInt, PositiveInt, Range
 
 
@@ -104,9 +104,7 @@ class RWKV7Config(MixerConfig):
             return refusal
         if dtype == torch.float16:
             return "it reads the state out in fp16, which overflows before the norm: take bfloat16"
-        from holdall.kernels import fla
-
-        return fla.refusal(self.width // self.heads)
+        return kernel_refusal(self.width // self.heads)
 
     def build(self) -> RWKV7:
         return RWKV7(self)
@@ -157,45 +155,21 @@ class RWKV7(Mixer):
     ) -> tuple[Tensor, RWKV7State | None]:
         if state is None:
             state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
-        dtype = state.s_BHKV.dtype
-        if self.form == "kernel":
-            return self._fused(x_BTD, state, want_state)
-        before_BTD = shift(x_BTD, state.last_BD)
-        r, w, k, v, a, g = torch.lerp(x_BTD, before_BTD, self.mix_ZD[:, None, None]).unbind(0)
-        r, k, v = self.receptance(r), self.key(k), self.value(v).to(dtype)
-        # decay and removal decide what is kept over thousands of tokens: not in bf16
-        w = ((w @ self.w1).tanh() @ self.w2).to(dtype) + self.w0.to(dtype)
-        a = ((a @ self.a1 @ self.a2).to(dtype) + self.a0.to(dtype)).sigmoid()
-        g = (g @ self.g1).sigmoid() @ self.g2
-        removal = k.to(dtype) * self.k_k.to(dtype)
-        k = k * (1 + (a - 1) * self.k_a.to(dtype))
-        r, w, k, v, a, removal = (u.unflatten(-1, (self.config.heads, -1)) for u in (r, w, k, v, a, removal))
-        removal = F.normalize(removal, dim=-1)
-        log_w = -math.exp(-0.5) * w.sigmoid()
-        o_BTHV, s_BHKV = self._delta_rule(
-            r, k, v, -a * removal, removal, state.s_BHKV, log_w, inplace=inplace
-        )
-        o_BTHV = F.layer_norm(o_BTHV, o_BTHV.shape[-1:], eps=1e-5 * o_BTHV.shape[-1])
-        norm_bias_D, norm_weight_D = self.norm_bias_D.to(dtype), self.norm_weight_D.to(dtype)
-        y_BTD = torch.addcmul(norm_bias_D, o_BTHV.flatten(2), norm_weight_D)
-        bonus_BTHV = (r * k * self.r_k.to(dtype)).sum(-1, keepdim=True) * v
-        y_BTD = self.out_proj((g * (y_BTD + bonus_BTHV.flatten(2))).to(x_BTD.dtype))
-        return y_BTD, RWKV7State(x_BTD[:, -1].clone(), s_BHKV) if want_state else None
-
-    def _fused(self, x_BTD: Tensor, state: RWKV7State, want_state: bool) -> tuple[Tensor, RWKV7State | None]:
-        """The same with all but products in a few kernels."""
-        from holdall.kernels import rwkv_7
-        from holdall.kernels.delta_rule import generalised_delta_rule as kernel
-
-        few = x_BTD.shape[:2].numel() < 4 * self.config.width
-        rkv, w, a, g = (self._mapped if few else self._mapped_at_once)(x_BTD, state.last_BD)
+        # one product for all maps makes its weights first, which a few tokens do not pay for
+        at_once = self.form == "kernel" and x_BTD.shape[:2].numel() >= 4 * self.config.width
+        rkv, w, a, g = (self._mapped_at_once if at_once else self._mapped)(x_BTD, state.last_BD)
         w, a, g = w.tanh() @ self.w2, a @ self.a2, g.sigmoid() @ self.g2
-        r, log_w, k, v, a, removal = rwkv_7.prepare(
-            rkv, w, a, self.w0, self.a0, self.k_k, self.k_a, self.config.heads
+        r, log_w, k, v, a, removal = prepare(
+            rkv, w, a, self.w0, self.a0, self.k_k, self.k_a, self.config.heads, form=self.form
         )
-        o_BTHV, s_BHKV = kernel(r, k, v, a, removal, state.s_BHKV, log_w)
+        o_BTHV, s_BHKV = generalised_delta_rule(
+            r, k, v, a, removal, state.s_BHKV, log_w,
+            chunk=self.config.chunk, inplace=inplace, form=self.form,
+        )  # fmt: skip
         eps = 1e-5 * o_BTHV.shape[-1]
-        y_BTD = rwkv_7.finish(o_BTHV, r, k, v, g, self.norm_weight_D, self.norm_bias_D, self.r_k, eps)
+        y_BTD = finish(
+            o_BTHV, r, k, v, g, self.norm_weight_D, self.norm_bias_D, self.r_k, eps, form=self.form
+        )
         after = RWKV7State(x_BTD[:, -1].clone(), s_BHKV) if want_state else None
         return self.out_proj(y_BTD), after
 
@@ -208,8 +182,6 @@ class RWKV7(Mixer):
 
     def _mapped_at_once(self, x_BTD: Tensor, last_BD: Tensor) -> tuple[Tensor, ...]:
         """The same by one product: W (x + m (x' - x)) = [W (1 - m) | W m] [x | x']."""
-        from holdall.kernels import rwkv_7
-
         r, w, k, v, a, g = self.mix_ZD.unbind(0)
         maps = (
             (self.receptance.weight, r), (self.key.weight, k), (self.value.weight, v),
@@ -219,13 +191,8 @@ class RWKV7(Mixer):
         weight_ED = torch.cat([weight.float() for weight, _ in maps])
         mix_ED = torch.cat([mix_D.float().expand_as(weight) for weight, mix_D in maps])
         both = torch.cat((weight_ED * (1 - mix_ED), weight_ED * mix_ED), dim=1).to(x_BTD.dtype)
-        z_BTE = F.linear(rwkv_7.beside(x_BTD, last_BD), both)
+        z_BTE = F.linear(beside(x_BTD, last_BD, form=self.form), both)
         return z_BTE.split((3 * self.config.width, *self.config.ranks), dim=-1)
-
-    def _delta_rule(self, *tensors: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
-        if self.form == "loop":
-            return generalised_delta_rule_loop(*tensors)
-        return generalised_delta_rule(*tensors, chunk=self.config.chunk, inplace=inplace)
 
     def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None) -> RWKV7State:
         width, heads = self.config.width, self.config.heads

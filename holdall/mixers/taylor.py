@@ -22,6 +22,7 @@ import torch
 
 from holdall.contract import MixerConfig, Paper, register
 from holdall.mixers.linear_attention import LinearAttention
+from holdall.ops.linear_attention import FEATURE_MAPS, kernel_refusal
 from holdall.settings import NonNegativeFloat, PositiveInt
 
 
@@ -71,11 +72,9 @@ class TaylorConfig(MixerConfig):
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
 
     def kernel_refusal(self, device: torch.device, dtype: torch.dtype) -> str:
-        if why := super().kernel_refusal(device, dtype):
-            return why
-        from holdall.kernels.taylor import refusal
-
-        return refusal(self.feature_dim, self.width // self.heads, dtype)
+        return super().kernel_refusal(device, dtype) or kernel_refusal(
+            self.feature_dim, self.width // self.heads, dtype, feature_map=FEATURE_MAPS[self.feature_map]
+        )
 
     def build(self) -> LinearAttention:
         return LinearAttention(self)

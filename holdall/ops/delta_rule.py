@@ -34,6 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from holdall.contract.forms import kernel_of
 from holdall.ops.linear_attention import decay_between, per_key
 from holdall.ops.running import cumsum
 
@@ -44,6 +45,11 @@ CHUNK = 16
 """Tokens per chunk. Longer ones take fewer steps but lose digits: a u sums over all before it in a chunk."""
 SIDE_BY_SIDE = 64
 """Chunks that are solved side by side: enough to keep a device busy, few enough to bound the memory."""
+
+
+def kernel_refusal(key_dim: int) -> str:
+    """Why there is no kernel for heads of so many key dimensions; empty if there is one."""
+    return kernel_of(kernel_refusal)(key_dim)
 
 
 def unit_length(x: Float[Tensor, "*b k"], eps: float = 1e-6) -> Float[Tensor, "*b k"]:
@@ -84,6 +90,7 @@ def delta_rule(
     *,
     chunk: int = CHUNK,
     inplace: bool = False,
+    form: str = "parallel",
 ) -> tuple[Float[Tensor, "b t h v"], Float[Tensor, "b h k v"]]:
     """Chunk by chunk, O(T (C (K + V) + K V)).
 
@@ -94,15 +101,20 @@ def delta_rule(
         s_BHKV: the incoming state, in the dtype to compute in, zeros if nothing was read yet.
         log_decay: log w_t <= 0, (B, T, H) or (B, T, H, K); None for no decay.
         chunk: tokens per chunk. With a decay per key dimension, pairs within a chunk cost K times as
-            much memory, so such chunks are cut to 16 tokens.
-        inplace: one token may be written into the state. Not for training.
+            much memory, so such chunks are cut to 16 tokens. The kernel has a chunk length of its own.
+        inplace: the parallel form may write one token into the state. Not for training.
+        form: "loop", "parallel" or "kernel".
 
     Returns:
         y_BTHV in the dtype of v, and the next state.
     """
+    tensors = q_BTHK, k_BTHK, v_BTHV, beta_BTH, s_BHKV, log_decay
+    if form == "kernel":
+        return kernel_of(delta_rule)(*tensors)
+    if form == "loop":
+        return delta_rule_loop(*tensors)
     if q_BTHK.shape[1] == 1:  # no chunk to speak of
-        step = _step_in_place if inplace else delta_rule_loop
-        return step(q_BTHK, k_BTHK, v_BTHV, beta_BTH, s_BHKV, log_decay)
+        return _step_in_place(*tensors) if inplace else delta_rule_loop(*tensors)
     dtype = s_BHKV.dtype
     log_w, k_BTHK = _log_w(log_decay, q_BTHK, dtype), k_BTHK.to(dtype)
     beta_BTH1 = beta_BTH[..., None].to(dtype)
@@ -164,6 +176,7 @@ def generalised_delta_rule(
     *,
     chunk: int = CHUNK,
     inplace: bool = False,
+    form: str = "parallel",
 ) -> tuple[Float[Tensor, "b t h v"], Float[Tensor, "b h k v"]]:
     """Chunk by chunk, O(T (C (K + V) + K V)). Arguments and results are those of `delta_rule`, but:
 
@@ -171,9 +184,13 @@ def generalised_delta_rule(
         a_BTHK: where what the state holds under b is put; its negative share of b to remove that.
         b_BTHK: the key under which the state is read, before the decay.
     """
+    tensors = q_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, s_BHKV, log_decay
+    if form == "kernel":
+        return kernel_of(generalised_delta_rule)(*tensors)
+    if form == "loop":
+        return generalised_delta_rule_loop(*tensors)
     if q_BTHK.shape[1] == 1:
-        step = _generalised_step_in_place if inplace else generalised_delta_rule_loop
-        return step(q_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, s_BHKV, log_decay)
+        return _generalised_step_in_place(*tensors) if inplace else generalised_delta_rule_loop(*tensors)
     dtype = s_BHKV.dtype
     log_w, a_BTHK, b_BTHK = _log_w(log_decay, q_BTHK, dtype), a_BTHK.to(dtype), b_BTHK.to(dtype)
     corrected, plain = (a_BTHK, b_BTHK, torch.zeros_like(v_BTHV)), (k_BTHK, v_BTHV)

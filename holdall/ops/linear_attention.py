@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from holdall.contract.forms import kernel_of
 from holdall.ops.running import cumsum
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:  # pytest checks the shapes; nothing else needs jaxtyping
@@ -141,6 +142,20 @@ IDENTITY = FEATURE_MAPS["identity"]
 # ------------------------------------------------------------------------------------------- the maths
 
 
+def kernel_refusal(
+    key_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    *,
+    feature_map: FeatureMap = IDENTITY,
+    decay_per_key: bool = False,
+) -> str:
+    """Why there is no kernel for such heads, map and decay; empty if there is one."""
+    return kernel_of(kernel_refusal)(
+        key_dim, value_dim, dtype, feature_map=feature_map, decay_per_key=decay_per_key
+    )
+
+
 def linear_attention_loop(
     q_BTHK: Float[Tensor, "b t h k"],
     k_BTHK: Float[Tensor, "b t h k"],
@@ -187,25 +202,41 @@ def linear_attention(
     chunk: int = 128,
     inplace: bool = False,
     want_state: bool = True,
+    form: str = "parallel",
 ) -> tuple[Float[Tensor, "b t h v"], Float[Tensor, "b h f v"] | None, Float[Tensor, "b h f"] | None]:
     """Chunk by chunk: all pairs within a chunk, the state for everything before it. O(T (C (K + V) + F V)).
 
     Args:
-        s_BHFV, z_BHF: the incoming state, in the dtype to accumulate in; None if nothing was read yet
-            (z also where the output is not normalised).
+        s_BHFV, z_BHF: the incoming state; None if nothing was read yet (z also where the output is not
+            normalised). Sums are accumulated in at least fp32, where s is narrower too.
         log_decay: log a_t <= 0, (B, T, H) or, with the identity map, (B, T, H, K); None for no decay.
         normalise: divide by phi(q) . z + eps or, where a floor is given, by the larger of phi(q) . z and it.
         chunk: tokens per chunk. With a decay per key dimension, pairs within a chunk cost C times as
-            much memory, so such chunks are cut to 16 tokens.
+            much memory, so such chunks are cut to 16 tokens. Kernels have sizes of their own.
         inplace: the incoming state may be overwritten.
         want_state: whether the state after the last token is needed.
+        form: "loop", "parallel" or "kernel".
 
     Returns:
         y_BTHV in the dtype of v, and the next s and z (None where not asked for or not normalised).
 
     Before the first state exists, and for scores that have a shorter way, no features are built.
     """
+    if form == "kernel":
+        return kernel_of(linear_attention)(
+            q_BTHK, k_BTHK, v_BTHV, s_BHFV, z_BHF, log_decay, feature_map=feature_map, normalise=normalise,
+            eps=eps, floor=floor, inplace=inplace, want_state=want_state,
+        )  # fmt: skip
     dtype = torch.promote_types(v_BTHV.dtype, torch.float32)
+    if s_BHFV is not None:
+        s_BHFV = s_BHFV.to(torch.promote_types(s_BHFV.dtype, torch.float32))
+    if form == "loop":
+        if s_BHFV is None:
+            s_BHFV, z_BHF = _nothing(k_BTHK, v_BTHV, feature_map)
+            z_BHF = z_BHF if normalise else None
+        return linear_attention_loop(
+            q_BTHK, k_BTHK, v_BTHV, s_BHFV, z_BHF, log_decay, feature_map=feature_map, eps=eps, floor=floor
+        )
     q_BHTK, k_BHTK, v_BHTV = (x.transpose(1, 2).to(dtype) for x in (q_BTHK, k_BTHK, v_BTHV))
     if log_decay is not None and log_decay.ndim == 4:
         chunk = min(chunk, 16)
@@ -259,12 +290,19 @@ def absorb(
     *,
     feature_map: FeatureMap = IDENTITY,
     chunk: int = 128,
+    form: str = "parallel",
 ) -> tuple[Float[Tensor, "b h f v"], Float[Tensor, "b h f"]]:
     """s and z after keys and values that no query asks about on the way, without decay; O(T F V).
 
     Arguments are those of `linear_attention`. The tokens' order does not matter, so this is how a text is
     read without a direction.
     """
+    if form == "kernel":
+        return kernel_of(absorb)(k_BTHK, v_BTHV, s_BHFV, z_BHF, feature_map=feature_map)
+    if form == "loop":
+        if s_BHFV is None or z_BHF is None:
+            s_BHFV, z_BHF = _nothing(k_BTHK, v_BTHV, feature_map)
+        return absorb_loop(k_BTHK, v_BTHV, s_BHFV, z_BHF, feature_map=feature_map)
     dtype = torch.promote_types(v_BTHV.dtype, torch.float32)
     for k, v in zip(k_BTHK.split(chunk, dim=1), v_BTHV.split(chunk, dim=1), strict=True):
         k_BHCK, v_BHCV = (u.transpose(1, 2).to(dtype) for u in (k, v))
@@ -272,6 +310,14 @@ def absorb(
     assert s_BHFV is not None
     assert z_BHF is not None
     return s_BHFV, z_BHF
+
+
+def _nothing(k_BTHK: Tensor, v_BTHV: Tensor, feature_map: FeatureMap) -> tuple[Tensor, Tensor]:
+    """The sums of no tokens."""
+    (rows, _, heads, key_dim), value_dim = k_BTHK.shape, v_BTHV.shape[-1]
+    dtype = torch.promote_types(v_BTHV.dtype, torch.float32)
+    s_BHFV = v_BTHV.new_zeros(rows, heads, feature_map.size(key_dim), value_dim, dtype=dtype)
+    return s_BHFV, s_BHFV[..., 0].clone()
 
 
 def _kept_off_zero(norm: Tensor, eps: float, floor: float | None) -> Tensor:

@@ -88,7 +88,7 @@ def _signal(spectrum_KQ: Tensor, dft: _DFT) -> Tensor:
 def monarch_conv(
     x_BTD: Float[Tensor, "b t d"], filter_LD: Float[Tensor, "l d"], past_BPD: Float[Tensor, "b p d"]
 ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b p+t d"]]:
-    """`conv.long_conv` through Monarch matrices, O((P + T)^1.5); a single token is one dot product, O(P).
+    """`long_conv` through Monarch matrices, O((P + T)^1.5); a single token is one dot product, O(P).
 
     Blocks are as near to square as the length allows. It runs in at least fp32.
     """

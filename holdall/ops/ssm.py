@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from holdall.ops.conv import fast_size
+from holdall.ops.long_conv import fast_size
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:  # pytest checks the shapes; nothing else needs jaxtyping
     from jaxtyping import Complex, Float

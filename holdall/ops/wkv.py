@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from holdall.contract.forms import kernel_of
 from holdall.ops.scan import CHUNK, diagonal_scan
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:  # pytest checks the shapes; nothing else needs jaxtyping
@@ -113,6 +114,11 @@ def _log_add(key: Tensor, past: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------- RWKV-5
 
 
+def kernel_refusal(key_dim: int) -> str:
+    """Why there is no kernel of RWKV-5's for heads of so many key dimensions; empty if there is one."""
+    return kernel_of(kernel_refusal)(key_dim)
+
+
 def matrix_wkv_loop(
     r_BTHK: Float[Tensor, "b t h k"],
     k_BTHK: Float[Tensor, "b t h k"],
@@ -142,17 +148,25 @@ def matrix_wkv(
     *,
     chunk: int = 64,
     inplace: bool = False,
+    form: str = "parallel",
 ) -> tuple[Float[Tensor, "b t h v"], Float[Tensor, "b h k v"]]:
     """All chunks at once: within one by halves, between them by a state for each. O(T (C (K + V) + K V)).
 
     A later token sees an earlier one through the middle of the smallest block that holds both: what has faded
     up to there is a factor of the key, what fades from there on one of the receptance, and both are powers
     of decays, never a quotient. Blocks of 2, 4, ... tokens up to the chunk, a power of two, hold all pairs.
-    With `inplace`, one token is written into the memory of the state. Not for training.
+
+    `form` is "loop", "parallel" or "kernel", which has a chunk of its own. With `inplace`, the parallel form
+    writes one token into the memory of the state. Not for training.
     """
+    tensors = r_BTHK, k_BTHK, v_BTHV, w_HK, u_HK, s_BHKV
+    if form == "kernel":
+        return kernel_of(matrix_wkv)(*tensors)
+    if form == "loop":
+        return matrix_wkv_loop(*tensors)
     dtype, total = s_BHKV.dtype, r_BTHK.shape[1]
     if total == 1 and inplace:
-        return _matrix_step_in_place(r_BTHK, k_BTHK, v_BTHV, w_HK, u_HK, s_BHKV)
+        return _matrix_step_in_place(*tensors)
     chunk = min(chunk, 1 << (total - 1).bit_length())
     tail = total - (total - 1) // chunk * chunk
     w_HK, u_H11K = w_HK.to(dtype), u_HK.to(dtype)[:, None, None]

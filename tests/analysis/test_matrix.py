@@ -30,7 +30,7 @@ from holdall.commands import guarded, sweeps
 from holdall.commands import matrix as shown
 from holdall.contract import Mixer, MixerConfig
 from holdall.files import RunError
-from holdall.ops import conv, linear_attention, scan
+from holdall.ops import linear_attention, scan, short_conv
 
 N, D = 12, 8
 EPS = 1e-12
@@ -222,7 +222,7 @@ def test_a_large_block_has_no_rank(x_BTD, monkeypatch):
 
 def short(mixer: Toy, x_BTD: Tensor) -> Tensor:
     taps_DW = torch.ones(D, 3, dtype=x_BTD.dtype)
-    return conv.short_conv(x_BTD, taps_DW, None, torch.zeros(len(x_BTD), 2, D, dtype=x_BTD.dtype))[0]
+    return short_conv.short_conv(x_BTD, taps_DW, None, torch.zeros(len(x_BTD), 2, D, dtype=x_BTD.dtype))[0]
 
 
 def test_a_convolution_beside_unseen_mixing_is_not_the_matrix(x_BTD):

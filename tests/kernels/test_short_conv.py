@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.func import vmap
 
 from holdall.contract.forms import KernelError
 from holdall.kernels.short_conv import short_conv
 from holdall.mixers.mamba import MambaConfig
-from holdall.ops import conv
+from holdall.ops import short_conv as ops
 from holdall.testing import laws
 
 
 def plain(
     x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor, *, silu: bool
 ) -> tuple[Tensor, Tensor]:
-    y, after = conv.short_conv(x, weight, bias, past)
-    return (F.silu(y) if silu else y), after
+    return ops.short_conv(x, weight, bias, past, silu=silu)
 
 
 def pulled(function: object, tensors: list[Tensor | None], dtype: torch.dtype, **how: bool) -> list[Tensor]:
@@ -69,7 +67,7 @@ def test_x_may_be_a_part_of_something_wider(device: torch.device) -> None:
     x, *rest = draw(device, 2, 12, 32, 4)
     rest = [rest[0][:16].float(), rest[1][:16].float(), rest[2][..., :16].float()]
     half = x.float().chunk(2, dim=-1)[1]
-    torch.testing.assert_close(short_conv(half, *rest)[0], conv.short_conv(half, *rest)[0])
+    torch.testing.assert_close(short_conv(half, *rest)[0], ops.short_conv(half, *rest)[0])
 
 
 def test_too_many_taps_are_refused(device: torch.device) -> None:

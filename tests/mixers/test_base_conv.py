@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from holdall.mixers.base_conv import BaseConvConfig, ConvState
-from holdall.ops.conv import short_conv
+from holdall.ops.short_conv import short_conv
 from holdall.testing import laws
 
 DOUBLE = torch.float64

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from holdall.ops.conv import long_conv_loop
+from holdall.ops.long_conv import long_conv_loop
 from holdall.ops.monarch import _dft, _signal, _spectrum, monarch_conv, monarch_multiply
 from holdall.testing import laws
 

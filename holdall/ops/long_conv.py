@@ -1,9 +1,8 @@
-"""Causal convolutions along the sequence, one filter per channel.
+"""Long causal convolutions along the sequence, one filter per channel, as long as the context.
 
-    short:  y_t = b + sum_{i < W} w_i x_{t - W + 1 + i}       the last tap multiplies the current token
-    long:   y_t = sum_{j <= t} h_{t - j} x_j                  the filter is as long as the context
+    y_t = sum_{j <= t} h_{t - j} x_j
 
-Letters: B row, T new tokens, D channels, W taps, P past tokens.
+Letters: B row, T new tokens, D channels, L taps, P past tokens.
 """
 
 from __future__ import annotations
@@ -18,45 +17,6 @@ from torch import Tensor
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:  # pytest checks the shapes; nothing else needs jaxtyping
     from jaxtyping import Float
-
-
-def short_conv_loop(
-    x_BTD: Float[Tensor, "b t d"],
-    weight_DW: Float[Tensor, "d w"],
-    bias_D: Float[Tensor, "d"] | None,
-    past_BPD: Float[Tensor, "b w-1 d"],
-) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b w-1 d"]]:
-    """The definition. `past_BPD` holds the W - 1 inputs before these, oldest first; zeros at the start."""
-    ys = []
-    for t in range(x_BTD.shape[1]):
-        seen_BWD = torch.cat((past_BPD, x_BTD[:, t : t + 1]), dim=1)
-        y_BD = torch.einsum("bwd,dw->bd", seen_BWD, weight_DW)
-        ys.append(y_BD if bias_D is None else y_BD + bias_D)
-        past_BPD = seen_BWD[:, 1:]
-    return torch.stack(ys, dim=1), past_BPD.clone()
-
-
-def short_conv(
-    x_BTD: Float[Tensor, "b t d"],
-    weight_DW: Float[Tensor, "d w"],
-    bias_D: Float[Tensor, "d"] | None,
-    past_BPD: Float[Tensor, "b w-1 d"],
-) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b w-1 d"]]:
-    """W shifted products: for a handful of taps cheaper than a library's convolution. O(T W).
-
-    The sum is kept in at least fp32, as libraries do: in bf16 each tap would add a rounding of its own.
-    """
-    taps, new = weight_DW.shape[1], x_BTD.shape[1]
-    dtype = torch.promote_types(x_BTD.dtype, torch.float32)
-    seen_BSD = torch.cat((past_BPD, x_BTD), dim=1)
-    wide_BSD, weight_DW = seen_BSD.to(dtype), weight_DW.to(dtype)
-    y_BTD = wide_BSD[:, taps - 1 :] * weight_DW[:, -1]
-    if bias_D is not None:
-        y_BTD = y_BTD + bias_D
-    for tap in range(taps - 1):
-        y_BTD = torch.addcmul(y_BTD, wide_BSD[:, tap : tap + new], weight_DW[:, tap])
-    # a copy: a view of the last few tokens would keep all of them in memory for as long as the state lives
-    return y_BTD.to(x_BTD.dtype), seen_BSD[:, new:].clone()
 
 
 def filter_features(length: int, max_length: int, bands: int, like: Tensor) -> Tensor:
@@ -88,13 +48,19 @@ def long_conv_loop(
 
 
 def long_conv(
-    x_BTD: Float[Tensor, "b t d"], filter_LD: Float[Tensor, "l d"], past_BPD: Float[Tensor, "b p d"]
+    x_BTD: Float[Tensor, "b t d"],
+    filter_LD: Float[Tensor, "l d"],
+    past_BPD: Float[Tensor, "b p d"],
+    *,
+    form: str = "parallel",
 ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b p+t d"]]:
     """By the Fourier transform, O((P + T) log (P + T)); a single token is one dot product, O(P).
 
     The transform is long enough that nothing wraps around. It runs in at least fp32. Short rows on a GPU are
-    products with the filter's Toeplitz matrix, in the dtype of x.
+    products with the filter's Toeplitz matrix, in the dtype of x. `form` is "loop" or "parallel".
     """
+    if form == "loop":
+        return long_conv_loop(x_BTD, filter_LD, past_BPD)
     new = x_BTD.shape[1]
     seen_BSD = torch.cat((past_BPD, x_BTD), dim=1)
     length = seen_BSD.shape[1]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from holdall.contract import forms
-from holdall.kernels.gated_norm import gated_rms_norm, launch_backward, launch_forward
+from holdall.kernels.gated_rms_norm import gated_rms_norm, launch_backward, launch_forward
 from holdall.testing import laws
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -34,7 +34,7 @@ from torch import Tensor
 from holdall.contract.forms import require_kernel
 from holdall.kernels import cdiv, register_batch_vmap
 from holdall.kernels.language import narrow
-from holdall.kernels.layer_norm import PROGRAMS, TILE
+from holdall.kernels.layer_norm import PROGRAMS, TILE, rms_norm
 from holdall.ops.derivatives import once_differentiable
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:
@@ -58,6 +58,18 @@ def gated_rms_norm(
     require_kernel(y, z, weight_D)
     rows_1ND = (tensor.reshape(1, -1, y.shape[-1]) for tensor in (y, z))
     return _forward(*rows_1ND, weight_D[None], eps, after).view(y.shape)
+
+
+def norm_heads(
+    o_BTHV: Float[Tensor, "b t h v"],
+    weight_V: Float[Tensor, "v"],
+    eps: float,
+    gate_BTE: Float[Tensor, "b t h*v"] | None,
+) -> Float[Tensor, "b t h*v"]:
+    """RMS norm of each head, times silu of the gate if there is one, in the dtype of o."""
+    if gate_BTE is None:
+        return rms_norm(o_BTHV, weight_V, eps, o_BTHV.dtype).flatten(2)
+    return gated_rms_norm(o_BTHV, gate_BTE.view(o_BTHV.shape), weight_V, eps, after=True).flatten(2)
 
 
 def launch_forward(
@@ -114,7 +126,7 @@ def _token_stride(x_MNE: Tensor | None) -> int:
     return stride
 
 
-@torch.library.custom_op("holdall::gated_norm_forward", mutates_args=())
+@torch.library.custom_op("holdall::gated_rms_norm_forward", mutates_args=())
 def _forward(y: Tensor, z: Tensor, weight: Tensor, eps: float, after: bool) -> Tensor:
     return launch_forward(y.contiguous(), z.contiguous(), weight.contiguous(), eps, after=after)
 
@@ -125,7 +137,7 @@ def _(y: Tensor, z: Tensor, weight: Tensor, eps: float, after: bool) -> Tensor:
 
 
 @once_differentiable()
-@torch.library.custom_op("holdall::gated_norm_backward", mutates_args=())
+@torch.library.custom_op("holdall::gated_rms_norm_backward", mutates_args=())
 def _backward(
     y: Tensor, z: Tensor, weight: Tensor, dout: Tensor, eps: float, after: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
