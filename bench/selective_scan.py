@@ -15,7 +15,8 @@ from torch import Tensor
 from bench.gpu import Case
 from holdall.kernels import diagonal_scan as diagonal_kernels
 from holdall.kernels.selective_scan import selective_scan
-from holdall.ops import scan
+from holdall.ops import diagonal_scan as diagonal_ops
+from holdall.ops import selective_scan as selective_ops
 
 HALF, SINGLE = torch.bfloat16, torch.float32
 EXPONENTIALS = 3.7e12
@@ -52,7 +53,7 @@ def _inputs(rows: int, length: int, channels: int, size: int) -> tuple[list[Tens
 def _plain(
     x: Tensor, dt: Tensor, *rest: Tensor, dt_bias_D: Tensor, skip_D: Tensor, z_BTD: Tensor
 ) -> tuple[Tensor, Tensor]:
-    y, h = scan.selective_scan(x, F.softplus(dt.float() + dt_bias_D), *rest)
+    y, h = selective_ops.selective_scan(x, F.softplus(dt.float() + dt_bias_D), *rest)
     return torch.addcmul(y, x, skip_D.to(y.dtype)) * F.silu(z_BTD), h
 
 
@@ -134,7 +135,7 @@ def _diagonal(rows: int, length: int, channels: int) -> Case:
     args.append(_draw(rows, channels, dtype=SINGLE))
     return _scan_case(
         "diagonal scan", f"{rows} x {length} x {channels}, float32", 8 * 4 * args[0].numel(),
-        diagonal_kernels.diagonal_scan, scan.diagonal_scan, args,
+        diagonal_kernels.diagonal_scan, diagonal_ops.diagonal_scan, args,
     )  # fmt: skip
 
 
@@ -145,5 +146,5 @@ def _steady(rows: int, length: int, modes: int) -> Case:
     )
     return _scan_case(
         "steady scan", f"{rows} x {length} x {modes}, complex64", 5 * 8 * b.numel(),
-        diagonal_kernels.steady_scan, scan.steady_scan, [log_a, b, h],
+        diagonal_kernels.steady_scan, diagonal_ops.steady_scan, [log_a, b, h],
     )  # fmt: skip

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.gpu import Case
-from holdall.ops.attention import KeyValueCache, window_attention
+from holdall.ops.attention import KeyValueCache
+from holdall.ops.window_attention import window_attention
 
 SHAPES = (
     (1024, 64, 1, 128, 9),

@@ -274,7 +274,7 @@ def _backward_kernel(
 def diagonal_scan(
     a_BTX: Inexact[Tensor, "b t *x"], b_BTX: Inexact[Tensor, "b t *x"], h_BX: Inexact[Tensor, "b *x"]
 ) -> Inexact[Tensor, "b t *x"]:
-    """`holdall.ops.scan.diagonal_scan`: the states after each token, in the widest dtype of the three.
+    """The states after each token, as `holdall.ops.diagonal_scan` has them, in the widest dtype of the three.
 
     Raises:
         KernelError: no kernel can run on these tensors.
@@ -285,7 +285,7 @@ def diagonal_scan(
 def steady_scan(
     log_a_X: Inexact[Tensor, "*x"], b_BTX: Inexact[Tensor, "b t *x"], h_BX: Inexact[Tensor, "b *x"]
 ) -> Inexact[Tensor, "b t *x"]:
-    """`holdall.ops.scan.steady_scan`, likewise."""
+    """`holdall.ops.diagonal_scan.steady_scan`, likewise."""
     dtype = functools.reduce(torch.promote_types, (log_a_X.dtype, b_BTX.dtype, h_BX.dtype))
     forms.require_kernel(*(torch.view_as_real(u) if u.is_complex() else u for u in (log_a_X, b_BTX, h_BX)))
     exact_X = log_a_X.to(torch.complex128 if log_a_X.is_complex() else torch.float64).exp()

@@ -530,7 +530,7 @@ def selective_scan(
     z_BTD: Float[Tensor, "b t d"] | None = None,
     inplace: bool = False,
 ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b d n"]]:
-    """`holdall.ops.scan.selective_scan`, fused with Mamba's operations around it.
+    """`holdall.ops.selective_scan.selective_scan`, fused with Mamba's operations around it.
 
     Args:
         dt_BTD: the step sizes; with `dt_bias_D` the input of softplus without the bias.

@@ -47,8 +47,9 @@ from torch import Tensor
 from holdall.contract import forms
 from holdall.kernels import cdiv, register_batch_vmap
 from holdall.kernels.language import dot, narrow
-from holdall.ops.attention import KeyValueCache, empty_cache, next_ring
+from holdall.ops.attention import KeyValueCache, empty_cache
 from holdall.ops.derivatives import once_differentiable
+from holdall.ops.window_attention import next_ring
 
 MAX_HEAD_DIM = 128
 """Largest head dimension for which blocks of queries, keys and values fit into shared memory."""
@@ -520,6 +521,13 @@ def _(q_B1HK, k_B1GK, v_B1GV, ring_k_BSGK, ring_v_BSGV, seen_B, scale):
 # --------------------------------------------------------------------------------------------- the function
 
 
+def kernel_refusal(head_dim: int) -> str:
+    """Why there is no kernel for heads of this size; empty if there is one."""
+    if head_dim > MAX_HEAD_DIM:
+        return f"the kernel takes heads of at most {MAX_HEAD_DIM} dimensions, not {head_dim}"
+    return ""
+
+
 def window_attention(
     q_BTHK: Tensor,
     k_BTHK: Tensor,
@@ -531,7 +539,7 @@ def window_attention(
     inplace: bool = False,
     want_state: bool = True,
 ) -> tuple[Tensor, KeyValueCache | None]:
-    """`holdall.ops.attention.window_attention` on a GPU: same arguments, same results.
+    """`holdall.ops.window_attention` on a GPU: same arguments, same results.
 
     One token after a cache, without gradients, is one launch. In place it writes into the ring buffer;
     `seen_B` is always new. Under autocast it computes in autocast's dtype, like PyTorch's own attention.
@@ -541,10 +549,8 @@ def window_attention(
     """
     forms.require_kernel(q_BTHK, k_BTHK, v_BTHV)
     batch, new, groups, key_dim = k_BTHK.shape
-    if (head_dim := max(key_dim, v_BTHV.shape[-1])) > MAX_HEAD_DIM:
-        raise forms.KernelError(
-            f"the kernel takes heads of at most {MAX_HEAD_DIM} dimensions, not {head_dim}"
-        )
+    if why := kernel_refusal(max(key_dim, v_BTHV.shape[-1])):
+        raise forms.KernelError(why)
     if torch.is_autocast_enabled(q_BTHK.device.type):
         dtype = torch.get_autocast_dtype(q_BTHK.device.type)
     else:

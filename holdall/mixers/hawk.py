@@ -21,7 +21,6 @@ Deviations:
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple
 
@@ -31,7 +30,7 @@ from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
 from holdall.contract.forms import plain
-from holdall.ops import scan
+from holdall.ops.diagonal_scan import CHUNK, diagonal_scan
 from holdall.ops.short_conv import short_conv
 from holdall.settings import NonNegativeInt, PositiveInt, Range
 
@@ -67,7 +66,7 @@ class HawkConfig(MixerConfig):
     """Blocks of the gates' block-diagonal projections, H."""
     kernel: Annotated[int, Range(least=2)] = 4
     """Taps of the short convolution, W."""
-    chunk: PositiveInt = scan.CHUNK
+    chunk: PositiveInt = CHUNK
     """Tokens per chunk of the scan: chunks run in parallel, the tokens of a chunk one after another."""
 
     forms = ("loop", "parallel", "kernel")
@@ -107,10 +106,6 @@ class Hawk(Mixer):
             for layer in (self.in_proj, self.out_proj):
                 layer.weight.normal_(std=layer.in_features**-0.5)
                 layer.bias.zero_()
-        loop = self.form == "loop"
-        self.scan = (
-            scan.diagonal_scan_loop if loop else functools.partial(scan.diagonal_scan, chunk=config.chunk)
-        )
 
     def forward(
         self,
@@ -138,12 +133,7 @@ class Hawk(Mixer):
         first_BT = state.seen_B[:, None] + torch.arange(new, device=x_BTD.device) == 0
         scale_BTE = scale_BTE.masked_fill(first_BT[..., None], 1.0)
         a_BTE, b_BTE = log_a_BTE.exp(), scale_BTE * input_BTE * x_BTE
-        if self.form == "kernel":
-            from holdall.kernels.diagonal_scan import diagonal_scan
-
-            h_BTE = diagonal_scan(a_BTE, b_BTE, state.h_BE)
-        else:
-            h_BTE = self.scan(a_BTE, b_BTE, state.h_BE)
+        h_BTE = diagonal_scan(a_BTE, b_BTE, state.h_BE, chunk=self.config.chunk, form=self.form)
         y_BTD = self.out_proj((F.gelu(u_BTE, approximate="tanh") * h_BTE).to(x_BTD.dtype))
         # a copy of the last state: a view would keep those of all tokens in memory
         return y_BTD, HawkState(conv_BPE, h_BTE[:, -1].clone(), state.seen_B + new) if want_state else None

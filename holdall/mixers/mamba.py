@@ -22,7 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
-from holdall.ops import hippo, scan, short_conv
+from holdall.ops import hippo, short_conv
+from holdall.ops.diagonal_scan import CHUNK
+from holdall.ops.selective_scan import selective_scan
 from holdall.settings import NonNegativeInt, PositiveInt, Range
 
 
@@ -58,7 +60,7 @@ class MambaConfig(MixerConfig):
     """Taps of the short convolution, W."""
     dt_rank: NonNegativeInt = 0
     """Rank of the projection to the step sizes; 0 for width / 16, rounded up."""
-    chunk: PositiveInt = scan.CHUNK
+    chunk: PositiveInt = CHUNK
     """Tokens per chunk of the scan in plain PyTorch: chunks run in parallel, the tokens of a chunk one after
     another.
     """
@@ -118,21 +120,10 @@ class Mamba(Mixer):
         # softplus of which gives the step sizes: they decide what is forgotten over thousands of tokens, and
         # so are not in bf16
         raw_BTE, a_EN = F.linear(dt_BTR, up_ER), -self.A_log.to(dtype).exp()
-        if self.form == "kernel":
-            from holdall.kernels.selective_scan import selective_scan
-
-            y_BTE, h_BEN = selective_scan(
-                x_BTE, raw_BTE, a_EN, b_BTN, c_BTN, state.h_BEN,
-                dt_bias_D=self.dt_proj.bias, skip_D=self.D, z_BTD=z_BTE, inplace=inplace,
-            )  # fmt: skip
-        else:
-            dt_BTE = F.softplus(raw_BTE.to(dtype) + self.dt_proj.bias.to(dtype))
-            args = (x_BTE, dt_BTE, a_EN, b_BTN, c_BTN, state.h_BEN)
-            if self.form == "loop":
-                y_BTE, h_BEN = scan.selective_scan_loop(*args)
-            else:
-                y_BTE, h_BEN = scan.selective_scan(*args, chunk=self.config.chunk, inplace=inplace)
-            y_BTE = torch.addcmul(y_BTE, x_BTE, self.D.to(y_BTE.dtype)) * F.silu(z_BTE)
+        y_BTE, h_BEN = selective_scan(
+            x_BTE, raw_BTE, a_EN, b_BTN, c_BTN, state.h_BEN, dt_bias_D=self.dt_proj.bias, skip_D=self.D,
+            z_BTD=z_BTE, chunk=self.config.chunk, inplace=inplace, form=self.form,
+        )  # fmt: skip
         return self.out_proj(y_BTE), MambaState(conv_BPE, h_BEN) if want_state else None
 
     def _narrow_projections(self, *, fill: bool) -> tuple[Tensor, Tensor, list[int]]:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
-from holdall.ops.scan import CHUNK
+from holdall.ops.diagonal_scan import CHUNK
 from holdall.ops.wkv import NOTHING, wkv, wkv_loop
 from holdall.settings import NonNegativeInt, PositiveInt
 

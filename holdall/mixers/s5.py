@@ -28,7 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
-from holdall.ops import hippo, scan, ssm
+from holdall.ops import hippo, ssm
+from holdall.ops.diagonal_scan import steady_scan
 from holdall.settings import PositiveInt
 
 
@@ -132,14 +133,7 @@ class S5(Mixer):
         u_BTD, h_BP = x_BTD.to(dtype), ssm.as_complex(state.h_BP2)
         # products of parts, which autocast may round: there are no complex numbers of two bfloat16
         bu_BTP = torch.complex(*((u_BTD @ part.T).to(dtype) for part in (b_PD.real, b_PD.imag)))
-        if self.form == "kernel":
-            from holdall.kernels.diagonal_scan import steady_scan
-
-            h_BTP = steady_scan(log_a_P, bu_BTP, h_BP)
-        elif self.form == "loop":
-            h_BTP = scan.diagonal_scan_loop(log_a_P.exp().expand_as(bu_BTP), bu_BTP, h_BP)
-        else:
-            h_BTP = scan.steady_scan(log_a_P, bu_BTP, h_BP, chunk=self.config.chunk)
+        h_BTP = steady_scan(log_a_P, bu_BTP, h_BP, chunk=self.config.chunk, form=self.form)
         c_DP2 = self.C.to(dtype) * (1 + self.config.conj_sym)
         s_BTD = h_BTP.real @ c_DP2[..., 0].T - h_BTP.imag @ c_DP2[..., 1].T
         s_BTD = torch.addcmul(s_BTD, u_BTD, self.D.to(dtype)).to(x_BTD.dtype)

@@ -26,10 +26,8 @@ from holdall.contract import Mixer, MixerConfig, Paper, register
 from holdall.mixers.attention import QKV, AttentionConfig
 from holdall.ops import attention
 from holdall.ops.attention import KeyValueCache
+from holdall.ops.window_attention import kernel_refusal, window_attention
 from holdall.settings import NonNegativeInt, PositiveFloat, PositiveInt, Range, Share
-
-MAX_KERNEL_HEAD_DIM = 128
-"""Above, blocks of queries, keys and values no longer lie in a GPU's shared memory together."""
 
 
 @register(
@@ -74,10 +72,7 @@ class SlidingWindowConfig(MixerConfig):
         AttentionConfig.validate(self)  # type: ignore[arg-type]
 
     def kernel_refusal(self, device: torch.device, dtype: torch.dtype) -> str:
-        head_dim = self.width // self.heads
-        if head_dim > MAX_KERNEL_HEAD_DIM:
-            return f"the kernel takes heads of at most {MAX_KERNEL_HEAD_DIM} dimensions, not {head_dim}"
-        return super().kernel_refusal(device, dtype)
+        return super().kernel_refusal(device, dtype) or kernel_refusal(self.width // self.heads)
 
     def build(self) -> SlidingWindow:
         return SlidingWindow(self)
@@ -106,17 +101,10 @@ class SlidingWindow(Mixer):
         seen_B = torch.zeros(1, dtype=torch.long, device=x_BTD.device) if state is None else state.seen_B
         q, k, v = self.project(x_BTD, seen_B)
         window, scale = self.config.window, q.shape[-1] ** -0.5
-        after: KeyValueCache | None
-        if self.form == "loop":
-            state = state or self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
-            y_BTHV, after = attention.window_attention_loop(q, k, v, state, window=window, scale=scale)
-        else:
-            attend = attention.window_attention
-            if self.form == "kernel":
-                from holdall.kernels.window_attention import window_attention as attend
-            y_BTHV, after = attend(
-                q, k, v, state, window=window, scale=scale, inplace=inplace, want_state=want_state
-            )
+        y_BTHV, after = window_attention(
+            q, k, v, state, window=window, scale=scale,
+            inplace=inplace, want_state=want_state, form=self.form,
+        )  # fmt: skip
         return self.out_proj(y_BTHV.flatten(2)), after if want_state else None
 
     def init_state(

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from holdall.contract.forms import kernel_of
-from holdall.ops.scan import CHUNK, diagonal_scan
+from holdall.ops.diagonal_scan import CHUNK, diagonal_scan
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:  # pytest checks the shapes; nothing else needs jaxtyping
     from jaxtyping import Float

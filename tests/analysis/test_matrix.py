@@ -30,7 +30,7 @@ from holdall.commands import guarded, sweeps
 from holdall.commands import matrix as shown
 from holdall.contract import Mixer, MixerConfig
 from holdall.files import RunError
-from holdall.ops import linear_attention, scan, short_conv
+from holdall.ops import diagonal_scan, linear_attention, short_conv
 
 N, D = 12, 8
 EPS = 1e-12
@@ -243,7 +243,7 @@ def squared(u_BTD: Tensor, power: float) -> Tensor:
 
 
 def leaky(b_BTX: Tensor) -> Tensor:
-    return scan.diagonal_scan(torch.full_like(b_BTX, 0.5), b_BTX, torch.zeros_like(b_BTX[:, 0]))
+    return diagonal_scan.diagonal_scan(torch.full_like(b_BTX, 0.5), b_BTX, torch.zeros_like(b_BTX[:, 0]))
 
 
 def test_what_is_not_linear_is_not_exact_but_what_it_calls_may_be(x_BTD):

@@ -15,11 +15,11 @@ from torch import Tensor
 import holdall
 from holdall.contract.forms import KernelError
 from holdall.kernels import diagonal_scan as kernel
-from holdall.ops import scan
+from holdall.ops import diagonal_scan as ops
 from holdall.testing import laws
 
 SINGLE, COMPLEX, DOUBLE = torch.float32, torch.complex64, torch.float64
-FORMS = {True: (kernel.steady_scan, scan.steady_scan), False: (kernel.diagonal_scan, scan.diagonal_scan)}
+FORMS = {True: (kernel.steady_scan, ops.steady_scan), False: (kernel.diagonal_scan, ops.diagonal_scan)}
 
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -77,7 +77,7 @@ def test_what_a_steady_decay_rounds_off_counts_like_the_rest(
     log_a, b, h = inputs(length, device=device, dtype=dtype, steady=True)
     a = log_a.exp()
     split = results(lambda a, b, h: kernel._scan(a * 2 / 3, (a / 3).detach(), b, h), [a, b, h])
-    whole = results(lambda a, b, h: scan.steady_scan(a.log(), b, h), [a, b, h])
+    whole = results(lambda a, b, h: ops.steady_scan(a.log(), b, h), [a, b, h])
     whole["gradient of a"] = whole["gradient of a"] * 2 / 3  # the other third is a constant to autograd
     for name, right in whole.items():
         laws.assert_close(name, split[name], right, 1e-5 * laws.size(right))

@@ -17,7 +17,7 @@ from torch import Tensor
 import holdall
 from holdall.contract.forms import KernelError
 from holdall.kernels import selective_scan as kernel
-from holdall.ops import scan
+from holdall.ops import selective_scan as ops
 from holdall.testing import laws
 
 SINGLE, HALF, DOUBLE = torch.float32, torch.bfloat16, torch.float64
@@ -61,7 +61,7 @@ def plain(
     x, dt, *rest = args
     if dt_bias_D is not None:
         dt = F.softplus(dt.to(dt_bias_D.dtype) + dt_bias_D)
-    y, h = scan.selective_scan(x, dt, *rest)
+    y, h = ops.selective_scan(x, dt, *rest)
     if skip_D is not None:
         y = torch.addcmul(y, x, skip_D.to(y.dtype))
     return y if z_BTD is None else y * F.silu(z_BTD), h

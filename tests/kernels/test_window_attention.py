@@ -17,7 +17,8 @@ from torch import Tensor
 import holdall
 from holdall.contract.forms import KernelError
 from holdall.kernels import window_attention as kernel
-from holdall.ops.attention import KeyValueCache, window_attention, window_attention_loop
+from holdall.ops.attention import KeyValueCache
+from holdall.ops.window_attention import window_attention, window_attention_loop
 from holdall.testing import laws
 
 SINGLE, HALF, DOUBLE = torch.float32, torch.bfloat16, torch.float64

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from holdall.mixers.mamba_2 import Mamba2Config
-from holdall.ops.scan import selective_scan_loop
+from holdall.ops.selective_scan import selective_scan_loop
 from holdall.ops.short_conv import short_conv_loop
 from holdall.testing import laws
 

@@ -18,9 +18,8 @@ from holdall.ops.attention import (
     empty_cache,
     full_attention,
     full_attention_loop,
-    window_attention,
-    window_attention_loop,
 )
+from holdall.ops.window_attention import window_attention, window_attention_loop
 from holdall.testing import laws
 
 B, H, K, V, SCALE = 2, 2, 4, 3, 0.5

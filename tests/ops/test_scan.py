@@ -9,13 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from holdall.ops.scan import (
-    diagonal_scan,
-    diagonal_scan_loop,
-    selective_scan,
-    selective_scan_loop,
-    steady_scan,
-)
+from holdall.ops.diagonal_scan import diagonal_scan, diagonal_scan_loop, steady_scan
+from holdall.ops.selective_scan import selective_scan, selective_scan_loop
 from holdall.testing import laws
 
 B, D, N, DOUBLE = 2, 3, 4, torch.float64

@@ -1,12 +1,10 @@
-"""Diagonal recurrences: every channel has a state of its own that decays and takes in.
+"""The selective scan: a diagonal state space whose steps, inputs and outputs depend on the token.
 
-    diagonal:    h_t = a_t h_{t-1} + b_t                          steady: the same a at every t
-    selective:   h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t      y_t = h_t . C_t
+    h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t        y_t = h_t . C_t
 
-The fast forms cut time into chunks and run all chunks side by side, step by step: T / C + C steps instead of
-T, and only ever products of decays, never a quotient, so nothing overflows however much is forgotten.
+and what Mamba puts around it:  dt = softplus(raw + bias),  y <- (y + skip x) silu(z).
 
-Letters: B row, T time, G chunks, C time within a chunk, X any channels, D channels, N state per channel.
+Letters: B row, T time, G chunks, C time within a chunk, D channels, N state per channel.
 """
 
 from __future__ import annotations
@@ -19,77 +17,61 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from holdall.ops.running import cumprod
+from holdall.contract.forms import kernel_of
+from holdall.ops.diagonal_scan import CHUNK, diagonal_scan_loop
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:  # pytest checks the shapes; nothing else needs jaxtyping
-    from jaxtyping import Float, Inexact
+    from jaxtyping import Float
 
 LOG2_E = 1 / math.log(2)
-CHUNK = 256
-"""Steps per chunk: training sequences up to here are spared the second pass."""
 
 
-def diagonal_scan_loop(
-    a_BTX: Inexact[Tensor, "b t *x"], b_BTX: Inexact[Tensor, "b t *x"], h_BX: Inexact[Tensor, "b *x"]
-) -> Inexact[Tensor, "b t *x"]:
-    """The definition; returns the states after each token, h_BTX. X stands for any number of dimensions."""
-    hs = []
-    for a_BX, b_BX in zip(a_BTX.unbind(1), b_BTX.unbind(1), strict=True):
-        h_BX = a_BX * h_BX + b_BX
-        hs.append(h_BX)
-    return torch.stack(hs, dim=1)
-
-
-def diagonal_scan(
-    a_BTX: Inexact[Tensor, "b t *x"],
-    b_BTX: Inexact[Tensor, "b t *x"],
-    h_BX: Inexact[Tensor, "b *x"],
+def selective_scan(
+    input_BTD: Float[Tensor, "b t d"],
+    dt_BTD: Float[Tensor, "b t d"],
+    a_DN: Float[Tensor, "d n"],
+    b_BTN: Float[Tensor, "b t n"],
+    c_BTN: Float[Tensor, "b t n"],
+    h_BDN: Float[Tensor, "b d n"],
     *,
+    dt_bias_D: Float[Tensor, "d"] | None = None,
+    skip_D: Float[Tensor, "d"] | None = None,
+    z_BTD: Float[Tensor, "b t d"] | None = None,
     chunk: int = CHUNK,
-) -> Inexact[Tensor, "b t *x"]:
-    """The same, chunks side by side."""
-    total = a_BTX.shape[1]
-    if total <= chunk:
-        return diagonal_scan_loop(a_BTX, b_BTX, h_BX)
-    spare = -total % chunk
-    pads = (0, 0) * (a_BTX.ndim - 2) + (0, spare)
-    a_BGCX = F.pad(a_BTX, pads, value=1).unflatten(1, (-1, chunk))
-    b_BGCX = F.pad(b_BTX, pads).unflatten(1, (-1, chunk))
-    rows, chunks = a_BGCX.shape[:2]
-    zero = torch.zeros_like(b_BGCX[:, :, 0])
-    # each chunk as if nothing came before it, then what did come before, decayed
-    alone_BGCX = diagonal_scan_loop(
-        a_BGCX.flatten(0, 1), b_BGCX.flatten(0, 1), zero.flatten(0, 1)
-    ).unflatten(0, (rows, chunks))  # fmt: skip
-    kept_BGCX = cumprod(a_BGCX, 2)
-    after_BGX = diagonal_scan_loop(kept_BGCX[:, :, -1], alone_BGCX[:, :, -1], h_BX)
-    before_BGX = torch.cat((h_BX[:, None], after_BGX[:, :-1]), dim=1)
-    h_BGCX = torch.addcmul(alone_BGCX, kept_BGCX, before_BGX[:, :, None])
-    return h_BGCX.flatten(1, 2)[:, :total]
+    inplace: bool = False,
+    form: str = "parallel",
+) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b d n"]]:
+    """The scan, in the dtype of the state.
 
+    Args:
+        input_BTD: x.
+        dt_BTD: the step sizes; with `dt_bias_D` the input of softplus, before the bias is added.
+        skip_D: y += skip x.
+        z_BTD: then y *= silu(z).
+        chunk: tokens that are taken one after another, all chunks side by side. The kernel has its own.
+        inplace: the new state may overwrite the old one: the parallel form does so for up to a chunk of
+            tokens, the kernel for one. Not for training.
+        form: "loop", "parallel" or "kernel".
 
-def steady_scan(
-    log_a_X: Inexact[Tensor, "*x"],
-    b_BTX: Inexact[Tensor, "b t *x"],
-    h_BX: Inexact[Tensor, "b *x"],
-    *,
-    chunk: int = 64,
-) -> Inexact[Tensor, "b t *x"]:
-    """`diagonal_scan` of decays that do not depend on time: one chunk's powers serve all chunks and rows."""
-    total = b_BTX.shape[1]
-    if total <= chunk:
-        return diagonal_scan_loop(log_a_X.exp().expand_as(b_BTX), b_BTX, h_BX)
-    b_BGCX = F.pad(b_BTX, (0, 0) * (b_BTX.ndim - 2) + (0, -total % chunk)).unflatten(1, (-1, chunk))
-    lag_C = torch.arange(1, chunk + 1, device=h_BX.device, dtype=log_a_X.real.dtype)
-    kept_CX = (lag_C.reshape(-1, *[1] * log_a_X.ndim) * log_a_X).exp()
-    b_MCX = b_BGCX.flatten(0, 1)
-    alone_MCX = diagonal_scan_loop(kept_CX[0].expand_as(b_MCX), b_MCX, torch.zeros_like(b_MCX[:, 0]))
-    alone_BGCX = alone_MCX.unflatten(0, b_BGCX.shape[:2])
-    last_BGX = alone_BGCX[:, :, -1]
-    after_BGX = diagonal_scan_loop(kept_CX[-1].expand_as(last_BGX), last_BGX, h_BX)
-    before_BGX = torch.cat((h_BX[:, None], after_BGX[:, :-1]), dim=1)
-    h_BGCX = torch.addcmul(alone_BGCX, kept_CX, before_BGX[:, :, None])
-    return h_BGCX.flatten(1, 2)[:, :total]
+    Returns:
+        y_BTD in the dtype of x, and the last state.
+    """
+    if form == "kernel":
+        return kernel_of(selective_scan)(
+            input_BTD, dt_BTD, a_DN, b_BTN, c_BTN, h_BDN,
+            dt_bias_D=dt_bias_D, skip_D=skip_D, z_BTD=z_BTD, inplace=inplace,
+        )  # fmt: skip
+    if dt_bias_D is not None:
+        dt_BTD = F.softplus(dt_BTD.to(h_BDN.dtype) + dt_bias_D.to(h_BDN.dtype))
+    if form == "loop":
+        y_BTD, h_BDN = selective_scan_loop(input_BTD, dt_BTD, a_DN, b_BTN, c_BTN, h_BDN)
+    else:
+        y_BTD, h_BDN = selective_scan_chunks(
+            input_BTD, dt_BTD, a_DN, b_BTN, c_BTN, h_BDN, chunk=chunk, inplace=inplace
+        )
+    if skip_D is not None:
+        y_BTD = torch.addcmul(y_BTD, input_BTD, skip_D.to(y_BTD.dtype))
+    return y_BTD if z_BTD is None else y_BTD * F.silu(z_BTD), h_BDN
 
 
 def selective_scan_loop(
@@ -100,7 +82,7 @@ def selective_scan_loop(
     c_BTN: Float[Tensor, "b t n"],
     h_BDN: Float[Tensor, "b d n"],
 ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b d n"]]:
-    """The definition, in the dtype of the state; returns y_BTD in that of x, and the last state."""
+    """The definition of the scan itself; returns y_BTD in the dtype of x, and the last state."""
     dtype = h_BDN.dtype
     ys = []
     for x_BD, dt_BD, b_BN, c_BN in zip(
@@ -112,7 +94,7 @@ def selective_scan_loop(
     return torch.stack(ys, dim=1).to(x_BTD.dtype), h_BDN
 
 
-def selective_scan(
+def selective_scan_chunks(
     x_BTD: Float[Tensor, "b t d"],
     dt_BTD: Float[Tensor, "b t d"],
     a_DN: Float[Tensor, "d n"],
