@@ -23,15 +23,17 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from holdall.contract.forms import KernelError, require_kernel
-from holdall.kernels import alignment, cdiv, register_batch_vmap
+from holdall.kernels import alignment, cdiv, channels_first, register_batch_vmap
 from holdall.kernels.language import append, narrow
-from holdall.kernels.toeplitz import convolve, pull_on_matrix
+from holdall.kernels.toeplitz import convolve, pull_on_matrix, toeplitz
 from holdall.ops.derivatives import once_differentiable
+from holdall.ops.ssm import diagonal_kernel
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:
     from jaxtyping import Float
@@ -42,11 +44,38 @@ BLOCK = 1024
 """Tokens per program; a quarter of it if r > 4."""
 
 
-def refusal(head_dim: int) -> str:
+def kernel_refusal(head_dim: int) -> str:
     """Why there is no kernel for this head dimension; empty if there is one."""
     return (
         "" if head_dim <= MAX_HEAD_DIM else f"the kernel takes head_dim up to {MAX_HEAD_DIM}, not {head_dim}"
     )
+
+
+def h3(
+    x_BTD: Float[Tensor, "b t d"],
+    qkv_weight_ED: Float[Tensor, "3*d d"],
+    qkv_bias_E: Float[Tensor, "3*d"],
+    shift_DL: Float[Tensor, "d l"],
+    shift_skip_D: Float[Tensor, "d"],
+    memory: tuple[Tensor, Tensor, Tensor],
+    memory_skip_H: Float[Tensor, "h"],
+    out_weight_DD: Float[Tensor, "d d"],
+    out_bias_D: Float[Tensor, "d"],
+) -> Float[Tensor, "b t d"]:
+    """Whole short rows: both state spaces as products with the matrices of their kernels.
+
+    Raises KernelError if no kernel can run on these tensors, or for this head dimension.
+    """
+    length = x_BTD.shape[1]
+    shift_DL = F.pad(shift_DL, (0, max(length - shift_DL.shape[1], 0)))[:, :length]
+    memory_HL = diagonal_kernel(*memory, length)
+    qkv_CBT = channels_first.into_channels(x_BTD, qkv_weight_ED)
+    matrices = (
+        toeplitz(torch.cat((kernel[:, :1] + skip[:, None], kernel[:, 1:]), dim=1), qkv_CBT.dtype)
+        for kernel, skip in ((shift_DL, shift_skip_D), (memory_HL, memory_skip_H))
+    )
+    y_DBT = remember(qkv_CBT, qkv_bias_E, *matrices)
+    return channels_first.out_of_channels(y_DBT, out_weight_DD, out_bias_D)
 
 
 def remember(
@@ -68,7 +97,7 @@ def remember(
     Raises KernelError if no kernel can run on these tensors.
     """
     require_kernel(qkv_CBT, bias_C, shift_DTS, memory_HTS)
-    if why := refusal(shift_DTS.shape[0] // memory_HTS.shape[0]):
+    if why := kernel_refusal(shift_DTS.shape[0] // memory_HTS.shape[0]):
         raise KernelError(why)
     return _forward(qkv_CBT[None], bias_C[None], shift_DTS[None], memory_HTS[None])[0][0]
 

@@ -31,9 +31,9 @@ import triton.language as tl
 from torch import Tensor
 
 from holdall.contract.forms import require_kernel
-from holdall.kernels import alignment, cdiv, register_batch_vmap
+from holdall.kernels import alignment, cdiv, channels_first, register_batch_vmap
 from holdall.kernels.language import append, narrow
-from holdall.kernels.toeplitz import convolve, pull_on_matrix
+from holdall.kernels.toeplitz import convolve, pull_on_matrix, toeplitz
 from holdall.ops.derivatives import once_differentiable
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:
@@ -44,6 +44,28 @@ BACKWARD = {"BLOCK_B": 16, "BLOCK_T": 64, "num_warps": 8}
 """Rows and times of a tile."""
 TILES_EACH = 8
 """Tiles per program in the backward pass."""
+
+
+def hyena(
+    x_BTD: Float[Tensor, "b t d"],
+    in_weight_UD: Float[Tensor, "u d"],
+    in_bias_U: Float[Tensor, "u"],
+    short_weight_UW: Float[Tensor, "u w"],
+    short_bias_U: Float[Tensor, "u"],
+    filter_LE: Float[Tensor, "l e"],
+    skip_E: Float[Tensor, "e"],
+    out_weight_DD: Float[Tensor, "d d"],
+    out_bias_D: Float[Tensor, "d"],
+) -> Float[Tensor, "b t d"]:
+    """Whole short rows: long convolutions and their skips as products with one matrix each.
+
+    Raises KernelError if no kernel can run on these tensors.
+    """
+    filter_LE = torch.cat((filter_LE[:1] + skip_E, filter_LE[1:]))
+    u_UBT = channels_first.into_channels(x_BTD, in_weight_UD)
+    matrices_ETS = toeplitz(filter_LE.T, u_UBT.dtype)
+    y_DBT = gated_convolutions(u_UBT, in_bias_U, short_weight_UW, short_bias_U, matrices_ETS)
+    return channels_first.out_of_channels(y_DBT, out_weight_DD, out_bias_D)
 
 
 def gated_convolutions(

@@ -45,7 +45,7 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -55,6 +55,7 @@ from torch import Tensor
 from holdall.contract import forms
 from holdall.kernels import cdiv, gated_conv, gated_rms_norm, register_batch_vmap
 from holdall.kernels.language import add_up, dot, exp, narrow, softplus
+from holdall.ops import mamba_2 as ops
 from holdall.ops.derivatives import once_differentiable
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:
@@ -64,27 +65,8 @@ LARGEST = 128 * 64
 """Most elements of a head's state, with dimensions padded to powers of 2: it is in a program's registers."""
 
 
-class Sizes(NamedTuple):
-    """The parts of the first projection's output: z (E), x (E), B and C (G, N), dt (H)."""
-
-    heads: int
-    head_dim: int
-    groups: int
-    state: int
-
-    @property
-    def inner(self) -> int:
-        return self.heads * self.head_dim
-
-    @property
-    def channels(self) -> int:
-        return self.inner + 2 * self.groups * self.state
-
-    def parts(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Views of z, of the convolution's input, of dt, and of the padding."""
-        sizes = [self.inner, self.channels, self.heads]
-        z, xbc, dt, rest = projected.split([*sizes, projected.shape[-1] - sum(sizes)], dim=-1)
-        return z, xbc, dt, rest
+class Sizes(ops.Sizes):
+    """With what a program makes of them."""
 
     @property
     def padded(self) -> tuple[int, int]:
@@ -109,7 +91,7 @@ class Sizes(NamedTuple):
         return {"num_warps": 4, "num_stages": 3}
 
 
-def refusal(head_dim: int, state: int, taps: int) -> str:
+def kernel_refusal(head_dim: int, state: int, taps: int) -> str:
     """Why there is no kernel for these sizes; empty if there is one."""
     if math.prod(Sizes(1, head_dim, 1, state).padded) > LARGEST:
         return f"the kernel takes up to {LARGEST} elements of state per head, not {state} times {head_dim}"
@@ -126,7 +108,7 @@ def mamba_2(
     norm_weight_E: Float[Tensor, "e"],
     past_BPC: Float[Tensor, "b w-1 c"],
     s_BHNV: Float[Tensor, "b h n v"] | None,
-    sizes: Sizes,
+    sizes: ops.Sizes,
     eps: float,
 ) -> tuple[Float[Tensor, "b t e"], Float[Tensor, "b w-1 c"], Float[Tensor, "b h n v"]]:
     """The input of the second projection, and the states of convolution and scan, the latter in fp32.
@@ -140,7 +122,7 @@ def mamba_2(
         projected_BTF, conv_weight_CW, conv_bias_C, dt_bias_H, A_log_H, D_H, norm_weight_E, past_BPC, s_BHNV
     )  # fmt: skip
     forms.require_kernel(*tensors)
-    if why := refusal(sizes.head_dim, sizes.state, conv_weight_CW.shape[-1]):
+    if why := kernel_refusal(sizes.head_dim, sizes.state, conv_weight_CW.shape[-1]):
         raise forms.KernelError(why)
     out, past, s, *_ = _forward(
         *(None if x is None else x[None] for x in tensors), list(sizes), eps, torch.is_grad_enabled()

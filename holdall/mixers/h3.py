@@ -22,12 +22,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
-from holdall.contract.forms import plain
-from holdall.ops import hippo, long_conv, ssm
+from holdall.ops import hippo, ssm
+from holdall.ops.h3 import h3, kernel_refusal
 from holdall.settings import PositiveInt
 
 
@@ -80,11 +79,7 @@ class H3Config(MixerConfig):
         return self.width // self.head_dim
 
     def kernel_refusal(self, device: torch.device, dtype: torch.dtype) -> str:
-        if refusal := super().kernel_refusal(device, dtype):
-            return refusal
-        from holdall.kernels import h3
-
-        return h3.refusal(self.head_dim)
+        return super().kernel_refusal(device, dtype) or kernel_refusal(self.head_dim)
 
     def build(self) -> H3:
         return H3(self)
@@ -110,16 +105,6 @@ class H3(Mixer):
         self.D = nn.Parameter(torch.randn(heads))
         self.out_proj = nn.Linear(width, width)
 
-    def shift(self, k_BTD: Tensor, past_BPD: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys as the shift's state space puts them out, and its inputs after them."""
-        new, kernel_DL = k_BTD.shape[1], self.shift_kernel(k_BTD.dtype)
-        # as a state can have hundreds of slots, the shift is a job for a long convolution
-        y_BTD, seen_BSD = long_conv.long_conv(
-            k_BTD, F.pad(kernel_DL, (0, new - 1)).T, past_BPD.to(k_BTD.dtype), form=plain(self.form)
-        )
-        after_BPD = seen_BSD[:, new:].to(past_BPD.dtype, copy=True)
-        return torch.addcmul(y_BTD, k_BTD, self.shift_D.to(k_BTD.dtype)), after_BPD
-
     def shift_kernel(self, dtype: torch.dtype) -> Tensor:
         """What the shift convolves with, (D, n): the correlation of C with B, by transforms of twice n."""
         taps = self.config.state
@@ -133,60 +118,18 @@ class H3(Mixer):
         b_HN = scale_HN * torch.view_as_complex(self.B.to(dtype))
         return log_a_HN, b_HN, 2 * torch.view_as_complex(self.C.to(dtype))
 
-    def remember(
-        self, kv_BTKVH: Tensor, h_BKVHN2: Tensor | None, want_state: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """The diagonal state space of each head, all of whose products are rows to it."""
-        dtype, sizes = kv_BTKVH.dtype, (-1, *kv_BTKVH.shape[2:4])
-        log_a_HN, b_HN, c_HN = self.diagonal(dtype)
-        kv_MTH = kv_BTKVH.permute(0, 2, 3, 1, 4).flatten(0, 2)
-        h_MHN2: Tensor | None = None if h_BKVHN2 is None else h_BKVHN2.flatten(0, 2)
-        if self.form == "loop":
-            assert h_MHN2 is not None
-            y_MTH, h_MHN2 = ssm.diagonal_ssm_loop(kv_MTH, log_a_HN, b_HN, c_HN, h_MHN2)
-        else:
-            y_MTH, h_MHN2 = ssm.diagonal_ssm(
-                kv_MTH, log_a_HN, b_HN, c_HN, h_MHN2, chunk=self.config.chunk, want_state=want_state
-            )
-        y_MTH = torch.addcmul(y_MTH, kv_MTH, self.D.to(dtype))
-        return y_MTH.unflatten(0, sizes), None if h_MHN2 is None else h_MHN2.unflatten(0, sizes)
-
     def forward(
         self, x_BTD: Tensor, state: H3State | None = None, *, inplace: bool = False, want_state: bool = True
     ) -> tuple[Tensor, H3State | None]:
-        config, fresh = self.config, state is None
-        if self.form == "kernel" and fresh and not want_state and x_BTD.shape[1] <= long_conv.BY_PRODUCTS:
-            return self.by_products(x_BTD), None
-        if state is None:
-            state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
-        q_BTD, k_BTD, v_BTD = self.qkv(x_BTD).to(recurrent_dtype(x_BTD.dtype)).chunk(3, dim=-1)
-        k_BTD, past_BPD = self.shift(k_BTD, state.past_BPD)
-        q_BTKH, k_BTKH, v_BTVH = (
-            u.unflatten(-1, (config.heads, config.head_dim)).mT for u in (q_BTD, k_BTD, v_BTD)
-        )
-        kv_BTKVH = k_BTKH[:, :, :, None] * v_BTVH[:, :, None]
-        nothing = fresh and self.form != "loop"
-        m_BKVTH, h_BKVHN2 = self.remember(kv_BTKVH, None if nothing else state.h_BKVHN2, want_state)
-        # a product and a sum: as tiny matrix products, one per token and head, it takes a GPU 50 times longer
-        y_BTVH = (q_BTKH[:, :, :, None] * m_BKVTH.permute(0, 3, 1, 2, 4)).sum(2)
-        y_BTD = self.out_proj(y_BTVH.flatten(2).to(x_BTD.dtype))
-        return y_BTD, H3State(past_BPD, h_BKVHN2) if h_BKVHN2 is not None and want_state else None
-
-    def by_products(self, x_BTD: Tensor) -> Tensor:
-        """Whole short rows on a GPU: both state spaces as products with the matrices of their kernels."""
-        from holdall.kernels import channels_first, h3
-        from holdall.kernels.toeplitz import toeplitz
-
-        length, dtype = x_BTD.shape[1], recurrent_dtype(x_BTD.dtype)
-        shift_DL = F.pad(self.shift_kernel(dtype), (0, max(length - self.config.state, 0)))[:, :length]
-        memory_HL = ssm.diagonal_kernel(*self.diagonal(dtype), length)
-        qkv_CBT = channels_first.into_channels(x_BTD, self.qkv.weight)
-        matrices = (
-            toeplitz(torch.cat((kernel[:, :1] + skip[:, None], kernel[:, 1:]), dim=1), qkv_CBT.dtype)
-            for kernel, skip in ((shift_DL, self.shift_D), (memory_HL, self.D))
-        )
-        y_DBT = h3.remember(qkv_CBT, self.qkv.bias, *matrices)
-        return channels_first.out_of_channels(y_DBT, self.out_proj.weight, self.out_proj.bias)
+        dtype = recurrent_dtype(x_BTD.dtype)
+        y_BTD, past_BPD, h_BKVHN2 = h3(
+            x_BTD, self.qkv.weight, self.qkv.bias, self.shift_kernel(dtype), self.shift_D,
+            self.diagonal(dtype), self.D, self.out_proj.weight, self.out_proj.bias,
+            *(state or (None, None)), chunk=self.config.chunk, want_state=want_state, form=self.form,
+        )  # fmt: skip
+        if past_BPD is None or h_BKVHN2 is None or not want_state:
+            return y_BTD, None
+        return y_BTD, H3State(past_BPD, h_BKVHN2)
 
     def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None) -> H3State:
         config = self.config

@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, register
-from holdall.contract.forms import plain
-from holdall.ops import long_conv, short_conv
+from holdall.ops.hyena import hyena
+from holdall.ops.long_conv import filter_features
 from holdall.settings import PositiveFloat, PositiveInt, Range
 
 
@@ -89,7 +89,7 @@ class HyenaFilter(nn.Module):
         self.last = nn.Linear(config.hidden, channels, bias=False)
 
     def forward(self, length: int) -> Tensor:
-        z_LH = time_LZ = long_conv.filter_features(length, self.max_length, self.bands, self.frequency_H)
+        z_LH = time_LZ = filter_features(length, self.max_length, self.bands, self.frequency_H)
         dtype = time_LZ.dtype
         for layer in self.hidden:
             z_LH = torch.sin(self.frequency_H.to(dtype) * _linear(layer, z_LH))
@@ -129,52 +129,13 @@ class Hyena(Mixer):
         inplace: bool = False,
         want_state: bool = True,
     ) -> tuple[Tensor, HyenaState | None]:
-        width = self.config.width
-        if (
-            self.form == "kernel"
-            and state is None
-            and not want_state
-            and x_BTD.shape[1] <= long_conv.BY_PRODUCTS
-        ):
-            return self.by_products(x_BTD), None
-        if state is None:
-            state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
-        u_BTU, short_BPU = short_conv.short_conv(
-            self.in_proj(x_BTD),
-            self.short_weight_UW,
-            self.short_bias_U,
-            state.short_BPU,
-            form=self.form,
-            inplace=inplace,
-        )
-        *gates, v_BTD = u_BTU.split(width, dim=-1)
-        filters = self.filter(state.long_BPE.shape[1] + x_BTD.shape[1]).split(width, dim=-1)
-        pasts, skips = state.long_BPE.split(width, dim=-1), self.skip_E.split(width)
-        kept: list[Tensor] = []
-        for gate_BTD, h_LD, d_D, old_BPD in zip(reversed(gates[1:]), filters, skips, pasts, strict=True):
-            v_BTD = v_BTD * gate_BTD
-            c_BTD, past_BPD = long_conv.long_conv(v_BTD, h_LD, old_BPD, form=plain(self.form))
-            v_BTD = c_BTD + d_D * v_BTD
-            kept.append(past_BPD)
-        after = HyenaState(short_BPU, torch.cat(kept, dim=-1)) if want_state else None
-        return self.out_proj(v_BTD * gates[0]), after
-
-    def by_products(self, x_BTD: Tensor) -> Tensor:
-        """Whole short rows on a GPU: long convolutions and their skips as products with one matrix each."""
-        from holdall.kernels import channels_first, hyena
-        from holdall.kernels.toeplitz import toeplitz
-
-        filter_LE = self.filter(x_BTD.shape[1])
-        filter_LE = torch.cat((filter_LE[:1] + self.skip_E, filter_LE[1:]))
-        u_UBT = channels_first.into_channels(x_BTD, self.in_proj.weight)
-        y_DBT = hyena.gated_convolutions(
-            u_UBT,
-            self.in_proj.bias,
-            self.short_weight_UW,
-            self.short_bias_U,
-            toeplitz(filter_LE.T, u_UBT.dtype),
-        )
-        return channels_first.out_of_channels(y_DBT, self.out_proj.weight, self.out_proj.bias)
+        length = x_BTD.shape[1] + (0 if state is None else state.long_BPE.shape[1])
+        y_BTD, past = hyena(
+            x_BTD, self.in_proj.weight, self.in_proj.bias, self.short_weight_UW, self.short_bias_U,
+            self.filter(length), self.skip_E, self.out_proj.weight, self.out_proj.bias,
+            state, inplace=inplace, want_state=want_state, form=self.form,
+        )  # fmt: skip
+        return y_BTD, HyenaState(*past) if past is not None else None
 
     def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None) -> HyenaState:
         width, order = self.config.width, self.config.order

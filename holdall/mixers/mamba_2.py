@@ -26,9 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
-from holdall.ops import hippo
-from holdall.ops.linear_attention import linear_attention
-from holdall.ops.short_conv import short_conv
+from holdall.ops import hippo, mamba_2
 from holdall.settings import NonNegativeFloat, PositiveInt, Range
 
 
@@ -99,11 +97,9 @@ class Mamba2Config(MixerConfig):
         return self.inner + 2 * self.groups * self.state
 
     def kernel_refusal(self, device: torch.device, dtype: torch.dtype) -> str:
-        if refusal := super().kernel_refusal(device, dtype):
-            return refusal
-        from holdall.kernels import mamba_2
-
-        return mamba_2.refusal(self.inner // self.heads, self.state, self.kernel)
+        return super().kernel_refusal(device, dtype) or mamba_2.kernel_refusal(
+            self.inner // self.heads, self.state, self.kernel
+        )
 
     def build(self) -> Mamba2:
         return Mamba2(self)
@@ -134,56 +130,21 @@ class Mamba2(Mixer):
         inplace: bool = False,
         want_state: bool = True,
     ) -> tuple[Tensor, Mamba2State | None]:
-        config, dtype = self.config, recurrent_dtype(x_BTD.dtype)
-        fresh = state is None
-        if state is None:
-            state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
-        if self.form == "kernel":
-            y_BTD, state = self._fused(x_BTD, state.conv_BPE, None if fresh else state.s_BHNV)
-            return y_BTD, state if want_state else None
-        z_BTE, xbc_BTE, dt_BTH = self.in_proj(x_BTD).split(
-            [config.inner, config.conv_channels, config.heads], dim=-1
-        )
-        xbc_BTE, conv_BPE = short_conv(
-            xbc_BTE, self.conv_weight_EW, self.conv_bias_E, state.conv_BPE, silu=True, form=self.form
-        )
-        each_group = config.groups * config.state
-        x_BTE, b_BTE, c_BTE = xbc_BTE.split([config.inner, each_group, each_group], dim=-1)
-        k_BTHN, q_BTHN = (
-            u.unflatten(-1, (config.groups, 1, config.state))
-            .expand(-1, -1, -1, config.heads // config.groups, -1)
-            .flatten(2, 3)
-            for u in (b_BTE, c_BTE)
-        )
-        # the step sizes decide what is forgotten over thousands of tokens: not in bf16
-        dt_BTH = F.softplus(dt_BTH.to(dtype) + self.dt_bias.to(dtype))
-        log_decay_BTH = -self.A_log.to(dtype).exp() * dt_BTH
-        x_BTHV = x_BTE.unflatten(-1, (config.heads, -1)).to(dtype)
-        v_BTHV = dt_BTH[..., None] * x_BTHV
-        y_BTHV, s_BHNV, _ = linear_attention(
-            q_BTHN, k_BTHN, v_BTHV, None if fresh else state.s_BHNV, None, log_decay_BTH,
-            chunk=config.chunk, inplace=inplace, want_state=want_state, form=self.form,
-        )  # fmt: skip
-        y_BTHV = torch.addcmul(y_BTHV.to(dtype), x_BTHV, self.D.to(dtype)[:, None])
-        y_BTGE = (y_BTHV.flatten(2) * F.silu(z_BTE.to(dtype))).unflatten(-1, (config.groups, -1))
-        y_BTE = F.rms_norm(y_BTGE, y_BTGE.shape[-1:], eps=config.eps).flatten(2) * self.norm_weight_E
-        after = None if s_BHNV is None or not want_state else Mamba2State(conv_BPE, s_BHNV)
-        return self.out_proj(y_BTE.to(x_BTD.dtype)), after
-
-    def _fused(self, x_BTD: Tensor, conv_BPE: Tensor, s_BHNV: Tensor | None) -> tuple[Tensor, Mamba2State]:
-        """Everything between the two projections by one kernel each."""
-        from holdall.kernels import mamba_2
-
         config, weight_FD = self.config, self.in_proj.weight
-        if x_BTD.shape[1] > 1:  # filled up to where matrix products are fast, which one token's are not
+        conv_BPE = None if state is None else state.conv_BPE
+        if conv_BPE is None:
+            conv_BPE = x_BTD.new_zeros(len(x_BTD), config.kernel - 1, config.conv_channels)
+        if self.form == "kernel" and x_BTD.shape[1] > 1:
+            # filled up to where a GPU's matrix products are fast, which one token's are not
             weight_FD = F.pad(weight_FD, (0, 0, 0, -weight_FD.shape[0] % 16))
         y_BTE, conv_BPE, s_BHNV = mamba_2.mamba_2(
             F.linear(x_BTD, weight_FD), self.conv_weight_EW, self.conv_bias_E, self.dt_bias, self.A_log,
-            self.D, self.norm_weight_E, conv_BPE, s_BHNV,
+            self.D, self.norm_weight_E, conv_BPE, None if state is None else state.s_BHNV,
             mamba_2.Sizes(config.heads, config.inner // config.heads, config.groups, config.state),
-            config.eps,
+            config.eps, chunk=config.chunk, inplace=inplace, want_state=want_state, form=self.form,
         )  # fmt: skip
-        return self.out_proj(y_BTE), Mamba2State(conv_BPE, s_BHNV)
+        after = None if s_BHNV is None or not want_state else Mamba2State(conv_BPE, s_BHNV)
+        return self.out_proj(y_BTE), after
 
     def init_state(
         self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None

@@ -240,5 +240,5 @@ def test_what_it_cannot_do_is_refused(device: torch.device) -> None:
         Mamba2Config(width=64, state=200, form="kernel").build().to(device)(
             torch.zeros(1, 2, 64, device=device)
         )
-    assert "taps" in kernel.refusal(64, 64, 9)
-    assert not kernel.refusal(64, 128, 4)
+    assert "taps" in kernel.kernel_refusal(64, 64, 9)
+    assert not kernel.kernel_refusal(64, 128, 4)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import holdall
 from holdall.mixers.h3 import H3, H3Config
+from holdall.ops.h3 import remember, shift
 from holdall.testing import laws
 
 DOUBLE = torch.float64
@@ -100,7 +101,7 @@ def test_a_fresh_shift_is_a_convolution_with_c() -> None:
     impulse_BTD = torch.zeros(1, 6, 3, dtype=DOUBLE)
     impulse_BTD[:, 0] = 1
     past_BPD = torch.zeros(1, 3, 3, dtype=DOUBLE)
-    k_BTD, _ = mixer.shift(impulse_BTD, past_BPD)
+    k_BTD, _ = shift(impulse_BTD, mixer.shift_kernel(DOUBLE), mixer.shift_D, past_BPD)
     want_TD = torch.zeros(6, 3, dtype=DOUBLE)
     want_TD[:4] = mixer.shift_C.T
     want_TD[0] += mixer.shift_D
@@ -118,7 +119,7 @@ def test_a_mode_is_the_bilinear_oscillation_of_its_frequency() -> None:
         mixer.D.zero_()
         impulse = torch.zeros(1, 40, 1, 1, 1, dtype=DOUBLE)
         impulse[:, 0] = 1
-        y, _ = mixer.remember(impulse, None, want_state=False)
+        y, _ = remember(impulse, mixer.diagonal(DOUBLE), mixer.D, None, want_state=False)
         c = complex(*mixer.C[0, 0])
     ring = [2 * (c * dt * cmath.exp(complex(-rate, frequency) * dt * (t + 0.5))).real for t in range(40)]
     # the rule of second order is close to the exact solution, to dt^2

@@ -1,0 +1,116 @@
+"""What Mamba-2 does between its two projections: a convolution, a scan with one decay per head, a gated norm.
+
+    [x B C] = silu(shortconv(x B C))        dt = softplus(dt + b)        A = -exp(A_log)
+    S_t = exp(dt_t A) S_{t-1} + B_t (dt_t x_t)^T        y_t = S_t^T C_t + D x_t
+    out = w * RMSNorm(y * silu(z))                      each group of channels by itself
+
+Letters: B row, T time, F channels of the first projection, C convolved channels, W taps, P past tokens, E
+inner channels, H heads, V dims of a head, G groups, N state.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from holdall.contract.forms import kernel_of
+from holdall.ops.linear_attention import linear_attention
+from holdall.ops.short_conv import short_conv
+
+if TYPE_CHECKING or "jaxtyping" in sys.modules:  # pytest checks the shapes; nothing else needs jaxtyping
+    from jaxtyping import Float
+
+
+class Sizes(NamedTuple):
+    """The parts of the first projection's output: z (E), x (E), B and C (G, N), dt (H)."""
+
+    heads: int
+    head_dim: int
+    groups: int
+    state: int
+
+    @property
+    def inner(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def channels(self) -> int:
+        return self.inner + 2 * self.groups * self.state
+
+    def parts(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Views of z, of the convolution's input, of dt, and of the padding."""
+        sizes = [self.inner, self.channels, self.heads]
+        z, xbc, dt, rest = projected.split([*sizes, projected.shape[-1] - sum(sizes)], dim=-1)
+        return z, xbc, dt, rest
+
+
+def kernel_refusal(head_dim: int, state: int, taps: int) -> str:
+    """Why there is no kernel for these sizes; empty if there is one."""
+    return kernel_of(kernel_refusal)(head_dim, state, taps)
+
+
+def mamba_2(
+    projected_BTF: Float[Tensor, "b t f"],
+    conv_weight_CW: Float[Tensor, "c w"],
+    conv_bias_C: Float[Tensor, "c"],
+    dt_bias_H: Float[Tensor, "h"],
+    A_log_H: Float[Tensor, "h"],
+    D_H: Float[Tensor, "h"],
+    norm_weight_E: Float[Tensor, "e"],
+    past_BPC: Float[Tensor, "b w-1 c"],
+    s_BHNV: Float[Tensor, "b h n v"] | None,
+    sizes: Sizes,
+    eps: float,
+    *,
+    chunk: int = 128,
+    inplace: bool = False,
+    want_state: bool = True,
+    form: str = "parallel",
+) -> tuple[Float[Tensor, "b t e"], Float[Tensor, "b w-1 c"], Float[Tensor, "b h n v"] | None]:
+    """What the second projection reads, and the states of convolution and scan.
+
+    Args:
+        projected_BTF: z, x, B, C and dt; columns behind them are not read.
+        past_BPC: the inputs of the convolution before these.
+        s_BHNV: the incoming state of the scan; None if nothing was read yet.
+        eps: of the norm.
+        chunk: tokens whose pairs are computed at once. The kernel has its own.
+        inplace: `s_BHNV` may be overwritten; the kernel leaves it alone.
+        want_state: whether the state after the last token is needed; the kernel gives it in any case.
+        form: "loop", "parallel" or "kernel".
+
+    Returns:
+        The output in the dtype of the projection, and the two states, that of the scan in at least fp32.
+    """
+    if form == "kernel":
+        return kernel_of(mamba_2)(
+            projected_BTF, conv_weight_CW, conv_bias_C, dt_bias_H, A_log_H, D_H, norm_weight_E, past_BPC,
+            s_BHNV, sizes, eps,
+        )  # fmt: skip
+    dtype = torch.promote_types(projected_BTF.dtype, torch.float32)
+    z_BTE, xbc_BTC, dt_BTH, _ = sizes.parts(projected_BTF)
+    xbc_BTC, past_BPC = short_conv(xbc_BTC, conv_weight_CW, conv_bias_C, past_BPC, silu=True, form=form)
+    each = sizes.groups * sizes.state
+    x_BTE, b_BTE, c_BTE = xbc_BTC.split([sizes.inner, each, each], dim=-1)
+    k_BTHN, q_BTHN = (
+        u.unflatten(-1, (sizes.groups, 1, sizes.state))
+        .expand(-1, -1, -1, sizes.heads // sizes.groups, -1)
+        .flatten(2, 3)
+        for u in (b_BTE, c_BTE)
+    )
+    # the step sizes decide what is forgotten over thousands of tokens: not in bf16
+    dt_BTH = F.softplus(dt_BTH.to(dtype) + dt_bias_H.to(dtype))
+    log_decay_BTH = -A_log_H.to(dtype).exp() * dt_BTH
+    x_BTHV = x_BTE.unflatten(-1, (sizes.heads, -1)).to(dtype)
+    y_BTHV, s_BHNV, _ = linear_attention(
+        q_BTHN, k_BTHN, dt_BTH[..., None] * x_BTHV, s_BHNV, None, log_decay_BTH,
+        chunk=chunk, inplace=inplace, want_state=want_state, form=form,
+    )  # fmt: skip
+    y_BTHV = torch.addcmul(y_BTHV.to(dtype), x_BTHV, D_H.to(dtype)[:, None])
+    y_BTGE = (y_BTHV.flatten(2) * F.silu(z_BTE.to(dtype))).unflatten(-1, (sizes.groups, -1))
+    y_BTE = F.rms_norm(y_BTGE, y_BTGE.shape[-1:], eps=eps).flatten(2) * norm_weight_E
+    return y_BTE.to(projected_BTF.dtype), past_BPC, s_BHNV
