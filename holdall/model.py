@@ -41,7 +41,8 @@ from holdall.contract import (
 )
 from holdall.contract.room import advanced, beyond, check_room
 from holdall.kernels import fold, unfold
-from holdall.ops import cross_entropy
+from holdall.ops.cross_entropy import linear_cross_entropy
+from holdall.ops.layer_norm import kernel_refusal, layer_norm
 from holdall.settings import NonNegativeFloat, NonNegativeInt, PositiveInt, Range
 
 
@@ -154,18 +155,12 @@ class LayerNorm(nn.LayerNorm):
         """Why the kernel cannot run on x; empty if it can."""
         if x.device.type != "cuda":
             return f"this is on device '{x.device.type}'"
-        if self.normalized_shape[0] > 8192:
-            return f"the kernel takes a width of at most 8192, not {self.normalized_shape[0]}"
         refusals = (forms.kernel_refusal(x.device, dtype) for dtype in (x.dtype, self.weight.dtype))
-        return next(filter(None, refusals), "")
+        return next(filter(None, refusals), "") or kernel_refusal(self.normalized_shape[0])
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.refusal(x):
-            from holdall.kernels.layer_norm import layer_norm
-
-            return layer_norm(x, self.weight, self.bias, self.eps, self.weight.dtype)
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps).to(self.weight.dtype)
+        form = "parallel" if self.refusal(x) else "kernel"
+        return layer_norm(x, self.weight, self.bias, self.eps, self.weight.dtype, form=form)
 
 
 class Block(nn.Module):
@@ -443,11 +438,9 @@ def head_loss(h_ND: Tensor, head_VD: Tensor, target_N: Tensor) -> tuple[Tensor, 
     head in bf16, plain PyTorch reads both in fp32, and the gradients come in the dtype of each.
     """
     if not has_kernel(h_ND):
-        return cross_entropy.linear_cross_entropy(h_ND.to(head_VD.dtype), head_VD, target_N)
-    from holdall.kernels import cross_entropy as kernel
-
+        return linear_cross_entropy(h_ND.to(head_VD.dtype), head_VD, target_N)
     with torch.autocast(h_ND.device.type, h_ND.dtype, enabled=h_ND.dtype != head_VD.dtype):
-        return kernel.linear_cross_entropy(h_ND, head_VD, target_N)
+        return linear_cross_entropy(h_ND, head_VD, target_N, form="kernel")
 
 
 def has_kernel(x: Tensor) -> bool:

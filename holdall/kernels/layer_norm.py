@@ -42,6 +42,11 @@ PROGRAMS = 1024
 """Programs of the backward pass, all members together: enough to fill a GPU, few enough to sum over."""
 
 
+def kernel_refusal(width: int) -> str:
+    """Why there is no kernel for rows of this width; empty if there is one."""
+    return f"the kernel takes a width of at most {MAX_WIDTH}, not {width}" if width > MAX_WIDTH else ""
+
+
 def layer_norm(
     x: Float[Tensor, "*b d"],
     weight_D: Float[Tensor, "d"],

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from holdall.contract.forms import kernel_of
 from holdall.ops.derivatives import once_differentiable
 
 
@@ -23,7 +24,7 @@ def linear_cross_entropy_loop(h_ND: Tensor, head_VD: Tensor, target_N: Tensor) -
 
 
 def linear_cross_entropy(
-    h_ND: Tensor, head_VD: Tensor, target_N: Tensor, *, block: int | None = None
+    h_ND: Tensor, head_VD: Tensor, target_N: Tensor, *, block: int | None = None, form: str = "parallel"
 ) -> tuple[Tensor, Tensor]:
     """The mean loss and whether each prediction is right, block by block.
 
@@ -32,11 +33,14 @@ def linear_cross_entropy(
 
     Args:
         block: predictions whose logits exist at once; None for as many as make about 4 MB, which stay in a
-            CPU's cache, or 256 MB on a GPU, which wants large products.
+            CPU's cache, or 256 MB on a GPU, which wants large products. The kernel has a size of its own.
+        form: "parallel" or "kernel", which under autocast takes h and head in different dtypes.
 
     Returns:
         The mean loss, a scalar that carries gradients to h and head, and right_N, booleans.
     """
+    if form == "kernel":
+        return kernel_of(linear_cross_entropy)(h_ND, head_VD, target_N)
     logits = 1 << 26 if h_ND.device.type == "cuda" else 1 << 20
     block = block or max(32, logits // head_VD.shape[0])
     loss, right_N, *_ = _LinearCrossEntropy.apply(h_ND, head_VD, target_N, block)

@@ -13,6 +13,7 @@ from torch.func import vmap
 from holdall.contract.forms import KernelError
 from holdall.kernels.small_linear import _backward as small_linear_backward
 from holdall.kernels.small_linear import small_linear
+from holdall.ops import small_linear as ops
 from holdall.testing import laws
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -119,6 +120,20 @@ def test_it_compiles_whole(device: torch.device) -> None:
     compiled = torch.compile(kernel, fullgraph=True, backend="aot_eager")
     for one, other in zip(pulled(compiled, *how), pulled(kernel, *how), strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.compile
+def test_an_op_that_has_not_found_its_kernel_yet_compiles_whole(device: torch.device) -> None:
+    """The import happens while the compiler traces, which could not trace it."""
+    tensors, _, _ = draw((2, 10, 16, 8, True), torch.float32, device)
+
+    def op(*tensors: Tensor) -> Tensor:
+        return ops.small_linear(*tensors, log_sigmoid=True, divisor=16, form="kernel")
+
+    vars(ops.small_linear).pop("kernel", None)
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*tensors), kernel(*tensors, True))
+    assert ops.small_linear.kernel is small_linear  # type: ignore[attr-defined]
 
 
 def test_fp64_is_refused(device: torch.device) -> None:
