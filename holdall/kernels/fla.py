@@ -1,25 +1,47 @@
-"""flash-linear-attention as a backend: its Triton kernels behind our signatures, in tested versions.
+"""flash-linear-attention as a backend: the one adapter to its Triton kernels, in tested versions.
 
 It is an optional package (`fla-core`, imported as `fla`, by Yang, Zhang and others). It is never used
 silently: a mixer's `form` is then "kernel", and a version that our tests have not compared with our loops is
-refused by name. Beyond what the package does, this file provides:
+refused by name (`KNOWN_GOOD`).
 
-- one pair of custom operations for all of its rules, so that they run under `vmap`, `torch.compile` and in
-  CUDA graphs, with gradients of every input and of the incoming state, from output and final state;
+What is used: the forward and the backward half of each rule, which the package's public functions keep inside
+autograd Functions without a rule for `vmap`. Here they are one pair of custom operations for all rules, which
+run under `vmap`, `torch.compile` and in CUDA graphs, with gradients of every input and of the incoming state,
+from output and final state.
+
+    rule                    of the package, below fla.ops       for our op
+    decay per head          common.fused_chunk, common.chunk_h  linear_attention
+    decay per key           gla.chunk                           linear_attention, wkv.matrix_wkv
+    delta                   delta_rule.chunk                    delta_rule
+    delta, decay per head   gated_delta_rule.chunk              delta_rule
+    delta, decay per key    kda.chunk_fwd, kda.chunk_bwd        delta_rule
+    generalised delta       generalized_delta_rule.dplr.chunk   generalised_delta_rule
+    sums of decays          utils                               all of these
+
+What is set by public ways: fp32 tensors are multiplied in three passes of tf32 instead of one, by Triton's
+own knob, while a kernel runs (`_running`); the package's other backends (such as tilelang), which it would
+use by default if they are installed, are disabled by its environment variable, unless the package was
+imported before this file.
+
+What is patched, when a module of the package is loaded (`load`) and nowhere else, since no public way exists:
+
 - one fixed configuration per kernel, from the package's list. Its autotuning times 3 to 60 of them for every
   new head dimension, number of heads or, for some kernels, batch size: minutes of compilation for each model
   of a sweep, and two runs may choose differently and so not be bit-identical. With one configuration, new
-  head dimensions compile in 2 to 11 seconds (7 to 22 in fp32), and a new length needs no compilation;
-- accurate fp32: fp32 tensors are multiplied in three passes of tf32 instead of one;
-- our own kernel in place of an incorrect one, holdall/kernels/chunk_gradients.py, and a fallback where that
-  has not been tested: see `per_head_is_broken`;
-- in fp32, our own kernel for the gradient of decays, holdall/kernels/decay_gradients.py, where the package
-  takes a difference of sums that loses all digits of strong decays. For the remaining rounding error see
-  `LOST_PER_NAT`. In 16 bits the difference is kept: its inputs are rounded as coarsely, and the exact sum
-  takes twice as long as the rest of the backward pass.
+  head dimensions compile in 2 to 11 seconds (7 to 22 in fp32), and a new length needs no compilation. The
+  package can read configurations from a folder of files, but only for the whole process, set in the
+  environment before its first import, and not for kernels under Triton's own autotuner;
+- SOLVE_TRIL_DOT_PRECISION, a constant of two modules: the precision of solving triangular systems, which they
+  choose by the GPU, also for fp32. FLA_TRIL_PRECISION in the environment is another module's;
+- chunk_bwd_dqkwg, replaced by our own kernel (holdall/kernels/chunk_gradients.py), since some versions of
+  Triton miscompile the package's for Hopper GPUs, where it then refuses to run: see `per_head_is_broken`. Its
+  callers accept no other function;
+- in tests, what Triton's interpreter cannot run (`_make_interpretable`).
 
-The package's other backends (such as tilelang), which it would use by default if they are installed, are
-disabled, unless the package was imported before this file.
+Beside the package: in fp32, the gradient of decays is our own kernel (holdall/kernels/decay_gradients.py),
+where the package takes a difference of sums that loses all digits of strong decays. For the remaining
+rounding error see `LOST_PER_NAT`. In 16 bits the difference is kept: its inputs are rounded as coarsely, and
+the exact sum takes twice as long as the rest of the backward pass.
 
 Letters: B row, T time, H heads, K key dim, V value dim.
 """
@@ -117,32 +139,34 @@ PREFERRED = {"BK": 64, "BV": 64, "BS": 32, "BH": 2, "num_warps": 4, "num_stages"
 
 @functools.cache
 def load(name: str) -> Any:
-    """Import a module of the package and fix one configuration for each of its kernels."""
+    """Import a module of the package, patched as the beginning of this file describes."""
     before = set(sys.modules)
     with warnings.catch_warnings():  # it warns where there is no GPU
         warnings.simplefilter("ignore")
         os.environ.setdefault("FLA_DISABLE_BACKEND_DISPATCH", "1")
         module = importlib.import_module(f"fla.{name}")
-    from triton.runtime.autotuner import Autotuner
-
     for path, owner in list(sys.modules.items()):
-        if not path.startswith("fla."):
-            continue
-        if path not in before and hasattr(owner, "SOLVE_TRIL_DOT_PRECISION") and not forms.interpreted():
-            precision = vars(owner)["SOLVE_TRIL_DOT_PRECISION"]
-            vars(owner)["SOLVE_TRIL_DOT_PRECISION"] = type(precision)(FP32)
-        for kernel in list(vars(owner).values()):
-            while kernel is not None and not isinstance(kernel, Autotuner):
-                kernel = (
-                    getattr(kernel, "fn", None) if type(kernel).__module__.startswith("triton.") else None
-                )
-            if kernel is not None:
-                kernel.configs = [min(kernel.configs, key=_distance)]
-        if forms.interpreted():
-            _make_interpretable(owner)
+        if path.startswith("fla."):
+            _hold(owner, is_new=path not in before)
     if hasattr(module, "chunk_bwd_dqkwg"):
         module.chunk_bwd_dqkwg = _chunk_gradients  # type: ignore[attr-defined]
     return module
+
+
+def _hold(module: Any, *, is_new: bool) -> None:
+    """Fix one configuration for each kernel of a module, and the precision of its triangular systems."""
+    from triton.runtime.autotuner import Autotuner
+
+    if is_new and hasattr(module, "SOLVE_TRIL_DOT_PRECISION") and not forms.interpreted():
+        precision = vars(module)["SOLVE_TRIL_DOT_PRECISION"]
+        vars(module)["SOLVE_TRIL_DOT_PRECISION"] = type(precision)(FP32)
+    for kernel in list(vars(module).values()):
+        while kernel is not None and not isinstance(kernel, Autotuner):
+            kernel = getattr(kernel, "fn", None) if type(kernel).__module__.startswith("triton.") else None
+        if kernel is not None:
+            kernel.configs = [min(kernel.configs, key=_distance)]
+    if forms.interpreted():
+        _make_interpretable(module)
 
 
 def _chunk_gradients(q: Tensor, k: Tensor, v: Tensor, w: Tensor, g: Tensor | None, **own: Any) -> Any:
