@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
-from holdall.ops.linear_attention import linear_attention, linear_attention_loop
+from holdall.ops.linear_attention import linear_attention
 from holdall.settings import PositiveInt
 
 FLOOR = 1e-6
@@ -105,16 +105,11 @@ class Cosformer(Mixer):
         turn = (theta_BT11.sin(), theta_BT11.cos())
         q_BTHF, k_BTHF = (torch.cat([F.relu(u).to(dtype) * part for part in turn], dim=-1) for u in (q, k))
         s_BHFV: Tensor | None
-        if self.form == "loop":
-            y_BTHV, s_BHFV, z_BHF = linear_attention_loop(
-                q_BTHF, k_BTHF, v_BTHV, state.s_BHFV, state.z_BHF, floor=FLOOR
-            )
-        else:
-            sums = (None, None) if fresh else (state.s_BHFV, state.z_BHF)
-            y_BTHV, s_BHFV, z_BHF = linear_attention(
-                q_BTHF, k_BTHF, v_BTHV, *sums, normalise=True, floor=FLOOR,
-                chunk=config.chunk, inplace=inplace, want_state=want_state,
-            )  # fmt: skip
+        sums = (None, None) if fresh else (state.s_BHFV, state.z_BHF)
+        y_BTHV, s_BHFV, z_BHF = linear_attention(
+            q_BTHF, k_BTHF, v_BTHV, *sums, normalise=True, floor=FLOOR,
+            chunk=config.chunk, inplace=inplace, want_state=want_state, form=self.form,
+        )  # fmt: skip
         after = None
         if want_state and s_BHFV is not None and z_BHF is not None:
             after = CosformerState(s_BHFV, z_BHF, state.seen_B + new)

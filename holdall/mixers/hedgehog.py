@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
-from holdall.ops.linear_attention import linear_attention, linear_attention_loop
+from holdall.ops.linear_attention import linear_attention
 from holdall.settings import NonNegativeInt, PositiveInt
 
 EPS = 1e-12
@@ -110,14 +110,10 @@ class Hedgehog(Mixer):
         q_BTHF = hedgehog_features(q.to(dtype), self.map_q_HKF.to(dtype))
         k_BTHF = hedgehog_features(k.to(dtype), self.map_k_HKF.to(dtype))
         s_BHFV: Tensor | None
-        if self.form == "loop":
-            state = state or self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
-            y_BTHV, s_BHFV, z_BHF = linear_attention_loop(q_BTHF, k_BTHF, v_BTHV, *state, eps=EPS)
-        else:
-            y_BTHV, s_BHFV, z_BHF = linear_attention(
-                q_BTHF, k_BTHF, v_BTHV, *(state or (None, None)), normalise=True, eps=EPS,
-                chunk=config.chunk, inplace=inplace, want_state=want_state,
-            )  # fmt: skip
+        y_BTHV, s_BHFV, z_BHF = linear_attention(
+            q_BTHF, k_BTHF, v_BTHV, *(state or (None, None)), normalise=True, eps=EPS,
+            chunk=config.chunk, inplace=inplace, want_state=want_state, form=self.form,
+        )  # fmt: skip
         after = None
         if want_state and s_BHFV is not None and z_BHF is not None:
             after = HedgehogState(s_BHFV, z_BHF)

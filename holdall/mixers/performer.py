@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
-from holdall.ops.linear_attention import linear_attention, linear_attention_loop
+from holdall.ops.linear_attention import linear_attention
 from holdall.ops.running import cumsum
 from holdall.settings import NonNegativeInt, PositiveInt
 
@@ -150,15 +150,10 @@ class Performer(Mixer):
         else:
             q_BTHF, k_BTHF = F.relu(q_BTHF) + eps, F.relu(k_BTHF) + eps
         s_BHFV: Tensor | None
-        if self.form == "loop":
-            o_BTHV, s_BHFV, _ = linear_attention_loop(
-                q_BTHF, k_BTHF, v_BTHV, state.s_BHFV, None, log_decay_BTH
-            )
-        else:
-            o_BTHV, s_BHFV, _ = linear_attention(
-                q_BTHF, k_BTHF, v_BTHV, None if fresh else state.s_BHFV, None, log_decay_BTH,
-                chunk=config.chunk, inplace=inplace, want_state=want_state,
-            )  # fmt: skip
+        o_BTHV, s_BHFV, _ = linear_attention(
+            q_BTHF, k_BTHF, v_BTHV, None if fresh else state.s_BHFV, None, log_decay_BTH,
+            chunk=config.chunk, inplace=inplace, want_state=want_state, form=self.form,
+        )  # fmt: skip
         q_sum_BTH1, sum_eps = q_BTHF.sum(-1, keepdim=True), SUM_EPS
         after: FavorState | ReluState | None = None
         if isinstance(state, FavorState) and peak_BTH is not None:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
-from holdall.ops.linear_attention import FEATURE_MAPS, linear_attention, linear_attention_loop
+from holdall.ops.linear_attention import FEATURE_MAPS, linear_attention
 from holdall.settings import NonNegativeFloat, PositiveInt
 
 SQUARES = FEATURE_MAPS["quadratic"]
@@ -97,14 +97,10 @@ class Rebased(Mixer):
         q, k, v = self.qkv(x_BTD).split(self.sizes, dim=-1)
         q, k, v = (u.unflatten(-1, (config.heads, -1)) for u in (self.ln_q(q), self.ln_k(k), v))
         s_BHFV: Tensor | None
-        if self.form == "loop":
-            state = state or self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
-            y_BTHV, s_BHFV, z_BHF = linear_attention_loop(q, k, v, *state, feature_map=SQUARES, eps=EPS)
-        else:
-            y_BTHV, s_BHFV, z_BHF = linear_attention(
-                q, k, v, *(state or (None, None)), feature_map=SQUARES, normalise=True, eps=EPS,
-                chunk=config.chunk, inplace=inplace, want_state=want_state,
-            )  # fmt: skip
+        y_BTHV, s_BHFV, z_BHF = linear_attention(
+            q, k, v, *(state or (None, None)), feature_map=SQUARES, normalise=True, eps=EPS,
+            chunk=config.chunk, inplace=inplace, want_state=want_state, form=self.form,
+        )  # fmt: skip
         after = None
         if want_state and s_BHFV is not None and z_BHF is not None:
             after = RebasedState(s_BHFV, z_BHF)

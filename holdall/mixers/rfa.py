@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
-from holdall.ops.linear_attention import linear_attention, linear_attention_loop
+from holdall.ops.linear_attention import linear_attention
 from holdall.settings import NonNegativeFloat, PositiveFloat, PositiveInt
 
 SCALE = 0.1
@@ -129,17 +129,11 @@ class Rfa(Mixer):
             # 1 - g is sigmoid(-gate), with all its digits where g is close to 1
             log_decay_BTH, k_BTHF = F.logsigmoid(gate_BTH), k_BTHF * torch.sigmoid(-gate_BTH)[..., None]
         s_BHFV: Tensor | None
-        if self.form == "loop":
-            state = state or self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
-            y_BTHV, s_BHFV, z_BHF = linear_attention_loop(
-                q_BTHF, k_BTHF, v_BTHV, *state, log_decay_BTH, floor=config.resolved_floor
-            )
-        else:
-            y_BTHV, s_BHFV, z_BHF = linear_attention(
-                q_BTHF, k_BTHF, v_BTHV, state and state.s_BHFV, state and state.z_BHF, log_decay_BTH,
-                normalise=True, floor=config.resolved_floor, chunk=config.chunk,
-                inplace=inplace, want_state=want_state,
-            )  # fmt: skip
+        y_BTHV, s_BHFV, z_BHF = linear_attention(
+            q_BTHF, k_BTHF, v_BTHV, state and state.s_BHFV, state and state.z_BHF, log_decay_BTH,
+            normalise=True, floor=config.resolved_floor, chunk=config.chunk,
+            inplace=inplace, want_state=want_state, form=self.form,
+        )  # fmt: skip
         after = None
         if want_state and s_BHFV is not None and z_BHF is not None:
             after = RfaState(s_BHFV, z_BHF)
