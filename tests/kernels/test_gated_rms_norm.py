@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.func import vmap
 
 from holdall.contract import forms
 from holdall.kernels.gated_rms_norm import gated_rms_norm, launch_backward, launch_forward
+from holdall.ops import gated_rms_norm as ops
 from holdall.testing import laws
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -28,11 +28,7 @@ def draw(*size: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
 
 
 def plain(y: Tensor, z: Tensor, weight: Tensor, after: bool = False) -> Tensor:
-    wide = torch.promote_types(y.dtype, torch.float32)
-    gate = F.silu(z.to(wide))
-    u = y.to(wide) if after else y.to(wide) * gate
-    u = F.rms_norm(u, u.shape[-1:], eps=1e-5) * weight
-    return (u * gate if after else u).to(y.dtype)
+    return ops.gated_rms_norm(y, z, weight, 1e-5, after=after)
 
 
 def kernel(y: Tensor, z: Tensor, weight: Tensor, after: bool = False) -> Tensor:

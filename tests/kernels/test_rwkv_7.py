@@ -1,19 +1,19 @@
-"""What RWKV-7 does around its delta rule: the kernels beside the mixer's own lines in plain PyTorch."""
+"""What RWKV-7 does around its delta rule: the kernels beside plain PyTorch."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.func import vmap
 
 import holdall
 from holdall.contract.forms import KernelError
 from holdall.kernels import rwkv_7
+from holdall.ops import rwkv_7 as ops
 from holdall.testing import laws
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -24,30 +24,16 @@ EPS = 1e-3
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-def beside(x: Tensor, last: Tensor) -> list[Tensor]:
-    return [torch.cat((x, torch.cat((last[:, None], x[:, :-1]), dim=1)), dim=-1)]
+def prepare(rkv: Tensor, *others: Any) -> list[Tensor]:
+    """Rounded as the kernel rounds: all but the decay."""
+    return [u if i == 1 else u.to(rkv.dtype) for i, u in enumerate(ops.prepare(rkv, *others))]
 
 
-def prepare(
-    rkv: Tensor, w: Tensor, a: Tensor, w0: Tensor, a0: Tensor, k_k: Tensor, k_a: Tensor, heads: int
-) -> list[Tensor]:
-    narrow, dtype = rkv.dtype, torch.promote_types(rkv.dtype, torch.float32)
-    r, k, v, w, a, w0, a0, k_k, k_a = (u.to(dtype) for u in (*rkv.chunk(3, -1), w, a, w0, a0, k_k, k_a))
-    a = (a + a0).sigmoid()
-    removal = F.normalize((k * k_k).unflatten(-1, (heads, -1)), dim=-1)
-    log_w = -math.exp(-0.5) * (w + w0).sigmoid()
-    found = [u.unflatten(-1, (heads, -1)) for u in (r, log_w, k * (1 + (a - 1) * k_a), v, a)]
-    found[4:] = [-found[4] * removal, removal]
-    return [u if i == 1 else u.to(narrow) for i, u in enumerate(found)]
-
-
-def finish(
-    o: Tensor, r: Tensor, k: Tensor, v: Tensor, g: Tensor, weight: Tensor, bias: Tensor, r_k: Tensor
-) -> list[Tensor]:
+def finish(*tensors: Tensor) -> list[Tensor]:
+    """With what comes of the delta rule as wide as its plain forms give it."""
+    *ruled, g, weight, bias, r_k = tensors
     dtype = torch.promote_types(g.dtype, torch.float32)
-    o, r, k, v, weight, bias, r_k = (u.to(dtype) for u in (o, r, k, v, weight, bias, r_k))
-    y = torch.addcmul(bias, F.layer_norm(o, o.shape[-1:], eps=EPS).flatten(2), weight)
-    return [(g.to(dtype) * (y + ((r * k * r_k).sum(-1, keepdim=True) * v).flatten(2))).to(g.dtype)]
+    return [ops.finish(*(u.to(dtype) for u in ruled), g, weight, bias, r_k, EPS)]
 
 
 def cases(size: tuple[int, ...]) -> dict[str, tuple[Callable, Callable, list[tuple[int, ...]]]]:
@@ -55,7 +41,11 @@ def cases(size: tuple[int, ...]) -> dict[str, tuple[Callable, Callable, list[tup
     rows, length, heads, dims = size
     tokens, width, split = (rows, length), heads * dims, (heads, dims)
     return {
-        "beside": (lambda *u: [rwkv_7.beside(*u)], beside, [(*tokens, width), (rows, width)]),
+        "beside": (
+            lambda *u: [rwkv_7.beside(*u)],
+            lambda *u: [ops.beside(*u)],
+            [(*tokens, width), (rows, width)],
+        ),
         "prepare": (
             lambda *u: list(rwkv_7.prepare(*u, heads)),
             lambda *u: prepare(*u, heads),

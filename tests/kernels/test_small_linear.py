@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.func import vmap
 
@@ -27,9 +26,7 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def plain(x: Tensor, weight: Tensor, bias: Tensor, log_sigmoid: bool) -> Tensor:
-    wide = torch.promote_types(x.dtype, torch.float32)
-    y = F.linear(x.to(wide), weight.to(wide), bias.to(wide))
-    return F.logsigmoid(y) / 16 if log_sigmoid else y
+    return ops.small_linear(x, weight, bias, log_sigmoid=log_sigmoid, divisor=16)
 
 
 def kernel(x: Tensor, weight: Tensor, bias: Tensor, log_sigmoid: bool) -> Tensor:

@@ -11,7 +11,7 @@ from torch.func import vmap
 
 from holdall.contract.forms import KernelError
 from holdall.kernels.unit_heads import unit_heads
-from holdall.ops.delta_rule import unit_length
+from holdall.ops import unit_heads as ops
 from holdall.testing import laws
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -22,9 +22,8 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def plain(qkv: Tensor, heads: int, key_dim: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = qkv.split([heads * key_dim, heads * key_dim, qkv.shape[-1] - 2 * heads * key_dim], dim=-1)
-    q, k = (unit_length(u.unflatten(-1, (heads, key_dim))) for u in (q, k))
-    return (scale * q).to(qkv.dtype), k.to(qkv.dtype), v
+    q, k, v = ops.unit_heads(qkv, heads, key_dim, scale)
+    return q.to(qkv.dtype), k.to(qkv.dtype), v
 
 
 def pulled(function: Callable, qkv: Tensor, ups: list[Tensor], heads: int, key_dim: int) -> list[Tensor]:
