@@ -271,7 +271,7 @@ class Model(nn.Module):
     @property
     def head_weight(self) -> Tensor:
         """What turns `hidden` into logits, (V, D): the embedding where the head is tied."""
-        return self.get_parameter(self.head_name)
+        return self.embed.weight if self.head is None else self.head.weight
 
     def logits(self, h: Tensor) -> Tensor:
         """The head's logits, (..., V), of what `hidden` gives, (..., D), in the dtype of the head."""
