@@ -55,7 +55,7 @@ def save_states(
     }
     about = {"format": STATE_FORMAT}
     if model:
-        about["model"] = model
+        about["model_fingerprint"] = model  # "model" is the config in a file of weights
     if tokens_read is None:
         counts = (state.seen_B.tolist() for state in states if hasattr(state, "seen_B"))
         tokens_read = next(counts, None)
@@ -74,7 +74,7 @@ def _described(path: Path, about: Mapping[str, str]) -> StateFile:
     if about.get("format") != STATE_FORMAT:
         raise ValueError(f"{path} is not a state file of Holdall ({STATE_FORMAT})")
     read = about.get("tokens_read")
-    return StateFile(about.get("model", ""), None if read is None else json.loads(read))
+    return StateFile(about.get("model_fingerprint", ""), None if read is None else json.loads(read))
 
 
 def load_states(
