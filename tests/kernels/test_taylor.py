@@ -12,9 +12,17 @@ from torch import Tensor
 import holdall
 from holdall.contract import forms
 from holdall.kernels import taylor
+from holdall.kernels.taylor_step import taylor_step
 from holdall.mixers.base_conv import BaseConvConfig
 from holdall.mixers.taylor import TaylorConfig
-from holdall.ops.linear_attention import FEATURE_MAPS, FeatureMap, absorb, linear_attention, taylor_features
+from holdall.ops.linear_attention import (
+    FEATURE_MAPS,
+    FeatureMap,
+    absorb,
+    kernel_refusal,
+    linear_attention,
+    taylor_features,
+)
 
 MAP = FEATURE_MAPS["taylor"]
 LENGTHS = (1, 63, 64, 65, 200)
@@ -251,6 +259,33 @@ def test_the_mixer_runs_it(device, name) -> None:
             torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-5)
         for got, want in zip(*states, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_the_op_takes_the_step_for_one_token_unless_gradients_are_wanted(device) -> None:
+    how = {"feature_map": MAP, "normalise": True, "form": "kernel"}
+    for length, chunked in ((1, False), (2, True), (1, True)):
+        args = inputs(length, 4, 8, device)
+        if length == 1 and chunked:
+            args = [args[0].detach().requires_grad_(), *args[1:]]
+        got = linear_attention(*args, **how)
+        want = (taylor.taylor_attention if chunked else taylor_step)(*args)
+        assert all(map(torch.equal, got, want))
+    one = inputs(1, 4, 8, device)
+    kept = [u.clone() for u in one[3:]]
+    linear_attention(*one, **how)
+    assert all(map(torch.equal, one[3:], kept))
+    _, *given = linear_attention(*one, **how, inplace=True)
+    assert [u.data_ptr() for u in given] == [u.data_ptr() for u in one[3:]]
+
+
+def test_the_op_has_no_kernel_for_other_maps(device) -> None:
+    elu = FEATURE_MAPS["elu1"]
+    q, k, v, *_ = inputs(3, 4, 8, device)
+    assert "Taylor map" in kernel_refusal(4, 8, torch.float32, feature_map=elu)
+    with pytest.raises(forms.KernelError):
+        linear_attention(q, k, v, None, feature_map=elu, normalise=True, form="kernel")
+    with pytest.raises(forms.KernelError, match="Taylor map"):
+        absorb(k, v, None, None, feature_map=elu, form="kernel")
 
 
 def test_auto_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
