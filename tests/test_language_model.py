@@ -388,7 +388,7 @@ def test_a_header_that_does_not_fit_its_weights_is_refused(saved: Path) -> None:
     weights = load_file(path)
     weights["norm.weight"][0] += 1
     save_file(weights, path, right)
-    with pytest.raises(RunError, match=r"norm\.weight is not what was written"):
+    with pytest.raises(RunError, match=r"norm\.weight does not match its checksum"):
         load(saved)
 
 

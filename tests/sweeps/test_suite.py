@@ -105,7 +105,9 @@ def test_a_tiny_suite_from_corpus_to_table(
 
     def run(*words: str, config: suite.SuiteConfig = tiny) -> tuple[int, str]:
         """The exit status of `holdall suite` and what it printed."""
-        monkeypatch.setitem(recipes.SUITES, "lm-suite", (lambda: config, {"based": lm_suite.PUBLISHED["attention"]}))
+        monkeypatch.setitem(
+            recipes.SUITES, "lm-suite", (lambda: config, {"based": lm_suite.PUBLISHED["attention"]})
+        )
         monkeypatch.setattr(sys, "argv", ["holdall", "suite", *words])
         with pytest.raises(SystemExit) as end:
             cli.main()
