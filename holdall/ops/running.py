@@ -1,4 +1,4 @@
-"""Running sums and products that a GPU can repeat to the bit.
+"""Running sums and products, bit-identical in every run on a GPU too.
 
 PyTorch's own, and their gradients, raise an error on a GPU wherever deterministic algorithms are asked for,
 as training does. There they are taken by doubling, in log2 N passes: after the i-th, each place holds the sum

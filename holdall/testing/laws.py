@@ -26,7 +26,9 @@ import itertools
 import math
 import operator
 import shutil
+import sys
 import tempfile
+import unittest.mock
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -463,7 +465,7 @@ def law_joined_rows(mixer: Mixer, lengths: Sequence[int] = (5, 1, 66), more: int
 
 @torch.no_grad()
 def law_untouched(mixer: Mixer, lengths: Sequence[int] = (1, 65)) -> None:
-    """A call leaves inputs, incoming state, parameters and buffers as they were, to the bit."""
+    """A call leaves inputs, incoming state, parameters and buffers bit-identical."""
     _, state = mixer(tokens(mixer, 6))
     for length in lengths:
         x_BTD = tokens(mixer, length, seed=1)
@@ -766,7 +768,7 @@ def law_state_dtype(mixer: Mixer) -> None:
     start = mixer.init_state(2, dtype=dtype)
     names = mixer.state_type._fields  # type: ignore[attr-defined]
     for name, first, early, now, after in zip(names, start, short, state, other, strict=True):
-        assert first.dtype == now.dtype, f"state.{name} starts as {first.dtype} and goes on as {now.dtype}"
+        assert first.dtype == now.dtype, f"state.{name} starts as {first.dtype} and becomes {now.dtype}"
         if not differentiable(now):
             continue
         least = dtype
@@ -780,7 +782,7 @@ def law_state_dtype(mixer: Mixer) -> None:
 
 @torch.no_grad()
 def law_saved(mixer: Mixer, lengths: Sequence[int] = (1, 65), batches: Sequence[int] = (1, 2)) -> None:
-    """A state comes back from a file to the bit, and goes on from there in another copy of the mixer."""
+    """A state is bit-identical when read from a file, and another copy of the mixer continues from it."""
     elsewhere = copy.deepcopy(mixer)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "state.safetensors"
@@ -956,7 +958,7 @@ def law_sound(mixer: Mixer, length: int = 2000) -> None:
 
 
 def law_deterministic(mixer: Mixer, length: int = 65) -> None:
-    """The same call gives the same, to the bit: outputs, state and gradients."""
+    """The same call gives bit-identical outputs, state and gradients."""
     x_BTD, start = tokens(mixer, length), mixer.init_state(2, dtype=dtype_of(mixer))
     first, second = (gradients(mixer, x_BTD, start, [length]) for _ in range(2))
     for name, tensor in first.items():
@@ -1026,7 +1028,9 @@ def hold(mixer: Mixer, law: Callable[..., None], *args: Any) -> None:
     if name not in mixer.refusals:
         law(mixer, *args)
         return
-    with contextlib.suppress(AssertionError, NotImplementedError):
+    # what breaks a law is far larger than rounding, which nudged runs would measure for seconds
+    plain_bounds = unittest.mock.patch.object(sys.modules[__name__], "RUNS", 0)
+    with contextlib.suppress(AssertionError, NotImplementedError), plain_bounds:
         law(mixer, *args)
         pytest.fail(f"{mixer.config.name} refuses the law '{name}' and yet obeys it: take the refusal away")
     pytest.xfail(f"{mixer.config.name} refuses the law '{name}': {mixer.refusals[name]}")

@@ -467,7 +467,8 @@ except Stopped:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "changes"), [("ddp", {"micro_batch": 2}), ("fsdp", {"recompute": True})]
+    ("strategy", "changes"),
+    [pytest.param("ddp", {"micro_batch": 2}, marks=pytest.mark.full), ("fsdp", {"recompute": True})],
 )
 def test_two_processes_learn_what_one_learns_and_one_resumes_from_their_checkpoint(
     corpus: Path, tmp_path: Path, whole: Path, strategy: str, changes: dict[str, object]
