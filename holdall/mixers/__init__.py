@@ -5,6 +5,7 @@ does the same and is imported by `load`.
 """
 
 import importlib
+import importlib.machinery
 import importlib.util
 import linecache
 import pkgutil
@@ -53,7 +54,7 @@ def load(file: Path) -> list[str]:
     if not file.is_file():
         raise FileNotFoundError(f"no mixer file at {file}")
     before, name = set(registered()), f"holdall_loaded_{file.stem}"
-    spec = importlib.util.spec_from_file_location(name, file)
+    spec = importlib.util.spec_from_file_location(name, file, loader=_Source(name, str(file)))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -71,6 +72,16 @@ def load(file: Path) -> list[str]:
     if not new:
         raise ValueError(f"{file} registered no mixer: decorate its config with holdall.contract.register")
     return new
+
+
+class _Source(importlib.machinery.SourceFileLoader):
+    """Reads the source every time, and leaves no bytecode beside a user's file.
+
+    Bytecode is taken for that of an edited file if that has the same size and was edited within the second.
+    """
+
+    def path_stats(self, path: str) -> dict[str, float]:
+        raise OSError("no bytecode")
 
 
 def _failure(file: Path, error: BaseException) -> tuple[str, str]:

@@ -15,6 +15,7 @@ from kernel_checks import assert_trains_under_vmap, poisoned, times_compiled
 from torch import Tensor
 
 import holdall
+from holdall.contract import forms
 from holdall.contract.forms import KernelError
 from holdall.kernels import window_attention as kernel
 from holdall.ops.attention import KeyValueCache
@@ -302,3 +303,14 @@ def test_more_elements_than_32_bits_count(device: torch.device) -> None:
     want[:, 8:].backward(torch.ones_like(want[:, 8:]))
     torch.testing.assert_close(y[:, -tail:], want[:, -tail:], rtol=2e-2, atol=2e-2)
     torch.testing.assert_close(x.grad[:, -tail + 8 :], end.grad[:, -tail + 8 :], rtol=2e-2, atol=5e-2)
+
+
+def test_a_kernel_that_a_gpu_could_run_is_built_and_refuses_to_run_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(forms, "HAS_TRITON", True)
+    monkeypatch.setattr(forms, "interpreted", lambda: False)
+    mixer = holdall.build("sliding-window", width=16, form="kernel")  # to be moved to a GPU
+    assert mixer.double().form == "kernel"  # and perhaps back again
+    with pytest.raises(forms.KernelError, match="the kernel takes heads of at most"):
+        holdall.build("sliding-window", width=1024, form="kernel")  # which no move will mend
