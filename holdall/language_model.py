@@ -212,7 +212,8 @@ class LanguageModel:
             "format": FORMAT, "model": self.config.to_dict(), "tokenizer": described, "step": self.step
         }  # fmt: skip
         with files.new_folder(folder, "Choose another folder, or remove it first.") as made:
-            about = header_of(self.config, self.tokenizer, self.step)
+            header = {**header_of(self.config, self.tokenizer), "step": self.step}
+            about = {name: json.dumps(value) for name, value in header.items()}
             checkpoints.write(made / "model.safetensors", weights, about)
             files.write_json(made / CONFIG, config)
             files.write_atomically(made / TOKENIZER, self.tokenizer.to_json())
@@ -426,13 +427,9 @@ def read_header(folder: Path, checkpoint: Checkpoint | None = None) -> Header:
         return _read_header(file, _read_config(folder))
 
 
-def header_of(config: ModelConfig, tokenizer: Tokenizer, step: int) -> dict[str, str]:
-    """What the header of a checkpoint says, whoever writes it; the fingerprint comes with it."""
-    return {
-        checkpoints.CONFIG: _as_json(config),
-        "tokenizer": json.dumps(tokenizer.describe()),
-        "step": str(step),
-    }
+def header_of(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What the header of every checkpoint says of its model beside the step, as JSON values by name."""
+    return {checkpoints.CONFIG: config.to_dict(), "tokenizer": tokenizer.describe()}
 
 
 def _read_header(file: checkpoints.TensorFile, config_json: Mapping[str, Any]) -> Header:

@@ -11,7 +11,6 @@ from typing import Any
 from holdall import environment, files, settings
 from holdall.files import RunError
 from holdall.sweeps.config import Job, Point, SweepConfig
-from holdall.tasks.data import updated
 
 OTHER = "Restore it from a copy, or choose another folder with --out."
 
@@ -91,12 +90,8 @@ def _claim(out: Path, sweep: SweepConfig, command: str, device: str) -> None:
 def _check(out: Path, held: Any, wanted: Any) -> None:
     """Raise RunError unless the points in a folder are those of the sweep, perhaps with fewer seeds."""
     try:
-        held = [
-            {**point, "train": {name: updated(value) for name, value in point["train"].items()}}
-            for point in held or ()
-        ]
-        # parsed, so that fields which a folder of an earlier version lacks have their defaults
-        held = [Point.from_dict(point).to_dict() for point in held]
+        # parsed, so that a folder of an earlier version has the form and the defaults of this one
+        held = [Point.from_dict(point).to_dict() for point in held or ()]
         different = _difference(held, wanted)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise files.damaged(out / "config.json", f"its points are none ({error!r})", OTHER) from error

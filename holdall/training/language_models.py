@@ -205,7 +205,7 @@ def _run_folder(
         folder,
         config,
         "last.safetensors",
-        about={"model": config.model.to_dict(), "tokenizer": tokenizer.describe()},
+        about=language_model.header_of(config.model, tokenizer),
         beside={language_model.TOKENIZER: tokenizer.to_json()},
         environment={"devices": fabric.world_size, "strategy": strategy, "in_order": in_order},
         writes=fabric.is_global_zero,
