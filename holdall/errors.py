@@ -42,7 +42,7 @@ def loaded_line(error: BaseException) -> str:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether PyTorch or NumPy ran out of memory; told by name, since this module does not import them."""
+    """Whether PyTorch or NumPy ran out of memory; recognised by name, since this module imports neither."""
     if type(error).__name__ in ("OutOfMemoryError", "_ArrayMemoryError"):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

@@ -78,7 +78,7 @@ class Cell:
 
     text: str = ""
     value: int | float | str = ""
-    """Empty where there is no number; these are sorted last."""
+    """Empty if there is no value; sorted last."""
     share: bool = False
     """Whether it is drawn as a bar, too."""
 

@@ -376,7 +376,7 @@ def test_a_mixer_of_one_s_own_has_room_without_a_line_of_code() -> None:
         assert torch.equal(tensor, want)
 
 
-def test_a_mixer_that_grows_otherwise_is_told_to_take_the_capacity_itself() -> None:
+def test_a_mixer_that_grows_otherwise_is_asked_to_take_the_capacity_itself() -> None:
     mixer = OwnConfig(width=4, most=5).build()
     state = mixer.init_state(2, dtype=torch.float32, capacity=9)
     with pytest.raises(
