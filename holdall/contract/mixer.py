@@ -314,13 +314,13 @@ def _with_room(
 ) -> tuple[Tensor, Any]:
     """A call with slots to fill: by the mixer itself, or around it, as of a state that grows."""
     new, after = x_BTD.shape[1], None
+    over_B = beyond(state, new)  # before the call, which may count its tokens in place
     if mixer.fills_slots:
         y_BTD, after = forward(mixer, x_BTD, state, **how)
     else:
         y_BTD, grown = forward(mixer, x_BTD, as_grown(state), **how)
         if grown is not None:
             after = _filled(mixer, state, grown, new, inplace=bool(how.get("inplace")))
-    over_B = beyond(state, new)
     if over_B is not None:
         y_BTD = y_BTD.masked_fill(over_B[:, None, None], torch.nan)
     return y_BTD, after

@@ -36,9 +36,9 @@ def kernel_refusal(
     decay_per_key: bool = False,
 ) -> str:
     """Why there is no kernel for such heads, map and decay; empty if there is one."""
-    if feature_map is TAYLOR:
+    if feature_map == TAYLOR:
         return taylor.refusal(key_dim, value_dim, dtype)
-    if feature_map is not IDENTITY:
+    if feature_map != IDENTITY:
         return "there are kernels for the Taylor map and for none, but for no other map"
     return fla.refusal(key_dim if decay_per_key else 0)
 
@@ -66,11 +66,11 @@ def linear_attention(
     Raises:
         KernelError: there is no kernel for these arguments; or the package is missing or unknown.
     """
-    if feature_map is TAYLOR and normalise and log_decay is None and floor is None:
+    if feature_map == TAYLOR and normalise and log_decay is None and floor is None:
         return _taylor(q_BTHK, k_BTHK, v_BTHV, s_BHFV, z_BHF, eps, inplace, want_state)
     each_key = log_decay is not None and log_decay.ndim == 4
     fla.require(q_BTHK, k_BTHK, v_BTHV, s_BHFV, key_dim=q_BTHK.shape[-1] if each_key else 0)
-    if feature_map is not IDENTITY or normalise or z_BHF is not None:
+    if feature_map != IDENTITY or normalise or z_BHF is not None:
         raise KernelError(
             "flash-linear-attention has no feature maps and no normaliser here; form 'parallel' has both"
         )
@@ -89,7 +89,7 @@ def absorb(
     feature_map: FeatureMap,
 ) -> tuple[Float[Tensor, "b h f v"], Float[Tensor, "b h f"]]:
     """With the Taylor map alone. Raises KernelError with another, or where no kernel can run."""
-    if feature_map is not TAYLOR:
+    if feature_map != TAYLOR:
         raise KernelError("the kernel has the Taylor map alone; form 'parallel' has all")
     return taylor.absorb(k_BTHK, v_BTHV, s_BHFV, z_BHF)
 

@@ -220,6 +220,25 @@ def test_where_the_host_does_not_know_a_full_row_is_nan_and_the_others_are_not(
         model(tokens(2, 9), states)
 
 
+@torch.no_grad()
+def test_a_mixer_of_a_mixer_counts_its_tokens_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that calls the forward of the class it extends passes the border twice."""
+    as_unknown(monkeypatch)
+    mixer = AttentionConfig(width=16, heads=2).build().double()
+
+    class Extended(type(mixer)):
+        def forward(self, x_BTD: Tensor, state: Any = None, **how: Any) -> tuple[Tensor, Any]:
+            return super().forward(x_BTD, state, **how)
+
+    extended = Extended(mixer.config).double()
+    extended.load_state_dict(mixer.state_dict())
+    x_BTD = laws.draw(1, 8, 16, dtype=torch.float64)
+    for each in (mixer, extended):
+        state = each.init_state(1, dtype=x_BTD.dtype, capacity=8)
+        y_BTD = torch.cat([each(x_B1D, state, inplace=True)[0] for x_B1D in x_BTD.split(1, dim=1)], dim=1)
+        laws.assert_close("outputs up to the last that fits", y_BTD, mixer(x_BTD)[0])
+
+
 # ------------------------------------------------------------------------------------------------- files
 
 

@@ -374,7 +374,10 @@ def test_offsets_beyond_32_bits(rule: str, device: torch.device) -> None:
 def test_a_past_that_fades_at_a_fixed_rate(
     length: int, dtype: torch.dtype, w: float, device: torch.device
 ) -> None:
-    """With a bonus for the present, and however fast it fades."""
+    """With a bonus for the present, and however fast it fades.
+
+    In 16 bits the gradient of w is what rounding leaves of two sums that are subtracted (holdall/kernels/fla.py).
+    """
     r, k, v, s = inputs("no decay", length, device, rows=2, heads=2, dtype=dtype)
     fade = w * (0.5 + torch.rand(2, 16, generator=torch.Generator().manual_seed(7))).to(device)
     tensors = [r, k, v, fade, torch.linspace(-1, 1, 32, device=device).view(2, 16), s]
@@ -385,6 +388,8 @@ def test_a_past_that_fades_at_a_fixed_rate(
     names = ("y", "state", *(f"gradient of {name}" for name in ("r", "k", "v", "w", "u", "state")))
     for name, x, y, right in zip(names, got, twin, truth, strict=True):
         bound = max(SLACK[dtype] * laws.size(right), 2 * laws.distance(y, right))
+        if name == "gradient of w" and dtype == BF16:
+            bound += SLACK[SINGLE] * laws.size((r.double() * truth[2]).abs().sum((0, 1)))
         laws.assert_close(name, x.double(), right, bound)
 
 

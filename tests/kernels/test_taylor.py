@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import pickle
 
 import pytest
 import torch
@@ -276,6 +278,19 @@ def test_the_op_takes_the_step_for_one_token_unless_gradients_are_wanted(device)
     assert all(map(torch.equal, one[3:], kept))
     _, *given = linear_attention(*one, **how, inplace=True)
     assert [u.data_ptr() for u in given] == [u.data_ptr() for u in one[3:]]
+
+
+def test_a_copied_mixer_keeps_its_kernel(device) -> None:
+    """`copy.deepcopy` and pickle make another object of a map, as of all that a mixer holds."""
+    args, how = inputs(3, 4, 8, device), {"normalise": True, "form": "kernel"}
+    want = linear_attention(*args, feature_map=MAP, **how)
+    for copied in (copy.deepcopy(MAP), pickle.loads(pickle.dumps(MAP))):
+        assert copied is not MAP
+        assert kernel_refusal(4, 8, torch.float64, feature_map=copied) == kernel_refusal(
+            4, 8, torch.float64, feature_map=MAP
+        )
+        assert all(map(torch.equal, linear_attention(*args, feature_map=copied, **how), want))
+        assert all(map(torch.equal, absorb(*args[1:], feature_map=copied), absorb(*args[1:], feature_map=MAP)))
 
 
 def test_the_op_has_no_kernel_for_other_maps(device) -> None:
