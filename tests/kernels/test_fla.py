@@ -376,7 +376,7 @@ def test_a_past_that_fades_at_a_fixed_rate(
 ) -> None:
     """With a bonus for the present, and however fast it fades.
 
-    In 16 bits the gradient of w is what rounding leaves of two sums that are subtracted (holdall/kernels/fla.py).
+    In 16 bits the gradient of w is a difference of two sums, with their rounding: see holdall/kernels/fla.py.
     """
     r, k, v, s = inputs("no decay", length, device, rows=2, heads=2, dtype=dtype)
     fade = w * (0.5 + torch.rand(2, 16, generator=torch.Generator().manual_seed(7))).to(device)

@@ -290,7 +290,9 @@ def test_a_copied_mixer_keeps_its_kernel(device) -> None:
             4, 8, torch.float64, feature_map=MAP
         )
         assert all(map(torch.equal, linear_attention(*args, feature_map=copied, **how), want))
-        assert all(map(torch.equal, absorb(*args[1:], feature_map=copied), absorb(*args[1:], feature_map=MAP)))
+        assert all(
+            map(torch.equal, absorb(*args[1:], feature_map=copied), absorb(*args[1:], feature_map=MAP))
+        )
 
 
 def test_the_op_has_no_kernel_for_other_maps(device) -> None:
