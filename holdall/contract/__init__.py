@@ -33,13 +33,21 @@ from holdall.contract.state import (
     with_room_too,
     write_state,
 )
-from holdall.contract.state_file import StateFile, StateFileWarning, describe_states, load_states, save_states
+from holdall.contract.state_file import (
+    StateFile,
+    StateFileWarning,
+    describe_states,
+    load_states,
+    read_states,
+    save_states,
+)
 
 __all__ = [
     "POSITION_FIELDS", "POSITION_SLOTS", "Config", "Entry", "Field", "Mixer", "MixerConfig", "Paper",
     "Position", "State", "StateError", "StateFile", "StateFileWarning", "bytes_per_row", "capacity_of",
     "check_fields", "count_on", "describe_states", "did_you_mean", "elements_per_row", "field_types",
     "fields_of", "is_reserved", "join_rows", "load_states", "lookup", "map_state", "misfit", "none_read",
+    "read_states",
     "readout_dtype", "recurrent_dtype", "register", "registered", "reserve", "room_left", "save_states",
     "select_rows", "trim", "with_room_too", "write_state",
 ]  # fmt: skip

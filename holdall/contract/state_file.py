@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from holdall import checkpoints
 from holdall.contract.mixer import Mixer
@@ -23,19 +24,39 @@ class StateFileWarning(UserWarning):
     """A state file of before files named their model: whether it is another model's cannot be checked."""
 
 
+BESIDE = "beside."
+"""How the names of tensors begin that are no states."""
+
+
 class StateFile(NamedTuple):
     """What a state file says of itself.
 
     model: the fingerprint of the model whose states these are; "" if the file does not say.
     tokens_read: how many tokens each row has read; None if the file does not say.
+    about: what else whoever saved it had to say.
     """
 
     model: str
     tokens_read: list[int] | None
+    about: Mapping[str, str]
+
+
+class Contents(NamedTuple):
+    """What is in a state file: states, one per layer, and tensors that were saved beside them."""
+
+    states: list[State]
+    beside: dict[str, Tensor]
+    file: StateFile
 
 
 def save_states(
-    states: Sequence[State], path: Path, *, model: str = "", tokens_read: Sequence[int] | None = None
+    states: Sequence[State],
+    path: Path,
+    *,
+    model: str = "",
+    tokens_read: Sequence[int] | None = None,
+    beside: Mapping[str, Tensor] | None = None,
+    about: Mapping[str, str] | None = None,
 ) -> None:
     """Write the states of a stack of mixers, one per layer, to a safetensors file.
 
@@ -46,6 +67,7 @@ def save_states(
         path: the file.
         model: the fingerprint of the model whose states these are; `load_states` refuses another model's.
         tokens_read: how many tokens each row has read; None takes the count of the first state that has one.
+        beside, about: tensors and texts that belong to the states; `read_states` gives them back.
     """
     states = [trim(state) for state in states]
     tensors = {
@@ -53,7 +75,8 @@ def save_states(
         for layer, state in enumerate(states)
         for field, tensor in zip(type(state)._fields, state, strict=True)  # type: ignore[attr-defined]
     }
-    about = {"format": STATE_FORMAT}
+    tensors |= {BESIDE + name: tensor.contiguous().cpu() for name, tensor in (beside or {}).items()}
+    about = {**(about or {}), "format": STATE_FORMAT}
     if model:
         about["model_fingerprint"] = model  # "model" is the config in a file of weights
     if tokens_read is None:
@@ -74,12 +97,20 @@ def _described(path: Path, about: Mapping[str, str]) -> StateFile:
     if about.get("format") != STATE_FORMAT:
         raise ValueError(f"{path} is not a state file of Holdall ({STATE_FORMAT})")
     read = about.get("tokens_read")
-    return StateFile(about.get("model_fingerprint", ""), None if read is None else json.loads(read))
+    model = about.get("model_fingerprint", "")
+    return StateFile(model, None if read is None else json.loads(read), about)
 
 
 def load_states(
     path: Path, mixers: Sequence[Mixer], *, model: str = "", capacity: int | None = None
 ) -> list[State]:
+    """The states that `save_states` wrote; arguments and errors as of `read_states`."""
+    return read_states(path, mixers, model=model, capacity=capacity).states
+
+
+def read_states(
+    path: Path, mixers: Sequence[Mixer], *, model: str = "", capacity: int | None = None
+) -> Contents:
     """Read what `save_states` wrote, for the mixers of the same stack.
 
     A model's states end with the `Position` of its learned positions, if it has some: so do these.
@@ -116,11 +147,12 @@ def load_states(
         if why := misfit(state, kind, fields, owner, layer=f" of layer {layer}"):
             raise StateError(f"{path}: {why}")
         states.append(state)
+    names = [name for name in tensors if name.startswith(BESIDE)]
+    beside = {name.removeprefix(BESIDE): tensors.pop(name) for name in names}
     if tensors:
         raise ValueError(f"{path} holds states of more than {len(mixers)} layers: {sorted(tensors)}")
-    if capacity is None:
-        return states
-    with_room: list[State] = [
-        mixer.with_room(state, capacity) for mixer, state in zip(mixers, states, strict=False)
-    ]
-    return with_room + [reserve(state, POSITION_SLOTS, capacity) for state in states[len(mixers) :]]
+    if capacity is not None:
+        positions = [reserve(state, POSITION_SLOTS, capacity) for state in states[len(mixers) :]]
+        pairs = zip(mixers, states, strict=False)
+        states = [*(mixer.with_room(state, capacity) for mixer, state in pairs), *positions]
+    return Contents(states, beside, about)

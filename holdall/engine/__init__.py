@@ -1,0 +1,12 @@
+"""Generation: sessions of one row, a store of them, and an engine that runs many rows together.
+
+    request.py    what is asked of the engine and what it gives: Sampling, Request, Piece
+    sampling.py   from logits to the next token
+    session.py    what a model has read, as a value: fork it, save it, resume it
+    slow.py       the definition of generation, one row at a time
+    fast.py       the engine: rows in fixed buffers, held to slow.py token by token
+    store.py      sessions by what they have read, under a limit of bytes
+    text.py       tokens to text as they come: whole characters, stop strings
+
+It needs a model, a tokenizer and the model's fingerprint, not how they were loaded.
+"""

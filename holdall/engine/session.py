@@ -1,0 +1,169 @@
+"""What a model has read of one text, as a value: a session can be forked, saved, moved and resumed.
+
+    session = read(model, tokens)                    the states, and the logits of the next token
+    longer = read(model, more, session)              the first one is as it was
+    save_session(session, path, model=fingerprint)   resume tomorrow, on another machine
+
+A text is read in pieces on a fixed grid: from position p in the largest power of two that divides p, that is
+at most `chunk`, and that ends within the text. So 107 tokens at a chunk of 32 are 32 + 32 + 32 + 8 + 2 + 1.
+Where a text is cut depends on where reading starts and ends alone, so that neither a schedule nor what was
+read beside it can change a bit; and who resumes at a grid point cuts as if nothing had been read before.
+
+Letters: T tokens, V vocabulary, B batch row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from holdall.contract import State, StateError, read_states, save_states, select_rows
+from holdall.model import Model
+
+CHUNK = 512
+"""Tokens of the largest piece, and between two points of the grid."""
+RECENT = 8
+"""How many of the last tokens are kept beside the hash, so that text can be decoded from here on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """Which tokens were read, in constant memory: a hash of those up to the last grid point, and the rest."""
+
+    count: int = 0
+    """How many."""
+    grid: bytes = b""
+    """The hash of those before the last point of the grid; empty before the first."""
+    tail: tuple[int, ...] = ()
+    """Those after it, fewer than CHUNK."""
+    recent: tuple[int, ...] = ()
+    """The last RECENT of all."""
+
+    def after(self, tokens: Sequence[int]) -> Past:
+        """The past with more tokens at its end."""
+        grid, tail = self.grid, (*self.tail, *tokens)
+        while len(tail) >= CHUNK:
+            grid, tail = chained(grid, tail[:CHUNK]), tail[CHUNK:]
+        recent = (*self.recent, *tokens)[-RECENT:]
+        return Past(self.count + len(tokens), grid, tail, recent)
+
+    @property
+    def key(self) -> str:
+        """What identifies these tokens: equal for equal ones, and for no others."""
+        return chained(self.grid, (self.count, *self.tail)).hex()
+
+
+def chained(grid: bytes, tokens: Sequence[int]) -> bytes:
+    """The hash of a hash and the tokens after it."""
+    return hashlib.blake2b(grid + struct.pack(f"<{len(tokens)}q", *tokens), digest_size=16).digest()
+
+
+class Session(NamedTuple):
+    """What was read of one text.
+
+    states: of one row, one per layer, without room.
+    logits_V: of the next token, fp32.
+    past: which tokens were read.
+    """
+
+    states: list[State]
+    logits_V: Tensor
+    past: Past
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of states and logits."""
+        tensors = [self.logits_V, *(tensor for state in self.states for tensor in state)]
+        return sum(tensor.nbytes for tensor in tensors)
+
+    def to(self, device: torch.device | str) -> Session:
+        """The session with its tensors on a device."""
+        states = [type(state)(*(tensor.to(device) for tensor in state)) for state in self.states]
+        return Session(states, self.logits_V.to(device), self.past)
+
+
+def pieces(start: int, stop: int, chunk: int = CHUNK) -> Iterator[int]:
+    """The sizes of the pieces in which tokens from position `start` up to `stop` are read.
+
+    Raises ValueError if the chunk is no power of two.
+    """
+    if chunk < 1 or chunk & (chunk - 1):
+        raise ValueError(f"a chunk is a power of two, not {chunk}")
+    while start < stop:
+        size = min(chunk, start & -start or chunk)
+        while start + size > stop:
+            size //= 2
+        yield size
+        start += size
+
+
+@torch.no_grad()
+def read(
+    model: Model, tokens: Sequence[int], session: Session | None = None, *, chunk: int = CHUNK
+) -> Session:
+    """Read tokens after what a session has read, or from the beginning; the session stays as it was.
+
+    Raises ValueError if there is nothing to read, a token is not of the model's vocabulary, or the text grows
+    longer than the learned positions; StateError if the session is another model's.
+    """
+    if not len(tokens):
+        if session is None:
+            raise ValueError("there is nothing to read: give at least one token")
+        return session
+    check_tokens(tokens, model.config.vocab)
+    states, past = (None, Past()) if session is None else (session.states, session.past)
+    given, at = torch.tensor(tokens, device=model.device), 0
+    for size in pieces(past.count, past.count + len(tokens), chunk):
+        # the session's own states are left alone; those that come of them are this call's
+        h_1TD, states = model.hidden(given[None, at : at + size], states, inplace=at > 0)
+        at += size
+    assert states is not None
+    return Session(states, model.logits(h_1TD[0, -1]).float(), past.after(tokens))
+
+
+def check_tokens(tokens: Sequence[int], vocab: int) -> None:
+    """Raise ValueError, naming the first, if a token is not of the vocabulary."""
+    for at, token in enumerate(tokens):
+        if not 0 <= token < vocab:
+            raise ValueError(f"token {at} is {token}, where the model's vocabulary is 0 to {vocab - 1}")
+
+
+# ------------------------------------------------------------------------------------------------- files
+
+
+def save_session(session: Session, path: Path, *, model: str) -> None:
+    """Write a session to a file of its own; `model` is the fingerprint of the model that read it.
+
+    Raises OSError if the file cannot be written; the one of before is then still there.
+    """
+    past = {**asdict(session.past), "grid": session.past.grid.hex()}
+    save_states(
+        session.states, path, model=model, tokens_read=[session.past.count],
+        beside={"logits_V": session.logits_V}, about={"past": json.dumps(past)},
+    )  # fmt: skip
+
+
+def load_session(path: Path, model: Model, *, fingerprint: str) -> Session:
+    """Read what `save_session` wrote, for the model that read it, onto its device.
+
+    Raises StateError if the file is another model's or holds no session, and RunError if it is damaged.
+    """
+    states, beside, file = read_states(path, model.mixers, model=fingerprint)
+    if "past" not in file.about or "logits_V" not in beside:
+        raise StateError(f"{path} holds states, but no session: it lacks the logits of the next token")
+    past = json.loads(file.about["past"])
+    known = Past(past["count"], bytes.fromhex(past["grid"]), tuple(past["tail"]), tuple(past["recent"]))
+    return Session(states, beside["logits_V"], known).to(model.device)
+
+
+def row_of(states: Sequence[State], row: int) -> list[State]:
+    """A copy of one row of the states of many."""
+    return [select_rows(state, [row]) for state in states]
