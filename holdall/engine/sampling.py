@@ -1,0 +1,192 @@
+"""From logits to the next token, for rows that each have settings of their own.
+
+    token = argmax_i  z_i / temperature - log E_i        E_i = -log(1 - u_i),  u_i uniform in (0, 1)
+
+which draws from the softmax of z / temperature, the Gumbel-max trick (Maddison et al., arXiv 1411.0030).
+u_i is a hash of the row's seed, the token's position and i, in 32-bit integers: the same on every device,
+whoever the neighbours are, however often a position is drawn again. So a seed's text depends on the model
+alone, and a drafted token is right exactly if it is the one that the model draws there.
+
+Letters: B rows, V vocabulary, K the likeliest tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from holdall.engine.request import Sampling, Token
+from holdall.ops.running import cumsum
+
+MASK = (1 << 32) - 1
+
+
+class Settings(NamedTuple):
+    """Sampling's numbers for each row, (B,): integers int64, others fp32. The fields are Sampling's."""
+
+    seed_B: Tensor
+    temperature_B: Tensor
+    top_k_B: Tensor
+    top_p_B: Tensor
+    min_p_B: Tensor
+    repetition_B: Tensor
+    presence_B: Tensor
+    frequency_B: Tensor
+
+
+class Occurrences(NamedTuple):
+    """What penalties and biases are computed from.
+
+    prompt_BV: whether a token is in the prompt, bool.
+    count_BV: how often it is in the text so far, int32.
+    bias_BV: what is added to its logit, fp32.
+    """
+
+    prompt_BV: Tensor
+    count_BV: Tensor
+    bias_BV: Tensor
+
+
+def settings_of(samplings: Sequence[Sampling], device: torch.device | str = "cpu") -> Settings:
+    """The settings of rows; a row without a seed gets one that nobody knows."""
+    columns = [
+        ([secrets.randbits(63) if s.seed is None else s.seed for s in samplings], torch.int64),
+        ([s.temperature for s in samplings], torch.float32),
+        ([s.top_k for s in samplings], torch.int64),
+        ([s.top_p for s in samplings], torch.float32),
+        ([s.min_p for s in samplings], torch.float32),
+        ([s.repetition_penalty for s in samplings], torch.float32),
+        ([s.presence_penalty for s in samplings], torch.float32),
+        ([s.frequency_penalty for s in samplings], torch.float32),
+    ]
+    return Settings(*(torch.tensor(values, dtype=dtype, device=device) for values, dtype in columns))
+
+
+def needs_filters(sampling: Sampling) -> bool:
+    """Whether a row draws among some tokens only."""
+    return bool(sampling.temperature) and (sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0)
+
+
+def needs_occurrences(sampling: Sampling) -> bool:
+    """Whether a row's logits depend on the tokens before, or have biases."""
+    penalties = sampling.presence_penalty or sampling.frequency_penalty
+    return bool(sampling.repetition_penalty != 1 or penalties or sampling.logit_bias)
+
+
+def draw(
+    logits_BV: Tensor,
+    position_B: Tensor,
+    settings: Settings,
+    *,
+    filters: bool = True,
+    occurrences: Occurrences | None = None,
+) -> Tensor:
+    """The next token of each row, (B,) int64; -1 where a row's logits are NaN or +infinite.
+
+    Args:
+        logits_BV: of the next token, fp32.
+        position_B: how many tokens were read before it, int64.
+        filters: whether any row has top_k, top_p or min_p; else sorting is left out.
+        occurrences: where any row has a penalty or bias.
+
+    There are no data-dependent shapes and the host waits for nothing: it can be recorded in a CUDA graph.
+    """
+    z_BV = logits_BV.float()
+    if occurrences is not None:
+        z_BV = penalised(z_BV, settings, occurrences)
+    # after the largest is subtracted, the smallest temperature gives -inf and never NaN
+    largest_B1 = z_BV.amax(-1, keepdim=True)
+    hot_B1 = (settings.temperature_B > 0)[:, None]
+    scaled_BV = (z_BV - largest_B1) / torch.where(hot_B1, settings.temperature_B[:, None], 1.0)
+    if filters:
+        keep_BV = kept(scaled_BV, settings) | ~hot_B1
+        scaled_BV = scaled_BV.masked_fill(~keep_BV, -math.inf)
+    noise_BV = gumbel(settings.seed_B, position_B, logits_BV.shape[-1])
+    token_B = (scaled_BV + torch.where(hot_B1, noise_BV, 0.0)).argmax(-1)
+    return torch.where(largest_B1[:, 0].isfinite(), token_B, -1)
+
+
+def penalised(z_BV: Tensor, settings: Settings, occurrences: Occurrences) -> Tensor:
+    """Logits after biases and penalties.
+
+    The repetition penalty is that of Keskar et al., 2019 (arXiv 1909.05858) as transformers has it; the
+    others are OpenAI's.
+    """
+    prompt_BV, count_BV, bias_BV = occurrences
+    z_BV, written_BV = z_BV + bias_BV, count_BV > 0
+    repetition_B1 = settings.repetition_B[:, None]
+    repeated_BV = torch.where(z_BV > 0, z_BV / repetition_B1, z_BV * repetition_B1)
+    z_BV = torch.where(prompt_BV | written_BV, repeated_BV, z_BV)
+    z_BV = z_BV - settings.frequency_B[:, None] * count_BV
+    return z_BV - settings.presence_B[:, None] * written_BV
+
+
+def kept(scaled_BV: Tensor, settings: Settings) -> Tensor:
+    """Which tokens top_k, then top_p, then min_p leave; the likeliest always is.
+
+    Of equally likely tokens top_k leaves all or none, and top_p those with the smallest ids.
+    """
+    vocab = scaled_BV.shape[-1]
+    sorted_BV, order_BV = scaled_BV.sort(dim=-1, descending=True, stable=True)
+    rank_B1 = torch.where(settings.top_k_B > 0, settings.top_k_B, vocab).clamp(max=vocab)[:, None] - 1
+    in_k_BV = sorted_BV >= sorted_BV.gather(-1, rank_B1)
+    p_BV = sorted_BV.masked_fill(~in_k_BV, -math.inf).softmax(-1)
+    before_BV = cumsum(p_BV, -1) - p_BV
+    top_p_B1, min_p_B1 = settings.top_p_B[:, None], settings.min_p_B[:, None]
+    in_p_BV = (before_BV < top_p_B1) | (top_p_B1 >= 1)
+    likely_BV = sorted_BV >= sorted_BV[:, :1] + min_p_B1.log()
+    keep_BV = in_k_BV & in_p_BV & likely_BV
+    keep_BV[:, 0] = True
+    return torch.zeros_like(keep_BV).scatter(-1, order_BV, keep_BV)
+
+
+# ------------------------------------------------------------------------------------------------- noise
+
+
+def gumbel(seed_B: Tensor, position_B: Tensor, vocab: int) -> Tensor:
+    """-log E for each token, (B, V) fp32: Gumbel noise that depends on its arguments alone."""
+    one_B, other_B = _keys(seed_B, position_B)
+    token_V = torch.arange(vocab, device=seed_B.device)
+    hash_BV = _mixed(_mixed((token_V + one_B[:, None]) & MASK) ^ other_B[:, None])
+    # in fp32, u keeps its digits near 0, which are those of the likeliest tokens, down to 2^-33
+    u_BV = ((hash_BV.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
+    return -(-torch.log1p(-u_BV)).log()
+
+
+def _keys(seed_B: Tensor, position_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Two words of 32 bits for each pair of a seed and a position."""
+    key_B = torch.full_like(seed_B, 0x9E3779B9)
+    for word_B in (seed_B & MASK, seed_B >> 32 & MASK, position_B & MASK, position_B >> 32 & MASK):
+        key_B = _mixed((key_B + word_B) & MASK)
+    return key_B, _mixed((key_B + 0x85EBCA6B) & MASK)
+
+
+def _mixed(word: Tensor) -> Tensor:
+    """A bijection of 32-bit words, held in int64, that spreads each bit over all: Wellons' "lowbias32", 2018."""
+    word = (word ^ word >> 16) * 0x7FEB352D & MASK
+    word = (word ^ word >> 15) * 0x846CA68B & MASK
+    return word ^ word >> 16
+
+
+# --------------------------------------------------------------------------------------------- probabilities
+
+
+def with_logprobs(logits_BV: Tensor, token_B: Tensor, most: int) -> list[Token]:
+    """Tokens with the model's log-probabilities, and those of the `most` likeliest tokens, on the host.
+
+    A token that is the likeliest has exactly the value that stands for it there.
+    """
+    logprob_BV = logits_BV.float().log_softmax(-1)
+    own_B = logprob_BV.gather(-1, token_B[:, None])[:, 0]
+    most = min(most, logits_BV.shape[-1])
+    best_BK, id_BK = logprob_BV.topk(most, dim=-1)
+    columns = (token_B.tolist(), own_B.tolist(), id_BK.tolist(), best_BK.tolist())
+    return [
+        Token(token, own, tuple(zip(ids, best, strict=True)))
+        for token, own, ids, best in zip(*columns, strict=True)
+    ]
