@@ -167,7 +167,7 @@ def _keys(seed_B: Tensor, position_B: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _mixed(word: Tensor) -> Tensor:
-    """A bijection of 32-bit words, held in int64, that spreads each bit over all: Wellons' "lowbias32", 2018."""
+    """A bijection of 32-bit words, held in int64, that spreads each bit over all (Wellons, 2018)."""
     word = (word ^ word >> 16) * 0x7FEB352D & MASK
     word = (word ^ word >> 15) * 0x846CA68B & MASK
     return word ^ word >> 16

@@ -105,7 +105,6 @@ def pieces(start: int, stop: int, chunk: int = CHUNK) -> Iterator[int]:
         start += size
 
 
-@torch.no_grad()
 def read(
     model: Model, tokens: Sequence[int], session: Session | None = None, *, chunk: int = CHUNK
 ) -> Session:
@@ -114,19 +113,53 @@ def read(
     Raises ValueError if there is nothing to read, a token is not of the model's vocabulary, or the text grows
     longer than the learned positions; StateError if the session is another model's.
     """
-    if not len(tokens):
-        if session is None:
-            raise ValueError("there is nothing to read: give at least one token")
-        return session
+    if not len(tokens) and session is None:
+        raise ValueError("there is nothing to read: give at least one token")
     check_tokens(tokens, model.config.vocab)
-    states, past = (None, Past()) if session is None else (session.states, session.past)
-    given, at = torch.tensor(tokens, device=model.device), 0
-    for size in pieces(past.count, past.count + len(tokens), chunk):
-        # the session's own states are left alone; those that come of them are this call's
-        h_1TD, states = model.hidden(given[None, at : at + size], states, inplace=at > 0)
-        at += size
-    assert states is not None
-    return Session(states, model.logits(h_1TD[0, -1]).float(), past.after(tokens))
+    reader = Reader(model, tokens, session, chunk=chunk)
+    while not reader.done:
+        reader.step()
+    return reader.session()
+
+
+class Reader:
+    """Reads tokens piece by piece, so that others can be served between two pieces.
+
+    Attributes:
+        at: how many of these tokens were read.
+    """
+
+    def __init__(
+        self, model: Model, tokens: Sequence[int], start: Session | None, *, chunk: int = CHUNK
+    ) -> None:
+        self.model, self.given = model, tuple(tokens)
+        self.states, self.logits_V, self.past = (None, None, Past()) if start is None else start
+        self.sizes = list(pieces(self.past.count, self.past.count + len(self.given), chunk))[::-1]
+        self.at = 0
+
+    @property
+    def done(self) -> bool:
+        return not self.sizes
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Read the next piece."""
+        now = self.given[self.at : self.at + self.sizes.pop()]
+        now_1T = torch.tensor([now], device=self.model.device)
+        # a session's own states are left alone; those that come of them are this reader's
+        h_1TD, self.states = self.model.hidden(now_1T, self.states, inplace=self.at > 0)
+        self._note(h_1TD[0], now)
+        self.logits_V = self.model.logits(h_1TD[0, -1]).float()
+        self.past, self.at = self.past.after(now), self.at + len(now)
+
+    def _note(self, h_TD: Tensor, tokens: Sequence[int]) -> None:
+        """For those who want to know more of a piece than its end."""
+
+    def session(self) -> Session:
+        """What was read up to here."""
+        assert self.states is not None
+        assert self.logits_V is not None
+        return Session(self.states, self.logits_V, self.past)
 
 
 def check_tokens(tokens: Sequence[int], vocab: int) -> None:
