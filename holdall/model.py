@@ -264,6 +264,11 @@ class Model(nn.Module):
         return self.embed.weight.device
 
     @property
+    def block_dtype(self) -> torch.dtype:
+        """What the blocks compute in: see holdall/precision.py."""
+        return self.blocks[0].norm.weight.dtype  # type: ignore[union-attr,return-value]
+
+    @property
     def head_name(self) -> str:
         """The name of the head's weight among the parameters."""
         return "embed.weight" if self.head is None else "head.weight"
@@ -352,13 +357,13 @@ class Model(nn.Module):
 
         Args:
             rows: how many.
-            dtype: of the activations; the weights' own if None.
+            dtype: of the activations; that of the blocks' weights if None.
             device: where; that of the weights if None.
             capacity: tokens that a row will have read at most. With it all tensors have fixed sizes, and with
                 `inplace=True` fixed addresses: see holdall/contract/room.py. More than there are learned
                 positions are refused (ValueError).
         """
-        dtype, device = dtype or self.embed.weight.dtype, device or self.embed.weight.device
+        dtype, device = dtype or self.block_dtype, device or self.device
         states = [
             mixer.init_state(rows, dtype=dtype, device=device, capacity=capacity) for mixer in self.mixers
         ]

@@ -9,8 +9,10 @@ from holdall.contract.config import Config
 from holdall.engine.session import Session
 from holdall.settings import NonNegativeFloat, NonNegativeInt, PositiveFloat, Range, Seed
 
-Finish = Literal["", "stop", "length", "cancelled"]
-"""Why a text ended: "" not yet; at the end of the document or at a stop; at max_tokens; by `cancel`."""
+Finish = Literal["", "stop", "length", "cancelled", "error"]
+"""Why a text ended: "" not yet; "stop" at the end of the document or at a stop; "length" at max_tokens;
+"cancelled" by `cancel`; "error" where the model's logits are NaN or infinite."""
+NOT_FINITE = "the model's logits are NaN or infinite: its weights are, or it diverged"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +61,11 @@ class Request:
         sampling: how tokens are drawn.
         n: how many texts; the prompt is read once. Text i of a seed s is drawn with the seed s + i.
         session: what was read before the prompt; None begins a document of its own.
-        keep: whether the last Piece of each text has the session after it.
+        keep: whether the last Piece of each text has the session after it, in which all tokens of the text
+            were read, the one that ended it too.
         prompt_logprobs: give each prompt token's log-probability, and those of so many of the likeliest.
+        marks: numbers of the prompt's tokens, such as the ends of messages, after which what was read so far
+            goes into the store; those of the whole prompt and of the text do anyway.
         pin: keep the session at the end of the prompt in the store for ever.
     """
 
@@ -70,6 +75,7 @@ class Request:
     session: Session | None = None
     keep: bool = False
     prompt_logprobs: int | None = None
+    marks: tuple[int, ...] = ()
     pin: bool = False
 
 

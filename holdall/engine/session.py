@@ -15,6 +15,7 @@ Letters: T tokens, V vocabulary, B batch row.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import struct
 from collections.abc import Iterator, Sequence
@@ -130,12 +131,24 @@ class Reader:
     """
 
     def __init__(
-        self, model: Model, tokens: Sequence[int], start: Session | None, *, chunk: int = CHUNK
+        self,
+        model: Model,
+        tokens: Sequence[int],
+        start: Session | None,
+        *,
+        chunk: int = CHUNK,
+        marks: Sequence[int] = (),
     ) -> None:
+        """`marks`: numbers of these tokens after which a piece is to end, beside those of the grid."""
         self.model, self.given = model, tuple(tokens)
-        self.states, self.logits_V, self.past = (None, None, Past()) if start is None else start
-        self.sizes = list(pieces(self.past.count, self.past.count + len(self.given), chunk))[::-1]
-        self.at = 0
+        self.states: list[State] | None = None if start is None else start.states
+        self.logits_V: Tensor | None = None if start is None else start.logits_V
+        self.past = Past() if start is None else start.past
+        ends = sorted({0, len(self.given), *(mark for mark in marks if 0 < mark < len(self.given))})
+        before = self.past.count
+        cuts = (pieces(before + a, before + b, chunk) for a, b in itertools.pairwise(ends))
+        self.sizes = [*itertools.chain(*cuts)][::-1]
+        self.at, self._own = 0, False
 
     @property
     def done(self) -> bool:
@@ -146,8 +159,9 @@ class Reader:
         """Read the next piece."""
         now = self.given[self.at : self.at + self.sizes.pop()]
         now_1T = torch.tensor([now], device=self.model.device)
-        # a session's own states are left alone; those that come of them are this reader's
-        h_1TD, self.states = self.model.hidden(now_1T, self.states, inplace=self.at > 0)
+        # a session's states are left alone; those that come of them are this reader's, until it gives them
+        h_1TD, self.states = self.model.hidden(now_1T, self.states, inplace=self._own)
+        self._own = True
         self._note(h_1TD[0], now)
         self.logits_V = self.model.logits(h_1TD[0, -1]).float()
         self.past, self.at = self.past.after(now), self.at + len(now)
@@ -159,6 +173,7 @@ class Reader:
         """What was read up to here."""
         assert self.states is not None
         assert self.logits_V is not None
+        self._own = False
         return Session(self.states, self.logits_V, self.past)
 
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from holdall import settings
-from holdall.contract import StateError
+from holdall.contract import StateError, misfit
 from holdall.engine import sampling
-from holdall.engine.request import Finish, Piece, Request, Sampling, Token, Usage
+from holdall.engine.request import NOT_FINITE, Finish, Piece, Request, Sampling, Token, Usage
 from holdall.engine.sampling import Occurrences
 from holdall.engine.session import CHUNK, Reader, Session, check_tokens, read
 from holdall.engine.text import Writer
@@ -50,7 +50,7 @@ def generate(model: Model, tokenizer: Tokenizer, request: Request, *, ticket: in
             token = next_token(now, asked, tokenizer.vocab, prompt, text)
             text.append(token.id)
             piece, finish = writer.add(token.id)
-            if not finish or (request.keep and token.id not in writer.ends):
+            if not finish or request.keep:
                 now = read(model, [token.id], now)
             usage = usage._replace(completion=len(text))
             kept = now if finish and request.keep else None
@@ -76,7 +76,7 @@ def next_token(
         filters=sampling.needs_filters(asked), occurrences=occurrences,
     )  # fmt: skip
     if int(token_1) < 0:
-        raise ValueError("the model's logits are NaN or infinite: its weights are, or it diverged")
+        raise ValueError(NOT_FINITE)
     if asked.logprobs is None:
         return Token(int(token_1))
     return sampling.with_logprobs(logits_1V, token_1, asked.logprobs)[0]
@@ -131,9 +131,21 @@ def checked(request: Request, model: Model, tokenizer: Tokenizer) -> tuple[int, 
         raise ValueError(
             f"prompt and max_tokens are {total} tokens together, and the model has {positions} positions"
         )
-    if request.session is not None and len(request.session.logits_V) != model.config.vocab:
-        raise StateError(f"session has {len(request.session.logits_V)} logits: it is another model's")
+    if request.session is not None:
+        _check_session(request.session, model)
     return tuple(request.prompt)
+
+
+def _check_session(session: Session, model: Model) -> None:
+    """Raise StateError if a session does not fit the model."""
+    if len(session.logits_V) != model.config.vocab:
+        raise StateError(f"session has {len(session.logits_V)} logits: it is another model's")
+    if len(session.states) < len(model.mixers):
+        raise StateError(f"session has states of {len(session.states)} layers: it is another model's")
+    for layer, (mixer, state) in enumerate(zip(model.mixers, session.states, strict=False)):
+        fields = mixer.state_fields(model.block_dtype)
+        if why := misfit(state, mixer.state_type, fields, mixer.owner, rows=1, layer=f" of layer {layer}"):
+            raise StateError(f"session: {why}")
 
 
 # --------------------------------------------------------------------------------------------- the prompt
@@ -152,7 +164,10 @@ def read_prompt(
     done = 0 if start is None else start.past.count - before
     if done and request.prompt_logprobs is not None:
         raise ValueError("log-probabilities of a prompt need all of it to be read")
-    reader = PromptReader(model, request.prompt[done:], start, chunk=chunk, logprobs=request.prompt_logprobs)
+    reader = PromptReader(
+        model, request.prompt[done:], start, chunk=chunk, marks=[mark - done for mark in request.marks],
+        logprobs=request.prompt_logprobs,
+    )  # fmt: skip
     while not reader.done:
         reader.step()
     return reader.session(), tuple(reader.tokens)
@@ -172,10 +187,11 @@ class PromptReader(Reader):
         start: Session | None,
         *,
         chunk: int = CHUNK,
+        marks: Sequence[int] = (),
         logprobs: int | None = None,
     ) -> None:
         """`logprobs`: how many of the likeliest tokens to give of each of the prompt's; None for nothing."""
-        super().__init__(model, prompt, start, chunk=chunk)
+        super().__init__(model, prompt, start, chunk=chunk, marks=marks)
         self.logprobs, self.tokens = logprobs, list[Token]()
 
     def _note(self, h_TD: Tensor, tokens: Sequence[int]) -> None:

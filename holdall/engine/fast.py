@@ -1,0 +1,555 @@
+"""The engine: many texts at once, each as if it were alone.
+
+    engine = Engine(model, tokenizer, EngineConfig(rows=64))
+    ticket = engine.submit(Request(prompt=ids))
+    while engine.busy:
+        for piece in engine.step(): ...
+
+Texts that are being written are the first rows of fixed buffers, one buffer for each tensor of the states. A
+step of the first 1, 2, 4, 8, ... rows runs on views of them and draws each row's next token; on a GPU it is
+recorded once as a CUDA graph for each number of rows, and replayed. So no mixer knows of an engine: its state
+is written in place, at addresses that stay. When a text ends, the last row moves into its place.
+
+Prompts are read beside, one piece of the grid of holdall/engine/session.py at a time, so that a long prompt
+never holds up the texts by more than a piece; the row that comes of it is copied into the buffers.
+
+A step is launched before the tokens of the last one are looked at, so that the device does not wait for the
+host: a text's last token is read once more than it needs to be, which is what `Request.keep` gives back.
+
+Rows do not see each other, but the products of a step may add in another order for another number of rows.
+`EngineConfig.fixed` runs every step on all rows: a text is then the same bit for bit,
+whatever runs beside it.
+
+Letters: B rows, V vocabulary, K the likeliest tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from holdall.contract import State, bytes_per_row, is_reserved, trim
+from holdall.contract.config import Config
+from holdall.engine import sampling
+from holdall.engine.request import Finish, Piece, QueueFullError, Request, Sampling, Token, Usage
+from holdall.engine.sampling import Occurrences, Settings
+from holdall.engine.session import CHUNK, Past, Session
+from holdall.engine.slow import PromptReader, checked, numbered, occurrences_of
+from holdall.engine.text import Writer
+from holdall.model import Model
+from holdall.settings import NonNegativeInt, PositiveInt
+from holdall.text.tokenizers import Tokenizer
+
+TOP = 20
+"""Most alternatives whose log-probabilities can be asked for."""
+
+
+class Store(Protocol):
+    """What the engine needs of a store of sessions: see holdall/engine/store.py."""
+
+    def longest(self, tokens: Sequence[int]) -> Session | None: ...
+    def shared(self, tokens: Sequence[int]) -> int: ...
+    def put(self, session: Session, *, pin: bool = False) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig(Config):
+    """How an engine runs."""
+
+    rows: PositiveInt = 64
+    """The most texts that are written at the same time."""
+    chunk: PositiveInt = CHUNK
+    """Tokens of the largest piece of a prompt, a power of two; so many are read in each step at most."""
+    max_context: PositiveInt | None = None
+    """Tokens that a row may read and write, reserved for models whose states grow; others need no limit."""
+    queue: NonNegativeInt = 1024
+    """The most requests that wait; more are refused."""
+    fixed: bool = False
+    """Whether every step runs on all rows, so that a text's bits do not depend on how many run beside it."""
+    graphs: Literal["auto", "off"] = "auto"
+    """"auto" records steps as CUDA graphs on a GPU."""
+
+    def validate(self) -> None:
+        if self.chunk & (self.chunk - 1):
+            raise ValueError(f"chunk is a power of two, not {self.chunk}")
+
+
+class Stats(NamedTuple):
+    """What an engine is doing.
+
+    running, reading, waiting: texts that are being written, prompts that are being read, requests that wait.
+    row_bytes: of the states of one row; state_bytes: of all rows' buffers.
+    steps, prompt_tokens, cached_tokens, tokens: since it was made; cached ones were not read again.
+    """
+
+    running: int
+    reading: int
+    waiting: int
+    rows: int
+    row_bytes: int
+    state_bytes: int
+    steps: int
+    prompt_tokens: int
+    cached_tokens: int
+    tokens: int
+
+
+class Engine:
+    """Runs requests for one model. One thread calls it; nothing happens but in `step`."""
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        config: EngineConfig | None = None,
+        *,
+        store: Store | None = None,
+    ) -> None:
+        """Raises ValueError if the model's states grow and no `max_context` says how far."""
+        self.model, self.tokenizer, self.store = model, tokenizer, store
+        self.config = config or EngineConfig()
+        limit = self.config.max_context
+        grows = any(map(is_reserved, model.init_states(1, device=torch.device("meta"), capacity=1)))
+        if grows and limit is None:
+            raise ValueError(
+                "the model's states grow with the text: say by max_context how many tokens a row may have"
+            )
+        self.capacity = limit if grows else None
+        self.buffers = _Buffers(model, tokenizer.vocab, self.config, self.capacity)
+        self._rows: list[_Row] = []
+        self._ready: deque[tuple[_Row, Session]] = deque()
+        self._waiting: deque[_Job] = deque()
+        self._reading: deque[_Job] = deque()
+        self._flying: deque[_Flight] = deque()
+        self._jobs: dict[int, _Job] = {}
+        self._tickets = itertools.count(1)
+        self._steps = self._prompt_tokens = self._cached_tokens = self._tokens = 0
+
+    # ---------------------------------------------------------------------------------------------- requests
+
+    def submit(self, request: Request) -> int:
+        """Take a request; returns its ticket, which its pieces bear.
+
+        Raises QueueFullError if as many wait as may, and ValueError, naming the field, if it cannot be done.
+        """
+        checked(request, self.model, self.tokenizer)
+        before = 0 if request.session is None else request.session.past.count
+        total, limit = before + len(request.prompt) + request.sampling.max_tokens, self.config.max_context
+        if limit is not None and total > limit:
+            raise ValueError(
+                f"prompt and max_tokens are {total} tokens together, more than max_context {limit}"
+            )
+        if len(self._waiting) >= self.config.queue:
+            raise QueueFullError(f"{len(self._waiting)} requests wait, and no more may")
+        job = _Job(next(self._tickets), request, before)
+        self._jobs[job.ticket] = job
+        self._waiting.append(job)
+        return job.ticket
+
+    def cancel(self, ticket: int) -> None:
+        """End a request, if it has not ended: the next step gives its last pieces, and frees its rows."""
+        if ticket in self._jobs:
+            self._jobs[ticket].cancelled = True
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self._jobs)
+
+    def run(self, requests: Iterable[Request]) -> Iterator[Piece]:
+        """Submit requests, as many as may wait at a time, and give their pieces until all have ended."""
+        requests = iter(requests)
+        for request in requests:
+            while len(self._waiting) >= max(1, self.config.queue):
+                yield from self.step()
+            self.submit(request)
+        while self.busy:
+            yield from self.step()
+
+    def stats(self) -> Stats:
+        return Stats(
+            len(self._rows), len(self._reading) + len(self._ready), len(self._waiting), self.config.rows,
+            self.buffers.row_bytes, self.buffers.row_bytes * self.buffers.rows, self._steps,
+            self._prompt_tokens, self._cached_tokens, self._tokens,
+        )  # fmt: skip
+
+    # ---------------------------------------------------------------------------------------------- a step
+
+    @torch.no_grad()
+    def step(self) -> list[Piece]:
+        """One step of all texts, and at most one chunk of prompts; gives what is new."""
+        self._steps += 1
+        given = self._cancelled()
+        landed = list(self._flying)
+        self._flying.clear()
+        if self._rows:
+            self._flying.append(self.buffers.launch(self._rows))
+        for flight in landed:
+            given += self._landed(flight)
+        self._admit()
+        given += self._read()
+        self._place()
+        return given
+
+    def _landed(self, flight: _Flight) -> list[Piece]:
+        """What a step that was launched before has drawn."""
+        given, drawn = [], flight.tokens()
+        for row, token in zip(flight.rows, drawn, strict=True):
+            if row.ended:  # it had, and was launched once more
+                continue
+            text, tokens = "", list[Token]()
+            finish: Finish = "error"
+            if token.id >= 0:
+                row.text.append(token.id)
+                tokens.append(token)
+                self._tokens += 1
+                text, finish = row.writer.add(token.id)
+            session = self._end(row) if finish else None
+            given.append(row.piece(text, tuple(tokens), finish, session))
+            if finish:
+                self._leave(row.job)
+        return given
+
+    def _end(self, row: _Row) -> Session | None:
+        """Free the row of a text that has ended; what was read, if that was asked for."""
+        at, kept = self._rows.index(row), row.job.request.keep
+        session = None
+        if kept or self.store is not None:
+            # the step that is in flight reads the last token
+            session = self.buffers.take(at, row.past.after(row.text))
+            if self.store is not None and session.logits_V.isfinite().all():
+                self.store.put(session)
+        self._free(row)
+        return session if kept else None
+
+    def _free(self, row: _Row) -> None:
+        """The last row takes the place of one that has ended."""
+        row.ended, at, last = True, self._rows.index(row), self._rows.pop()
+        if last is not row:
+            self.buffers.move(len(self._rows), at)
+            self._rows[at] = last
+
+    def _cancelled(self) -> list[Piece]:
+        """Take cancelled requests out, wherever they are."""
+        given = []
+        for job in [job for job in self._jobs.values() if job.cancelled]:
+            rows = [row for row in self._rows if row.job is job]
+            for row in rows:
+                self._free(row)
+            rows += [row for row, _ in self._ready if row.job is job]
+            self._ready = deque((row, session) for row, session in self._ready if row.job is not job)
+            for queue in (self._waiting, self._reading):
+                with contextlib.suppress(ValueError):
+                    queue.remove(job)
+            rows = rows or [_Row(job, index, self.tokenizer, Past()) for index in range(job.request.n)]
+            given += [row.piece(row.writer.rest(), (), "cancelled", None) for row in rows]
+            del self._jobs[job.ticket]
+        return given
+
+    def _leave(self, job: _Job) -> None:
+        """One of a request's texts has ended."""
+        job.left -= 1
+        if not job.left:
+            del self._jobs[job.ticket]
+
+    # ---------------------------------------------------------------------------------------------- prompts
+
+    def _admit(self) -> None:
+        """Begin to read the prompts of requests for whose texts there are rows."""
+        taken = len(self._rows) + len(self._ready) + sum(job.request.n for job in self._reading)
+        while self._waiting and (taken < self.config.rows):
+            job = self._waiting.popleft()
+            self._begin(job)
+            self._reading.append(job)
+            taken += job.request.n
+
+    def _begin(self, job: _Job) -> None:
+        request, start = job.request, job.request.session
+        done, marks = 0, list(request.marks)
+        if self.store is not None and start is None and request.prompt_logprobs is None:
+            start = self.store.longest(request.prompt)
+            done = 0 if start is None else start.past.count
+            marks.append(self.store.shared(request.prompt))
+        job.cached = job.before + done
+        job.marks = {mark - done for mark in marks if mark > done}
+        start = None if start is None else start.to(self.model.device)
+        job.reader = PromptReader(
+            self.model, request.prompt[done:], start, chunk=self.config.chunk, marks=sorted(job.marks),
+            logprobs=request.prompt_logprobs,
+        )  # fmt: skip
+        self._cached_tokens += job.cached
+        self._prompt_tokens += len(request.prompt)
+
+    def _read(self) -> list[Piece]:
+        """Read a chunk of the prompts, the oldest first; those that end become rows."""
+        given, left = list[Piece](), self.config.chunk
+        while self._reading and left > 0:
+            job = self._reading[0]
+            reader = job.reader
+            assert reader is not None
+            while not reader.done and reader.sizes[-1] <= left:
+                left -= reader.sizes[-1]
+                reader.step()
+                if self.store is not None and reader.at in job.marks and not reader.done:
+                    self.store.put(reader.session())
+            if not reader.done:
+                break
+            self._reading.popleft()
+            given += self._write(job)
+        return given
+
+    def _write(self, job: _Job) -> list[Piece]:
+        """A prompt was read: its texts are ready to be written."""
+        assert job.reader is not None
+        session, given = job.reader.session(), list[Piece]()
+        if self.store is not None:
+            self.store.put(session, pin=job.request.pin)
+        for index in range(job.request.n):
+            row = _Row(job, index, self.tokenizer, session.past)
+            if row.sampling.max_tokens == 0:
+                given.append(row.piece("", (), "length", session if job.request.keep else None))
+                self._leave(job)
+            else:
+                self._ready.append((row, session))
+        job.reader = None if not job.reader.tokens else job.reader
+        return given
+
+    def _place(self) -> None:
+        """Copy what is ready into free rows, and draw each one's first token."""
+        while self._ready and len(self._rows) < self.config.rows:
+            row, session = self._ready.popleft()
+            self._rows.append(row)
+            self._flying.append(self.buffers.put(len(self._rows) - 1, row, session))
+
+
+@dataclass(eq=False)
+class _Job:
+    """A request on its way. `before`: tokens of its session; `cached`: tokens that need not be read."""
+
+    ticket: int
+    request: Request
+    before: int
+    cached: int = 0
+    marks: set[int] = field(default_factory=set)
+    reader: PromptReader | None = None
+    cancelled: bool = False
+    left: int = 0
+
+    def __post_init__(self) -> None:
+        self.left = self.request.n
+
+
+class _Row:
+    """A text that is being written."""
+
+    def __init__(self, job: _Job, index: int, tokenizer: Tokenizer, past: Past) -> None:
+        self.job, self.index, self.past = job, index, past
+        self.sampling: Sampling = numbered(job.request.sampling, index)
+        self.writer = Writer(tokenizer, past.recent, self.sampling)
+        self.text: list[int] = []
+        self.ended = self.shown = False
+
+    def piece(self, text: str, tokens: tuple[Token, ...], finish: Finish, session: Session | None) -> Piece:
+        job, prompt = self.job, ()
+        if not self.shown and self.index == 0 and job.reader is not None:
+            prompt = tuple(job.reader.tokens)  # type: ignore[assignment]
+        self.shown = True
+        usage = Usage(job.before + len(job.request.prompt), job.cached, len(self.text))
+        return Piece(
+            ticket=job.ticket, index=self.index, text=text, tokens=tokens, finish=finish, usage=usage,
+            prompt=prompt, session=session,
+        )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------- the device
+
+
+class _Drawn(NamedTuple):
+    """What a step gives, on its way to the host. Without log-probabilities, only tokens."""
+
+    token_B: Tensor
+    logprob_B: Tensor | None = None
+    id_BK: Tensor | None = None
+    best_BK: Tensor | None = None
+
+
+class _Kind(NamedTuple):
+    """What a step has to do beside reading and drawing; one graph for each kind and number of rows."""
+
+    filters: bool
+    occurrences: bool
+    logprobs: bool
+
+
+class _Flight:
+    """A step that was launched, and the rows that it was launched for."""
+
+    def __init__(self, rows: Sequence[_Row], drawn: _Drawn) -> None:
+        self.rows, self.event = list(rows), None
+        if drawn.token_B.device.type == "cuda":
+            self.drawn, self.event = _Drawn(*map(_to_host, drawn)), torch.cuda.Event()  # type: ignore[arg-type]
+            self.event.record()
+        else:
+            self.drawn = drawn
+
+    def tokens(self) -> list[Token]:
+        """The token of each row; waits for the device."""
+        if self.event is not None:
+            self.event.synchronize()
+        ids, given = self.drawn.token_B.tolist(), []
+        own, top_ids, best = (None if t is None else t.tolist() for t in self.drawn[1:])
+        for at, (row, token) in enumerate(zip(self.rows, ids, strict=False)):
+            most = row.sampling.logprobs
+            if most is None or own is None or token < 0:
+                given.append(Token(token))
+                continue
+            assert top_ids is not None
+            assert best is not None
+            top = zip(top_ids[at][:most], best[at][:most], strict=True)
+            given.append(Token(token, own[at], tuple(top)))
+        return given
+
+
+def _to_host(tensor: Tensor | None) -> Tensor | None:
+    """A copy that is on its way, which only pinned memory does not wait for."""
+    if tensor is None:
+        return None
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+class _Buffers:
+    """The rows' states and settings, in tensors that stay where they are."""
+
+    def __init__(self, model: Model, vocab: int, config: EngineConfig, capacity: int | None) -> None:
+        self.model, self.vocab, self.config, self.capacity = model, vocab, config, capacity
+        self.rows, device = config.rows, model.device
+        self.device = device
+        self.states: list[State] = model.init_states(self.rows, capacity=capacity)
+        self.row_bytes = sum(map(bytes_per_row, self.states))
+        self.settings = sampling.settings_of([Sampling(seed=0)] * self.rows, device)
+        self.next_B = torch.zeros(self.rows, dtype=torch.long, device=device)
+        self.position_B = torch.zeros(self.rows, dtype=torch.long, device=device)
+        self.logits_BV = torch.zeros(self.rows, model.config.vocab, device=device)
+        self.occurrences: Occurrences | None = None
+        self.graphs: dict[tuple[int, _Kind], tuple[torch.cuda.CUDAGraph, _Drawn]] = {}
+        self.recorded = device.type == "cuda" and config.graphs == "auto"
+        self.pool: Any = None
+
+    # ------------------------------------------------------------------------------------------------ rows
+
+    def put(self, at: int, row: _Row, session: Session) -> _Flight:
+        """Copy a session into a row and draw its first token."""
+        states = session.states
+        if self.capacity is not None:
+            states = self.model.with_room(states, self.capacity)
+        for buffer, state in zip(self.states, states, strict=True):
+            for ours, given in zip(buffer, state, strict=True):
+                ours[at].copy_(given[0])
+        for ours, given in zip(self.settings, sampling.settings_of([row.sampling]), strict=True):
+            ours[at].copy_(given[0], non_blocking=True)
+        self.logits_BV[at].copy_(session.logits_V)
+        self.position_B[at] = session.past.count
+        own = occurrences_of(row.sampling, self.vocab, row.job.request.prompt, (), self.device)
+        if own is not None and self.occurrences is None:
+            self.occurrences = Occurrences(*(t.expand(self.rows, -1).clone().zero_() for t in own))
+        if self.occurrences is not None:
+            for i, ours in enumerate(self.occurrences):
+                ours[at].zero_() if own is None else ours[at].copy_(own[i][0])
+        drawn = self._draw(slice(at, at + 1), self._kind([row]))
+        return _Flight([row], drawn)
+
+    def move(self, source: int, to: int) -> None:
+        """Copy one row over another."""
+        tensors = [*itertools.chain(*self.states), *self.settings, *(self.occurrences or ())]
+        for tensor in (*tensors, self.next_B, self.position_B, self.logits_BV):
+            tensor[to].copy_(tensor[source])
+
+    def take(self, at: int, past: Past) -> Session:
+        """A copy of a row as a session that has read `past`."""
+        states = [type(state)(*(tensor[at : at + 1].clone() for tensor in state)) for state in self.states]
+        return Session([trim(state) for state in states], self.logits_BV[at].clone(), past)
+
+    # ------------------------------------------------------------------------------------------------ a step
+
+    def launch(self, rows: Sequence[_Row]) -> _Flight:
+        """Read each row's last token and draw the next, without waiting for the device."""
+        size, kind = self.size_of(len(rows)), self._kind(rows)
+        if self.capacity is not None and size > len(rows):
+            for state in self.states:  # or rows that nobody has would fill up
+                if is_reserved(state):
+                    state.filled_B[len(rows) : size] = 0
+        if not self.recorded:
+            return _Flight(rows, self._step(size, kind))
+        if (size, kind) not in self.graphs:
+            self._record(size, kind)
+        graph, drawn = self.graphs[size, kind]
+        graph.replay()
+        return _Flight(rows, drawn)
+
+    def size_of(self, live: int) -> int:
+        """How many rows a step runs on, for so many texts: a power of two, or half as many more."""
+        if self.config.fixed:
+            return self.rows
+        power = 1 << (live - 1).bit_length()
+        size = 3 * power // 4 if live <= 3 * power // 4 and power >= 32 else power
+        return min(size, self.rows)
+
+    def _step(self, size: int, kind: _Kind) -> _Drawn:
+        views = [type(state)(*(tensor[:size] for tensor in state)) for state in self.states]
+        h_B1D, after = self.model.hidden(self.next_B[:size, None], views, inplace=True)
+        assert after is not None
+        self.logits_BV[:size] = self.model.logits(h_B1D[:, 0])
+        self.position_B[:size] += 1
+        return self._draw(slice(0, size), kind)
+
+    def _draw(self, some: slice, kind: _Kind) -> _Drawn:
+        """The next token of some rows, from the logits that are there."""
+        logits_BV, occurrences = self.logits_BV[some], None
+        if kind.occurrences:
+            assert self.occurrences is not None
+            occurrences = Occurrences(*(tensor[some] for tensor in self.occurrences))
+        token_B = sampling.draw(
+            logits_BV[:, : self.vocab], self.position_B[some], Settings(*(t[some] for t in self.settings)),
+            filters=kind.filters, occurrences=occurrences,
+        )  # fmt: skip
+        known_B = token_B.clamp(min=0)
+        self.next_B[some] = known_B
+        if occurrences is not None:
+            ones_B1 = torch.ones_like(known_B[:, None], dtype=torch.int32)
+            occurrences.count_BV.scatter_add_(1, known_B[:, None], ones_B1)
+        if not kind.logprobs:
+            return _Drawn(token_B)
+        logprob_BV = logits_BV.log_softmax(-1)
+        best_BK, id_BK = logprob_BV.topk(min(TOP, logprob_BV.shape[-1]), dim=-1)
+        return _Drawn(token_B, logprob_BV.gather(-1, known_B[:, None])[:, 0], id_BK, best_BK)
+
+    def _kind(self, rows: Sequence[_Row]) -> _Kind:
+        return _Kind(
+            any(sampling.needs_filters(row.sampling) for row in rows),
+            any(sampling.needs_occurrences(row.sampling) for row in rows),
+            any(row.sampling.logprobs is not None for row in rows),
+        )
+
+    def _record(self, size: int, kind: _Kind) -> None:
+        """Record a step as a graph. The calls that warm it up write into rows, which are put back after."""
+        tensors = [*itertools.chain(*self.states), *(self.occurrences or ()), self.next_B, self.position_B]
+        kept = [(tensor, tensor[:size].clone()) for tensor in (*tensors, self.logits_BV)]
+        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self._step(size, kind)
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(graph, pool=self.pool):
+            drawn = self._step(size, kind)
+        self.pool = graph.pool()
+        for tensor, values in kept:
+            tensor[:size] = values
+        self.graphs[size, kind] = (graph, drawn)

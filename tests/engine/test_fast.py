@@ -1,0 +1,269 @@
+"""The engine, held to the slow generator: token by token, and bit by bit where every step has all rows."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from holdall.engine import slow
+from holdall.engine.fast import Engine, EngineConfig
+from holdall.engine.request import Piece, QueueFullError, Request, Sampling
+from holdall.engine.session import CHUNK, read
+from holdall.mixers.attention import AttentionConfig
+from holdall.mixers.base_conv import BaseConvConfig
+from holdall.mixers.mamba import MambaConfig
+from holdall.mixers.sliding_window import SlidingWindowConfig
+from holdall.mixers.taylor import TaylorConfig
+from holdall.model import Model, ModelConfig, seeded
+from holdall.testing import laws
+from holdall.text.tokenizers import Bytes
+
+WIDTH, TOKENIZER = 16, Bytes()
+MODELS: dict[str, dict[str, Any]] = {
+    "based": {
+        "layers": (
+            BaseConvConfig(width=WIDTH),
+            SlidingWindowConfig(width=WIDTH, window=5, heads=2),
+            TaylorConfig(width=WIDTH, feature_dim=4, heads=2),
+        )
+    },
+    "mamba": {"layers": (MambaConfig(width=WIDTH, state=4),), "positions": 2000},
+    "attention": {"layers": (AttentionConfig(width=WIDTH, heads=2), BaseConvConfig(width=WIDTH))},
+}
+LIMIT = 1200
+CONFIG = EngineConfig(rows=6, max_context=LIMIT)
+
+
+def build(kind: str, dtype: torch.dtype = torch.float64, *, tied: bool = True) -> Model:
+    config = ModelConfig(vocab=TOKENIZER.vocab + 7, width=WIDTH, mlp=24, tied=tied, **MODELS[kind])
+    with seeded(0):
+        model = config.build()
+    for block in model.blocks:  # so that what was read matters
+        for parameter in block.parameters():
+            parameter.data.mul_(3)
+    model.embed.weight.data.mul_(20)
+    return model.to(dtype).eval()
+
+
+def requests(count: int, seed: int = 0, *, longest: int = 90, keep: bool = False) -> list[Request]:
+    """Requests of all kinds."""
+    draw = random.Random(seed)
+    found = []
+    for index in range(count):
+        asked = Sampling(
+            max_tokens=draw.choice([0, 1, 2, 17, 40]),
+            temperature=draw.choice([0.0, 0.7, 1.0]),
+            top_k=draw.choice([0, 0, 5]),
+            top_p=draw.choice([1.0, 0.9]),
+            min_p=draw.choice([0.0, 0.05]),
+            repetition_penalty=draw.choice([1.0, 1.0, 1.3]),
+            frequency_penalty=draw.choice([0.0, 0.0, 0.5]),
+            logit_bias=draw.choice([(), ((65, 4.0), (66, -100.0))]),
+            seed=index,
+            stop=draw.choice([(), ("e", "a b")]),
+            stop_tokens=draw.choice([(), (7, 8, 9, 10, 200, 201)]),
+            logprobs=draw.choice([None, 0, 3]),
+        )
+        prompt = tuple(
+            draw.randrange(TOKENIZER.vocab) for _ in range(draw.choice([1, 3, 31, 32, 33, longest]))
+        )
+        told = draw.choice([None, None, 2])
+        found.append(
+            Request(prompt=prompt, sampling=asked, n=draw.choice([1, 1, 3]), keep=keep, prompt_logprobs=told)
+        )
+    return found
+
+
+def texts(pieces: Iterable[Piece]) -> dict[tuple[int, int], list[Piece]]:
+    """The pieces of each text, by ticket and index."""
+    found: dict[tuple[int, int], list[Piece]] = {}
+    for piece in pieces:
+        found.setdefault((piece.ticket, piece.index), []).append(piece)
+    return found
+
+
+def definition(model: Model, asked: Sequence[Request]) -> dict[tuple[int, int], list[Piece]]:
+    pieces = (slow.generate(model, TOKENIZER, each, ticket=i + 1) for i, each in enumerate(asked))
+    return texts(piece for each in pieces for piece in each)
+
+
+def assert_same(got: dict[Any, list[Piece]], want: dict[Any, list[Piece]]) -> None:
+    assert got.keys() == want.keys()
+    for name, right in want.items():
+        text, mine = "".join(p.text for p in got[name]), got[name]
+        assert text == "".join(p.text for p in right), name
+        assert [t.id for p in mine for t in p.tokens] == [t.id for p in right for t in p.tokens], name
+        assert (mine[-1].finish, mine[-1].usage) == (right[-1].finish, right[-1].usage), name
+        assert [p.finish for p in mine[:-1]] == [""] * (len(mine) - 1)
+        for part in ("tokens", "prompt"):
+            pairs = zip(*([t for p in each for t in getattr(p, part)] for each in (mine, right)), strict=True)
+            for one, other in pairs:
+                assert one.id == other.id
+                assert one.logprob == pytest.approx(other.logprob, abs=1e-5, nan_ok=True)
+                assert [i for i, _ in one.top] == [i for i, _ in other.top]
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_many_at_once_are_as_one_after_another(kind: str) -> None:
+    model, asked = build(kind), requests(25)
+    assert_same(texts(Engine(model, TOKENIZER, CONFIG).run(asked)), definition(model, asked))
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_in_fp32_with_all_rows_in_every_step_neighbours_change_no_bit(kind: str) -> None:
+    """Their log-probabilities, and the states at the end, beside neighbours that come and go."""
+    model = build(kind, torch.float32)
+    asked = [
+        Request(prompt=each.prompt, sampling=Sampling(max_tokens=30, seed=i, logprobs=5), keep=True)
+        for i, each in enumerate(requests(12))
+    ]
+    config = EngineConfig(rows=6, max_context=LIMIT, fixed=True)
+    alone = [texts(Engine(model, TOKENIZER, config).run([each])) for each in asked]
+    engine, draw, given = Engine(model, TOKENIZER, config), random.Random(1), list[Piece]()
+    places = {}
+    for i, each in enumerate(asked):
+        others = [engine.submit(other) for other in requests(2, seed=i)]
+        places[engine.submit(each)] = i
+        for _ in range(draw.randrange(8)):
+            given += engine.step()
+        engine.cancel(draw.choice(others))
+    while engine.busy:
+        given += engine.step()
+    beside = texts(given)
+    for ticket, i in places.items():
+        (mine,) = alone[i].values()
+        for one, other in zip(mine, beside[ticket, 0], strict=True):
+            assert one.tokens == other.tokens
+        ends = [each[-1].session for each in (mine, beside[ticket, 0])]
+        assert ends[0].past == ends[1].past
+        laws.assert_bitwise("logits", ends[1].logits_V, ends[0].logits_V)
+        for one, other in zip(*(end.states for end in ends), strict=True):
+            for name, x, y in zip(type(one)._fields, one, other, strict=True):
+                laws.assert_bitwise(name, y, x)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_session_that_is_continued_is_the_text_that_was_not_interrupted(kind: str) -> None:
+    model, engine = build(kind), Engine(build(kind), TOKENIZER, CONFIG)
+    whole = Sampling(max_tokens=40, seed=3, ignore_end=True)
+    (want,) = texts(engine.run([Request(prompt=(5, 6, 7), sampling=whole)])).values()
+    session, prompt, got = None, (5, 6, 7), list[int]()
+    for _ in range(4):
+        part = Sampling(max_tokens=10, seed=3, ignore_end=True)
+        (pieces,) = texts(
+            engine.run([Request(prompt=prompt, sampling=part, session=session, keep=True)])
+        ).values()
+        got += [token.id for piece in pieces for token in piece.tokens]
+        session, prompt = pieces[-1].session, ()
+    assert got == [token.id for piece in want for token in piece.tokens]
+    again = read(model, [5, 6, 7, *got])
+    assert session is not None
+    assert session.past == again.past
+    laws.assert_close("logits of the session", session.logits_V, again.logits_V.to(session.logits_V))
+
+
+def test_a_long_prompt_holds_up_nobody_by_more_than_a_chunk() -> None:
+    model = build("based")
+    engine = Engine(model, TOKENIZER, EngineConfig(rows=4, chunk=32))
+    first = engine.submit(Request(prompt=(1, 2), sampling=Sampling(max_tokens=100, seed=0, ignore_end=True)))
+    engine.step()
+    long = engine.submit(Request(prompt=(3,) * 320, sampling=Sampling(max_tokens=3, seed=0)))
+    seen = []
+    while not seen or all(piece.ticket != long for piece in seen[-1]):
+        seen.append(engine.step())
+    assert len(seen) >= 10  # a chunk each
+    assert all(any(piece.ticket == first for piece in step) for step in seen[1:])
+
+
+@pytest.mark.parametrize("when", [0, 1, 2, 5])
+def test_a_cancelled_request_is_gone_after_the_next_step(when: int) -> None:
+    engine = Engine(build("based"), TOKENIZER, EngineConfig(rows=2, chunk=16))
+    asked = Request(prompt=(9,) * 40, sampling=Sampling(max_tokens=100, seed=0, ignore_end=True), n=2)
+    ticket, given = engine.submit(asked), list[Piece]()
+    for _ in range(when):
+        given += engine.step()
+    engine.cancel(ticket)
+    last = engine.step()
+    assert [(piece.index, piece.finish) for piece in last] == [(0, "cancelled"), (1, "cancelled")]
+    assert not engine.busy
+    stats = engine.stats()
+    assert (stats.running, stats.reading, stats.waiting) == (0, 0, 0)
+    engine.cancel(ticket)  # which changes nothing
+    assert engine.step() == []
+
+
+def test_the_queue_has_an_end() -> None:
+    engine = Engine(build("based"), TOKENIZER, EngineConfig(rows=1, queue=2))
+    asked = Request(prompt=(1,), sampling=Sampling(max_tokens=2, seed=0))
+    for _ in range(2):
+        engine.submit(asked)
+    with pytest.raises(QueueFullError, match="2 requests wait"):
+        engine.submit(asked)
+    assert len(texts(engine.run([asked] * 5))) == 7  # who runs them waits for a place
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"prompt": ()}, "prompt is empty"),
+        ({"prompt": (1, 264)}, "prompt: token 1 is 264"),
+        ({"n": 0}, "n"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs"),
+        ({"sampling": Sampling(logit_bias=((257, 1.0),))}, "logit_bias names token 257"),
+        ({"sampling": Sampling(stop_tokens=(300,))}, "stop_tokens names token 300"),
+        ({"sampling": Sampling(max_tokens=1199), "prompt": (1, 2)}, "max_context 1200"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_done_is_refused_by_its_field(wrong: dict[str, Any], says: str) -> None:
+    engine = Engine(build("attention"), TOKENIZER, CONFIG)
+    with pytest.raises(ValueError, match=says):
+        engine.submit(Request(**{"prompt": (1,), **wrong}))
+    assert not engine.busy
+
+
+def test_a_session_of_another_model_is_refused() -> None:
+    engine, other = Engine(build("based"), TOKENIZER, CONFIG), read(build("mamba"), [1, 2])
+    with pytest.raises(ValueError, match="session"):
+        engine.submit(Request(prompt=(1,), session=other))
+
+
+def test_rows_that_nobody_has_never_fill_up() -> None:
+    engine = Engine(build("attention"), TOKENIZER, EngineConfig(rows=3, max_context=20, fixed=True))
+    asked = Sampling(max_tokens=10, seed=0, ignore_end=True)
+    for _ in range(4):  # one after another: the other rows run along
+        (pieces,) = texts(engine.run([Request(prompt=(1, 2, 3), sampling=asked)])).values()
+        assert pieces[-1].usage.completion == 10
+
+
+def test_states_that_grow_need_a_limit() -> None:
+    with pytest.raises(ValueError, match="max_context"):
+        Engine(build("attention"), TOKENIZER, EngineConfig())
+
+
+def test_a_diverged_model_ends_its_text_and_no_other() -> None:
+    """Logits are NaN after one token of the vocabulary alone."""
+    model = build("based", tied=False)
+    model.embed.weight.data[99] = torch.nan
+    engine = Engine(model, TOKENIZER, CONFIG)
+    asked = Sampling(max_tokens=5, temperature=0, ignore_end=True, logit_bias=((99, -1e9),))
+    good, bad = (engine.submit(Request(prompt=prompt, sampling=asked)) for prompt in ((1, 2), (1, 99)))
+    found = texts(engine.run([]))
+    assert found[bad, 0][-1].finish == "error"
+    assert (found[good, 0][-1].finish, found[good, 0][-1].usage.completion) == ("length", 5)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        list(slow.generate(model, TOKENIZER, Request(prompt=(1, 99), sampling=asked)))
+
+
+def test_the_stats_are_the_tensors() -> None:
+    engine = Engine(build("attention"), TOKENIZER, CONFIG)
+    tensors = [tensor for state in engine.buffers.states for tensor in state]
+    stats = engine.stats()
+    assert stats.state_bytes == sum(tensor.nbytes for tensor in tensors) == 6 * stats.row_bytes
+    list(engine.run(requests(3, longest=CHUNK + 1)))
+    assert [t.data_ptr() for t in tensors] == [t.data_ptr() for s in engine.buffers.states for t in s]
+    assert engine.stats().prompt_tokens == sum(len(each.prompt) for each in requests(3, longest=CHUNK + 1))
