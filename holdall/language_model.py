@@ -22,24 +22,24 @@ Letters: B rows, T tokens, V vocabulary, C some of the tokens.
 from __future__ import annotations
 
 import difflib
-import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from holdall import checkpoints, files, mixers, settings
-from holdall.contract import State, recurrent_dtype
+from holdall import checkpoints, files, mixers
+from holdall.contract import recurrent_dtype
+from holdall.engine import Engine, EngineConfig, Request, Sampling, Session, load_session, read, save_session
+from holdall.engine.request import NOT_FINITE
 from holdall.files import RunError
 from holdall.model import Model, ModelConfig, seeded
 from holdall.precision import compute_in
-from holdall.settings import NonNegativeFloat, NonNegativeInt, Range
 from holdall.text import tokenizers
 from holdall.text.corpus import read_manifest
 from holdall.text.tokenizers import Bytes, Tokenizer
@@ -102,6 +102,8 @@ class LanguageModel:
             )
         self.model, self.tokenizer, self.step = model, tokenizer, step
         self._fingerprint = fingerprint
+        self._engine: Engine | None = None
+        self._engine_of: tuple[torch.device, torch.dtype] | None = None
 
     @property
     def config(self) -> ModelConfig:
@@ -134,7 +136,9 @@ class LanguageModel:
         max_tokens: int = 256,
         temperature: float = 0.8,
         seed: int = 0,
+        session: Session | None = None,
         on_text: Callable[[str], object] = lambda piece: None,
+        **options: Any,
     ) -> str:
         """How the model continues a text, which it reads as the beginning of a document.
 
@@ -142,8 +146,10 @@ class LanguageModel:
             text: the prompt; empty for a document of the model's own.
             max_tokens: the most tokens to generate; the end of the document comes earlier or not at all.
             temperature: what logits are divided by before a token is drawn; 0 takes the likeliest token.
-            seed: of the draws, which are made on the CPU: the same on every device.
+            seed: of the draws: the same on every device.
+            session: what was read before the prompt, which is then no beginning of a document: see `read`.
             on_text: called with each new piece of text as soon as its characters are whole.
+            options: the other fields of `holdall.engine.Sampling`, such as top_p=0.9 or stop=("\\n",).
 
         Returns:
             The new text alone: the pieces joined, without the prompt and the end of the document.
@@ -152,23 +158,54 @@ class LanguageModel:
             ValueError: a setting is out of range, the model has no more learned positions, or its logits are
                 NaN or infinite.
         """
-        settings.check("max_tokens", max_tokens, NonNegativeInt)
-        ids = self._document(text)
-        prompt_1T = torch.tensor([ids], device=self.model.device)
-        drawn = draws(self.model, prompt_1T, vocab=self.tokenizer.vocab, temperature=temperature, seed=seed)
-        decoder, pieces = _Decoder(self.tokenizer, ids), list[str]()
+        asked = Sampling(max_tokens=max_tokens, temperature=temperature, seed=seed, **options)
+        ids = self._tokens(text) if session else self._document(text)
+        written = []
+        for piece in self._one_row(len(ids) + max_tokens + (session.past.count if session else 0)).run(
+            [Request(prompt=tuple(ids), sampling=asked, session=session)]
+        ):
+            if piece.finish == "error":
+                raise ValueError(NOT_FINITE)
+            if piece.text:
+                written.append(piece.text)
+                on_text(piece.text)
+        return "".join(written)
 
-        def show(piece: str) -> None:
-            if piece:
-                pieces.append(piece)
-                on_text(piece)
+    def read(self, text: str, session: Session | None = None) -> Session:
+        """What the model makes of a text: to be continued by `generate`, forked, saved and loaded.
 
-        for token_1 in itertools.islice(drawn, max_tokens):
-            if (token := int(token_1)) == self.tokenizer.end:
-                break
-            show(decoder.add(token))
-        show(decoder.rest())
-        return "".join(pieces)
+        Args:
+            text: read as the beginning of a document, or after what the session has read.
+            session: stays as it was.
+        """
+        return read(self.model, self._tokens(text) if session else self._document(text), session)
+
+    def save_session(self, session: Session, path: str | Path) -> None:
+        """Write a session to a file, from which `load_session` resumes it, tomorrow or on another machine."""
+        save_session(session, Path(path), model=self.fingerprint)
+
+    def load_session(self, path: str | Path) -> Session:
+        """Read what `save_session` wrote. Raises StateError if another model has read it."""
+        return load_session(Path(path), self.model, fingerprint=self.fingerprint)
+
+    def engine(self, config: EngineConfig | None = None, **how: Any) -> Engine:
+        """An engine for many texts at once; arguments as of `holdall.engine.Engine`."""
+        return Engine(self.model, self.tokenizer, config, **how)
+
+    def _one_row(self, tokens: int) -> Engine:
+        """An engine of one row with room for so many tokens, kept for the next text if it has no graph yet.
+
+        Recording a graph takes longer than a short text, so the engine is made once for a model that is not
+        moved or cast in between, and again where states grow beyond its room.
+        """
+        limit = 1 << max(10, (tokens - 1).bit_length())
+        if self.config.positions:
+            limit = min(limit, self.config.positions)
+        made, now = self._engine, (self.model.device, self.model.block_dtype)
+        if made is None or self._engine_of != now or made.busy or (made.capacity or limit) < tokens:
+            self._engine_of = now
+            made = self._engine = self.engine(EngineConfig(rows=1, max_context=limit))
+        return made
 
     @torch.no_grad()
     def score(self, text: str) -> Score:
@@ -220,111 +257,10 @@ class LanguageModel:
 
     def _document(self, text: str) -> list[int]:
         """The ids of a text behind the end of the document before it."""
-        return [self.tokenizer.end, *self.tokenizer.encode_batch([text])[0].tolist()]
+        return [self.tokenizer.end, *self._tokens(text)]
 
-
-class _Decoder:
-    """Turns tokens into text as they come, in whole characters.
-
-    A token is decoded beside a few before it, since what stands between them may depend on both, and text is
-    held back while it may be the beginning of a character, of which three bytes at most can be there.
-    """
-
-    BESIDE, PART = 8, "\ufffd"
-    """How many tokens are decoded beside a new one, and what bytes that are not UTF-8 are decoded to."""
-
-    def __init__(self, tokenizer: Tokenizer, before: Sequence[int]) -> None:
-        self.tokenizer = tokenizer
-        self.ids = list(before[-self.BESIDE :])
-        self.shown = tokenizer.decode(self.ids)
-
-    def add(self, token: int) -> str:
-        """The text that is certain with this token and was not before."""
-        self.ids.append(token)
-        text = self.tokenizer.decode(self.ids)
-        held = min(3, len(text) - len(text.rstrip(self.PART)))
-        certain = text[: len(text) - held]
-        if not certain.startswith(self.shown):  # some decoders change what they gave before
-            return ""
-        new = certain[len(self.shown) :]
-        self.shown = certain
-        if not held:
-            self.ids = self.ids[-self.BESIDE :]
-            self.shown = self.tokenizer.decode(self.ids)
-        return new
-
-    def rest(self) -> str:
-        """What is still held back, when no more tokens come."""
-        return self.tokenizer.decode(self.ids)[len(self.shown) :]
-
-
-# ------------------------------------------------------------------------------------------------- draws
-
-
-def generate(
-    model: Model, tokens_BT: Tensor, count: int, *, vocab: int, temperature: float = 0.8, seed: int = 0
-) -> Tensor:
-    """`count` more tokens for each row, (B, count), on the CPU; arguments and errors as of `draws`."""
-    settings.check("count", count, NonNegativeInt)
-    drawn = draws(model, tokens_BT, vocab=vocab, temperature=temperature, seed=seed)
-    columns = list(itertools.islice(drawn, count if len(tokens_BT) else 0))
-    return torch.stack(columns, dim=1) if columns else torch.empty(len(tokens_BT), count, dtype=torch.long)
-
-
-def draws(
-    model: Model, tokens_BT: Tensor, *, vocab: int, temperature: float = 0.8, seed: int = 0
-) -> Iterator[Tensor]:
-    """The next token of each row, (B,), on the CPU, again and again: the prompt is read once, then each draw.
-
-    Args:
-        vocab: only ids below are drawn: a model's vocabulary may be padded.
-        temperature: 0 takes the likeliest token.
-        seed: of the draws, which are made on the CPU: the same on every device.
-
-    Raises:
-        ValueError: a setting is out of range, the prompt is empty or has ids that the model does not know, or
-            the logits are NaN or infinite.
-    """
-    settings.check("temperature", temperature, NonNegativeFloat)
-    settings.check("vocab", vocab, Annotated[int, Range(least=1, most=model.config.vocab)])
-    rows, length = tokens_BT.shape
-    if not length:
-        raise ValueError("the prompt has no tokens: give at least one, such as the tokenizer's end of a text")
-    if rows and not 0 <= int(tokens_BT.min()) <= int(tokens_BT.max()) < model.config.vocab:
-        raise ValueError(
-            f"the prompt has ids outside of the model's vocabulary, 0 to {model.config.vocab - 1}"
-        )
-    return _draws(model, tokens_BT, vocab, temperature, torch.Generator().manual_seed(seed))
-
-
-@torch.no_grad()
-def _draws(
-    model: Model, tokens_BT: Tensor, vocab: int, temperature: float, generator: torch.Generator
-) -> Iterator[Tensor]:
-    """What `draws` gives; each token is read when the next one is asked for."""
-    states: list[State] | None = None
-    for piece_BT in tokens_BT.split(TOKENS_AT_ONCE, dim=1):
-        h_BTD, states = model.hidden(piece_BT, states, inplace=True)
-    while True:
-        logits_BV = model.logits(h_BTD[:, -1])[:, :vocab].float().cpu()
-        if not logits_BV.isfinite().all():
-            raise ValueError("the model's logits are NaN or infinite: its weights are, or it diverged")
-        drawn_B = draw(logits_BV, temperature, generator)
-        yield drawn_B
-        h_BTD, states = model.hidden(drawn_B[:, None].to(tokens_BT.device), states, inplace=True)
-
-
-def draw(logits_BV: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
-    """One token of each row, (B,).
-
-    Divided in fp64, and after the largest logit is subtracted: the smallest temperature then gives -inf where
-    a token is less likely than the likeliest, never NaN.
-    """
-    if temperature == 0:
-        return logits_BV.argmax(-1)
-    below_BV = logits_BV.double() - logits_BV.amax(-1, keepdim=True)
-    p_BV = (below_BV / temperature).softmax(-1).float()
-    return torch.multinomial(p_BV, 1, generator=generator)[:, 0]
+    def _tokens(self, text: str) -> list[int]:
+        return self.tokenizer.encode_batch([text])[0].tolist()
 
 
 # --------------------------------------------------------------------------------------------- the folder

@@ -20,8 +20,10 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import holdall
 from holdall import checkpoints, files, language_model
+from holdall.contract import StateError
+from holdall.engine import EngineConfig, Request, Sampling, sampling, slow
 from holdall.files import RunError
-from holdall.language_model import LanguageModel, draw, draws, generate, load
+from holdall.language_model import LanguageModel, load
 from holdall.mixers.attention import AttentionConfig
 from holdall.mixers.base_conv import BaseConvConfig
 from holdall.mixers.mamba import MambaConfig
@@ -538,8 +540,9 @@ def test_the_text_is_its_pieces(name: str, prompt: str) -> None:
     assert "".join(pieces) == text
     assert all(pieces)
     ids = [tokenizer.end, *tokenizer.encode_batch([prompt])[0].tolist()]
-    drawn = map(int, draws(model.model, torch.tensor([ids]), vocab=tokenizer.vocab, **options))
-    new = list(itertools.takewhile(lambda token: token != tokenizer.end, itertools.islice(drawn, 60)))
+    asked = Request(prompt=tuple(ids), sampling=Sampling(max_tokens=60, **options))
+    drawn = [token.id for piece in slow.generate(model.model, tokenizer, asked) for token in piece.tokens]
+    new = list(itertools.takewhile(lambda token: token != tokenizer.end, drawn))
     assert len(new) > 10
     if name != "with-spaces":  # whose decoder takes back what it gave if bytes behind it are no character
         assert text == tokenizer.decode([*ids, *new]).removeprefix(tokenizer.decode(ids))
@@ -555,32 +558,21 @@ def test_text_comes_as_soon_as_its_characters_are_whole(name: str, monkeypatch: 
     rest = iter([*ids[len(before) :], tokenizer.end, 65])
     taken = 0
 
-    def scripted(*_: Any, **__: Any) -> Any:
+    def scripted(logits_BV: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         nonlocal taken
-        for token in rest:
-            taken += 1
-            yield torch.tensor([token])
+        taken += 1
+        return torch.tensor([next(rest, 65)])
 
-    monkeypatch.setattr(language_model, "draws", scripted)
+    monkeypatch.setattr(sampling, "draw", scripted)
     said = made(tokenizer=tokenizer).generate("Ann", on_text=lambda piece: shown.append((taken, piece)))
     assert said == text
-    assert list(rest) == [65]  # nothing is drawn behind the end of the document
     assert all("\ufffd" not in piece for _, piece in shown)
     for letter in "—\U0001f600":
         (piece,) = [at for at, piece in shown if letter in piece][:1]
         whole = next(
             n for n in range(1, 99) if letter in tokenizer.decode([*before, *ids[len(before) :][:n]])
         )
-        assert piece == whole
-
-
-def test_bytes_that_are_no_text_are_shown_when_that_is_certain() -> None:
-    decoder = language_model._Decoder(Bytes(), [256])
-    assert decoder.add(0xFF) == ""
-    assert decoder.add(ord("a")) == "\ufffda"
-    assert [decoder.add(byte) for byte in "é".encode()] == ["", "é"]
-    assert [decoder.add(0xE2) for _ in range(6)] == ["", "", "", "\ufffd", "\ufffd", "\ufffd"]
-    assert decoder.rest() == "\ufffd\ufffd\ufffd"
+        assert piece == whole + 1  # a step is launched before the last one's token is looked at
 
 
 def test_the_text_depends_on_the_seed_and_temperature_alone() -> None:
@@ -604,10 +596,11 @@ def test_a_long_prompt_is_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> Non
         lengths.append(tokens_BT.shape[1])
         return hidden(self, tokens_BT, *args, **options)
 
-    monkeypatch.setattr(language_model, "TOKENS_AT_ONCE", 7)
     monkeypatch.setattr(Model, "hidden", seen)
-    assert made().generate(PROSE, max_tokens=20, temperature=0) == whole
-    assert max(lengths) == 7
+    model = made()
+    monkeypatch.setattr(model, "_one_row", lambda tokens: model.engine(EngineConfig(rows=1, chunk=8)))
+    assert model.generate(PROSE, max_tokens=20, temperature=0) == whole
+    assert max(lengths) == 8
 
 
 @pytest.mark.parametrize(
@@ -624,72 +617,37 @@ def test_settings_out_of_range_are_named(options: dict[str, Any], says: str) -> 
 
 
 def test_generation_with_states_is_generation_without() -> None:
-    model = made().model
-    prompt = torch.tensor([list(b"Ann sees"), list(b"Bob call")])
-    drawn = generate(model, prompt, 12, vocab=257, temperature=0)
-    rows = prompt
+    model = made()
+    ids = [256, *b"Ann sees"]
     for _ in range(12):
-        rows = torch.cat([rows, model(rows)[0][:, -1:, :257].argmax(-1)], dim=1)
-    assert torch.equal(rows[:, 8:], drawn)
-    hot = [generate(model, prompt, 12, vocab=257, temperature=1.0, seed=seed) for seed in (0, 0, 1)]
-    assert torch.equal(hot[0], hot[1])
-    assert not torch.equal(hot[0], hot[2])
-    assert int(generate(model, prompt, 50, vocab=98, temperature=5.0).max()) < 98
-    assert not generate(model, prompt, 2, vocab=98).requires_grad
+        ids.append(int(model.model(torch.tensor([ids]))[0][0, -1, :257].argmax()))
+    want = Bytes().decode(list(itertools.takewhile(lambda token: token != 256, ids[9:])))
+    assert model.generate("Ann sees", max_tokens=12, temperature=0) == want
 
 
-def random_model() -> Model:
-    with seeded(0):
-        layers = (BaseConvConfig(width=8),)
-        return ModelConfig(vocab=20, width=8, layers=layers).build()
-
-
-def test_no_more_tokens_are_an_empty_result() -> None:
-    prompt = torch.zeros(3, 4, dtype=torch.long)
-    assert generate(random_model(), prompt, 0, vocab=20).shape == (3, 0)
-    assert generate(random_model(), prompt[:0], 5, vocab=20).shape == (0, 5)
-
-
-@pytest.mark.parametrize(
-    ("changed", "says"),
-    [
-        ({"count": -1}, "count = -1 must be at least 0"),
-        ({"temperature": math.nan}, "temperature = nan must be at least 0 and finite"),
-        ({"temperature": math.inf}, "temperature = inf must be"),
-        ({"temperature": -1.0}, r"temperature = -1\.0 must be"),
-        ({"vocab": 0}, "vocab = 0 must be from 1 to 20"),
-        ({"vocab": 21}, "vocab = 21 must be from 1 to 20"),
-        ({"tokens_BT": torch.zeros(2, 0, dtype=torch.long)}, "the prompt has no tokens"),
-        ({"tokens_BT": torch.tensor([[3, 20]])}, "ids outside of the model's vocabulary, 0 to 19"),
-        ({"tokens_BT": torch.tensor([[3, -1]])}, "ids outside of the model's vocabulary, 0 to 19"),
-    ],
-)
-def test_what_generation_cannot_do_is_refused(changed: dict[str, Any], says: str) -> None:
-    options = {"tokens_BT": torch.zeros(2, 4, dtype=torch.long), "count": 3, "vocab": 20, **changed}
-    with pytest.raises(ValueError, match=says):
-        generate(random_model(), **options)
-    broken = random_model()
-    with torch.no_grad():
-        broken.embed.weight.fill_(math.nan)
-    with pytest.raises(ValueError, match="logits are NaN or infinite"):
-        generate(broken, torch.zeros(2, 4, dtype=torch.long), 3, vocab=20)
+def test_a_session_is_read_continued_forked_and_saved(tmp_path: Path) -> None:
+    model, options = made(), {"max_tokens": 20, "seed": 5}
+    session = model.read("Ann sees")
+    want = model.generate("Ann sees Bob.", **options)
+    assert [model.generate(" Bob.", session=session, **options) for _ in range(2)] == [want] * 2
+    longer = model.read(" Bob.", session)
+    assert (session.past.count, longer.past.count) == (9, 14)
+    assert model.generate("", session=longer, **options) == want
+    model.save_session(longer, tmp_path / "session.safetensors")
+    again = made()
+    assert again.generate("", session=again.load_session(tmp_path / "session.safetensors"), **options) == want
+    other = made(dataclasses.replace(CONFIG, tied=False))
+    with pytest.raises(StateError, match=f"has states of model {model.fingerprint}, not of this one"):
+        other.load_session(tmp_path / "session.safetensors")
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-45, 1e-30, 1e-4])
 def test_a_small_temperature_takes_the_likeliest_token(temperature: float) -> None:
-    model, prompt = random_model(), torch.arange(12).view(3, 4)
+    model = made()
     with torch.no_grad():
-        model.embed.weight.mul_(40)  # logits as large as those of a trained model
-    greedy = generate(model, prompt, 6, vocab=20, temperature=0)
-    assert torch.equal(generate(model, prompt, 6, vocab=20, temperature=temperature), greedy)
-
-
-def test_draws_follow_the_softmax_of_the_logits() -> None:
-    logits_BV = torch.tensor([[0.3, -1.0, 2.0, 1.5]]).expand(40_000, 4)
-    wanted_V = (logits_BV[0].double() / 0.7).softmax(-1)
-    drawn_B = draw(logits_BV, 0.7, torch.Generator().manual_seed(0))
-    shares_V = drawn_B.bincount(minlength=4).double() / len(drawn_B)
-    assert shares_V == pytest.approx(wanted_V, abs=0.01)
+        model.model.embed.weight.mul_(40)  # logits as large as those of a trained model
+    texts = [model.generate("Ann", max_tokens=30, temperature=t, seed=1) for t in (0, temperature)]
+    assert texts[0] == texts[1]
 
 
 # ------------------------------------------------------------------------------------------ scores

@@ -19,8 +19,9 @@ from rich.text import Text
 
 from holdall import language_model, mixers
 from holdall.commands import TELL_SECONDS, Words, console, resolve_device
+from holdall.engine import EngineConfig, Request, Sampling
 from holdall.files import RunError
-from holdall.language_model import LanguageModel, generate
+from holdall.language_model import LanguageModel
 from holdall.model import ModelConfig
 from holdall.recipes import presets
 from holdall.text.corpus import Tokens
@@ -242,17 +243,22 @@ def _print_result(result: dict[str, Any], out: Path) -> None:
 
 def _print_samples(trained: LanguageModel, valid: Tokens) -> None:
     """How the model continues the validation text from a few places."""
-    model, tokenizer = trained.model, trained.tokenizer
+    tokenizer = trained.tokenizer
     if len(valid) < 2 * PROMPT:
         return
     starts = [int(share * (len(valid) - PROMPT)) for share in torch.linspace(0.1, 0.9, SAMPLES).tolist()]
     prompts = [valid[start : start + PROMPT].tolist() for start in starts]
-    written = generate(model, torch.tensor(prompts, device=model.device), WRITTEN, vocab=tokenizer.vocab)
-    for prompt, rest in zip(prompts, written.tolist(), strict=True):
-        if tokenizer.end in rest:
-            rest = rest[: rest.index(tokenizer.end)]
+    requests = [
+        Request(prompt=tuple(prompt), sampling=Sampling(max_tokens=WRITTEN, temperature=0.8, seed=i))
+        for i, prompt in enumerate(prompts)
+    ]
+    engine = trained.engine(EngineConfig(rows=SAMPLES, max_context=PROMPT + WRITTEN))
+    written = [""] * SAMPLES
+    for piece in engine.run(requests):
+        written[piece.ticket - 1] += piece.text
+    for prompt, rest in zip(prompts, written, strict=True):
         console.print()
-        console.print(Text.assemble((tokenizer.decode(prompt), "dim"), (tokenizer.decode(rest), "bold")))
+        console.print(Text.assemble((tokenizer.decode(prompt), "dim"), (rest, "bold")))
 
 
 # ----------------------------------------------------------------------------------------------- loggers

@@ -10,3 +10,12 @@
 
 It needs a model, a tokenizer and the model's fingerprint, not how they were loaded.
 """
+
+from holdall.engine.fast import Engine, EngineConfig, Stats
+from holdall.engine.request import Piece, QueueFullError, Request, Sampling, Token, Usage
+from holdall.engine.session import Past, Session, load_session, read, save_session
+
+__all__ = [
+    "Engine", "EngineConfig", "Past", "Piece", "QueueFullError", "Request", "Sampling", "Session", "Stats",
+    "Token", "Usage", "load_session", "read", "save_session",
+]  # fmt: skip

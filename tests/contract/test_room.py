@@ -272,7 +272,7 @@ def test_a_file_names_its_model_and_another_s_is_refused(tmp_path: Path) -> None
     model, file = build(), tmp_path / "state.safetensors"
     _, states = model(tokens(2, 9))
     save_states(states, file, model="0123abcd")
-    assert describe_states(file) == ("0123abcd", [9, 9])
+    assert describe_states(file)[:2] == ("0123abcd", [9, 9])
     load_states(file, model.mixers, model="0123abcd")
     load_states(file, model.mixers)
     with pytest.raises(StateError, match=r"has states of model 0123abcd, not of this one, feedbeef"):
@@ -286,7 +286,7 @@ def test_a_file_of_before_is_read_with_a_warning_that_it_cannot_be_checked(tmp_p
     mixer, file = LAYERS[1].build(), tmp_path / "state.safetensors"
     past_BPD = torch.randn(2, 3, 16)
     save_file({"0.ConvState.past_BPD": past_BPD}, file, {"format": "holdall-state-1"})
-    assert describe_states(file) == ("", None)
+    assert describe_states(file)[:2] == ("", None)
     assert torch.equal(load_states(file, [mixer])[0][0], past_BPD)
     with pytest.warns(StateFileWarning, match="does not name its model"):
         load_states(file, [mixer], model="0123abcd")
