@@ -239,6 +239,7 @@ class Model(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in config.layers)
         self.norm = (LayerNorm if config.norm == "layer" else RMSNorm)(config.width, eps=config.eps)
         self.head = None if config.tied else nn.Linear(config.width, config.vocab, bias=False)
+        self._narrow: tuple[Any, Tensor] | None = None
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -279,9 +280,26 @@ class Model(nn.Module):
         return self.embed.weight if self.head is None else self.head.weight
 
     def logits(self, h: Tensor) -> Tensor:
-        """The head's logits, (..., V), of what `hidden` gives, (..., D), in the dtype of the head."""
+        """The head's logits, (..., V), of what `hidden` gives, (..., D), in the dtype of the head.
+
+        On a GPU, where blocks compute in 16 bits and nothing is trained, the product's operands are in 16
+        bits too, and its sums and results stay as wide as the head.
+        """
         head_VD = self.head_weight
-        return h.to(head_VD.dtype) @ head_VD.T
+        narrow = self.block_dtype
+        if head_VD.device.type != "cuda" or narrow.itemsize != 2 or torch.is_grad_enabled():
+            return h.to(head_VD.dtype) @ head_VD.T
+        h_ND = h.to(narrow).view(-1, h.shape[-1])
+        wide_NV = torch.mm(h_ND, self._narrow_head(narrow).T, out_dtype=head_VD.dtype)
+        return wide_NV.view(*h.shape[:-1], -1)
+
+    def _narrow_head(self, dtype: torch.dtype) -> Tensor:
+        """The head in another dtype, made again when its weights have changed."""
+        head_VD = self.head_weight
+        made_of = (head_VD.data_ptr(), head_VD._version, dtype)
+        if self._narrow is None or self._narrow[0] != made_of:
+            self._narrow = (made_of, head_VD.detach().to(dtype))
+        return self._narrow[1]
 
     def hidden(
         self,

@@ -19,6 +19,7 @@ from holdall.mixers.mamba import MambaConfig
 from holdall.mixers.sliding_window import SlidingWindowConfig
 from holdall.mixers.taylor import TaylorConfig
 from holdall.model import Model, ModelConfig, seeded
+from holdall.precision import compute_in
 from holdall.testing import laws
 from holdall.text.tokenizers import Bytes
 
@@ -107,16 +108,31 @@ def assert_same(got: dict[Any, list[Piece]], want: dict[Any, list[Piece]]) -> No
                 assert [i for i, _ in one.top] == [i for i, _ in other.top]
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_many_at_once_are_as_one_after_another(kind: str) -> None:
-    model, asked = build(kind), requests(25)
-    assert_same(texts(Engine(model, TOKENIZER, CONFIG).run(asked)), definition(model, asked))
+on_both = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 
 
+@on_both
 @pytest.mark.parametrize("kind", MODELS)
-def test_in_fp32_with_all_rows_in_every_step_neighbours_change_no_bit(kind: str) -> None:
+def test_many_at_once_are_as_one_after_another(kind: str, device: str) -> None:
+    """On a GPU every step is a recorded graph, which is what `graphs` counts."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    model, asked = build(kind).to(device), requests(25)
+    engine = Engine(model, TOKENIZER, CONFIG)
+    assert_same(texts(engine.run(asked)), definition(model, asked))
+    assert bool(engine.buffers.graphs) == (device == "cuda")
+
+
+@on_both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", MODELS)
+def test_with_all_rows_in_every_step_neighbours_change_no_bit(
+    kind: str, dtype: torch.dtype, device: str
+) -> None:
     """Their log-probabilities, and the states at the end, beside neighbours that come and go."""
-    model = build(kind, torch.float32)
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    model = compute_in(dtype, build(kind, torch.float32).to(device))
     asked = [
         Request(prompt=each.prompt, sampling=Sampling(max_tokens=30, seed=i, logprobs=5), keep=True)
         for i, each in enumerate(requests(12))
