@@ -132,9 +132,10 @@ def measure(
 @torch.no_grad()
 def run(cases: Sequence[tuple[str, int, int]] = CASES) -> Iterator[dict[str, Any]]:
     limit, progress = gpu.ceiling(), Console(stderr=True)
-    model, built = None, ""
+    model: Model | None = None
+    built = ""
     for name, rows, cached in cases:
-        if name != built:
+        if model is None or name != built:
             model = None
             torch.cuda.empty_cache()
             model, built = build(name), name

@@ -291,7 +291,7 @@ class Model(nn.Module):
             return h.to(head_VD.dtype) @ head_VD.T
         h_ND = h.to(narrow).view(-1, h.shape[-1])
         wide_NV = torch.mm(h_ND, self._narrow_head(narrow).T, out_dtype=head_VD.dtype)
-        return wide_NV.view(*h.shape[:-1], -1)
+        return wide_NV.view(*h.shape[:-1], len(head_VD))
 
     def _narrow_head(self, dtype: torch.dtype) -> Tensor:
         """The head in another dtype, made again when its weights have changed."""
