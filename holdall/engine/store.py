@@ -1,0 +1,598 @@
+"""Sessions by what they have read: a prompt whose beginning was read before is resumed from there.
+
+    store = StateStore(StoreConfig(folder="states"), fingerprint=lm.fingerprint, model=lm.model)
+    shared = store.announce(prompt)    an earlier prompt agrees up to here: worth a snapshot
+    session = store.longest(prompt)    what has read the longest beginning of the prompt, or None
+    store.put(session)                 found from now on
+    store.flush()                      before a shutdown: what is only in memory is written to the folder
+
+Sessions are values. The store keeps copies of its own, in host memory whatever the model's device, and
+returns copies on the model's device: whatever callers do with their tensors, what is stored stays as it was
+put. A session that is resumed gives the bits that `read` gives when it is cut at the same tokens.
+
+A lookup hashes the prompt once, however many sessions are stored. Its tokens go block by block, as in `Past`,
+through a running hash. Where a stored session ends under the same grid point, with as many tokens after it,
+the hash up to there is looked up: that is at CHUNK places of each block at most.
+
+    memory    Sessions in order of last use. A new one makes the least recently used ones leave; pinned ones
+              never do. The limit holds at every moment, also within `put`.
+    folder    What leaves memory is written there, a file per session, in a folder per model and dtype. Files
+              are written atomically and not changed, so that a killed process loses only what was only in
+              memory. Beyond the limit, the files that were used longest ago are removed. A file's
+              modification time is when it was last used or written, for all processes that share the folder.
+
+Not thread-safe: one thread calls it. The folder is listed when the store is made and whenever it writes: then
+it sees the files of other processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import struct
+import time
+import warnings
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from holdall import files
+from holdall.contract import POSITION_FIELDS, Config, Position, StateError, describe_states, map_state, misfit
+from holdall.engine.session import CHUNK, Past, Session, chained, load_session, save_session
+from holdall.files import RunError
+from holdall.model import Model
+from holdall.settings import NonNegativeInt, PositiveInt, Range, check
+
+Miss = Literal["nothing stored", "shorter than a grid point", "no stored beginning"]
+"""Why no session was found. Before the first grid point there are no shared snapshots, only whole prompts."""
+
+
+class PinError(ValueError):
+    """A session to be pinned does not fit beside those that are."""
+
+
+class StoreWarning(UserWarning):
+    """A session could not be written to the store's folder, and is lost."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreConfig(Config):
+    """How much a store keeps, and where."""
+
+    memory: PositiveInt = 1 << 30
+    """Bytes of the sessions in host memory at most: their states and logits."""
+    folder: str | None = None
+    """Where sessions that leave memory are written, and found again after a restart; None to drop them."""
+    disk: Annotated[int, Range(above=0, zero="no limit")] = 16 << 30
+    """Bytes of the model's files in the folder at most; 0 for no limit."""
+    points: PositiveInt = 1 << 16
+    """How many grid points of announced prompts, one per 512 tokens, are remembered."""
+
+
+class StoreStats(NamedTuple):
+    """What a store holds, and what it has done since it was made.
+
+    sessions, pinned: how many, in memory or files; how many of them never leave memory.
+    bytes, files, file_bytes: of the sessions in memory; number and size of the files known.
+    hits, file_hits: calls of `longest` that found a session; in how many of them it came from a file.
+    misses: those that found none, by reason.
+    tokens_saved: tokens that sessions found had read.
+    evictions: sessions that left memory for others.
+    too_large: sessions that were not kept because they exceed what is not pinned of a limit.
+    damaged: files that were damaged, and removed.
+    unwritten: sessions lost because their files could not be written.
+    """
+
+    sessions: int
+    pinned: int
+    bytes: int
+    files: int
+    file_bytes: int
+    hits: int
+    file_hits: int
+    misses: Mapping[Miss, int]
+    tokens_saved: int
+    evictions: int
+    too_large: int
+    damaged: int
+    unwritten: int
+
+
+class StateStore:
+    """See the top of this file. Equal pasts are one entry: the session that came first stays."""
+
+    def __init__(self, config: StoreConfig | None = None, *, fingerprint: str, model: Model) -> None:
+        """Finds the files that are there by their headers; no tensor is loaded.
+
+        Args:
+            config: the defaults if None.
+            fingerprint: of the model; files of other models are left alone.
+            model: whose sessions these are; found ones are on its device.
+
+        Raises ValueError if there is a folder and no fingerprint, RunError if the folder cannot be used.
+        """
+        self.config = config = config or StoreConfig()
+        self._model, self._ends = model, _Ends()
+        self._memory: OrderedDict[bytes, _Kept] = OrderedDict()  # the least recently used first
+        self._points: OrderedDict[bytes, None] = OrderedDict()  # the same
+        self._counts: Counter[str] = Counter()
+        self._misses: Counter[Miss] = Counter()
+        self._nbytes = self._pinned_bytes = 0
+        self._folder: _Folder | None = None
+        if config.folder is not None:
+            if not fingerprint:
+                raise ValueError("a store with a folder needs the model's fingerprint, which is empty")
+            self._folder = _Folder(config, fingerprint, model, self._ends, self._counts)
+
+    # ------------------------------------------------------------------------------------------ lookups
+
+    def longest(self, tokens: Sequence[int], *, most: int | None = None) -> Session | None:
+        """The session that has read the longest beginning of these tokens, the caller's own copy.
+
+        That may be all of them: then nothing needs to be read, since a session has the next token's logits.
+
+        Args:
+            tokens: of the prompt, from the document's beginning.
+            most: take at most so many of them.
+
+        A file that is damaged or gone is passed over for the next longest.
+        """
+        if most is not None:
+            check("most", most, NonNegativeInt)
+            tokens = tokens[:most]
+        for end in reversed(self._ends.along(tokens)):
+            if (session := self._find(end)) is not None:
+                self._counts["hits"] += 1
+                self._counts["tokens_saved"] += session.past.count
+                return session
+        self._misses[self._why(tokens)] += 1
+        return None
+
+    def __contains__(self, past: object) -> bool:
+        """Whether a session with this Past is stored; it is not refreshed."""
+        if not isinstance(past, Past):
+            return False
+        end = _End.of(past).hash
+        return end in self._memory or (self._folder is not None and end in self._folder)
+
+    def shared(self, tokens: Sequence[int]) -> int:
+        """Up to which multiple of CHUNK these tokens agree with a prompt announced before; 0 if with none.
+
+        That is where a snapshot is worth taking, unless `longest` gives one that is there or beyond.
+        """
+        return self._shared(_grid_points(tokens))
+
+    def announce(self, tokens: Sequence[int]) -> int:
+        """What `shared` says; and from now on these tokens are a prompt announced before."""
+        points = _grid_points(tokens)
+        shared = self._shared(points)
+        for point in reversed(points):  # so the deepest, which fewer prompts share, is forgotten first
+            self._points[point] = None
+            self._points.move_to_end(point)
+        while len(self._points) > self.config.points:
+            self._points.popitem(last=False)
+        return shared
+
+    def _shared(self, points: Sequence[bytes]) -> int:
+        known = (depth for depth in range(len(points), 0, -1) if points[depth - 1] in self._points)
+        return CHUNK * next(known, 0)
+
+    def _find(self, end: bytes) -> Session | None:
+        """What is stored under a hash, copied to the model's device, and refreshed."""
+        if (kept := self._memory.get(end)) is not None:
+            self._memory.move_to_end(end)
+            if self._folder is not None:
+                self._folder.refresh(end)
+            return _copied(kept.session, self._model.device)
+        if self._folder is None or (session := self._folder.load(end)) is None:
+            return None
+        self._counts["file_hits"] += 1
+        if self._fits(session):
+            self._keep(session, pin=False)
+        return _copied(session, self._model.device)
+
+    def _why(self, tokens: Sequence[int]) -> Miss:
+        if not self._ends:
+            return "nothing stored"
+        return "shorter than a grid point" if len(tokens) < CHUNK else "no stored beginning"
+
+    # ------------------------------------------------------------------------------------------- memory
+
+    def put(self, session: Session, *, pin: bool = False) -> None:
+        """Store a copy of a session; from a GPU this waits for its work.
+
+        With a folder this may write files, of sessions that leave memory. One that cannot be written is lost,
+        with a StoreWarning. A session that is larger than the limit is not kept, which `stats` counts.
+
+        Args:
+            session: what was read; one with an equal past stays instead, and is refreshed.
+            pin: keep it in memory until `clear`, also one that is there already. After a restart, a pinned
+                session is an entry like any other, if `flush` wrote it.
+
+        Raises StateError if the session is not of the store's model, and PinError if it is to be pinned and
+        does not fit beside those that are.
+        """
+        if why := _misfit(session, self._model):
+            raise StateError(f"the store cannot keep this session: {why}")
+        end = _End.of(session.past).hash
+        if (kept := self._memory.get(end)) is not None:
+            self._memory.move_to_end(end)
+            if pin and not kept.pinned:
+                self._memory[end] = kept._replace(pinned=True)
+                self._pinned_bytes += kept.session.nbytes
+        elif self._fits(session):
+            self._keep(session, pin=pin)
+        elif pin:
+            raise PinError(
+                f"a session of {session.nbytes:,} bytes cannot be pinned: {self._pinned_bytes:,} of the "
+                f"store's {self.config.memory:,} bytes are. Give it more (StoreConfig.memory), or pin less"
+            )
+        else:
+            self._counts["too_large"] += 1
+
+    def _fits(self, session: Session) -> bool:
+        return self._pinned_bytes + session.nbytes <= self.config.memory
+
+    def _keep(self, session: Session, *, pin: bool) -> None:
+        """Copy a session that fits beside the pinned ones into memory."""
+        nbytes = session.nbytes
+        while self._nbytes + nbytes > self.config.memory:  # before it is copied: the limit holds meanwhile
+            self._evict()
+        end = _End.of(session.past)
+        self._memory[end.hash] = _Kept(_copied(session, torch.device("cpu")), pin)
+        self._ends.add(end)
+        self._nbytes += nbytes
+        self._pinned_bytes += nbytes if pin else 0
+
+    def _evict(self) -> None:
+        """Let the least recently used session leave memory for its file."""
+        end, (session, _) = next(item for item in self._memory.items() if not item[1].pinned)
+        if self._folder is not None:
+            try:
+                self._folder.write(session)
+            except RunError as error:
+                self._counts["unwritten"] += 1
+                warnings.warn(f"{error} What leaves memory is lost.", StoreWarning, stacklevel=2)
+        del self._memory[end]
+        self._ends.remove(_End.of(session.past))
+        self._nbytes -= session.nbytes
+        self._counts["evictions"] += 1
+
+    def flush(self) -> None:
+        """Write what is in memory to the folder, where there is one, the least recently used first.
+
+        Raises RunError if the folder cannot be written.
+        """
+        if self._folder is not None:
+            for session, _ in self._memory.values():
+                self._folder.write(session)
+
+    def clear(self) -> None:
+        """Forget all: sessions in memory, pinned ones too, this model's files, and announced prompts."""
+        for session, _ in self._memory.values():
+            self._ends.remove(_End.of(session.past))
+        self._memory.clear()
+        self._points.clear()
+        self._nbytes = self._pinned_bytes = 0
+        if self._folder is not None:
+            self._folder.clear()
+
+    def __len__(self) -> int:
+        """How many sessions are stored, in memory or in files."""
+        return len(self._memory.keys() | self._sizes().keys())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the sessions in memory."""
+        return self._nbytes
+
+    def stats(self) -> StoreStats:
+        """What the store holds and has done, counted now."""
+        sizes, counts = self._sizes(), self._counts
+        return StoreStats(
+            sessions=len(self),
+            pinned=sum(kept.pinned for kept in self._memory.values()),
+            bytes=self._nbytes,
+            files=len(sizes),
+            file_bytes=sum(sizes.values()),
+            hits=counts["hits"],
+            file_hits=counts["file_hits"],
+            misses={reason: self._misses[reason] for reason in get_args(Miss)},
+            tokens_saved=counts["tokens_saved"],
+            evictions=counts["evictions"],
+            too_large=counts["too_large"],
+            damaged=counts["damaged"],
+            unwritten=counts["unwritten"],
+        )
+
+    def _sizes(self) -> dict[bytes, int]:
+        """The bytes of each file."""
+        return {} if self._folder is None else {end: file.nbytes for end, file in self._folder.files.items()}
+
+
+class _Kept(NamedTuple):
+    """A session in memory."""
+
+    session: Session
+    pinned: bool
+
+
+def _copied(session: Session, device: torch.device) -> Session:
+    """A session in memory of its own, contiguous as after a file: strides may change a product's bits."""
+
+    def copied(tensor: Tensor) -> Tensor:
+        return tensor.detach().to(device, copy=True, memory_format=torch.contiguous_format)
+
+    states = [map_state(state, copied) for state in session.states]
+    return Session(states, copied(session.logits_V), session.past)
+
+
+def _misfit(session: Session, model: Model) -> str:
+    """Why a session cannot be one of a model; empty if it can."""
+    kinds = [
+        (mixer.state_type, mixer.state_fields(block.norm.weight.dtype), mixer.owner)  # type: ignore[union-attr,arg-type]
+        for block, mixer in zip(model.blocks, model.mixers, strict=True)
+    ]
+    if model.position_embed is not None:
+        kinds.append((Position, POSITION_FIELDS, "a model with learned positions"))
+    if not session.past.count:
+        return "nothing was read"
+    if len(session.states) != len(kinds):
+        return f"it has {len(session.states)} states, where the model has {len(kinds)}"
+    device, vocab = session.logits_V.device, model.config.vocab
+    if session.logits_V.shape != (vocab,):
+        return f"logits_V has shape {tuple(session.logits_V.shape)}, where the model's vocabulary is {vocab}"
+    for layer, (state, (kind, fields, owner)) in enumerate(zip(session.states, kinds, strict=True)):
+        if why := misfit(state, kind, fields, owner, rows=1, device=device, layer=f" of layer {layer}"):
+            return why
+    return ""
+
+
+# ------------------------------------------------------------------------------------------------- hashes
+
+
+class _End(NamedTuple):
+    """Where a text ends.
+
+    grid: the hash up to its last grid point, as in `Past`.
+    length: tokens after that.
+    hash: of all; at a grid point it is not the grid's hash, but the one of it and no tokens.
+    """
+
+    grid: bytes
+    length: int
+    hash: bytes
+
+    @classmethod
+    def of(cls, past: Past) -> _End:
+        return cls(past.grid, len(past.tail), chained(past.grid, past.tail))
+
+
+class _Ends:
+    """Where stored sessions end: under each grid point, after how many tokens, and how many of them."""
+
+    def __init__(self) -> None:
+        self._lengths: dict[bytes, Counter[int]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._lengths)
+
+    def add(self, end: _End) -> None:
+        self._lengths.setdefault(end.grid, Counter())[end.length] += 1
+
+    def remove(self, end: _End) -> None:
+        lengths = self._lengths[end.grid]
+        lengths[end.length] -= 1
+        if not lengths[end.length]:
+            del lengths[end.length]
+        if not lengths:
+            del self._lengths[end.grid]
+
+    def along(self, tokens: Sequence[int]) -> list[bytes]:
+        """The hashes of all beginnings of these tokens, shortest first, that a stored session may have read.
+
+        One pass over the tokens; it hashes what `chained` hashes.
+        """
+        packed, size = struct.pack(f"<{len(tokens)}q", *tokens), struct.calcsize("q")
+        hashes, grid = list[bytes](), b""
+        for start in range(0, len(packed) + 1, CHUNK * size):
+            block, at = packed[start : start + CHUNK * size], 0
+            running = hashlib.blake2b(grid, digest_size=16)
+            for length in sorted(self._lengths.get(grid, ())):
+                if length * size > len(block):
+                    break
+                running.update(block[at : length * size])
+                at = length * size
+                hashes.append(running.copy().digest())
+            running.update(block[at:])
+            grid = running.digest()
+        return hashes
+
+
+def _grid_points(tokens: Sequence[int]) -> list[bytes]:
+    """The hashes at the grid points of a text; 8 bytes of each, as they only say what is worth keeping."""
+    points, grid = list[bytes](), b""
+    for start in range(0, len(tokens) - CHUNK + 1, CHUNK):
+        grid = chained(grid, tokens[start : start + CHUNK])
+        points.append(grid[:8])
+    return points
+
+
+# -------------------------------------------------------------------------------------------------- files
+
+
+@dataclass
+class _File:
+    """A session's file; used: when it was last, in nanoseconds."""
+
+    path: Path
+    end: _End
+    nbytes: int
+    used: int
+
+
+class _Folder:
+    """A model's sessions in files, named by their `Past.key`, under a limit of bytes.
+
+    Attributes:
+        files: those known, by the hash of what was read.
+    """
+
+    NAME = re.compile("[0-9a-f]{32}[.]safetensors")
+    """Of the store's files; all others are left alone."""
+
+    def __init__(
+        self, config: StoreConfig, fingerprint: str, model: Model, ends: _Ends, counts: Counter[str]
+    ) -> None:
+        assert config.folder is not None
+        # a model computes other states in another dtype, though its fingerprint is the same
+        dtypes = sorted({str(weight.dtype) for weight in model.parameters()})
+        name = hashlib.blake2b(f"{fingerprint} {dtypes}".encode(), digest_size=8).hexdigest()
+        self.path, self.limit = Path(config.folder) / name, config.disk
+        self.fingerprint, self.model, self.ends, self.counts = fingerprint, model, ends, counts
+        self.files: dict[bytes, _File] = {}
+        self.foreign: set[str] = set()
+        with self._explained():
+            self.path.mkdir(parents=True, exist_ok=True)
+            files.remove_abandoned(self.path)
+            self._look()
+        self._make_room(0)
+
+    def __contains__(self, end: bytes) -> bool:
+        return end in self.files
+
+    def load(self, end: bytes) -> Session | None:
+        """The session with this hash; None if it has no file, or none that can be read."""
+        if (file := self.files.get(end)) is None:
+            return None
+        try:
+            session = load_session(file.path, self.model, fingerprint=self.fingerprint)
+            if why := _misfit(session, self.model):
+                raise StateError(why)
+            if _End.of(session.past) != file.end:
+                raise StateError("it has read other tokens")
+        except (RunError, ValueError, KeyError, TypeError) as error:
+            self._forget(end)
+            self._remove_if_damaged(file.path, error)
+            return None
+        self.refresh(end)
+        return session
+
+    def write(self, session: Session) -> None:
+        """Write a session, unless its file is there, which is then refreshed; one beyond the limit is not.
+
+        Raises RunError if the folder cannot be written.
+        """
+        end, path = _End.of(session.past), self.path / f"{session.past.key}.safetensors"
+        with self._explained():
+            self.path.mkdir(parents=True, exist_ok=True)  # somebody may have removed it to free the disk
+            self._look()
+            if end.hash in self.files:
+                self.refresh(end.hash)
+                return
+            if path.name in self.foreign:
+                raise RunError(f"{path.name} is of another model")
+            if 0 < self.limit < session.nbytes:
+                self.counts["too_large"] += 1
+                return
+            self._make_room(session.nbytes)
+            save_session(session, path, model=self.fingerprint)
+            self._add(path, end, path.stat())
+        self._make_room(0)  # the header counts too
+
+    def refresh(self, end: bytes) -> None:
+        """Mark a session's file, if there is one, as used now."""
+        if (file := self.files.get(end)) is not None:
+            file.used = time.time_ns()
+            with contextlib.suppress(OSError):  # another process has removed it
+                os.utime(file.path, ns=(file.used, file.used))
+
+    def clear(self) -> None:
+        """Remove this model's files. Raises RunError if that fails."""
+        with self._explained():
+            self._look()
+        for end in list(self.files):
+            self._remove(end)
+
+    def _look(self) -> None:
+        """Bring `files` up to date with the folder, which other processes may have changed."""
+        there = dict[str, os.stat_result]()
+        with os.scandir(self.path) as listed:
+            for entry in listed:
+                if self.NAME.fullmatch(entry.name):
+                    with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                        there[entry.name] = entry.stat(follow_symlinks=False)
+        for end, file in list(self.files.items()):
+            if (about := there.pop(file.path.name, None)) is None:
+                self._forget(end)
+            else:
+                file.nbytes, file.used = about.st_size, about.st_mtime_ns
+        for name in sorted(there.keys() - self.foreign):
+            self._examine(self.path / name, there[name])
+
+    def _examine(self, path: Path, about: os.stat_result) -> None:
+        """Make a file that was not known before an entry, by its header alone."""
+        try:
+            described = describe_states(path)
+            if described.model != self.fingerprint:
+                self.foreign.add(path.name)
+                return
+            past = json.loads(described.about["past"])
+            known = Past(past["count"], bytes.fromhex(past["grid"]), tuple(past["tail"]))
+            if known.key != path.stem or known.count % CHUNK != len(known.tail):
+                raise StateError("its name is not that of what was read")
+        except (RunError, ValueError, KeyError, TypeError, struct.error) as error:
+            self._remove_if_damaged(path, error)
+        else:
+            self._add(path, _End.of(known), about)
+
+    def _remove_if_damaged(self, path: Path, error: Exception) -> None:
+        """Remove a file that is wrong inside; one that cannot be read now, or is gone, may be right."""
+        if not isinstance(error.__cause__, OSError):
+            self.counts["damaged"] += 1
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+    def _make_room(self, nbytes: int) -> None:
+        """Remove the files that were used longest ago until so many more bytes fit the limit."""
+        over = sum(file.nbytes for file in self.files.values()) + nbytes - self.limit
+        oldest = sorted(self.files.values(), key=lambda file: file.used) if self.limit and over > 0 else []
+        for file in oldest:
+            if over <= 0:
+                break
+            over -= file.nbytes
+            self._remove(file.end.hash)
+
+    def _add(self, path: Path, end: _End, about: os.stat_result) -> None:
+        self.files[end.hash] = _File(path, end, about.st_size, about.st_mtime_ns)
+        self.ends.add(end)
+
+    def _forget(self, end: bytes) -> None:
+        self.ends.remove(self.files.pop(end).end)
+
+    def _remove(self, end: bytes) -> None:
+        path = self.files[end].path
+        self._forget(end)
+        with contextlib.suppress(OSError):  # another process was faster
+            path.unlink()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Say of an OSError, also one that a RunError was made of, what a user of the store can do."""
+        try:
+            yield
+        except (OSError, RunError) as error:
+            cause = error if isinstance(error, OSError) else error.__cause__
+            reason = getattr(cause, "strerror", None) or error
+            raise RunError(
+                f"the store cannot write to {self.path}: {reason}. Free some space or make the folder "
+                "writable, or choose another (StoreConfig.folder)."
+            ) from error
