@@ -14,8 +14,9 @@ It needs a model, a tokenizer and the model's fingerprint, not how they were loa
 from holdall.engine.fast import Engine, EngineConfig, Stats
 from holdall.engine.request import Piece, QueueFullError, Request, Sampling, Token, Usage
 from holdall.engine.session import Past, Session, load_session, read, save_session
+from holdall.engine.store import StateStore, StoreConfig
 
 __all__ = [
-    "Engine", "EngineConfig", "Past", "Piece", "QueueFullError", "Request", "Sampling", "Session", "Stats",
-    "Token", "Usage", "load_session", "read", "save_session",
+    "Engine", "EngineConfig", "Past", "Piece", "QueueFullError", "Request", "Sampling", "Session", "StateStore",
+    "Stats", "StoreConfig", "Token", "Usage", "load_session", "read", "save_session",
 ]  # fmt: skip

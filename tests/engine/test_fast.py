@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from holdall.engine import slow
 from holdall.engine.fast import Engine, EngineConfig
 from holdall.engine.request import Piece, QueueFullError, Request, Sampling
 from holdall.engine.session import CHUNK, read
+from holdall.engine.store import StateStore
 from holdall.mixers.attention import AttentionConfig
 from holdall.mixers.base_conv import BaseConvConfig
 from holdall.mixers.mamba import MambaConfig
@@ -254,6 +256,43 @@ def test_rows_that_nobody_has_never_fill_up() -> None:
     for _ in range(4):  # one after another: the other rows run along
         (pieces,) = texts(engine.run([Request(prompt=(1, 2, 3), sampling=asked)])).values()
         assert pieces[-1].usage.completion == 10
+
+
+def test_a_chat_by_whole_histories_reads_what_is_new() -> None:
+    """Ten turns; each says how much of its prompt needed no reading, and continues as if nothing was kept."""
+    model = build("based")
+    store = StateStore(fingerprint="mine", model=model)
+    engine = Engine(model, TOKENIZER, CONFIG, store=store)
+    history: tuple[int, ...] = ()
+    for turn in range(10):
+        draw = random.Random(turn)
+        prompt = history + tuple(draw.randrange(256) for _ in range(draw.choice([1, 7, 200])))
+        asked = Request(prompt=prompt, sampling=Sampling(max_tokens=12, seed=turn, ignore_end=True))
+        (got,) = texts(engine.run([asked])).values()
+        assert got[-1].usage == (len(prompt), len(history), 12)
+        (want,) = definition(model, [asked]).values()
+        text = [token.id for piece in got for token in piece.tokens]
+        assert text == [token.id for piece in want for token in piece.tokens]
+        history = (*prompt, *text)
+    (again,) = texts(engine.run([asked])).values()
+    assert again[-1].usage.cached == len(prompt)  # the very prompt: no token is read
+    assert [token.id for piece in again for token in piece.tokens] == text
+
+
+def test_a_shared_beginning_is_read_twice_and_then_never() -> None:
+    model = build("based")
+    engine = Engine(model, TOKENIZER, CONFIG, store=StateStore(fingerprint="mine", model=model))
+    system, cached = tuple(i % 251 for i in range(2 * CHUNK + 40)), []
+    for user in range(4):
+        asked = Request(prompt=(*system, user, 3, user), sampling=Sampling(max_tokens=2, seed=0))
+        (pieces,) = texts(engine.run([asked])).values()
+        cached.append(pieces[-1].usage.cached)
+    assert cached == [0, 0, 2 * CHUNK, 2 * CHUNK]
+    marked = dataclasses.replace(asked, marks=(len(system),), prompt=(*system, 9, 9, 9))
+    for want in (2 * CHUNK, len(system)):
+        (pieces,) = texts(engine.run([marked])).values()
+        assert pieces[-1].usage.cached == want
+        marked = dataclasses.replace(marked, prompt=(*system, 8, 8))
 
 
 def test_states_that_grow_need_a_limit() -> None:
