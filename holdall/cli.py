@@ -17,7 +17,15 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from holdall import flags
-from holdall.settings import NonNegativeFloat, NonNegativeInt, PositiveInt, Precision, Range, Seed
+from holdall.settings import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Precision,
+    Range,
+    Seed,
+)
 from holdall.training.options import PretrainOptions
 
 app = tyro.extras.SubcommandApp()
@@ -310,7 +318,14 @@ def generate(
     *,
     max_tokens: NonNegativeInt = 256,
     temperature: NonNegativeFloat = 0.8,
+    top_k: NonNegativeInt = 0,
+    top_p: Annotated[float, Range(above=0, most=1)] = 1.0,
+    min_p: Annotated[float, Range(least=0, most=1)] = 0.0,
+    repetition_penalty: PositiveFloat = 1.0,
+    stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
     seed: Seed = 0,
+    session: Path | None = None,
+    save_session: Path | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     precision: Annotated[Literal["fp32", "bf16"] | None, tyro.conf.arg(aliases=["--dtype"])] = None,
     checkpoint: Literal["model", "best", "last"] | None = None,
@@ -318,7 +333,7 @@ def generate(
 ) -> int:
     """Print how a language model continues a text, as it comes; with no arguments a small included one.
 
-    Only the new text goes to stdout. It ends with the document, or after --max-tokens.
+    Only the new text goes to stdout. It ends with the document, at a stop string or after --max-tokens.
 
     Args:
         run: a run folder of `holdall train` or the folder of a saved model; based-mini is included.
@@ -326,7 +341,14 @@ def generate(
             model begins a document.
         max_tokens: the most tokens to generate.
         temperature: what logits are divided by before a token is drawn; 0 takes the likeliest token.
+        top_k: draw among the k likeliest tokens; 0 for all.
+        top_p: draw among the likeliest tokens that together have at least this probability.
+        min_p: draw among tokens that have at least this share of the likeliest one's probability.
+        repetition_penalty: divides positive logits, and multiplies negative ones, of tokens that were there.
+        stop: a text at which generation stops (repeatable).
         seed: of the draws.
+        session: a file of --save-session, which the prompt and the new text continue.
+        save_session: the file for what the model has read and written, to be resumed here or elsewhere.
         device: where to run; auto takes a GPU if there is one.
         precision: what the model computes in; by default bf16 on a GPU and fp32 on a CPU.
         checkpoint: the weights at the end of training (model), at the lowest validation loss (best) or at the
@@ -335,7 +357,11 @@ def generate(
     """
     from holdall.commands import generate as shown
 
-    return shown.generate(run, prompt, max_tokens, temperature, seed, device, precision, checkpoint, load)
+    options = {
+        "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+        "repetition_penalty": repetition_penalty, "stop": stop, "seed": seed,
+    }  # fmt: skip
+    return shown.generate(run, prompt, options, session, save_session, device, precision, checkpoint, load)
 
 
 @command

@@ -24,7 +24,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -35,7 +35,17 @@ from torch import Tensor
 
 from holdall import checkpoints, files, mixers
 from holdall.contract import recurrent_dtype
-from holdall.engine import Engine, EngineConfig, Request, Sampling, Session, load_session, read, save_session
+from holdall.engine import (
+    Engine,
+    EngineConfig,
+    Piece,
+    Request,
+    Sampling,
+    Session,
+    load_session,
+    read,
+    save_session,
+)
 from holdall.engine.request import NOT_FINITE
 from holdall.files import RunError
 from holdall.model import Model, ModelConfig, seeded
@@ -158,18 +168,33 @@ class LanguageModel:
             ValueError: a setting is out of range, the model has no more learned positions, or its logits are
                 NaN or infinite.
         """
-        asked = Sampling(max_tokens=max_tokens, temperature=temperature, seed=seed, **options)
-        ids = self._tokens(text) if session else self._document(text)
+        options |= {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
         written = []
-        for piece in self._one_row(len(ids) + max_tokens + (session.past.count if session else 0)).run(
-            [Request(prompt=tuple(ids), sampling=asked, session=session)]
-        ):
-            if piece.finish == "error":
-                raise ValueError(NOT_FINITE)
+        for piece in self.stream(text, session=session, **options):
             if piece.text:
                 written.append(piece.text)
                 on_text(piece.text)
         return "".join(written)
+
+    def stream(
+        self, text: str = "", *, session: Session | None = None, keep: bool = False, **options: Any
+    ) -> Iterator[Piece]:
+        """The text that `generate` gives, piece by piece, with its tokens.
+
+        Args:
+            text, session: as in `generate`.
+            keep: whether the last piece has the session after it, to be continued or saved.
+            options: the fields of `holdall.engine.Sampling`, with its defaults.
+
+        Raises ValueError as `generate`.
+        """
+        ids = tuple(self._tokens(text) if session else self._document(text))
+        request = Request(prompt=ids, sampling=Sampling(**options), session=session, keep=keep)
+        before = 0 if session is None else session.past.count
+        for piece in self._one_row(before + len(ids) + request.sampling.max_tokens).run([request]):
+            if piece.finish == "error":
+                raise ValueError(NOT_FINITE)
+            yield piece
 
     def read(self, text: str, session: Session | None = None) -> Session:
         """What the model makes of a text: to be continued by `generate`, forked, saved and loaded.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from holdall import language_model, mixers
 from holdall.commands import printable, resolve_device
@@ -17,15 +17,20 @@ STDIN = "-"
 def generate(
     run: str,
     prompt: str,
-    max_tokens: int,
-    temperature: float,
-    seed: int,
+    options: Mapping[str, Any],
+    session: Path | None,
+    save_session: Path | None,
     device: str,
     precision: Literal["fp32", "bf16"] | None,
     checkpoint: Checkpoint | None,
     load: Sequence[Path],
 ) -> int:
-    """Print how a model continues a prompt; returns the exit status."""
+    """Print how a model continues a prompt, or a session; returns the exit status.
+
+    Args:
+        options: the fields of `holdall.engine.Sampling`.
+        session, save_session: the files of what was read before, and of what was read in the end.
+    """
     for file in load:
         mixers.load(file)
     if not prompt and " " in run and not Path(run).exists():
@@ -41,8 +46,13 @@ def generate(
         sys.stdout.write(printable(piece) if terminal else piece)
         sys.stdout.flush()
 
+    before = None if session is None else model.load_session(session)
     try:
-        model.generate(text, max_tokens=max_tokens, temperature=temperature, seed=seed, on_text=show)
+        for piece in model.stream(text, session=before, keep=save_session is not None, **options):
+            if piece.text:
+                show(piece.text)
+            if piece.session is not None and save_session is not None:
+                model.save_session(piece.session, save_session)
     finally:
         if terminal:
             show("\n")

@@ -17,6 +17,6 @@ from holdall.engine.session import Past, Session, load_session, read, save_sessi
 from holdall.engine.store import StateStore, StoreConfig
 
 __all__ = [
-    "Engine", "EngineConfig", "Past", "Piece", "QueueFullError", "Request", "Sampling", "Session", "StateStore",
-    "Stats", "StoreConfig", "Token", "Usage", "load_session", "read", "save_session",
+    "Engine", "EngineConfig", "Past", "Piece", "QueueFullError", "Request", "Sampling", "Session",
+    "StateStore", "Stats", "StoreConfig", "Token", "Usage", "load_session", "read", "save_session",
 ]  # fmt: skip

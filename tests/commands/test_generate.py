@@ -4,12 +4,14 @@ import io
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import holdall
 from holdall import cli, language_model
+from holdall.engine import Piece, Usage
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
@@ -72,13 +74,13 @@ def test_text_comes_piece_by_piece_and_steers_no_terminal(monkeypatch: pytest.Mo
         def flush(self) -> None:
             seen.append(self.getvalue())
 
-    def scripted(self: object, text: str, *, on_text: object, **_: object) -> str:
-        for piece in ("Lo", "ok: \x1b[2J", "\n\ttab"):
-            on_text(piece)  # type: ignore[operator]
-        return ""
+    def scripted(self: object, text: str, **_: object) -> Iterator[Piece]:
+        for text in ("Lo", "ok: \x1b[2J", "\n\ttab"):
+            usage = Usage(0, 0, 0)
+            yield Piece(ticket=1, index=0, text=text, tokens=(), finish="", usage=usage)
 
     seen: list[str] = []
-    monkeypatch.setattr(language_model.LanguageModel, "generate", scripted)
+    monkeypatch.setattr(language_model.LanguageModel, "stream", scripted)
     monkeypatch.setattr(sys, "stdout", Terminal())
     assert run(monkeypatch) == 0
     assert seen[:3] == ["Lo", "Look: \\x1b[2J", "Look: \\x1b[2J\n\ttab"]
@@ -109,3 +111,32 @@ def test_mistakes_are_one_line(
     said = capsys.readouterr()
     assert says in said.err
     assert (said.out, said.err.count("\n")) == ("", 1)
+
+
+def test_a_session_is_resumed_from_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two halves of a text, by two commands, are the text of one: draws depend on seed and position."""
+    file, options = tmp_path / "session.safetensors", ("--device", "cpu", "--seed", 2)
+    assert run(monkeypatch, "based-mini", "Mr. Darcy", "--max-tokens", 40, *options) == 0
+    whole = capsys.readouterr().out
+    half = ("--max-tokens", 20, "--save-session", file, *options)
+    assert run(monkeypatch, "based-mini", "Mr. Darcy", *half) == 0
+    assert run(monkeypatch, "based-mini", "", "--session", file, *half) == 0
+    assert capsys.readouterr().out == whole
+    assert file.stat().st_size < 200_000
+    monkeypatch.setattr(language_model.LanguageModel, "fingerprint", "another")
+    assert run(monkeypatch, "based-mini", "", "--session", file, "--device", "cpu") == 2
+    assert "has states of model" in capsys.readouterr().err
+
+
+def test_the_options_of_sampling(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--top-k", 5, "--top-p", 0.9, "--min-p", 0.01, "--repetition-penalty", 1.1, "--stop", "the")
+    assert run(monkeypatch, "based-mini", "Mr. Darcy", *options, "--stop", "x", "--device", "cpu") == 0
+    wanted = holdall.load().generate(
+        "Mr. Darcy", top_k=5, top_p=0.9, min_p=0.01, repetition_penalty=1.1, stop=("the", "x")
+    )
+    assert capsys.readouterr().out == wanted
+    assert "the" not in wanted
+    assert run(monkeypatch, "based-mini", "--top-p", 1.5) == 2
+    assert "--top-p" in capsys.readouterr().err
