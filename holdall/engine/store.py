@@ -1,8 +1,8 @@
 """Sessions by what they have read: a prompt whose beginning was read before is resumed from there.
 
     store = StateStore(StoreConfig(folder="states"), fingerprint=lm.fingerprint, model=lm.model)
-    shared = store.announce(prompt)    an earlier prompt agrees up to here: worth a snapshot
     session = store.longest(prompt)    what has read the longest beginning of the prompt, or None
+    shared = store.shared(prompt)      an earlier prompt agrees up to here: worth a snapshot
     store.put(session)                 found from now on
     store.flush()                      before a shutdown: what is only in memory is written to the folder
 
@@ -74,7 +74,7 @@ class StoreConfig(Config):
     disk: Annotated[int, Range(above=0, zero="no limit")] = 16 << 30
     """Bytes of the model's files in the folder at most; 0 for no limit."""
     points: PositiveInt = 1 << 16
-    """How many grid points of announced prompts, one per 512 tokens, are remembered."""
+    """How many grid points of earlier prompts, one per 512 tokens, are remembered: 8 bytes of hash each."""
 
 
 class StoreStats(NamedTuple):
@@ -164,26 +164,20 @@ class StateStore:
         return end in self._memory or (self._folder is not None and end in self._folder)
 
     def shared(self, tokens: Sequence[int]) -> int:
-        """Up to which multiple of CHUNK these tokens agree with a prompt announced before; 0 if with none.
+        """Up to which multiple of CHUNK a prompt agrees with an earlier one; 0 if with none.
 
-        That is where a snapshot is worth taking, unless `longest` gives one that is there or beyond.
+        That is where a snapshot is worth taking, unless `longest` gives one that is there or beyond. The
+        prompt is an earlier one from then on, so call this once for each.
         """
-        return self._shared(_grid_points(tokens))
-
-    def announce(self, tokens: Sequence[int]) -> int:
-        """What `shared` says; and from now on these tokens are a prompt announced before."""
         points = _grid_points(tokens)
-        shared = self._shared(points)
+        known = (depth for depth in range(len(points), 0, -1) if points[depth - 1] in self._points)
+        shared = CHUNK * next(known, 0)
         for point in reversed(points):  # so the deepest, which fewer prompts share, is forgotten first
             self._points[point] = None
             self._points.move_to_end(point)
         while len(self._points) > self.config.points:
             self._points.popitem(last=False)
         return shared
-
-    def _shared(self, points: Sequence[bytes]) -> int:
-        known = (depth for depth in range(len(points), 0, -1) if points[depth - 1] in self._points)
-        return CHUNK * next(known, 0)
 
     def _find(self, end: bytes) -> Session | None:
         """What is stored under a hash, copied to the model's device, and refreshed."""
@@ -276,7 +270,7 @@ class StateStore:
                 self._folder.write(session)
 
     def clear(self) -> None:
-        """Forget all: sessions in memory, pinned ones too, this model's files, and announced prompts."""
+        """Forget all: sessions in memory, pinned ones too, this model's files, and earlier prompts."""
         for session, _ in self._memory.values():
             self._ends.remove(_End.of(session.past))
         self._memory.clear()
