@@ -150,20 +150,29 @@ def kept(scaled_BV: Tensor, settings: Settings) -> Tensor:
 
 def gumbel(seed_B: Tensor, position_B: Tensor, vocab: int) -> Tensor:
     """-log E for each token, (B, V) fp32: Gumbel noise that depends on its arguments alone."""
-    one_B, other_B = _keys(seed_B, position_B)
-    token_V = torch.arange(vocab, device=seed_B.device)
-    hash_BV = _mixed(_mixed((token_V + one_B[:, None]) & MASK) ^ other_B[:, None])
     # in fp32, u keeps its digits near 0, which are those of the likeliest tokens, down to 2^-33
-    u_BV = ((hash_BV.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
+    word_BV = words(seed_B, position_B, vocab)
+    u_BV = ((word_BV.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
     return -(-torch.log1p(-u_BV)).log()
 
 
+def words(seed_B: Tensor, position_B: Tensor, vocab: int) -> Tensor:
+    """32 random bits for each token, (B, V) int64: a hash of seed, position and token."""
+    one_B, other_B = _keys(seed_B, position_B)
+    token_V = torch.arange(vocab, device=seed_B.device)
+    return _mixed(_mixed((token_V + one_B[:, None]) & MASK) ^ other_B[:, None])
+
+
 def _keys(seed_B: Tensor, position_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Two words of 32 bits for each pair of a seed and a position."""
-    key_B = torch.full_like(seed_B, 0x9E3779B9)
+    """Two words of 32 bits for each pair of a seed and a position.
+
+    Of two chains, one by sums and one by xor: were the second word a function of the first, two seeds could
+    have the same noise at all positions but for a shift: so had 2 pairs among the first 1,000 seeds.
+    """
+    one_B, other_B = torch.full_like(seed_B, 0x9E3779B9), torch.full_like(seed_B, 0x85EBCA6B)
     for word_B in (seed_B & MASK, seed_B >> 32 & MASK, position_B & MASK, position_B >> 32 & MASK):
-        key_B = _mixed((key_B + word_B) & MASK)
-    return key_B, _mixed((key_B + 0x85EBCA6B) & MASK)
+        one_B, other_B = _mixed((one_B + word_B) & MASK), _mixed(other_B ^ word_B)
+    return one_B, other_B
 
 
 def _mixed(word: Tensor) -> Tensor:
