@@ -24,6 +24,8 @@ from holdall.engine.request import Sampling, Token
 from holdall.ops.running import cumsum
 
 MASK = (1 << 32) - 1
+LARGEST = torch.finfo(torch.float32).max
+"""Settings beyond would be infinite in fp32, and -inf / inf is NaN."""
 
 
 class Settings(NamedTuple):
@@ -56,11 +58,11 @@ def settings_of(samplings: Sequence[Sampling], device: torch.device | str = "cpu
     """The settings of rows; a row without a seed gets one that nobody knows."""
     columns = [
         ([secrets.randbits(63) if s.seed is None else s.seed for s in samplings], torch.int64),
-        ([s.temperature for s in samplings], torch.float32),
+        ([min(s.temperature, LARGEST) for s in samplings], torch.float32),
         ([s.top_k for s in samplings], torch.int64),
         ([s.top_p for s in samplings], torch.float32),
         ([s.min_p for s in samplings], torch.float32),
-        ([s.repetition_penalty for s in samplings], torch.float32),
+        ([min(s.repetition_penalty, LARGEST) for s in samplings], torch.float32),
         ([s.presence_penalty for s in samplings], torch.float32),
         ([s.frequency_penalty for s in samplings], torch.float32),
     ]
