@@ -3,8 +3,8 @@
     python -m bench [NAME...] [--results FILE]
     python -m bench --last     the newest results there as Markdown, for results/bench.md; measures nothing
 
-generator and training run on a CPU, kernels, sweep and lm on a GPU; by default all that this machine can run.
-A part of the kernels is named kernels:taylor, kernels:gated_conv and so on.
+generator, training and drafts run on a CPU, kernels, sweep and lm on a GPU; by default all that this
+machine can run. A part of the kernels is named kernels:taylor, kernels:gated_conv and so on.
 
 A speed of something wrong is worth nothing, so the tests of what is measured run first and a red one ends
 it. Each benchmark's results are appended to results/bench.jsonl, one line with device, versions and commit.
@@ -22,17 +22,25 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from bench import collected, generator, kernels, lm, markdown, sweep, training
+from bench import collected, drafts, generator, kernels, lm, markdown, sweep, training
 from holdall import environment, files
 
 ROOT = Path(__file__).parents[1]
-BENCHES = {"generator": generator, "training": training, "kernels": kernels, "sweep": sweep, "lm": lm}
+BENCHES = {
+    "generator": generator,
+    "training": training,
+    "kernels": kernels,
+    "sweep": sweep,
+    "lm": lm,
+    "drafts": drafts,
+}
 GATES = {
     "generator": ["tests/tasks"],
     "training": ["tests/ops", "tests/tasks", "tests/training/test_populations.py"],
     "kernels": ["tests/kernels"],
     "sweep": ["tests/training/test_stacked.py", "tests/training/test_populations.py"],
     "lm": ["tests/training/test_language_models.py"],
+    "drafts": ["tests/engine/test_drafts.py"],
 }
 ON_GPU = ("kernels", "sweep", "lm")
 

@@ -1,0 +1,147 @@
+"""Speculative decoding: based-mini with a drafter, beside itself without one, on a CPU.
+
+    python -m bench.drafts
+
+All write the same texts. Time is that of the processor, of one thread, so that other processes count little;
+a text is written once by each in turn, REPEATS times. *itself* guesses with based-mini, and is always right:
+what a call for many tokens saves at most when guesses are not cheaper. *smaller* is trained here first.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+import holdall
+from bench import show
+from holdall.engine import slow
+from holdall.engine.drafts import Drafted, Drafter, NGrams, SmallerModel, generate_with_drafts
+from holdall.engine.request import Request, Sampling
+from holdall.engine.session import read
+from holdall.language_model import LanguageModel
+from holdall.mixers.base_conv import BaseConvConfig
+from holdall.mixers.sliding_window import SlidingWindowConfig
+from holdall.model import ModelConfig
+from holdall.training.language_models import PretrainConfig, pretrain
+
+TOKENS, REPEATS = 200, 3
+PLAIN = "It was a fine morning in May, and Elizabeth was walking in the garden when "
+SENTENCE = "Mr. Darcy danced twice with Miss Bingley, and once with Mrs. Hurst; Jane was silent.\n"
+TEXTS = {"plain": PLAIN, "repetitive": SENTENCE * 8}
+TEMPERATURES = (0.0, 0.5, 1.0)
+MOST = (2, 4, 8, 16)
+
+Make = Callable[[Sampling], Drafter]
+
+
+def smaller(folder: Path) -> LanguageModel:
+    """A model of 23,000 parameters, trained in half a minute on the text of based-mini."""
+    layers = (
+        BaseConvConfig(width=32, filter="short", kernel=3, expand=2),
+        SlidingWindowConfig(width=32, window=17, heads=2),
+    )
+    model = ModelConfig(vocab=264, width=32, layers=layers, norm="rms")
+    config = PretrainConfig(
+        model=model, context_len=128, batch=8, micro_batch=8, steps=400, warmup=20, learning_rate=1e-2,
+        evaluate_every=400, evaluate_rows=8,
+    )  # fmt: skip
+    pretrain(config, folder)
+    return holdall.load(folder)
+
+
+def run() -> Iterator[dict[str, Any]]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            yield from _run(holdall.load(), smaller(Path(folder) / "smaller"))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(large: LanguageModel, small: LanguageModel) -> Iterator[dict[str, Any]]:
+    drafters: dict[str, Make] = {
+        "n-grams, 2 to 4": lambda _: NGrams(4, 2),
+        "n-grams, 4 to 8": lambda _: NGrams(8, 4),
+        "smaller": lambda asked: SmallerModel(small.model, asked, tokenizer=small.tokenizer),
+        "itself": lambda asked: SmallerModel(large.model, asked, tokenizer=large.tokenizer),
+    }
+    for (text, given), temperature in itertools.product(TEXTS.items(), TEMPERATURES):
+        prompt = (large.tokenizer.end, *large.tokenizer.encode_batch([given])[0].tolist())
+        asked = Sampling(seed=0, temperature=temperature, max_tokens=TOKENS, ignore_end=True)
+        ways: list[tuple[str, int, Make | None]] = [("none", 0, None)]
+        ways += [
+            (name, most, make)
+            for name, make in drafters.items()
+            for most in MOST
+            if name.startswith("n-grams") or most == 4
+        ]
+        seconds: list[list[float]] = [[] for _ in ways]
+        counts = [Drafted() for _ in ways]
+        session, written = read(large.model, prompt), list[list[int]]()
+        for _ in range(REPEATS):
+            for at, (_, most, make) in enumerate(ways):
+                start = time.process_time()
+                if make is None:
+                    request = Request(prompt=(), session=session, sampling=asked)
+                    pieces = slow.generate(large.model, large.tokenizer, request)
+                    ids = [token.id for piece in pieces for token in piece.tokens]
+                else:
+                    found = generate_with_drafts(
+                        large.model, session, asked, make(asked), tokenizer=large.tokenizer,
+                        prompt=prompt, most=most, drafted=counts[at],
+                    )  # fmt: skip
+                    ids = [token.id for token in found]
+                seconds[at].append(time.process_time() - start)
+                written.append(ids)
+        same = sum(ids == written[0] for ids in written) / len(written)
+        for at, (name, most, _) in enumerate(ways):
+            count = counts[at]
+            yield {
+                "text": text,
+                "temperature": temperature,
+                "drafter": name,
+                "most": most,
+                "tokens_per_second": round(TOKENS / statistics.median(seconds[at])),
+                "times_none": round(statistics.median(seconds[0]) / statistics.median(seconds[at]), 2),
+                "accepted_of_proposed": round(count.accepted / count.proposed, 3) if count.proposed else None,
+                "tokens_per_call": round(count.tokens / count.calls, 2) if count.calls else 1.0,
+                "same_texts": same,
+            }
+
+
+def table(results: list[dict[str, Any]]) -> Table:
+    columns = {
+        "text": "text",
+        "temperature": "temperature",
+        "drafter": "drafter",
+        "guesses": "most",
+        "tokens/s": "tokens_per_second",
+        "times none": "times_none",
+        "accepted": "accepted_of_proposed",
+        "tokens/call": "tokens_per_call",
+    }
+    drawn = Table(title=f"based-mini, {TOKENS} tokens, one thread, median of {REPEATS}")
+    for title in columns:
+        drawn.add_column(title, justify="left" if title in ("text", "drafter") else "right")
+    for result in results:
+        accepted = result["accepted_of_proposed"]
+        shown = {**result, "accepted_of_proposed": "" if accepted is None else f"{accepted:.0%}"}
+        drawn.add_row(*(str(shown[key]) for key in columns.values()))
+    return drawn
+
+
+def main() -> None:
+    show("drafts", list(run()), table)
+
+
+if __name__ == "__main__":
+    main()
