@@ -43,15 +43,15 @@ Make = Callable[[Sampling], Drafter]
 
 
 def smaller(folder: Path) -> LanguageModel:
-    """A model of 23,000 parameters, trained in half a minute on the text of based-mini."""
+    """A model of 79,680 parameters, trained on the text of based-mini in 20 seconds of one core."""
     layers = (
-        BaseConvConfig(width=32, filter="short", kernel=3, expand=2),
-        SlidingWindowConfig(width=32, window=17, heads=2),
+        BaseConvConfig(width=64, filter="short", kernel=3, expand=2),
+        SlidingWindowConfig(width=64, window=17, heads=2),
     )
-    model = ModelConfig(vocab=264, width=32, layers=layers, norm="rms")
+    model = ModelConfig(vocab=264, width=64, layers=layers, mlp=128, norm="rms")
     config = PretrainConfig(
-        model=model, context_len=128, batch=8, micro_batch=8, steps=400, warmup=20, learning_rate=1e-2,
-        evaluate_every=400, evaluate_rows=8,
+        model=model, context_len=128, batch=8, micro_batch=8, steps=1000, warmup=20, learning_rate=5e-3,
+        evaluate_every=1000, evaluate_rows=8,
     )  # fmt: skip
     pretrain(config, folder)
     return holdall.load(folder)
