@@ -55,7 +55,7 @@ class Store(Protocol):
     """What the engine needs of a store of sessions: see holdall/engine/store.py."""
 
     def longest(self, tokens: Sequence[int]) -> Session | None: ...
-    def announce(self, tokens: Sequence[int]) -> int: ...
+    def shared(self, tokens: Sequence[int]) -> int: ...
     def put(self, session: Session, *, pin: bool = False) -> None: ...
 
 
@@ -276,7 +276,7 @@ class Engine:
         if self.store is not None and start is None and request.prompt_logprobs is None:
             start = self.store.longest(request.prompt)
             done = 0 if start is None else start.past.count
-            marks.append(self.store.announce(request.prompt))
+            marks.append(self.store.shared(request.prompt))
         job.cached = job.before + done
         job.marks = {mark - done for mark in marks if mark > done}
         start = None if start is None else start.to(self.model.device)
