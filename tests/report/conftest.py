@@ -1,9 +1,7 @@
-"""Synthetic sweep folders, whose numbers are made up and whose form is that of `holdall frontier`; and a
-browser without a network that opens pages."""
+"""Synthetic sweep folders, whose numbers are made up and whose form is that of `holdall frontier`; and pages
+opened without a network."""
 
 import json
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,19 +82,6 @@ def sweep(make_sweep: Callable[..., Path]) -> Path:
 @pytest.fixture
 def line() -> Callable[..., dict[str, Any]]:
     return result
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install holdall[dev]")
-    names = (os.environ.get("CHROMIUM"), "chromium", "chromium-browser", "google-chrome")
-    path = next((found for name in names if name and (found := shutil.which(name))), None)
-    if path is None:
-        pytest.skip("needs a Chromium: install one or name it in the environment variable CHROMIUM")
-    with sync_api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 @pytest.fixture
