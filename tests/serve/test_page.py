@@ -1,7 +1,7 @@
 """The page at `/`: what a browser makes of it, against a server of canned answers.
 
 The server here says what holdall/serve answers, from a text that is known, so that every number on the page
-can be computed beside it. It sends a policy that allows the page's own script and style by their hashes alone.
+can be computed beside it. Its policy allows the page's own script and style by their hashes alone.
 """
 
 import asyncio
