@@ -1,5 +1,5 @@
 """The command line: `holdall frontier`, `report`, `zoo`, `soundness`, `matrix`; `data`, `train`, `generate`,
-`recall`, `suite`.
+`chat`, `recall`, `suite`.
 
 Heavy modules are imported only after the arguments have been parsed, so that help is instant.
 """
@@ -362,6 +362,58 @@ def generate(
         "repetition_penalty": repetition_penalty, "stop": stop, "seed": seed,
     }  # fmt: skip
     return shown.generate(run, prompt, options, session, save_session, device, precision, checkpoint, load)
+
+
+@command
+def chat(
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]")] = "based-mini",
+    *,
+    session: Path | None = None,
+    max_tokens: PositiveInt = 256,
+    temperature: NonNegativeFloat = 0.8,
+    top_p: Annotated[float, Range(above=0, most=1)] = 1.0,
+    seed: Seed | None = None,
+    stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    precision: Annotated[Literal["fp32", "bf16"] | None, tyro.conf.arg(aliases=["--dtype"])] = None,
+    checkpoint: Literal["model", "best", "last"] | None = None,
+    load: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = (),
+) -> int:
+    """Write a text together with a language model, line by line; its state can be forked, saved and resumed.
+
+    What you type is appended to the text as it stands and the model continues it: there is no chat format.
+    /help lists the commands.
+
+    Args:
+        model: a run folder of `holdall train` or the folder of a saved model; based-mini is included.
+        session: a state file: continued if it is there, and written at the end.
+        max_tokens: the most tokens that the model writes at a time.
+        temperature: what logits are divided by before a token is drawn; 0 takes the likeliest token.
+        top_p: draw among the likeliest tokens that together have at least this probability.
+        seed: of the draws, which depend on it and on the token's position; by default another each time.
+        stop: a text at which the model stops, with \\n for a newline. It is not shown, but is part of the
+            text, so that you write what comes after it.
+        device: where to run; auto takes a GPU if there is one.
+        precision: what the model computes in; by default bf16 on a GPU and fp32 on a CPU.
+        checkpoint: the weights at the end of training (model), at the lowest validation loss (best) or at the
+            last checkpoint (last); by default the first of these that is there.
+        load: a mixer file of your own that the model was trained with.
+    """
+    from holdall.commands import chat as shown
+
+    return shown.chat(
+        model,
+        session,
+        max_tokens,
+        temperature,
+        top_p,
+        seed,
+        stop,
+        device,
+        precision,
+        checkpoint,
+        load,
+    )
 
 
 @command

@@ -86,7 +86,8 @@ def test_what_a_user_can_mend_is_one_line(run: Run, words: str, says: str, tmp_p
 
 
 @pytest.mark.parametrize(
-    "name", ["frontier", "report", "zoo", "soundness", "matrix", "data", "train", "generate", "recall"]
+    "name",
+    ["frontier", "report", "zoo", "soundness", "matrix", "data", "train", "generate", "chat", "recall"],
 )
 def test_every_number_of_a_command_declares_its_range(name: str) -> None:
     def declares(kind: Any) -> bool:
