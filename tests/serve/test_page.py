@@ -39,7 +39,7 @@ class Stub:
         self.key, self.fail_after, self.error = "", None, None
         self.go, self.aborted = threading.Event(), threading.Event()
         self.hold_after = None  # words after which it waits for `go`
-        self.keeps_stopped = True
+        self.keeps_stopped = self.counts_always = True
         self.app = fastapi.FastAPI()
         self._routes(self.app)
 
@@ -63,6 +63,11 @@ class Stub:
             if self.facts:
                 entry["holdall"] = self.facts
             return self.refused(request) or {"object": "list", "data": [entry]}
+
+        @app.post("/tokenize")
+        async def tokenize(request: fastapi.Request):
+            text = (await request.json())["prompt"]
+            return {"count": len(text), "tokens": list(range(len(text)))}
 
         @app.get("/v1/sessions")
         def sessions(request: fastapi.Request):
@@ -110,13 +115,14 @@ class Stub:
                 n += 1
                 usage = {"prompt_tokens": prompt, "completion_tokens": n, "total_tokens": prompt + n}
                 choice = {"index": 0, "text": WORDS[(n - 1) % len(WORDS)], "finish_reason": None}
-                sent = event({"choices": [choice], "usage": usage})
+                sent = event({"choices": [choice], "usage": usage if self.counts_always else None})
                 # cut within a character of several bytes, where there is one
                 cut = next((at + 1 for at, byte in enumerate(sent) if byte >= 0xC0), len(sent) // 2)
                 yield sent[:cut]
                 await asyncio.sleep(0.001)
                 yield sent[cut:]
             yield event({"choices": [{"index": 0, "text": "", "finish_reason": "length"}]})
+            yield event({"choices": [], "usage": usage})
             yield b"data: [DONE]\n\n"
         except asyncio.CancelledError:
             self.aborted.set()
@@ -288,6 +294,7 @@ def test_a_stopped_text_that_was_not_kept_is_said_so(visit, stub):
     eventually(lambda: written(4) in page.text_content("#text"))
     page.click("#stop")
     eventually(lambda: "The session is as it was" in page.text_content("#progress"))
+    assert page.locator("#text .lost").all_text_contents() == ["x", written(4)]
     assert line(page, "state")["tokens"] == 50
 
 
@@ -342,6 +349,19 @@ def test_picture_has_both_lines_with_their_numbers(visit, stub):
     assert "After 400 tokens, a Transformer of this size would hold 1.56 MiB" in told
     page.select_option("#bytes", "2")
     assert line(page, "cache")["bytes"] == 400 * CACHE // 2
+
+
+def test_tokens_are_estimated_until_the_server_counts_them(visit, stub):
+    stub.counts_always, stub.hold_after, stub.sessions = False, 5, {"s": 100}
+    page = visit()
+    page.get_by_role("button", name="Continue s").click()
+    generate(page, "p" * 40, 12)
+    eventually(lambda: page.text_content("#n-written") == "≈ 5")
+    eventually(lambda: line(page, "cache")["tokens"] == 100 + 40 + 5)
+    stub.go.set()
+    ended(page)
+    assert (page.text_content("#n-read"), page.text_content("#n-written")) == ("140", "12")
+    assert line(page, "cache")["bytes"] == 152 * CACHE
 
 
 def test_the_model_is_described(visit, stub):
