@@ -295,7 +295,8 @@ def test_a_stopped_text_that_was_not_kept_is_said_so(visit, stub):
     page.click("#stop")
     eventually(lambda: "The session is as it was" in page.text_content("#progress"))
     assert page.locator("#text .lost").all_text_contents() == ["x", written(4)]
-    assert line(page, "state")["tokens"] == 50
+    eventually(lambda: line(page, "state")["tokens"] == 50)
+    assert (page.text_content("#n-read"), page.text_content("#n-written")) == ("50", "0")
 
 
 def test_generate_again_continues_the_session(visit, stub):
