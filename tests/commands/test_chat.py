@@ -247,6 +247,27 @@ def test_a_session_resumes_where_it_ended(
     assert "saved 30 tokens" in said
 
 
+def test_every_option_says_how_tokens_are_drawn(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+    whole = module.generate
+
+    def noted(model, tokenizer, request):
+        asked.append(request.sampling)
+        return whole(model, tokenizer, request)
+
+    monkeypatch.setattr(module, "generate", noted)
+    options = {"max-tokens": 3, "temperature": 0.5, "top-p": 0.9, "seed": 7, "stop": r"You:\n"}
+    words = [word for name, value in options.items() for word in (f"--{name}", value)]
+    assert run(monkeypatch, "It is\n", *words, "--stop", "x") == 0
+    stop = ("You:\n", "x")
+    assert asked == [Sampling(max_tokens=3, temperature=0.5, top_p=0.9, seed=7, stop=stop)]
+    asked.clear()
+    assert run(monkeypatch, "It is\n", "--max-tokens", 3) == 0
+    assert asked == [Sampling(max_tokens=3, temperature=0.8)]
+
+
 def test_mistakes_are_one_line_and_leave_the_session_s_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -338,7 +338,12 @@ def test_picture_has_both_lines_with_their_numbers(visit, stub):
     assert state["y1"] == state["y2"] == line(page, "state-later")["y2"]
     assert (axis - cache["y2"]) / (axis - state["y2"]) == pytest.approx(400 * CACHE / (1 << 20))
     assert state["x2"] == cache["x2"] > state["x1"] == cache["x1"]
-    assert line(page, "cache-later")["x2"] > cache["x2"]
+    later = line(page, "cache-later")
+    slope = (axis - cache["y2"]) / (cache["x2"] - cache["x1"])
+    assert later["x2"] > cache["x2"]
+    assert (axis - later["y2"]) / (later["x2"] - cache["x1"]) == pytest.approx(slope)
+    tick = page.locator("#picture text", has_text=re.compile("^1 MiB$"))
+    assert float(tick.get_attribute("y")) == pytest.approx(state["y2"], abs=5)  # its middle is a bit higher
     assert (page.text_content("#n-read"), page.text_content("#n-written")) == ("40", "360")
     assert page.text_content("#n-state") == "1.00 MiB"
     assert page.text_content("#n-cache") == "1.56 MiB (1.6×)"
