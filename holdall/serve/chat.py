@@ -59,9 +59,9 @@ class ChatTemplate:
         sandbox.globals["raise_exception"] = _refuse
         try:
             # the plain template's new lines are its own
-            self._template = (sandbox if source is not None else sandbox.overlay(trim_blocks=False)).from_string(
-                self.source
-            )
+            self._template = (
+                sandbox if source is not None else sandbox.overlay(trim_blocks=False)
+            ).from_string(self.source)
         except jinja2.TemplateError as error:
             raise TemplateError(f"{FILE} is no template: {error}") from error
 
@@ -78,7 +78,9 @@ class ChatTemplate:
         """
         # no message can contain this: it is made after them
         end = f"\ue000{secrets.token_hex(16)}\ue001"
-        said: list[dict[str, Any]] = [{**message.model_dump(), "content": message.text} for message in messages]
+        said: list[dict[str, Any]] = [
+            {**message.model_dump(), "content": message.text} for message in messages
+        ]
         try:
             text, length = [], 0
             for part in self._template.generate(
@@ -92,7 +94,10 @@ class ChatTemplate:
             raise
         except Exception as error:  # a template may raise anything
             raise TemplateError(f"the model's chat template refuses these messages: {error}") from error
-        parts = "".join(text).split(end)
+        whole = "".join(text)
+        if not is_text(whole):
+            raise TemplateError("messages have half of a surrogate pair, which is no character")
+        parts = whole.split(end)
         encoded = self.tokenizer.encode_batch(parts)
         tokens = list(map(int, encoded[0]))
         for ids in encoded[1:]:
@@ -100,6 +105,15 @@ class ChatTemplate:
         if begins and tokens[:1] != [self.tokenizer.end]:
             tokens.insert(0, self.tokenizer.end)
         return tokens
+
+
+def is_text(text: str) -> bool:
+    """Whether a string has characters alone: JSON can say half of a surrogate pair, which is none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _refuse(reason: str) -> NoReturn:

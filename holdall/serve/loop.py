@@ -15,11 +15,13 @@ import contextlib
 import logging
 import queue
 import threading
+import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import Future
-from typing import Any, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
+from holdall.engine.fast import Stats
 from holdall.engine.request import Piece, Request
 from holdall.engine.session import Session
 
@@ -34,7 +36,7 @@ class EngineLike(Protocol):
     def submit(self, request: Request) -> int: ...
     def cancel(self, ticket: int) -> None: ...
     def step(self) -> list[Piece]: ...
-    def stats(self) -> Any: ...
+    def stats(self) -> Stats: ...
     @property
     def busy(self) -> bool: ...
 
@@ -47,39 +49,47 @@ class StoppedError(Exception):
     """The server is shutting down."""
 
 
+class Arrival(NamedTuple):
+    """A piece, and of which of the stream's requests it is."""
+
+    request: int
+    piece: Piece
+
+
 class Stream:
-    """The pieces of one request, as they come; made by `EngineLoop.submit`.
+    """The pieces of requests that were submitted together, as they come; made by `EngineLoop.submit`.
 
     Attributes:
-        request: what was asked.
-        ticket: the engine's number of it.
-        left: how many of its texts have not ended; the engine's thread counts.
+        tickets: the engine's number of each request.
+        left: how many texts have not ended; the engine's thread counts.
+        began: when it was submitted, by time.perf_counter.
     """
 
-    def __init__(self, request: Request, on_end: OnEnd | None) -> None:
-        self.request, self.on_end = request, on_end
-        self.ticket, self.left = -1, request.n
+    def __init__(self, requests: Sequence[Request], on_end: OnEnd | None) -> None:
+        self.requests, self.on_end = requests, on_end
+        self.tickets = list[int]()
+        self.left = self._unread = sum(request.n for request in requests)
+        self.began = time.perf_counter()
         self.asyncio = asyncio.get_running_loop()
-        self._arrived: asyncio.Queue[Piece | Exception] = asyncio.Queue()
+        self._arrived: asyncio.Queue[Arrival | Exception] = asyncio.Queue()
 
-    def arrive(self, pieces: Sequence[Piece | Exception]) -> None:
+    def arrive(self, arrivals: Iterable[Arrival | Exception]) -> None:
         """Called in the event loop of whoever reads."""
-        for piece in pieces:
-            self._arrived.put_nowait(piece)
+        for arrival in arrivals:
+            self._arrived.put_nowait(arrival)
 
-    async def __aiter__(self) -> AsyncIterator[Piece]:
+    async def __aiter__(self) -> AsyncIterator[Arrival]:
         """Each piece, until all texts have ended; raises what ended them otherwise."""
-        left = self.request.n
-        while left:
-            piece = await self._arrived.get()
-            if isinstance(piece, Exception):
-                raise piece
-            left -= bool(piece.finish)
-            yield piece
+        while self._unread:
+            arrival = await self._arrived.get()
+            if isinstance(arrival, Exception):
+                raise arrival
+            self._unread -= bool(arrival.piece.finish)
+            yield arrival
 
 
 class EngineLoop:
-    """Runs an engine in a thread from `start` to `stop`.
+    """Runs an engine in a thread, from `start` to `stop`.
 
     Attributes:
         stats: the engine's, after the last step.
@@ -87,39 +97,38 @@ class EngineLoop:
     """
 
     def __init__(
-        self, engine: EngineLike, *, watch: Callable[[Stream, list[Piece]], object] = lambda *_: None
+        self, engine: EngineLike, *, watch: Callable[[Stream, Piece], object] = lambda *_: None
     ) -> None:
-        """`watch` is called in the thread with the pieces of a stream, before they leave it."""
+        """`watch` is called in the thread with every piece of every stream."""
         self.engine, self.stats, self.failure = engine, engine.stats(), ""
         self._watch = watch
         self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
-        self._streams: dict[int, Stream] = {}
+        self._streams: dict[int, Stream] = {}  # by ticket
         self._thread = threading.Thread(target=self._run, name="holdall-engine", daemon=True)
-        self._stopping = False
-        self._door = threading.Lock()  # nothing is left in the inbox after the last look into it
-        self._closed = False
+        self._door = threading.Lock()  # so that nothing comes into the inbox after the last look
+        self._stopping = self._closed = False
 
     @property
     def alive(self) -> bool:
         """Whether requests are taken."""
-        return self._thread.is_alive() and not self._closed
+        return self._thread.is_alive() and not self._stopping
 
     def start(self) -> None:
         self._thread.start()
 
     def stop(self) -> None:
-        """Cancel what runs, and end the thread; streams end with "cancelled" or StoppedError."""
-        if self._thread.is_alive():
-            with contextlib.suppress(StoppedError, EngineFailedError):
-                self.call(self._cancel_all)
+        """Cancel what runs and end the thread; returns when it has ended."""
+        with contextlib.suppress(StoppedError, EngineFailedError):
+            self.call(self._cancel_all)
+        if self._thread.ident is not None:
             self._thread.join()
 
-    # --------------------------------------------------------------------------------- from other threads
+    # ------------------------------------------------------------------------------------ for other threads
 
     def call(self, function: Callable[[], T]) -> Future[T]:
         """Have the engine's thread call a function, between two steps.
 
-        Raises StoppedError or EngineFailedError if the loop has ended; the future does if it ends before.
+        Raises StoppedError or EngineFailedError if the loop has ended.
         """
         future: Future[T] = Future()
 
@@ -135,110 +144,112 @@ class EngineLoop:
             self._inbox.put(job)
         return future
 
-    async def submit(self, requests: Sequence[Request], on_end: OnEnd | None = None) -> list[Stream]:
-        """Streams of requests, all of which were taken; or of none.
+    async def submit(self, requests: Sequence[Request], on_end: OnEnd | None = None) -> Stream:
+        """The pieces of requests, all of which were taken.
 
-        `on_end` is called in the engine's thread when a request has ended for any reason, with the session
-        after it if there is one. If no stream is returned, it is not called.
+        `on_end` is called exactly once, when all have ended for whatever reason, or at once if they are not
+        taken; with the session after the last piece, if it has one. It must not wait.
 
         Raises QueueFullError, ValueError for what the engine cannot do, StoppedError and EngineFailedError.
         """
-        streams = [Stream(request, on_end) for request in requests]
-        taken = self.call(lambda: self._submit(streams))
+        stream = Stream(requests, on_end)
         try:
-            await asyncio.wrap_future(taken)
-        except asyncio.CancelledError:
-            self.close(streams)
+            taken = asyncio.wrap_future(self.call(lambda: self._submit(stream)))
+        except (StoppedError, EngineFailedError):
+            _ended(stream, None)
             raise
-        return streams
+        try:
+            await asyncio.shield(taken)
+        except asyncio.CancelledError:
+            self.close(stream)
+            raise
+        return stream
 
-    def close(self, streams: Sequence[Stream]) -> None:
+    def close(self, stream: Stream) -> None:
         """Cancel what has not ended; does not wait, and may be called at any time."""
         with contextlib.suppress(StoppedError, EngineFailedError):
-            self.call(lambda: self._cancel(streams))
+            self.call(lambda: self._cancel(stream))
 
-    # --------------------------------------------------------------------------------- the engine's thread
+    # ------------------------------------------------------------------------------------ the engine's thread
 
     def _run(self) -> None:
         try:
-            while not (self._stopping and not self.engine.busy):
+            while not self._stopping or self.engine.busy:
                 self._read_inbox(wait=not self.engine.busy)
                 if self.engine.busy:
                     self._deliver(self.engine.step())
                 self.stats = self.engine.stats()
         except BaseException as error:
-            log.exception("the engine failed; restart the server")
             self.failure = f"the engine failed: {type(error).__name__}: {error}"
+            log.exception("The engine failed and takes no more requests; restart the server.")
         with self._door:
             self._closed = True
-        for stream in list(self._streams.values()):
-            self._end(stream, None, self._why_closed())
-        while not self._inbox.empty():  # such as cancellations, and functions whose futures are waited for
-            with contextlib.suppress(Exception):
-                self._inbox.get()()
+        for stream in set(self._streams.values()):
+            _ended(stream, None)
+            _in(stream.asyncio, stream, [self._why_closed()])
+        self._streams.clear()
+        self._read_inbox(wait=False)  # somebody may wait for what they return
 
     def _why_closed(self) -> Exception:
-        return EngineFailedError(self.failure) if self.failure else StoppedError("the server is shutting down")
+        return (
+            EngineFailedError(self.failure) if self.failure else StoppedError("the server is shutting down")
+        )
 
     def _read_inbox(self, *, wait: bool) -> None:
-        if wait and not self._stopping:
+        if wait:
             self._inbox.get()()
         while not self._inbox.empty():
             self._inbox.get()()
 
-    def _submit(self, streams: Sequence[Stream]) -> None:
-        if self._stopping or self._closed:
-            raise self._why_closed()
-        taken = []
+    def _submit(self, stream: Stream) -> None:
         try:
-            for stream in streams:
-                stream.ticket = self.engine.submit(stream.request)
-                taken.append(stream)
+            if self._stopping or self._closed:
+                raise self._why_closed()
+            for request in stream.requests:
+                stream.tickets.append(self.engine.submit(request))
         except Exception:
-            for stream in taken:
-                self.engine.cancel(stream.ticket)  # in no table, so that their pieces go nowhere
+            for ticket in stream.tickets:  # which are in no table: their pieces go nowhere
+                self.engine.cancel(ticket)
+            _ended(stream, None)
             raise
-        self._streams |= {stream.ticket: stream for stream in taken}
+        self._streams |= dict.fromkeys(stream.tickets, stream)
         self.stats = self.engine.stats()
 
-    def _cancel(self, streams: Sequence[Stream]) -> None:
-        for stream in streams:
-            if stream.ticket in self._streams:
-                self.engine.cancel(stream.ticket)
+    def _cancel(self, stream: Stream) -> None:
+        for ticket in stream.tickets:
+            if ticket in self._streams:
+                self.engine.cancel(ticket)
 
     def _cancel_all(self) -> None:
         self._stopping = True
-        self._cancel(list(self._streams.values()))
+        for stream in set(self._streams.values()):
+            self._cancel(stream)
 
-    def _deliver(self, pieces: Sequence[Piece]) -> None:
-        """Hand pieces to their streams, and end those that have got their last."""
-        by_stream: dict[int, list[Piece]] = defaultdict(list)
+    def _deliver(self, pieces: Iterable[Piece]) -> None:
+        """Hand pieces to their streams, and let go of those that have got their last."""
+        arrivals: dict[Stream, list[Arrival]] = defaultdict(list)
         for piece in pieces:
-            by_stream[piece.ticket].append(piece)
-        by_loop: dict[Any, list[tuple[Stream, list[Piece]]]] = defaultdict(list)
-        for ticket, its in by_stream.items():
-            if (stream := self._streams.get(ticket)) is None:
-                continue
-            self._watch(stream, its)
-            stream.left -= sum(bool(piece.finish) for piece in its)
-            by_loop[stream.asyncio].append((stream, its))
+            if (stream := self._streams.get(piece.ticket)) is not None:
+                self._watch(stream, piece)
+                arrivals[stream].append(Arrival(stream.tickets.index(piece.ticket), piece))
+        for stream, its in arrivals.items():
+            stream.left -= sum(bool(arrival.piece.finish) for arrival in its)
             if not stream.left:
-                del self._streams[ticket]
-                if stream.on_end is not None:
-                    stream.on_end(its[-1].session)
-        for loop, arrivals in by_loop.items():
-            _in(loop, lambda arrivals=arrivals: [stream.arrive(its) for stream, its in arrivals])
+                for ticket in stream.tickets:
+                    del self._streams[ticket]
+                _ended(stream, its[-1].piece.session)
+            # after `on_end`, so that who reads the end of a text can go on with its session
+            _in(stream.asyncio, stream, its)
         if self._streams and not self.engine.busy:
-            raise RuntimeError(f"the engine has nothing to do, and {len(self._streams)} requests have no end")
-
-    def _end(self, stream: Stream, session: Session | None, error: Exception) -> None:
-        self._streams.pop(stream.ticket, None)
-        if stream.on_end is not None:
-            stream.on_end(session)
-        _in(stream.asyncio, lambda: stream.arrive([error]))
+            raise RuntimeError(f"the engine has nothing to do, and {len(self._streams)} requests no end")
 
 
-def _in(loop: asyncio.AbstractEventLoop, function: Callable[[], object]) -> None:
-    """Call a function in an event loop, if that has not ended: then nobody reads any more."""
+def _ended(stream: Stream, session: Session | None) -> None:
+    if stream.on_end is not None:
+        stream.on_end(session)
+
+
+def _in(loop: asyncio.AbstractEventLoop, stream: Stream, arrivals: Sequence[Arrival | Exception]) -> None:
+    """Have them arrive in an event loop, unless that has ended: then nobody reads."""
     with contextlib.suppress(RuntimeError):
-        loop.call_soon_threadsafe(function)
+        loop.call_soon_threadsafe(stream.arrive, arrivals)

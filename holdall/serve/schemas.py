@@ -169,7 +169,7 @@ class TokenizeRequest(Strict):
     model: str | None = None
     prompt: Text
     add_special_tokens: bool | None = None
-    """Whether the end-of-document token stands before the text, as /v1/completions reads it; true by default."""
+    """Whether the end-of-document token stands before it, as in /v1/completions; true by default."""
 
 
 class DetokenizeRequest(Strict):

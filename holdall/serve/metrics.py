@@ -1,0 +1,105 @@
+"""Prometheus metrics under vLLM's names, so that dashboards that are there fit.
+
+What the engine counts is read from its stats when somebody asks. Times are taken in its thread, when a token
+is known to the host. `vllm:kv_cache_usage_perc` is the share of rows in use: a row's state never grows.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from holdall.engine.fast import Stats
+from holdall.engine.request import Piece
+from holdall.serve.loop import Stream
+
+REASONS = {"stop": "stop", "length": "length", "cancelled": "abort", "error": "error"}
+"""vLLM's words for why a text ended."""
+BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300)
+"""Seconds."""
+
+
+class Metrics:
+    """The metrics of one server."""
+
+    def __init__(self, model: str, stats: Callable[[], Stats]) -> None:
+        """`stats` gives the engine's; it is called from the thread that scrapes."""
+        self.registry = CollectorRegistry()
+        self.model, self._stats = model, stats
+        self._last: dict[
+            tuple[int, int], tuple[float, float]
+        ] = {}  # first and last token, by ticket and text
+        self.registry.register(self)
+        names = ["model_name"]
+        self.ended = Counter(
+            "vllm:request_success", "Texts that ended.", [*names, "finished_reason"], registry=self.registry
+        )
+        self.refused = Counter(
+            "vllm:admission_rejections", "Requests refused for a full queue.", names, registry=self.registry
+        ).labels(model)
+        for reason in REASONS.values():
+            self.ended.labels(model, reason)  # 0 from the beginning
+
+        def seconds(name: str, about: str) -> Histogram:
+            histogram = Histogram(f"vllm:{name}", about, names, registry=self.registry, buckets=BUCKETS)
+            return histogram.labels(model)
+
+        self.first = seconds("time_to_first_token_seconds", "From the request to its first token.")
+        self.between = seconds("inter_token_latency_seconds", "From one token to the next.")
+        self.mean = seconds("request_time_per_output_token_seconds", "The same, mean of a text.")
+        self.whole = seconds("e2e_request_latency_seconds", "From the request to the end of a text.")
+        self.writing = seconds("request_decode_time_seconds", "From the first token to the last.")
+
+    def watch(self, stream: Stream, piece: Piece) -> None:
+        """Note a piece; called in the engine's thread."""
+        now, text = time.perf_counter(), (piece.ticket, piece.index)
+        if piece.tokens:
+            if text in self._last:
+                first, last = self._last[text]
+                self.between.observe(now - last)
+            else:
+                first = now
+                self.first.observe(now - stream.began)
+            self._last[text] = first, now
+        if piece.finish:
+            self.ended.labels(self.model, REASONS[piece.finish]).inc()
+            self.whole.observe(now - stream.began)
+            first, last = self._last.pop(text, (now, now))
+            self.writing.observe(last - first)
+            if piece.usage.completion > 1:
+                self.mean.observe((last - first) / (piece.usage.completion - 1))
+
+    def collect(self) -> Iterator[Metric]:
+        """What the engine counts; prometheus-client calls this."""
+        stats, labels = self._stats(), ["model_name"]
+        gauges = {
+            "vllm:num_requests_running": ("Texts written, prompts read.", stats.running + stats.reading),
+            "vllm:num_requests_waiting": ("Requests that wait.", stats.waiting),
+            "vllm:kv_cache_usage_perc": ("Share of rows in use, 0 to 1.", stats.running / stats.rows),
+            "holdall:row_state_bytes": ("State of one row.", stats.row_bytes),
+            "holdall:state_bytes": ("State of all rows, allocated.", stats.state_bytes),
+        }  # fmt: skip
+        for name, (about, value) in gauges.items():
+            gauge = GaugeMetricFamily(name, about, labels=labels)
+            gauge.add_metric([self.model], value)
+            yield gauge
+        counters = {
+            "vllm:prompt_tokens": ("Tokens of prompts, read or not.", stats.prompt_tokens),
+            "vllm:prompt_tokens_cached": ("Tokens of prompts that needed no reading.", stats.cached_tokens),
+            "vllm:prefix_cache_queries": ("Tokens of prompts that were looked up.", stats.prompt_tokens),
+            "vllm:prefix_cache_hits": ("Of these, tokens found.", stats.cached_tokens),
+            "vllm:generation_tokens": ("Tokens of texts.", stats.tokens),
+            "vllm:num_preemptions": ("Rows taken from texts: never.", 0),
+            "holdall:steps": ("Steps of the engine.", stats.steps),
+        }
+        for name, (about, value) in counters.items():
+            counter = CounterMetricFamily(name, about, labels=labels)
+            counter.add_metric([self.model], value)
+            yield counter
+
+    def page(self) -> bytes:
+        """All of them, in Prometheus' text format."""
+        return generate_latest(self.registry)
