@@ -75,7 +75,7 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install -c constraints.txt -e ".[dev,text,parity]"
+	$(BIN)/python -m pip install -c constraints.txt -e ".[dev,text,serve,parity]"
 	@touch $@ $(VENV)/installed
 
 clean:

@@ -32,6 +32,8 @@ class Metrics:
         self._last: dict[
             tuple[int, int], tuple[float, float]
         ] = {}  # first and last token, by ticket and text
+        self._texts: dict[int, int] = {}  # how many texts have not ended, by ticket
+        self.prompt = self.cached = 0
         self.registry.register(self)
         names = ["model_name"]
         self.ended = Counter(
@@ -56,6 +58,10 @@ class Metrics:
     def watch(self, stream: Stream, piece: Piece) -> None:
         """Note a piece; called in the engine's thread."""
         now, text = time.perf_counter(), (piece.ticket, piece.index)
+        if piece.ticket not in self._texts:
+            self._texts[piece.ticket] = stream.requests[stream.tickets.index(piece.ticket)].n
+            self.prompt += piece.usage.prompt
+            self.cached += piece.usage.cached
         if piece.tokens:
             if text in self._last:
                 first, last = self._last[text]
@@ -65,6 +71,9 @@ class Metrics:
                 self.first.observe(now - stream.began)
             self._last[text] = first, now
         if piece.finish:
+            self._texts[piece.ticket] -= 1
+            if not self._texts[piece.ticket]:
+                del self._texts[piece.ticket]
             self.ended.labels(self.model, REASONS[piece.finish]).inc()
             self.whole.observe(now - stream.began)
             first, last = self._last.pop(text, (now, now))
@@ -87,10 +96,10 @@ class Metrics:
             gauge.add_metric([self.model], value)
             yield gauge
         counters = {
-            "vllm:prompt_tokens": ("Tokens of prompts, read or not.", stats.prompt_tokens),
-            "vllm:prompt_tokens_cached": ("Tokens of prompts that needed no reading.", stats.cached_tokens),
-            "vllm:prefix_cache_queries": ("Tokens of prompts that were looked up.", stats.prompt_tokens),
-            "vllm:prefix_cache_hits": ("Of these, tokens found.", stats.cached_tokens),
+            "vllm:prompt_tokens": ("Tokens of prompts and of sessions before them.", self.prompt),
+            "vllm:prompt_tokens_cached": ("Of these, tokens that needed no reading.", self.cached),
+            "vllm:prefix_cache_queries": ("The same as prompt_tokens.", self.prompt),
+            "vllm:prefix_cache_hits": ("The same as prompt_tokens_cached.", self.cached),
             "vllm:generation_tokens": ("Tokens of texts.", stats.tokens),
             "vllm:num_preemptions": ("Rows taken from texts: never.", 0),
             "holdall:steps": ("Steps of the engine.", stats.steps),
