@@ -1,5 +1,5 @@
 """The command line: `holdall frontier`, `report`, `zoo`, `soundness`, `matrix`; `data`, `train`, `generate`,
-`chat`, `recall`, `suite`.
+`chat`, `serve`, `recall`, `suite`.
 
 Heavy modules are imported only after the arguments have been parsed, so that help is instant.
 """
@@ -409,6 +409,66 @@ def chat(
         top_p,
         seed,
         stop,
+        device,
+        precision,
+        checkpoint,
+        load,
+    )
+
+
+@command
+def serve(
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]")] = "based-mini",
+    *,
+    host: str = "127.0.0.1",
+    port: Annotated[int, Range(least=0, most=65535)] = 8000,
+    name: str | None = None,
+    rows: PositiveInt = 64,
+    queue: NonNegativeInt = 1024,
+    max_context: PositiveInt | None = None,
+    sessions: Path | None = None,
+    store_memory: NonNegativeInt = 1 << 30,
+    api_key_file: Path | None = None,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    precision: Annotated[Literal["fp32", "bf16"] | None, tyro.conf.arg(aliases=["--dtype"])] = None,
+    checkpoint: Literal["model", "best", "last"] | None = None,
+    load: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = (),
+) -> int:
+    """Serve a language model over HTTP with OpenAI's API; with no arguments a small included one.
+
+    Ctrl-C ends it: requests that run have ten seconds to end, and sessions are saved.
+
+    Args:
+        run: a run folder of `holdall train` or the folder of a saved model; based-mini is included.
+        host: the address to listen at; 0.0.0.0 for every network, and then give a key.
+        port: the port; 0 takes a free one.
+        name: the model's name in requests; by default its folder's.
+        rows: the most texts that are written at the same time.
+        queue: the most requests that wait; more are answered with 503.
+        max_context: tokens that a text may have, reserved for each row; for models whose states grow.
+        sessions: a folder for named sessions; without one they are lost at the end.
+        store_memory: bytes of memory for the beginnings of prompts that were read, so that they are not read
+            again; 0 for none.
+        api_key_file: a file with the key that requests must bear; or set HOLDALL_API_KEY.
+        device: where to run; auto takes a GPU if there is one.
+        precision: what the model computes in; by default bf16 on a GPU and fp32 on a CPU.
+        checkpoint: the weights at the end of training (model), at the lowest validation loss (best) or at the
+            last checkpoint (last); by default the first of these that is there.
+        load: a mixer file of your own that the run was trained with.
+    """
+    from holdall.commands import serve as shown
+
+    return shown.serve(
+        run,
+        host,
+        port,
+        name,
+        rows,
+        queue,
+        max_context,
+        sessions,
+        store_memory,
+        api_key_file,
         device,
         precision,
         checkpoint,

@@ -1,0 +1,111 @@
+"""The command `holdall serve`."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from holdall import language_model, mixers
+from holdall.commands import console, resolve_device
+from holdall.engine.fast import Engine, EngineConfig, Store
+from holdall.language_model import Checkpoint, LanguageModel
+
+KEY = "HOLDALL_API_KEY"
+"""Environment variable with the API key."""
+GRACE_S = 10
+"""How long requests may go on after the signal to stop."""
+NEEDS = ("fastapi", "uvicorn", "prometheus_client")
+
+
+def serve(
+    run: str,
+    host: str,
+    port: int,
+    name: str | None,
+    rows: int,
+    queue: int,
+    max_context: int | None,
+    sessions: Path | None,
+    store_memory: int,
+    api_key_file: Path | None,
+    device: str,
+    precision: Literal["fp32", "bf16"] | None,
+    checkpoint: Checkpoint | None,
+    load: Sequence[Path],
+) -> int:
+    """Serve a model until a signal; returns the exit status."""
+    if missing := [package for package in NEEDS if importlib.util.find_spec(package) is None]:
+        raise ValueError(f"holdall serve needs {', '.join(missing)}: pip install 'holdall[serve]'")
+    from holdall.serve.app import create_app
+    from holdall.serve.server import ServerConfig
+
+    key = api_key(api_key_file)
+    for file in load:
+        mixers.load(file)
+    listener = _listener(host, port)  # before the model is loaded, which may take minutes
+    with listener:
+        device = resolve_device(device)
+        dtype = precision or ("fp32" if device == "cpu" else "bf16")
+        model = language_model.load(run, dtype=dtype, device=device, checkpoint=checkpoint)
+        settings = EngineConfig(rows=rows, queue=queue, max_context=max_context)
+        engine = Engine(model.model, model.tokenizer, settings, store=_store(model, store_memory))
+        config = ServerConfig(
+            name=name or Path(run).absolute().name,
+            api_key=key,
+            sessions=None if sessions is None else str(sessions),
+        )
+        app = create_app(engine, model, config, folder=language_model.find_folder(run))
+        stats = engine.stats()
+        console.print(f"{config.name} at {url(listener)} (OpenAI's API: {url(listener)}/v1)")
+        console.print(
+            f"{stats.rows} rows of {stats.row_bytes:,} bytes of state, {stats.state_bytes:,} bytes in all"
+        )
+        _run(app, listener)
+    return 0
+
+
+def _run(app: Any, listener: socket.socket) -> None:
+    """Until SIGINT or SIGTERM, after which requests may end, and sessions are written."""
+    import uvicorn
+
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE_S)
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+def api_key(file: Path | None) -> str:
+    """The key in a file, or the environment's; "" for none. Raises ValueError for an empty file."""
+    if file is None:
+        return os.environ.get(KEY, "")
+    key = file.read_text("utf-8").strip()
+    if not key:
+        raise ValueError(f"{file} is empty: write the API key into it")
+    return key
+
+
+def url(listener: socket.socket) -> str:
+    """Where a browser finds what listens there."""
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def _listener(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        # the address stands where a file's name would
+        says = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
+        raise OSError(error.errno, says, f"{host}:{port}") from error
+
+
+def _store(model: LanguageModel, memory: int) -> Store | None:
+    """Where beginnings of prompts that were read are kept; None without memory for it."""
+    if not memory:
+        return None
+    from holdall.engine.store import StateStore, StoreConfig
+
+    return StateStore(StoreConfig(memory=memory), fingerprint=model.fingerprint, model=model.model)
