@@ -96,11 +96,11 @@ def _routes(server: Server) -> APIRouter:
     api = APIRouter()
     v1, full = _errors(400, 401), _errors(404, 409, 413, 415, 500, 503)
 
-    @api.post("/v1/completions", responses=v1 | full, response_model=None)
+    @api.post("/v1/completions", responses=v1 | full | STREAMED, response_model=None)
     async def completions(asked: CompletionRequest, http: Request) -> Response:
         return await server.complete(http, asked)
 
-    @api.post("/v1/chat/completions", responses=v1 | full, response_model=None)
+    @api.post("/v1/chat/completions", responses=v1 | full | STREAMED, response_model=None)
     async def chat_completions(asked: ChatRequest, http: Request) -> Response:
         return await server.chat(http, asked)
 
@@ -207,6 +207,7 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 BINARY = "application/octet-stream"
+STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 FILE = {
     "requestBody": {"required": True, "content": {BINARY: {"schema": {"type": "string", "format": "binary"}}}}
 }
