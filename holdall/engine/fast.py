@@ -240,16 +240,19 @@ class Engine:
         """Take cancelled requests out, wherever they are."""
         given = []
         for job in [job for job in self._jobs.values() if job.cancelled]:
-            rows = [row for row in self._rows if row.job is job]
-            for row in rows:
+            for row in [row for row in self._rows if row.job is job]:
+                session = None
+                if job.request.keep:  # what was drawn and not looked at yet is dropped: it was not read
+                    session = self.buffers.take(self._rows.index(row), row.past.after(row.text))
                 self._free(row)
-            rows += [row for row, _ in self._ready if row.job is job]
+                given.append(row.piece(row.writer.rest(), (), "cancelled", session))
+            waiting = [row for row, _ in self._ready if row.job is job]
             self._ready = deque((row, session) for row, session in self._ready if row.job is not job)
             for queue in (self._waiting, self._reading):
                 with contextlib.suppress(ValueError):
                     queue.remove(job)
-            rows = rows or [_Row(job, index, self.tokenizer, Past()) for index in range(job.request.n)]
-            given += [row.piece(row.writer.rest(), (), "cancelled", None) for row in rows]
+                    waiting = [_Row(job, index, self.tokenizer, Past()) for index in range(job.request.n)]
+            given += [row.piece("", (), "cancelled", None) for row in waiting]
             del self._jobs[job.ticket]
         return given
 

@@ -62,7 +62,7 @@ class Request:
         n: how many texts; the prompt is read once. Text i of a seed s is drawn with the seed s + i.
         session: what was read before the prompt; None begins a document of its own.
         keep: whether the last Piece of each text has the session after it, in which all tokens of the text
-            were read, the one that ended it too.
+            were read, the one that ended it too. A text that is cancelled has one if it had begun.
         prompt_logprobs: give each prompt token's log-probability, and those of so many of the likeliest.
         marks: numbers of the prompt's tokens, such as the ends of messages, after which what was read so far
             goes into the store; those of the whole prompt and of the text do anyway.

@@ -214,6 +214,27 @@ def test_a_cancelled_request_is_gone_after_the_next_step(when: int) -> None:
     assert engine.step() == []
 
 
+@pytest.mark.parametrize("when", [3, 4, 9])
+def test_a_cancelled_text_can_be_continued(when: int) -> None:
+    """Its session has read what was given of it, and the rest is as if it had not been interrupted."""
+    engine, prompt = Engine(build("based"), TOKENIZER, CONFIG), (9,) * 40
+    asked = Sampling(max_tokens=30, seed=0, ignore_end=True)
+    (whole,) = texts(engine.run([Request(prompt=prompt, sampling=asked)])).values()
+    ticket, given = engine.submit(Request(prompt=prompt, sampling=asked, keep=True)), list[Piece]()
+    for _ in range(when):
+        given += engine.step()
+    engine.cancel(ticket)
+    given += engine.step()
+    done = [token.id for piece in given for token in piece.tokens]
+    session = given[-1].session
+    assert session is not None
+    assert session.past.count == len(prompt) + len(done)
+    rest = dataclasses.replace(asked, max_tokens=30 - len(done))
+    (more,) = texts(engine.run([Request(prompt=(), sampling=rest, session=session)])).values()
+    want = [token.id for piece in whole for token in piece.tokens]
+    assert done + [token.id for piece in more for token in piece.tokens] == want
+
+
 def test_the_queue_has_an_end() -> None:
     engine = Engine(build("based"), TOKENIZER, EngineConfig(rows=1, queue=2))
     asked = Request(prompt=(1,), sampling=Sampling(max_tokens=2, seed=0))
