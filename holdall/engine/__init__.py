@@ -5,6 +5,7 @@
     session.py    what a model has read, as a value: fork it, save it, resume it
     slow.py       the definition of generation, one row at a time
     fast.py       the engine: rows in fixed buffers, held to slow.py token by token
+    drafts.py     speculative decoding of one row: the text of slow.py in fewer calls
     store.py      sessions by what they have read, under a limit of bytes
     text.py       tokens to text as they come: whole characters, stop strings
 
