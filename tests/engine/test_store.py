@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import children
@@ -509,6 +510,26 @@ def test_files_are_removed_by_last_use_under_the_limit(tmp_path: Path) -> None:
     small.put(made([2]))
     assert the_files(tmp_path / "small") == []
     assert small.stats().too_large == 1
+
+
+def test_room_is_made_before_a_file_is_written_and_its_header_counts(tmp_path: Path) -> None:
+    save_session(made([1]), tmp_path / "one", model="abc")
+    one, there = (tmp_path / "one").stat().st_size, list[int]()
+
+    def noted(*args: Any, **options: Any) -> None:
+        there.append(sum(path.stat().st_size for path in the_files(tmp_path)))
+        save_session(*args, **options)
+
+    exact, roomier = 3 * one, 3 * one + SIZE  # which a fourth session would fit, but not its file
+    assert one > SIZE
+    for disk, most in ((exact, exact - SIZE), (roomier, 3 * one)):
+        store = store_of(tmp_path, memory=SIZE, disk=disk)
+        with mock.patch.object(stores, "save_session", noted):
+            for number in range(8):
+                store.put(made([disk, number]))
+                assert sum(path.stat().st_size for path in the_files(tmp_path)) <= disk
+        assert max(there) <= most
+    assert len(there) == 14
 
 
 def test_files_of_another_model_are_left_alone(tmp_path: Path) -> None:
