@@ -24,6 +24,7 @@ from holdall.contract.room import (
     check_room,
     fill,
     is_reserved,
+    known_to_the_host,
     reserve,
     slot_names,
 )
@@ -137,6 +138,8 @@ class Mixer(nn.Module):
     Otherwise it is given one that grows, a copy of the slots in order, and what it appends is put into the
     next free slots: right for every mixer, at the price of that copy in every step.
     """
+    rollback_limit: int = 0
+    """How many of a row's last tokens `rollback` can take back; 0 where a state cannot be undone."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Every mixer's `forward`, a user's own included, is called through the one check at the border; and
@@ -209,6 +212,41 @@ class Mixer(nn.Module):
         if is_reserved(like):
             return reserve(state, slot_names(like), capacity)
         return type(state)(*(_at_the_end(old, new) for old, new in zip(state, like, strict=True)))
+
+    def rollback(self, state: Any, count_B: Tensor | int, *, inplace: bool = False) -> State:
+        """The state as if its rows' last tokens had never been read: drafts that were rejected, say.
+
+        Outputs that follow are, up to rounding, those of a row that never read them, and do not depend on
+        what they were, to the bit. Tokens may be taken back that were read since the last rollback,
+        `rollback_limit` of them at most.
+
+        Args:
+            count_B: how many, of every row or of each, (B,).
+            inplace: the caller gives `state` away; then next to nothing is written. Otherwise it is copied.
+
+        Raises:
+            StateError: more than the limit, or than the row can give back; or a state that is not this
+                mixer's. What only a GPU knows is not asked for: such a row's outputs are NaN from then on.
+        """
+        # beside activations of any dtype
+        kind, fields = with_room_too(state, self.state_type, self.state_fields(torch.float32))
+        if why := misfit(state, kind, fields, self.owner):
+            raise StateError(why)
+        rows, device = state[0].shape[0], state[0].device
+        counts_B = torch.as_tensor(count_B, device=device).expand(rows)
+        if known_to_the_host(counts_B):
+            least, most = (int(counts_B.min()), int(counts_B.max())) if rows else (0, 0)
+            if least < 0:
+                raise StateError(f"{self.owner} cannot take back {least} tokens")
+            if most > self.rollback_limit:
+                why = f"{self.owner} cannot take back {most} tokens: its rollback_limit is"
+                way = "" if self.rollback_limit else "; read the tokens that are to stay again, from a copy"
+                raise StateError(f"{why} {self.rollback_limit}{way}")
+        return self._rolled_back(state, counts_B, inplace)
+
+    def _rolled_back(self, state: Any, count_B: Tensor, inplace: bool) -> State:
+        """What `rollback` returns, of mixers with a limit; a limit of 0 leaves nothing to do."""
+        return state if inplace else map_state(state, torch.clone)
 
     @abstractmethod
     def state_elements(self, context_len: int) -> int:

@@ -11,19 +11,24 @@ Based's out_proj or Zoology's proj_o.
 Deviations:
 - the map keeps the symmetric half of the second order: the same outputs from 1 + f + f (f + 1) / 2 features,
   153 instead of 273 at f = 16.
+With `replay` the state is read with every token, written with every L-th, and can be rolled back:
+holdall/ops/replay.py.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from torch import Tensor
 
-from holdall.contract import MixerConfig, Paper, register
+from holdall.contract import MixerConfig, Paper, StateError, register
+from holdall.contract.room import known_to_the_host
 from holdall.mixers.linear_attention import LinearAttention
 from holdall.ops.linear_attention import FEATURE_MAPS, kernel_refusal
-from holdall.settings import NonNegativeFloat, PositiveInt
+from holdall.ops.replay import ReplayState, empty_replay, replay_attention, roll_back
+from holdall.settings import NonNegativeFloat, PositiveInt, Range
 
 
 @register(
@@ -61,11 +66,22 @@ class TaylorConfig(MixerConfig):
     rounded once.
     """
 
+    replay: Annotated[int, Range(least=1, zero="no ring")] = 0
+    """Tokens between two writes of the state, L; 0 writes it with every token. The last 2 L tokens' keys and
+    values are then carried in a ring; steps read the state and write it once in L of them, and the last L
+    tokens can be rolled back. 16 suits a GPU.
+    """
+
     feature_map: ClassVar[str] = "taylor"
     normalise: ClassVar[bool] = True
     bias: ClassVar[bool] = False
     forms = ("loop", "parallel", "kernel")
-    variants = ({"feature_dim": 4, "chunk": 16}, {"heads": 2})
+    variants = (
+        {"feature_dim": 4, "chunk": 16},
+        {"heads": 2},
+        {"feature_dim": 4, "heads": 2, "chunk": 16, "replay": 4},
+        {"feature_dim": 3, "replay": 1},
+    )
 
     def validate(self) -> None:
         if self.width % self.heads:
@@ -77,4 +93,57 @@ class TaylorConfig(MixerConfig):
         )
 
     def build(self) -> LinearAttention:
-        return LinearAttention(self)
+        return ReplayedTaylor(self) if self.replay else LinearAttention(self)
+
+
+class ReplayedTaylor(LinearAttention):
+    """Taylor linear attention with a ring of its last tokens."""
+
+    config: TaylorConfig
+
+    def __init__(self, config: TaylorConfig) -> None:
+        super().__init__(config)
+        self.state_type = ReplayState  # type: ignore[misc]
+        self.rollback_limit = config.replay
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        state: Any = None,
+        *,
+        inplace: bool = False,
+        want_state: bool = True,
+    ) -> tuple[Tensor, ReplayState | None]:
+        config = self.config
+        q, k, v = (u.unflatten(-1, (config.heads, -1)) for u in self.qkv(x_BTD).split(self.sizes, dim=-1))
+        y_BTHV, after = replay_attention(
+            q, k, v, state, replay=config.replay, feature_map=self.feature_map, eps=config.eps,
+            chunk=config.chunk, inplace=inplace, want_state=want_state, form=self.form,
+        )  # fmt: skip
+        return self.out_proj(y_BTHV.flatten(2)), after
+
+    def init_state(
+        self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None
+    ) -> ReplayState:
+        config = self.config
+        return empty_replay(
+            batch, config.heads, config.feature_dim, config.width // config.heads, config.replay,
+            feature_map=self.feature_map, dtype=dtype, device=device,
+        )  # fmt: skip
+
+    def state_elements(self, context_len: int) -> int:
+        config = self.config
+        ring = 2 * config.replay * (config.heads * config.feature_dim + config.width)
+        return super().state_elements(context_len) + ring + 2
+
+    def _rolled_back(self, state: Any, count_B: Tensor, inplace: bool) -> ReplayState:
+        if known_to_the_host(count_B) and len(count_B):
+            kept_B = state.seen_B - state.summed_B
+            if (short_B := count_B > kept_B).any():
+                row = int(short_B.nonzero()[0])
+                raise StateError(
+                    f"{self.owner} cannot take back {int(count_B[row])} tokens of row {row}: only its last "
+                    f"{int(kept_B[row])} are in its ring alone, after an earlier rollback or so few tokens. "
+                    "Take back no more than were read since"
+                )
+        return roll_back(state, count_B, inplace=inplace)
