@@ -313,11 +313,41 @@ def narrow_states_too(mixer: Mixer) -> None:
     type(mixer).forward = forward  # type: ignore[method-assign]
 
 
+def rolls_back_nothing(right: Callable, self: Mixer, state: Any, count_B: Any, **how: Any) -> Any:
+    return right(state, 0, **how)
+
+
+def rolls_back_all_rows_alike(right: Callable, self: Mixer, state: Any, count_B: Any, **how: Any) -> Any:
+    return right(state, int(torch.as_tensor(count_B).max()), **how)
+
+
+def rolls_back_unasked(right: Callable, self: Mixer, state: Any, count_B: Any, **how: Any) -> Any:
+    return right(state, count_B, inplace=True)
+
+
+def rolls_back_any_number(right: Callable, self: Any, state: Any, count_B: Any, inplace: bool = False) -> Any:
+    return self._rolled_back(state, torch.as_tensor(count_B).expand(len(state.seen_B)), inplace)
+
+
+def remembers_the_draft(right: Callable, self: Mixer, state: Any, count_B: Any, **how: Any) -> Any:
+    kept = right(state, count_B, **how)
+    last_BHK = kept.k_BSHK[torch.arange(len(kept.seen_B)), state.seen_B - 1 & kept.k_BSHK.shape[1] - 1]
+    return kept._replace(z_BHF=kept.z_BHF + 1e-12 * last_BHK.sum())
+
+
+def sums_twice(right: Callable, self: Mixer, state: Any, count_B: Any, **how: Any) -> Any:
+    """What a state does whose sums are where its count says, without a field of their own."""
+    kept = right(state, count_B, **how)
+    half = kept.k_BSHK.shape[1] // 2
+    return kept._replace(summed_B=half * (kept.seen_B // half - 1).clamp(min=0))
+
+
 def double_scores(mixer: Any) -> None:
     mixer.feature_map = dataclasses.replace(mixer.feature_map, scores=lambda q, k: 1 + 1.0001 * (q @ k.mT))
 
 
 LINEAR, TAYLOR = {"feature_map": "elu1"}, {"feature_dim": 4, "chunk": 16}
+RING = {"feature_dim": 4, "replay": 4}
 FP32, BF16 = torch.float32, torch.bfloat16
 
 FAULTS: list[tuple[str, str, Callable[[], Mixer]]] = [
@@ -391,6 +421,16 @@ FAULTS: list[tuple[str, str, Callable[[], Mixer]]] = [
     ("state_dtype", "sums in bf16", plant(
         "linear-attention", BF16, forward=bf16_sums, init_state=bf16_start)),
     ("state_dtype", "starts wider than it goes on", plant("linear-attention", BF16, init_state=wide_start)),
+    ("rollback", "takes nothing back", plant("taylor", options=RING, rollback=rolls_back_nothing)),
+    ("rollback", "all rows alike", plant("taylor", options=RING, rollback=rolls_back_all_rows_alike)),
+    ("rollback", "writes into its state", plant("taylor", options=RING, rollback=rolls_back_unasked)),
+    ("rollback", "takes back any number", plant("taylor", options=RING, rollback=rolls_back_any_number)),
+    ("rollback", "remembers the draft", plant("taylor", options=RING, rollback=remembers_the_draft)),
+    ("rollback", "sums tokens twice", plant("taylor", options=RING, rollback=sums_twice)),
+    ("rollback", "takes back what it cannot", plant("mamba", rollback=lambda right, self, s, n, **how: s)),
+    ("replay", "a wrong term in the ring", plant("taylor", options=RING, prepare=double_scores)),
+    ("replay", "a wrong output in fp32", plant("taylor", FP32, options=RING, forward=output(
+        lambda y, x: y.half().float()))),
     ("saved", "remembers in itself", plant("mamba", forward=remembers_in_itself)),
     ("saved", "another type", plant("linear-attention", forward=after(lambda s, x: OtherState(*s)))),
     ("saved", "two names for one tensor", plant("attention", forward=after(

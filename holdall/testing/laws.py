@@ -781,6 +781,81 @@ def law_state_dtype(mixer: Mixer) -> None:
 
 
 @torch.no_grad()
+def law_rollback(mixer: Mixer, lengths: Sequence[int] = (1, 5, 65)) -> None:
+    """Tokens that were read and taken back are as good as never read; more than the limit are refused.
+
+    Of what they were nothing is left, to the bit: others in their place lead to the same outputs and, once
+    twice the limit of tokens have followed, to the same state, which then has the bits of a row that never
+    read any. Until then outputs may differ from that row's by rounding, as the state was written meanwhile.
+    Reading the same ones again gives the state that they gave. Each row is taken back by its own count.
+    """
+    limit = mixer.rollback_limit
+    _assert_not_taken_back(mixer, limit + 1)
+    for length, count in itertools.product(lengths, sorted({1, limit}) if limit else ()):
+        prompt_BTD, rest_BTD = tokens(mixer, length + 2 * limit).split([length, 2 * limit], dim=1)
+        drafts = [tokens(mixer, count, seed=seed) for seed in (1, 2)]
+        _, state = mixer(prompt_BTD)
+        after = [mixer(draft_BTD, state)[1] for draft_BTD in drafts]
+        given = map_state(after[0], torch.clone)
+        back = [mixer.rollback(tensors, count) for tensors in after]
+        how = f"{count} tokens taken back of {length + count}"
+        for name, old, new in zip(type(state)._fields, given, after[0], strict=True):  # type: ignore[attr-defined]
+            assert_bitwise(f"state.{name}, as it was given, with {how}", new, old)
+
+        def continued(start: State, rest_BTD: Tensor = rest_BTD) -> dict[str, Tensor]:
+            return named(*read_in_pieces(mixer, rest_BTD, [1] * rest_BTD.shape[1], start))
+
+        one, other, never = continued(back[0]), continued(back[1]), continued(state)
+        for name, want in never.items():
+            assert_bitwise(f"{name} after {how}, of one kind or another", one[name], other[name])
+            if name != "output":
+                assert_bitwise(f"{name} after {how}, long after", one[name], want)
+        outputs = {"output": one["output"]}, {"output": never["output"]}
+        Rounding(mixer, rest_BTD, state).check(f"after {how}", *outputs)
+
+        again = named(*mixer(drafts[0], back[0]))
+        for name, want in named(again["output"], after[0]).items():
+            assert_bitwise(f"{name} after {how} and read again", again[name], want)
+
+        counts_B, kept = torch.tensor([count, 0]), map_state(after[0], torch.clone)
+        mixed = mixer.rollback(kept, counts_B, inplace=True)
+        for name, old, new, *whole in zip(type(state)._fields, kept, mixed, back[0], after[0], strict=True):
+            assert new.data_ptr() == old.data_ptr(), f"state.{name} is elsewhere after a rollback in place"
+            for row, want in enumerate(whole):
+                assert_bitwise(
+                    f"state.{name} of row {row}, {counts_B.tolist()} tokens back", new[row], want[row]
+                )
+
+
+def _assert_not_taken_back(mixer: Mixer, count: int) -> None:
+    """So many tokens cannot be taken back, and the mixer says so by name."""
+    _, state = mixer(tokens(mixer, count + 1))
+    try:
+        mixer.rollback(state, count)
+        said = "nothing: it takes them back"
+    except StateError as error:
+        said = str(error)
+    limit = f"rollback_limit is {mixer.rollback_limit}"
+    assert mixer.config.name in said, f"{count} tokens, where its {limit}, are refused by its name: {said}"
+    assert limit in said, f"{count} tokens are refused by the {limit}: {said}"
+
+
+@torch.no_grad()
+def law_replay(mixer: Mixer, cuts: Sequence[Sequence[int]] = ((1,) * 20, (7, 1, 2, 33, 3), (65,))) -> None:
+    """With a ring a mixer's outputs are those without one, of the same weights, however a text is cut."""
+    if not getattr(mixer.config, "replay", 0):
+        return
+    plain = replace(mixer.config, replay=0).build().to(dtype_of(mixer)).eval()  # type: ignore[call-arg]
+    plain.load_state_dict(mixer.state_dict())
+    for sizes in cuts:
+        x_BTD = tokens(mixer, sum(sizes))
+        want_BTD, _ = plain(x_BTD)
+        y_BTD, _ = read_in_pieces(mixer, x_BTD, sizes)
+        outputs = {"output": y_BTD}, {"output": want_BTD}
+        Rounding(mixer, x_BTD).check(f"with a ring, in pieces of {tuple(sizes)}", *outputs)
+
+
+@torch.no_grad()
 def law_saved(mixer: Mixer, lengths: Sequence[int] = (1, 65), batches: Sequence[int] = (1, 2)) -> None:
     """A state is bit-identical when read from a file, and another copy of the mixer continues from it."""
     elsewhere = copy.deepcopy(mixer)
@@ -1046,8 +1121,10 @@ both = pytest.mark.parametrize(
 
 @both
 @pytest.mark.parametrize(
-    "law", ["splits", "causal", "rows", "joined_rows", "inplace", "capacity", "fresh", "definition"]
-)
+    "law",
+    ["splits", "causal", "rows", "joined_rows", "inplace", "capacity", "fresh", "definition", "rollback",
+     "replay"],
+)  # fmt: skip
 def test_law(case: Case, law: str, dtype: torch.dtype) -> None:
     hold(case.mixer(dtype), LAWS[law])
 

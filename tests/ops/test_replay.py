@@ -1,0 +1,200 @@
+"""Linear attention with a ring: beside what the laws say, rows of their own counts, drafts, and its cost.
+
+Letters: B row, T time, H heads, K key dim, V value dim, L tokens between two writes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import holdall
+from holdall.contract import StateError, join_rows, map_state, select_rows
+from holdall.ops import linear_attention as plain
+from holdall.ops.linear_attention import FEATURE_MAPS, linear_attention
+from holdall.ops.replay import ReplayState, empty_replay, replay_attention, roll_back
+from holdall.testing import laws
+
+DOUBLE = torch.float64
+B, H, K, V = 3, 2, 4, 6
+MAP = FEATURE_MAPS["taylor"]
+
+
+def draw(new: int, rows: int = B, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (laws.draw(rows, new, H, n, dtype=DOUBLE, seed=3 * seed + i) for i, n in enumerate((K, K, V)))
+    return q, k, v
+
+
+def start(replay: int, rows: int = B) -> ReplayState:
+    return empty_replay(rows, H, K, V, replay, feature_map=MAP, dtype=DOUBLE)
+
+
+def read(tokens: tuple[Tensor, ...], state: ReplayState | None, replay: int, **how: Any) -> Any:
+    return replay_attention(*tokens, state, replay=replay, feature_map=MAP, chunk=16, **how)
+
+
+def part(tokens: tuple[Tensor, ...], first: int, last: int) -> Any:
+    return tuple(x[:, first:last] for x in tokens)
+
+
+def without_ring(tokens: tuple[Tensor, ...]) -> Tensor:
+    return linear_attention(*tokens, None, feature_map=MAP, normalise=True)[0]
+
+
+@pytest.mark.parametrize("replay", [1, 2, 5, 16])
+@pytest.mark.parametrize("form", ["loop", "parallel"])
+def test_sums_follow_and_the_ring_has_the_rest(replay: int, form: str) -> None:
+    tokens, state = draw(70), start(replay)
+    k_BTHF = MAP.features(tokens[1])
+    for n in range(1, 71):
+        _, state = read(part(tokens, n - 1, n), state, replay, form=form)
+        summed = max(0, n // replay - 1) * replay
+        assert state.seen_B.tolist() == [n] * B
+        assert state.summed_B.tolist() == [summed] * B
+        laws.assert_close("s", state.s_BHFV, torch.einsum(
+            "bthf,bthv->bhfv", k_BTHF[:, :summed], tokens[2][:, :summed]))  # fmt: skip
+        laws.assert_close("z", state.z_BHF, k_BTHF[:, :summed].sum(1))
+        for p in range(max(0, n - 2 * replay), n):
+            laws.assert_bitwise(f"key {p}", state.k_BSHK[:, p % (2 * replay)], tokens[1][:, p])
+            laws.assert_bitwise(f"value {p}", state.v_BSHV[:, p % (2 * replay)], tokens[2][:, p])
+
+
+@pytest.mark.parametrize("new", [1, 2, 6, 7, 8, 9, 40])
+@torch.no_grad()
+def test_rows_of_any_counts_read_together_what_each_reads_alone(new: int) -> None:
+    replay, lengths = 4, (0, 1, 3, 4, 7, 8, 9, 21)
+    tokens, alone, states = draw(70, len(lengths)), [], []
+    for row, length in enumerate(lengths):
+        own = tuple(x[row : row + 1] for x in tokens)
+        state = start(replay, 1)
+        if length:
+            _, state = read(part(own, 0, length), state, replay)
+        states.append(state)
+        alone.append(read(part(own, length, length + new), state, replay))
+    now: Any = tuple(torch.stack([x[row, n : n + new] for row, n in enumerate(lengths)]) for x in tokens)
+    for inplace in (False, True):
+        y, after = read(now, map_state(join_rows(states), torch.clone), replay, inplace=inplace)
+        for row, (want, end) in enumerate(alone):
+            laws.assert_close(f"row {row}", y[row], want[0])
+            for name, tensor in end._asdict().items():
+                laws.assert_close(f"{name} of row {row}", getattr(after, name)[row], tensor[0])
+
+
+@pytest.mark.parametrize("replay", [3, 4])
+@torch.no_grad()
+def test_drafts_of_which_each_row_keeps_as_many_as_it_likes(replay: int) -> None:
+    """As speculative decoding runs: tokens, then drafts up to the limit, of which some are taken back."""
+    lots, tokens, ys = torch.Generator().manual_seed(0), draw(150), [[] for _ in range(B)]  # type: ignore[var-annotated]
+    want, state, at = without_ring(tokens), start(replay), [0] * B
+    while max(at) < 140:
+        new = int(torch.randint(1, replay + 1, (), generator=lots))
+        keep = torch.randint(0, new + 1, (B,), generator=lots)
+        # what is kept is right, the rest are other tokens
+        wrong, now = draw(new, seed=7 + sum(at)), []
+        for x, u in zip(tokens, wrong, strict=True):
+            rows = [
+                torch.cat((x[b, p : p + n], u[b, n:]))
+                for b, (p, n) in enumerate(zip(at, keep.tolist(), strict=True))
+            ]
+            now.append(torch.stack(rows))
+        y, state = read(tuple(now), state, replay, inplace=True)
+        state = roll_back(state, new - keep, inplace=True)
+        for b, n in enumerate(keep.tolist()):
+            ys[b].append(y[b, :n])
+            at[b] += n
+    assert state.seen_B.tolist() == at
+    for b, pieces in enumerate(ys):
+        laws.assert_close(f"row {b}", torch.cat(pieces), want[b, : at[b]])
+
+
+@torch.no_grad()
+def test_what_was_taken_back_may_have_been_infinite() -> None:
+    tokens, replay = draw(60), 4
+    for first in (3, 8, 21):
+        _, state = read(part(tokens, 0, first), None, replay)
+        poison = tuple(torch.full_like(x[:, :4], torch.nan) for x in tokens)
+        _, after = read(poison, state, replay)
+        y, _ = read(part(tokens, first, first + 4), roll_back(after, torch.tensor([4] * B)), replay)
+        laws.assert_close("after NaN", y, without_ring(tokens)[:, first : first + 4])
+
+
+def mixer(**options: Any) -> Any:
+    return laws.build(holdall.describe("taylor").configure(width=16, feature_dim=4, **options)).double()
+
+
+@torch.no_grad()
+def test_a_rollback_beyond_what_a_row_has_is_refused() -> None:
+    ring = mixer(replay=4)
+    x_BTD = laws.tokens(ring, 8)
+    _, state = ring(x_BTD)  # of 8 tokens 4 are in the sums
+    state = ring.rollback(state, 3)
+    with pytest.raises(
+        StateError, match="taylor of width 16 cannot take back 2 tokens of row 1: only its last 1"
+    ):
+        ring.rollback(state, torch.tensor([1, 2]))
+    with pytest.raises(StateError, match="cannot take back 5 tokens: its rollback_limit is 4"):
+        ring.rollback(state, 5)
+    with pytest.raises(StateError, match="cannot take back -1 tokens"):
+        ring.rollback(state, -1)
+    with pytest.raises(StateError, match="NormalisedState, where taylor of width 16 needs a ReplayState"):
+        ring.rollback(mixer()(x_BTD)[1], 1)
+    with pytest.raises(StateError, match="rollback_limit is 0; read the tokens that are to stay again"):
+        mixer().rollback(mixer()(x_BTD)[1], 1)
+    # where the host knows no counts, as on a GPU, nothing waits, and that row alone shows it
+    back = roll_back(state, torch.tensor([1, 2]))
+    y_BTD, _ = ring(x_BTD, back)
+    assert y_BTD[0].isfinite().all()
+    assert y_BTD[1].isnan().all()
+    assert [len(tensor) for tensor in ring.rollback(select_rows(state, []), 1)] == [0] * 6
+
+
+@torch.no_grad()
+def test_a_long_prompt_is_read_by_two_calls_and_the_ring_by_small_products(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Features are built of no more tokens than those calls build, one ring and L more."""
+    read_tokens: list[int] = []
+    built: list[int] = []
+    from holdall.ops import replay as ops
+
+    def counted(q: Tensor, *args: Any, **how: Any) -> Any:
+        read_tokens.append(q.shape[1])
+        return plain.linear_attention(q, *args, **how)
+
+    added = ops._added
+
+    def counted_sums(s: Tensor, z: Tensor, k: Tensor, *args: Any, **how: Any) -> Any:
+        built.append(k.shape[1])
+        return added(s, z, k, *args, **how)
+
+    monkeypatch.setattr(ops, "linear_attention", counted)
+    monkeypatch.setattr(ops, "_added", counted_sums)
+    _, state = read(draw(5), None, 16)
+    read_tokens.clear()
+    built.clear()
+    read(draw(512), state, 16)
+    assert read_tokens == [512 - 31, 31]
+    assert built == [32, 15]
+
+
+def test_no_sums_are_written_in_a_step_unless_a_ring_is_full() -> None:
+    tokens, state = draw(60), start(4)
+    writes = 0
+    with torch.no_grad():
+        for t in range(60):
+            before, version = state.s_BHFV, state.s_BHFV._version
+            _, state = read(part(tokens, t, t + 1), state, 4, inplace=True)
+            assert state.s_BHFV is before
+            writes += state.s_BHFV._version != version
+    assert writes == 60 // 4 - 1
+
+
+def test_training_builds_no_ring() -> None:
+    tokens = draw(50)
+    y, after = read(tokens, None, 4, want_state=False)
+    assert after is None
+    want = linear_attention(*tokens, None, feature_map=MAP, normalise=True, chunk=16, want_state=False)[0]
+    laws.assert_bitwise("without a state", y, want)
