@@ -160,7 +160,9 @@ def replay_attention(
     if form == "loop":
         return replay_attention_loop(q_BTHK, k_BTHK, v_BTHV, state, feature_map=feature_map, eps=eps)
     if form == "kernel" and new == 1 and not _wants_gradient(q_BTHK, k_BTHK, v_BTHV, *state):
-        return kernel_of(replay_attention)(q_BTHK, k_BTHK, v_BTHV, state, eps=eps, inplace=inplace)
+        return kernel_of(replay_attention)(
+            q_BTHK, k_BTHK, v_BTHV, state, feature_map=feature_map, eps=eps, inplace=inplace
+        )
     if new < 2 * replay - 1:
         return _few(q_BTHK, k_BTHK, v_BTHV, state, feature_map, eps, inplace, want_state)
     return _many(q_BTHK, k_BTHK, v_BTHV, state, feature_map, eps, chunk, inplace, want_state, form)

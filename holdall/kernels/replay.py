@@ -1,0 +1,219 @@
+"""One token of Taylor linear attention with a ring: the state is read, and written in rows that are full.
+
+    y = (phi(q) S + sum_i f_i v_i) / (phi(q) . z + sum_i f_i + eps)
+    f_i = 1 + s + s^2 / 2,  s = q . k_i / sqrt(K),  over the ring's tokens and the new one
+
+See holdall/ops/replay.py for when S and z are written, and taylor_step.py for the features.
+
+One program handles one head of a row. Whether that row's ring is full is one number for the program, so both
+ways are branches, and a row that is not full writes nothing but one slot of its ring. No program reads what
+another one writes: counts come back in new tensors. Counts decide nothing but which way a program goes, so a
+step can be recorded in a CUDA graph.
+
+S is read: 4 F V bytes per row and head in fp32, and as many are written in one step of L. Of the ring,
+1.5 L (K + V) elements are read on average. At K = 16, V = 112, L = 16 and a ring in bf16 these are 68.5, 4.3
+and 6.1 KB, 0.58 of the 137 KB of a step that writes S each time. 128 rows of 16 heads are 162 MB, 0.054 ms at
+3.02 TB/s. Operations: 2 F V per row and head, and as many for each token that S takes in.
+
+Letters: B row, S slots of the ring, L tokens of half a ring, H heads, K key dim, V value dim, F features.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from holdall.contract import forms
+from holdall.kernels import register_batch_vmap
+from holdall.kernels.language import narrow
+from holdall.kernels.taylor_step import MAX_KEY_DIM, _config, _feature, _features, _indices
+from holdall.ops.linear_attention import FEATURE_MAPS, FeatureMap
+from holdall.ops.replay import ReplayState
+
+
+@triton.jit
+def _score(q_K, k_SK):
+    """1 + s + s^2 / 2 of each key, for a q that was divided by sqrt(K)."""
+    s = tl.sum(q_K[None, :] * k_SK, 1)
+    return 1 + s + 0.5 * s * s
+
+
+@triton.jit(do_not_specialize=["H"])
+def _replay_kernel(
+    q_ptr, k_ptr, v_ptr, s_ptr, z_ptr, ring_k_ptr, ring_v_ptr, seen_ptr, summed_ptr,
+    y_ptr, next_seen_ptr, next_summed_ptr, table_ptr, weight_ptr,
+    q_b, q_h, k_b, k_h, v_b, v_h, scale, eps, H,
+    F: tl.constexpr, K: tl.constexpr, V: tl.constexpr, HALF: tl.constexpr,
+    BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr,
+    TILE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    SLOTS: tl.constexpr = 2 * HALF
+    row_head = tl.program_id(0).to(tl.int64)
+    b, h = row_head // H, row_head % H
+    q_ptr += b * q_b + h * q_h
+    k_ptr += b * k_b + h * k_h
+    v_ptr += b * v_b + h * v_h
+    s_ptr += row_head * F * V
+    z_ptr += row_head * F
+    ring_k_ptr += (b * SLOTS * H + h) * K
+    ring_v_ptr += (b * SLOTS * H + h) * V
+    seen, summed = tl.load(seen_ptr + b), tl.load(summed_ptr + b)
+    full = seen + 1 - summed == SLOTS
+    # where the oldest half of the ring begins, which goes into the sums if it is full
+    oldest = summed % SLOTS
+    since = seen - summed
+    if full:
+        since -= HALF
+    if h == 0:
+        tl.store(next_seen_ptr + b, seen + 1)
+        tl.store(next_summed_ptr + b, seen - since)
+
+    # the ring's tokens that the sums do not have, and the new one, which has no slot yet
+    slot, c = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_K)
+    age = (seen - 1 - slot + SLOTS) % SLOTS
+    live = (slot < SLOTS) & (age < since)
+    q_K = tl.load(q_ptr + c, mask=c < K, other=0.0).to(tl.float32) * scale
+    k_K = tl.load(k_ptr + c, mask=c < K, other=0.0)
+    k_SK = tl.load(
+        ring_k_ptr + slot[:, None] * H * K + c[None, :], mask=live[:, None] & (c < K)[None, :], other=0.0
+    )
+    f_S = tl.where(live, _score(q_K, k_SK.to(tl.float32)), 0.0)
+    f_own = tl.sum(_score(q_K, k_K.to(tl.float32)[None, :]), 0)
+
+    f_z = tl.arange(0, BLOCK_F)
+    i_z, j_z, weight_z = _indices(table_ptr, weight_ptr, f_z, F)
+    z = tl.load(z_ptr + f_z, mask=f_z < F, other=0.0)
+    if full:
+        for token in range(HALF):
+            z += _feature(ring_k_ptr + (oldest + token) * H * K, i_z, j_z, weight_z)
+        # a thread may read what another one stores: all must have read before the first writes
+        tl.debug_barrier()
+        tl.store(z_ptr + f_z, z, mask=f_z < F)
+    norm = eps + tl.sum(f_S, 0) + f_own + tl.sum(_feature(q_ptr, i_z, j_z, weight_z) * z, 0)
+
+    for first in tl.static_range(0, V, BLOCK_V):
+        d = first + tl.arange(0, BLOCK_V)
+        v = tl.load(v_ptr + d, mask=d < V, other=0.0)
+        v_SV = tl.load(
+            ring_v_ptr + slot[:, None] * H * V + d[None, :], mask=live[:, None] & (d < V)[None, :], other=0.0
+        )
+        y_V = tl.sum(f_S[:, None] * v_SV.to(tl.float32), 0) + f_own * v.to(tl.float32)
+        y = tl.zeros((TILE, BLOCK_V), tl.float32)
+        if full:
+            for start in tl.range(0, F, TILE):
+                f = start + tl.arange(0, TILE)
+                at = f[:, None] * V + d[None, :]
+                mask = (f < F)[:, None] & (d < V)[None, :]
+                s = tl.load(s_ptr + at, mask=mask, other=0.0).to(tl.float32)
+                i, j, weight = _indices(table_ptr, weight_ptr, f, F)
+                for token in range(HALF):
+                    v_old = tl.load(ring_v_ptr + (oldest + token) * H * V + d, mask=d < V, other=0.0)
+                    k_old = _feature(ring_k_ptr + (oldest + token) * H * K, i, j, weight)
+                    s += k_old[:, None] * v_old.to(tl.float32)[None, :]
+                y += _feature(q_ptr, i, j, weight)[:, None] * s
+                tl.store(s_ptr + at, narrow(s, s_ptr.dtype.element_ty), mask=mask)
+        else:
+            for start in tl.range(0, F, TILE, num_stages=STAGES):
+                f = start + tl.arange(0, TILE)
+                at = f[:, None] * V + d[None, :]
+                mask = (f < F)[:, None] & (d < V)[None, :]
+                s = tl.load(s_ptr + at, mask=mask, other=0.0).to(tl.float32)
+                i, j, weight = _indices(table_ptr, weight_ptr, f, F)
+                y += _feature(q_ptr, i, j, weight)[:, None] * s
+        y_V = (y_V + tl.sum(y, 0)) / norm
+        tl.store(y_ptr + row_head * V + d, narrow(y_V, y_ptr.dtype.element_ty), mask=d < V)
+        # into a slot that was not looked at
+        tl.store(ring_v_ptr + seen % SLOTS * H * V + d, v, mask=d < V)
+    tl.store(ring_k_ptr + seen % SLOTS * H * K + c, k_K, mask=c < K)
+
+
+@torch.library.custom_op(
+    "holdall::taylor_replay_inplace", mutates_args=("s_BHFV", "z_BHF", "k_BSHK", "v_BSHV")
+)
+def _replay_inplace(
+    q_B1HK: Tensor, k_B1HK: Tensor, v_B1HV: Tensor, s_BHFV: Tensor, z_BHF: Tensor, k_BSHK: Tensor,
+    v_BSHV: Tensor, seen_B: Tensor, summed_B: Tensor, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """y and the next counts; all else of the next state is written into the given one."""
+    batch, _, heads, key_dim = q_B1HK.shape
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_B1HK, k_B1HK, v_B1HV))
+    y_B1HV, next_seen, next_summed = (
+        v.new_empty(v.shape),
+        torch.empty_like(seen_B),
+        torch.empty_like(summed_B),
+    )
+    features, value_dim = s_BHFV.shape[2:]
+    slots, block = k_BSHK.shape[1], triton.next_power_of_2
+    strides = (stride for x in (q, k, v) for stride in (x.stride(0), x.stride(2)))
+    _replay_kernel[(batch * heads,)](
+        q, k, v, s_BHFV, z_BHF, k_BSHK, v_BSHV, seen_B, summed_B, y_B1HV, next_seen, next_summed,
+        *_features(key_dim, s_BHFV.device), *strides, key_dim**-0.5, eps, heads,
+        F=features, K=key_dim, V=value_dim, HALF=slots // 2,
+        BLOCK_F=block(features), BLOCK_K=block(key_dim), BLOCK_S=block(slots), **_config(value_dim),
+    )  # fmt: skip
+    return y_B1HV, next_seen, next_summed
+
+
+@_replay_inplace.register_fake
+def _(q_B1HK, k_B1HK, v_B1HV, s_BHFV, z_BHF, k_BSHK, v_BSHV, seen_B, summed_B, eps):
+    return v_B1HV.new_empty(v_B1HV.shape), torch.empty_like(seen_B), torch.empty_like(summed_B)
+
+
+@torch.library.custom_op("holdall::taylor_replay", mutates_args=())
+def _replay(
+    q_B1HK: Tensor, k_B1HK: Tensor, v_B1HV: Tensor, s_BHFV: Tensor, z_BHF: Tensor, k_BSHK: Tensor,
+    v_BSHV: Tensor, seen_B: Tensor, summed_B: Tensor, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """y and the next state, in a copy."""
+    copies = [x.clone(memory_format=torch.contiguous_format) for x in (s_BHFV, z_BHF, k_BSHK, v_BSHV)]
+    y_B1HV, *counts = _replay_inplace(q_B1HK, k_B1HK, v_B1HV, *copies, seen_B, summed_B, eps)
+    return y_B1HV, *copies, *counts
+
+
+@_replay.register_fake
+def _(q_B1HK, k_B1HK, v_B1HV, s_BHFV, z_BHF, k_BSHK, v_BSHV, seen_B, summed_B, eps):
+    state = (s_BHFV, z_BHF, k_BSHK, v_BSHV, seen_B, summed_B)
+    after = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in state)
+    return v_B1HV.new_empty(v_B1HV.shape), *after
+
+
+register_batch_vmap(_replay)
+
+
+def replay_attention(
+    q_B1HK: Tensor,
+    k_B1HK: Tensor,
+    v_B1HV: Tensor,
+    state: ReplayState,
+    *,
+    feature_map: FeatureMap,
+    eps: float = 1e-12,
+    inplace: bool = False,
+) -> tuple[Tensor, ReplayState]:
+    """`holdall.ops.replay.replay_attention` for one token, with the Taylor map; without gradients.
+
+    Args:
+        state: s in fp32 or bf16, z in fp32, and a ring in the dtype of k and v.
+        inplace: all but the counts is updated in place.
+
+    Returns:
+        y_B1HV in the dtype of v, and the next state.
+
+    Raises:
+        KernelError: no kernel can run on these tensors, for another map, or for this many key dimensions.
+    """
+    forms.require_kernel(q_B1HK, k_B1HK, v_B1HV, *state[:4])
+    if feature_map != FEATURE_MAPS["taylor"]:
+        raise forms.KernelError("the kernel has the Taylor map alone; form 'parallel' has all")
+    if q_B1HK.shape[-1] > MAX_KEY_DIM:
+        raise forms.KernelError(
+            f"the kernel takes at most {MAX_KEY_DIM} key dimensions, not {q_B1HK.shape[-1]}"
+        )
+    q, k, v = q_B1HK, k_B1HK.to(state.k_BSHK.dtype), v_B1HV.to(state.v_BSHV.dtype)
+    if inplace and all(tensor.is_contiguous() for tensor in state):
+        y_B1HV, *counts = _replay_inplace(q, k, v, *state, eps)
+        return y_B1HV.to(v_B1HV.dtype), ReplayState(*state[:4], *counts)
+    y_B1HV, *after = _replay(q, k, v, *state, eps)
+    return y_B1HV.to(v_B1HV.dtype), ReplayState(*after)
