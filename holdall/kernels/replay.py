@@ -13,7 +13,8 @@ step can be recorded in a CUDA graph.
 S is read: 4 F V bytes per row and head in fp32, and as many are written in one step of L. Of the ring,
 1.5 L (K + V) elements are read on average. At K = 16, V = 112, L = 16 and a ring in bf16 these are 68.5, 4.3
 and 6.1 KB, 0.58 of the 137 KB of a step that writes S each time. 128 rows of 16 heads are 162 MB, 0.054 ms at
-3.02 TB/s. Operations: 2 F V per row and head, and as many for each token that S takes in.
+3.02 TB/s. Operations: 2 F V per row and head, and as many for each token that S takes in. With S in fp16 a
+row that writes reads S twice, first for its largest entry, which makes its exponent.
 
 Letters: B row, S slots of the ring, L tokens of half a ring, H heads, K key dim, V value dim, F features.
 """
@@ -29,8 +30,11 @@ from holdall.contract import forms
 from holdall.kernels import register_batch_vmap
 from holdall.kernels.language import narrow
 from holdall.kernels.taylor_step import MAX_KEY_DIM, _config, _feature, _features, _indices
+from holdall.ops import replay
 from holdall.ops.linear_attention import FEATURE_MAPS, FeatureMap
-from holdall.ops.replay import ReplayState
+from holdall.ops.replay import S, ScaledReplayState
+
+LEAST, TOP = tl.constexpr(replay.LEAST), tl.constexpr(replay.TOP)
 
 
 @triton.jit
@@ -40,14 +44,42 @@ def _score(q_K, k_SK):
     return 1 + s + 0.5 * s * s
 
 
+@triton.jit
+def _power(exponent):
+    """2^exponent, from its bits."""
+    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _exponent(largest):
+    """Of sums whose largest entry this is: as in `holdall.ops.replay.as_carried`."""
+    bits = largest.to(tl.int32, bitcast=True)
+    above = (bits >> 23) - 127 + ((bits & 0x7FFFFF) != 0).to(tl.int32)
+    return tl.where(largest == 0, 0, tl.maximum(above - TOP, LEAST))
+
+
+@triton.jit
+def _written(
+    s_ptr, old_k_ptr, old_v_ptr, f, d, i, j, weight, power,
+    F: tl.constexpr, V: tl.constexpr, K_STEP, V_STEP, HALF: tl.constexpr,
+):  # fmt: skip
+    """A tile of S with the oldest half of the ring added."""
+    mask = (f < F)[:, None] & (d < V)[None, :]
+    s = tl.load(s_ptr + f[:, None] * V + d[None, :], mask=mask, other=0.0).to(tl.float32) * power
+    for token in range(HALF):
+        v = tl.load(old_v_ptr + token * V_STEP + d, mask=d < V, other=0.0).to(tl.float32)
+        s += _feature(old_k_ptr + token * K_STEP, i, j, weight)[:, None] * v[None, :]
+    return s
+
+
 @triton.jit(do_not_specialize=["H"])
 def _replay_kernel(
-    q_ptr, k_ptr, v_ptr, s_ptr, z_ptr, ring_k_ptr, ring_v_ptr, seen_ptr, summed_ptr,
+    q_ptr, k_ptr, v_ptr, s_ptr, z_ptr, ring_k_ptr, ring_v_ptr, exponent_ptr, seen_ptr, summed_ptr,
     y_ptr, next_seen_ptr, next_summed_ptr, table_ptr, weight_ptr,
     q_b, q_h, k_b, k_h, v_b, v_h, scale, eps, H,
     F: tl.constexpr, K: tl.constexpr, V: tl.constexpr, HALF: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr,
-    TILE: tl.constexpr, STAGES: tl.constexpr,
+    TILE: tl.constexpr, STAGES: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     SLOTS: tl.constexpr = 2 * HALF
     row_head = tl.program_id(0).to(tl.int64)
@@ -62,7 +94,8 @@ def _replay_kernel(
     seen, summed = tl.load(seen_ptr + b), tl.load(summed_ptr + b)
     full = seen + 1 - summed == SLOTS
     # where the oldest half of the ring begins, which goes into the sums if it is full
-    oldest = summed % SLOTS
+    old_k_ptr = ring_k_ptr + summed % SLOTS * H * K
+    old_v_ptr = ring_v_ptr + summed % SLOTS * H * V
     since = seen - summed
     if full:
         since -= HALF
@@ -87,11 +120,31 @@ def _replay_kernel(
     z = tl.load(z_ptr + f_z, mask=f_z < F, other=0.0)
     if full:
         for token in range(HALF):
-            z += _feature(ring_k_ptr + (oldest + token) * H * K, i_z, j_z, weight_z)
+            z += _feature(old_k_ptr + token * H * K, i_z, j_z, weight_z)
         # a thread may read what another one stores: all must have read before the first writes
         tl.debug_barrier()
         tl.store(z_ptr + f_z, z, mask=f_z < F)
     norm = eps + tl.sum(f_S, 0) + f_own + tl.sum(_feature(q_ptr, i_z, j_z, weight_z) * z, 0)
+
+    power, narrower = 1.0, 1.0
+    if SCALED:
+        exponent = tl.load(exponent_ptr + row_head)
+        power = _power(exponent)
+        if full:
+            # S is read once more for its largest entry, which comes from everywhere, before any is written
+            largest = tl.zeros((TILE, BLOCK_V), tl.float32)
+            for first in tl.static_range(0, V, BLOCK_V):
+                for start in tl.range(0, F, TILE):
+                    d, f = first + tl.arange(0, BLOCK_V), start + tl.arange(0, TILE)
+                    i, j, weight = _indices(table_ptr, weight_ptr, f, F)
+                    s = _written(
+                        s_ptr, old_k_ptr, old_v_ptr, f, d, i, j, weight, power, F, V, H * K, H * V, HALF
+                    )
+                    largest = tl.maximum(largest, tl.abs(s))
+            exponent = _exponent(tl.max(largest))
+            # all threads have read the old one, since all of them took part in the largest
+            tl.store(exponent_ptr + row_head, exponent)
+        narrower = _power(-exponent)
 
     for first in tl.static_range(0, V, BLOCK_V):
         d = first + tl.arange(0, BLOCK_V)
@@ -104,24 +157,20 @@ def _replay_kernel(
         if full:
             for start in tl.range(0, F, TILE):
                 f = start + tl.arange(0, TILE)
-                at = f[:, None] * V + d[None, :]
-                mask = (f < F)[:, None] & (d < V)[None, :]
-                s = tl.load(s_ptr + at, mask=mask, other=0.0).to(tl.float32)
                 i, j, weight = _indices(table_ptr, weight_ptr, f, F)
-                for token in range(HALF):
-                    v_old = tl.load(ring_v_ptr + (oldest + token) * H * V + d, mask=d < V, other=0.0)
-                    k_old = _feature(ring_k_ptr + (oldest + token) * H * K, i, j, weight)
-                    s += k_old[:, None] * v_old.to(tl.float32)[None, :]
+                s = _written(s_ptr, old_k_ptr, old_v_ptr, f, d, i, j, weight, power, F, V, H * K, H * V, HALF)
                 y += _feature(q_ptr, i, j, weight)[:, None] * s
-                tl.store(s_ptr + at, narrow(s, s_ptr.dtype.element_ty), mask=mask)
+                s = narrow(s * narrower, s_ptr.dtype.element_ty)
+                mask = (f < F)[:, None] & (d < V)[None, :]
+                tl.store(s_ptr + f[:, None] * V + d[None, :], s, mask=mask)
         else:
             for start in tl.range(0, F, TILE, num_stages=STAGES):
                 f = start + tl.arange(0, TILE)
-                at = f[:, None] * V + d[None, :]
                 mask = (f < F)[:, None] & (d < V)[None, :]
-                s = tl.load(s_ptr + at, mask=mask, other=0.0).to(tl.float32)
+                s = tl.load(s_ptr + f[:, None] * V + d[None, :], mask=mask, other=0.0).to(tl.float32)
                 i, j, weight = _indices(table_ptr, weight_ptr, f, F)
                 y += _feature(q_ptr, i, j, weight)[:, None] * s
+            y *= power
         y_V = (y_V + tl.sum(y, 0)) / norm
         tl.store(y_ptr + row_head * V + d, narrow(y_V, y_ptr.dtype.element_ty), mask=d < V)
         # into a slot that was not looked at
@@ -130,13 +179,13 @@ def _replay_kernel(
 
 
 @torch.library.custom_op(
-    "holdall::taylor_replay_inplace", mutates_args=("s_BHFV", "z_BHF", "k_BSHK", "v_BSHV")
+    "holdall::taylor_replay_inplace", mutates_args=("s_BHFV", "z_BHF", "k_BSHK", "v_BSHV", "exponent_BH")
 )
 def _replay_inplace(
     q_B1HK: Tensor, k_B1HK: Tensor, v_B1HV: Tensor, s_BHFV: Tensor, z_BHF: Tensor, k_BSHK: Tensor,
-    v_BSHV: Tensor, seen_B: Tensor, summed_B: Tensor, eps: float,
+    v_BSHV: Tensor, seen_B: Tensor, summed_B: Tensor, exponent_BH: Tensor | None, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """y and the next counts; all else of the next state is written into the given one."""
+    """y and the next counts; all else of the next state is written into the given one. Exponents: of fp16."""
     batch, _, heads, key_dim = q_B1HK.shape
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_B1HK, k_B1HK, v_B1HV))
     y_B1HV, next_seen, next_summed = (
@@ -148,33 +197,36 @@ def _replay_inplace(
     slots, block = k_BSHK.shape[1], triton.next_power_of_2
     strides = (stride for x in (q, k, v) for stride in (x.stride(0), x.stride(2)))
     _replay_kernel[(batch * heads,)](
-        q, k, v, s_BHFV, z_BHF, k_BSHK, v_BSHV, seen_B, summed_B, y_B1HV, next_seen, next_summed,
+        q, k, v, s_BHFV, z_BHF, k_BSHK, v_BSHV, exponent_BH, seen_B, summed_B, y_B1HV, next_seen, next_summed,
         *_features(key_dim, s_BHFV.device), *strides, key_dim**-0.5, eps, heads,
         F=features, K=key_dim, V=value_dim, HALF=slots // 2,
-        BLOCK_F=block(features), BLOCK_K=block(key_dim), BLOCK_S=block(slots), **_config(value_dim),
+        BLOCK_F=block(features), BLOCK_K=block(key_dim), BLOCK_S=block(slots), SCALED=exponent_BH is not None,
+        **_config(value_dim),
     )  # fmt: skip
     return y_B1HV, next_seen, next_summed
 
 
 @_replay_inplace.register_fake
-def _(q_B1HK, k_B1HK, v_B1HV, s_BHFV, z_BHF, k_BSHK, v_BSHV, seen_B, summed_B, eps):
+def _(q_B1HK, k_B1HK, v_B1HV, s_BHFV, z_BHF, k_BSHK, v_BSHV, seen_B, summed_B, exponent_BH, eps):
     return v_B1HV.new_empty(v_B1HV.shape), torch.empty_like(seen_B), torch.empty_like(summed_B)
 
 
 @torch.library.custom_op("holdall::taylor_replay", mutates_args=())
 def _replay(
     q_B1HK: Tensor, k_B1HK: Tensor, v_B1HV: Tensor, s_BHFV: Tensor, z_BHF: Tensor, k_BSHK: Tensor,
-    v_BSHV: Tensor, seen_B: Tensor, summed_B: Tensor, eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """y and the next state, in a copy."""
-    copies = [x.clone(memory_format=torch.contiguous_format) for x in (s_BHFV, z_BHF, k_BSHK, v_BSHV)]
-    y_B1HV, *counts = _replay_inplace(q_B1HK, k_B1HK, v_B1HV, *copies, seen_B, summed_B, eps)
-    return y_B1HV, *copies, *counts
+    v_BSHV: Tensor, seen_B: Tensor, summed_B: Tensor, exponent_BH: Tensor, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """y and the next state, in a copy. Exponents without elements are none."""
+    parts = (s_BHFV, z_BHF, k_BSHK, v_BSHV, exponent_BH)
+    *copies, exponents = (x.clone(memory_format=torch.contiguous_format) for x in parts)
+    scaled = exponents if exponents.numel() else None
+    y_B1HV, *counts = _replay_inplace(q_B1HK, k_B1HK, v_B1HV, *copies, seen_B, summed_B, scaled, eps)
+    return y_B1HV, *copies, *counts, exponents
 
 
 @_replay.register_fake
-def _(q_B1HK, k_B1HK, v_B1HV, s_BHFV, z_BHF, k_BSHK, v_BSHV, seen_B, summed_B, eps):
-    state = (s_BHFV, z_BHF, k_BSHK, v_BSHV, seen_B, summed_B)
+def _(q_B1HK, k_B1HK, v_B1HV, s_BHFV, z_BHF, k_BSHK, v_BSHV, seen_B, summed_B, exponent_BH, eps):
+    state = (s_BHFV, z_BHF, k_BSHK, v_BSHV, seen_B, summed_B, exponent_BH)
     after = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in state)
     return v_B1HV.new_empty(v_B1HV.shape), *after
 
@@ -186,16 +238,16 @@ def replay_attention(
     q_B1HK: Tensor,
     k_B1HK: Tensor,
     v_B1HV: Tensor,
-    state: ReplayState,
+    state: S,
     *,
     feature_map: FeatureMap,
     eps: float = 1e-12,
     inplace: bool = False,
-) -> tuple[Tensor, ReplayState]:
+) -> tuple[Tensor, S]:
     """`holdall.ops.replay.replay_attention` for one token, with the Taylor map; without gradients.
 
     Args:
-        state: s in fp32 or bf16, z in fp32, and a ring in the dtype of k and v.
+        state: s in fp32, in bf16, or in fp16 with exponents; z in fp32; a ring in the dtype of k and v.
         inplace: all but the counts is updated in place.
 
     Returns:
@@ -212,8 +264,10 @@ def replay_attention(
             f"the kernel takes at most {MAX_KEY_DIM} key dimensions, not {q_B1HK.shape[-1]}"
         )
     q, k, v = q_B1HK, k_B1HK.to(state.k_BSHK.dtype), v_B1HV.to(state.v_BSHV.dtype)
+    exponent_BH = state.exponent_BH if isinstance(state, ScaledReplayState) else None
     if inplace and all(tensor.is_contiguous() for tensor in state):
-        y_B1HV, *counts = _replay_inplace(q, k, v, *state, eps)
-        return y_B1HV.to(v_B1HV.dtype), ReplayState(*state[:4], *counts)
-    y_B1HV, *after = _replay(q, k, v, *state, eps)
-    return y_B1HV.to(v_B1HV.dtype), ReplayState(*after)
+        y_B1HV, *counts = _replay_inplace(q, k, v, *state[:6], exponent_BH, eps)
+        return y_B1HV.to(v_B1HV.dtype), state._replace(seen_B=counts[0], summed_B=counts[1])
+    exponents = state.seen_B.new_empty(len(v), 0) if exponent_BH is None else exponent_BH
+    y_B1HV, *after = _replay(q, k, v, *state[:6], exponents, eps)
+    return y_B1HV.to(v_B1HV.dtype), type(state)(*after[: len(state)])

@@ -23,11 +23,11 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from holdall.contract import MixerConfig, Paper, StateError, register
+from holdall.contract import MixerConfig, Paper, State, StateError, register
 from holdall.contract.room import known_to_the_host
 from holdall.mixers.linear_attention import LinearAttention
 from holdall.ops.linear_attention import FEATURE_MAPS, kernel_refusal
-from holdall.ops.replay import ReplayState, empty_replay, replay_attention, roll_back
+from holdall.ops.replay import ReplayState, ScaledReplayState, empty_replay, replay_attention, roll_back
 from holdall.settings import NonNegativeFloat, PositiveInt, Range
 
 
@@ -58,12 +58,13 @@ class TaylorConfig(MixerConfig):
     """Tokens per chunk: the output within a chunk is computed over all pairs of tokens (quadratic), and the
     state is built at chunk boundaries only.
     """
-    state_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Dtype of the sum of phi(k) v^T between calls; "fp32" means at least that. "bf16" halves the state, and
-    every call rounds it, so that outputs depend on where calls end: the contribution of a token is lost where
-    it is less than 1/512 of the sum. Outputs err by about 1% after 256 tokens one by one, and where values
-    have a non-zero mean by 27% after 1024 (holdall/kernels/taylor_step.py). A prompt read in one call is
-    rounded once.
+    state_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Dtype of the sum of phi(k) v^T between calls; "fp32" means at least that. "bf16" and "fp16" halve the
+    state, and every call rounds it, so that outputs depend on where calls end: in bf16 the contribution of a
+    token is lost where it is less than 1/512 of the sum. Outputs err by about 1% after 256 tokens one by one,
+    and where values have a non-zero mean by 27% after 1024 (holdall/kernels/taylor_step.py). With `replay`
+    only calls that write the sum round it. "fp16" needs `replay`, and has a power of two per head: with 16 it
+    errs by 0.2% after 4096 tokens (docs/replay.md). A prompt read in one call is rounded once.
     """
 
     replay: Annotated[int, Range(least=1, zero="no ring")] = 0
@@ -86,6 +87,8 @@ class TaylorConfig(MixerConfig):
     def validate(self) -> None:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.state_dtype == "fp16" and not self.replay:
+            raise ValueError("state_dtype 'fp16' needs replay, 16 say: without it, take 'bf16' or 'fp32'")
 
     def kernel_refusal(self, device: torch.device, dtype: torch.dtype) -> str:
         return super().kernel_refusal(device, dtype) or kernel_refusal(
@@ -103,7 +106,7 @@ class ReplayedTaylor(LinearAttention):
 
     def __init__(self, config: TaylorConfig) -> None:
         super().__init__(config)
-        self.state_type = ReplayState  # type: ignore[misc]
+        self.state_type = ScaledReplayState if config.state_dtype == "fp16" else ReplayState  # type: ignore[misc]
         self.rollback_limit = config.replay
 
     def forward(
@@ -113,8 +116,10 @@ class ReplayedTaylor(LinearAttention):
         *,
         inplace: bool = False,
         want_state: bool = True,
-    ) -> tuple[Tensor, ReplayState | None]:
+    ) -> tuple[Tensor, Any]:
         config = self.config
+        if state is None and want_state and config.state_dtype != "fp32":
+            state = self.init_state(len(x_BTD), dtype=x_BTD.dtype, device=x_BTD.device)
         q, k, v = (u.unflatten(-1, (config.heads, -1)) for u in self.qkv(x_BTD).split(self.sizes, dim=-1))
         y_BTHV, after = replay_attention(
             q, k, v, state, replay=config.replay, feature_map=self.feature_map, eps=config.eps,
@@ -122,21 +127,23 @@ class ReplayedTaylor(LinearAttention):
         )  # fmt: skip
         return self.out_proj(y_BTHV.flatten(2)), after
 
-    def init_state(
-        self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None
-    ) -> ReplayState:
+    def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None) -> State:
         config = self.config
-        return empty_replay(
+        state = empty_replay(
             batch, config.heads, config.feature_dim, config.width // config.heads, config.replay,
             feature_map=self.feature_map, dtype=dtype, device=device,
         )  # fmt: skip
+        if config.state_dtype == "fp16":
+            exponent_BH = torch.zeros(batch, config.heads, dtype=torch.int32, device=device)
+            return ScaledReplayState(state.s_BHFV.half(), *state[1:], exponent_BH)
+        return self._rounded(state)
 
     def state_elements(self, context_len: int) -> int:
         config = self.config
-        ring = 2 * config.replay * (config.heads * config.feature_dim + config.width)
-        return super().state_elements(context_len) + ring + 2
+        ring = 2 * config.replay * (config.heads * config.feature_dim + config.width) + 2
+        return super().state_elements(context_len) + ring + config.heads * (config.state_dtype == "fp16")
 
-    def _rolled_back(self, state: Any, count_B: Tensor, inplace: bool) -> ReplayState:
+    def _rolled_back(self, state: Any, count_B: Tensor, inplace: bool) -> State:
         if known_to_the_host(count_B) and len(count_B):
             kept_B = state.seen_B - state.summed_B
             if (short_B := count_B > kept_B).any():

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -51,6 +51,56 @@ class ReplayState(NamedTuple):
     v_BSHV: Tensor
     seen_B: Tensor
     summed_B: Tensor
+
+
+class ScaledReplayState(NamedTuple):
+    """A `ReplayState` whose S is 2^exponent times s, in fp16, with an exponent of each row's heads.
+
+    The largest entry of s is between 2^13 and 2^14, so that 2^-28 of it still has all of fp16's 11 bits. The
+    exponent changes when S is written, and rounding with it. z, which counts tokens, is as wide as ever.
+    """
+
+    s_BHFV: Tensor
+    z_BHF: Tensor
+    k_BSHK: Tensor
+    v_BSHV: Tensor
+    seen_B: Tensor
+    summed_B: Tensor
+    exponent_BH: Tensor
+
+
+S = TypeVar("S", ReplayState, ScaledReplayState)
+TOP = 14
+"""The largest entry of an fp16 sum is at most 2^14, a quarter of the range."""
+LEAST = -100
+"""Exponents below are none: sums that are so small are as good as zero."""
+
+
+def in_full(state: Any) -> ReplayState:
+    """The state with S as wide as z; what is wide already is not copied."""
+    s_BHFV = state.s_BHFV.to(state.z_BHF.dtype)
+    if isinstance(state, ScaledReplayState):
+        s_BHFV = s_BHFV * _power(state.exponent_BH)[..., None, None]
+    return ReplayState(s_BHFV, *state[1:6])
+
+
+def as_carried(state: ReplayState, like: S) -> S:
+    """The state with S as `like` has it, rounded to nearest; without a write the bits are those of `like`."""
+    if not isinstance(like, ScaledReplayState):
+        return type(like)(state.s_BHFV.to(like.s_BHFV.dtype), *state[1:])
+    with torch.no_grad():
+        mantissa_BH, above_BH = torch.frexp(state.s_BHFV.abs().amax((-1, -2)))
+        above_BH = (above_BH - (mantissa_BH == 0.5).int() - TOP).clamp(min=LEAST)
+        above_BH = above_BH.masked_fill(mantissa_BH == 0, 0).to(like.exponent_BH.dtype)
+        written_B1 = (state.summed_B != like.summed_B)[:, None]
+        exponent_BH = torch.where(written_B1, above_BH, like.exponent_BH)
+    s_BHFV = (state.s_BHFV * _power(-exponent_BH)[..., None, None]).to(like.s_BHFV.dtype)
+    return ScaledReplayState(s_BHFV, *state[1:], exponent_BH)
+
+
+def _power(exponent: Tensor) -> Tensor:
+    """2^exponent in fp32, exactly: from its bits, since pow may be off by one."""
+    return ((exponent + 127) << 23).view(torch.float32)
 
 
 def empty_replay(
@@ -118,7 +168,7 @@ def replay_attention(
     q_BTHK: Float[Tensor, "b t h k"],
     k_BTHK: Float[Tensor, "b t h k"],
     v_BTHV: Float[Tensor, "b t h v"],
-    state: ReplayState | None,
+    state: S | None,
     *,
     replay: int,
     feature_map: FeatureMap,
@@ -127,13 +177,14 @@ def replay_attention(
     inplace: bool = False,
     want_state: bool = True,
     form: str = "parallel",
-) -> tuple[Float[Tensor, "b t h v"], ReplayState | None]:
+) -> tuple[Float[Tensor, "b t h v"], S | ReplayState | None]:
     """A few tokens against sums, ring and each other; many as `linear_attention`, between two small products.
 
     Nothing waits for a device, and no shape depends on counts: every row may have its own.
 
     Args:
-        state: the incoming one, its sums in at least fp32; None if nothing was read yet.
+        state: the incoming one; None if nothing was read yet, then the next one's S is as wide as z. S may
+            be narrower, or fp16 with exponents: it is rounded when it is written, once per call.
         replay: tokens between two writes of the sums, L.
         chunk: as in `linear_attention`.
         inplace: the incoming state may be overwritten.
@@ -144,28 +195,31 @@ def replay_attention(
     Returns:
         y_BTHV in the dtype of v, and the next state (None where not asked for).
     """
-    new = q_BTHK.shape[1]
-    if state is None:
-        if not want_state and form != "loop":
-            y_BTHV, *_ = linear_attention(
-                q_BTHK, k_BTHK, v_BTHV, None, feature_map=feature_map, normalise=True, eps=eps, chunk=chunk,
-                want_state=False, form=form,
-            )  # fmt: skip
-            return y_BTHV, None
-        (batch, _, heads, key_dim), value_dim = k_BTHK.shape, v_BTHV.shape[-1]
-        state = empty_replay(
-            batch, heads, key_dim, value_dim, replay,
-            feature_map=feature_map, dtype=v_BTHV.dtype, device=v_BTHV.device,
+    if state is None and not want_state and form != "loop":
+        y_BTHV, *_ = linear_attention(
+            q_BTHK, k_BTHK, v_BTHV, None, feature_map=feature_map, normalise=True, eps=eps, chunk=chunk,
+            want_state=False, form=form,
         )  # fmt: skip
-    if form == "loop":
-        return replay_attention_loop(q_BTHK, k_BTHK, v_BTHV, state, feature_map=feature_map, eps=eps)
-    if form == "kernel" and new == 1 and not _wants_gradient(q_BTHK, k_BTHK, v_BTHV, *state):
+        return y_BTHV, None
+    (batch, new, heads, key_dim), value_dim = k_BTHK.shape, v_BTHV.shape[-1]
+    given: Any = state or empty_replay(
+        batch, heads, key_dim, value_dim, replay,
+        feature_map=feature_map, dtype=v_BTHV.dtype, device=v_BTHV.device,
+    )  # fmt: skip
+    if form == "kernel" and new == 1 and not _wants_gradient(q_BTHK, k_BTHK, v_BTHV, *given):
         return kernel_of(replay_attention)(
-            q_BTHK, k_BTHK, v_BTHV, state, feature_map=feature_map, eps=eps, inplace=inplace
+            q_BTHK, k_BTHK, v_BTHV, given, feature_map=feature_map, eps=eps, inplace=inplace
         )
-    if new < 2 * replay - 1:
-        return _few(q_BTHK, k_BTHK, v_BTHV, state, feature_map, eps, inplace, want_state)
-    return _many(q_BTHK, k_BTHK, v_BTHV, state, feature_map, eps, chunk, inplace, want_state, form)
+    full, after = in_full(given), None
+    if form == "loop":
+        y_BTHV, after = replay_attention_loop(q_BTHK, k_BTHK, v_BTHV, full, feature_map=feature_map, eps=eps)
+    elif new < 2 * replay - 1:
+        y_BTHV, after = _few(q_BTHK, k_BTHK, v_BTHV, full, feature_map, eps, inplace, want_state)
+    else:
+        y_BTHV, after = _many(
+            q_BTHK, k_BTHK, v_BTHV, full, feature_map, eps, chunk, inplace, want_state, form
+        )
+    return y_BTHV, None if after is None or not want_state else as_carried(after, given)
 
 
 def _few(
@@ -259,14 +313,14 @@ def _many(
     return torch.cat(ys, dim=1), _next(state, s, z, k_BTHK, v_BTHV, summed_B, inplace)
 
 
-def roll_back(state: ReplayState, count_B: Int[Tensor, " b"], *, inplace: bool = False) -> ReplayState:
+def roll_back(state: S, count_B: Int[Tensor, " b"], *, inplace: bool = False) -> S:
     """The state without each row's last tokens, `count_B` of them: its count is lowered, all else stays.
 
     In place the count alone is written; otherwise all of the state is copied. A row that is to lose tokens
     which its sums have becomes NaN, as only the device knows its count.
     """
     if not inplace:
-        state = ReplayState(*(tensor.clone() for tensor in state))
+        state = type(state)(*(tensor.clone() for tensor in state))
     state.seen_B.sub_(count_B)
     state.z_BHF.masked_fill_((state.seen_B < state.summed_B)[:, None, None], torch.nan)
     return state

@@ -799,7 +799,7 @@ def law_rollback(mixer: Mixer, lengths: Sequence[int] = (1, 5, 65)) -> None:
         given = map_state(after[0], torch.clone)
         back = [mixer.rollback(tensors, count) for tensors in after]
         how = f"{count} tokens taken back of {length + count}"
-        for name, old, new in zip(type(state)._fields, given, after[0], strict=True):  # type: ignore[attr-defined]
+        for name, old, new in zip(type(state)._fields, given, after[0], strict=True):
             assert_bitwise(f"state.{name}, as it was given, with {how}", new, old)
 
         def continued(start: State, rest_BTD: Tensor = rest_BTD) -> dict[str, Tensor]:

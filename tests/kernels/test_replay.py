@@ -18,7 +18,16 @@ from holdall.contract import join_rows, map_state
 from holdall.contract.forms import KernelError
 from holdall.kernels import replay as kernels
 from holdall.ops.linear_attention import FEATURE_MAPS
-from holdall.ops.replay import ReplayState, empty_replay, replay_attention, replay_attention_loop, roll_back
+from holdall.ops.replay import (
+    ReplayState,
+    ScaledReplayState,
+    as_carried,
+    empty_replay,
+    in_full,
+    replay_attention,
+    replay_attention_loop,
+    roll_back,
+)
 from holdall.testing import laws
 
 SINGLE, HALF, DOUBLE = torch.float32, torch.bfloat16, torch.float64
@@ -51,23 +60,33 @@ def draw(
     return [part(rest[:, t : t + 1]) for t in range(steps)], state
 
 
-def plain_step(tensors: tuple[Tensor, ...], state: ReplayState) -> tuple[Tensor, ...]:
-    wide = state._replace(s_BHFV=state.s_BHFV.float())
-    y, after = replay_attention_loop(*tensors, wide, feature_map=TAYLOR)
-    return y, after.s_BHFV.to(state.s_BHFV.dtype), after.z_BHF
+def carried(state: ReplayState, dtype: torch.dtype) -> Any:
+    """The state with S in another dtype, in fp16 with exponents."""
+    if dtype != torch.float16:
+        return state._replace(s_BHFV=state.s_BHFV.to(dtype))
+    none_BH = torch.zeros(state.z_BHF.shape[:2], dtype=torch.int32, device=state.z_BHF.device)
+    nothing = torch.full_like(state.summed_B, -1)  # so that all rows count as written
+    like = ScaledReplayState(state.s_BHFV.half(), *state[1:5], nothing, none_BH)
+    return as_carried(state, like)
 
 
-def check(tensors: tuple[Tensor, ...], state: ReplayState, inplace: bool) -> ReplayState:
+def plain_step(tensors: tuple[Tensor, ...], state: Any) -> tuple[Tensor, ...]:
+    y, after = replay_attention_loop(*tensors, in_full(state), feature_map=TAYLOR)
+    return y, in_full(as_carried(after, state)).s_BHFV, after.z_BHF
+
+
+def check(tensors: tuple[Tensor, ...], state: Any, inplace: bool) -> Any:
     """One step; the next state."""
     given = map_state(state, torch.clone)
     with poisoned():
         y, after = kernels.replay_attention(*tensors, given, feature_map=TAYLOR, inplace=inplace)
     plain = laws.plainly(plain_step, tensors, state)
-    wide = map_state(state, lambda t: t.double() if laws.differentiable(t) else t)
+    wide = map_state(in_full(state), lambda t: t.double() if laws.differentiable(t) else t)
     true_y, truth = replay_attention_loop(*(x.double() for x in tensors), wide, feature_map=TAYLOR)
-    got_true = ((y, true_y), (after.s_BHFV, truth.s_BHFV), (after.z_BHF, truth.z_BHF))
+    got_true = ((y, true_y), (in_full(after).s_BHFV, truth.s_BHFV), (after.z_BHF, truth.z_BHF))
     for name, want, (got, true) in zip("ysz", plain, got_true, strict=True):
         laws.assert_as_good_as_plain(name, got, want, true)
+    assert [t.dtype for t in after] == [t.dtype for t in state]
     for name in ("k_BSHK", "v_BSHV", "seen_B", "summed_B"):
         laws.assert_bitwise(name, getattr(after, name), getattr(truth, name).to(getattr(state, name).dtype))
     for name, mine, got, before in zip(state._fields, given, after, state, strict=True):
@@ -75,16 +94,21 @@ def check(tensors: tuple[Tensor, ...], state: ReplayState, inplace: bool) -> Rep
             assert got.data_ptr() == mine.data_ptr()
         else:
             laws.assert_bitwise(f"{name} that went in", mine, before)
+    same_B = after.summed_B == state.summed_B
+    laws.assert_bitwise("sums of a row that is not written", after.s_BHFV[same_B], state.s_BHFV[same_B])
+    if isinstance(state, ScaledReplayState):
+        largest_BH = after.s_BHFV.abs().amax((-1, -2))
+        assert ((largest_BH == 0) | (largest_BH >= 2**13) & (largest_BH <= 2**14)).all()
     return after
 
 
 @pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
 @pytest.mark.parametrize("dtype", [SINGLE, HALF, torch.float16])
-@pytest.mark.parametrize("state_dtype", [SINGLE, HALF])
+@pytest.mark.parametrize("state_dtype", [SINGLE, HALF, torch.float16])
 def test_steps(state_dtype: torch.dtype, dtype: torch.dtype, inplace: bool, device: torch.device) -> None:
     """Rows of all counts in one batch: empty, not yet full, full now, and full a step later."""
     tokens, state = draw((0, 2, 5, 6, 7, 10), 2, 8, 12, 3, steps=2, dtype=dtype, device=device)
-    state = state._replace(s_BHFV=state.s_BHFV.to(state_dtype))
+    state = carried(state, state_dtype)
     for tensors in tokens:
         state = check(tensors, state, inplace)
 
@@ -116,12 +140,12 @@ def test_what_was_taken_back_is_not_looked_at(device: torch.device) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("batch", [1, 128])
-@pytest.mark.parametrize("state_dtype", [SINGLE, HALF])
+@pytest.mark.parametrize("state_dtype", [SINGLE, HALF, torch.float16])
 def test_many_rows(batch: int, state_dtype: torch.dtype, device: torch.device) -> None:
     for key_dim, value_dim in ((16, 112), (24, 128), (32, 16)):
         lengths = tuple(row % 50 for row in range(batch))
         tokens, state = draw(lengths, 16, key_dim, value_dim, 16, dtype=HALF, device=device)
-        state = state._replace(s_BHFV=state.s_BHFV.to(state_dtype))
+        state = carried(state, state_dtype)
         for inplace in (False, True):
             check(tokens[0], state, inplace)
             first, second = (
