@@ -15,7 +15,14 @@ import holdall
 from holdall.contract import StateError, join_rows, map_state, select_rows
 from holdall.ops import linear_attention as plain
 from holdall.ops.linear_attention import FEATURE_MAPS, linear_attention
-from holdall.ops.replay import ReplayState, empty_replay, replay_attention, roll_back
+from holdall.ops.replay import (
+    ReplayState,
+    ScaledReplayState,
+    empty_replay,
+    in_full,
+    replay_attention,
+    roll_back,
+)
 from holdall.testing import laws
 
 DOUBLE = torch.float64
@@ -198,3 +205,82 @@ def test_training_builds_no_ring() -> None:
     assert after is None
     want = linear_attention(*tokens, None, feature_map=MAP, normalise=True, chunk=16, want_state=False)[0]
     laws.assert_bitwise("without a state", y, want)
+
+
+# --------------------------------------------------------------------------------------- the state's dtype
+
+
+def narrow(state_dtype: str, replay: int = 4, form: str = "auto") -> Any:
+    config = holdall.describe("taylor").configure(
+        width=16, feature_dim=4, heads=2, chunk=16, replay=replay, state_dtype=state_dtype, form=form
+    )
+    return laws.build(config)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("state_dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("sizes", [(1,) * 30, (20, 1, 1, 3, 1, 9)], ids=str)
+def test_every_form_carries_a_state_of_half_the_bytes(state_dtype: str, sizes: tuple[int, ...]) -> None:
+    x_BTD = laws.draw(2, sum(sizes), 16, dtype=torch.float32)
+    want, _ = narrow("fp32")(x_BTD)
+    ends = {}
+    for form in ("loop", "parallel"):
+        mixer = narrow(state_dtype, form=form)
+        for inplace in (False, True):
+            call = lambda u, s, mixer=mixer, inplace=inplace: mixer(u, s, inplace=inplace)  # noqa: E731
+            y_BTD, state = laws.read_in_pieces(call, x_BTD, sizes)
+            fields = mixer.init_state(2, dtype=torch.float32)
+            assert [t.dtype for t in state] == [t.dtype for t in fields]
+            assert state.s_BHFV.element_size() == 2
+            assert state.z_BHF.dtype == torch.float32
+            assert laws.elements_per_row(state) == mixer.state_elements(30)
+            assert 1e-6 < laws.distance(y_BTD, want) < 0.01 * laws.size(want)
+            ends[form, inplace] = in_full(state).s_BHFV
+    for end in ends.values():
+        torch.testing.assert_close(end, ends["loop", False], rtol=2**-7, atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("state_dtype", ["bf16", "fp16"])
+def test_sums_are_rounded_when_they_are_written_and_not_between(state_dtype: str) -> None:
+    mixer, state, writes = narrow(state_dtype), None, 0
+    for x_B1D in laws.draw(2, 41, 16, dtype=torch.float32).split(1, dim=1):
+        before = state
+        _, state = mixer(x_B1D, state)
+        if before is not None and torch.equal(before.summed_B, state.summed_B):
+            laws.assert_bitwise("sums", state.s_BHFV, before.s_BHFV)
+            assert state[6:] == () or torch.equal(state.exponent_BH, before.exponent_BH)
+        else:
+            writes += before is not None
+    assert writes == 41 // 4 - 1
+
+
+@torch.no_grad()
+def test_a_power_of_two_is_taken_out_of_sums_in_fp16_whatever_it_is() -> None:
+    """Values 2^n as large have outputs 2^n as large, to the bit: nothing overflows, and no bits are lost."""
+    (q, k, v), like = (x.float() for x in draw(60)), None
+    for power in (0, -40, 60):
+        wide = empty_replay(B, H, K, V, 4, feature_map=MAP, dtype=torch.float32)
+        state: Any = ScaledReplayState(wide.s_BHFV.half(), *wide[1:], torch.zeros(B, H, dtype=torch.int32))
+        ys = []
+        for t in range(60):
+            y, state = read(part((q, k, v * 2.0**power), t, t + 1), state, 4)
+            ys.append(y * 2.0**-power)
+        assert state.s_BHFV.isfinite().all()
+        assert 2**13 <= laws.size(state.s_BHFV) <= 2**14
+        like = torch.cat(ys, dim=1) if like is None else like
+        laws.assert_bitwise(f"outputs by values of 2^{power}", torch.cat(ys, dim=1), like)
+
+
+def test_gradients_pass_rounded_sums() -> None:
+    x_BTD = laws.draw(2, 12, 16, dtype=torch.float32).requires_grad_()
+    (want,) = torch.autograd.grad(narrow("fp32")(x_BTD)[0].square().sum(), x_BTD)
+    for state_dtype in ("bf16", "fp16"):
+        y_BTD, _ = laws.read_in_pieces(narrow(state_dtype), x_BTD, [5, 1, 6])
+        (got,) = torch.autograd.grad(y_BTD.square().sum(), x_BTD)
+        torch.testing.assert_close(got, want, rtol=0.05, atol=0.02)
+
+
+def test_fp16_without_a_ring_is_refused() -> None:
+    with pytest.raises(ValueError, match="'fp16' needs replay, 16 say: without it, take 'bf16' or 'fp32'"):
+        narrow("fp16", replay=0)
