@@ -37,6 +37,10 @@ def test_the_readme_s_code_runs() -> None:
     exec(compile("".join(blocks(ROOT / "README.md", "python")), "README.md", "exec"), {})
 
 
+def test_the_code_about_replay_runs() -> None:
+    exec(compile("".join(blocks(ROOT / "docs" / "replay.md", "python")), "replay.md", "exec"), {})
+
+
 def test_the_mixer_in_the_docs_obeys_every_law(tmp_path: Path) -> None:
     (code,) = blocks(ROOT / "docs" / "add-a-mixer.md", "python")
     (tmp_path / "leaky.py").write_text(code)

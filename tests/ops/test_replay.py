@@ -71,7 +71,7 @@ def test_sums_follow_and_the_ring_has_the_rest(replay: int, form: str) -> None:
 
 @pytest.mark.parametrize("new", [1, 2, 6, 7, 8, 9, 40])
 @torch.no_grad()
-def test_rows_of_any_counts_read_together_what_each_reads_alone(new: int) -> None:
+def test_rows_of_any_counts_read_together_what_the_loop_reads_of_each(new: int) -> None:
     replay, lengths = 4, (0, 1, 3, 4, 7, 8, 9, 21)
     tokens, alone, states = draw(70, len(lengths)), [], []
     for row, length in enumerate(lengths):
@@ -80,7 +80,7 @@ def test_rows_of_any_counts_read_together_what_each_reads_alone(new: int) -> Non
         if length:
             _, state = read(part(own, 0, length), state, replay)
         states.append(state)
-        alone.append(read(part(own, length, length + new), state, replay))
+        alone.append(read(part(own, length, length + new), state, replay, form="loop"))
     now: Any = tuple(torch.stack([x[row, n : n + new] for row, n in enumerate(lengths)]) for x in tokens)
     for inplace in (False, True):
         y, after = read(now, map_state(join_rows(states), torch.clone), replay, inplace=inplace)
