@@ -53,8 +53,7 @@ def _power(exponent):
 @triton.jit
 def _exponent(largest):
     """Of sums whose largest entry this is: as in `holdall.ops.replay.as_carried`."""
-    bits = largest.to(tl.int32, bitcast=True)
-    above = (bits >> 23) - 127 + ((bits & 0x7FFFFF) != 0).to(tl.int32)
+    above = (largest.to(tl.int32, bitcast=True) >> 23) - 126
     return tl.where(largest == 0, 0, tl.maximum(above - TOP, LEAST))
 
 

@@ -80,8 +80,8 @@ class TaylorConfig(MixerConfig):
     variants = (
         {"feature_dim": 4, "chunk": 16},
         {"heads": 2},
-        {"feature_dim": 4, "heads": 2, "chunk": 16, "replay": 4},
         {"feature_dim": 3, "replay": 1},
+        {"feature_dim": 4, "heads": 2, "chunk": 16, "replay": 4},
     )
 
     def validate(self) -> None:

@@ -89,11 +89,10 @@ def as_carried(state: ReplayState, like: S) -> S:
     if not isinstance(like, ScaledReplayState):
         return type(like)(state.s_BHFV.to(like.s_BHFV.dtype), *state[1:])
     with torch.no_grad():
-        mantissa_BH, above_BH = torch.frexp(state.s_BHFV.abs().amax((-1, -2)))
-        above_BH = (above_BH - (mantissa_BH == 0.5).int() - TOP).clamp(min=LEAST)
-        above_BH = above_BH.masked_fill(mantissa_BH == 0, 0).to(like.exponent_BH.dtype)
+        largest_BH = state.s_BHFV.abs().amax((-1, -2))
+        fits_BH = (torch.frexp(largest_BH).exponent - TOP).clamp(min=LEAST).masked_fill(largest_BH == 0, 0)
         written_B1 = (state.summed_B != like.summed_B)[:, None]
-        exponent_BH = torch.where(written_B1, above_BH, like.exponent_BH)
+        exponent_BH = torch.where(written_B1, fits_BH.to(like.exponent_BH.dtype), like.exponent_BH)
     s_BHFV = (state.s_BHFV * _power(-exponent_BH)[..., None, None]).to(like.s_BHFV.dtype)
     return ScaledReplayState(s_BHFV, *state[1:], exponent_BH)
 

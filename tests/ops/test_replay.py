@@ -18,6 +18,7 @@ from holdall.ops.linear_attention import FEATURE_MAPS, linear_attention
 from holdall.ops.replay import (
     ReplayState,
     ScaledReplayState,
+    as_carried,
     empty_replay,
     in_full,
     replay_attention,
@@ -270,6 +271,20 @@ def test_a_power_of_two_is_taken_out_of_sums_in_fp16_whatever_it_is() -> None:
         assert 2**13 <= laws.size(state.s_BHFV) <= 2**14
         like = torch.cat(ys, dim=1) if like is None else like
         laws.assert_bitwise(f"outputs by values of 2^{power}", torch.cat(ys, dim=1), like)
+
+
+def test_what_is_not_written_keeps_its_bits_where_rounding_has_reached_the_next_power_of_two() -> None:
+    wide = start(4, 1)
+    wide.s_BHFV[:, 0, 3, 2] = 2**14 - 1  # fp16 rounds it to 2^14, which would have another exponent
+    wide.s_BHFV[:, 0, 1, 1] = 2.0**-24  # and this would be lost by it
+    none_BH = torch.zeros(1, H, dtype=torch.int32)
+    like = ScaledReplayState(wide.s_BHFV.half(), *wide[1:], none_BH)
+    state = as_carried(wide._replace(summed_B=wide.summed_B + 4), like)
+    again = as_carried(in_full(state), state)
+    for name, tensor in again._asdict().items():
+        laws.assert_bitwise(name, tensor, getattr(state, name))
+    assert state.s_BHFV[0, 0, 3, 2] == 2**14
+    assert state.s_BHFV[0, 0, 1, 1] > 0
 
 
 def test_gradients_pass_rounded_sums() -> None:
