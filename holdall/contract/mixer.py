@@ -232,17 +232,19 @@ class Mixer(nn.Module):
         kind, fields = with_room_too(state, self.state_type, self.state_fields(torch.float32))
         if why := misfit(state, kind, fields, self.owner):
             raise StateError(why)
-        rows, device = state[0].shape[0], state[0].device
-        counts_B = torch.as_tensor(count_B, device=device).expand(rows)
-        if known_to_the_host(counts_B):
-            least, most = (int(counts_B.min()), int(counts_B.max())) if rows else (0, 0)
+        asked_B = torch.as_tensor(count_B)
+        if known_to_the_host(asked_B) and asked_B.numel():
+            least, most = int(asked_B.min()), int(asked_B.max())
             if least < 0:
                 raise StateError(f"{self.owner} cannot take back {least} tokens")
             if most > self.rollback_limit:
                 why = f"{self.owner} cannot take back {most} tokens: its rollback_limit is"
                 way = "" if self.rollback_limit else "; read the tokens that are to stay again, from a copy"
                 raise StateError(f"{why} {self.rollback_limit}{way}")
-        return self._rolled_back(state, counts_B, inplace)
+        rows, device = state[0].shape[0], state[0].device
+        if isinstance(count_B, int):  # made where it is needed: to copy it there would wait
+            return self._rolled_back(state, torch.full((rows,), count_B, device=device), inplace)
+        return self._rolled_back(state, asked_B.to(device).expand(rows), inplace)
 
     def _rolled_back(self, state: Any, count_B: Tensor, inplace: bool) -> State:
         """What `rollback` returns, of mixers with a limit; a limit of 0 leaves nothing to do."""

@@ -151,6 +151,11 @@ def test_a_rollback_beyond_what_a_row_has_is_refused() -> None:
         ring.rollback(mixer()(x_BTD)[1], 1)
     with pytest.raises(StateError, match="rollback_limit is 0; read the tokens that are to stay again"):
         mixer().rollback(mixer()(x_BTD)[1], 1)
+    # a number is known to the host wherever the state is
+    elsewhere = map_state(state, lambda tensor: tensor.to("meta"))
+    assert ring.rollback(elsewhere, 4).seen_B.shape == (2,)
+    with pytest.raises(StateError, match="cannot take back 5 tokens: its rollback_limit is 4"):
+        ring.rollback(elsewhere, 5)
     # where the host knows no counts, as on a GPU, nothing waits, and that row alone shows it
     back = roll_back(state, torch.tensor([1, 2]))
     y_BTD, _ = ring(x_BTD, back)
