@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import uvicorn
-
 from holdall.engine.fast import Engine, Stats
 from holdall.engine.request import Piece, Request, Usage
 from holdall.engine.text import Writer
 from holdall.language_model import LanguageModel
-from holdall.serve.app import create_app
+from holdall.serve.app import HttpServer, create_app
 from holdall.serve.server import Server, ServerConfig
 from holdall.text.tokenizers import Tokenizer
 
@@ -27,18 +25,17 @@ class Running:
     url: str
     port: int
     server: Server
-    uvicorn: uvicorn.Server
+    http: HttpServer
 
 
 @contextlib.contextmanager
 def running(
-    engine: Any, model: LanguageModel, *, folder: Path | None = None, grace: int = 5, **config: Any
+    engine: Any, model: LanguageModel, *, folder: Path | None = None, grace: int = 0, **config: Any
 ) -> Iterator[Running]:
     """Until the end of the block; then what runs there has `grace` seconds."""
     app = create_app(engine, model, ServerConfig(**{"name": "mini", **config}), folder=folder)
     listener = socket.create_server(("127.0.0.1", 0))
-    settings = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=grace)
-    server = uvicorn.Server(settings)
+    server = HttpServer(app, grace_s=grace)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:

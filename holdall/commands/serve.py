@@ -7,7 +7,7 @@ import os
 import socket
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from holdall import language_model, mixers
 from holdall.commands import console, resolve_device
@@ -40,7 +40,7 @@ def serve(
     """Serve a model until a signal; returns the exit status."""
     if missing := [package for package in NEEDS if importlib.util.find_spec(package) is None]:
         raise ValueError(f"holdall serve needs {', '.join(missing)}: pip install 'holdall[serve]'")
-    from holdall.serve.app import create_app
+    from holdall.serve.app import HttpServer, create_app
     from holdall.serve.server import ServerConfig
 
     key = api_key(api_key_file)
@@ -64,16 +64,8 @@ def serve(
         console.print(
             f"{stats.rows} rows of {stats.row_bytes:,} bytes of state, {stats.state_bytes:,} bytes in all"
         )
-        _run(app, listener)
+        HttpServer(app, grace_s=GRACE_S).run(sockets=[listener])
     return 0
-
-
-def _run(app: Any, listener: socket.socket) -> None:
-    """Until SIGINT or SIGTERM, after which requests may end, and sessions are written."""
-    import uvicorn
-
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE_S)
-    uvicorn.Server(config).run(sockets=[listener])
 
 
 def api_key(file: Path | None) -> str:

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+import uvicorn
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi import Path as InPath
 from fastapi.exceptions import RequestValidationError
@@ -82,6 +84,27 @@ def create_app(
     app.include_router(_routes(server))
     app.openapi = lambda: _schema(app)  # type: ignore[method-assign]
     return app
+
+
+class HttpServer(uvicorn.Server):
+    """Serves an app of `create_app` until SIGINT or SIGTERM: `run(sockets=[listener])`.
+
+    Then it takes no more connections, and requests have `grace_s` seconds to end. What runs after that is
+    cancelled, and its client told so. Then sessions are written.
+    """
+
+    TELLING_S = 5
+    """What there is to tell clients, before connections are cut."""
+
+    def __init__(self, app: FastAPI, *, grace_s: int) -> None:
+        cut_s = grace_s + self.TELLING_S
+        super().__init__(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=cut_s))
+        self.server: Server = app.state.server
+        self.grace_s = grace_s
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().call_later(self.grace_s, self.server.loop.end)
+        await super().shutdown(sockets)
 
 
 def _most_bytes(config: ServerConfig, path: str) -> int:

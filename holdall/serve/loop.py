@@ -116,10 +116,14 @@ class EngineLoop:
     def start(self) -> None:
         self._thread.start()
 
-    def stop(self) -> None:
-        """Cancel what runs and end the thread; returns when it has ended."""
+    def end(self) -> None:
+        """Cancel what runs, and take nothing more; does not wait."""
         with contextlib.suppress(StoppedError, EngineFailedError):
             self.call(self._cancel_all)
+
+    def stop(self) -> None:
+        """`end`, and wait until the thread has ended."""
+        self.end()
         if self._thread.ident is not None:
             self._thread.join()
 

@@ -270,15 +270,23 @@ def test_states_that_are_not_finite_end_one_request(server: Running, tmp_path: P
 
 def test_what_runs_at_the_end_is_told_and_sessions_are_written(model: LanguageModel, tmp_path: Path) -> None:
     body = {"prompt": "a", "max_tokens": 1 << 19, "ignore_eos": True}
-    with (
-        ThreadPoolExecutor(2) as pool,
-        running(engine_of(model), model, grace=1, sessions=str(tmp_path)) as server,
-    ):
+    options: dict[str, Any] = {"grace": 0, "sessions": str(tmp_path)}
+    with ThreadPoolExecutor(2) as pool, running(engine_of(model), model, **options) as server:
         write(server, prompt="a", max_tokens=3, session="s")
-        running_on = pool.submit(post, server, **body)
-        short = pool.submit(post, server, prompt="a", max_tokens=100)
+        whole = pool.submit(post, server, **body)
+        stream = pool.submit(post, server, **body, stream=True)
         wait_until(lambda: server.server.loop.stats.running == 2)
-    assert short.result().status_code == 200  # it had time to end
-    assert running_on.exception() is not None or running_on.result().status_code >= 500
+    answer = whole.result()
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "shutting_down")
+    *_, last, done = stream.result().text.strip().split("\n\n")
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "shutting_down"
+    assert done == "data: [DONE]"
     assert [path.name for path in tmp_path.iterdir()] == ["s.safetensors"]
     assert not server.server.loop.alive
+
+
+def test_what_runs_at_the_end_has_time(model: LanguageModel) -> None:
+    with ThreadPoolExecutor(1) as pool, running(engine_of(model), model, grace=60) as server:
+        short = pool.submit(post, server, prompt="a", max_tokens=200)
+        wait_until(lambda: server.server.loop.stats.running == 1)
+    assert short.result().json()["usage"]["completion_tokens"] == 200
