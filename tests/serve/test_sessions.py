@@ -156,6 +156,27 @@ def test_a_session_has_one_request_at_a_time(server: Running) -> None:
     httpx2.delete(url)
 
 
+def test_a_session_goes_on_where_its_client_stopped_it(server: Running, model: LanguageModel) -> None:
+    whole = model.generate("It is a truth", max_tokens=2000, temperature=0)
+    body = {
+        "prompt": "It is a truth",
+        "max_tokens": 1 << 19,
+        "temperature": 0,
+        "session": "cut",
+        "stream": True,
+    }
+    with httpx2.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as stream:
+        lines = stream.iter_lines()
+        for _ in range(9):
+            next(lines)
+    wait_until(lambda: names(server) == ["cut"])
+    (listed,) = httpx2.get(f"{server.url}/v1/sessions").json()["data"]
+    written = listed["tokens"] - 14
+    assert 4 <= written < 1900
+    assert write(server, prompt="", max_tokens=10, session="cut") == whole[written : written + 10]
+    httpx2.delete(f"{server.url}/v1/sessions/cut")
+
+
 def file_of(server: Running) -> bytes:
     write(server, prompt="It is", max_tokens=1, session="file")
     content = httpx2.get(f"{server.url}/v1/sessions/file").content
