@@ -276,6 +276,7 @@ def test_the_echo_of_a_text_is_scored_from_its_first_token(server: Running, mode
         ({"prompt": "a", "temperature": -0.1}, "temperature", "greater"),
         ({"prompt": "a", "temperature": True}, "temperature", "number"),
         ({"prompt": "a", "top_p": 0}, "top_p", "greater"),
+        ({"prompt": "a", "repetition_penalty": 5e-324}, "repetition_penalty", "greater"),
         ({"prompt": "a", "n": 0}, "n", "greater"),
         ({"prompt": ["a"] * 300, "n": 2}, "prompt", "at most"),
         ({"prompt": "a", "logprobs": True}, "logprobs", "integer"),
