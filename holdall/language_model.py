@@ -21,6 +21,7 @@ Letters: B rows, T tokens, V vocabulary, C some of the tokens.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 import math
@@ -49,7 +50,7 @@ from holdall.engine import (
 from holdall.engine.request import NOT_FINITE
 from holdall.files import RunError
 from holdall.model import Model, ModelConfig, seeded
-from holdall.precision import compute_in
+from holdall.precision import choose_forms, compute_in
 from holdall.text import tokenizers
 from holdall.text.corpus import read_manifest
 from holdall.text.tokenizers import Bytes, Tokenizer
@@ -195,6 +196,33 @@ class LanguageModel:
             if piece.finish == "error":
                 raise ValueError(NOT_FINITE)
             yield piece
+
+    def with_replay(self, tokens: int = 16, *, state_dtype: str = "fp32") -> LanguageModel:
+        """The same weights, with states that are read with every token and written with every L-th.
+
+        That moves about half the bytes of a large state, and generates the same up to rounding: see
+        docs/replay.md. Sessions of the model without it are not this one's.
+
+        Args:
+            tokens: L; 0 for states that are written with every token, as usual.
+            state_dtype: what the sums are stored in, "fp32", "bf16" or "fp16".
+
+        Raises ValueError if the model has no layers that can do this.
+        """
+        options: dict[str, Any] = {"replay": tokens, "state_dtype": state_dtype}
+        layers = tuple(
+            dataclasses.replace(layer, **options) if hasattr(layer, "replay") else layer
+            for layer in self.config.layers
+        )
+        if not any(hasattr(layer, "replay") for layer in layers):
+            kinds = ", ".join(sorted({layer.name for layer in layers}))
+            raise ValueError(f"no layer of the model can be replayed: taylor can, and it has {kinds}")
+        with torch.device("meta"):  # the weights are not copied
+            model = dataclasses.replace(self.config, layers=layers).build()
+        model.load_state_dict(self.model.state_dict(), assign=True)
+        choose_forms(model, model.block_dtype)
+        model.train(self.model.training)
+        return LanguageModel(model, self.tokenizer, step=self.step, fingerprint=self.fingerprint)
 
     def read(self, text: str, session: Session | None = None) -> Session:
         """What the model makes of a text: to be continued by `generate`, forked, saved and loaded.

@@ -625,6 +625,27 @@ def test_generation_with_states_is_generation_without() -> None:
     assert model.generate("Ann sees", max_tokens=12, temperature=0) == want
 
 
+@pytest.mark.parametrize("options", [{}, {"tokens": 3, "state_dtype": "fp16"}], ids=str)
+def test_with_replay_the_text_is_the_same_and_sessions_are_its_own(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    layers = (TaylorConfig(width=16, feature_dim=4, heads=2), *CONFIG.layers)
+    model = made(dataclasses.replace(CONFIG, layers=layers))
+    replayed = model.with_replay(**options)
+    assert replayed.fingerprint == model.fingerprint
+    text = model.generate(PROSE[:200], max_tokens=100, seed=1)
+    assert replayed.generate(PROSE[:200], max_tokens=100, seed=1) == text
+    kept = {type(state).__name__ for state in replayed.read("Ann").states}
+    assert kept > {"ScaledReplayState" if options else "ReplayState"}
+    weights = zip(model.model.parameters(), replayed.model.parameters(), strict=True)
+    assert all(mine.data_ptr() == yours.data_ptr() for mine, yours in weights)
+    replayed.save_session(replayed.read("Ann"), tmp_path / "session")
+    with pytest.raises(ValueError, match="layer 0 needs"):
+        model.load_session(tmp_path / "session")
+    with pytest.raises(ValueError, match="no layer of the model can be replayed"):
+        made(dataclasses.replace(CONFIG, layers=layers[1:2])).with_replay()
+
+
 def test_a_session_is_read_continued_forked_and_saved(tmp_path: Path) -> None:
     model, options = made(), {"max_tokens": 20, "seed": 5}
     session = model.read("Ann sees")
