@@ -428,6 +428,9 @@ def serve(
     max_context: PositiveInt | None = None,
     sessions: Path | None = None,
     store_memory: NonNegativeInt = 1 << 30,
+    store: Path | None = None,
+    replay: NonNegativeInt = 0,
+    state_dtype: Literal["fp32", "bf16", "fp16"] = "fp32",
     api_key_file: Path | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     precision: Annotated[Literal["fp32", "bf16"] | None, tyro.conf.arg(aliases=["--dtype"])] = None,
@@ -449,6 +452,9 @@ def serve(
         sessions: a folder for named sessions; without one they are lost at the end.
         store_memory: bytes of memory for the beginnings of prompts that were read, so that they are not read
             again; 0 for none.
+        store: a folder for those that leave memory; they are found again after a restart.
+        replay: tokens between two writes of Taylor states, 16 say; 0 writes them with every token.
+        state_dtype: what Taylor states are stored in with --replay: docs/replay.md has the errors.
         api_key_file: a file with the key that requests must bear; or set HOLDALL_API_KEY.
         device: where to run; auto takes a GPU if there is one.
         precision: what the model computes in; by default bf16 on a GPU and fp32 on a CPU.
@@ -468,6 +474,9 @@ def serve(
         max_context,
         sessions,
         store_memory,
+        store,
+        replay,
+        state_dtype,
         api_key_file,
         device,
         precision,

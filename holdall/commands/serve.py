@@ -11,8 +11,8 @@ from typing import Literal
 
 from holdall import language_model, mixers
 from holdall.commands import console, resolve_device
-from holdall.engine.fast import Engine, EngineConfig, Store
-from holdall.language_model import Checkpoint, LanguageModel
+from holdall.engine import Engine, EngineConfig, StateStore, StoreConfig
+from holdall.language_model import Checkpoint
 
 KEY = "HOLDALL_API_KEY"
 """Environment variable with the API key."""
@@ -31,6 +31,9 @@ def serve(
     max_context: int | None,
     sessions: Path | None,
     store_memory: int,
+    store: Path | None,
+    replay: int,
+    state_dtype: str,
     api_key_file: Path | None,
     device: str,
     precision: Literal["fp32", "bf16"] | None,
@@ -51,8 +54,17 @@ def serve(
         device = resolve_device(device)
         dtype = precision or ("fp32" if device == "cpu" else "bf16")
         model = language_model.load(run, dtype=dtype, device=device, checkpoint=checkpoint)
-        settings = EngineConfig(rows=rows, queue=queue, max_context=max_context)
-        engine = Engine(model.model, model.tokenizer, settings, store=_store(model, store_memory))
+        if replay:
+            model = model.with_replay(replay, state_dtype=state_dtype)
+        settings, kept = EngineConfig(rows=rows, queue=queue, max_context=max_context), None
+        if store_memory:
+            folder = None if store is None else str(store)
+            kept = StateStore(
+                StoreConfig(memory=store_memory, folder=folder),
+                fingerprint=model.fingerprint,
+                model=model.model,
+            )
+        engine = Engine(model.model, model.tokenizer, settings, store=kept)
         config = ServerConfig(
             name=name or Path(run).absolute().name,
             api_key=key,
@@ -65,6 +77,8 @@ def serve(
             f"{stats.rows} rows of {stats.row_bytes:,} bytes of state, {stats.state_bytes:,} bytes in all"
         )
         HttpServer(app, grace_s=GRACE_S).run(sockets=[listener])
+        if kept is not None:
+            kept.flush()
     return 0
 
 
@@ -92,12 +106,3 @@ def _listener(host: str, port: int) -> socket.socket:
         # the address stands where a file's name would
         says = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
         raise OSError(error.errno, says, f"{host}:{port}") from error
-
-
-def _store(model: LanguageModel, memory: int) -> Store | None:
-    """Where beginnings of prompts that were read are kept; None without memory for it."""
-    if not memory:
-        return None
-    from holdall.engine.store import StateStore, StoreConfig
-
-    return StateStore(StoreConfig(memory=memory), fingerprint=model.fingerprint, model=model.model)

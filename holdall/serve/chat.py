@@ -71,8 +71,11 @@ class ChatTemplate:
         path = None if folder is None else folder / FILE
         return cls(path.read_text("utf-8") if path is not None and path.exists() else None, tokenizer)
 
-    def tokens(self, messages: Sequence[Message], *, begins: bool) -> list[int]:
+    def tokens(self, messages: Sequence[Message], *, begins: bool, answer: bool = True) -> list[int]:
         """What the model reads before its answer; `begins` a document, or goes on with a session.
+
+        Without `answer`, up to the end of the last message only: what the next turn will begin with too, even
+        where clients strip from an answer what it began with.
 
         Raises TemplateError if the template refuses the messages.
         """
@@ -84,7 +87,7 @@ class ChatTemplate:
         try:
             text, length = [], 0
             for part in self._template.generate(
-                messages=said, add_generation_prompt=True, bos_token=end, eos_token=end
+                messages=said, add_generation_prompt=answer, bos_token=end, eos_token=end
             ):
                 length += len(part)
                 if length > LONGEST:

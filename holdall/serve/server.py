@@ -240,11 +240,18 @@ class Server:
         sampling = replace(sampling, stop=(*sampling.stop, *self.template.stops))
         session, end = await self.session(asked)
         try:
-            ids = await asyncio.to_thread(self.template.tokens, asked.messages, begins=session is None)
+            ids, said = [
+                await asyncio.to_thread(
+                    self.template.tokens, asked.messages, begins=session is None, answer=answer
+                )
+                for answer in (True, False)
+            ]
             self.check_prompt(ids, "messages")
+            marks = (len(said),) if ids[: len(said)] == said else ()
             request = engine_request.Request(
-                prompt=tuple(ids), sampling=sampling, n=asked.n or 1, session=session, keep=end is not None
-            )
+                prompt=tuple(ids), sampling=sampling, n=asked.n or 1, session=session, keep=end is not None,
+                marks=marks,
+            )  # fmt: skip
         except BaseException as error:
             if end is not None:
                 end(None)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import holdall
-from holdall.engine.fast import Engine, EngineConfig
+from holdall.engine import Engine, EngineConfig, StateStore
 from holdall.language_model import LanguageModel
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
@@ -542,3 +542,27 @@ def test_the_page_is_served(server: Running) -> None:
         assert answer.json()["api"] == "/openapi.json"
     assert httpx2.get(f"{server.url}/version").json() == {"version": holdall.__version__}
     assert httpx2.get(f"{server.url}/nothing").json()["error"]["type"] == "invalid_request_error"
+
+
+# ------------------------------------------------------------------------------------------------ the store
+
+
+@pytest.mark.parametrize("strips", [False, True], ids=["whole", "stripped"])
+def test_a_chat_by_whole_histories_reads_what_is_new(model: LanguageModel, strips: bool) -> None:
+    """Clients send all turns again, perhaps without the beginning of an answer."""
+    store = StateStore(fingerprint=model.fingerprint, model=model.model)
+    engine = Engine(model.model, model.tokenizer, EngineConfig(rows=2), store=store)
+    with running(engine, model) as server, openai_client(server) as client:
+        said, before, cached = list[Any](), 0, 0
+        for turn in range(10):
+            said.append({"role": "user", "content": f"And then, {turn}?"})
+            done = client.chat.completions.create(model="mini", messages=said, max_tokens=20, seed=turn)
+            usage = done.usage
+            read = usage.prompt_tokens - usage.prompt_tokens_details.cached_tokens
+            if turn:
+                new = usage.prompt_tokens - before
+                assert read <= new + len("Assistant:") * strips
+            before = usage.prompt_tokens + (0 if strips else usage.completion_tokens)
+            cached += usage.prompt_tokens_details.cached_tokens
+            said.append({"role": "assistant", "content": done.choices[0].message.content[5 * strips :]})
+        assert _metric(server, "prompt_tokens_cached_total") == cached > 0
