@@ -8,7 +8,8 @@ is written as a plain transcript, which suits models that were trained on text a
 
     Assistant:
 
-and an answer ends where the model begins to write the user's next line.
+and an answer ends where the model begins to write the user's next line. The space
+that an answer begins with is not doubled when it comes back in a history: what was read of it is found again.
 
 A template comes with a model, from anywhere, so it runs in jinja2's sandbox. `bos_token` and `eos_token`
 become the tokenizer's end-of-document token, whatever users write: a message cannot contain it. Names of
@@ -30,7 +31,8 @@ from holdall.text.tokenizers import Tokenizer
 
 FILE = "chat_template.jinja"
 PLAIN = (
-    "{% for message in messages %}{{ message.role | capitalize }}: {{ message.content }}\n\n{% endfor %}"
+    "{% for message in messages %}{{ message.role | capitalize }}:"
+    "{{ '' if message.content[:1].isspace() else ' ' }}{{ message.content }}\n\n{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 PLAIN_STOPS = ("\nUser:", "\nSystem:")

@@ -557,12 +557,12 @@ def test_a_chat_by_whole_histories_reads_what_is_new(model: LanguageModel, strip
         for turn in range(10):
             said.append({"role": "user", "content": f"And then, {turn}?"})
             done = client.chat.completions.create(model="mini", messages=said, max_tokens=20, seed=turn)
-            usage = done.usage
-            read = usage.prompt_tokens - usage.prompt_tokens_details.cached_tokens
-            if turn:
-                new = usage.prompt_tokens - before
-                assert read <= new + len("Assistant:") * strips
-            before = usage.prompt_tokens + (0 if strips else usage.completion_tokens)
+            usage, answer = done.usage, done.choices[0].message.content
             cached += usage.prompt_tokens_details.cached_tokens
-            said.append({"role": "assistant", "content": done.choices[0].message.content[5 * strips :]})
+            if turn:
+                assert usage.prompt_tokens_details.cached_tokens >= before
+            # an answer is found again if it comes back as it was, with the space that it began with
+            found = not strips and answer[:1].isspace() and "\ufffd" not in answer
+            before = usage.prompt_tokens + usage.completion_tokens * found
+            said.append({"role": "assistant", "content": answer[5 * strips :]})
         assert _metric(server, "prompt_tokens_cached_total") == cached > 0
