@@ -437,7 +437,9 @@ class _Folder:
     """A model's sessions in files, named by their `Past.key`, under a limit of bytes.
 
     Attributes:
-        files: those known, by the hash of what was read.
+        files: those known, by the hash of what was read; names: their hashes.
+        foreign: names of files of other models, which somebody put here.
+        nbytes: of the files known.
     """
 
     NAME = re.compile("[0-9a-f]{32}[.]safetensors")
@@ -453,7 +455,9 @@ class _Folder:
         self.path, self.limit = Path(config.folder) / name, config.disk
         self.fingerprint, self.model, self.ends, self.counts = fingerprint, model, ends, counts
         self.files: dict[bytes, _File] = {}
+        self.names: dict[str, bytes] = {}
         self.foreign: set[str] = set()
+        self.nbytes = 0
         with self._explained():
             self.path.mkdir(parents=True, exist_ok=True)
             files.remove_abandoned(self.path)
@@ -499,7 +503,7 @@ class _Folder:
                 return
             self._make_room(session.nbytes)
             save_session(session, path, model=self.fingerprint)
-            self._add(path, end, path.stat())
+            self._add(path, end)
         self._make_room(0)  # the header counts too
 
     def refresh(self, end: bytes) -> None:
@@ -513,26 +517,24 @@ class _Folder:
         """Remove this model's files. Raises RunError if that fails."""
         with self._explained():
             self._look()
-        for end in list(self.files):
-            self._remove(end)
+            for end, file in list(self.files.items()):
+                file.path.unlink(missing_ok=True)
+                self._forget(end)
 
     def _look(self) -> None:
-        """Bring `files` up to date with the folder, which other processes may have changed."""
-        there = dict[str, os.stat_result]()
-        with os.scandir(self.path) as listed:
-            for entry in listed:
-                if self.NAME.fullmatch(entry.name):
-                    with contextlib.suppress(FileNotFoundError):  # removed meanwhile
-                        there[entry.name] = entry.stat(follow_symlinks=False)
-        for end, file in list(self.files.items()):
-            if (about := there.pop(file.path.name, None)) is None:
-                self._forget(end)
-            else:
-                file.nbytes, file.used = about.st_size, about.st_mtime_ns
-        for name in sorted(there.keys() - self.foreign):
-            self._examine(self.path / name, there[name])
+        """Bring `files` up to date with the folder, which other processes may have changed.
 
-    def _examine(self, path: Path, about: os.stat_result) -> None:
+        The names alone are listed: a file that is known is not asked for anything, so that ten thousand cost
+        little beside the one that is written.
+        """
+        there = set(os.listdir(self.path))
+        for name in self.names.keys() - there:
+            self._forget(self.names[name])
+        for name in sorted(there - self.names.keys() - self.foreign):
+            if self.NAME.fullmatch(name):
+                self._examine(self.path / name)
+
+    def _examine(self, path: Path) -> None:
         """Make a file that was not known before an entry, by its header alone."""
         try:
             described = describe_states(path)
@@ -546,7 +548,7 @@ class _Folder:
         except (RunError, ValueError, KeyError, TypeError, struct.error) as error:
             self._remove_if_damaged(path, error)
         else:
-            self._add(path, _End.of(known), about)
+            self._add(path, _End.of(known))
 
     def _remove_if_damaged(self, path: Path, error: Exception) -> None:
         """Remove a file that is wrong inside; one that cannot be read now, or is gone, may be right."""
@@ -557,26 +559,28 @@ class _Folder:
 
     def _make_room(self, nbytes: int) -> None:
         """Remove the files that were used longest ago until so many more bytes fit the limit."""
-        over = sum(file.nbytes for file in self.files.values()) + nbytes - self.limit
-        oldest = sorted(self.files.values(), key=lambda file: file.used) if self.limit and over > 0 else []
-        for file in oldest:
-            if over <= 0:
-                break
-            over -= file.nbytes
-            self._remove(file.end.hash)
+        while self.limit and self.files and self.nbytes + nbytes > self.limit:
+            file = min(self.files.values(), key=lambda file: file.used)
+            with contextlib.suppress(OSError):  # another process has removed it
+                if (used := file.path.stat().st_mtime_ns) > file.used:
+                    file.used = used  # by another process, since this one looked
+                    continue
+                file.path.unlink()
+            self._forget(file.end.hash)
 
-    def _add(self, path: Path, end: _End, about: os.stat_result) -> None:
-        self.files[end.hash] = _File(path, end, about.st_size, about.st_mtime_ns)
-        self.ends.add(end)
+    def _add(self, path: Path, end: _End) -> None:
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            about = path.stat()
+            self.files[end.hash] = _File(path, end, about.st_size, about.st_mtime_ns)
+            self.names[path.name] = end.hash
+            self.ends.add(end)
+            self.nbytes += about.st_size
 
     def _forget(self, end: bytes) -> None:
-        self.ends.remove(self.files.pop(end).end)
-
-    def _remove(self, end: bytes) -> None:
-        path = self.files[end].path
-        self._forget(end)
-        with contextlib.suppress(OSError):  # another process was faster
-            path.unlink()
+        file = self.files.pop(end)
+        del self.names[file.path.name]
+        self.ends.remove(file.end)
+        self.nbytes -= file.nbytes
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:

@@ -716,3 +716,16 @@ def test_a_store_sees_the_files_of_others_when_it_writes(tmp_path: Path) -> None
     one.put(made([3]))
     one.put(made([4]))
     assert_same(one.longest([1]), made([1]))
+
+
+def test_a_file_that_another_process_uses_is_not_removed_as_the_oldest(tmp_path: Path) -> None:
+    save_session(made([1]), tmp_path / "one", model="abc")
+    disk = 3 * (tmp_path / "one").stat().st_size
+    one = store_of(tmp_path, memory=SIZE, disk=disk)
+    for number in range(4):
+        one.put(made([number]))
+    other = store_of(tmp_path, disk=disk)
+    assert_same(other.longest([0]), made([0]))
+    one.put(made([4]))
+    assert [made([number]).past in one for number in range(5)] == [True, False, True, True, True]
+    assert_same(one.longest([0]), made([0]))
