@@ -155,6 +155,12 @@ def test_the_text_is_the_slow_generators_with_real_drafters(kind: str, temperatu
         assert ids(with_drafts(model, sampling, drafter)) == expected
 
 
+def test_learned_positions_are_used_to_the_last_and_none_beyond_is_guessed() -> None:
+    model, sampling = build("mamba"), limited(Sampling(seed=1, ignore_end=True))
+    assert len(PROMPT) + sampling.max_tokens == POSITIONS
+    assert ids(with_drafts(model, sampling, Fixed([1] * 8))) == ids(definition(model, sampling))
+
+
 def test_a_text_that_repeats_itself_is_guessed() -> None:
     model, sampling, counts = build("based"), Sampling(temperature=0, max_tokens=400), Drafted()
     got = with_drafts(model, sampling, NGrams(), drafted=counts)
