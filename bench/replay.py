@@ -1,6 +1,6 @@
 """What it costs a Taylor state to be rounded when it is written: error of the outputs, token by token.
 
-    python -m bench.replay [--tokens N]       prints the table of docs/replay.md; 10 minutes on two cores
+    python -m bench.replay [--tokens N]       prints the table of docs/replay.md; a minute on a free core
 
 One head of Based's sizes, K 16 and V 112, reads standard normal queries, keys and values, and the same with
 values whose mean is as large as their spread. Outputs are compared with those of plain linear attention in
