@@ -240,14 +240,12 @@ class Server:
         sampling = replace(sampling, stop=(*sampling.stop, *self.template.stops))
         session, end = await self.session(asked)
         try:
-            ids, said = [
-                await asyncio.to_thread(
-                    self.template.tokens, asked.messages, begins=session is None, answer=answer
-                )
-                for answer in (True, False)
-            ]
+            begins, template = session is None, self.template
+            ids = await asyncio.to_thread(template.tokens, asked.messages, begins=begins)
             self.check_prompt(ids, "messages")
-            marks = (len(said),) if ids[: len(said)] == said else ()
+            history = await asyncio.to_thread(template.tokens, asked.messages, begins=begins, answer=False)
+            # the next turn begins with these messages, whatever the template does to the answer
+            marks = (len(history),) if history and ids[: len(history)] == history else ()
             request = engine_request.Request(
                 prompt=tuple(ids), sampling=sampling, n=asked.n or 1, session=session, keep=end is not None,
                 marks=marks,

@@ -28,7 +28,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
 def test_it_serves_until_a_signal_and_keeps_the_sessions(tmp_path: Path) -> None:
     (tmp_path / "key").write_text("secret\n")
     command = [
-        sys.executable, "-m", "holdall.cli", "serve", "--port", "0", "--rows", "3", "--store-memory", "0",
+        sys.executable, "-m", "holdall.cli", "serve", "--port", "0", "--rows", "3",
         "--sessions", "sessions", "--api-key-file", "key", "--device", "cpu",
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -7,6 +7,7 @@ import pytest
 
 import holdall
 from holdall.engine.fast import Engine, EngineConfig
+from holdall.engine.store import StateStore
 from holdall.text.tokenizers import Bytes
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
@@ -92,3 +93,28 @@ def test_the_server_uses_the_folder_s_template(tmp_path: Path) -> None:
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, "messages")
         info = httpx2.get(f"{server.url}/tokenizer_info").json()
         assert info["chat_template"] == CHATML
+
+
+def test_a_chat_by_full_histories_reads_what_is_new(tmp_path: Path) -> None:
+    """A template that changes answers in the history, as those do that strip thinking."""
+    httpx2 = pytest.importorskip("httpx2", reason="needs httpx2")
+    pytest.importorskip("uvicorn", reason="needs the extra serve")
+    from running_server import running
+
+    model = holdall.load()
+    (tmp_path / FILE).write_text(
+        "{% for m in messages %}<{{ m.role }}>{{ m.content | upper }}{% endfor %}"
+        "{% if add_generation_prompt %}<think>{% endif %}"
+    )
+    store = StateStore(fingerprint=model.fingerprint, model=model.model)
+    engine = Engine(model.model, model.tokenizer, EngineConfig(rows=1), store=store)
+    messages: list[dict[str, str]] = []
+    with running(engine, model, folder=tmp_path) as server:
+        read = 0
+        for turn in range(4):
+            messages.append({"role": "user", "content": f"Turn {turn}?"})
+            body = {"messages": messages, "max_tokens": 8, "temperature": 0}
+            answer = httpx2.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).json()
+            assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == read
+            read = answer["usage"]["prompt_tokens"] - len("<think>")
+            messages.append({"role": "assistant", "content": answer["choices"][0]["message"]["content"]})
