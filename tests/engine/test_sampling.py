@@ -76,7 +76,7 @@ def softmax(z_V: np.ndarray) -> np.ndarray:
         (1, DRAWS),
         (2, DRAWS),
         (50, DRAWS),
-        (50_257, 1000),
+        (50_257, 300),
         pytest.param(50_257, DRAWS, marks=pytest.mark.full),
     ],
 )

@@ -51,7 +51,7 @@ CHECKED = (
 )
 
 
-@pytest.mark.parametrize("examples", [20, pytest.param(1000, marks=pytest.mark.full)])
+@pytest.mark.parametrize("examples", [10, pytest.param(1000, marks=pytest.mark.full)])
 @pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
 def test_requests_are_answered_as_described(server: Running, mode: GenerationMode, examples: int) -> None:
     """`positive` requests fit the description, `negative` ones do not."""
