@@ -33,7 +33,8 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 @pytest.mark.quick
-def test_the_readme_s_code_runs() -> None:
+def test_the_readme_s_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     exec(compile("".join(blocks(ROOT / "README.md", "python")), "README.md", "exec"), {})
 
 
