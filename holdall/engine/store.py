@@ -46,6 +46,7 @@ from torch import Tensor
 
 from holdall import files
 from holdall.contract import POSITION_FIELDS, Config, Position, StateError, describe_states, map_state, misfit
+from holdall.contract.state_file import STATE_FORMAT
 from holdall.engine.session import CHUNK, Past, Session, chained, load_session, save_session
 from holdall.files import RunError
 from holdall.model import Model
@@ -449,9 +450,11 @@ class _Folder:
         self, config: StoreConfig, fingerprint: str, model: Model, ends: _Ends, counts: Counter[str]
     ) -> None:
         assert config.folder is not None
-        # a model computes other states in another dtype, though its fingerprint is the same
+        # a model computes other states in another dtype, though its fingerprint is the same; and another
+        # version of Holdall may write other files, or hash at other points
         dtypes = sorted({str(weight.dtype) for weight in model.parameters()})
-        name = hashlib.blake2b(f"{fingerprint} {dtypes}".encode(), digest_size=8).hexdigest()
+        owner = f"{fingerprint} {dtypes} {STATE_FORMAT} {CHUNK}"
+        name = hashlib.blake2b(owner.encode(), digest_size=8).hexdigest()
         self.path, self.limit = Path(config.folder) / name, config.disk
         self.fingerprint, self.model, self.ends, self.counts = fingerprint, model, ends, counts
         self.files: dict[bytes, _File] = {}

@@ -478,6 +478,17 @@ def test_a_file_that_is_there_is_not_written_again(tmp_path: Path) -> None:
     assert_same(store.longest([1]), made([1]))
 
 
+def test_a_use_in_memory_and_a_flush_are_uses_of_the_file(tmp_path: Path) -> None:
+    store = store_of(tmp_path)
+    store.put(made([1]))
+    store.flush()
+    (path,) = the_files(tmp_path)
+    for use in (lambda: store.longest([1]), store.flush):
+        os.utime(path, ns=(1, 1))
+        use()
+        assert path.stat().st_mtime_ns > 10**9
+
+
 def test_files_are_removed_by_last_use_under_the_limit(tmp_path: Path) -> None:
     store = store_of(tmp_path, memory=SIZE)
     for number in range(4):
