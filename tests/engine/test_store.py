@@ -487,6 +487,11 @@ def test_a_use_in_memory_and_a_flush_are_uses_of_the_file(tmp_path: Path) -> Non
         os.utime(path, ns=(1, 1))
         use()
         assert path.stat().st_mtime_ns > 10**9
+    store.put(made([2]))
+    store.longest([1])
+    store.flush()  # in order of last use
+    by_use = sorted(the_files(tmp_path), key=lambda path: path.stat().st_mtime_ns)
+    assert [path.stem for path in by_use] == [made([2]).past.key, made([1]).past.key]
 
 
 def test_files_are_removed_by_last_use_under_the_limit(tmp_path: Path) -> None:
