@@ -1,4 +1,4 @@
-"""Holdall measures and trains language models whose memory does not grow.
+"""Holdall measures, trains and serves language models whose memory does not grow.
 
     import holdall
     holdall.names()                                      # every registered sequence mixer

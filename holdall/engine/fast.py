@@ -56,7 +56,7 @@ class Store(Protocol):
 
     def longest(self, tokens: Sequence[int]) -> Session | None: ...
     def shared(self, tokens: Sequence[int]) -> int: ...
-    def put(self, session: Session, *, pin: bool = False) -> None: ...
+    def put(self, session: Session) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,7 +313,7 @@ class Engine:
         assert job.reader is not None
         session, given = job.reader.session(), list[Piece]()
         if self.store is not None:
-            self.store.put(session, pin=job.request.pin)
+            self.store.put(session)
         for index in range(job.request.n):
             row = _Row(job, index, self.tokenizer, session.past)
             if row.sampling.max_tokens == 0:

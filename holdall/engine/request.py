@@ -66,7 +66,6 @@ class Request:
         prompt_logprobs: give each prompt token's log-probability, and those of so many of the likeliest.
         marks: numbers of the prompt's tokens, such as the ends of messages, after which what was read so far
             goes into the store; those of the whole prompt and of the text do anyway.
-        pin: keep the session at the end of the prompt in the store for ever.
     """
 
     prompt: tuple[int, ...]
@@ -76,7 +75,6 @@ class Request:
     keep: bool = False
     prompt_logprobs: int | None = None
     marks: tuple[int, ...] = ()
-    pin: bool = False
 
 
 class Token(NamedTuple):

@@ -3,7 +3,7 @@
     store = StateStore(StoreConfig(folder="states"), fingerprint=lm.fingerprint, model=lm.model)
     session = store.longest(prompt)    what has read the longest beginning of the prompt, or None
     shared = store.shared(prompt)      an earlier prompt agrees up to here: worth a snapshot
-    store.put(session)                 found from now on
+    store.put(session)                 found from now on; with pin=True for ever, such as a system prompt
     store.flush()                      before a shutdown: what is only in memory is written to the folder
 
 Sessions are values. The store keeps copies of its own, in host memory whatever the model's device, and
