@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-import holdall
 from holdall.report import table
 from holdall.report.data import load
 from tools import readme
@@ -113,6 +112,7 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
 EXTRAS = {
     "text": {"lightning_fabric", "tokenizers", "zstandard"},
     "kernels": {"triton", "fla"},
+    "serve": {"fastapi", "uvicorn", "prometheus_client", "pydantic"},
     "laws": {"pytest", "hypothesis"},
     "serve": {"fastapi", "uvicorn", "prometheus_client", "pydantic"},
 }

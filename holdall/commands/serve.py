@@ -42,9 +42,7 @@ def serve(
 ) -> int:
     """Serve a model until a signal; returns the exit status."""
     if missing := [package for package in NEEDS if importlib.util.find_spec(package) is None]:
-        raise ValueError(
-            f"holdall serve needs {', '.join(missing)}: pip install {' '.join(NEEDS).replace('_', '-')}"
-        )
+        raise ValueError(f"holdall serve needs packages: pip install {' '.join(missing)}")
     from holdall.serve.app import HttpServer, create_app
     from holdall.serve.server import ServerConfig
 

@@ -10,5 +10,5 @@
     metrics.py    Prometheus metrics under vLLM's names
     http.py       errors, the gate, event streams, clients that go away
 
-It needs the extra `serve`: `pip install fastapi uvicorn prometheus-client`.
+It needs the extra `serve`.
 """

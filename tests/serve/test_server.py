@@ -452,7 +452,7 @@ def test_a_client_that_goes_away_frees_its_row(server: Running, engine: WatchedE
     assert loop._streams == server.server.metrics._texts == server.server.metrics._last == {}
     texts = sum(1 + i % 3 for i in range(count))
     assert _metric(server, "request_success_total", 'finished_reason="abort"') - aborted == texts
-    assert threading.active_count() <= threads + 4  # those of the event loop's pool
+    assert threading.active_count() <= threads + 32  # the event loop's pool has so many at most
     assert text_of(server, prompt="It", max_tokens=2) != ""
 
 

@@ -173,7 +173,8 @@ def test_a_session_goes_on_where_its_client_stopped_it(server: Running, model: L
     wait_until(lambda: names(server) == ["cut"])
     (listed,) = httpx2.get(f"{server.url}/v1/sessions").json()["data"]
     written = listed["tokens"] - 14
-    assert 4 <= written < 1900
+    assert written >= 4
+    whole = model.generate("It is a truth", max_tokens=written + 10, temperature=0)
     assert write(server, prompt="", max_tokens=10, session="cut") == whole[written : written + 10]
     httpx2.delete(f"{server.url}/v1/sessions/cut")
 
