@@ -15,8 +15,8 @@ from importlib import resources
 
 import pytest
 
-fastapi = pytest.importorskip("fastapi", reason="needs fastapi: pip install holdall[serve]")
-uvicorn = pytest.importorskip("uvicorn", reason="needs uvicorn: pip install holdall[serve]")
+fastapi = pytest.importorskip("fastapi", reason="needs fastapi: pip install '.[serve]'")
+uvicorn = pytest.importorskip("uvicorn", reason="needs uvicorn: pip install '.[serve]'")
 
 pytestmark = pytest.mark.browser
 
