@@ -251,11 +251,12 @@ class LanguageModel:
         Recording a graph takes longer than a short text, so the engine is made once for a model that is not
         moved or cast in between, and again where states grow beyond its room.
         """
-        limit = 1 << max(10, (tokens - 1).bit_length())
-        if self.config.positions:
-            limit = min(limit, self.config.positions)
+        limit = None
+        if self.model.reserved_bytes(1) != self.model.reserved_bytes(2):
+            limit = 1 << max(10, (tokens - 1).bit_length())
+            limit = min(limit, self.config.positions or limit)
         made, now = self._engine, (self.model.device, self.model.block_dtype)
-        if made is None or self._engine_of != now or made.busy or (made.capacity or limit) < tokens:
+        if made is None or self._engine_of != now or made.busy or (limit and (made.capacity or 0) < tokens):
             self._engine_of = now
             made = self._engine = self.engine(EngineConfig(rows=1, max_context=limit))
         return made

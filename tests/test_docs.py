@@ -112,7 +112,6 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
 EXTRAS = {
     "text": {"lightning_fabric", "tokenizers", "zstandard"},
     "kernels": {"triton", "fla"},
-    "serve": {"fastapi", "uvicorn", "prometheus_client", "pydantic"},
     "laws": {"pytest", "hypothesis"},
     "serve": {"fastapi", "uvicorn", "prometheus_client", "pydantic"},
 }

@@ -616,6 +616,14 @@ def test_settings_out_of_range_are_named(options: dict[str, Any], says: str) -> 
         made().generate("Ann", **options)
 
 
+@pytest.mark.parametrize("layer", [None, AttentionConfig(width=16)], ids=["recurrent", "growing"])
+def test_a_longer_text_after_a_short_one_has_room(layer: Any) -> None:
+    """The engine of one row is kept for the next text, if that fits."""
+    model = made(CONFIG if layer is None else dataclasses.replace(CONFIG, layers=(*CONFIG.layers, layer)))
+    for length in (3, 1100, 5):
+        assert len(model.generate("Ann", max_tokens=length, ignore_end=True, temperature=0)) >= length // 4
+
+
 def test_generation_with_states_is_generation_without() -> None:
     model = made()
     ids = [256, *b"Ann sees"]
