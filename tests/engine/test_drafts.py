@@ -19,11 +19,11 @@ import torch
 from scipy import stats
 
 import holdall
+from holdall.engine import drafts, slow
 from holdall.engine import sampling as draws
-from holdall.engine import slow
 from holdall.engine.drafts import Drafted, Drafter, NGrams, SmallerModel, generate_with_drafts, rewound
 from holdall.engine.request import Request, Sampling, Token
-from holdall.engine.session import read
+from holdall.engine.session import Session, read
 from holdall.mixers.attention import AttentionConfig
 from holdall.mixers.base_conv import BaseConvConfig
 from holdall.mixers.mamba import MambaConfig
@@ -341,6 +341,31 @@ def test_with_other_noise_a_model_guesses_itself_badly() -> None:
     other = replace(sampling, seed=8)
     with_drafts(model, sampling, SmallerModel(model, other, tokenizer=TOKENIZER), most=5, drafted=counts)
     assert counts.accepted < counts.proposed / 2
+
+
+@pytest.mark.parametrize("right", [0, 2, 3, 4])
+def test_a_smaller_model_has_read_the_text_whatever_it_guessed(
+    right: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no right guess twice, but for the last, which it had not read."""
+    model, sampling, lengths = build("based"), Sampling(seed=7, ignore_end=True), list[int]()
+
+    def counted(model: Model, tokens: Sequence[int], *args: Any) -> Session:
+        lengths.append(len(tokens))
+        return read(model, tokens, *args)
+
+    monkeypatch.setattr(drafts, "read", counted)
+    drafter = SmallerModel(model, sampling, tokenizer=TOKENIZER)
+    drafter.observe(PROMPT)
+    guess = drafter.propose(4)
+    text = [*guess[:right], (guess[right] + 1) % 256 if right < 4 else 9, 5]
+    lengths.clear()
+    drafter.observe(text)
+    assert lengths == [len(text) - min(right, 3)]
+    assert drafter.session is not None
+    expected = read(model, [*PROMPT, *text])
+    assert drafter.session.past == expected.past
+    torch.testing.assert_close(drafter.session.logits_V, expected.logits_V)
 
 
 def test_a_drafters_session_is_continued() -> None:
