@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from bench import collected, drafts, generator, kernels, lm, markdown, sweep, training
+from bench import collected, decode, drafts, generator, kernels, lm, markdown, session, sweep, training
 from holdall import environment, files
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +33,8 @@ BENCHES = {
     "sweep": sweep,
     "lm": lm,
     "drafts": drafts,
+    "session": session,
+    "decode": decode,
 }
 GATES = {
     "generator": ["tests/tasks"],
@@ -41,8 +43,10 @@ GATES = {
     "sweep": ["tests/training/test_stacked.py", "tests/training/test_populations.py"],
     "lm": ["tests/training/test_language_models.py"],
     "drafts": ["tests/engine/test_drafts.py"],
+    "session": ["tests/engine/test_fast.py"],
+    "decode": ["tests/engine/test_fast.py"],
 }
-ON_GPU = ("kernels", "sweep", "lm")
+ON_GPU = ("kernels", "sweep", "lm", "decode")
 
 
 def last(results: Path) -> dict[str, str]:
