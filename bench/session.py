@@ -2,10 +2,10 @@
 
     python -m bench session
 
-The model that comes with Holdall reads 2^20 tokens of the bundled text, over and over, through one session,
-2^15 at a time; after the first 2^17 and after the last it also writes 300 tokens. Times are the process' CPU
-time of one thread, medians; memory is what the process holds; a Transformer of the model's depth and width
-would hold keys and values in fp32.
+The model that comes with Holdall reads 2^20 tokens of the bundled text, over and over, through one session.
+From what it was after the first 2^15 and from what it is after the last, by turns, it then reads 2^12 tokens
+more and writes 200. Times are the process' CPU time of one thread, medians of the turns; memory is what the
+process holds at that point; a Transformer of the model's depth and width would hold keys and values in fp32.
 """
 
 from __future__ import annotations
@@ -27,43 +27,51 @@ from holdall.engine import Session, read
 from holdall.language_model import LanguageModel
 from holdall.text.default import default_corpus
 
-TOTAL, CALL, EARLY, WRITTEN = 1 << 20, 1 << 15, 1 << 17, 300
+TOTAL, CALL, MORE, WRITTEN, TURNS = 1 << 20, 1 << 15, 1 << 12, 200, 9
 
 
 def run() -> Iterator[dict[str, Any]]:
     torch.set_num_threads(1)
     model, text = holdall.load(), default_corpus().train
     ids = np.resize(text[: len(text)], TOTAL).tolist()
-    session, milliseconds = None, list[float]()
+    sessions, held = list[Session](), list[int]()
+    session = None
     for start in range(0, TOTAL, CALL):
-        began = time.process_time()
         session = read(model.model, ids[start : start + CALL], session)
-        milliseconds.append(1e3 * (time.process_time() - began) / CALL)
-        if session.past.count in (EARLY, TOTAL):
-            recent = milliseconds[-EARLY // CALL :]
-            yield measure(model, session, statistics.median(recent))
-
-
-def measure(model: LanguageModel, session: Session, reading_ms: float) -> dict[str, Any]:
-    """What a session costs where it is now."""
-    times, began = list[float](), time.process_time()
-    for _ in model.stream("", session=session, max_tokens=WRITTEN, ignore_end=True, seed=0):
-        now = time.process_time()
-        times.append(1e3 * (now - began))
-        began = now
-    with TemporaryDirectory() as folder:
-        model.save_session(session, Path(folder) / "session.safetensors")
-        size = (Path(folder) / "session.safetensors").stat().st_size
+        if start in (0, TOTAL - CALL):
+            sessions.append(session)
+            held.append(resident())
+    times: dict[tuple[str, int], list[float]] = {}
+    for _ in range(TURNS):
+        for which, each in enumerate(sessions):
+            for what, function, count in (("reading", reads, MORE), ("writing", writes, WRITTEN)):
+                began = time.process_time()
+                function(model, each, ids)
+                taken = 1e3 * (time.process_time() - began) / count
+                times.setdefault((what, which), []).append(taken)
     width, layers = model.config.width, len(model.config.layers)
-    return {
-        "tokens": session.past.count,
-        "reading_ms_per_token": round(reading_ms, 4),
-        "writing_ms_per_token": round(statistics.median(times), 3),
-        "session_bytes": session.nbytes,
-        "file_bytes": size,
-        "process_bytes": resident(),
-        "transformer_bytes": session.past.count * layers * 2 * width * 4,
-    }
+    for which, each in enumerate(sessions):
+        with TemporaryDirectory() as folder:
+            model.save_session(each, Path(folder) / "session.safetensors")
+            size = (Path(folder) / "session.safetensors").stat().st_size
+        yield {
+            "tokens": each.past.count,
+            "reading_ms_per_token": round(statistics.median(times["reading", which]), 4),
+            "writing_ms_per_token": round(statistics.median(times["writing", which]), 3),
+            "session_bytes": each.nbytes,
+            "file_bytes": size,
+            "process_bytes": held[which],
+            "transformer_bytes": each.past.count * layers * 2 * width * 4,
+        }
+
+
+def reads(model: LanguageModel, session: Session, ids: Sequence[int]) -> None:
+    read(model.model, ids[:MORE], session)
+
+
+def writes(model: LanguageModel, session: Session, ids: Sequence[int]) -> None:
+    for _ in model.stream("", session=session, max_tokens=WRITTEN, ignore_end=True, seed=0):
+        pass
 
 
 def resident() -> int:
