@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -46,6 +47,20 @@ def unfold(x: Tensor, members: int) -> Tensor:
 
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def padded(size: int) -> int:
+    """A size padded for products of tiles: a power of two, at least 16."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def dense_last(x: Tensor) -> Tensor:
+    """The tensor, or a copy of it, whose last dimension is contiguous."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def wants_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def alignment(size: int) -> int:

@@ -37,6 +37,45 @@ def narrow(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def load_rows(pointer, offsets, valid, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows at these offsets; zero if not valid, and beyond the size of a row."""
+    d = tl.arange(0, BLOCK)
+    mask = valid[:, None] & (d < SIZE)[None, :]
+    return tl.load(pointer + offsets[:, None] + d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(pointer, offsets, valid, x, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    d = tl.arange(0, BLOCK)
+    mask = valid[:, None] & (d < SIZE)[None, :]
+    tl.store(
+        pointer + offsets[:, None] + d[None, :], narrow(x.to(tl.float32), pointer.dtype.element_ty), mask=mask
+    )
+
+
+@triton.jit
+def plus_product(acc, a, b, one):
+    """acc + a @ b. `one` is 1: it prevents the compiler from fusing the addition, which in fp32 would add
+    thousands of terms to acc one by one; sums of whole blocks are more accurate."""
+    if a.dtype == tl.float32:
+        return acc + dot(a, b) * one
+    return dot(a, b, acc)
+
+
+@triton.jit
+def attend_block(q, k, v, visible, scale, top, total, acc, one):
+    """A running softmax (maximum, sum, weighted values) after one more block of keys; scale is in base 2."""
+    score = dot(q, tl.trans(k)) * scale
+    score = tl.where(visible, score, float("-inf"))
+    higher = tl.maximum(top, tl.max(score, 1))
+    p = tl.exp2(score - higher[:, None])
+    shrink = tl.exp2(top - higher)
+    total = total * shrink + tl.sum(p, 1)
+    acc = plus_product(acc * shrink[:, None], narrow(p, v.dtype), v, one)
+    return higher, total, acc
+
+
+@triton.jit
 def add_up(total, more, lost):
     """One step of Kahan summation: the sum, and the rounding error for the next step."""
     more += lost

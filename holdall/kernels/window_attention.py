@@ -45,8 +45,8 @@ import triton.language as tl
 from torch import Tensor
 
 from holdall.contract import forms
-from holdall.kernels import cdiv, register_batch_vmap
-from holdall.kernels.language import dot, narrow
+from holdall.kernels import cdiv, dense_last, padded, register_batch_vmap, wants_gradient
+from holdall.kernels.language import attend_block, dot, load_rows, narrow, plus_product, store_rows
 from holdall.ops.attention import KeyValueCache, empty_cache
 from holdall.ops.derivatives import once_differentiable
 from holdall.ops.window_attention import next_ring
@@ -58,45 +58,6 @@ LOG2_E = 1.4426950408889634
 
 
 # ---------------------------------------------------------------------------------------------- the kernels
-
-
-@triton.jit
-def _load_rows(pointer, offsets, valid, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows at these offsets; zero if not valid, and beyond the size of a row."""
-    d = tl.arange(0, BLOCK)
-    mask = valid[:, None] & (d < SIZE)[None, :]
-    return tl.load(pointer + offsets[:, None] + d[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def _store_rows(pointer, offsets, valid, x, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    d = tl.arange(0, BLOCK)
-    mask = valid[:, None] & (d < SIZE)[None, :]
-    tl.store(
-        pointer + offsets[:, None] + d[None, :], narrow(x.to(tl.float32), pointer.dtype.element_ty), mask=mask
-    )
-
-
-@triton.jit
-def _plus_product(acc, a, b, one):
-    """acc + a @ b. `one` is 1: it prevents the compiler from fusing the addition, which in fp32 would add
-    thousands of terms to acc one by one; sums of whole blocks are more accurate."""
-    if a.dtype == tl.float32:
-        return acc + dot(a, b) * one
-    return dot(a, b, acc)
-
-
-@triton.jit
-def _attend(q, k, v, visible, scale, top, total, acc, one):
-    """Update the running softmax with one block of keys."""
-    score = dot(q, tl.trans(k)) * scale
-    score = tl.where(visible, score, float("-inf"))
-    higher = tl.maximum(top, tl.max(score, 1))
-    p = tl.exp2(score - higher[:, None])
-    shrink = tl.exp2(top - higher)
-    total = total * shrink + tl.sum(p, 1)
-    acc = _plus_product(acc * shrink[:, None], narrow(p, v.dtype), v, one)
-    return higher, total, acc
 
 
 @triton.jit(do_not_specialize=["T", "window", "H", "G"])
@@ -115,7 +76,7 @@ def _forward_kernel(
     g = h // (H // G)
     back = window - 1
     t = first + tl.arange(0, BLOCK_T)
-    q = _load_rows(q_ptr + b * q_b + h * q_h, t.to(tl.int64) * q_t, t < T, K, BLOCK_K)
+    q = load_rows(q_ptr + b * q_b + h * q_h, t.to(tl.int64) * q_t, t < T, K, BLOCK_K)
     # finite, to avoid infinity minus infinity for a query without any key in a block
     top = tl.full((BLOCK_T,), -1e38, tl.float32)
     total = tl.zeros((BLOCK_T,), tl.float32)
@@ -128,20 +89,20 @@ def _forward_kernel(
         for start in range(tl.maximum(first - back, oldest), 0, BLOCK_S):
             j = start + tl.arange(0, BLOCK_S)
             slot = ((b * back + (newest + back + j) % back) * G + g).to(tl.int64)
-            k = _load_rows(ring_k_ptr, slot * K, j < 0, K, BLOCK_K)
-            v = _load_rows(ring_v_ptr, slot * V, j < 0, V, BLOCK_V)
+            k = load_rows(ring_k_ptr, slot * K, j < 0, K, BLOCK_K)
+            v = load_rows(ring_v_ptr, slot * V, j < 0, V, BLOCK_V)
             visible = (j < 0)[None, :] & (j[None, :] > t[:, None] - window)
-            top, total, acc = _attend(q, k, v, visible, scale, top, total, acc, one)
+            top, total, acc = attend_block(q, k, v, visible, scale, top, total, acc, one)
 
     for start in range(tl.maximum(first - back, 0), tl.minimum(first + BLOCK_T, T), BLOCK_S):
         j = start + tl.arange(0, BLOCK_S)
-        k = _load_rows(k_ptr + b * k_b + g * k_g, j.to(tl.int64) * k_t, j < T, K, BLOCK_K)
-        v = _load_rows(v_ptr + b * v_b + g * v_g, j.to(tl.int64) * v_t, j < T, V, BLOCK_V)
+        k = load_rows(k_ptr + b * k_b + g * k_g, j.to(tl.int64) * k_t, j < T, K, BLOCK_K)
+        v = load_rows(v_ptr + b * v_b + g * v_g, j.to(tl.int64) * v_t, j < T, V, BLOCK_V)
         visible = (j[None, :] <= t[:, None]) & (j[None, :] > t[:, None] - window)
-        top, total, acc = _attend(q, k, v, visible, scale, top, total, acc, one)
+        top, total, acc = attend_block(q, k, v, visible, scale, top, total, acc, one)
 
     row = (b * T + t) * H + h
-    _store_rows(y_ptr, row * V, t < T, acc * (1.0 / total)[:, None], V, BLOCK_V)
+    store_rows(y_ptr, row * V, t < T, acc * (1.0 / total)[:, None], V, BLOCK_V)
     tl.store(log_ptr + row, top + tl.log2(total), mask=t < T)
 
 
@@ -151,7 +112,7 @@ def _grad_queries(dq, q, dy, log, mean, k, v, visible, scale, one):
     score = dot(q, tl.trans(k)) * scale
     p = tl.exp2(tl.where(visible, score - log[:, None], float("-inf")))
     ds = p * (dot(dy, tl.trans(v)) - mean[:, None])
-    return _plus_product(dq, narrow(ds, k.dtype), k, one)
+    return plus_product(dq, narrow(ds, k.dtype), k, one)
 
 
 @triton.jit
@@ -171,17 +132,17 @@ def _grad_keys(
         for start in range(first, last, BLOCK_T):
             t = start + tl.arange(0, BLOCK_T)
             row = (b * T + t) * H + h
-            q = _load_rows(q_ptr + h * q_h, t.to(tl.int64) * q_t, t < T, K, BLOCK_K)
-            dy = _load_rows(dy_ptr, row * V, t < T, V, BLOCK_V)
-            y = _load_rows(y_ptr, row * V, t < T, V, BLOCK_V)
+            q = load_rows(q_ptr + h * q_h, t.to(tl.int64) * q_t, t < T, K, BLOCK_K)
+            dy = load_rows(dy_ptr, row * V, t < T, V, BLOCK_V)
+            y = load_rows(y_ptr, row * V, t < T, V, BLOCK_V)
             mean = tl.sum(dy.to(tl.float32) * y.to(tl.float32), 1)
             log = tl.load(log_ptr + row, mask=t < T, other=0.0)
             visible = (t[None, :] >= j[:, None]) & (t[None, :] < j[:, None] + window)
             score = dot(k, tl.trans(q)) * scale
             p = tl.exp2(tl.where(visible, score - log[None, :], float("-inf")))
-            dv = _plus_product(dv, narrow(p, dy.dtype), dy, one)
+            dv = plus_product(dv, narrow(p, dy.dtype), dy, one)
             ds = p * (dot(v, tl.trans(dy)) - mean[None, :])
-            dk = _plus_product(dk, narrow(ds, q.dtype), q, one)
+            dk = plus_product(dk, narrow(ds, q.dtype), q, one)
     return dk, dv
 
 
@@ -218,9 +179,9 @@ def _backward_kernel(
             for first in range(begin, tl.minimum(begin + BLOCK_S, T), BLOCK_T):
                 t = first + tl.arange(0, BLOCK_T)
                 row = (b * T + t) * H + h
-                q = _load_rows(q_ptr + h * q_h, t.to(tl.int64) * q_t, t < T, K, BLOCK_K)
-                dy = _load_rows(dy_ptr, row * V, t < T, V, BLOCK_V)
-                y = _load_rows(y_ptr, row * V, t < T, V, BLOCK_V)
+                q = load_rows(q_ptr + h * q_h, t.to(tl.int64) * q_t, t < T, K, BLOCK_K)
+                dy = load_rows(dy_ptr, row * V, t < T, V, BLOCK_V)
+                y = load_rows(y_ptr, row * V, t < T, V, BLOCK_V)
                 mean = tl.sum(dy.to(tl.float32) * y.to(tl.float32), 1)
                 log = tl.load(log_ptr + row, mask=t < T, other=0.0)
                 dq = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
@@ -228,29 +189,29 @@ def _backward_kernel(
                     for start in range(tl.maximum(first - back, oldest), 0, BLOCK_S):
                         j = start + tl.arange(0, BLOCK_S)
                         slot = ((b * back + (newest + back + j) % back) * G + g).to(tl.int64)
-                        k = _load_rows(ring_k_ptr, slot * K, j < 0, K, BLOCK_K)
-                        v = _load_rows(ring_v_ptr, slot * V, j < 0, V, BLOCK_V)
+                        k = load_rows(ring_k_ptr, slot * K, j < 0, K, BLOCK_K)
+                        v = load_rows(ring_v_ptr, slot * V, j < 0, V, BLOCK_V)
                         visible = (j < 0)[None, :] & (j[None, :] > t[:, None] - window)
                         dq = _grad_queries(dq, q, dy, log, mean, k, v, visible, scale, one)
                 for start in range(tl.maximum(first - back, 0), tl.minimum(first + BLOCK_T, T), BLOCK_S):
                     j = start + tl.arange(0, BLOCK_S)
-                    k = _load_rows(k_ptr + b * k_b + g * k_g, j.to(tl.int64) * k_t, j < T, K, BLOCK_K)
-                    v = _load_rows(v_ptr + b * v_b + g * v_g, j.to(tl.int64) * v_t, j < T, V, BLOCK_V)
+                    k = load_rows(k_ptr + b * k_b + g * k_g, j.to(tl.int64) * k_t, j < T, K, BLOCK_K)
+                    v = load_rows(v_ptr + b * v_b + g * v_g, j.to(tl.int64) * v_t, j < T, V, BLOCK_V)
                     visible = (j[None, :] <= t[:, None]) & (j[None, :] > t[:, None] - window)
                     dq = _grad_queries(dq, q, dy, log, mean, k, v, visible, scale, one)
-                _store_rows(dq_ptr, row * K, t < T, dq * weight, K, BLOCK_K)
+                store_rows(dq_ptr, row * K, t < T, dq * weight, K, BLOCK_K)
 
         j = begin + tl.arange(0, BLOCK_S)
-        k = _load_rows(k_ptr + b * k_b + g * k_g, j.to(tl.int64) * k_t, j < T, K, BLOCK_K)
-        v = _load_rows(v_ptr + b * v_b + g * v_g, j.to(tl.int64) * v_t, j < T, V, BLOCK_V)
+        k = load_rows(k_ptr + b * k_b + g * k_g, j.to(tl.int64) * k_t, j < T, K, BLOCK_K)
+        v = load_rows(v_ptr + b * v_b + g * v_g, j.to(tl.int64) * v_t, j < T, V, BLOCK_V)
         dk, dv = _grad_keys(
             k, v, j, q_ptr, dy_ptr, y_ptr, log_ptr, b, g, q_t, q_h,
             begin, tl.minimum(begin + BLOCK_S + back, T), T, window, scale, one,
             H, GROUP, K, V, BLOCK_K, BLOCK_V, BLOCK_T, BLOCK_S,
         )  # fmt: skip
         row = (b * T + j) * G + g
-        _store_rows(dk_ptr, row * K, j < T, dk * weight, K, BLOCK_K)
-        _store_rows(dv_ptr, row * V, j < T, dv, V, BLOCK_V)
+        store_rows(dk_ptr, row * K, j < T, dk * weight, K, BLOCK_K)
+        store_rows(dv_ptr, row * V, j < T, dv, V, BLOCK_V)
 
     if HAS_RING:  # noqa: SIM102 - this one is decided when the kernel is compiled
         if block >= blocks:
@@ -259,16 +220,16 @@ def _backward_kernel(
             slot = ((b * back + (newest + back + j) % back) * G + g).to(tl.int64)
             # unfilled slots may hold anything
             filled = (j < 0) & (j >= oldest)
-            k = _load_rows(ring_k_ptr, slot * K, filled, K, BLOCK_K)
-            v = _load_rows(ring_v_ptr, slot * V, filled, V, BLOCK_V)
+            k = load_rows(ring_k_ptr, slot * K, filled, K, BLOCK_K)
+            v = load_rows(ring_v_ptr, slot * V, filled, V, BLOCK_V)
             dk, dv = _grad_keys(
                 k, v, j, q_ptr, dy_ptr, y_ptr, log_ptr, b, g, q_t, q_h,
                 0, tl.minimum(tl.minimum(begin + BLOCK_S, 0) + back, T), T, window, scale, one,
                 H, GROUP, K, V, BLOCK_K, BLOCK_V, BLOCK_T, BLOCK_S,
             )  # fmt: skip
             dk, dv = tl.where(filled[:, None], dk * weight, 0.0), tl.where(filled[:, None], dv, 0.0)
-            _store_rows(dring_k_ptr, slot * K, j < 0, dk, K, BLOCK_K)
-            _store_rows(dring_v_ptr, slot * V, j < 0, dv, V, BLOCK_V)
+            store_rows(dring_k_ptr, slot * K, j < 0, dk, K, BLOCK_K)
+            store_rows(dring_v_ptr, slot * V, j < 0, dv, V, BLOCK_V)
 
 
 @triton.jit(do_not_specialize=["slots", "H", "G"])
@@ -292,7 +253,7 @@ def _step_kernel(
     head = tl.arange(0, BLOCK_H)
     used = head < H // G
     head = tl.where(used, g * (H // G) + head, 0)
-    q = _load_rows(q_ptr + b * q_b, head * q_h, used, K, BLOCK_K)
+    q = load_rows(q_ptr + b * q_b, head * q_h, used, K, BLOCK_K)
     # the first key is the token's own
     top = tl.sum(q.to(tl.float32) * k_own.to(tl.float32)[None, :], 1) * scale
     total = tl.full((BLOCK_H,), 1.0, tl.float32)
@@ -304,8 +265,8 @@ def _step_kernel(
     for start in tl.range(0, last, BLOCK_S, num_stages=STAGES):
         slot = start + tl.arange(0, BLOCK_S)
         row = (b * slots + slot) * G + g
-        k = _load_rows(ring_k_ptr, row * K, slot < slots, K, BLOCK_K)
-        v = _load_rows(ring_v_ptr, row * V, slot < slots, V, BLOCK_V)
+        k = load_rows(ring_k_ptr, row * K, slot < slots, K, BLOCK_K)
+        v = load_rows(ring_v_ptr, row * V, slot < slots, V, BLOCK_V)
         # scores of all heads per slot, (S, H): with a single head in the layout of the key and value tiles
         if BLOCK_H == 1:
             score = tl.sum(k.to(tl.float32) * q.to(tl.float32), 1)[:, None] * scale
@@ -325,10 +286,10 @@ def _step_kernel(
         top = higher
         if not INPLACE:
             mine = (slot == own)[:, None]
-            _store_rows(next_k_ptr, row * K, slot < slots, tl.where(mine, k_own[None, :], k), K, BLOCK_K)
-            _store_rows(next_v_ptr, row * V, slot < slots, tl.where(mine, v_own[None, :], v), V, BLOCK_V)
+            store_rows(next_k_ptr, row * K, slot < slots, tl.where(mine, k_own[None, :], k), K, BLOCK_K)
+            store_rows(next_v_ptr, row * V, slot < slots, tl.where(mine, v_own[None, :], v), V, BLOCK_V)
 
-    _store_rows(y_ptr, (b * H + head) * V, used, acc / total[:, None], V, BLOCK_V)
+    store_rows(y_ptr, (b * H + head) * V, used, acc / total[:, None], V, BLOCK_V)
     if INPLACE:
         # the new token replaces the one that leaves the window, which all threads have read before
         tl.debug_barrier()
@@ -340,11 +301,6 @@ def _step_kernel(
 
 
 # --------------------------------------------------------------------------------------------- the launches
-
-
-def _padded(size: int) -> int:
-    """A size padded for products of tiles: a power of two, at least 16."""
-    return max(16, triton.next_power_of_2(size))
 
 
 def _forward_config(dtype: torch.dtype, dim: int) -> dict[str, int]:
@@ -374,10 +330,6 @@ def _step_config(dtype: torch.dtype, programs: int, group: int) -> dict[str, int
     return {"BLOCK_S": 16, "STAGES": 3, "num_warps": 1}
 
 
-def _dense_last(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _sizes(k_BTGK: Tensor, v_BTGV: Tensor, ring_k_BSGK: Tensor) -> dict[str, Any]:
     """The constants of a launch that come from the shapes."""
     key_dim, value_dim = k_BTGK.shape[-1], v_BTGV.shape[-1]
@@ -385,8 +337,8 @@ def _sizes(k_BTGK: Tensor, v_BTGV: Tensor, ring_k_BSGK: Tensor) -> dict[str, Any
         "K": key_dim,
         "V": value_dim,
         "HAS_RING": ring_k_BSGK.shape[1] > 0,
-        "BLOCK_K": _padded(key_dim),
-        "BLOCK_V": _padded(value_dim),
+        "BLOCK_K": padded(key_dim),
+        "BLOCK_V": padded(value_dim),
     }
 
 
@@ -397,7 +349,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y, and L in base 2; a ring buffer without slots means that nothing was read yet."""
     batch, new, heads, _ = q_BTHK.shape
-    q, k, v = map(_dense_last, (q_BTHK, k_BTGK, v_BTGV))
+    q, k, v = map(dense_last, (q_BTHK, k_BTGK, v_BTGV))
     y_BTHV = v.new_empty(batch, new, heads, v.shape[-1])
     log_BTH = v.new_empty(batch, new, heads, dtype=torch.float32)
     sizes = _sizes(k, v, ring_k_BSGK)
@@ -423,7 +375,7 @@ def _backward(
     seen_B: Tensor, y_BTHV: Tensor, log_BTH: Tensor, window: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     batch, new, heads, _ = q_BTHK.shape
-    q, k, v = map(_dense_last, (q_BTHK, k_BTGK, v_BTGV))
+    q, k, v = map(dense_last, (q_BTHK, k_BTGK, v_BTGV))
     ring_k, ring_v = ring_k_BSGK.contiguous(), ring_v_BSGV.contiguous()
     grads = tuple(
         torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, ring_k, ring_v)
@@ -466,7 +418,7 @@ def _launch_step(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Returns y and the next token count; writes the next ring to the given tensors, maybe the ring's."""
     batch, _, heads, _ = q_B1HK.shape
-    q, k, v = map(_dense_last, (q_B1HK, k_B1GK, v_B1GV))
+    q, k, v = map(dense_last, (q_B1HK, k_B1GK, v_B1GV))
     y_B1HV, next_seen_B = v.new_empty(batch, 1, heads, v.shape[-1]), torch.empty_like(seen_B)
     sizes = _sizes(k, v, ring_k)
     del sizes["HAS_RING"]
@@ -475,7 +427,7 @@ def _launch_step(
     _step_kernel[(programs,)](
         q, k, v, ring_k, ring_v, seen_B.contiguous(), y_B1HV, next_k, next_v, next_seen_B,
         q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2), slots, scale * LOG2_E,
-        heads, k.shape[2], **sizes, INPLACE=ring_k is next_k, BLOCK_H=1 if group == 1 else _padded(group),
+        heads, k.shape[2], **sizes, INPLACE=ring_k is next_k, BLOCK_H=1 if group == 1 else padded(group),
         **_step_config(q.dtype, programs, group),
     )  # fmt: skip
     return y_B1HV, next_seen_B
@@ -561,7 +513,7 @@ def window_attention(
         and new == 1
         and want_state
         and cache.k_BSHK.dtype == dtype
-        and not _wants_gradient(q, k, v, *cache)
+        and not wants_gradient(q, k, v, *cache)
     ):
         if inplace and cache.k_BSHK.is_contiguous() and cache.v_BSHV.is_contiguous():
             y_B1HV, seen_B = _step_inplace(q, k, v, *cache, scale)
@@ -574,7 +526,3 @@ def window_attention(
         ring = empty_cache(batch, 0, groups, key_dim, v.shape[-1], dtype=dtype, device=v.device)
     y_BTHV, _ = _forward(q, k, v, *ring, window, scale)
     return y_BTHV, next_ring(cache, k_BTHK, v_BTHV, window=window, inplace=inplace) if want_state else None
-
-
-def _wants_gradient(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
