@@ -52,10 +52,11 @@ class AttentionConfig(MixerConfig):
     """Whether the projections have biases."""
     block: PositiveInt = 256
     """Queries and keys per block of the form "blockwise": FlashAttention's algorithm in plain PyTorch, whose
-    memory is linear in the length. The form "parallel" is PyTorch's own attention.
+    memory is linear in the length. The form "parallel" is PyTorch's own attention, and "kernel" the same but
+    for steps over a state with a capacity, which have a kernel.
     """
 
-    forms = ("loop", "blockwise", "parallel")
+    forms = ("loop", "blockwise", "parallel", "kernel")
     variants = (
         {},
         {"heads": 4, "kv_heads": 2, "rotary": 0.5, "bias": False},
@@ -69,6 +70,14 @@ class AttentionConfig(MixerConfig):
         kv_heads = getattr(self, "kv_heads", 0)  # mixers without this option check theirs here too
         if kv_heads and self.heads % kv_heads:
             raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {kv_heads}")
+
+    @property
+    def has_kernel(self) -> bool:
+        # wider heads train as fast without, so strict does not insist on one
+        return self.width // self.heads <= attention.MAX_HEAD_DIM
+
+    def kernel_refusal(self, device: torch.device, dtype: torch.dtype) -> str:
+        return super().kernel_refusal(device, dtype) or attention.kernel_refusal(self.width // self.heads)
 
     def build(self) -> Attention:
         return Attention(self)
@@ -109,9 +118,11 @@ class Attention(Mixer):
             "loop": attention.full_attention_loop,
             "blockwise": functools.partial(attention.blockwise_attention, block=config.block),
             "parallel": attention.full_attention,
+            "kernel": attention.full_attention,
         }
+        # a move to another device changes the form at most between the last two
         self.attend = forms[self.form]
-        self.fills_slots = self.form == "parallel"
+        self.fills_slots = self.form in ("parallel", "kernel")
 
     def forward(
         self,
@@ -126,7 +137,9 @@ class Attention(Mixer):
         q, k, v = self.project(x_BTD, state.seen_B)
         scale, after = q.shape[-1] ** -0.5, None
         if is_reserved(state):
-            y_BTHV, *slots = attention.reserved_attention(q, k, v, *state, scale=scale, inplace=inplace)
+            y_BTHV, *slots = attention.reserved_attention(
+                q, k, v, *state, scale=scale, inplace=inplace, form=self.form
+            )
             after = advanced(state, (*slots, state.seen_B + x_BTD.shape[1]), x_BTD.shape[1])
         else:
             y_BTHV, after = self.attend(q, k, v, state, scale=scale)

@@ -19,10 +19,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from holdall.contract.forms import kernel_of
 from holdall.contract.room import fill
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:  # pytest checks the shapes; nothing else needs jaxtyping
     from jaxtyping import Float, Int
+
+
+MAX_HEAD_DIM = 256
+"""Largest head dimension of the kernel, whose blocks of keys and values fit into shared memory."""
+
+
+def kernel_refusal(head_dim: int) -> str:
+    """Why there is no kernel for heads of this size; empty if there is one."""
+    if head_dim > MAX_HEAD_DIM:
+        return f"the kernel takes heads of at most {MAX_HEAD_DIM} dimensions, not {head_dim}"
+    return ""
 
 
 class KeyValueCache(NamedTuple):
@@ -165,12 +177,26 @@ def reserved_attention(
     *,
     scale: float,
     inplace: bool = False,
+    form: str = "parallel",
 ) -> tuple[Float[Tensor, "b t h v"], Float[Tensor, "b s g k"], Float[Tensor, "b s g v"]]:
     """The same beside slots of which the first `filled` of a row are filled, the last `seen` of them by it.
 
-    The new keys and values go into the next ones, in place or in a copy, and all slots are looked at: O(T S).
-    Returns y_BTHV, keys and values. See holdall/contract/room.py.
+    The new keys and values go into the next ones, in place or in a copy. All slots are looked at, O(T S), but
+    by the kernel only those that are filled, for a few tokens without gradients; otherwise it is the plain
+    form too. See holdall/contract/room.py.
+
+    Args:
+        scale: of the scores.
+        inplace: the slots are given away, and the new keys and values are written into them.
+        form: "parallel" or "kernel".
+
+    Returns:
+        y_BTHV, keys and values.
     """
+    if form == "kernel":
+        return kernel_of(reserved_attention)(
+            q_BTHK, k_BTHK, v_BTHV, k_BSHK, v_BSHV, seen_B, filled_B, scale=scale, inplace=inplace
+        )
     k_BSHK, v_BSHV = (
         fill(slots, new, filled_B, inplace=inplace) for slots, new in ((k_BSHK, k_BTHK), (v_BSHV, v_BTHV))
     )

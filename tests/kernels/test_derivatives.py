@@ -29,6 +29,7 @@ NEVER = {
     *("rotary_turn", "gated_conv_inplace", "taylor_step", "taylor_step_inplace", "selective_scan_step"),
     *("selective_scan_step_inplace", "window_attention_step", "window_attention_step_inplace"),
     *("taylor_replay", "taylor_replay_inplace"),
+    *("reserved_attention", "reserved_attention_inplace"),
 }
 """For decoding, and of positions: PyTorch refuses the first derivative."""
 
