@@ -130,10 +130,11 @@ def _programs(groups: int) -> int:
 
 
 def _config(dtype: torch.dtype, dim: int) -> dict[str, int]:
-    """In fp32 products have operands in registers, so that blocks are smaller."""
+    """Blocks small enough that three programs share a multiprocessor's registers up to 128 dimensions. In
+    fp32 products have operands in registers, so that blocks are smaller."""
     if dtype == torch.float32:
         return {"BLOCK_S": 32 if dim <= 64 else 16, "STAGES": 2, "num_warps": 4}
-    return {"BLOCK_S": 64 if dim <= 128 else 32, "STAGES": 3, "num_warps": 4}
+    return {"BLOCK_S": 64 if dim <= 64 else 32, "STAGES": 4 if dim <= 128 else 3, "num_warps": 4}
 
 
 def _launch(
