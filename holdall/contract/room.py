@@ -179,7 +179,7 @@ def beyond(state: Any, new: int) -> Tensor | None:
     filled_B = state.filled_B
     if known_to_the_host(filled_B):
         return None
-    return filled_B + new > capacity_of(state)
+    return filled_B > capacity_of(state) - new
 
 
 def known_to_the_host(filled_B: Tensor) -> bool:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, register
-from holdall.contract.room import advanced, is_reserved
+from holdall.contract.room import is_reserved
 from holdall.ops import attention
 from holdall.ops.attention import KeyValueCache
 from holdall.ops.rotary import rotary_dims, rotate, standard_frequencies
@@ -140,7 +140,8 @@ class Attention(Mixer):
             y_BTHV, *slots = attention.reserved_attention(
                 q, k, v, *state, scale=scale, inplace=inplace, form=self.form
             )
-            after = advanced(state, (*slots, state.seen_B + x_BTD.shape[1]), x_BTD.shape[1])
+            new, counts = x_BTD.shape[1], (state.seen_B, state.filled_B)
+            after = type(state)(*slots, *(count.add_(new) if inplace else count + new for count in counts))
         else:
             y_BTHV, after = self.attend(q, k, v, state, scale=scale)
         return self.out_proj(y_BTHV.flatten(2)), after if want_state else None

@@ -5,6 +5,7 @@ Letters: B row, T new tokens, S slots, H heads of queries, G of keys and values,
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, NamedTuple
 
 import pytest
@@ -203,6 +204,17 @@ def test_a_mixer_steps_by_the_kernel(monkeypatch: pytest.MonkeyPatch, device: to
     assert [tensor.data_ptr() for tensor in state] == addresses
     for name, got in laws.named(torch.cat(ys, dim=1), trim(state)).items():
         laws.assert_as_good_as_plain(name, got, want[name], truth[name])
+
+
+@torch.no_grad()
+def test_a_step_in_place_makes_no_copies(device: torch.device) -> None:
+    fast, _ = mixers_of(device, width=32)
+    state = fast.init_state(2, dtype=SINGLE, device=device, capacity=4)
+    x = laws.draw(2, 1, 32, dtype=SINGLE).to(device)
+    _, after = inspect.unwrap(type(fast).forward)(fast, x, state, inplace=True)
+    for name, old, new in zip(state._fields, state, after, strict=True):
+        assert new is old, name
+    assert after.seen_B.tolist() == after.filled_B.tolist() == [1, 1]
 
 
 def test_gradients_are_those_of_the_plain_form(device: torch.device) -> None:
