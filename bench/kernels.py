@@ -20,6 +20,7 @@ MODULES = (
     "taylor_step",
     "gated_conv",
     "window_attention",
+    "attention_step",
     "selective_scan",
     "linear_attention",
     "by_products",
