@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +42,7 @@ from holdall.contract import (
 from holdall.contract.room import advanced, beyond, check_room
 from holdall.kernels import fold, unfold
 from holdall.ops.cross_entropy import linear_cross_entropy
-from holdall.ops.layer_norm import kernel_refusal, layer_norm
+from holdall.ops.layer_norm import add_norm, kernel_refusal, layer_norm, rms_norm
 from holdall.settings import NonNegativeFloat, NonNegativeInt, PositiveInt, Range
 
 
@@ -135,28 +135,56 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-class RMSNorm(nn.RMSNorm):
-    """PyTorch's. A residual stream wider than the weights is normalised as it is; the result is narrow."""
+class Sum(NamedTuple):
+    """A residual stream r + x not summed yet: the norm that reads it adds, in the same kernel."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == self.weight.dtype:
-            return super().forward(x)
-        wide = F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
-        return wide.to(self.weight.dtype)
+    r: Tensor
+    x: Tensor
 
 
-class LayerNorm(nn.LayerNorm):
-    """PyTorch's, by one kernel each way on a GPU; a population's members have weights of their own there.
+class Norm(nn.Module):
+    """What both norms have: a kernel on a GPU, and the sum before it.
 
     A residual stream wider than the weights is normalised as it is; the result is narrow.
     """
 
+    weight: nn.Parameter
+    eps: Any
+
     def refusal(self, x: Tensor) -> str:
         """Why the kernel cannot run on x; empty if it can."""
-        if x.device.type != "cuda":
+        if not forms.on_gpu(x):
             return f"this is on device '{x.device.type}'"
         refusals = (forms.kernel_refusal(x.device, dtype) for dtype in (x.dtype, self.weight.dtype))
-        return next(filter(None, refusals), "") or kernel_refusal(self.normalized_shape[0])
+        return next(filter(None, refusals), "") or kernel_refusal(self.weight.shape[0])
+
+    def read(self, r: Tensor | Sum, *, inplace: bool = False) -> tuple[Tensor, Tensor]:
+        """The residual stream, its last sum taken, and its norm.
+
+        Args:
+            inplace: the stream is given away, and the sum may be written into it.
+        """
+        if not isinstance(r, Sum):
+            return r, self(r)
+        (r, x), weight = r, self.weight
+        widens = torch.promote_types(r.dtype, x.dtype) != r.dtype
+        if widens or self.refusal(r) or not forms.fused(r, x, weight):
+            r = r + x
+            return r, self(r)
+        bias = getattr(self, "bias", None)  # which the RMS norm has not
+        return add_norm(r, x, weight, bias, self.eps, weight.dtype, inplace=inplace, form="kernel")
+
+
+class RMSNorm(Norm, nn.RMSNorm):
+    """PyTorch's, by one kernel each way on a GPU, unless torch.compile fuses it with its neighbours."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        form = "parallel" if torch.compiler.is_compiling() or self.refusal(x) else "kernel"
+        return rms_norm(x, self.weight, self.eps, self.weight.dtype, form=form)
+
+
+class LayerNorm(Norm, nn.LayerNorm):
+    """PyTorch's, by one kernel each way on a GPU; a population's members have weights of their own there."""
 
     def forward(self, x: Tensor) -> Tensor:
         form = "parallel" if self.refusal(x) else "kernel"
@@ -176,21 +204,28 @@ class Block(nn.Module):
 
     def forward(
         self,
-        r: Tensor,
+        r: Tensor | Sum,
         state: State | None = None,
         *,
         tokens_BT: Tensor,
         at_BQ: Tensor | None = None,
         inplace: bool = False,
         want_state: bool = True,
-    ) -> tuple[Tensor, State | None]:
-        """The residual stream after the layer, at all positions or those asked for, and the mixer's state."""
+        defer: bool = False,
+    ) -> tuple[Tensor | Sum, State | None]:
+        """The residual stream after the layer, at all positions or those asked for, and the mixer's state.
+
+        Args:
+            defer: the stream is given away, and the layer's last sum left to the norm that reads it next.
+        """
         ids = {"tokens_BT": tokens_BT} if self.mixer.reads_tokens else {}
-        x, state = self.mixer(self.norm(r), state, inplace=inplace, want_state=want_state, **ids)
-        r = r + x if at_BQ is None else _SumAt.apply(r, x, at_BQ)
+        r, h = self.norm.read(r, inplace=defer)
+        x, state = self.mixer(h, state, inplace=inplace, want_state=want_state, **ids)
+        after = Sum(r, x) if at_BQ is None else _SumAt.apply(r, x, at_BQ)
         if self.mlp is not None and self.mlp_norm is not None:
-            r = r + self.mlp(self.mlp_norm(r))
-        return r, state
+            r, h = self.mlp_norm.read(after, inplace=defer)
+            after = Sum(r, self.mlp(h))
+        return after if defer or isinstance(after, Tensor) else after.r + after.x, state
 
 
 class _SumAt(torch.autograd.Function):
@@ -309,7 +344,7 @@ class Model(nn.Module):
         at_BQ: Tensor | None = None,
         inplace: bool = False,
         want_states: bool = True,
-        run: Callable[..., tuple[Tensor, State | None]] = nn.Module.__call__,
+        run: Callable[..., tuple[Tensor, State | None]] | None = None,
     ) -> tuple[Tensor, list[State] | None]:
         """What the head reads, after the last norm, at all positions or those asked for.
 
@@ -325,20 +360,25 @@ class Model(nn.Module):
             the last learned position, and states of another model or of other rows, are refused (ValueError).
         """
         self._check_states(tokens_BT, states)
-        r = self.embed(tokens_BT)
+        embedded_BTD = self.embed(tokens_BT)
         after: list[State] = []
         position: State | None = None
         if self.position_embed is not None:
-            start = none_read(len(tokens_BT), r.device) if states is None else states[-1]
-            embedded_BTD, position = self._embed_positions(start, tokens_BT.shape[1])
-            r = r + embedded_BTD
+            start = none_read(len(tokens_BT), embedded_BTD.device) if states is None else states[-1]
+            position_BTD, position = self._embed_positions(start, tokens_BT.shape[1])
+            embedded_BTD = embedded_BTD + position_BTD
+        r: Tensor | Sum = embedded_BTD
+        # each sum of the stream is one kernel with the norm behind it, also from a block to the next
+        defer = {"defer": True} if run is None and forms.fused(embedded_BTD) else {}
+        run = run or nn.Module.__call__
         for depth, block in enumerate(self.blocks):
             before = None if states is None else states[depth]
             at = at_BQ if depth == len(self.blocks) - 1 else None
             try:
                 r, state = run(
-                    block, r, before, tokens_BT=tokens_BT, at_BQ=at, inplace=inplace, want_state=want_states
-                )
+                    block, r, before, tokens_BT=tokens_BT, at_BQ=at,
+                    inplace=inplace, want_state=want_states, **defer,
+                )  # fmt: skip
             except StateError as error:
                 raise StateError(f"layer {depth}: {error}") from None
             if want_states:
@@ -346,7 +386,7 @@ class Model(nn.Module):
                 after.append(state)
         if position is not None:
             after.append(position if states is None or not inplace else write_state(states[-1], position))
-        return self.norm(r), after if want_states else None
+        return self.norm.read(r, inplace=True)[1], after if want_states else None
 
     def _embed_positions(self, start: Any, new: int) -> tuple[Tensor, State]:
         """The learned positions of the next tokens, and the count of tokens read after them."""

@@ -45,6 +45,32 @@ def kernel_refusal(device: torch.device, dtype: torch.dtype) -> str:
     return ""
 
 
+def on_gpu(tensor: torch.Tensor) -> bool:
+    """Whether "auto" would take a kernel for it; in the interpreter kernels run where they are asked for."""
+    return tensor.device.type == "cuda"
+
+
+def fused(*tensors: torch.Tensor | None, gradients: bool = False) -> bool:
+    """Whether a kernel that does at once what PyTorch does in several is to be taken for these tensors.
+
+    Such kernels save launches and passes over memory, which decoding is made of. They are left aside where
+    torch.compile traces, which fuses by itself, and off the GPU.
+
+    Args:
+        gradients: whether the kernel has them, and a rule for vmap; otherwise it is left aside where
+            gradients are wanted, and within torch.func.
+    """
+    there = [tensor for tensor in tensors if tensor is not None]
+    if torch.compiler.is_compiling() or not all(map(on_gpu, there)):
+        return False
+    if any(kernel_refusal(tensor.device, tensor.dtype) for tensor in there if tensor.is_floating_point()):
+        return False
+    if gradients:
+        return True
+    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in there)
+    return not wanted and not any(map(torch._C._functorch.is_functorch_wrapped_tensor, there))
+
+
 def resolve(asked: str, forms: Sequence[str], device: torch.device, refusal: str) -> str:
     """The form that runs: the one asked for; for "auto" the fastest that can.
 
