@@ -43,6 +43,7 @@ from holdall.contract.room import advanced, beyond, check_room
 from holdall.kernels import fold, unfold
 from holdall.ops.cross_entropy import linear_cross_entropy
 from holdall.ops.layer_norm import add_norm, kernel_refusal, layer_norm, rms_norm
+from holdall.ops.swiglu import swiglu
 from holdall.settings import NonNegativeFloat, NonNegativeInt, PositiveInt, Range
 
 
@@ -130,8 +131,9 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gated:
-            a, gate = self.fc1(x).chunk(2, dim=-1)
-            return self.fc2(a * F.silu(gate))
+            projected = self.fc1(x)
+            form = "kernel" if forms.fused(projected, gradients=True) else "parallel"
+            return self.fc2(swiglu(projected, form=form))
         return self.fc2(F.gelu(self.fc1(x)))
 
 

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import holdall
-from holdall.kernels import cross_entropy, rwkv_7
+from holdall.kernels import cross_entropy, rwkv_7, swiglu
 from holdall.testing import laws
 
 LINEAR = {"rwkv_7_beside", "toeplitz_forward"}
@@ -86,6 +86,7 @@ def arguments(fake: FakeTensorMode) -> dict[str, tuple[Any, ...]]:
             h, head = torch.zeros(6, 8, requires_grad=True), torch.zeros(5, 8, requires_grad=True)
             cross_entropy.linear_cross_entropy(h, head, torch.zeros(6, dtype=torch.long))[0].backward()
             rwkv_7.beside(h[None], torch.zeros(1, 8)).sum().backward()
+            swiglu.swiglu(h).sum().backward()
     return calls.arguments
 
 
