@@ -239,7 +239,8 @@ def _add_kernel(
     at = row * WIDTH + d[None, :]
     r = tl.load(r_ptr + row * r_row + d[None, :], mask=here, other=0.0).to(tl.float32)
     r += tl.load(x_ptr + row * x_row + d[None, :], mask=here, other=0.0).to(tl.float32)
-    rounded = narrow(r, sum_ptr.dtype.element_ty)  # an element is read and written by the same thread
+    rounded = narrow(r, sum_ptr.dtype.element_ty)
+    tl.debug_barrier()  # the sum may overwrite r: all threads must have read before the first writes
     tl.store(sum_ptr + at, rounded, mask=here)
     u, _ = _normalise(rounded.to(tl.float32), real_d, eps, WIDTH, bias_ptr is not None)
     y = u * tl.load(weight_ptr + d, mask=d < WIDTH, other=0.0).to(tl.float32)[None, :]

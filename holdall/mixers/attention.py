@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from holdall.contract import Mixer, MixerConfig, Paper, register
+from holdall.contract import Mixer, MixerConfig, Paper, forms, register
 from holdall.contract.room import is_reserved
 from holdall.ops import attention
 from holdall.ops.attention import KeyValueCache
-from holdall.ops.rotary import rotary_dims, rotate, standard_frequencies
+from holdall.ops.rotary import rotary_dims, rotate_both
 from holdall.settings import NonNegativeInt, PositiveFloat, PositiveInt, Share
 
 
@@ -98,9 +98,8 @@ class QKV(nn.Module):
     def forward(self, x_BTD: Tensor, seen_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self.qkv(x_BTD).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)
         if self.rotary_dims:
-            frequency_F = standard_frequencies(self.rotary_dims, self.rotary_base, x_BTD)
-            position_BT = seen_B[:, None] + torch.arange(x_BTD.shape[1], device=x_BTD.device)
-            q, k = rotate(q, position_BT, frequency_F), rotate(k, position_BT, frequency_F)
+            form = "kernel" if forms.fused(q, k, seen_B) else "parallel"
+            q, k = rotate_both(q, k, seen_B, self.rotary_dims, self.rotary_base, form=form)
         return q, k, v
 
 

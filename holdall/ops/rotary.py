@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from holdall.contract.forms import kernel_of
+
 if TYPE_CHECKING or "jaxtyping" in sys.modules:  # pytest checks the shapes; nothing else needs jaxtyping
     from jaxtyping import Float, Int
 
@@ -47,6 +49,30 @@ def rotate(
         a, b = turned[..., :turns], turned[..., turns:]
         turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
     return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+
+
+def rotate_both(
+    q_BTHK: Float[Tensor, "b t h k"],
+    k_BTGK: Float[Tensor, "b t g k"],
+    seen_B: Int[Tensor, "#b"],
+    dims: int,
+    base: float,
+    *,
+    form: str = "parallel",
+) -> tuple[Float[Tensor, "b t h k"], Float[Tensor, "b t g k"]]:
+    """Turn the queries and keys of the next T tokens at the standard frequencies, in halves, not interleaved.
+
+    Args:
+        seen_B: tokens read before these, (B,) or (1,).
+        dims: sets the frequencies, as in `standard_frequencies`; at least 1.
+        base: of the frequencies.
+        form: "parallel" is `rotate`; "kernel" is one kernel for all of it, without gradients.
+    """
+    if form == "kernel":
+        return kernel_of(rotate_both)(q_BTHK, k_BTGK, seen_B, dims, base)
+    frequency_F = standard_frequencies(dims, base, q_BTHK)
+    position_BT = seen_B[:, None] + torch.arange(q_BTHK.shape[1], device=q_BTHK.device)
+    return rotate(q_BTHK, position_BT, frequency_F), rotate(k_BTGK, position_BT, frequency_F)
 
 
 def _turn(position_BT: Tensor, frequency_F: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

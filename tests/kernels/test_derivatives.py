@@ -27,7 +27,7 @@ TWICE = {"into_channels": ((2, 3, 2, 4), (2, 5, 4)), "out_of_channels": ((2, 4, 
 """Products, differentiable as often as one likes; the shapes of their inputs."""
 NEVER = {
     *("rotary_turn", "gated_conv_inplace", "taylor_step", "taylor_step_inplace", "selective_scan_step"),
-    *("add_norm", "add_norm_inplace"),
+    *("add_norm", "add_norm_inplace", "rotate_both"),
     *("selective_scan_step_inplace", "window_attention_step", "window_attention_step_inplace"),
     *("taylor_replay", "taylor_replay_inplace"),
     *("reserved_attention", "reserved_attention_inplace"),

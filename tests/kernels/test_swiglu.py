@@ -54,6 +54,8 @@ def test_rows_may_lie_anyhow(device: torch.device) -> None:
     for other in (wide, scattered, turned):
         for got, right in zip(pulled(swiglu, other, dy), want, strict=True):
             laws.assert_bitwise("of a view", got, right)
+    got = pulled(swiglu, x, torch.cat((dy, dy + 1), -1)[..., :10])
+    laws.assert_bitwise("gradient of a part", got[1], want[1])
     summed = pulled(swiglu, x, torch.ones((), device=device).expand(4, 3, 10))
     ones = pulled(swiglu, x, torch.ones(4, 3, 10, device=device))
     laws.assert_bitwise("gradient of a sum", summed[1], ones[1])
