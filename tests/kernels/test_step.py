@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from holdall.contract import forms
+from holdall.mixers.attention import AttentionConfig
 from holdall.mixers.base_conv import BaseConvConfig
 from holdall.mixers.sliding_window import SlidingWindowConfig
 from holdall.mixers.taylor import TaylorConfig
@@ -124,3 +125,52 @@ def test_and_it_is_as_exact_as_the_kernels_one_by_one(
             continue
         error, bound = (laws.distance(t, truth[name], torch.linalg.vector_norm) for t in (got, apart[name]))
         assert error <= 1.25 * bound, name
+
+
+@pytest.mark.compile
+# torch's own, while it imports the compiler
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.usefixtures("everywhere")
+@torch.no_grad()
+def test_what_a_compiler_traces_is_left_to_it(device: torch.device) -> None:
+    """It fuses these itself; a compiled block takes and gives a stream whose last sum is left to the next."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.manual_seed(0)
+    layer = AttentionConfig(width=16, heads=2, rotary=1.0)
+    config = ModelConfig(vocab=8, width=16, layers=(layer, layer), mlp=24, mlp_kind="swiglu", norm="rms")
+    model = config.build().to(device)
+    tokens_BT = torch.arange(6, device=device).view(2, 3)
+    want, _ = model.hidden(tokens_BT, want_states=False)
+    for block in model.blocks:
+        block.compile(fullgraph=True, backend=backend)
+    got, _ = model.hidden(tokens_BT, want_states=False)
+    torch.testing.assert_close(got, want)
+    names = {
+        str(node.target) for graph in graphs for node in graph.graph.nodes if "holdall" in str(node.target)
+    }
+    assert len(graphs) == 2  # of a stream that has been summed, and of one that has not
+    assert names == {"holdall.rotary_turn.default"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 3, 128])
+@torch.no_grad()
+def test_a_recorded_step_is_the_step(
+    rows: int, model: Model, device: torch.device, assert_replays: Any
+) -> None:
+    start = model.init_states(rows, device=device)
+    token_B1 = torch.arange(rows, device=device)[:, None] % 64
+
+    def step() -> list[torch.Tensor]:
+        states = [type(state)(*(tensor.clone() for tensor in state)) for state in start]
+        h_B1D, states = model.hidden(token_B1, states, inplace=True)
+        return [h_B1D, *(tensor for state in states for tensor in state)]
+
+    step()  # what is compiled and kept with the first call cannot be recorded
+    assert_replays(step)
