@@ -146,7 +146,8 @@ def profile(title: str, step: Callable[[], Any], *, steps: int = 5, top: int = 2
         for _ in range(steps):
             step()
         torch.cuda.synchronize()
-    kernels = sorted(seen.key_averages(), key=lambda kernel: -kernel.device_time_total)
+    kernels = [kernel for kernel in seen.key_averages() if kernel.device_time_total > 0]  # no launches
+    kernels.sort(key=lambda kernel: -kernel.device_time_total)
     whole = sum(kernel.device_time_total for kernel in kernels)
     count = sum(kernel.count for kernel in kernels) // steps
     shown = Table(

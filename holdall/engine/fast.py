@@ -386,6 +386,7 @@ class _Drawn(NamedTuple):
 class _Kind(NamedTuple):
     """What a step has to do beside reading and drawing; one graph for each kind and number of rows."""
 
+    noise: bool
     filters: bool
     occurrences: bool
     logprobs: bool
@@ -520,7 +521,7 @@ class _Buffers:
             occurrences = Occurrences(*(tensor[some] for tensor in self.occurrences))
         token_B = sampling.draw(
             logits_BV[:, : self.vocab], self.position_B[some], Settings(*(t[some] for t in self.settings)),
-            filters=kind.filters, occurrences=occurrences,
+            noise=kind.noise, filters=kind.filters, occurrences=occurrences,
         )  # fmt: skip
         known_B = token_B.clamp(min=0)
         self.next_B[some] = known_B
@@ -535,6 +536,7 @@ class _Buffers:
 
     def _kind(self, rows: Sequence[_Row]) -> _Kind:
         return _Kind(
+            any(row.sampling.temperature > 0 for row in rows),
             any(sampling.needs_filters(row.sampling) for row in rows),
             any(sampling.needs_occurrences(row.sampling) for row in rows),
             any(row.sampling.logprobs is not None for row in rows),

@@ -85,6 +85,7 @@ def draw(
     position_B: Tensor,
     settings: Settings,
     *,
+    noise: bool = True,
     filters: bool = True,
     occurrences: Occurrences | None = None,
 ) -> Tensor:
@@ -93,6 +94,7 @@ def draw(
     Args:
         logits_BV: of the next token, fp32.
         position_B: how many tokens were read before it, int64.
+        noise: whether any row has a temperature; else the likeliest tokens are all there is to find.
         filters: whether any row has top_k, top_p or min_p; else sorting is left out.
         occurrences: where any row has a penalty or bias.
 
@@ -101,6 +103,9 @@ def draw(
     z_BV = logits_BV.float()
     if occurrences is not None:
         z_BV = penalised(z_BV, settings, occurrences)
+    if not noise:
+        token_B = z_BV.argmax(-1)
+        return torch.where(z_BV.gather(-1, token_B[:, None])[:, 0].isfinite(), token_B, -1)
     # after the largest is subtracted, the smallest temperature gives -inf and never NaN
     largest_B1 = z_BV.amax(-1, keepdim=True)
     hot_B1 = (settings.temperature_B > 0)[:, None]

@@ -392,3 +392,15 @@ def test_logprobs_are_the_models_own() -> None:
 
 def expected_exact(logits_V: Tensor) -> float:
     return float(logits_V.log_softmax(-1).max())
+
+
+def test_without_noise_the_likeliest_tokens_are_found_as_with_it() -> None:
+    """Which is what a step does where no row has a temperature; also among equals, and where logits are NaN."""
+    logits_BV = torch.randn(300, 50, generator=torch.Generator().manual_seed(0)).round(decimals=1)
+    logits_BV[7, 3], logits_BV[8, 4], logits_BV[9, 5] = math.nan, math.inf, -math.inf
+    cold = settings_of([Sampling(temperature=0, seed=i) for i in range(300)])
+    position_B = torch.arange(300)
+    plain = draw(logits_BV, position_B, cold, noise=False)
+    assert torch.equal(plain, draw(logits_BV, position_B, cold))
+    assert plain[[7, 8]].tolist() == [-1, -1]
+    assert plain[9] >= 0
