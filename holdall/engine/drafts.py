@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ from holdall.settings import NonNegativeInt, PositiveInt
 from holdall.text.tokenizers import Tokenizer
 
 
+@runtime_checkable
 class Drafter(Protocol):
     """Guesses how one text continues. A wrong guess costs time and never changes the text."""
 

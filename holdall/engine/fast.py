@@ -30,7 +30,7 @@ import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,6 +42,7 @@ from holdall.engine.request import Finish, Piece, QueueFullError, Request, Sampl
 from holdall.engine.sampling import Occurrences, Settings
 from holdall.engine.session import CHUNK, Past, Session
 from holdall.engine.slow import PromptReader, checked, numbered, occurrences_of
+from holdall.engine.store import StateStore
 from holdall.engine.text import Writer
 from holdall.model import Model
 from holdall.settings import NonNegativeInt, PositiveInt
@@ -49,14 +50,6 @@ from holdall.text.tokenizers import Tokenizer
 
 TOP = 20
 """Most alternatives whose log-probabilities can be asked for."""
-
-
-class Store(Protocol):
-    """What the engine needs of a store of sessions: see holdall/engine/store.py."""
-
-    def longest(self, tokens: Sequence[int]) -> Session | None: ...
-    def shared(self, tokens: Sequence[int]) -> int: ...
-    def put(self, session: Session) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +103,7 @@ class Engine:
         tokenizer: Tokenizer,
         config: EngineConfig | None = None,
         *,
-        store: Store | None = None,
+        store: StateStore | None = None,
     ) -> None:
         """Raises ValueError if the model's states grow and no `max_context` says how far."""
         self.model, self.tokenizer, self.store = model, tokenizer, store

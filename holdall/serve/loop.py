@@ -19,7 +19,7 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import Future
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from holdall.engine.fast import Stats
 from holdall.engine.request import Piece, Request
@@ -30,6 +30,7 @@ OnEnd = Callable[[Session | None], object]
 log = logging.getLogger("holdall.serve")
 
 
+@runtime_checkable
 class EngineLike(Protocol):
     """What the loop needs of an engine (holdall/engine/fast.py)."""
 

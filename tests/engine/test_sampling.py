@@ -395,7 +395,7 @@ def expected_exact(logits_V: Tensor) -> float:
 
 
 def test_without_noise_the_likeliest_tokens_are_found_as_with_it() -> None:
-    """Which is what a step does where no row has a temperature; also among equals, and where logits are NaN."""
+    """As a step does where no row has a temperature; also among equals, and where logits are NaN."""
     logits_BV = torch.randn(300, 50, generator=torch.Generator().manual_seed(0)).round(decimals=1)
     logits_BV[7, 3], logits_BV[8, 4], logits_BV[9, 5] = math.nan, math.inf, -math.inf
     cold = settings_of([Sampling(temperature=0, seed=i) for i in range(300)])

@@ -51,6 +51,8 @@ CHECKED = (
 )
 
 
+# the server's threads draw random numbers too, which Hypothesis takes for its strategies' own
+@pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")
 @pytest.mark.parametrize("examples", [10, pytest.param(1000, marks=pytest.mark.full)])
 @pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
 def test_requests_are_answered_as_described(server: Running, mode: GenerationMode, examples: int) -> None:
