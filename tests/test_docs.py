@@ -37,8 +37,9 @@ def test_the_readme_s_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     exec(compile("".join(blocks(ROOT / "README.md", "python")), "README.md", "exec"), {})
 
 
-def test_the_code_about_replay_runs() -> None:
-    exec(compile("".join(blocks(ROOT / "docs" / "replay.md", "python")), "replay.md", "exec"), {})
+@pytest.mark.parametrize("page", ["replay.md", "serving.md"])
+def test_the_code_of_a_page_runs(page: str) -> None:
+    exec(compile("".join(blocks(ROOT / "docs" / page, "python")), page, "exec"), {})
 
 
 def test_the_mixer_in_the_docs_obeys_every_law(tmp_path: Path) -> None:
