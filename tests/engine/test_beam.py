@@ -77,6 +77,16 @@ def test_one_beam_is_greedy_and_more_find_what_is_likelier() -> None:
     assert [beam.logprob for beam in wide] == sorted((beam.logprob for beam in wide), reverse=True)
 
 
+def test_a_text_that_ends_leaves_its_place_to_one_that_goes_on() -> None:
+    model = build()
+    session = read(model, [1, 2, 3])
+    session.logits_V[Letters.end] = session.logits_V.max() + 1  # ends at once, most likely
+    options = {"tokenizer": Letters(), "beams": 1, "max_tokens": 4}
+    assert search(model, session, length_penalty=0.0, **options)[0].tokens == (Letters.end,)
+    (longer,) = search(model, session, length_penalty=9.0, **options)
+    assert len(longer.tokens) > 1
+
+
 def test_numbers_out_of_range_are_named() -> None:
     model = build()
     session = read(model, [1])
