@@ -38,7 +38,7 @@ class Sampling(Config):
     """Subtracted from the logits of tokens in the text so far."""
     frequency_penalty: Annotated[float, Range(least=-2, most=2)] = 0.0
     """Subtracted from a token's logit for each time it is in the text so far."""
-    logit_bias: tuple[tuple[NonNegativeInt, Annotated[float, Range(least=-1e9, most=1e9)]], ...] = ()
+    logit_bias: tuple[tuple[NonNegativeInt, Annotated[float, Range(least=-1e30, most=1e30)]], ...] = ()
     """Token ids and what is added to their logits."""
     seed: Seed | None = None
     """Of the draws, which depend on it and on the token's position alone; None for another each time."""

@@ -1,10 +1,6 @@
 """From logits to the next token, for rows that each have settings of their own.
 
-    token = argmax_i  z_i / temperature - log E_i        E_i = -log(1 - u_i),  u_i uniform in (0, 1)
-
-which draws from the softmax of z / temperature, the Gumbel-max trick (Maddison et al., arXiv 1411.0030).
-u_i is a hash of the row's seed, the token's position and i, in 32-bit integers: the same on every device,
-whoever the neighbours are, however often a position is drawn again. So a seed's text depends on the model
+Draws depend on logits, seed and position alone (holdall/ops/noise.py). So a seed's text depends on the model
 alone, and a drafted token is right exactly if it is the one that the model draws there.
 
 Letters: B rows, V vocabulary, K the likeliest tokens.
@@ -20,10 +16,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from holdall.contract import forms
 from holdall.engine.request import Sampling, Token
+from holdall.ops.noise import draw as draw_noisy
 from holdall.ops.running import cumsum
 
-MASK = (1 << 32) - 1
 LARGEST = torch.finfo(torch.float32).max
 """Settings beyond would be infinite in fp32, and -inf / inf is NaN."""
 
@@ -106,16 +103,15 @@ def draw(
     if not noise:
         token_B = z_BV.argmax(-1)
         return torch.where(z_BV.gather(-1, token_B[:, None])[:, 0].isfinite(), token_B, -1)
-    # after the largest is subtracted, the smallest temperature gives -inf and never NaN
-    largest_B1 = z_BV.amax(-1, keepdim=True)
-    hot_B1 = (settings.temperature_B > 0)[:, None]
-    scaled_BV = (z_BV - largest_B1) / torch.where(hot_B1, settings.temperature_B[:, None], 1.0)
+    temperature_B = settings.temperature_B
     if filters:
-        keep_BV = kept(scaled_BV, settings) | ~hot_B1
-        scaled_BV = scaled_BV.masked_fill(~keep_BV, -math.inf)
-    noise_BV = gumbel(settings.seed_B, position_B, logits_BV.shape[-1])
-    token_B = (scaled_BV + torch.where(hot_B1, noise_BV, 0.0)).argmax(-1)
-    return torch.where(largest_B1[:, 0].isfinite(), token_B, -1)
+        hot_B1 = (temperature_B > 0)[:, None]
+        scale_B1 = torch.where(hot_B1, temperature_B[:, None], 1.0)
+        keep_BV = kept((z_BV - z_BV.amax(-1, keepdim=True)) / scale_B1, settings)
+        # where there is no number to compare with all stay, so that it is seen that there is none
+        z_BV = z_BV.masked_fill(~keep_BV & hot_B1 & ~z_BV.isnan(), -math.inf)
+    form = "kernel" if forms.fused(z_BV, temperature_B) else "parallel"
+    return draw_noisy(z_BV, temperature_B, settings.seed_B, position_B, form=form)
 
 
 def penalised(z_BV: Tensor, settings: Settings, occurrences: Occurrences) -> Tensor:
@@ -150,43 +146,6 @@ def kept(scaled_BV: Tensor, settings: Settings) -> Tensor:
     keep_BV = in_k_BV & in_p_BV & likely_BV
     keep_BV[:, 0] = True
     return torch.zeros_like(keep_BV).scatter(-1, order_BV, keep_BV)
-
-
-# ------------------------------------------------------------------------------------------------- noise
-
-
-def gumbel(seed_B: Tensor, position_B: Tensor, vocab: int) -> Tensor:
-    """-log E for each token, (B, V) fp32: Gumbel noise that depends on its arguments alone."""
-    # in fp32, u keeps its digits near 0, which are those of the likeliest tokens, down to 2^-33
-    word_BV = words(seed_B, position_B, vocab)
-    u_BV = ((word_BV.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
-    return -(-torch.log1p(-u_BV)).log()
-
-
-def words(seed_B: Tensor, position_B: Tensor, vocab: int) -> Tensor:
-    """32 random bits for each token, (B, V) int64: a hash of seed, position and token."""
-    one_B, other_B = _keys(seed_B, position_B)
-    token_V = torch.arange(vocab, device=seed_B.device)
-    return _mixed(_mixed((token_V + one_B[:, None]) & MASK) ^ other_B[:, None])
-
-
-def _keys(seed_B: Tensor, position_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Two words of 32 bits for each pair of a seed and a position.
-
-    Of two chains, one by sums and one by xor: were the second word a function of the first, two seeds could
-    have the same noise at all positions but for a shift: so had 2 pairs among the first 1,000 seeds.
-    """
-    one_B, other_B = torch.full_like(seed_B, 0x9E3779B9), torch.full_like(seed_B, 0x85EBCA6B)
-    for word_B in (seed_B & MASK, seed_B >> 32 & MASK, position_B & MASK, position_B >> 32 & MASK):
-        one_B, other_B = _mixed((one_B + word_B) & MASK), _mixed(other_B ^ word_B)
-    return one_B, other_B
-
-
-def _mixed(word: Tensor) -> Tensor:
-    """A bijection of 32-bit words, held in int64, that spreads each bit over all (Wellons, 2018)."""
-    word = (word ^ word >> 16) * 0x7FEB352D & MASK
-    word = (word ^ word >> 15) * 0x846CA68B & MASK
-    return word ^ word >> 16
 
 
 # --------------------------------------------------------------------------------------------- probabilities

@@ -30,7 +30,7 @@ NEVER = {
     *("add_norm", "add_norm_inplace", "rotate_both"),
     *("selective_scan_step_inplace", "window_attention_step", "window_attention_step_inplace"),
     *("taylor_replay", "taylor_replay_inplace"),
-    *("reserved_attention", "reserved_attention_inplace"),
+    *("reserved_attention", "reserved_attention_inplace", "noisy_draw"),
 }
 """For decoding, and of positions: PyTorch refuses the first derivative."""
 

@@ -15,13 +15,13 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from holdall.engine import sampling
+from holdall.ops import noise
 
 LIMIT = 5.5
 """|z| beyond which a test fails. One in 26 million; a battery here takes the largest of some 20,000."""
 
 Words = Callable[[Tensor, Tensor, int], Tensor]
-"""Like `sampling.words`: of seeds (B,), positions (B,) and a vocabulary, the words (B, V)."""
+"""Like `noise.words`: of seeds (B,), positions (B,) and a vocabulary, the words (B, V)."""
 
 
 def grid(words: Words, seeds: list[int], positions: list[int], vocab: int) -> np.ndarray:
@@ -121,7 +121,7 @@ def failures(part: Part, words: Words) -> dict[str, float]:
 
 @pytest.mark.parametrize("part", BATTERY)
 def test_the_noise_passes(part: Part) -> None:
-    assert failures(part, sampling.words) == {}
+    assert failures(part, noise.words) == {}
 
 
 def philox(seed_B: Tensor, position_B: Tensor, vocab: int) -> Tensor:
@@ -139,31 +139,31 @@ def test_philox_passes(part: Part) -> None:
 def one_key(seed_B: Tensor, position_B: Tensor, vocab: int) -> Tensor:
     """All that is known of seed and position in one word: what stood here first, and failed."""
     key_B = torch.full_like(seed_B, 0x9E3779B9)
-    for word_B in (seed_B & sampling.MASK, seed_B >> 32, position_B & sampling.MASK, position_B >> 32):
-        key_B = sampling._mixed((key_B + word_B) & sampling.MASK)
-    other_B = sampling._mixed((key_B + 0x85EBCA6B) & sampling.MASK)
-    word_BV = (torch.arange(vocab) + key_B[:, None]) & sampling.MASK
-    return sampling._mixed(sampling._mixed(word_BV) ^ other_B[:, None])
+    for word_B in (seed_B & noise.MASK, seed_B >> 32, position_B & noise.MASK, position_B >> 32):
+        key_B = noise._mixed((key_B + word_B) & noise.MASK)
+    other_B = noise._mixed((key_B + 0x85EBCA6B) & noise.MASK)
+    word_BV = (torch.arange(vocab) + key_B[:, None]) & noise.MASK
+    return noise._mixed(noise._mixed(word_BV) ^ other_B[:, None])
 
 
 def low_words_only(seed_B: Tensor, position_B: Tensor, vocab: int) -> Tensor:
-    return sampling.words(seed_B & sampling.MASK, position_B, vocab)
+    return noise.words(seed_B & noise.MASK, position_B, vocab)
 
 
 def mixed_too_little(seed_B: Tensor, position_B: Tensor, vocab: int) -> Tensor:
     """Half a round for the tokens."""
-    one_B, _ = sampling._keys(seed_B, position_B)
-    word_BV = (torch.arange(vocab) + one_B[:, None]) & sampling.MASK
-    return (word_BV ^ word_BV >> 16) * 0x7FEB352D & sampling.MASK
+    one_B, _ = noise._keys(seed_B, position_B)
+    word_BV = (torch.arange(vocab) + one_B[:, None]) & noise.MASK
+    return (word_BV ^ word_BV >> 16) * 0x7FEB352D & noise.MASK
 
 
 def seed_plus_position(seed_B: Tensor, position_B: Tensor, vocab: int) -> Tensor:
-    return sampling.words(seed_B + position_B, torch.zeros_like(position_B), vocab)
+    return noise.words(seed_B + position_B, torch.zeros_like(position_B), vocab)
 
 
 def biased(seed_B: Tensor, position_B: Tensor, vocab: int) -> Tensor:
     """The highest bit is 1 in 51% of words."""
-    word_BV = sampling.words(seed_B, position_B, vocab)
+    word_BV = noise.words(seed_B, position_B, vocab)
     return torch.where(word_BV % 100 < 2, word_BV | 1 << 31, word_BV)
 
 
@@ -183,7 +183,7 @@ def test_the_battery_sees_bad_noise(words: Words, part: Part, test: str) -> None
 
 def test_gumbel_noise_has_its_distribution() -> None:
     seed_B = torch.arange(8)
-    noise_BV = sampling.gumbel(seed_B, torch.zeros_like(seed_B), 1 << 15)
+    noise_BV = noise.gumbel(seed_B, torch.zeros_like(seed_B), 1 << 15)
     assert stats.kstest(noise_BV.flatten().numpy(), stats.gumbel_r.cdf).pvalue > 1e-3
     # the largest values, which decide draws: E is exponential, so that below 1e-4 it is nearly uniform
     tail_N = (-noise_BV[noise_BV > -math.log(1e-3)]).exp().double().numpy()
@@ -191,8 +191,8 @@ def test_gumbel_noise_has_its_distribution() -> None:
 
 
 def test_the_noise_of_extreme_words_is_finite(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling, "words", lambda *_: torch.tensor([[0, sampling.MASK - 1, sampling.MASK]]))
-    largest, second, least = sampling.gumbel(torch.zeros(1), torch.zeros(1), 3)[0].tolist()
+    monkeypatch.setattr(noise, "words", lambda *_: torch.tensor([[0, noise.MASK - 1, noise.MASK]]))
+    largest, second, least = noise.gumbel(torch.zeros(1), torch.zeros(1), 3)[0].tolist()
     assert largest == pytest.approx(33 * math.log(2), rel=1e-6)  # of u = 2^-33
     assert second == least == pytest.approx(-math.log(24 * math.log(2)), rel=1e-6)  # of u = 1 - 2^-24
 
@@ -207,4 +207,4 @@ EXPECTED = [
 def test_words_are_these() -> None:
     """A seed's text is the same in the next version: a change of the hash is seen here."""
     seed_B, position_B = torch.tensor([0, 1, 2**63 - 1]), torch.tensor([0, 1, 2**40])
-    assert sampling.words(seed_B, position_B, 3).tolist() == EXPECTED
+    assert noise.words(seed_B, position_B, 3).tolist() == EXPECTED
