@@ -68,6 +68,8 @@ COPY = "Get it from a copy, or train again in another folder."
 TOKENS_AT_ONCE = 4096
 """Tokens of a text that the model reads in one call; a longer text is read in pieces, by carrying states."""
 LOGITS_AT_ONCE = 1 << 24
+ROOM = 1024
+"""Tokens that states which grow have room for at least when a text is generated."""
 
 
 class MissingError(RunError):
@@ -253,7 +255,7 @@ class LanguageModel:
         """
         limit = None
         if self.model.reserved_bytes(1) != self.model.reserved_bytes(2):
-            limit = 1 << max(10, (tokens - 1).bit_length())
+            limit = max(ROOM, 1 << (tokens - 1).bit_length())
             limit = min(limit, self.config.positions or limit)
         made, now = self._engine, (self.model.device, self.model.block_dtype)
         if made is None or self._engine_of != now or made.busy or (limit and (made.capacity or 0) < tokens):

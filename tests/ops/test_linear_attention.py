@@ -240,6 +240,7 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.full
 @pytest.mark.compile
 def test_taylor_of_several_chunks_compiles_with_its_gradients(two_threads: None) -> None:
     """Features that were looked up by index made a program that wrote past its memory, and died of it."""

@@ -158,7 +158,6 @@ def test_a_session_has_one_request_at_a_time(server: Running) -> None:
 
 
 def test_a_session_goes_on_where_its_client_stopped_it(server: Running, model: LanguageModel) -> None:
-    whole = model.generate("It is a truth", max_tokens=2000, temperature=0)
     body = {
         "prompt": "It is a truth",
         "max_tokens": 1 << 19,

@@ -199,7 +199,13 @@ def long(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run(tmp_path_factory.mktemp("long") / "out", LONG)
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill-9"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param(signal.SIGINT, id="ctrl-c", marks=pytest.mark.full),
+        pytest.param(signal.SIGKILL, id="kill-9"),
+    ],
+)
 def test_a_stopped_sweep_goes_on_to_the_same_results(
     tmp_path: Path, how: signal.Signals, long: list[dict[str, Any]]
 ) -> None:
