@@ -10,6 +10,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 JOBS   ?= 2
+COMPILED = $(shell grep -rl "mark[.]compile" tests holdall/testing --include=*.py --exclude-dir=kernels)
 SHAPES  = --jaxtyping-packages=holdall,shapes.check
 PYTEST  = $(BIN)/pytest -q -n $(JOBS) --dist worksteal
 # processes that tests start would compile all of Holdall again and again
@@ -33,12 +34,12 @@ quick: $(VENV)/installed-dev
 test: $(VENV)/installed-dev
 	$(PYTEST) -m "not compile and not full" $(SHAPES) --ignore=tests/kernels
 	$(PYTEST) -m "not full" tests/kernels
-	$(PYTEST) -m "compile and not full" --ignore=tests/kernels
+	$(PYTEST) -m "compile and not full" $(COMPILED)
 
 test-full: $(VENV)/installed-dev
 	$(PYTEST) -m "not compile" $(SHAPES) --ignore=tests/kernels
 	$(PYTEST) tests/kernels
-	$(PYTEST) -m compile --ignore=tests/kernels
+	$(PYTEST) -m compile $(COMPILED)
 
 # PyTorch picks its CPU code by processor, and each adds in an order of its own: a tolerance that holds by the
 # luck of one fails on another. This is the order that the processors which run the tests seldom have.

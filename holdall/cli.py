@@ -424,7 +424,7 @@ def serve(
     port: Annotated[int, Range(least=0, most=65535)] = 8000,
     name: str | None = None,
     rows: PositiveInt = 64,
-    queue: NonNegativeInt = 1024,
+    queue: PositiveInt = 1024,
     max_context: PositiveInt | None = None,
     sessions: Path | None = None,
     store_memory: NonNegativeInt = 1 << 30,

@@ -45,7 +45,7 @@ from holdall.engine.slow import PromptReader, checked, numbered, occurrences_of
 from holdall.engine.store import StateStore
 from holdall.engine.text import Writer
 from holdall.model import Model
-from holdall.settings import NonNegativeInt, PositiveInt
+from holdall.settings import PositiveInt
 from holdall.text.tokenizers import Tokenizer
 
 TOP = 20
@@ -62,7 +62,7 @@ class EngineConfig(Config):
     """Tokens of the largest piece of a prompt, a power of two; so many are read in each step at most."""
     max_context: PositiveInt | None = None
     """Tokens that a row may read and write, reserved for models whose states grow; others need no limit."""
-    queue: NonNegativeInt = 1024
+    queue: PositiveInt = 1024
     """The most requests that wait; more are refused."""
     fixed: bool = False
     """Whether every step runs on all rows, so that a text's bits do not depend on how many run beside it."""
@@ -160,7 +160,7 @@ class Engine:
         """Submit requests, as many as may wait at a time, and give their pieces until all have ended."""
         requests = iter(requests)
         for request in requests:
-            while len(self._waiting) >= max(1, self.config.queue):
+            while len(self._waiting) >= self.config.queue:
                 yield from self.step()
             self.submit(request)
         while self.busy:

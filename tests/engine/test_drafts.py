@@ -169,6 +169,7 @@ def test_a_text_that_repeats_itself_is_guessed() -> None:
     assert counts.calls < counts.tokens / 2
 
 
+@pytest.mark.full
 def test_in_fp32_texts_differ_only_where_two_tokens_tie() -> None:
     language, different = holdall.load(), 0
     model, wide = language.model, holdall.load().model.double()

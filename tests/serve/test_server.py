@@ -176,6 +176,7 @@ def test_without_a_seed_texts_differ(server: Running) -> None:
     assert len({text_of(server, prompt="A", max_tokens=40) for _ in range(4)}) == 4
 
 
+@pytest.mark.full
 def test_neighbours_change_nothing(server: Running) -> None:
     """Each of 16 texts that are written at once is what it is alone."""
     asked = [{"prompt": "She" * (i + 1), "max_tokens": 24, "seed": i} for i in range(16)]

@@ -290,6 +290,7 @@ def test_killed_at_any_moment_the_same_command_gives_the_same_bits(tmp_path: Pat
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
+@pytest.mark.full
 @PROCESSES
 def test_a_user_s_interrupt_ends_all_processes_without_their_tracebacks(tmp_path: Path, source: Path) -> None:
     script = SCRIPT.replace("time.sleep(0.01)", "time.sleep(0.5)")
