@@ -371,7 +371,9 @@ def chat(
     session: Path | None = None,
     max_tokens: PositiveInt = 256,
     temperature: NonNegativeFloat = 0.8,
+    top_k: NonNegativeInt = 0,
     top_p: Annotated[float, Range(above=0, most=1)] = 1.0,
+    min_p: Annotated[float, Range(least=0, most=1)] = 0.0,
     seed: Seed | None = None,
     stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
     device: Literal["auto", "cpu", "cuda"] = "auto",
@@ -389,7 +391,9 @@ def chat(
         session: a state file: continued if it is there, and written at the end.
         max_tokens: the most tokens that the model writes at a time.
         temperature: what logits are divided by before a token is drawn; 0 takes the likeliest token.
+        top_k: draw among the k likeliest tokens; 0 for all.
         top_p: draw among the likeliest tokens that together have at least this probability.
+        min_p: draw among tokens that have at least this share of the likeliest one's probability.
         seed: of the draws, which depend on it and on the token's position; by default another each time.
         stop: a text at which the model stops, with \\n for a newline. It is not shown, but is part of the
             text, so that you write what comes after it.
@@ -401,19 +405,11 @@ def chat(
     """
     from holdall.commands import chat as shown
 
-    return shown.chat(
-        model,
-        session,
-        max_tokens,
-        temperature,
-        top_p,
-        seed,
-        stop,
-        device,
-        precision,
-        checkpoint,
-        load,
-    )
+    options = {
+        "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+        "seed": seed, "stop": tuple(text.replace("\\n", "\n") for text in stop),
+    }  # fmt: skip
+    return shown.chat(model, session, options, device, precision, checkpoint, load)
 
 
 @command

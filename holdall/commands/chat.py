@@ -11,16 +11,15 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from holdall import errors, language_model, mixers
 from holdall.commands import printable, resolve_device
-from holdall.engine.request import Request, Sampling
-from holdall.engine.session import Session, load_session, read, save_session
-from holdall.engine.slow import generate
+from holdall.engine.request import Sampling
+from holdall.engine.session import Session, read
 from holdall.language_model import Checkpoint, LanguageModel
 from holdall.report.style import bytes_text
 
@@ -65,9 +64,9 @@ class Chat:
         at: the index of the text that is written.
     """
 
-    def __init__(self, model: LanguageModel, sampling: Sampling, write: Write) -> None:
-        """`write` is called with everything that is to be shown."""
-        self.model, self.sampling, self.write = model, sampling, write
+    def __init__(self, model: LanguageModel, options: Mapping[str, Any], write: Write) -> None:
+        """`options`: the fields of `Sampling`; `write` is called with everything that is to be shown."""
+        self.model, self.options, self.write = model, options, write
         self.texts, self.at = [Text()], 0
         self.own = set[Path]()  # files that may be written again
         self.commands: dict[str, Callable[[str], object]] = {
@@ -99,14 +98,10 @@ class Chat:
 
         Raises ValueError if the model cannot read on, or its logits are NaN or infinite.
         """
-        model, tokenizer, session = self.model.model, self.model.tokenizer, self.text.session
-        prompt = tokenizer.encode_batch([typed])[0].tolist()
-        if session is None:  # as in training, the end of the document before stands in front
-            prompt = [tokenizer.end, *prompt]
-        request = Request(prompt=tuple(prompt), sampling=self.sampling, session=session, keep=True)
+        model, session = self.model, self.text.session
         drawn, after, ends_line = list[int](), None, True
         try:
-            for piece in generate(model, tokenizer, request):
+            for piece in model.stream(typed, session=session, keep=True, **self.options):
                 drawn += (token.id for token in piece.tokens)
                 if piece.text:
                     self.write(printable(piece.text))
@@ -114,7 +109,7 @@ class Chat:
                 after = piece.session
         except KeyboardInterrupt:
             ends_line = False  # the terminal has written ^C
-            after = read(model, [*prompt, *drawn], session) if drawn else None
+            after = read(model.model, drawn, model.read(typed, session)) if drawn else None
         finally:
             if not ends_line:
                 self.write("\n")
@@ -122,7 +117,7 @@ class Chat:
             self.note("stopped before the model wrote anything: the text is as it was")
             return
         self.text.move(after)
-        if drawn and drawn[-1] == tokenizer.end:
+        if drawn and drawn[-1] == model.tokenizer.end:
             self.note("the model ended the document here; what comes next begins another")
 
     def note(self, words: str) -> None:
@@ -136,14 +131,14 @@ class Chat:
         session, path = self._begun(), self._path("save", name)
         if path.exists() and path.resolve() not in self.own:
             raise ValueError(f"{path} is there already: choose another name, or remove it first")
-        save_session(session, path, model=self.model.fingerprint)
+        self.model.save_session(session, path)
         self.own.add(path.resolve())
         self.note(f"saved {self._size(session)} to {path}")
 
     def load(self, name: str) -> None:
         """Continue from a state file; /undo returns to where the text was."""
         path = self._path("load", name)
-        session = load_session(path, self.model.model, fingerprint=self.model.fingerprint)
+        session = self.model.load_session(path)
         self.own.add(path.resolve())
         self.text.move(session)
         end = self.model.tokenizer.decode(list(session.past.recent))
@@ -173,7 +168,7 @@ class Chat:
         """Show the bytes of the state, and those that a Transformer's cache would have by now."""
         session, config = self._begun(), self.model.config
         ours, layers = state_bytes(session), len(config.layers)
-        size = next(self.model.model.blocks.parameters()).dtype.itemsize
+        size = self.model.model.block_dtype.itemsize
         cache = layers * 2 * config.width * size * session.past.count
         self.note(
             f"{self._size(session)}. A Transformer of this size would hold {bytes_text(cache)} by now, "
@@ -235,11 +230,7 @@ def converse(chat: Chat, ask: Callable[[str], str], *, prompt: str = "> ") -> No
 def chat(
     run: str,
     session: Path | None,
-    max_tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int | None,
-    stop: Sequence[str],
+    options: Mapping[str, Any],
     device: str,
     precision: Literal["fp32", "bf16"] | None,
     checkpoint: Checkpoint | None,
@@ -248,14 +239,13 @@ def chat(
 ) -> int:
     """Chat with a model until the input ends; returns the exit status.
 
-    session: a state file that is continued if it is there, and written at the end.
+    Args:
+        session: a state file that is continued if it is there, and written at the end.
+        options: the fields of `holdall.engine.Sampling`.
     """
     for file in load:
         mixers.load(file)
-    sampling = Sampling(
-        max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed,
-        stop=tuple(text.replace("\\n", "\n") for text in stop),
-    )  # fmt: skip
+    Sampling(**options)  # a mistake is named before the model is loaded
     device = resolve_device(device)
     dtype = precision or ("fp32" if device == "cpu" else "bf16")
     model = language_model.load(run, dtype=dtype, device=device, checkpoint=checkpoint)
@@ -264,7 +254,7 @@ def chat(
         sys.stdout.write(text)
         sys.stdout.flush()
 
-    chat = Chat(model, sampling, write)
+    chat = Chat(model, options, write)
     terminal = sys.stdin.isatty()
     if terminal:
         with contextlib.suppress(ImportError):  # not on Windows

@@ -9,7 +9,6 @@ import pytest
 
 import holdall
 from holdall import cli
-from holdall.commands import chat as module
 from holdall.commands.chat import Chat, converse
 from holdall.engine.request import Sampling
 from holdall.engine.session import Past, read
@@ -34,7 +33,7 @@ def talk(model: LanguageModel, shown: list[str]) -> Talk:
 
     def talked(*lines: str, chat: Chat | None = None, **sampling: object) -> Chat:
         settings = {"temperature": 0.0, "max_tokens": 12, **sampling}
-        chat = chat or Chat(model, Sampling(**settings), shown.append)
+        chat = chat or Chat(model, settings, shown.append)
         converse(chat, typist(lines), prompt="")
         return chat
 
@@ -141,7 +140,7 @@ def test_a_state_of_another_model_is_refused(model: LanguageModel, talk: Talk, t
     talk("It is", f"/save {file}")
     said: list[str] = []
     other = LanguageModel(model.config.build(), model.tokenizer)
-    chat = Chat(other, Sampling(), said.append)
+    chat = Chat(other, {}, said.append)
     converse(chat, typist([f"/load {file}", "/load", "/bla"]), prompt="")
     assert chat.text.session is None
     assert "another model" in said[0] or model.fingerprint in said[0]
@@ -172,7 +171,7 @@ def test_a_stop_is_read_but_not_shown(model: LanguageModel, talk: Talk, shown: l
 def test_ctrl_c_keeps_what_was_written(
     model: LanguageModel, talk: Talk, shown: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, after = module.generate, 3
+    whole, after = LanguageModel.stream, 3
 
     def interrupted(*args, **options):
         for i, piece in enumerate(whole(*args, **options)):
@@ -180,7 +179,7 @@ def test_ctrl_c_keeps_what_was_written(
                 raise KeyboardInterrupt
             yield piece
 
-    monkeypatch.setattr(module, "generate", interrupted)
+    monkeypatch.setattr(LanguageModel, "stream", interrupted)
     chat = talk("It is")
     written = "".join(shown)
     assert written == model.generate("It is", max_tokens=3, temperature=0) + "\n"
@@ -211,7 +210,7 @@ def test_a_bug_is_not_taken_for_a_mistake(talk: Talk, monkeypatch: pytest.Monkey
     def broken(*args, **options):
         yield 1 + "1"  # type: ignore[operator]
 
-    monkeypatch.setattr(module, "generate", broken)
+    monkeypatch.setattr(LanguageModel, "stream", broken)
     with pytest.raises(TypeError):
         talk("It is")
 
@@ -251,18 +250,20 @@ def test_every_option_says_how_tokens_are_drawn(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = []
-    whole = module.generate
+    whole = LanguageModel.stream
 
-    def noted(model, tokenizer, request):
-        asked.append(request.sampling)
-        return whole(model, tokenizer, request)
+    def noted(self, text, *, session, keep, **options):
+        asked.append(Sampling(**options))
+        return whole(self, text, session=session, keep=keep, **options)
 
-    monkeypatch.setattr(module, "generate", noted)
-    options = {"max-tokens": 3, "temperature": 0.5, "top-p": 0.9, "seed": 7, "stop": r"You:\n"}
+    monkeypatch.setattr(LanguageModel, "stream", noted)
+    options = {"max-tokens": 3, "temperature": 0.5, "top-k": 9, "top-p": 0.9, "min-p": 0.1, "seed": 7}
+    options["stop"] = r"You:\n"
     words = [word for name, value in options.items() for word in (f"--{name}", value)]
     assert run(monkeypatch, "It is\n", *words, "--stop", "x") == 0
     stop = ("You:\n", "x")
-    assert asked == [Sampling(max_tokens=3, temperature=0.5, top_p=0.9, seed=7, stop=stop)]
+    drawn = {"max_tokens": 3, "temperature": 0.5, "top_k": 9, "top_p": 0.9, "min_p": 0.1, "seed": 7}
+    assert asked == [Sampling(**drawn, stop=stop)]
     asked.clear()
     assert run(monkeypatch, "It is\n", "--max-tokens", 3) == 0
     assert asked == [Sampling(max_tokens=3, temperature=0.8)]
@@ -282,7 +283,7 @@ def test_mistakes_are_one_line_and_leave_the_session_s_file(
 def test_a_session_is_saved_though_the_chat_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file, whole, calls = tmp_path / "mine", module.generate, []
+    file, whole, calls = tmp_path / "mine", LanguageModel.stream, []
 
     def second_fails(*args, **options):
         calls.append(args)
@@ -290,9 +291,9 @@ def test_a_session_is_saved_though_the_chat_failed(
             raise RuntimeError("a bug")
         return whole(*args, **options)
 
-    monkeypatch.setattr(module, "generate", second_fails)
+    monkeypatch.setattr(LanguageModel, "stream", second_fails)
     assert run(monkeypatch, "It is\n so\n", "--session", file, "--max-tokens", 3) == 1
-    monkeypatch.setattr(module, "generate", whole)
+    monkeypatch.setattr(LanguageModel, "stream", whole)
     assert run(monkeypatch, "", "--session", file) == 0
     assert "loaded 9 tokens" in capsys.readouterr().out
 
