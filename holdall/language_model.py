@@ -254,7 +254,7 @@ class LanguageModel:
         moved or cast in between, and again where states grow beyond its room.
         """
         limit = None
-        if self.model.reserved_bytes(1) != self.model.reserved_bytes(2):
+        if self.model.needs_room:
             limit = max(ROOM, 1 << (tokens - 1).bit_length())
             limit = min(limit, self.config.positions or limit)
         made, now = self._engine, (self.model.device, self.model.block_dtype)
@@ -287,7 +287,7 @@ class LanguageModel:
                 parts.append(-F.cross_entropy(wide_CV, next_C.to(h_CD.device), reduction="none").cpu())
         log_prob_T = torch.cat(parts).double()
         if log_prob_T.isnan().any():
-            raise ValueError("the model's logits are NaN or infinite: its weights are, or it diverged")
+            raise ValueError(NOT_FINITE)
         return Score(ids_T=ids_N[1:], log_prob_T=log_prob_T)
 
     def save(self, path: str | Path, *, dtype: str | torch.dtype | None = None) -> None:

@@ -487,6 +487,11 @@ class Model(nn.Module):
         assert states is not None
         return sum(map(bytes_per_row, states))
 
+    @property
+    def needs_room(self) -> bool:
+        """Whether states with fixed addresses need a capacity: caches that grow, or learned positions."""
+        return any(map(is_reserved, self.init_states(1, device=torch.device("meta"), capacity=1)))
+
     def reserved_bytes(self, capacity: int) -> int:
         """Bytes of one row's states, all layers, with room for `capacity` tokens."""
         return sum(map(bytes_per_row, self.init_states(1, device=torch.device("meta"), capacity=capacity)))

@@ -759,3 +759,13 @@ def test_it_is_in_the_package_and_small() -> None:
     }  # fmt: skip
     assert there <= packed
     assert sum(path.stat().st_size for path in there) < 1.6e6
+
+
+def test_a_recurrent_model_with_learned_positions_generates() -> None:
+    """Its states have a fixed size, and yet need to know how many positions there are."""
+    model = made(dataclasses.replace(CONFIG, positions=40))
+    assert model.model.needs_room
+    assert len(model.generate("Ann", max_tokens=30, ignore_end=True, temperature=0)) > 0
+    with pytest.raises(ValueError, match="the model has 40 positions"):
+        model.generate("Ann", max_tokens=40)
+    assert not made().model.needs_room

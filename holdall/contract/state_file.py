@@ -33,7 +33,7 @@ class StateFile(NamedTuple):
 
     model: the fingerprint of the model whose states these are; "" if the file does not say.
     tokens_read: how many tokens each row has read; None if the file does not say.
-    about: what else whoever saved it had to say.
+    about: the whole header; `save_states` takes entries of the caller's own.
     """
 
     model: str

@@ -26,7 +26,7 @@ from torch import Tensor
 from holdall import settings
 from holdall.contract import State
 from holdall.engine import sampling as draws
-from holdall.engine.request import Sampling, Token
+from holdall.engine.request import NOT_FINITE, Sampling, Token
 from holdall.engine.sampling import Occurrences, Settings
 from holdall.engine.session import Session, check_tokens, read
 from holdall.engine.slow import next_token, numbered, occurrences_of
@@ -168,7 +168,7 @@ def _drawn(
         tokens = draws.with_logprobs(logits_KV[: len(known)], token_K[: len(known)], asked.logprobs)
     yield from tokens
     if len(known) < len(ids):
-        raise ValueError("the model's logits are NaN or infinite: its weights are, or it diverged")
+        raise ValueError(NOT_FINITE)
 
 
 def _with_guesses(given: Occurrences | None, guess: Sequence[int], vocab: int) -> Occurrences | None:

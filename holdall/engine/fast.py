@@ -109,12 +109,12 @@ class Engine:
         self.model, self.tokenizer, self.store = model, tokenizer, store
         self.config = config or EngineConfig()
         limit = self.config.max_context
-        grows = any(map(is_reserved, model.init_states(1, device=torch.device("meta"), capacity=1)))
-        if grows and limit is None:
+        needs_room = model.needs_room
+        if needs_room and limit is None:
             raise ValueError(
                 "the model's states grow with the text: say by max_context how many tokens a row may have"
             )
-        self.capacity = limit if grows else None
+        self.capacity = limit if needs_room else None
         self.buffers = _Buffers(model, tokenizer.vocab, self.config, self.capacity)
         self._rows: list[_Row] = []
         self._ready: deque[tuple[_Row, Session]] = deque()

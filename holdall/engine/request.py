@@ -47,7 +47,7 @@ class Sampling(Config):
     stop_tokens: tuple[NonNegativeInt, ...] = ()
     """Token ids at which generation stops, beside the tokenizer's end of a document."""
     ignore_end: bool = False
-    """Whether generation goes on after the end of a document."""
+    """Whether generation continues after the end of a document."""
     logprobs: Annotated[int, Range(least=0, most=20)] | None = None
     """Give each token's log-probability, and those of so many of the likeliest; None for neither."""
 

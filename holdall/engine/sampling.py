@@ -108,7 +108,7 @@ def draw(
         hot_B1 = (temperature_B > 0)[:, None]
         scale_B1 = torch.where(hot_B1, temperature_B[:, None], 1.0)
         keep_BV = kept((z_BV - z_BV.amax(-1, keepdim=True)) / scale_B1, settings)
-        # where there is no number to compare with all stay, so that it is seen that there is none
+        # NaN stays, so that the draw sees it
         z_BV = z_BV.masked_fill(~keep_BV & hot_B1 & ~z_BV.isnan(), -math.inf)
     form = "kernel" if forms.fused(z_BV, temperature_B) else "parallel"
     return draw_noisy(z_BV, temperature_B, settings.seed_B, position_B, form=form)

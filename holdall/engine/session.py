@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from holdall.contract import State, StateError, read_states, save_states, select_rows
+from holdall.contract import POSITION_FIELDS, Position, State, StateError, misfit, read_states, save_states
 from holdall.model import Model
 
 CHUNK = 512
@@ -184,6 +184,24 @@ def check_tokens(tokens: Sequence[int], vocab: int) -> None:
             raise ValueError(f"token {at} is {token}, where the model's vocabulary is 0 to {vocab - 1}")
 
 
+def misfit_of(session: Session, model: Model) -> str:
+    """Why a session cannot be one of a model; empty if it can."""
+    kinds = [(mixer.state_type, mixer.state_fields(model.block_dtype), mixer.owner) for mixer in model.mixers]
+    if model.position_embed is not None:
+        kinds.append((Position, POSITION_FIELDS, "a model with learned positions"))
+    if not session.past.count:
+        return "nothing was read"
+    if len(session.states) != len(kinds):
+        return f"it has {len(session.states)} states, where the model has {len(kinds)}"
+    device, vocab = session.logits_V.device, model.config.vocab
+    if session.logits_V.shape != (vocab,):
+        return f"logits_V has shape {tuple(session.logits_V.shape)}, where the model's vocabulary is {vocab}"
+    for layer, (state, (kind, fields, owner)) in enumerate(zip(session.states, kinds, strict=True)):
+        if why := misfit(state, kind, fields, owner, rows=1, device=device, layer=f" of layer {layer}"):
+            return why
+    return ""
+
+
 # ------------------------------------------------------------------------------------------------- files
 
 
@@ -210,8 +228,3 @@ def load_session(path: Path, model: Model, *, fingerprint: str) -> Session:
     past = json.loads(file.about["past"])
     known = Past(past["count"], bytes.fromhex(past["grid"]), tuple(past["tail"]), tuple(past["recent"]))
     return Session(states, beside["logits_V"], known).to(model.device)
-
-
-def row_of(states: Sequence[State], row: int) -> list[State]:
-    """A copy of one row of the states of many."""
-    return [select_rows(state, [row]) for state in states]

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from holdall import settings
-from holdall.contract import StateError, misfit
+from holdall.contract import StateError
 from holdall.engine import sampling
 from holdall.engine.request import NOT_FINITE, Finish, Piece, Request, Sampling, Token, Usage
 from holdall.engine.sampling import Occurrences
-from holdall.engine.session import CHUNK, Reader, Session, check_tokens, read
+from holdall.engine.session import CHUNK, Reader, Session, check_tokens, misfit_of, read
 from holdall.engine.text import Writer
 from holdall.model import Model
 from holdall.settings import NonNegativeInt, PositiveInt
@@ -131,21 +131,9 @@ def checked(request: Request, model: Model, tokenizer: Tokenizer) -> tuple[int, 
         raise ValueError(
             f"prompt and max_tokens are {total} tokens together, and the model has {positions} positions"
         )
-    if request.session is not None:
-        _check_session(request.session, model)
+    if request.session is not None and (why := misfit_of(request.session, model)):
+        raise StateError(f"session: {why}")
     return tuple(request.prompt)
-
-
-def _check_session(session: Session, model: Model) -> None:
-    """Raise StateError if a session does not fit the model."""
-    if len(session.logits_V) != model.config.vocab:
-        raise StateError(f"session has {len(session.logits_V)} logits: it is another model's")
-    if len(session.states) < len(model.mixers):
-        raise StateError(f"session has states of {len(session.states)} layers: it is another model's")
-    for layer, (mixer, state) in enumerate(zip(model.mixers, session.states, strict=False)):
-        fields = mixer.state_fields(model.block_dtype)
-        if why := misfit(state, mixer.state_type, fields, mixer.owner, rows=1, layer=f" of layer {layer}"):
-            raise StateError(f"session: {why}")
 
 
 # --------------------------------------------------------------------------------------------- the prompt

@@ -45,9 +45,9 @@ import torch
 from torch import Tensor
 
 from holdall import files
-from holdall.contract import POSITION_FIELDS, Config, Position, StateError, describe_states, map_state, misfit
+from holdall.contract import Config, StateError, describe_states, map_state
 from holdall.contract.state_file import STATE_FORMAT
-from holdall.engine.session import CHUNK, Past, Session, chained, load_session, save_session
+from holdall.engine.session import CHUNK, Past, Session, chained, load_session, misfit_of, save_session
 from holdall.files import RunError
 from holdall.model import Model
 from holdall.settings import NonNegativeInt, PositiveInt, Range, check
@@ -215,7 +215,7 @@ class StateStore:
         Raises StateError if the session is not of the store's model, and PinError if it is to be pinned and
         does not fit beside those that are.
         """
-        if why := _misfit(session, self._model):
+        if why := misfit_of(session, self._model):
             raise StateError(f"the store cannot keep this session: {why}")
         end = _End.of(session.past).hash
         if (kept := self._memory.get(end)) is not None:
@@ -328,27 +328,6 @@ def _copied(session: Session, device: torch.device) -> Session:
 
     states = [map_state(state, copied) for state in session.states]
     return Session(states, copied(session.logits_V), session.past)
-
-
-def _misfit(session: Session, model: Model) -> str:
-    """Why a session cannot be one of a model; empty if it can."""
-    kinds = [
-        (mixer.state_type, mixer.state_fields(block.norm.weight.dtype), mixer.owner)  # type: ignore[union-attr,arg-type]
-        for block, mixer in zip(model.blocks, model.mixers, strict=True)
-    ]
-    if model.position_embed is not None:
-        kinds.append((Position, POSITION_FIELDS, "a model with learned positions"))
-    if not session.past.count:
-        return "nothing was read"
-    if len(session.states) != len(kinds):
-        return f"it has {len(session.states)} states, where the model has {len(kinds)}"
-    device, vocab = session.logits_V.device, model.config.vocab
-    if session.logits_V.shape != (vocab,):
-        return f"logits_V has shape {tuple(session.logits_V.shape)}, where the model's vocabulary is {vocab}"
-    for layer, (state, (kind, fields, owner)) in enumerate(zip(session.states, kinds, strict=True)):
-        if why := misfit(state, kind, fields, owner, rows=1, device=device, layer=f" of layer {layer}"):
-            return why
-    return ""
 
 
 # ------------------------------------------------------------------------------------------------- hashes
@@ -476,7 +455,7 @@ class _Folder:
             return None
         try:
             session = load_session(file.path, self.model, fingerprint=self.fingerprint)
-            if why := _misfit(session, self.model):
+            if why := misfit_of(session, self.model):
                 raise StateError(why)
             if _End.of(session.past) != file.end:
                 raise StateError("it has read other tokens")
