@@ -216,8 +216,8 @@ class Mixer(nn.Module):
     def rollback(self, state: Any, count_B: Tensor | int, *, inplace: bool = False) -> State:
         """The state as if its rows' last tokens had never been read: drafts that were rejected, say.
 
-        Outputs that follow are, up to rounding, those of a row that never read them, and do not depend on
-        what they were, to the bit. Tokens may be taken back that were read since the last rollback,
+        Outputs that follow are, up to rounding, those of a row that never read them, and no bit of them
+        depends on what they were. Tokens may be taken back that were read since the last rollback,
         `rollback_limit` of them at most.
 
         Args:
