@@ -1,7 +1,7 @@
 """Decoding on a GPU: tokens a millisecond of the engine's recorded step, beside the limit that bytes set.
 
     python -m bench.decode                          the table: models, batch sizes, tokens cached
-    python -m bench.decode --profile MODEL ROWS     the kernels of one step, the longest first
+    python -m bench.decode --profile MODEL ROWS..  the kernels of one step, the longest first
 
 Blocks in bf16, states and caches as each mixer has them, random weights, vocabulary 50,257, greedy. The limit
 is what a step cannot do without: all weights but the embedding's read once, each row's recurrent state read
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -32,7 +33,10 @@ from holdall.engine import EngineConfig, Request, Sampling
 from holdall.engine.fast import Engine, _Job, _Row
 from holdall.engine.session import read
 from holdall.mixers.attention import AttentionConfig
+from holdall.mixers.taylor import TaylorConfig
 from holdall.model import Model, ModelConfig
+from holdall.ops.attention import KeyValueCache
+from holdall.ops.replay import ReplayState, ScaledReplayState
 from holdall.precision import compute_in
 from holdall.recipes.presets import preset
 from holdall.text.tokenizers import Bytes
@@ -40,6 +44,8 @@ from holdall.text.tokenizers import Bytes
 VOCAB, BATCHES, SECONDS = 50_257, (1, 8, 32, 128, 512), 1.0
 CASES = (
     *(("based-1b", rows, 0) for rows in BATCHES),
+    *(("based-1b, replay", rows, 0) for rows in BATCHES),
+    *(("based-1b, replay fp16", rows, 0) for rows in BATCHES),
     *(("mamba-1b", rows, 0) for rows in BATCHES),
     *(("attention-1b, 8 kv heads", rows, 1024) for rows in BATCHES[:-1]),
     *(("attention-1b, 8 kv heads", 8, cached) for cached in (16_384, 65_536)),
@@ -47,16 +53,15 @@ CASES = (
 
 
 def config(name: str) -> ModelConfig:
-    base, _, grouped = name.partition(", ")
-    model = preset(base, VOCAB)
-    if grouped:
-        heads = int(grouped.split()[0])
-        layers = tuple(
-            dataclasses.replace(layer, kv_heads=heads) if isinstance(layer, AttentionConfig) else layer
-            for layer in model.layers
-        )
-        return dataclasses.replace(model, layers=layers)
-    return model
+    """A preset; "NAME, 8 kv heads", "NAME, replay" and "NAME, replay fp16" change its layers."""
+    base, _, change = name.partition(", ")
+    model, options = preset(base, VOCAB), {AttentionConfig: {}, TaylorConfig: {}}
+    if change.startswith("replay"):
+        options[TaylorConfig] = {"replay": 16, "state_dtype": "fp16" if change.endswith("fp16") else "fp32"}
+    elif change:
+        options[AttentionConfig] = {"kv_heads": int(change.split()[0])}
+    layers = (dataclasses.replace(layer, **options.get(type(layer), {})) for layer in model.layers)
+    return dataclasses.replace(model, layers=tuple(layers))
 
 
 def build(name: str) -> Model:
@@ -90,10 +95,20 @@ def least_bytes(model: Model, rows: int, cached: int) -> float:
         start = mixer.init_state(
             1, dtype=model.block_dtype, device=torch.device("meta"), capacity=max(cached, 1)
         )
-        bytes_of = sum(t.numel() * t.element_size() for t in start)
-        written = not is_reserved(start) and "indow" not in type(start).__name__
-        total += rows * bytes_of * (2 if written else 1)
+        total += rows * _moved(start)
     return total
+
+
+def _moved(start: Any) -> float:
+    """Bytes of one row's state that a step reads and writes at least."""
+    bytes_of = {name: t.numel() * t.element_size() for name, t in zip(start._fields, start, strict=True)}
+    if isinstance(start, ReplayState | ScaledReplayState):
+        ring = bytes_of["k_BSHK"] + bytes_of["v_BSHV"]
+        every = start.k_BSHK.shape[1] // 2  # tokens between two writes of the sums, which read half the ring
+        return (bytes_of["s_BHFV"] + bytes_of["z_BHF"]) * (1 + 1 / every) + ring * 0.75
+    # of caches one slot is written, of windows the same; all else is replaced
+    written = not is_reserved(start) and not isinstance(start, KeyValueCache)
+    return sum(bytes_of.values()) * (2 if written else 1)
 
 
 def step_seconds(engine: Engine, *, eager: bool = False) -> float:
@@ -177,18 +192,20 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
     return shown
 
 
+@torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.decode")
-    parser.add_argument("--profile", nargs=2, metavar=("MODEL", "ROWS"))
+    parser.add_argument("--profile", nargs="+", metavar=("MODEL", "ROWS"))
     asked = parser.parse_args()
     if asked.profile:
-        name, rows = asked.profile[0], int(asked.profile[1])
-        engine = engine_of(build(name), rows, 0)
-        engine.buffers.recorded = False
-        with torch.no_grad():
-            Console().print(
-                gpu.profile(f"{name}, {rows} rows", lambda: engine.buffers.launch(engine._rows), top=40)
-            )
+        name, *sizes = asked.profile
+        model = build(name)
+        for rows in map(int, sizes):
+            engine = engine_of(model, rows, 1024)
+            engine.buffers.launch(engine._rows)  # compiles and records
+            step = functools.partial(engine.buffers.launch, engine._rows)
+            table = gpu.profile(f"{name}, {rows} rows", step, top=40)
+            Console(width=140).print(table)
         return
     show("decode", list(run()), table)
 

@@ -42,8 +42,9 @@ from holdall.contract import (
 from holdall.contract.room import advanced, beyond, check_room
 from holdall.kernels import fold, unfold
 from holdall.ops.cross_entropy import linear_cross_entropy
+from holdall.ops.kept import Kept
 from holdall.ops.layer_norm import add_norm, kernel_refusal, layer_norm, rms_norm
-from holdall.ops.swiglu import swiglu
+from holdall.ops.linear import Linear, linear
 from holdall.settings import NonNegativeFloat, NonNegativeInt, PositiveInt, Range
 
 
@@ -126,14 +127,12 @@ class MLP(nn.Module):
     def __init__(self, width: int, inner: int, kind: str) -> None:
         super().__init__()
         self.gated = kind == "swiglu"
-        self.fc1 = nn.Linear(width, 2 * inner if self.gated else inner, bias=not self.gated)
-        self.fc2 = nn.Linear(inner, width, bias=not self.gated)
+        self.fc1 = Linear(width, 2 * inner if self.gated else inner, bias=not self.gated)
+        self.fc2 = Linear(inner, width, bias=not self.gated)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gated:
-            projected = self.fc1(x)
-            form = "kernel" if forms.fused(projected, gradients=True) else "parallel"
-            return self.fc2(swiglu(projected, form=form))
+            return self.fc2(linear(x, self.fc1.weight, gated=True))
         return self.fc2(F.gelu(self.fc1(x)))
 
 
@@ -276,7 +275,7 @@ class Model(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in config.layers)
         self.norm = (LayerNorm if config.norm == "layer" else RMSNorm)(config.width, eps=config.eps)
         self.head = None if config.tied else nn.Linear(config.width, config.vocab, bias=False)
-        self._narrow: tuple[Any, Tensor] | None = None
+        self._narrow = Kept()
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -327,16 +326,9 @@ class Model(nn.Module):
         if head_VD.device.type != "cuda" or narrow.itemsize != 2 or torch.is_grad_enabled():
             return h.to(head_VD.dtype) @ head_VD.T
         h_ND = h.to(narrow).view(-1, h.shape[-1])
-        wide_NV = torch.mm(h_ND, self._narrow_head(narrow).T, out_dtype=head_VD.dtype)
+        narrow_VD = self._narrow.of(head_VD, lambda head: head.to(narrow))
+        wide_NV = torch.mm(h_ND, narrow_VD.T, out_dtype=head_VD.dtype)
         return wide_NV.view(*h.shape[:-1], len(head_VD))
-
-    def _narrow_head(self, dtype: torch.dtype) -> Tensor:
-        """The head in another dtype, made again when its weights have changed."""
-        head_VD = self.head_weight
-        made_of = (head_VD.data_ptr(), head_VD._version, dtype)
-        if self._narrow is None or self._narrow[0] != made_of:
-            self._narrow = (made_of, head_VD.detach().to(dtype))
-        return self._narrow[1]
 
     def hidden(
         self,

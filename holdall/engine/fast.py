@@ -30,7 +30,7 @@ import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -38,9 +38,10 @@ from torch import Tensor
 from holdall.contract import State, bytes_per_row, is_reserved, trim
 from holdall.contract.config import Config
 from holdall.engine import sampling
+from holdall.engine.graphs import Desk, DeskReader, record
 from holdall.engine.request import Finish, Piece, QueueFullError, Request, Sampling, Token, Usage
 from holdall.engine.sampling import Occurrences, Settings
-from holdall.engine.session import CHUNK, Past, Session
+from holdall.engine.session import CHUNK, Past, Reader, Session
 from holdall.engine.slow import PromptReader, checked, numbered, occurrences_of
 from holdall.engine.store import StateStore
 from holdall.engine.text import Writer
@@ -116,6 +117,7 @@ class Engine:
             )
         self.capacity = limit if needs_room else None
         self.buffers = _Buffers(model, tokenizer.vocab, self.config, self.capacity)
+        self.desk = Desk(model) if self.buffers.recorded and self.capacity is None else None
         self._rows: list[_Row] = []
         self._ready: deque[tuple[_Row, Session]] = deque()
         self._waiting: deque[_Job] = deque()
@@ -150,6 +152,26 @@ class Engine:
         """End a request, if it has not ended: the next step gives its last pieces, and frees its rows."""
         if ticket in self._jobs:
             self._jobs[ticket].cancelled = True
+
+    @torch.no_grad()
+    def warm_up(self) -> int:
+        """On a GPU: record the graphs of all sizes, that no request waits for them; returns how many.
+
+        Those of steps that draw with or without noise, and of the pieces of prompts. What else may be asked
+        for, filters or penalties say, is recorded when it first is.
+        """
+        if not self.buffers.recorded:
+            return 0
+        sizes = sorted({self.buffers.size_of(live) for live in range(1, self.config.rows + 1)})
+        plain = _Kind(noise=False, filters=False, occurrences=False, logprobs=False)
+        for size, kind in itertools.product(sizes, (plain, plain._replace(noise=True))):
+            if (size, kind) not in self.buffers.graphs:
+                self.buffers.record(size, kind)
+        if self.desk is None:
+            return len(self.buffers.graphs)
+        for power in range(self.config.chunk.bit_length()):
+            self.desk.record(1 << power)
+        return len(self.buffers.graphs) + len(self.desk.graphs)
 
     @property
     def busy(self) -> bool:
@@ -276,10 +298,11 @@ class Engine:
         job.cached = job.before + done
         job.marks = {mark - done for mark in marks if mark > done}
         start = None if start is None else start.to(self.model.device)
-        job.reader = PromptReader(
-            self.model, request.prompt[done:], start, chunk=self.config.chunk, marks=sorted(job.marks),
-            logprobs=request.prompt_logprobs,
-        )  # fmt: skip
+        rest, cuts = request.prompt[done:], _Cuts(chunk=self.config.chunk, marks=sorted(job.marks))
+        if self.desk is not None and request.prompt_logprobs is None:
+            job.reader = DeskReader(self.desk, rest, start, **cuts)
+        else:
+            job.reader = PromptReader(self.model, rest, start, logprobs=request.prompt_logprobs, **cuts)
         self._cached_tokens += job.cached
         self._prompt_tokens += len(request.prompt)
 
@@ -314,7 +337,7 @@ class Engine:
                 self._leave(job)
             else:
                 self._ready.append((row, session))
-        job.reader = None if not job.reader.tokens else job.reader
+        job.reader = job.reader if job.prompt else None
         return given
 
     def _place(self) -> None:
@@ -323,6 +346,13 @@ class Engine:
             row, session = self._ready.popleft()
             self._rows.append(row)
             self._flying.append(self.buffers.put(len(self._rows) - 1, row, session))
+
+
+class _Cuts(TypedDict):
+    """Where a prompt is cut."""
+
+    chunk: int
+    marks: Sequence[int]
 
 
 @dataclass(eq=False)
@@ -334,12 +364,17 @@ class _Job:
     before: int
     cached: int = 0
     marks: set[int] = field(default_factory=set)
-    reader: PromptReader | None = None
+    reader: Reader | None = None
     cancelled: bool = False
     left: int = 0
 
     def __post_init__(self) -> None:
         self.left = self.request.n
+
+    @property
+    def prompt(self) -> tuple[Token, ...]:
+        """The prompt's tokens, where their log-probabilities were asked for."""
+        return tuple(self.reader.tokens) if isinstance(self.reader, PromptReader) else ()
 
 
 class _Row:
@@ -353,9 +388,8 @@ class _Row:
         self.ended = self.shown = False
 
     def piece(self, text: str, tokens: tuple[Token, ...], finish: Finish, session: Session | None) -> Piece:
-        job, prompt = self.job, ()
-        if not self.shown and self.index == 0 and job.reader is not None:
-            prompt = tuple(job.reader.tokens)  # type: ignore[assignment]
+        job = self.job
+        prompt = job.prompt if not self.shown and self.index == 0 else ()
         self.shown = True
         usage = Usage(job.before + len(job.request.prompt), job.cached, len(self.text))
         return Piece(
@@ -485,7 +519,7 @@ class _Buffers:
         if not self.recorded:
             return _Flight(rows, self._step(size, kind))
         if (size, kind) not in self.graphs:
-            self._record(size, kind)
+            self.record(size, kind)
         graph, drawn = self.graphs[size, kind]
         graph.replay()
         return _Flight(rows, drawn)
@@ -535,19 +569,10 @@ class _Buffers:
             any(row.sampling.logprobs is not None for row in rows),
         )
 
-    def _record(self, size: int, kind: _Kind) -> None:
+    def record(self, size: int, kind: _Kind) -> None:
         """Record a step as a graph. The calls that warm it up write into rows, which are put back after."""
         tensors = [*itertools.chain(*self.states), *(self.occurrences or ()), self.next_B, self.position_B]
-        kept = [(tensor, tensor[:size].clone()) for tensor in (*tensors, self.logits_BV)]
-        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                self._step(size, kind)
-        torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(graph, pool=self.pool):
-            drawn = self._step(size, kind)
+        written = [tensor[:size] for tensor in (*tensors, self.logits_BV)]
+        graph, drawn = record(lambda: self._step(size, kind), written, pool=self.pool)
         self.pool = graph.pool()
-        for tensor, values in kept:
-            tensor[:size] = values
         self.graphs[size, kind] = (graph, drawn)

@@ -158,13 +158,17 @@ class Reader:
     def step(self) -> None:
         """Read the next piece."""
         now = self.given[self.at : self.at + self.sizes.pop()]
-        now_1T = torch.tensor([now], device=self.model.device)
+        self._read(now)
+        self.past, self.at = self.past.after(now), self.at + len(now)
+
+    def _read(self, tokens: Sequence[int]) -> None:
+        """Have the states and the logits after a piece."""
+        now_1T = torch.tensor([tokens], device=self.model.device)
         # a session's states are left alone; those that come of them are this reader's, until it gives them
         h_1TD, self.states = self.model.hidden(now_1T, self.states, inplace=self._own)
         self._own = True
-        self._note(h_1TD[0], now)
+        self._note(h_1TD[0], tokens)
         self.logits_V = self.model.logits(h_1TD[0, -1]).float()
-        self.past, self.at = self.past.after(now), self.at + len(now)
 
     def _note(self, h_TD: Tensor, tokens: Sequence[int]) -> None:
         """For those who want to know more of a piece than its end."""

@@ -41,8 +41,8 @@ import triton.language as tl
 from torch import Tensor
 
 from holdall.contract import forms
-from holdall.kernels import cdiv, fold, register_batch_vmap, unfold
-from holdall.kernels.language import narrow
+from holdall.kernels import cdiv, fold, overlapped, register_batch_vmap, unfold
+from holdall.kernels.language import narrow, wait_for_inputs
 from holdall.ops.derivatives import once_differentiable
 from holdall.ops.gated_conv import Silu
 
@@ -101,7 +101,9 @@ def _forward_kernel(
     ALIGN: tl.constexpr, W: tl.constexpr,
     SILU_CONV: tl.constexpr, SILU_GATE: tl.constexpr, SKIP: tl.constexpr,
     INPLACE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
+    OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(OVERLAPPED)
     blocks_d, blocks_t = tl.cdiv(D, BLOCK_D), tl.cdiv(T, BLOCK_T)
     block_t = tl.program_id(0) // blocks_d % blocks_t
     row = (tl.program_id(0) // blocks_d // blocks_t).to(tl.int64)
@@ -404,7 +406,7 @@ def launch_forward(
         x_MBTD, gate_MBTD, x_bias, gate_bias, weight, bias,
         past, y_MBTD, after, *strides, bias_m, B, T, D,
         ALIGN=align, W=W, SILU_CONV=silu != "none", SILU_GATE=silu == "both", SKIP=skip,
-        INPLACE=past is after, BLOCK_P=triton.next_power_of_2(W - 1), **config,
+        INPLACE=past is after, BLOCK_P=triton.next_power_of_2(W - 1), **config, **overlapped(y_MBTD.device),
     )  # fmt: skip
 
 

@@ -27,8 +27,8 @@ import triton.language as tl
 from torch import Tensor
 
 from holdall.contract import forms
-from holdall.kernels import register_batch_vmap
-from holdall.kernels.language import narrow
+from holdall.kernels import overlapped, register_batch_vmap
+from holdall.kernels.language import narrow, wait_for_inputs
 from holdall.kernels.taylor_step import MAX_KEY_DIM, _config, _feature, _features, _indices
 from holdall.ops import replay
 from holdall.ops.linear_attention import FEATURE_MAPS, FeatureMap
@@ -78,8 +78,9 @@ def _replay_kernel(
     q_b, q_h, k_b, k_h, v_b, v_h, scale, eps, H,
     F: tl.constexpr, K: tl.constexpr, V: tl.constexpr, HALF: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr,
-    TILE: tl.constexpr, STAGES: tl.constexpr, SCALED: tl.constexpr,
+    TILE: tl.constexpr, STAGES: tl.constexpr, SCALED: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(OVERLAPPED)
     SLOTS: tl.constexpr = 2 * HALF
     row_head = tl.program_id(0).to(tl.int64)
     b, h = row_head // H, row_head % H
@@ -200,7 +201,7 @@ def _replay_inplace(
         *_features(key_dim, s_BHFV.device), *strides, key_dim**-0.5, eps, heads,
         F=features, K=key_dim, V=value_dim, HALF=slots // 2,
         BLOCK_F=block(features), BLOCK_K=block(key_dim), BLOCK_S=block(slots), SCALED=exponent_BH is not None,
-        **_config(value_dim),
+        **_config(value_dim), **overlapped(s_BHFV.device),
     )  # fmt: skip
     return y_B1HV, next_seen, next_summed
 

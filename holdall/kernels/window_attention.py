@@ -45,8 +45,16 @@ import triton.language as tl
 from torch import Tensor
 
 from holdall.contract import forms
-from holdall.kernels import cdiv, dense_last, padded, register_batch_vmap, wants_gradient
-from holdall.kernels.language import attend_block, dot, load_rows, narrow, plus_product, store_rows
+from holdall.kernels import cdiv, dense_last, overlapped, padded, register_batch_vmap, wants_gradient
+from holdall.kernels.language import (
+    attend_block,
+    dot,
+    load_rows,
+    narrow,
+    plus_product,
+    store_rows,
+    wait_for_inputs,
+)
 from holdall.ops.attention import KeyValueCache, empty_cache
 from holdall.ops.derivatives import once_differentiable
 from holdall.ops.window_attention import next_ring
@@ -239,9 +247,10 @@ def _step_kernel(
     slots, scale, H, G,
     K: tl.constexpr, V: tl.constexpr, INPLACE: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     """One program per row and head of keys, which alone accesses its part of the ring buffer."""
+    wait_for_inputs(OVERLAPPED)
     b = (tl.program_id(0) // G).to(tl.int64)
     g = tl.program_id(0) % G
     seen = tl.load(seen_ptr + b)
@@ -428,7 +437,7 @@ def _launch_step(
         q, k, v, ring_k, ring_v, seen_B.contiguous(), y_B1HV, next_k, next_v, next_seen_B,
         q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2), slots, scale * LOG2_E,
         heads, k.shape[2], **sizes, INPLACE=ring_k is next_k, BLOCK_H=1 if group == 1 else padded(group),
-        **_step_config(q.dtype, programs, group),
+        **_step_config(q.dtype, programs, group), **overlapped(q.device),
     )  # fmt: skip
     return y_B1HV, next_seen_B
 

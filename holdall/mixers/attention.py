@@ -23,6 +23,7 @@ from holdall.contract import Mixer, MixerConfig, Paper, forms, register
 from holdall.contract.room import is_reserved
 from holdall.ops import attention
 from holdall.ops.attention import KeyValueCache
+from holdall.ops.linear import Linear
 from holdall.ops.rotary import rotary_dims, rotate_both
 from holdall.settings import NonNegativeInt, PositiveFloat, PositiveInt, Share
 
@@ -92,7 +93,7 @@ class QKV(nn.Module):
         super().__init__()
         self.heads = [heads, kv_heads or heads, kv_heads or heads]
         self.head_dim = width // heads
-        self.qkv = nn.Linear(width, sum(self.heads) * self.head_dim, bias=bias)
+        self.qkv = Linear(width, sum(self.heads) * self.head_dim, bias=bias)
         self.rotary_dims, self.rotary_base = rotary_dims(self.head_dim, rotary), rotary_base
 
     def forward(self, x_BTD: Tensor, seen_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,7 +113,7 @@ class Attention(Mixer):
         self.project = QKV(
             config.width, config.heads, config.rotary, config.rotary_base, config.bias, config.kv_heads
         )
-        self.out_proj = nn.Linear(config.width, config.width, bias=config.bias)
+        self.out_proj = Linear(config.width, config.width, bias=config.bias)
         forms: dict[str, Callable[..., tuple[Tensor, KeyValueCache]]] = {
             "loop": attention.full_attention_loop,
             "blockwise": functools.partial(attention.blockwise_attention, block=config.block),

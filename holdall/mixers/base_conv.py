@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, register
 from holdall.ops import gated_conv
+from holdall.ops.linear import Linear, linear
 from holdall.ops.long_conv import filter_features, long_conv
 from holdall.settings import PositiveInt, Range
 
@@ -130,10 +131,10 @@ class BaseConv(Mixer):
         super().__init__(config)
         channels = config.channels
         if config.expand is None:
-            self.projection = nn.Linear(config.width, config.width)
+            self.projection = Linear(config.width, config.width)
         else:
-            self.in_proj = nn.Linear(config.width, 2 * channels)
-            self.out_proj = nn.Linear(channels, config.width)
+            self.in_proj = Linear(config.width, 2 * channels)
+            self.out_proj = Linear(channels, config.width)
         self.long = config.filter == "long"
         if self.long:
             self.filter = ImplicitFilter(config.width, config.hidden, config.max_length)
@@ -167,7 +168,7 @@ class BaseConv(Mixer):
         expanded = self.config.expand is not None
         projection, bias_E = self.in_proj if expanded else self.projection, None
         if self.form == "kernel":  # adds the bias itself, and has the sum that is its gradient for nothing
-            projected_BTE, bias_E = F.linear(x_BTD, projection.weight), projection.bias
+            projected_BTE, bias_E = linear(x_BTD, projection.weight), projection.bias
         else:
             projected_BTE = projection(x_BTD)
         y_BTD, past_BPD = gated_conv.gated_conv(

@@ -20,12 +20,13 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from holdall.contract import Mixer, MixerConfig, Paper, register
 from holdall.mixers.attention import QKV, AttentionConfig
 from holdall.ops import attention
 from holdall.ops.attention import KeyValueCache
+from holdall.ops.linear import Linear
 from holdall.ops.window_attention import kernel_refusal, window_attention
 from holdall.settings import NonNegativeInt, PositiveFloat, PositiveInt, Range, Share
 
@@ -88,7 +89,7 @@ class SlidingWindow(Mixer):
         self.project = QKV(
             config.width, config.heads, config.rotary, config.rotary_base, bias, config.kv_heads
         )
-        self.out_proj = nn.Linear(config.width, config.width, bias=bool(config.bias))
+        self.out_proj = Linear(config.width, config.width, bias=bool(config.bias))
 
     def forward(
         self,

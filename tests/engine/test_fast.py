@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,8 +14,9 @@ import torch
 
 from holdall.engine import slow
 from holdall.engine.fast import Engine, EngineConfig
+from holdall.engine.graphs import Desk, DeskReader
 from holdall.engine.request import Piece, QueueFullError, Request, Sampling
-from holdall.engine.session import CHUNK, read
+from holdall.engine.session import CHUNK, Reader, Session, read
 from holdall.engine.store import StateStore
 from holdall.mixers.attention import AttentionConfig
 from holdall.mixers.base_conv import BaseConvConfig
@@ -343,3 +346,45 @@ def test_the_stats_are_the_tensors() -> None:
     list(engine.run(requests(3, longest=CHUNK + 1)))
     assert [t.data_ptr() for t in tensors] == [t.data_ptr() for s in engine.buffers.states for t in s]
     assert engine.stats().prompt_tokens == sum(len(each.prompt) for each in requests(3, longest=CHUNK + 1))
+
+
+@torch.no_grad()
+def test_a_desk_reads_as_a_reader_does_whoever_sat_there_before() -> None:
+    model = build("based")
+    desk, draw = Desk(model), random.Random(1)
+    texts = [[draw.randrange(TOKENIZER.vocab) for _ in range(length)] for length in (75, 1, 40)]
+    begun = read(model, texts[2])
+    for tokens, start, marks in ((texts[0], None, (20,)), (texts[1], begun, ()), (texts[0], begun, (3, 70))):
+        ours, plain = (
+            make(tokens, start, chunk=32, marks=marks)
+            for make in (partial(DeskReader, desk), partial(Reader, model))
+        )
+        assert ours.sizes == plain.sizes
+        while not plain.done:
+            ours.step()
+            plain.step()
+            for got, want in zip(_tensors(ours.session()), _tensors(plain.session()), strict=True):
+                torch.testing.assert_close(got, want)
+        assert ours.session().past == plain.session().past
+    kept = ours.session()
+    before = [tensor.clone() for tensor in _tensors(kept)]
+    DeskReader(desk, texts[1], None).step()
+    assert all(map(torch.equal, _tensors(kept), before))
+    nothing = DeskReader(desk, (), kept)
+    assert nothing.done
+    assert nothing.session().states is kept.states
+
+
+def _tensors(session: Session) -> list[torch.Tensor]:
+    return [session.logits_V, *itertools.chain(*session.states)]
+
+
+@pytest.mark.gpu
+def test_prompts_read_by_graphs_are_those_of_the_slow_one() -> None:
+    model, asked = build("based").to("cuda"), requests(12, longest=700)
+    engine = Engine(model, TOKENIZER, dataclasses.replace(CONFIG, rows=4))
+    assert engine.warm_up() > 10
+    assert engine.desk is not None
+    recorded = len(engine.desk.graphs)
+    assert_same(texts(engine.run(asked)), definition(model, asked))
+    assert len(engine.desk.graphs) == recorded
