@@ -9,7 +9,9 @@ Letters: B rows, T tokens of a piece, D width, V vocabulary.
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -41,8 +43,16 @@ def record(
         for _ in range(2):
             call()
     torch.cuda.current_stream().wait_stream(side)
-    with torch.cuda.graph(graph, pool=pool):
-        given = call()
+    # a graph that nobody has any more must not end while another one is recorded
+    collects = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            given = call()
+    finally:
+        if collects:
+            gc.enable()
     for tensor, values in kept:
         tensor.copy_(values)
     return graph, given
@@ -57,7 +67,7 @@ class Desk:
     def __init__(self, model: Model) -> None:
         self.model, self.states = model, model.init_states(1)
         self.empty = model.init_states(1)
-        self.reader: Reader | None = None
+        self.reader: weakref.ref[Reader] | None = None
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
         self.pool: Any = None
 
@@ -66,7 +76,11 @@ class Desk:
         given = self.empty if states is None else states
         for ours, theirs in zip(self._tensors(self.states), self._tensors(given), strict=True):
             ours.copy_(theirs)
-        self.reader = reader
+        self.reader = weakref.ref(reader)
+
+    def has(self, reader: Reader) -> bool:
+        """Whether the row is this reader's."""
+        return self.reader is not None and self.reader() is reader
 
     @torch.no_grad()
     def read(self, tokens: Sequence[int]) -> Tensor:
@@ -112,12 +126,12 @@ class DeskReader(Reader):
         self.desk = desk
 
     def _read(self, tokens: Sequence[int]) -> None:
-        if self.desk.reader is not self:
+        if not self.desk.has(self):
             self.desk.sit(self, self.states)
         self.logits_V = self.desk.read(tokens)
 
     def session(self) -> Session:
-        if self.desk.reader is not self:
+        if not self.desk.has(self):
             return super().session()
         assert self.logits_V is not None
         return Session(self.desk.copy(), self.logits_V.clone(), self.past)

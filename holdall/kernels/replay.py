@@ -103,7 +103,8 @@ def _replay_kernel(
         tl.store(next_seen_ptr + b, seen + 1)
         tl.store(next_summed_ptr + b, seen - since)
 
-    # the ring's tokens that the sums do not have, and the new one, which has no slot yet
+    # the ring's tokens that the sums do not have, and the new one, which has no slot yet: loaded here, used
+    # after S has been read
     slot, c = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_K)
     age = (seen - 1 - slot + SLOTS) % SLOTS
     live = (slot < SLOTS) & (age < since)
@@ -112,19 +113,10 @@ def _replay_kernel(
     k_SK = tl.load(
         ring_k_ptr + slot[:, None] * H * K + c[None, :], mask=live[:, None] & (c < K)[None, :], other=0.0
     )
-    f_S = tl.where(live, _score(q_K, k_SK.to(tl.float32)), 0.0)
-    f_own = tl.sum(_score(q_K, k_K.to(tl.float32)[None, :]), 0)
-
     f_z = tl.arange(0, BLOCK_F)
-    i_z, j_z, weight_z = _indices(table_ptr, weight_ptr, f_z, F)
     z = tl.load(z_ptr + f_z, mask=f_z < F, other=0.0)
-    if full:
-        for token in range(HALF):
-            z += _feature(old_k_ptr + token * H * K, i_z, j_z, weight_z)
-        # a thread may read what another one stores: all must have read before the first writes
-        tl.debug_barrier()
-        tl.store(z_ptr + f_z, z, mask=f_z < F)
-    norm = eps + tl.sum(f_S, 0) + f_own + tl.sum(_feature(q_ptr, i_z, j_z, weight_z) * z, 0)
+    f_S = tl.zeros((BLOCK_S,), tl.float32)
+    f_own, norm = 0.0, eps
 
     power, narrower = 1.0, 1.0
     if SCALED:
@@ -152,7 +144,6 @@ def _replay_kernel(
         v_SV = tl.load(
             ring_v_ptr + slot[:, None] * H * V + d[None, :], mask=live[:, None] & (d < V)[None, :], other=0.0
         )
-        y_V = tl.sum(f_S[:, None] * v_SV.to(tl.float32), 0) + f_own * v.to(tl.float32)
         y = tl.zeros((TILE, BLOCK_V), tl.float32)
         if full:
             for start in tl.range(0, F, TILE):
@@ -171,6 +162,18 @@ def _replay_kernel(
                 i, j, weight = _indices(table_ptr, weight_ptr, f, F)
                 y += _feature(q_ptr, i, j, weight)[:, None] * s
             y *= power
+        if first == 0:
+            f_S = tl.where(live, _score(q_K, k_SK.to(tl.float32)), 0.0)
+            f_own = tl.sum(_score(q_K, k_K.to(tl.float32)[None, :]), 0)
+            i_z, j_z, weight_z = _indices(table_ptr, weight_ptr, f_z, F)
+            if full:
+                for token in range(HALF):
+                    z += _feature(old_k_ptr + token * H * K, i_z, j_z, weight_z)
+                # a thread may read what another one stores: all must have read before the first writes
+                tl.debug_barrier()
+                tl.store(z_ptr + f_z, z, mask=f_z < F)
+            norm += tl.sum(f_S, 0) + f_own + tl.sum(_feature(q_ptr, i_z, j_z, weight_z) * z, 0)
+        y_V = tl.sum(f_S[:, None] * v_SV.to(tl.float32), 0) + f_own * v.to(tl.float32)
         y_V = (y_V + tl.sum(y, 0)) / norm
         tl.store(y_ptr + row_head * V + d, narrow(y_V, y_ptr.dtype.element_ty), mask=d < V)
         # into a slot that was not looked at
