@@ -44,7 +44,7 @@ from holdall.precision import compute_in
 from holdall.recipes.presets import preset
 from holdall.text.tokenizers import Bytes
 
-VOCAB, BATCHES, SECONDS, ROOM = 50_257, (1, 8, 32, 128, 512), 0.5, 512
+VOCAB, BATCHES, SECONDS, ROOM = 50_257, (1, 8, 32, 128, 512), 0.3, 512
 CASES = (
     *(("based-1b", rows, 0) for rows in BATCHES),
     *(("based-1b, replay", rows, 0) for rows in BATCHES),
