@@ -1,6 +1,7 @@
 """Decoding on a GPU: tokens a millisecond of the engine's recorded step, beside the limit that bytes set.
 
     python -m bench.decode                          the table: models, batch sizes, tokens cached
+    python -m bench.decode --cpu                    models of 15 million weights, on this machine's CPU
     python -m bench.decode --profile MODEL ROWS..  the kernels of one step, the longest first
 
 Blocks in bf16, states and caches as each mixer has them, random weights, vocabulary 50,257, greedy. The limit
@@ -22,12 +23,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from rich.console import Console, Group
+from rich.console import Console
 from rich.table import Table
 
 from bench import gpu, show
@@ -258,42 +261,71 @@ def _or_why(what: dict[str, Any], measured: Callable[[], dict[str, Any]]) -> dic
         return {**what, "failed": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"}
 
 
-def table(results: Sequence[dict[str, Any]]) -> Group:
-    shown = Table(title="decoding on a GPU; blocks in bf16, vocabulary 50,257")
+def on_cpu() -> Iterator[dict[str, Any]]:
+    """Texts of models of 15 million weights, in fp32, as an engine writes them on all cores of a CPU."""
+    for name, rows in itertools.product(("based-15m", "mamba-15m", "attention-15m"), (1, 8)):
+        torch.manual_seed(0)
+        model = preset(name, VOCAB).build().eval()
+        engine = Engine(model, Bytes(), EngineConfig(rows=rows, max_context=1024 + ROOM))
+        asked = Sampling(
+            max_tokens=1 << 40 if not model.needs_room else ROOM - 1, temperature=0, ignore_end=True
+        )
+        for _ in range(rows):
+            engine.submit(Request(prompt=tuple(i % 250 for i in range(1024)), sampling=asked))
+        while engine.stats().running < rows:
+            engine.step()
+        times = []
+        for _ in range(200):
+            began = time.perf_counter()
+            engine.step()
+            times.append(time.perf_counter() - began)
+        each = statistics.median(times)
+        yield {
+            "model": name, "rows": rows, "cached": 1024, "milliseconds": 1e3 * each,
+            "tokens_per_ms": rows / each / 1e3, "row_bytes": engine.buffers.row_bytes,
+        }  # fmt: skip
+
+
+def table(results: Sequence[dict[str, Any]]) -> Table:
+    shown = Table(title="decoding, vocabulary 50,257")
     columns = ("model", "rows", "cached", "ms a step", "tokens/ms", "limit", "share", "eager", "MB a row")
     for column in columns:
         shown.add_column(column, justify="left" if column == "model" else "right")
-    told = ["a prompt's first token beside rows that write:"]
+
+    def told(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
     for line in results:
         if "first token of" in line:
-            told.append(
-                line.get("failed")
-                or "{model}: {first token of:,} tokens beside {beside} rows {milliseconds:.0f} ms; "
-                "a step takes {step_ms:.2f} ms, the slowest meanwhile {slowest_step_ms:.1f}".format(**line)
+            prompt, rows, slowest = (
+                line["first token of"],
+                line.get("beside", 0) + 1,
+                line.get("slowest_step_ms", 0),
             )
-            continue
-        place = (line["model"], str(line["rows"]), f"{line.get('cached', 0):,}")
+            name = f"{line['model']}, to the first token of a prompt; slowest step meanwhile {slowest:.0f} ms"
+        else:
+            name, rows, prompt = line["model"], line["rows"], line.get("cached", 0)
         if "failed" in line:
-            shown.add_row(*place, line["failed"])
+            shown.add_row(name, str(rows), f"{prompt:,}", line["failed"])
             continue
-        limit = (
-            ("", "")
-            if "share" not in line
-            else (f"{line['limit_tokens_per_ms']:.1f}", f"{line['share']:.0%}")
-        )
-        eager, row = line.get("eager_tokens_per_ms"), line.get("row_bytes")
+        row = line.get("row_bytes")
         shown.add_row(
-            *place, f"{line['milliseconds']:.2f}", f"{line['tokens_per_ms']:.2f}", *limit,
-            "" if eager is None else f"{eager:.2f}", "" if row is None else f"{row / 1e6:.1f}",
+            name, str(rows), f"{prompt:,}", f"{line['milliseconds']:.2f}", told(line.get("tokens_per_ms"), ".3g"),
+            told(line.get("limit_tokens_per_ms"), ".3g"), told(line.get("share"), ".0%"),
+            told(line.get("eager_tokens_per_ms"), ".3g"), told(row and row / 1e6, ".1f"),
         )  # fmt: skip
-    return Group(shown, *told)
+    return shown
 
 
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.decode")
     parser.add_argument("--profile", nargs="+", metavar=("MODEL", "ROWS"))
+    parser.add_argument("--cpu", action="store_true")
     asked = parser.parse_args()
+    if asked.cpu:
+        show("decode on a CPU", list(on_cpu()), table)
+        return
     if asked.profile:
         name, *sizes = asked.profile
         model = build(name)
@@ -301,8 +333,7 @@ def main() -> None:
             engine = engine_of(model, rows, 1024)
             engine.buffers.launch(engine._rows)  # compiles and records
             step = functools.partial(engine.buffers.launch, engine._rows)
-            table = gpu.profile(f"{name}, {rows} rows", step, top=40)
-            Console(width=140).print(table)
+            Console(width=140).print(gpu.profile(f"{name}, {rows} rows", step, top=40))
         return
     show("decode", list(run()), table)
 
