@@ -308,9 +308,9 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
         if "failed" in line:
             shown.add_row(name, str(rows), f"{prompt:,}", line["failed"])
             continue
-        row = line.get("row_bytes")
+        row, speed = line.get("row_bytes"), line.get("tokens_per_ms")
         shown.add_row(
-            name, str(rows), f"{prompt:,}", f"{line['milliseconds']:.2f}", told(line.get("tokens_per_ms"), ".3g"),
+            name, str(rows), f"{prompt:,}", f"{line['milliseconds']:.2f}", told(speed, ".3g"),
             told(line.get("limit_tokens_per_ms"), ".3g"), told(line.get("share"), ".0%"),
             told(line.get("eager_tokens_per_ms"), ".3g"), told(row and row / 1e6, ".1f"),
         )  # fmt: skip
