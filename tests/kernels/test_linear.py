@@ -60,7 +60,8 @@ def test_counters_return_to_zero_and_strides_are_the_tensors_own(device: torch.d
     first = kernel.linear(x, weight)
     for given in (x, apart[:, :1024]):
         assert torch.equal(kernel.linear(given, weight), first)
-    assert not kernel._counters(weight, 2).any()
+    assert not kernel._counted[weight].any()
+    assert kernel._counters(weight, 2) is kernel._counted[weight]
 
 
 @torch.no_grad()
