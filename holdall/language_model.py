@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from holdall import checkpoints, files, mixers
-from holdall.contract import recurrent_dtype
+from holdall.contract import MixerConfig, recurrent_dtype
 from holdall.engine import (
     Engine,
     EngineConfig,
@@ -200,27 +200,32 @@ class LanguageModel:
             yield piece
 
     def with_replay(self, tokens: int = 16, *, state_dtype: str = "fp32") -> LanguageModel:
-        """The same weights, with states that are read with every token and written with every L-th.
+        """The same weights, with states whose last L tokens can be taken back: `model.rollback_limit`.
 
-        That moves about half the bytes of a large state, and generates the same up to rounding: see
-        docs/replay.md. Sessions of the model without it are not this one's.
+        Large states are then read with every token and written with every L-th, which moves about half their
+        bytes; all generates the same up to rounding: see docs/replay.md. Sessions of the model without it are
+        not this one's.
 
         Args:
             tokens: L; 0 for states that are written with every token, as usual.
-            state_dtype: what the sums are stored in, "fp32", "bf16" or "fp16".
+            state_dtype: what sums that are written so are stored in, "fp32", "bf16" or "fp16".
 
-        Raises ValueError if the model has no layers that can do this.
+        Raises ValueError, naming the layer, if one cannot take tokens back.
         """
         options: dict[str, Any] = {"replay": tokens, "state_dtype": state_dtype}
-        layers = tuple(
-            dataclasses.replace(layer, **options) if hasattr(layer, "replay") else layer
-            for layer in self.config.layers
-        )
-        if not any(hasattr(layer, "replay") for layer in layers):
-            kinds = ", ".join(sorted({layer.name for layer in layers}))
-            raise ValueError(f"no layer of the model can be replayed: taylor can, and it has {kinds}")
+
+        def replayed(layer: MixerConfig) -> MixerConfig:
+            own = {field.name for field in dataclasses.fields(layer)}
+            return dataclasses.replace(layer, **{name: options[name] for name in own & options.keys()})
+
+        layers = tuple(map(replayed, self.config.layers))
         with torch.device("meta"):  # the weights are not copied
             model = dataclasses.replace(self.config, layers=layers).build()
+        for depth, mixer in enumerate(model.mixers):
+            if tokens and not mixer.rollback_limit:
+                raise ValueError(
+                    f"layer {depth}, {mixer.owner}, cannot take tokens back, so replay is not for it"
+                )
         model.load_state_dict(self.model.state_dict(), assign=True)
         choose_forms(model, model.block_dtype)
         model.train(self.model.training)

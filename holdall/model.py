@@ -39,6 +39,7 @@ from holdall.contract import (
     with_room_too,
     write_state,
 )
+from holdall.contract.rollback import counts_of, without_last
 from holdall.contract.room import advanced, beyond, check_room
 from holdall.kernels import fold, unfold
 from holdall.ops.cross_entropy import linear_cross_entropy
@@ -433,6 +434,38 @@ class Model(nn.Module):
         pairs = zip(self.mixers, states, strict=False)
         roomy = [mixer.with_room(state, capacity) for mixer, state in pairs]
         return roomy + [self._position_with_room(state, capacity) for state in states[len(roomy) :]]
+
+    @property
+    def rollback_limit(self) -> int:
+        """How many of a row's last tokens `rollback` can take back: as many as every layer can."""
+        return min(mixer.rollback_limit for mixer in self.mixers)
+
+    def rollback(
+        self, states: Sequence[State], count_B: Tensor | int, *, inplace: bool = False
+    ) -> list[State]:
+        """A model's states as if each row's last tokens had never been read; see `Mixer.rollback`.
+
+        Args:
+            states: what a call returned.
+            count_B: how many, of every row or of each, (B,); at most `rollback_limit`.
+            inplace: the caller gives the states away, and those returned are in their memory. They are no
+                longer anything if this raises.
+
+        Raises StateError, naming the layer, for more than a layer or a row can give back.
+        """
+        self._check_count(states)
+        before: list[State] = []
+        for depth, (mixer, state) in enumerate(zip(self.mixers, states, strict=False)):
+            try:
+                before.append(mixer.rollback(state, count_B, inplace=inplace))
+            except StateError as error:
+                raise StateError(f"layer {depth}: {error}") from None
+        if self.position_embed is not None:
+            position, owner = states[-1], "a model with learned positions"
+            back_B = counts_of(count_B, len(position[0]), position[0].device)
+            counted = without_last(position, POSITION_SLOTS, back_B, owner, inplace=inplace)
+            before.append(write_state(position, counted) if inplace else counted)
+        return before
 
     def _position_with_room(self, position: State, capacity: int) -> State:
         if capacity > self.config.positions:

@@ -342,6 +342,16 @@ def sums_twice(right: Callable, self: Mixer, state: Any, count_B: Any, **how: An
     return kept._replace(summed_B=half * (kept.seen_B // half - 1).clamp(min=0))
 
 
+def short_ring(right: Callable, self: Mixer, batch: int, **how: Any) -> Any:
+    state = right(batch, **how)
+    return state._replace(k_BSHK=state.k_BSHK[:, 1:], v_BSHV=state.v_BSHV[:, 1:])
+
+
+def lowers_counts_alone(right: Callable, self: Any, state: Any, count_B: Any, inplace: bool) -> Any:
+    kept = right(state, count_B, inplace)
+    return type(state)(*state[:2], *kept[2:]) if is_reserved(state) else kept
+
+
 def double_scores(mixer: Any) -> None:
     mixer.feature_map = dataclasses.replace(mixer.feature_map, scores=lambda q, k: 1 + 1.0001 * (q @ k.mT))
 
@@ -427,6 +437,10 @@ FAULTS: list[tuple[str, str, Callable[[], Mixer]]] = [
     ("rollback", "takes back any number", plant("taylor", options=RING, rollback=rolls_back_any_number)),
     ("rollback", "remembers the draft", plant("taylor", options=RING, rollback=remembers_the_draft)),
     ("rollback", "sums tokens twice", plant("taylor", options=RING, rollback=sums_twice)),
+    ("rollback", "a ring too short", plant("sliding-window", options={"replay": 4}, init_state=short_ring)),
+    ("rollback", "one input too few", plant("base-conv", options={"replay": 4}, _rolled_back=lambda
+        right, self, state, count_B, inplace: right(state, (count_B - 1).clamp(min=0), inplace))),
+    ("rollback", "lets what was read lie behind", plant("attention", _rolled_back=lowers_counts_alone)),
     ("rollback", "takes back what it cannot", plant("mamba", rollback=lambda right, self, s, n, **how: s)),
     ("replay", "a wrong term in the ring", plant("taylor", options=RING, prepare=double_scores)),
     ("replay", "a wrong output in fp32", plant("taylor", FP32, options=RING, forward=output(

@@ -26,8 +26,9 @@ chunk are computed twice. A program has several chunks in parallel and sums its 
 reduction over programs completes the gradients of the parameters, without atomics, so that results are
 deterministic.
 
-Letters: M member of a population (1 outside of `vmap`), B row, T new tokens, P = W - 1 past ones, D channels,
-W taps, E channels of the projection: D, or 2 D if x is its first half.
+Letters: M member of a population (1 outside of `vmap`), B row, T new tokens, P past ones (W - 1, or forward
+more, which are kept so that tokens can be taken back), D channels, W taps, E channels of the projection: D,
+or 2 D if x is its first half.
 """
 
 from __future__ import annotations
@@ -93,11 +94,11 @@ STRIDES = ["x_m", "x_b", "x_t", "gate_m", "gate_b", "gate_t", "dy_m", "dy_b", "d
 """In units of ALIGN, so that the compiler knows that they are multiples; they depend on the length."""
 
 
-@triton.jit(do_not_specialize=["B", "T", *STRIDES[:6]])
+@triton.jit(do_not_specialize=["B", "T", "P", *STRIDES[:6]])
 def _forward_kernel(
     x_ptr, gate_ptr, x_bias_ptr, gate_bias_ptr, weight_ptr, bias_ptr, past_ptr, y_ptr, next_ptr,
     x_m, x_b, x_t, gate_m, gate_b, gate_t, bias_m,
-    B, T, D,
+    B, T, D, P,
     ALIGN: tl.constexpr, W: tl.constexpr,
     SILU_CONV: tl.constexpr, SILU_GATE: tl.constexpr, SKIP: tl.constexpr,
     INPLACE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -114,8 +115,8 @@ def _forward_kernel(
     x_ptr += (m * x_m + b * x_b + t * x_t) * ALIGN + d[None, :]
     gate_ptr += (m * gate_m + b * gate_b + t * gate_t) * ALIGN + d[None, :]
     x_back = x_t.to(tl.int64) * ALIGN
-    past_ptr += row * (W - 1) * D + d[None, :]
-    next_ptr += row * (W - 1) * D + d[None, :]
+    past_ptr += row * P * D + d[None, :]
+    next_ptr += row * P * D + d[None, :]
     x_bias = _per_channel(x_bias_ptr, m * bias_m + d, real_d)
     gate_bias = _per_channel(gate_bias_ptr, m * bias_m + d, real_d)
 
@@ -125,7 +126,7 @@ def _forward_kernel(
         new = (s >= 0) & (s < T) & real_d[None, :]
         x = _add_bias(_load(x_ptr - (W - 1 - tap) * x_back, new), x_bias_ptr, x_bias, new)
         if (tap < W - 1) & (block_t == 0):
-            x += _load(past_ptr + (s + W - 1) * D, (s < 0) & real_d[None, :])
+            x += _load(past_ptr + (s + P) * D, (s < 0) & real_d[None, :])
         c += x * _load(weight_ptr + (m * D + d) * W + tap, real_d)[None, :]
 
     real = (t < T) & real_d[None, :]
@@ -136,7 +137,7 @@ def _forward_kernel(
         y += x
     _store(y_ptr + (row * T + t) * D + d[None, :], y, real)
 
-    first = T - (W - 1)  # the token at which the next past starts
+    first = T - P  # the token at which the next past starts
     if block_t * BLOCK_T + BLOCK_T > first:
         p = tl.arange(0, BLOCK_P)[:, None]
         stays = (p < -first) & real_d[None, :]
@@ -396,7 +397,7 @@ def launch_forward(
 ) -> None:  # fmt: skip
     """Write y and the next past. Channels of x and gate must be contiguous, all other tensors contiguous."""
     M, B, T, D = x_MBTD.shape
-    W = weight.shape[-1]
+    W, P = weight.shape[-1], past.shape[-2]
     if y_MBTD.numel() == 0:
         return
     config = forward_config(D, T)
@@ -404,9 +405,9 @@ def launch_forward(
     align, strides = _strides(x_MBTD, gate_MBTD)
     _forward_kernel[grid](
         x_MBTD, gate_MBTD, x_bias, gate_bias, weight, bias,
-        past, y_MBTD, after, *strides, bias_m, B, T, D,
+        past, y_MBTD, after, *strides, bias_m, B, T, D, P,
         ALIGN=align, W=W, SILU_CONV=silu != "none", SILU_GATE=silu == "both", SKIP=skip,
-        INPLACE=past is after, BLOCK_P=triton.next_power_of_2(W - 1), **config, **overlapped(y_MBTD.device),
+        INPLACE=past is after, BLOCK_P=triton.next_power_of_2(P), **config, **overlapped(y_MBTD.device),
     )  # fmt: skip
 
 
@@ -559,12 +560,12 @@ def gated_conv(
     projection_bias_E: Float[Tensor, "e"] | None,
     weight_DW: Float[Tensor, "d w"],
     bias_D: Float[Tensor, "d"] | None,
-    past_BPD: Float[Tensor, "b w-1 d"],
+    past_BPD: Float[Tensor, "b p d"],
     *,
     silu: Silu = "none",
     skip: bool = False,
     inplace: bool = False,
-) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b w-1 d"]]:
+) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b p d"]]:
     """The kernel form of `holdall.ops.gated_conv.gated_conv`, which documents the arguments.
 
     Tensors may have different dtypes: sums are in fp32, y has the dtype of the convolution's input, the next
@@ -573,6 +574,17 @@ def gated_conv(
     forms.require_kernel(input_BTD, projected_BTE, weight_DW, past_BPD)
     if why := kernel_refusal(weight_DW.shape[-1]):
         raise forms.KernelError(why)
+    spare = past_BPD.shape[1] - weight_DW.shape[1] + 1
+    if spare and torch.is_grad_enabled():  # the backward has the inputs that outputs depend on, and no others
+        y_BTD, _ = gated_conv(
+            input_BTD, projected_BTE, projection_bias_E, weight_DW, bias_D, past_BPD[:, spare:],
+            silu=silu, skip=skip,
+        )  # fmt: skip
+        x_BTD = projected_BTE.chunk(2, dim=-1)[0] if input_BTD is None else input_BTD
+        if input_BTD is None and projection_bias_E is not None:
+            x_BTD = x_BTD + projection_bias_E.chunk(2)[0].to(x_BTD.dtype)
+        kept_BPD = torch.cat((past_BPD, x_BTD.to(past_BPD.dtype)), dim=1)[:, x_BTD.shape[1] :]
+        return y_BTD, kept_BPD.clone()
     tensors = [None if t is None else t[None] for t in (
         input_BTD, projected_BTE, projection_bias_E, weight_DW, bias_D, past_BPD
     )]  # fmt: skip

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from holdall.contract import Mixer, MixerConfig, Paper, forms, register
+from holdall.contract import Mixer, MixerConfig, Paper, State, forms, register
+from holdall.contract.rollback import LISTED, without_last
 from holdall.contract.room import is_reserved
 from holdall.ops import attention
 from holdall.ops.attention import KeyValueCache
@@ -107,6 +108,7 @@ class QKV(nn.Module):
 class Attention(Mixer):
     config: AttentionConfig
     state_type = KeyValueCache
+    rollback_limit = LISTED
 
     def __init__(self, config: AttentionConfig) -> None:
         super().__init__(config)
@@ -154,3 +156,6 @@ class Attention(Mixer):
 
     def state_elements(self, context_len: int) -> int:
         return 2 * context_len * self.project.heads[1] * self.project.head_dim + 1
+
+    def _rolled_back(self, state: Any, count_B: Tensor, inplace: bool) -> State:
+        return without_last(state, ("k_BSHK", "v_BSHV"), count_B, self.owner, inplace=inplace)

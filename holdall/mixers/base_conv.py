@@ -14,18 +14,21 @@ Weights:
 Deviations:
 - beyond `max_length` L, where Zoology raises an error, the filter's features are the same functions of time;
 - of the W inputs in Based's state the oldest is never used again; ours has the other W - 1.
+With `replay` the state has L more inputs, and can be rolled back: holdall/contract/rollback.py.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from holdall.contract import Mixer, MixerConfig, Paper, register
+from holdall.contract import Mixer, MixerConfig, Paper, State, register
+from holdall.contract.rollback import LISTED, nan_where_lost, read_on, spent, without_last
+from holdall.contract.room import in_order
 from holdall.ops import gated_conv
 from holdall.ops.linear import Linear, linear
 from holdall.ops.long_conv import filter_features, long_conv
@@ -36,6 +39,13 @@ class ConvState(NamedTuple):
     """What the filter has read and still needs, oldest first: W - 1 inputs, or all for a long filter."""
 
     past_BPD: Tensor
+
+
+class ReplayedConvState(NamedTuple):
+    """With `replay`: the last W - 1 + L inputs of a short filter, and how many can be taken back."""
+
+    past_BPD: Tensor
+    spare_B: Tensor
 
 
 @register(
@@ -72,12 +82,17 @@ class BaseConvConfig(MixerConfig):
     projection to E times the width, half of it convolved by a short filter and SiLU, half the gate, and a
     projection back. The state is E / 2 times as large.
     """
+    replay: Annotated[int, Range(least=1, zero="none")] = 0
+    """Tokens that can be rolled back, L: so many more inputs are carried. A long filter carries all of them,
+    and can be rolled back as it is.
+    """
 
     forms = ("loop", "parallel", "kernel")
     variants = (
         {},
         {"activation": "silu", "kernel": 5},
         {"filter": "long", "max_length": 64},
+        {"expand": 2, "kernel": 4, "replay": 3},
         {"expand": 4},
     )
 
@@ -125,11 +140,13 @@ class ImplicitFilter(nn.Module):
 
 class BaseConv(Mixer):
     config: BaseConvConfig
-    state_type = ConvState
 
     def __init__(self, config: BaseConvConfig) -> None:
         super().__init__(config)
         channels = config.channels
+        self.replayed = config.replay > 0 and config.filter == "short"
+        self.state_type = ReplayedConvState if self.replayed else ConvState  # type: ignore[misc]
+        self.rollback_limit = LISTED if config.filter == "long" else config.replay
         if config.expand is None:
             self.projection = Linear(config.width, config.width)
         else:
@@ -146,15 +163,19 @@ class BaseConv(Mixer):
             )
 
     def forward(
-        self, x_BTD: Tensor, state: ConvState | None = None, *, inplace: bool = False, want_state: bool = True
-    ) -> tuple[Tensor, ConvState | None]:
+        self, x_BTD: Tensor, state: Any = None, *, inplace: bool = False, want_state: bool = True
+    ) -> tuple[Tensor, Any]:
         if state is None:
             state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
         if self.long:
             y_BTD, past_BPD = self._long(x_BTD, state.past_BPD)
         else:
             y_BTD, past_BPD = self._short(x_BTD, state.past_BPD, inplace)
-        return y_BTD, ConvState(past_BPD) if want_state else None
+        if not self.replayed:
+            return y_BTD, ConvState(past_BPD) if want_state else None
+        y_BTD = nan_where_lost(y_BTD, state.spare_B)
+        spare_B = read_on(state.spare_B, x_BTD.shape[1], self.config.replay)
+        return y_BTD, ReplayedConvState(past_BPD, spare_B) if want_state else None
 
     def _long(self, x_BTD: Tensor, past_BPD: Tensor) -> tuple[Tensor, Tensor]:
         filter_LD = self.filter(past_BPD.shape[1] + x_BTD.shape[1])
@@ -178,9 +199,22 @@ class BaseConv(Mixer):
         )  # fmt: skip
         return self.out_proj(y_BTD) if expanded else y_BTD, past_BPD
 
-    def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None) -> ConvState:
-        past = 0 if self.long else self.config.kernel - 1
-        return ConvState(torch.zeros(batch, past, self.config.channels, dtype=dtype, device=device))
+    def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None) -> State:
+        past = 0 if self.long else self.config.kernel - 1 + self.config.replay
+        past_BPD = torch.zeros(batch, past, self.config.channels, dtype=dtype, device=device)
+        if not self.replayed:
+            return ConvState(past_BPD)
+        return ReplayedConvState(past_BPD, torch.zeros(batch, dtype=torch.long, device=device))
 
     def state_elements(self, context_len: int) -> int:
-        return (context_len if self.long else self.config.kernel - 1) * self.config.channels
+        past = context_len if self.long else self.config.kernel - 1 + self.config.replay
+        return past * self.config.channels + self.replayed
+
+    def _rolled_back(self, state: Any, count_B: Tensor, inplace: bool) -> State:
+        if self.long:
+            return without_last(state, ("past_BPD",), count_B, self.owner, inplace=inplace)
+        past_BPD, spare_B = state
+        # oldest first, zeros where inputs are that were given up; none of them is looked at
+        return ReplayedConvState(
+            in_order(past_BPD, past_BPD.shape[1] - count_B), spent(spare_B, count_B, self.owner)
+        )

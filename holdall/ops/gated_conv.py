@@ -36,19 +36,20 @@ def gated_conv(
     projection_bias_E: Float[Tensor, "e"] | None,
     weight_DW: Float[Tensor, "d w"],
     bias_D: Float[Tensor, "d"] | None,
-    past_BPD: Float[Tensor, "b w-1 d"],
+    past_BPD: Float[Tensor, "b p d"],
     *,
     silu: Silu = "none",
     skip: bool = False,
     inplace: bool = False,
     form: str = "parallel",
-) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b w-1 d"]]:
+) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b p d"]]:
     """The plain forms are those of the short convolution; O(T W).
 
     Args:
         input_BTD: what is convolved; None if it is the first half of the projection.
         projected_BTE: the gate, or [x | gate]; without the projection's bias if that is given apart.
-        past_BPD: the W - 1 values of x before these, bias included, oldest first; zeros at the start.
+        past_BPD: the W - 1 values of x before these, bias included, oldest first; zeros at the start. If it
+            has more of them, so has the one that is returned.
         skip: whether x itself is added.
         inplace: `past_BPD` may be overwritten; the plain forms leave it alone.
         form: "loop", "parallel" or "kernel".

@@ -784,16 +784,20 @@ def law_state_dtype(mixer: Mixer) -> None:
 def law_rollback(mixer: Mixer, lengths: Sequence[int] = (1, 5, 65)) -> None:
     """Tokens that were read and taken back are as good as never read; more than the limit are refused.
 
-    Of what they were nothing is left, to the bit: others in their place lead to the same outputs and, once
-    twice the limit of tokens have followed, to the same state, which then has the bits of a row that never
-    read any. Until then outputs may differ from that row's by rounding, as the state was written meanwhile.
-    Reading the same ones again gives the state that they gave. Each row is taken back by its own count.
+    Of what they were nothing is left, to the bit: others in their place, even NaN, lead to the same outputs
+    and, once twice the limit of tokens have followed, to the same state, which then has the bits of a row
+    that never read any. Until then outputs may differ from that row's by rounding, as the state was written
+    meanwhile. Reading the same ones again gives the state that they gave. Each row is taken back by its own
+    count; a state with room as one without.
     """
     limit = mixer.rollback_limit
     _assert_not_taken_back(mixer, limit + 1)
-    for length, count in itertools.product(lengths, sorted({1, limit}) if limit else ()):
-        prompt_BTD, rest_BTD = tokens(mixer, length + 2 * limit).split([length, 2 * limit], dim=1)
-        drafts = [tokens(mixer, count, seed=seed) for seed in (1, 2)]
+    if limit:
+        mixer.rollback(mixer(tokens(mixer, limit))[1], limit)
+    most = min(limit, 8)  # of a limit that is larger no state of a fixed size depends
+    for length, count in itertools.product(lengths, sorted({1, most}) if limit else ()):
+        prompt_BTD, rest_BTD = tokens(mixer, length + 2 * most).split([length, 2 * most], dim=1)
+        drafts = [tokens(mixer, count, seed=1), torch.full_like(tokens(mixer, count), torch.nan)]
         _, state = mixer(prompt_BTD)
         after = [mixer(draft_BTD, state)[1] for draft_BTD in drafts]
         given = map_state(after[0], torch.clone)
@@ -818,13 +822,21 @@ def law_rollback(mixer: Mixer, lengths: Sequence[int] = (1, 5, 65)) -> None:
             assert_bitwise(f"{name} after {how} and read again", again[name], want)
 
         counts_B, kept = torch.tensor([count, 0]), map_state(after[0], torch.clone)
-        mixed = mixer.rollback(kept, counts_B, inplace=True)
-        for name, old, new, *whole in zip(type(state)._fields, kept, mixed, back[0], after[0], strict=True):
-            assert new.data_ptr() == old.data_ptr(), f"state.{name} is elsewhere after a rollback in place"
-            for row, want in enumerate(whole):
-                assert_bitwise(
-                    f"state.{name} of row {row}, {counts_B.tolist()} tokens back", new[row], want[row]
-                )
+        roomy = mixer.with_room(after[0], length + count)
+        if is_reserved(roomy):
+            nan, none = (mixer.with_room(each, length + count + 2 * most) for each in (after[1], state))
+            for name, want in continued(none).items():
+                got = continued(mixer.rollback(nan, count))[name]
+                assert_bitwise(f"{name} with room after {how}, which were NaN", got, want)
+        both = join_rows([select_rows(back[0], [0]), select_rows(after[0], [1])])
+        for own in (kept, roomy):
+            mixed = mixer.rollback(own, counts_B, inplace=True)
+            for name, old, new in zip(type(own)._fields, own, mixed, strict=True):  # type: ignore[union-attr]
+                assert new.data_ptr() == old.data_ptr(), f"state.{name} is elsewhere, rolled back in place"
+            for name, new, want in zip(type(state)._fields, trim(mixed), both, strict=True):
+                for row in range(2):
+                    how = f"row {row}, {counts_B.tolist()} tokens back"
+                    assert_bitwise(f"state.{name} of {how}", new[row], want[row])
 
 
 def _assert_not_taken_back(mixer: Mixer, count: int) -> None:

@@ -180,6 +180,27 @@ def test_a_past_given_away_is_written_over(length: int, taps: int, device: torch
     assert after_BPD is given
 
 
+@pytest.mark.parametrize("form", [ZOOLOGY_SILU, BASED], ids=["zoology", "based"])
+@pytest.mark.parametrize("length", [1, 2, 8, 70])
+def test_a_past_that_keeps_more(length: int, form: dict, device: torch.device) -> None:
+    """Outputs are those without, as are gradients; and all of it is there after a call, given away or not."""
+    (tensors, how), spare = draw(2, length, 12, 3, **form), 5
+    before = laws.draw(2, spare, 12, dtype=DOUBLE, seed=9)
+    kept = {**tensors, "past": torch.cat((before, tensors["past"]), dim=1)}
+    check(kept, how, SINGLE, device)
+    args, more = ([moved(each, device, SINGLE).get(n) for n in NAMES] for each in (tensors, kept))
+    with torch.no_grad():
+        want_BTD, after_BPD = kernel.gated_conv(*args, **how)
+        for inplace in (False, True):
+            given = more[-1].clone()
+            y_BTD, next_BPD = kernel.gated_conv(*more[:-1], given, **how, inplace=inplace)
+            laws.assert_bitwise("y", y_BTD, want_BTD)
+            laws.assert_bitwise("the newest", next_BPD[:, spare:], after_BPD)
+            old = more[-1][:, length:]
+            laws.assert_bitwise("the oldest", next_BPD[:, : old.shape[1]], old)
+            assert (next_BPD is given) == (inplace and length <= 8)
+
+
 def test_mixed_dtypes(device: torch.device) -> None:
     """As under autocast: a product in bf16, tokens, parameters and state in fp32."""
     tensors, how = draw(2, 9, 16, 3, **ZOOLOGY_SILU)
