@@ -42,7 +42,7 @@ GATES = {
     "kernels": ["tests/kernels"],
     "sweep": ["tests/training/test_stacked.py", "tests/training/test_populations.py"],
     "lm": ["tests/training/test_language_models.py"],
-    "drafts": ["tests/engine/test_drafts.py"],
+    "drafts": ["tests/engine/test_drafts.py", "tests/engine/test_engine_drafts.py"],
     "session": ["tests/engine/test_fast.py"],
     "decode": ["tests/engine/test_fast.py"],
 }

@@ -427,6 +427,7 @@ def serve(
     store: Path | None = None,
     replay: NonNegativeInt = 0,
     state_dtype: Literal["fp32", "bf16", "fp16"] = "fp32",
+    drafts: NonNegativeInt = 0,
     api_key_file: Path | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     precision: Annotated[Literal["fp32", "bf16"] | None, tyro.conf.arg(aliases=["--dtype"])] = None,
@@ -449,8 +450,11 @@ def serve(
         store_memory: bytes of memory for the beginnings of prompts that were read, so that they are not read
             again; 0 for none.
         store: a folder for those that leave memory; they are found again after a restart.
-        replay: tokens between two writes of Taylor states, 16 say; 0 writes them with every token.
+        replay: tokens between two writes of large states, 16 say, and tokens that can be taken back; 0 writes
+            with every token.
         state_dtype: what Taylor states are stored in with --replay: docs/replay.md has the errors.
+        drafts: tokens guessed in each step from what a text repeats; the text stays the same. It needs
+            --replay of twice as many and one.
         api_key_file: a file with the key that requests must bear; or set HOLDALL_API_KEY.
         device: where to run; auto takes a GPU if there is one.
         precision: what the model computes in; by default bf16 on a GPU and fp32 on a CPU.
@@ -473,6 +477,7 @@ def serve(
         store,
         replay,
         state_dtype,
+        drafts,
         api_key_file,
         device,
         precision,

@@ -34,6 +34,7 @@ def serve(
     store: Path | None,
     replay: int,
     state_dtype: str,
+    drafts: int,
     api_key_file: Path | None,
     device: str,
     precision: Literal["fp32", "bf16"] | None,
@@ -56,7 +57,8 @@ def serve(
         model = language_model.load(run, dtype=dtype, device=device, checkpoint=checkpoint)
         if replay:
             model = model.with_replay(replay, state_dtype=state_dtype)
-        settings, kept = EngineConfig(rows=rows, queue=queue, max_context=max_context), None
+        settings = EngineConfig(rows=rows, queue=queue, max_context=max_context, drafts=drafts)
+        kept = None
         if store_memory:
             folder = None if store is None else str(store)
             kept = StateStore(

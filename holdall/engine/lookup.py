@@ -32,7 +32,7 @@ def guesses(recent_BR: Tensor, most: int) -> Tensor:
     going_BR = torch.ones_like(recent_BR, dtype=torch.bool)
     for back in range(1, LONGEST + 1):
         before_BR = F.pad(recent_BR, (back, 0), value=NOTHING)[:, :slots]
-        going_BR = going_BR & (before_BR == recent_BR[:, -back, None]) & (before_BR != NOTHING)
+        going_BR = going_BR & (before_BR == recent_BR[:, -back, None])
         length_BR = length_BR + going_BR
     # the longest decides, then the last place; place 0 has nothing before it
     rank_BR = torch.arange(slots, device=recent_BR.device) + slots * length_BR

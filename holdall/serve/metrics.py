@@ -101,6 +101,8 @@ class Metrics:
             "vllm:prefix_cache_queries": ("The same as prompt_tokens.", self.prompt),
             "vllm:prefix_cache_hits": ("The same as prompt_tokens_cached.", self.cached),
             "vllm:generation_tokens": ("Tokens of texts.", stats.tokens),
+            "vllm:spec_decode_num_draft_tokens": ("Tokens guessed for texts.", stats.drafted),
+            "vllm:spec_decode_num_accepted_tokens": ("Of these, tokens of texts.", stats.accepted),
             "vllm:num_preemptions": ("Rows taken from texts: never.", 0),
             "holdall:steps": ("Steps of the engine.", stats.steps),
         }

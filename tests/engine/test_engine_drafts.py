@@ -141,6 +141,19 @@ def test_right_guesses_save_steps() -> None:
     assert drafted.steps < plain.steps / 2
 
 
+def test_what_is_guessed_beyond_a_text_s_end_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(MODELS["replayed"])
+    asked = Request(prompt=(1, 2), sampling=Sampling(seed=0, max_tokens=9, ignore_end=True))
+    (pieces,) = definition(model, [asked]).values()
+    right = torch.tensor([[token.id for piece in pieces for token in piece.tokens][1:5]])
+    monkeypatch.setattr(lookup, "guesses", lambda recent_BR, most: right.expand(len(recent_BR), -1))
+    engine = Engine(model, TOKENIZER, CONFIG)
+    short = dataclasses.replace(asked.sampling, max_tokens=3)
+    (pieces,) = texts(engine.run([dataclasses.replace(asked, sampling=short)])).values()
+    assert [len(piece.tokens) for piece in pieces] == [1, 2]
+    assert engine.stats()[-3:] == (3, 4, 2)
+
+
 @both
 def test_with_all_rows_in_every_step_neighbours_change_no_bit(kind: str) -> None:
     model = build(MODELS[kind], torch.float32)

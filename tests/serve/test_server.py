@@ -1,5 +1,6 @@
 """The server as its clients see it: OpenAI's own client, lm-eval's requests, and clients that go away."""
 
+import copy
 import json
 import math
 import socket
@@ -472,6 +473,22 @@ def test_metrics_count_what_was_done(model: LanguageModel) -> None:
             assert _metric(server, name) == wanted, lines
         assert _metric(server, "request_success_total", 'finished_reason="length"') == 3
         assert f'holdall:state_bytes{{model_name="mini"}} {engine.stats().state_bytes:.1f}' in lines
+
+
+def test_drafts_change_no_answer_and_are_counted(model: LanguageModel) -> None:
+    answers, able = [], model.with_replay(9)
+    wide = copy.deepcopy(able.model).double()  # no two tokens tie to within rounding
+    for drafts in (0, 4):
+        with running(Engine(wide, able.tokenizer, EngineConfig(rows=4, drafts=drafts)), able) as server:
+            asked = {"prompt": "One and one and one and", "max_tokens": 40, "ignore_eos": True, "logprobs": 1}
+            found = [complete(server, temperature=heat, seed=1, n=2, **asked) for heat in (0.0, 0.7)]
+            answers.append([(c["text"], c["logprobs"]["tokens"]) for each in found for c in each["choices"]])
+            guessed, right = (
+                _metric(server, f"spec_decode_num_{name}_tokens_total") for name in ("draft", "accepted")
+            )
+            assert guessed > right > 0 if drafts else guessed == right == 0
+            assert _metric(server, "generation_tokens_total") == 160
+    assert answers[0] == answers[1]
 
 
 # ------------------------------------------------------------------------------------------ the engine's end
