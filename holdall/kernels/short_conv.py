@@ -38,11 +38,11 @@ def short_conv(
     x_BTD: Float[Tensor, "b t d"],
     weight_DW: Float[Tensor, "d w"],
     bias_D: Float[Tensor, "d"] | None,
-    past_BPD: Float[Tensor, "b p d"],
+    past_BPD: Float[Tensor, "b w-1 d"],
     *,
     silu: bool = False,
     inplace: bool = False,
-) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b p d"]]:
+) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b w-1 d"]]:
     """The kernel form of `holdall.ops.short_conv.short_conv`; `inplace` as in `gated_conv`.
 
     Raises KernelError if no kernel can run on these tensors, or for this many taps.

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, State, register
 from holdall.contract.rollback import LISTED, nan_where_lost, read_on, spent, without_last
-from holdall.contract.room import in_order
 from holdall.ops import gated_conv
 from holdall.ops.linear import Linear, linear
 from holdall.ops.long_conv import filter_features, long_conv
@@ -42,9 +41,14 @@ class ConvState(NamedTuple):
 
 
 class ReplayedConvState(NamedTuple):
-    """With `replay`: the last W - 1 + L inputs of a short filter, and how many can be taken back."""
+    """With `replay`: a ring of a short filter's last W - 1 + L inputs, that of position p in slot p mod P.
+
+    seen_B: how many tokens the row has read.
+    spare_B: how many of them can be taken back.
+    """
 
     past_BPD: Tensor
+    seen_B: Tensor
     spare_B: Tensor
 
 
@@ -170,12 +174,12 @@ class BaseConv(Mixer):
         if self.long:
             y_BTD, past_BPD = self._long(x_BTD, state.past_BPD)
         else:
-            y_BTD, past_BPD = self._short(x_BTD, state.past_BPD, inplace)
+            y_BTD, past_BPD = self._short(x_BTD, state, inplace)
         if not self.replayed:
             return y_BTD, ConvState(past_BPD) if want_state else None
-        y_BTD = nan_where_lost(y_BTD, state.spare_B)
-        spare_B = read_on(state.spare_B, x_BTD.shape[1], self.config.replay)
-        return y_BTD, ReplayedConvState(past_BPD, spare_B) if want_state else None
+        y_BTD, new = nan_where_lost(y_BTD, state.spare_B), x_BTD.shape[1]
+        spare_B = read_on(state.spare_B, new, self.config.replay)
+        return y_BTD, ReplayedConvState(past_BPD, state.seen_B + new, spare_B) if want_state else None
 
     def _long(self, x_BTD: Tensor, past_BPD: Tensor) -> tuple[Tensor, Tensor]:
         filter_LD = self.filter(past_BPD.shape[1] + x_BTD.shape[1])
@@ -185,7 +189,7 @@ class BaseConv(Mixer):
             c_BTD, gate_BTD = F.silu(c_BTD), F.silu(gate_BTD)
         return torch.addcmul(x_BTD, c_BTD, gate_BTD), past_BPD
 
-    def _short(self, x_BTD: Tensor, past_BPD: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
+    def _short(self, x_BTD: Tensor, state: Any, inplace: bool) -> tuple[Tensor, Tensor]:
         expanded = self.config.expand is not None
         projection, bias_E = self.in_proj if expanded else self.projection, None
         if self.form == "kernel":  # adds the bias itself, and has the sum that is its gradient for nothing
@@ -193,7 +197,8 @@ class BaseConv(Mixer):
         else:
             projected_BTE = projection(x_BTD)
         y_BTD, past_BPD = gated_conv.gated_conv(
-            None if expanded else x_BTD, projected_BTE, bias_E, self.weight_DW, self.bias_D, past_BPD,
+            None if expanded else x_BTD, projected_BTE, bias_E, self.weight_DW, self.bias_D,
+            state.past_BPD, state.seen_B if self.replayed else None,
             silu="conv" if expanded else "both" if self.config.activation == "silu" else "none",
             skip=not expanded, inplace=inplace, form=self.form,
         )  # fmt: skip
@@ -204,17 +209,17 @@ class BaseConv(Mixer):
         past_BPD = torch.zeros(batch, past, self.config.channels, dtype=dtype, device=device)
         if not self.replayed:
             return ConvState(past_BPD)
-        return ReplayedConvState(past_BPD, torch.zeros(batch, dtype=torch.long, device=device))
+        counts = (torch.zeros(batch, dtype=torch.long, device=device) for _ in range(2))
+        return ReplayedConvState(past_BPD, *counts)
 
     def state_elements(self, context_len: int) -> int:
         past = context_len if self.long else self.config.kernel - 1 + self.config.replay
-        return past * self.config.channels + self.replayed
+        return past * self.config.channels + 2 * self.replayed
 
     def _rolled_back(self, state: Any, count_B: Tensor, inplace: bool) -> State:
         if self.long:
             return without_last(state, ("past_BPD",), count_B, self.owner, inplace=inplace)
-        past_BPD, spare_B = state
-        # oldest first, zeros where inputs are that were given up; none of them is looked at
-        return ReplayedConvState(
-            in_order(past_BPD, past_BPD.shape[1] - count_B), spent(spare_B, count_B, self.owner)
-        )
+        past_BPD, seen_B, spare_B = state
+        left_B = spent(spare_B, count_B, self.owner)
+        ring_BPD = past_BPD if inplace else past_BPD.clone()
+        return ReplayedConvState(ring_BPD, (seen_B - count_B).clamp(min=0), left_B)

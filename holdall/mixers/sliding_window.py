@@ -148,5 +148,5 @@ class SlidingWindow(Mixer):
         if not inplace:
             k_BSHK, v_BSHV = k_BSHK.clone(), v_BSHV.clone()
         left_B = spent(spare_B, count_B, self.owner)
-        # what is lost has no count; a ring with none filled is safe to look at
+        # of a row that is lost too: a count below zero would be of no slots
         return LongerRing(k_BSHK, v_BSHV, (seen_B - count_B).clamp(min=0), left_B)

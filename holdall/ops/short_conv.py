@@ -2,7 +2,7 @@
 
     y_t = b + sum_{i < W} w_i x_{t - W + 1 + i}       the last tap multiplies the current token
 
-Letters: B row, T new tokens, D channels, W taps, P past tokens, at least W - 1.
+Letters: B row, T new tokens, D channels, W taps, P past tokens.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ def short_conv_loop(
     x_BTD: Float[Tensor, "b t d"],
     weight_DW: Float[Tensor, "d w"],
     bias_D: Float[Tensor, "d"] | None,
-    past_BPD: Float[Tensor, "b p d"],
-) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b p d"]]:
+    past_BPD: Float[Tensor, "b w-1 d"],
+) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b w-1 d"]]:
     """The definition, without SiLU; arguments and results as in `short_conv`."""
     ys = []
     for t in range(x_BTD.shape[1]):
-        seen_BSD = torch.cat((past_BPD, x_BTD[:, t : t + 1]), dim=1)
-        y_BD = torch.einsum("bwd,dw->bd", seen_BSD[:, -weight_DW.shape[1] :], weight_DW)
+        seen_BWD = torch.cat((past_BPD, x_BTD[:, t : t + 1]), dim=1)
+        y_BD = torch.einsum("bwd,dw->bd", seen_BWD, weight_DW)
         ys.append(y_BD if bias_D is None else y_BD + bias_D)
-        past_BPD = seen_BSD[:, 1:]
+        past_BPD = seen_BWD[:, 1:]
     return torch.stack(ys, dim=1), past_BPD.clone()
 
 
@@ -45,17 +45,16 @@ def short_conv(
     x_BTD: Float[Tensor, "b t d"],
     weight_DW: Float[Tensor, "d w"],
     bias_D: Float[Tensor, "d"] | None,
-    past_BPD: Float[Tensor, "b p d"],
+    past_BPD: Float[Tensor, "b w-1 d"],
     *,
     silu: bool = False,
     inplace: bool = False,
     form: str = "parallel",
-) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b p d"]]:
+) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b w-1 d"]]:
     """The outputs, and the inputs that the next tokens need.
 
     Args:
-        past_BPD: the W - 1 inputs before these, oldest first; zeros at the start. If it has more of them, so
-            has the one that is returned, and tokens can be taken back from it.
+        past_BPD: the W - 1 inputs before these, oldest first; zeros at the start.
         silu: whether outputs go through x sigmoid(x).
         inplace: `past_BPD` may be overwritten; the plain forms leave it unchanged.
         form: "loop", "parallel" or "kernel".
@@ -71,21 +70,20 @@ def shifted_products(
     x_BTD: Float[Tensor, "b t d"],
     weight_DW: Float[Tensor, "d w"],
     bias_D: Float[Tensor, "d"] | None,
-    past_BPD: Float[Tensor, "b p d"],
-) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b p d"]]:
+    past_BPD: Float[Tensor, "b w-1 d"],
+) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b w-1 d"]]:
     """The parallel form, W products: for a handful of taps cheaper than a library's convolution. O(T W).
 
     The sum is kept in at least fp32, as libraries do: in bf16 each tap would add a rounding of its own.
     """
-    new, spare = x_BTD.shape[1], past_BPD.shape[1] - weight_DW.shape[1] + 1
+    taps, new = weight_DW.shape[1], x_BTD.shape[1]
     dtype = torch.promote_types(x_BTD.dtype, torch.float32)
     seen_BSD = torch.cat((past_BPD, x_BTD), dim=1)
     wide_BSD, weight_DW = seen_BSD.to(dtype), weight_DW.to(dtype)
-    y_BTD = wide_BSD[:, past_BPD.shape[1] :] * weight_DW[:, -1]
+    y_BTD = wide_BSD[:, taps - 1 :] * weight_DW[:, -1]
     if bias_D is not None:
         y_BTD = y_BTD + bias_D
-    for tap in range(weight_DW.shape[1] - 1):
-        first = spare + tap
-        y_BTD = torch.addcmul(y_BTD, wide_BSD[:, first : first + new], weight_DW[:, tap])
+    for tap in range(taps - 1):
+        y_BTD = torch.addcmul(y_BTD, wide_BSD[:, tap : tap + new], weight_DW[:, tap])
     # a copy: a view of the last few tokens would keep all of them in memory for as long as the state lives
     return y_BTD.to(x_BTD.dtype), seen_BSD[:, new:].clone()

@@ -181,24 +181,33 @@ def test_a_past_given_away_is_written_over(length: int, taps: int, device: torch
 
 
 @pytest.mark.parametrize("form", [ZOOLOGY_SILU, BASED], ids=["zoology", "based"])
-@pytest.mark.parametrize("length", [1, 2, 8, 70])
-def test_a_past_that_keeps_more(length: int, form: dict, device: torch.device) -> None:
-    """Outputs are those without, as are gradients; and all of it is there after a call, given away or not."""
-    (tensors, how), spare = draw(2, length, 12, 3, **form), 5
-    before = laws.draw(2, spare, 12, dtype=DOUBLE, seed=9)
-    kept = {**tensors, "past": torch.cat((before, tensors["past"]), dim=1)}
-    check(kept, how, SINGLE, device)
-    args, more = ([moved(each, device, SINGLE).get(n) for n in NAMES] for each in (tensors, kept))
+@pytest.mark.parametrize("length", [1, 5, 6, 70])
+def test_a_past_in_a_ring(length: int, form: dict, device: torch.device) -> None:
+    """Rows of their own counts. What a call does not write stays, and what it does not see may be NaN."""
+    (tensors, how), taps, slots = draw(2, length, 12, 3, **form), 3, 7
+    seen_B, slot_S = torch.tensor([1, 12], device=device), torch.arange(slots, device=device)
+    old_BS = (seen_B[:, None] - 1 - slot_S) % slots >= taps - 1
+    # before the first token of a row is a zero
+    unread_BS = (slot_S >= seen_B[:, None]).cpu()
+    ring_BPD = laws.draw(2, slots, 12, dtype=DOUBLE, seed=9).masked_fill(unread_BS[..., None], 0)
+    kept = {**tensors, "past": ring_BPD}
+    check(kept, {**how, "seen_B": seen_B}, SINGLE, device)
+    args = [moved(kept, device, SINGLE).get(name) for name in NAMES]
+    at_BP = (seen_B[:, None] - torch.tensor([2, 1], device=device)) % slots
+    narrow_BPD = args[-1].take_along_dim(at_BP[..., None], 1)
+    spoilt_BPD = args[-1].masked_fill(old_BS[..., None], torch.nan)
     with torch.no_grad():
-        want_BTD, after_BPD = kernel.gated_conv(*args, **how)
+        want_BTD, _ = kernel.gated_conv(*args[:-1], narrow_BPD, **how)
+        plain_BTD, next_BPD = ops.gated_conv(*args[:-1], spoilt_BPD, seen_B, **how)
         for inplace in (False, True):
-            given = more[-1].clone()
-            y_BTD, next_BPD = kernel.gated_conv(*more[:-1], given, **how, inplace=inplace)
+            given = spoilt_BPD.clone()
+            y_BTD, after_BPD = kernel.gated_conv(*args[:-1], given, seen_B, **how, inplace=inplace)
             laws.assert_bitwise("y", y_BTD, want_BTD)
-            laws.assert_bitwise("the newest", next_BPD[:, spare:], after_BPD)
-            old = more[-1][:, length:]
-            laws.assert_bitwise("the oldest", next_BPD[:, : old.shape[1]], old)
-            assert (next_BPD is given) == (inplace and length <= 8)
+            torch.testing.assert_close(y_BTD, plain_BTD)
+            torch.testing.assert_close(after_BPD, next_BPD, equal_nan=True)
+            assert (after_BPD is given) == inplace
+            if not inplace:
+                torch.testing.assert_close(given, spoilt_BPD, rtol=0, atol=0, equal_nan=True)
 
 
 def test_mixed_dtypes(device: torch.device) -> None:
