@@ -25,7 +25,7 @@ from holdall.contract.state import StateError
 LISTED = 32
 """How many tokens a state that grows takes back at once: shapes may not depend on how many are."""
 LOST = -(1 << 40)
-"""What `spare_B` is of a row that gave back more than it had: no number of tokens makes it positive again."""
+"""The counts of a row that gave back more than it had: no number of tokens makes them positive again."""
 
 
 def counts_of(count_B: Tensor | int, rows: int, device: torch.device) -> Tensor:
@@ -87,16 +87,19 @@ def _emptied(slots_BSX: Tensor, filled_B: Tensor, count_B: Tensor, inplace: bool
 # ------------------------------------------------------------------------------------- states of fixed size
 
 
-def read_on(spare_B: Tensor, new: int, limit: int) -> Tensor:
-    """How many tokens can be taken back after reading so many more."""
-    return (spare_B + new).clamp(max=limit)
+def read_on(spare_B: Tensor, new: int, limit: int, *, inplace: bool) -> Tensor:
+    """How many tokens can be taken back after so many more were read."""
+    return spare_B.add_(new).clamp_(max=limit) if inplace else (spare_B + new).clamp(max=limit)
 
 
-def spent(spare_B: Tensor, count_B: Tensor, owner: str) -> Tensor:
-    """How many more tokens can be taken back after these; StateError, if the host knows, for too many."""
+def lowered(seen_B: Tensor, spare_B: Tensor, count_B: Tensor, owner: str) -> tuple[Tensor, Tensor]:
+    """How many tokens were read, and how many can be taken back, after a rollback.
+
+    Raises StateError, if the host knows, for more than a row can give back.
+    """
     refuse_short(count_B, spare_B, owner)
-    left_B = spare_B - count_B
-    return left_B.masked_fill(left_B < 0, LOST)
+    lost_B = count_B > spare_B
+    return (seen_B - count_B).masked_fill(lost_B, LOST), (spare_B - count_B).masked_fill(lost_B, LOST)
 
 
 def refuse_short(count_B: Tensor, held_B: Tensor, owner: str) -> None:
@@ -111,8 +114,8 @@ def refuse_short(count_B: Tensor, held_B: Tensor, owner: str) -> None:
     )
 
 
-def nan_where_lost(y_BTD: Tensor, spare_B: Tensor) -> Tensor:
-    """Outputs, NaN of rows that gave back more than they had; a CPU has refused those."""
-    if known_to_the_host(spare_B):
-        return y_BTD
-    return y_BTD.masked_fill((spare_B < 0)[:, None, None], torch.nan)
+def nan_where_lost(y: Tensor, seen_B: Tensor) -> Tensor:
+    """Outputs, (B, ...), NaN of rows that gave back more than they had; a CPU has refused those."""
+    if known_to_the_host(seen_B):
+        return y
+    return y.masked_fill((seen_B < 0).view(-1, *[1] * (y.ndim - 1)), torch.nan)

@@ -117,7 +117,8 @@ def _forward_kernel(
     past_ptr += row * P * D + d[None, :]
     next_ptr += row * P * D + d[None, :]
     if seen_ptr is not None:  # in a ring of P slots the token at position p is in slot p mod P
-        origin = tl.load(seen_ptr + row) + P
+        seen = tl.load(seen_ptr + row)
+        origin = tl.maximum(seen, 0) + P
     x_bias = _per_channel(x_bias_ptr, m * bias_m + d, real_d)
     gate_bias = _per_channel(gate_bias_ptr, m * bias_m + d, real_d)
 
@@ -140,6 +141,8 @@ def _forward_kernel(
     y *= g * tl.sigmoid(g) if SILU_GATE else g
     if SKIP:
         y += x
+    if seen_ptr is not None:  # a row that gave back more than it had
+        y = tl.where(seen < 0, float("nan"), y)
     _store(y_ptr + (row * T + t) * D + d[None, :], y, real)
 
     first = T - (W - 1)  # the token at which the next past starts

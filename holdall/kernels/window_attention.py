@@ -93,6 +93,8 @@ def _forward_kernel(
 
     if HAS_RING:
         seen = tl.load(seen_ptr + b)
+        total += tl.where(seen < 0, float("nan"), 0.0)  # a row that gave back more than it had
+        seen = tl.maximum(seen, 0)
         newest = (seen % slots).to(tl.int32)
         oldest = -tl.minimum(seen, back).to(tl.int32)
         for start in range(tl.maximum(first - back, oldest), 0, BLOCK_S):
@@ -254,7 +256,8 @@ def _step_kernel(
     wait_for_inputs(OVERLAPPED)
     b = (tl.program_id(0) // G).to(tl.int64)
     g = tl.program_id(0) % G
-    seen = tl.load(seen_ptr + b)
+    count = tl.load(seen_ptr + b)
+    seen = tl.maximum(count, 0)
     own = (seen % slots).to(tl.int32)
     filled = tl.minimum(seen, slots).to(tl.int32)
     visible = tl.minimum(seen, window - 1).to(tl.int32)
@@ -267,7 +270,8 @@ def _step_kernel(
     q = load_rows(q_ptr + b * q_b, head * q_h, used, K, BLOCK_K)
     # the first key is the token's own
     top = tl.sum(q.to(tl.float32) * k_own.to(tl.float32)[None, :], 1) * scale
-    total = tl.full((BLOCK_H,), 1.0, tl.float32)
+    # of a row that gave back more than it had all outputs are NaN
+    total = tl.full((BLOCK_H,), 1.0, tl.float32) + tl.where(count < 0, float("nan"), 0.0)
     acc = tl.zeros((BLOCK_H, BLOCK_V), tl.float32) + v_own.to(tl.float32)[None, :]
 
     last = slots
@@ -310,7 +314,7 @@ def _step_kernel(
         tl.store(next_k_ptr + row * K + dk, k_own, mask=dk < K)
         tl.store(next_v_ptr + row * V + dv, v_own, mask=dv < V)
     if g == 0:
-        tl.store(next_seen_ptr + b, seen + 1)
+        tl.store(next_seen_ptr + b, count + 1)
 
 
 # --------------------------------------------------------------------------------------------- the launches

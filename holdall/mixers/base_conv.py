@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, State, register
-from holdall.contract.rollback import LISTED, nan_where_lost, read_on, spent, without_last
+from holdall.contract.rollback import LISTED, lowered, read_on, without_last
 from holdall.ops import gated_conv
 from holdall.ops.linear import Linear, linear
 from holdall.ops.long_conv import filter_features, long_conv
@@ -177,9 +177,13 @@ class BaseConv(Mixer):
             y_BTD, past_BPD = self._short(x_BTD, state, inplace)
         if not self.replayed:
             return y_BTD, ConvState(past_BPD) if want_state else None
-        y_BTD, new = nan_where_lost(y_BTD, state.spare_B), x_BTD.shape[1]
-        spare_B = read_on(state.spare_B, new, self.config.replay)
-        return y_BTD, ReplayedConvState(past_BPD, state.seen_B + new, spare_B) if want_state else None
+        if not want_state:
+            return y_BTD, None
+        (_, seen_B, spare_B), new = state, x_BTD.shape[1]
+        seen_B = seen_B.add_(new) if inplace else seen_B + new
+        return y_BTD, ReplayedConvState(
+            past_BPD, seen_B, read_on(spare_B, new, self.config.replay, inplace=inplace)
+        )
 
     def _long(self, x_BTD: Tensor, past_BPD: Tensor) -> tuple[Tensor, Tensor]:
         filter_LD = self.filter(past_BPD.shape[1] + x_BTD.shape[1])
@@ -220,6 +224,5 @@ class BaseConv(Mixer):
         if self.long:
             return without_last(state, ("past_BPD",), count_B, self.owner, inplace=inplace)
         past_BPD, seen_B, spare_B = state
-        left_B = spent(spare_B, count_B, self.owner)
         ring_BPD = past_BPD if inplace else past_BPD.clone()
-        return ReplayedConvState(ring_BPD, (seen_B - count_B).clamp(min=0), left_B)
+        return ReplayedConvState(ring_BPD, *lowered(seen_B, spare_B, count_B, self.owner))

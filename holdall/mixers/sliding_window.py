@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from holdall.contract import Mixer, MixerConfig, Paper, State, register
-from holdall.contract.rollback import nan_where_lost, read_on, spent
+from holdall.contract.rollback import lowered, read_on
 from holdall.mixers.attention import QKV, AttentionConfig
 from holdall.ops import attention
 from holdall.ops.attention import KeyValueCache
@@ -125,13 +125,11 @@ class SlidingWindow(Mixer):
             inplace=inplace, want_state=want_state, form=self.form,
         )  # fmt: skip
         y_BTD = self.out_proj(y_BTHV.flatten(2))
-        if replay and state is not None:
-            y_BTD = nan_where_lost(y_BTD, state.spare_B)
         if ring is None or not want_state:
             return y_BTD, None
         if not replay:
             return y_BTD, ring
-        return y_BTD, LongerRing(*ring, read_on(state.spare_B, x_BTD.shape[1], replay))
+        return y_BTD, LongerRing(*ring, read_on(state.spare_B, x_BTD.shape[1], replay, inplace=inplace))
 
     def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None) -> State:
         config, heads, head_dim = self.config, self.project.heads[1], self.project.head_dim
@@ -147,6 +145,4 @@ class SlidingWindow(Mixer):
         k_BSHK, v_BSHV, seen_B, spare_B = state
         if not inplace:
             k_BSHK, v_BSHV = k_BSHK.clone(), v_BSHV.clone()
-        left_B = spent(spare_B, count_B, self.owner)
-        # of a row that is lost too: a count below zero would be of no slots
-        return LongerRing(k_BSHK, v_BSHV, (seen_B - count_B).clamp(min=0), left_B)
+        return LongerRing(k_BSHK, v_BSHV, *lowered(seen_B, spare_B, count_B, self.owner))

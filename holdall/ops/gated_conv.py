@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from holdall.contract.forms import kernel_of
+from holdall.contract.rollback import nan_where_lost
 from holdall.contract.room import fill
 from holdall.ops.short_conv import short_conv
 
@@ -107,4 +108,6 @@ def beside_ring(
     x_BTD = x_BTD[:, last:]
     if input_BTD is None and projection_bias_E is not None:
         x_BTD = x_BTD + projection_bias_E.chunk(2)[0].to(x_BTD.dtype)
-    return y_BTD, fill(ring_BPD, x_BTD.to(ring_BPD.dtype), seen_B + last, inplace=inplace)
+    return nan_where_lost(y_BTD, seen_B), fill(
+        ring_BPD, x_BTD.to(ring_BPD.dtype), seen_B + last, inplace=inplace
+    )

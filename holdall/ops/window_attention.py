@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from holdall.contract.forms import kernel_of
+from holdall.contract.rollback import nan_where_lost
 from holdall.ops.attention import KeyValueCache, _attend, _for_heads, _wide, empty_cache
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:  # pytest checks the shapes; nothing else needs jaxtyping
@@ -100,7 +101,8 @@ def window_attention(
     if form == "loop":
         if cache is None:
             cache = _empty_ring(k_BTHK, v_BTHV, window - 1)
-        return window_attention_loop(q_BTHK, k_BTHK, v_BTHV, cache, window=window, scale=scale)
+        y_BTHV, after = window_attention_loop(q_BTHK, k_BTHK, v_BTHV, cache, window=window, scale=scale)
+        return nan_where_lost(y_BTHV, cache.seen_B), after
     batch, new = k_BTHK.shape[:2]
     back, block, device = window - 1, min(max(window - 1, BLOCK), new), q_BTHK.device
     count, front = -(-new // block), back
@@ -128,6 +130,8 @@ def window_attention(
         blocks(q_BTHK, block), blocks(k_BSHK, block + front), blocks(v_BSHV, block + front), visible, scale
     )
     y_BTHV = y.unflatten(0, (batch, count)).flatten(1, 2)[:, :new]
+    if cache is not None and cache.k_BSHK.shape[1] > back:  # then tokens can be taken back, and too many
+        y_BTHV = nan_where_lost(y_BTHV, cache.seen_B)
     return y_BTHV, next_ring(cache, k_BTHK, v_BTHV, window=window, inplace=inplace) if want_state else None
 
 

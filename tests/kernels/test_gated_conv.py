@@ -13,6 +13,7 @@ from kernel_checks import times_compiled
 from torch import Tensor
 
 from holdall.contract import Mixer, forms
+from holdall.contract.rollback import LOST
 from holdall.kernels import gated_conv as kernel
 from holdall.mixers.base_conv import BaseConvConfig, ConvState
 from holdall.ops import gated_conv as ops
@@ -208,6 +209,19 @@ def test_a_past_in_a_ring(length: int, form: dict, device: torch.device) -> None
             assert (after_BPD is given) == inplace
             if not inplace:
                 torch.testing.assert_close(given, spoilt_BPD, rtol=0, atol=0, equal_nan=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [1, 5, 6])
+def test_a_row_that_gave_back_too_much_is_nan_and_no_other(length: int, device: torch.device) -> None:
+    tensors, how = draw(2, length, 12, 3, **BASED)
+    tensors["past"] = laws.draw(2, 7, 12, dtype=DOUBLE)
+    args = [moved(tensors, device, SINGLE).get(name) for name in NAMES]
+    right_BTD, _ = kernel.gated_conv(*args, torch.tensor([9, 9], device=device), **how)
+    y_BTD, _ = kernel.gated_conv(*args, torch.tensor([9, LOST], device=device), **how)
+    laws.assert_bitwise("the other row", y_BTD[0], right_BTD[0])
+    if length < 6 or device.type == "cuda":  # more is not the kernel's, and on a CPU nobody can be lost
+        assert y_BTD[1].isnan().all()
 
 
 def test_mixed_dtypes(device: torch.device) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 import holdall
 from holdall.contract import forms
 from holdall.contract.forms import KernelError
+from holdall.contract.rollback import LOST
 from holdall.kernels import window_attention as kernel
 from holdall.ops.attention import KeyValueCache
 from holdall.ops.window_attention import window_attention, window_attention_loop
@@ -111,6 +112,21 @@ def test_a_ring_of_more_slots_than_the_window(length: int, spare: int, device: t
                 new = got == want  # all but what was spoilt above
                 assert bool((new | got.isnan()).all())
                 assert not inplace or got is after.seen_B or got.data_ptr() == old.data_ptr()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [1, 7])
+def test_a_row_that_gave_back_too_much_is_nan_and_no_other(length: int, device: torch.device) -> None:
+    tensors, cache = inputs(length, seen=(30, LOST), window=9, spare=4, dtype=SINGLE, device=device)
+    assert cache is not None
+    right, _ = attend(*tensors, cache._replace(seen_B=cache.seen_B.clamp(min=30)), window=9, scale=1.0)
+    for inplace in (False, True):
+        given = KeyValueCache(*(x.clone() for x in cache))
+        y, after = attend(*tensors, given, window=9, scale=1.0, inplace=inplace)
+        laws.assert_bitwise("the other row", y[0], right[0])
+        assert y[1].isnan().all()
+        assert after is not None
+        assert after.seen_B.tolist() == [30 + length, LOST + length]
 
 
 @pytest.mark.parametrize("dtype", [HALF, torch.float16])
