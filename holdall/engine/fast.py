@@ -319,9 +319,9 @@ class Engine:
         request, start = job.request, job.request.session
         done, marks = 0, list(request.marks)
         if self.store is not None and start is None and request.prompt_logprobs is None:
-            start = self.store.longest(request.prompt)
+            start, shared = self.store.resume(request.prompt)
             done = 0 if start is None else start.past.count
-            marks.append(self.store.shared(request.prompt))
+            marks.append(shared)
         job.cached = job.before + done
         job.marks = {mark - done for mark in marks if mark > done}
         start = None if start is None else start.to(self.model.device)
