@@ -11,7 +11,8 @@ recorded once as a CUDA graph for each number of rows, and replayed. So no mixer
 is written in place, at addresses that stay. When a text ends, the last row moves into its place.
 
 Prompts are read beside, one piece of the grid of holdall/engine/session.py at a time, so that a long prompt
-never holds up the texts by more than a piece; the row that comes of it is copied into the buffers.
+never holds up the texts by more than a piece; the row that comes of it is copied into the buffers. Small
+pieces of one size are read together: a call of the model costs as much as a hundred tokens.
 
 A step is launched before the tokens of the last one are looked at, so that the device does not wait for the
 host: a text's last token is read once more than it needs to be, which is what `Request.keep` gives back.
@@ -21,8 +22,8 @@ and keeps those draws up to the first that was not guessed: 1 to K + 1 tokens. T
 guessed wrong, all on the device. As in holdall/engine/drafts.py the text is the one without drafts.
 
 Rows do not see each other, but the products of a step may add in another order for another number of rows.
-`EngineConfig.fixed` runs every step on all rows: a text is then the same bit for bit,
-whatever runs beside it.
+`EngineConfig.fixed` runs every step on all rows, and reads prompts one by one: a text is then the same bit
+for bit, whatever runs beside it.
 
 Letters: B rows, T tokens that a step reads of each row, V vocabulary, K the likeliest tokens, or guesses.
 """
@@ -31,6 +32,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -45,7 +47,7 @@ from holdall.engine import lookup, sampling
 from holdall.engine.graphs import Desk, DeskReader, record
 from holdall.engine.request import Finish, Piece, QueueFullError, Request, Sampling, Token, Usage
 from holdall.engine.sampling import Occurrences, Settings
-from holdall.engine.session import CHUNK, Past, Reader, Session
+from holdall.engine.session import CHUNK, Past, Reader, Session, step_together
 from holdall.engine.slow import PromptReader, checked, numbered, occurrences_of
 from holdall.engine.store import StateStore
 from holdall.engine.text import Writer
@@ -57,6 +59,8 @@ TOP = 20
 """Most alternatives whose log-probabilities can be asked for."""
 NOT_REACHED = -2
 """Stands for the draws of a step that come after one that was not guessed."""
+TOGETHER = 8
+"""Most prompts of which a piece is read in one call of the model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +76,8 @@ class EngineConfig(Config):
     queue: PositiveInt = 1024
     """The most requests that wait; more are refused."""
     fixed: bool = False
-    """Whether every step runs on all rows, so that a text's bits do not depend on how many run beside it."""
+    """Whether every step runs on all rows and prompts are read one by one, so that a text's bits do not
+    depend on what runs beside it."""
     graphs: Literal["auto", "off"] = "auto"
     """"auto" records steps as CUDA graphs on a GPU."""
     drafts: Annotated[int, Range(least=1, zero="none")] = 0
@@ -91,7 +96,8 @@ class Stats(NamedTuple):
 
     running, reading, waiting: texts that are being written, prompts that are being read, requests that wait.
     row_bytes: of the states of one row; state_bytes: of all rows' buffers.
-    steps, prompt_tokens, cached_tokens, tokens: since it was made; cached ones were not read again.
+    steps, prompt_tokens, cached_tokens, read_tokens, tokens: since it was made; of the prompts' tokens,
+        cached ones are not read again, and read ones have been read by now.
     drafted, accepted: tokens that were guessed for texts, and those of them that became tokens of a text.
     """
 
@@ -104,6 +110,7 @@ class Stats(NamedTuple):
     steps: int
     prompt_tokens: int
     cached_tokens: int
+    read_tokens: int
     tokens: int
     drafted: int = 0
     accepted: int = 0
@@ -143,7 +150,7 @@ class Engine:
         self._flying: deque[_Flight] = deque()
         self._jobs: dict[int, _Job] = {}
         self._tickets = itertools.count(1)
-        self._steps = self._prompt_tokens = self._cached_tokens = self._tokens = 0
+        self._steps = self._prompt_tokens = self._cached_tokens = self._read_tokens = self._tokens = 0
         self._drafted = self._accepted = 0
 
     # ---------------------------------------------------------------------------------------------- requests
@@ -211,7 +218,8 @@ class Engine:
         return Stats(
             len(self._rows), len(self._reading) + len(self._ready), len(self._waiting), self.config.rows,
             self.buffers.row_bytes, self.buffers.row_bytes * self.buffers.rows, self._steps,
-            self._prompt_tokens, self._cached_tokens, self._tokens, self._drafted, self._accepted,
+            self._prompt_tokens, self._cached_tokens, self._read_tokens, self._tokens, self._drafted,
+            self._accepted,
         )  # fmt: skip
 
     # ---------------------------------------------------------------------------------------------- a step
@@ -316,6 +324,7 @@ class Engine:
             taken += job.request.n
 
     def _begin(self, job: _Job) -> None:
+        job.admitted = time.perf_counter()
         request, start = job.request, job.request.session
         done, marks = 0, list(request.marks)
         if self.store is not None and start is None and request.prompt_logprobs is None:
@@ -335,26 +344,32 @@ class Engine:
 
     def _read(self) -> list[Piece]:
         """Read a chunk of the prompts, the oldest first; those that end become rows."""
-        given, left = list[Piece](), self.config.chunk
-        while self._reading and left > 0:
-            job = self._reading[0]
-            reader = job.reader
-            assert reader is not None
-            while not reader.done and reader.sizes[-1] <= left:
-                left -= reader.sizes[-1]
-                reader.step()
+        given, left = self._read_whole(), self.config.chunk
+        while self._reading and (size := _reader(self._reading[0]).sizes[-1]) <= left:
+            oldest, most = _reader(self._reading[0]), 1 if self.config.fixed else min(TOGETHER, left // size)
+            alike = (job for job in self._reading if oldest.alike(_reader(job)))
+            group = list(itertools.islice(alike, most))
+            step_together([_reader(job) for job in group])
+            left -= size * len(group)
+            self._read_tokens += size * len(group)
+            for job in group:
+                reader = _reader(job)
                 if self.store is not None and reader.at in job.marks and not reader.done:
                     self.store.put(reader.session())
-            if not reader.done:
-                break
-            self._reading.popleft()
-            given += self._write(job)
+            given += self._read_whole()
         return given
+
+    def _read_whole(self) -> list[Piece]:
+        """Take out the prompts that have been read, whose texts are then ready to be written."""
+        ended = [job for job in self._reading if _reader(job).done]
+        for job in ended:
+            self._reading.remove(job)
+        return [piece for job in ended for piece in self._write(job)]
 
     def _write(self, job: _Job) -> list[Piece]:
         """A prompt was read: its texts are ready to be written."""
-        assert job.reader is not None
-        session, given = job.reader.session(), list[Piece]()
+        reader, given = _reader(job), list[Piece]()
+        session = reader.session()
         if self.store is not None:
             self.store.put(session)
         for index in range(job.request.n):
@@ -384,7 +399,11 @@ class _Cuts(TypedDict):
 
 @dataclass(eq=False)
 class _Job:
-    """A request on its way. `before`: tokens of its session; `cached`: tokens that need not be read."""
+    """A request on its way.
+
+    before: tokens of its session; cached: tokens that need not be read.
+    admitted: when its prompt began to be read, by time.perf_counter; NaN before.
+    """
 
     ticket: int
     request: Request
@@ -394,6 +413,7 @@ class _Job:
     reader: Reader | None = None
     cancelled: bool = False
     left: int = 0
+    admitted: float = float("nan")
 
     def __post_init__(self) -> None:
         self.left = self.request.n
@@ -402,6 +422,12 @@ class _Job:
     def prompt(self) -> tuple[Token, ...]:
         """The prompt's tokens, where their log-probabilities were asked for."""
         return tuple(self.reader.tokens) if isinstance(self.reader, PromptReader) else ()
+
+
+def _reader(job: _Job) -> Reader:
+    """What reads the prompt of a job that has begun."""
+    assert job.reader is not None
+    return job.reader
 
 
 class _Row:
@@ -421,7 +447,7 @@ class _Row:
         usage = Usage(job.before + len(job.request.prompt), job.cached, len(self.text))
         return Piece(
             ticket=job.ticket, index=self.index, text=text, tokens=tokens, finish=finish, usage=usage,
-            prompt=prompt, session=session,
+            prompt=prompt, session=session, admitted=job.admitted,
         )  # fmt: skip
 
 

@@ -72,7 +72,7 @@ class Server:
         self.end_word = model.tokenizer.decode([model.tokenizer.end])
         self.template = ChatTemplate.of_folder(folder, model.tokenizer)
         self.metrics = Metrics(config.name, lambda: self.loop.stats)
-        self.loop = EngineLoop(engine, watch=self.metrics.watch)
+        self.loop = EngineLoop(engine, watch=self.metrics.watch, stepped=self.metrics.stepped)
         sessions = None if config.sessions is None else Path(config.sessions)
         self.sessions = Sessions(model, sessions, config.session_memory)
         self.described: Json = {

@@ -133,6 +133,41 @@ def test_a_long_prompt_holds_up_nobody_by_more_than_a_chunk() -> None:
     assert all(any(piece.ticket == first for piece in step) for step in seen[1:])
 
 
+@pytest.mark.parametrize("kind", MODELS)
+def test_small_pieces_of_prompts_are_read_together(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one size, at most a chunk of tokens a step; each prompt's session shares no memory with others."""
+    model, sizes = build(kind), list[tuple[int, ...]]()
+    hidden = Model.hidden
+
+    def seen(self: Model, tokens_BT: Any, *args: Any, **options: Any) -> Any:
+        sizes.append(tuple(tokens_BT.shape))
+        return hidden(self, tokens_BT, *args, **options)
+
+    scored = Sampling(max_tokens=0)
+    asked = [Request(prompt=(i,) * length, sampling=scored, keep=True, prompt_logprobs=1)
+             for i, length in enumerate((22, 22, 22, 6, 1))]  # fmt: skip
+    want = definition(model, asked)
+    monkeypatch.setattr(Model, "hidden", seen)
+    config = EngineConfig(rows=6, max_context=LIMIT, chunk=32)
+    engine, got, read_tokens = Engine(model, TOKENIZER, config), list[Piece](), [0]
+    for request in asked:
+        engine.submit(request)
+    while engine.busy:
+        got += engine.step()
+        read_tokens.append(engine.stats().read_tokens)
+    # 22 = 16 + 4 + 2, and 6 = 4 + 2 begins at another place
+    assert sizes == [(2, 16), (2, 4), (2, 2), (1, 16), (1, 4), (1, 2), (1, 4), (1, 2), (1, 1)]
+    assert read_tokens == [0, 32, 64, 73]
+    assert_same(texts(got), want)
+    for piece in got:
+        assert piece.session is not None
+        tensors = [tensor for state in piece.session.states for tensor in state]
+        assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in tensors)
+    sizes.clear()
+    list(Engine(model, TOKENIZER, dataclasses.replace(config, fixed=True)).run(asked))
+    assert {rows for rows, _ in sizes} == {1}
+
+
 @pytest.mark.parametrize("when", [0, 1, 2, 5])
 def test_a_cancelled_request_is_gone_after_the_next_step(when: int) -> None:
     engine = Engine(build("based"), TOKENIZER, EngineConfig(rows=2, chunk=16))
