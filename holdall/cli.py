@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from holdall import flags
+from holdall.commands.loading import Loading
 from holdall.settings import (
     NonNegativeFloat,
     NonNegativeInt,
@@ -49,6 +50,7 @@ TrainFlags = flags.flags_of(
     default="(the preset's, else {})",
 )
 NOT_GIVEN = TrainFlags()
+AS_IT_IS = Loading()
 
 
 @command
@@ -326,34 +328,27 @@ def generate(
     seed: Seed = 0,
     session: Path | None = None,
     save_session: Path | None = None,
-    device: Literal["auto", "cpu", "cuda"] = "auto",
-    precision: Annotated[Literal["fp32", "bf16"] | None, tyro.conf.arg(aliases=["--dtype"])] = None,
-    checkpoint: Literal["model", "best", "last"] | None = None,
-    load: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = (),
+    loading: Annotated[Loading, tyro.conf.arg(name="")] = AS_IT_IS,
 ) -> int:
     """Print how a language model continues a text, as it comes; with no arguments a small included one.
 
     Only the new text goes to stdout. It ends with the document, at a stop string or after --max-tokens.
 
     Args:
-        run: a run folder of `holdall train` or the folder of a saved model; based-mini is included.
-        prompt: the text to continue; "-" reads it from stdin, without a new line at its end. With none the
+        run: A run folder of `holdall train` or the folder of a saved model; based-mini is included.
+        prompt: The text to continue; "-" reads it from stdin, without a new line at its end. With none the
             model begins a document.
-        max_tokens: the most tokens to generate.
-        temperature: what logits are divided by before a token is drawn; 0 takes the likeliest token.
-        top_k: draw among the k likeliest tokens; 0 for all.
-        top_p: draw among the likeliest tokens that together have at least this probability.
-        min_p: draw among tokens that have at least this share of the likeliest one's probability.
-        repetition_penalty: divides positive logits, and multiplies negative ones, of tokens that were there.
-        stop: a text at which generation stops (repeatable).
-        seed: of the draws.
-        session: a file of --save-session, which the prompt and the new text continue.
-        save_session: the file for what the model has read and written, to be resumed here or elsewhere.
-        device: where to run; auto takes a GPU if there is one.
-        precision: what the model computes in; by default bf16 on a GPU and fp32 on a CPU.
-        checkpoint: the weights at the end of training (model), at the lowest validation loss (best) or at the
-            last checkpoint (last); by default the first of these that is there.
-        load: a mixer file of your own that the run was trained with.
+        max_tokens: The most tokens to generate.
+        temperature: What logits are divided by before a token is drawn; 0 takes the likeliest token.
+        top_k: Draw among the k likeliest tokens; 0 for all.
+        top_p: Draw among the likeliest tokens that together have at least this probability.
+        min_p: Draw among tokens that have at least this share of the likeliest one's probability.
+        repetition_penalty: Divides positive logits, and multiplies negative ones, of tokens that were there.
+        stop: A text at which generation stops (repeatable).
+        seed: Of the draws.
+        session: A file of --save-session, which the prompt and the new text continue.
+        save_session: The file for what the model has read and written, to be resumed here or elsewhere.
+        loading: The fields of Loading.
     """
     from holdall.commands import generate as shown
 
@@ -361,7 +356,7 @@ def generate(
         "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
         "repetition_penalty": repetition_penalty, "stop": stop, "seed": seed,
     }  # fmt: skip
-    return shown.generate(run, prompt, options, session, save_session, device, precision, checkpoint, load)
+    return shown.generate(run, prompt, options, session, save_session, loading)
 
 
 @command
@@ -376,10 +371,7 @@ def chat(
     min_p: Annotated[float, Range(least=0, most=1)] = 0.0,
     seed: Seed | None = None,
     stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
-    device: Literal["auto", "cpu", "cuda"] = "auto",
-    precision: Annotated[Literal["fp32", "bf16"] | None, tyro.conf.arg(aliases=["--dtype"])] = None,
-    checkpoint: Literal["model", "best", "last"] | None = None,
-    load: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = (),
+    loading: Annotated[Loading, tyro.conf.arg(name="")] = AS_IT_IS,
 ) -> int:
     """Write a text together with a language model, line by line; its state can be forked, saved and resumed.
 
@@ -387,21 +379,17 @@ def chat(
     /help lists the commands.
 
     Args:
-        model: a run folder of `holdall train` or the folder of a saved model; based-mini is included.
-        session: a state file: continued if it is there, and written at the end.
-        max_tokens: the most tokens that the model writes at a time.
-        temperature: what logits are divided by before a token is drawn; 0 takes the likeliest token.
-        top_k: draw among the k likeliest tokens; 0 for all.
-        top_p: draw among the likeliest tokens that together have at least this probability.
-        min_p: draw among tokens that have at least this share of the likeliest one's probability.
-        seed: of the draws, which depend on it and on the token's position; by default another each time.
-        stop: a text at which the model stops, with \\n for a newline. It is not shown, but is part of the
+        model: A run folder of `holdall train` or the folder of a saved model; based-mini is included.
+        session: A state file: continued if it is there, and written at the end.
+        max_tokens: The most tokens that the model writes at a time.
+        temperature: What logits are divided by before a token is drawn; 0 takes the likeliest token.
+        top_k: Draw among the k likeliest tokens; 0 for all.
+        top_p: Draw among the likeliest tokens that together have at least this probability.
+        min_p: Draw among tokens that have at least this share of the likeliest one's probability.
+        seed: Of the draws, which depend on it and on the token's position; by default another each time.
+        stop: A text at which the model stops, with \\n for a newline. It is not shown, but is part of the
             text, so that you write what comes after it.
-        device: where to run; auto takes a GPU if there is one.
-        precision: what the model computes in; by default bf16 on a GPU and fp32 on a CPU.
-        checkpoint: the weights at the end of training (model), at the lowest validation loss (best) or at the
-            last checkpoint (last); by default the first of these that is there.
-        load: a mixer file of your own that the model was trained with.
+        loading: The fields of Loading.
     """
     from holdall.commands import chat as shown
 
@@ -409,7 +397,7 @@ def chat(
         "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
         "seed": seed, "stop": tuple(text.replace("\\n", "\n") for text in stop),
     }  # fmt: skip
-    return shown.chat(model, session, options, device, precision, checkpoint, load)
+    return shown.chat(model, session, options, loading)
 
 
 @command
@@ -429,38 +417,31 @@ def serve(
     state_dtype: Literal["fp32", "bf16", "fp16"] = "fp32",
     drafts: NonNegativeInt = 0,
     api_key_file: Path | None = None,
-    device: Literal["auto", "cpu", "cuda"] = "auto",
-    precision: Annotated[Literal["fp32", "bf16"] | None, tyro.conf.arg(aliases=["--dtype"])] = None,
-    checkpoint: Literal["model", "best", "last"] | None = None,
-    load: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = (),
+    loading: Annotated[Loading, tyro.conf.arg(name="")] = AS_IT_IS,
 ) -> int:
     """Serve a language model over HTTP with OpenAI's API; with no arguments a small included one.
 
     Ctrl-C ends it: requests that run have ten seconds to end, and sessions are saved.
 
     Args:
-        run: a run folder of `holdall train` or the folder of a saved model; based-mini is included.
-        host: the address to listen at; 0.0.0.0 for every network, and then give a key.
-        port: the port; 0 takes a free one.
-        name: the model's name in requests; by default its folder's.
-        rows: the most texts that are written at the same time.
-        queue: the most requests that wait; more are answered with 503.
-        max_context: tokens that a text may have, reserved for each row; for models whose states grow.
-        sessions: a folder for named sessions; without one they are lost at the end.
-        store_memory: bytes of memory for the beginnings of prompts that were read, so that they are not read
+        run: A run folder of `holdall train` or the folder of a saved model; based-mini is included.
+        host: The address to listen at; 0.0.0.0 for every network, and then give a key.
+        port: The port; 0 takes a free one.
+        name: The model's name in requests; by default its folder's.
+        rows: The most texts that are written at the same time.
+        queue: The most requests that wait; more are answered with 503.
+        max_context: Tokens that a text may have, reserved for each row; for models whose states grow.
+        sessions: A folder for named sessions; without one they are lost at the end.
+        store_memory: Bytes of memory for the beginnings of prompts that were read, so that they are not read
             again; 0 for none.
-        store: a folder for those that leave memory; they are found again after a restart.
-        replay: tokens between two writes of large states, 16 say, and tokens that can be taken back; 0 writes
+        store: A folder for those that leave memory; they are found again after a restart.
+        replay: Tokens between two writes of large states, 16 say, and tokens that can be taken back; 0 writes
             with every token.
-        state_dtype: what Taylor states are stored in with --replay: docs/replay.md has the errors.
-        drafts: tokens guessed in each step from what a text repeats; the text stays the same. It needs
+        state_dtype: What Taylor states are stored in with --replay: docs/replay.md has the errors.
+        drafts: Tokens guessed in each step from what a text repeats; the text stays the same. It needs
             --replay of twice as many and one.
-        api_key_file: a file with the key that requests must bear; or set HOLDALL_API_KEY.
-        device: where to run; auto takes a GPU if there is one.
-        precision: what the model computes in; by default bf16 on a GPU and fp32 on a CPU.
-        checkpoint: the weights at the end of training (model), at the lowest validation loss (best) or at the
-            last checkpoint (last); by default the first of these that is there.
-        load: a mixer file of your own that the run was trained with.
+        api_key_file: A file with the key that requests must bear; or set HOLDALL_API_KEY.
+        loading: The fields of Loading.
     """
     from holdall.commands import serve as shown
 
@@ -479,10 +460,7 @@ def serve(
         state_dtype,
         drafts,
         api_key_file,
-        device,
-        precision,
-        checkpoint,
-        load,
+        loading,
     )
 
 
@@ -607,7 +585,9 @@ def _run() -> Any:
 
     try:
         about = "Measure and train language models whose memory does not grow."
-        return commands.guarded(lambda: app.cli(prog="holdall", description=about))
+        # None is the value of a flag that is not given; nobody types it
+        config = [tyro.conf.DisallowNone]
+        return commands.guarded(lambda: app.cli(prog="holdall", description=about, config=config))
     except SystemExit as end:  # after help, or arguments that do not parse
         return end.code
     except KeyboardInterrupt:
