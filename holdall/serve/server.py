@@ -205,9 +205,10 @@ class Server:
         try:
             echo, requests, shown = bool(asked.echo), list[engine_request.Request](), []
             for prompt in prompts:
-                begins = isinstance(prompt, str) and session is None
-                added = begins and not prompt.startswith(self.end_word)
+                added = False
                 if isinstance(prompt, str):
+                    begins = session is None
+                    added = begins and not prompt.startswith(self.end_word)
                     text, ids = prompt, await asyncio.to_thread(self.encoded, prompt, begins=begins)
                 else:
                     self.check_prompt(prompt, "prompt")
