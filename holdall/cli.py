@@ -57,10 +57,19 @@ AS_IT_IS = Loading()
 def frontier(
     recipe: Annotated[str, tyro.conf.Positional] = "quick",
     *,
-    out: Path | None = None,
     add: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
     load: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = (),
+    task: str | None = None,
+    pairs: tuple[PositiveInt, ...] = (),
+    length: tuple[PositiveInt, ...] = (),
+    vocab: PositiveInt | None = None,
+    width: tuple[PositiveInt, ...] = (),
+    depth: PositiveInt | None = None,
+    steps: PositiveInt | None = None,
+    rates: tuple[PositiveFloat, ...] = (),
     seeds: PositiveInt = 1,
+    dry_run: bool = False,
+    out: Path | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     workers: PositiveInt | None = None,
     family: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
@@ -70,14 +79,27 @@ def frontier(
 ) -> int:
     """Train the models of a recipe and plot their recall against their state size in bytes.
 
-    Stop it at any time; the same command resumes.
+    Stop it at any time; the same command resumes. A mixer of your own, by --load or --add, is trained at the
+    recipe's widths, depth, task and rates, and shown among models that are finished in the folder or were
+    published with Holdall: only what is neither is trained.
 
     Args:
-        recipe: quick (a dozen models, minutes), zoology-figure2 or based-figure2 (as published).
-        out: the folder for runs and results; by default runs/RECIPE.
-        add: one more registered mixer for the quick recipe, as NAME or NAME:option=value,option=value.
-        load: a mixer file of your own, whose mixers are added to the quick recipe.
+        recipe: quick (a dozen models, minutes), another name (`holdall recipe list`), or a Python file of
+            your own (`holdall recipe new` writes one).
+        add: one more registered mixer, as NAME or NAME:option=value,option=value (repeatable).
+        load: a mixer file of your own, whose mixers are added (repeatable).
+        task: the recipe's task: mqar, induction-heads or associative-recall for quick.
+        pairs: key-value pairs of the rows, one number or several.
+        length: tokens of the rows, one number for all or one for each number of pairs.
+        vocab: tokens of the vocabulary.
+        width: widths of the models.
+        depth: layers of the models.
+        steps: training steps.
+        rates: learning rates to try; the best counts.
         seeds: seeds per learning rate; more can be added to the same folder later.
+        dry_run: train nothing; print models, parameters, bytes of state, what is finished, and the time that
+            the others would take.
+        out: the folder for runs and results; by default runs/RECIPE.
         device: where to train; auto takes a GPU if there is one.
         workers: runs that are trained in parallel; by default one per core, or per GPU.
         family: train only the models of this family now (repeatable).
@@ -88,20 +110,42 @@ def frontier(
     """
     from holdall.commands import sweeps as shown
 
+    settings = {
+        "task": task, "pairs": pairs, "length": length, "vocab": vocab, "width": width, "depth": depth,
+        "steps": steps, "rates": rates,
+    }  # fmt: skip
     return shown.frontier(
         recipe,
-        out or Path("runs") / recipe,
+        out,
         add,
         load,
         seeds,
+        {name: value for name, value in settings.items() if value},
         device,
         precision,
+        dry_run,
         command=_command(),
         workers=workers,
         families=family,
         minutes=minutes,
         keep_weights=weights,
     )
+
+
+@command
+def recipe(
+    action: Annotated[Literal["list", "new"], tyro.conf.Positional] = "list",
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[NAME]")] = "my-recipe",
+) -> int:
+    """List the recipes of `holdall frontier`; or write a commented one of your own, which runs as it is.
+
+    Args:
+        action: list, or new.
+        name: for new, the recipe's name; my-recipe is written to my_recipe.py.
+    """
+    from holdall.commands import recipe as shown
+
+    return shown.new(name) if action == "new" else shown.show()
 
 
 @command
