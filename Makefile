@@ -45,7 +45,7 @@ test-full: $(VENV)/installed-dev
 # luck of one fails on another. This is the order that the processors which run the tests seldom have.
 test-portable: export ATEN_CPU_CAPABILITY = default
 test-portable: $(VENV)/installed-dev
-	$(PYTEST) -m "not compile and not full" holdall/testing/laws.py tests/test_laws_go_red.py \
+	$(PYTEST) -m "not compile and not full" holdall/testing/test_laws.py tests/test_laws_go_red.py \
 		tests/kernels/test_window_attention.py tests/kernels/test_gated_rms_norm.py -k "definition-fp32 or \
 		(test_law_in_fp32 and bf16) or coarse or toleran or cancel or nudge or outputs_ring or as_plain"
 

@@ -192,6 +192,26 @@ def zoo(
 
 
 @command
+def laws(
+    names: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
+    *,
+    json: bool = False,
+) -> int:
+    """Hold mixers to the laws: splits, causality, rows, states, gradients, dtypes, compilation; in words.
+
+    The exit status is 1 if a law is broken. The same as tests, in more dtypes:
+    pytest --pyargs holdall.testing.laws --load FILE
+
+    Args:
+        names: mixer files of your own, or names of registered mixers.
+        json: print a list of verdicts as JSON instead.
+    """
+    from holdall.commands import laws as shown
+
+    return shown.laws(names, json)
+
+
+@command
 def soundness(
     names: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
     *,

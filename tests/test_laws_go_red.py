@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import holdall
 from holdall.contract import Mixer, is_reserved, map_state
-from holdall.testing import laws
+from holdall.testing import laws, test_laws
 from holdall.testing.nudges import Nudges
 
 TINY = 1e-6
@@ -632,7 +632,7 @@ def refusing(mixer: Mixer, **refusals: str) -> Mixer:
 def test_a_refused_law_is_expected_to_fail() -> None:
     leaky = refusing(plant("attention", forward=output(sees_next_token))(), causal="it sees one token ahead")
     with pytest.raises(pytest.xfail.Exception, match="one token ahead"):
-        laws.hold(leaky, laws.law_causal)
+        test_laws.hold(leaky, laws.law_causal)
 
 
 def test_a_refused_law_may_be_declined_by_the_mixer_itself() -> None:
@@ -642,14 +642,14 @@ def test_a_refused_law_may_be_declined_by_the_mixer_itself() -> None:
         return right(x_BTD, state, **how)
 
     with pytest.raises(pytest.xfail.Exception, match="whole"):
-        laws.hold(
+        test_laws.hold(
             refusing(plant("attention", forward=declines)(), splits="it reads the whole"), laws.law_splits
         )
 
 
 def test_a_needless_refusal_is_an_error() -> None:
     with pytest.raises(pytest.fail.Exception, match="obeys"):
-        laws.hold(refusing(plant("attention")(), causal="because I say so"), laws.law_causal)
+        test_laws.hold(refusing(plant("attention")(), causal="because I say so"), laws.law_causal)
 
 
 # ------------------------------------------------------------------------------------ a mixer of a user's own
@@ -714,7 +714,7 @@ class Average(Mixer):
 
 def hold_file(file: Path, *options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    command += ["-m", "not compile and not full", "--load", str(file), str(Path(laws.__file__))]
+    command += ["-m", "not compile and not full", "--load", str(file), "--pyargs", "holdall.testing.laws"]
     command += options
     return subprocess.run(command, capture_output=True, text=True, cwd=Path(laws.__file__).parents[1])
 
