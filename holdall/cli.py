@@ -86,8 +86,8 @@ def frontier(
     Args:
         recipe: quick (a dozen models, minutes), another name (`holdall recipe list`), or a Python file of
             your own (`holdall recipe new` writes one).
-        add: one more registered mixer, as NAME or NAME:option=value,option=value (repeatable).
-        load: a mixer file of your own, whose mixers are added (repeatable).
+        add: one more registered mixer, as NAME or NAME:option=value,option=value.
+        load: a mixer file of your own, whose mixers are added.
         task: the recipe's task: mqar, induction-heads or associative-recall for quick.
         pairs: key-value pairs of the rows, one number or several.
         length: tokens of the rows, one number for all or one for each number of pairs.
@@ -102,7 +102,7 @@ def frontier(
         out: the folder for runs and results; by default runs/RECIPE.
         device: where to train; auto takes a GPU if there is one.
         workers: runs that are trained in parallel; by default one per core, or per GPU.
-        family: train only the models of this family now (repeatable).
+        family: train only the models of this family now.
         minutes: stop within this time, with exit status 75; the same command resumes. 0 only collects
             finished runs, also those that were trained elsewhere and copied into the folder's runs.
         precision: precision of training, instead of the recipe's.
@@ -604,7 +604,7 @@ def suite(
         recipe: lm-suite (17 families of 15 million parameters: hours on a GPU).
         data: the corpus, a folder that `holdall data` made.
         out: the folder that it leaves; runs/RECIPE by default.
-        family: train only the models of this family now (repeatable).
+        family: train only the models of this family now.
         minutes: stop within so many; 75 is then the exit status, and the same command resumes. 0 only
             compares what is finished, also what was trained elsewhere and copied into the folder's runs.
         workers: runs that train at once; by default two on each GPU.

@@ -20,9 +20,11 @@ from rich.text import Text
 from holdall import mixers, recipes
 from holdall import report as reports
 from holdall.commands import OUT_OF_TIME, Words, busy, console, resolve_device
+from holdall.commands.laws import short_verdicts
+from holdall.contract import MixerConfig
 from holdall.report import data
 from holdall.report import matrix as matrices
-from holdall.report.style import bytes_text
+from holdall.report.style import PUBLISHED, bytes_text, marked
 from holdall.settings import Precision
 from holdall.sweeps import (
     OutOfTime,
@@ -124,7 +126,28 @@ def _added(add: Sequence[str], load: Sequence[Path]) -> list[str]:
 
 def _laws_of(sweeps: Sequence[SweepConfig], added: Sequence[str]) -> dict[str, dict[str, dict[str, str]]]:
     """Which laws the added mixers break or refuse, by label; what they break is printed before they train."""
-    return {}
+    configs: dict[str, MixerConfig] = {}
+    for text in added:
+        for point in (point for sweep in sweeps for point in sweep.points):
+            config, known = point.train.model.layers[-1], configs.get(point.label)
+            named = config.name == text.partition(":")[0]
+            if named and mixers.configured(text, config.width)[0] == point.label:
+                configs[point.label] = config if known is None or config.width < known.width else known
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    for label, config in configs.items():
+        with busy(f"holding {label} to the short laws"):
+            verdicts = short_verdicts(config)
+        for verdict in verdicts:
+            if verdict.status in ("broken", "refused"):
+                found.setdefault(label, {}).setdefault(verdict.status, {})[verdict.law.name] = verdict.says
+                style = "bold red" if verdict.status == "broken" else "yellow"
+                line = Text.assemble((f"{label} {'breaks' if style == 'bold red' else 'refuses'}", style))
+                console.print(line, Text(f" {verdict.law.name}: {verdict.says}"), sep="", soft_wrap=True)
+        if "broken" in found.get(label, {}):
+            console.print(
+                f"It is trained all the same, and marked; holdall laws has all of them, {label}'s too."
+            )
+    return found
 
 
 def _dry_run(sweeps: Sequence[SweepConfig], folders: Sequence[Path], *, device: str, **options: Any) -> int:
@@ -268,8 +291,10 @@ class _FrontierView:
             table = self._columns(models, tags[left_out:])
             if console.measure(table, options=unbounded).maximum <= console.width:
                 break
-        if left_out:
-            table.caption = "table.md has all columns"
+        captions = ["table.md has all columns"] if left_out else []
+        for source in dict.fromkeys(model.published for model in models if model.published):
+            captions.append(f"†: {PUBLISHED}: {source}")
+        table.caption, table.caption_justify = "\n".join(captions) or None, "left"
         return table
 
     def _columns(self, models: Sequence[data.Model], tags: Sequence[int]) -> Table:
@@ -284,7 +309,7 @@ class _FrontierView:
         for model in models:
             seconds = model.mean("seconds")
             table.add_row(
-                model.label,
+                marked(model),
                 *([str(model.width)] if widths else []),
                 bytes_text(model.state_bytes),
                 Text(_percent(model.accuracy), "bold"),

@@ -145,8 +145,13 @@ def _models(members: Sequence[Model], marks: Marks, shared: dict[str, Any]) -> l
             "x": [m.state_bytes for m in drawn],
             "y": [m.accuracy for m in drawn],
             "customdata": [marks.model(m) for m in drawn],
-            "text": [_hover(m.label, m.accuracy, m.state_bytes) for m in drawn],
+            "text": [_hover(m.label, m.accuracy, m.state_bytes, _remarks(m)) for m in drawn],
             "mode": "lines+markers" if is_series(drawn) else "markers",
+            "marker": {
+                **shared["marker"],
+                "opacity": [0.4 if m.published else 1 for m in drawn],
+                "line": {"color": "#C1121F", "width": [3 if m.broken else 0 for m in drawn]},
+            },
             "error_y": spread,
         }
     ]
@@ -174,6 +179,13 @@ def _other_rates(members: Sequence[Model], marks: Marks, shared: dict[str, Any])
             "marker": {**shared["marker"], "size": 6, "opacity": 0.45},
         }
     ]
+
+
+def _remarks(model: Model) -> str:
+    """What is to be known of a model beside its place."""
+    remarks = [f"breaks {law}" for law in model.broken] + [f"refuses {law}" for law in model.refused]
+    remarks += [f"published with Holdall, {model.published}"] if model.published else []
+    return "".join(f"<br>{_escape(remark)}" for remark in remarks)
 
 
 def _hover(label: str, accuracy: float, state_bytes: int, more: str = "") -> str:

@@ -125,8 +125,35 @@ class Model:
 
     @property
     def drawn(self) -> bool:
-        """Whether it has a place on the picture: a log axis holds no empty state, and no NaN."""
-        return bool(self.best) and self.state_bytes > 0
+        """Whether it has a place on the picture: a log axis holds no empty state, and no NaN.
+
+        Nor has a mixer that carries another state than it reports.
+        """
+        return bool(self.best) and self.state_bytes > 0 and "state_size" not in self.broken
+
+    @property
+    def broken(self) -> Mapping[str, str]:
+        """The laws that its mixer breaks, by name, each with what is broken (holdall/testing/laws.py)."""
+        return self._laws("broken")
+
+    @property
+    def refused(self) -> Mapping[str, str]:
+        """The laws that its mixer says it cannot obey, by name, each with the reason."""
+        return self._laws("refused")
+
+    def _laws(self, status: str) -> Mapping[str, str]:
+        laws = self.runs[0].line.get("laws")
+        found = laws.get(status) if isinstance(laws, Mapping) else None
+        return {str(name): str(says) for name, says in found.items()} if isinstance(found, Mapping) else {}
+
+    @property
+    def published(self) -> str:
+        """Where it was trained if it was not here: hardware and commit of runs that come with Holdall."""
+        source = self.runs[0].line.get("published")
+        if not isinstance(source, Mapping):
+            return ""
+        commit = source.get("commit")
+        return f"{source.get('hardware')}{f', commit {commit}' if commit else ''}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,10 +220,14 @@ def grouped(runs: Iterable[Run]) -> tuple[Model, ...]:
 
 
 def pareto(models: Iterable[Model]) -> list[Model]:
-    """The frontier, by rising state: each model that beats all others of as many bytes or fewer."""
+    """The frontier, by rising state: each model that beats all others of as many bytes or fewer.
+
+    A mixer that breaks a law has no place there.
+    """
     frontier: list[Model] = []
     for model in sorted(
-        (m for m in models if m.drawn), key=lambda m: (m.state_bytes, -m.accuracy, m.label, m.width)
+        (m for m in models if m.drawn and not m.broken),
+        key=lambda m: (m.state_bytes, -m.accuracy, m.label, m.width),
     ):
         if not frontier or model.accuracy > frontier[-1].accuracy:
             frontier.append(model)
@@ -258,6 +289,22 @@ def _sweep(folder: Path, config: Mapping[str, Any], name: str) -> Sweep:
         f"{m.label} (width {m.width}) has no state: a log axis has no place for it."
         for m in models
         if m.best and not m.state_bytes
+    ]
+    notes += [
+        f"{m.label} (width {m.width}) breaks the law '{law}': {says}"
+        + ("; so it has no place on the picture." if law == "state_size" else ".")
+        for m in models
+        for law, says in m.broken.items()
+    ]
+    notes += [
+        f"{m.label} (width {m.width}) does not obey the law '{law}': {says}."
+        for m in models
+        for law, says in m.refused.items()
+    ]
+    notes += [
+        f"{m.label} (width {m.width}) was not trained here: published with Holdall, {m.published}."
+        for m in models
+        if m.published
     ]
     has_environment = (folder / "environment.json").exists()
     return Sweep(

@@ -17,6 +17,12 @@ from holdall.report.data import Model, Sweep, families, is_series, pareto
 SIZE = (7.0, 4.5)  # inches
 DPI = 200
 INK, MUTED, SHADE = "#222222", "#6b6b6b", "#eceae4"
+PALE = 0.4
+"""Opacity of models that were not trained here."""
+RING: dict[str, Any] = {
+    "marker": "o", "markersize": 11, "fillstyle": "none", "markeredgecolor": "#C1121F", "markeredgewidth": 1.2
+}  # fmt: skip
+"""Around a mixer that breaks a law."""
 CEILING = 1.06  # accuracy at the top edge: full marks need room for their labels
 
 Box = tuple[float, float, float, float]
@@ -77,6 +83,7 @@ def _draw(sweeps: Sequence[Sweep]) -> Any:
         *_draw_pareto(axes, sweeps, high),
     ]
     _draw_legend(figure, axes, sweeps)
+    _draw_footer(figure, sweeps)
     lines += _draw_gap(axes, sweeps, low)
     _draw_labels(axes, sweeps, lines)
     return figure
@@ -158,10 +165,19 @@ def _draw_models(axes: Any, sweeps: Sequence[Sweep]) -> list[Any]:
                     zorder=2,
                 )
                 lines.append(line)
-            # markers apart from their line: a line may be pale, a marker never
-            axes.plot(
-                state, accuracy, linestyle="none", zorder=3, gid=f"family:{family}", **marker(look, fill[0])
-            )
+            # markers apart from their line, which may be pale; a marker is where it was not trained here
+            for published in (False, True):
+                shown = [m for m in members if bool(m.published) == published]
+                axes.plot(
+                    [m.state_bytes for m in shown], [m.accuracy for m in shown], linestyle="none", zorder=3,
+                    gid=f"published:{family}" if published else f"family:{family}",
+                    alpha=PALE if published else None, **marker(look, fill[0]),
+                )  # fmt: skip
+            if broken := [m for m in members if m.broken]:
+                axes.plot(
+                    [m.state_bytes for m in broken], [m.accuracy for m in broken], linestyle="none",
+                    gid="broken", zorder=3.5, **RING,
+                )  # fmt: skip
     return lines
 
 
@@ -231,6 +247,12 @@ def _draw_legend(figure: Any, axes: Any, sweeps: Sequence[Sweep]) -> None:
         Line2D([], [], color=INK, linewidth=0.9, linestyle=(0, (4, 2)), label="best for its bytes")
     )
     handles.append(Patch(facecolor=SHADE, edgecolor=MUTED, linewidth=0.8, label="below the floor"))
+    models = [model for sweep in sweeps for model in sweep.models if model.drawn]
+    if any(model.published for model in models):
+        pale = marker(style.Look(INK, *style.SHAPES[0]), "full")
+        handles.append(Line2D([], [], linewidth=0, alpha=PALE, label="not trained here", **pale))
+    if any(model.broken for model in models):
+        handles.append(Line2D([], [], linewidth=0, label="breaks a law", **{**RING, "markersize": 8}))
     count = -(-len(handles) // 6)  # even rows of at most six
     columns = -(-len(handles) // count)
     rows = [handles[k * columns : (k + 1) * columns] for k in range(count)]
@@ -262,6 +284,16 @@ def _draw_legend(figure: Any, axes: Any, sweeps: Sequence[Sweep]) -> None:
     bottom = legend.get_window_extent(figure.canvas.get_renderer()).y0 / figure.bbox.height
     left, base, width, _ = axes.get_position().bounds
     axes.set_position((left, base, width, bottom - 0.01 - base))
+
+
+def _draw_footer(figure: Any, sweeps: Sequence[Sweep]) -> None:
+    """Where models were trained that were not trained here, and which mixers have no place and why."""
+    models = [model for sweep in sweeps for model in sweep.models]
+    sources = dict.fromkeys(model.published for model in models if model.published)
+    words = [f"Not trained here but published with Holdall: {'; '.join(sources)}."] if sources else []
+    missing = dict.fromkeys(model.label for model in models if "state_size" in model.broken)
+    words += [f"Not drawn, as its state is not what it reports: {', '.join(missing)}."] if missing else []
+    figure.text(0.012, 0.008, "  ".join(words), fontsize=6.3, color=MUTED, gid="footer")
 
 
 def _draw_labels(axes: Any, sweeps: Sequence[Sweep], lines: Sequence[Any]) -> None:

@@ -105,10 +105,21 @@ def short_labels(sweeps: Sequence[Sweep]) -> dict[Model, str]:
                 parts = [model.label]
             if widths[model.label] > 1:
                 parts.append(f"d = {model.width}")
+            parts += [f"breaks {law}" for law in model.broken] + [f"refuses {law}" for law in model.refused]
             if model.drawn and (model.label, model.width) not in seen:
                 labels[model] = ", ".join(part for part in parts if part)
         seen |= {(model.label, model.width) for model in sweep.models}
     return labels
+
+
+def marked(model: Model) -> str:
+    """A model's label in a table, with a mark where it is not one trained here that obeys the laws."""
+    marks = [f"✗ {law}" for law in model.broken] + [f"refuses {law}" for law in model.refused]
+    return " ".join([model.label, *marks, *(["†"] if model.published else [])])
+
+
+PUBLISHED = "published with Holdall, not trained here"
+"""What † means in tables, and a pale mark in pictures."""
 
 
 def gap_text(times: float) -> str:
