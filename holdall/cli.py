@@ -645,10 +645,15 @@ def main() -> None:
 
 def _run() -> Any:
     """Parse the arguments and run the command; returns the exit status."""
-    from holdall import commands
+    from holdall import __version__, commands
 
+    if sys.argv[1:] == ["--version"]:
+        print(f"holdall {__version__}")
+        return 0
     try:
-        about = "Measure and train language models whose memory does not grow."
+        about = (
+            "Measure, train and serve language models whose memory does not grow. (--version: its version)"
+        )
         # None is the value of a flag that is not given; nobody types it
         config = [tyro.conf.DisallowNone]
         return commands.guarded(lambda: app.cli(prog="holdall", description=about, config=config))

@@ -21,7 +21,6 @@ from holdall import mixers, recipes
 from holdall import report as reports
 from holdall.commands import OUT_OF_TIME, Words, busy, console, resolve_device
 from holdall.commands.laws import short_verdicts
-from holdall.contract import MixerConfig
 from holdall.report import data
 from holdall.report import matrix as matrices
 from holdall.report.style import PUBLISHED, bytes_text, marked
@@ -126,13 +125,9 @@ def _added(add: Sequence[str], load: Sequence[Path]) -> list[str]:
 
 def _laws_of(sweeps: Sequence[SweepConfig], added: Sequence[str]) -> dict[str, dict[str, dict[str, str]]]:
     """Which laws the added mixers break or refuse, by label; what they break is printed before they train."""
-    configs: dict[str, MixerConfig] = {}
-    for text in added:
-        for point in (point for sweep in sweeps for point in sweep.points):
-            config, known = point.train.model.layers[-1], configs.get(point.label)
-            named = config.name == text.partition(":")[0]
-            if named and mixers.configured(text, config.width)[0] == point.label:
-                configs[point.label] = config if known is None or config.width < known.width else known
+    width = min(point.train.model.width for sweep in sweeps for point in sweep.points)
+    # with the options that were given: lengths that were fitted to the task's rows are shorter than the laws'
+    configs = dict(mixers.configured(text, width) for text in added)
     found: dict[str, dict[str, dict[str, str]]] = {}
     for label, config in configs.items():
         with busy(f"holding {label} to the short laws"):

@@ -140,8 +140,3 @@ def test_every_law_says_what_it_means_and_where_to_look() -> None:
     assert {name for name, law in laws.LAWS.items() if law.short} == {
         "splits", "causal", "definition", "fresh", "rows", "state_size",
     }  # fmt: skip
-
-
-def test_a_mixer_or_a_file_must_be_named(holdall: Callable[..., str]) -> None:
-    holdall("laws", code=2)
-    holdall("laws", "mambo", code=2)
