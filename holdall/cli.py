@@ -1,5 +1,5 @@
-"""The command line: `holdall frontier`, `recipe`, `report`, `zoo`, `laws`, `soundness`, `matrix`; `data`, `train`,
-`generate`, `chat`, `serve`, `recall`, `suite`.
+"""The command line: `holdall frontier`, `recipe`, `report`, `zoo`, `laws`, `soundness`, `matrix`; `data`,
+`train`, `generate`, `chat`, `serve`, `recall`, `suite`.
 
 Heavy modules are imported only after the arguments have been parsed, so that help is instant.
 """
