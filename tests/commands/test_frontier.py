@@ -138,7 +138,7 @@ def test_only_added_mixers_are_held_to_the_laws(
 def test_a_recipe_is_written_and_runs_as_it_is(holdall: Callable[..., str]) -> None:
     holdall("recipe new my-own")
     small = "frontier my_own.py --steps 4 --width 8 --length 4 --rates 0.01 --device cpu --workers 1"
-    assert "my-own: 5 models, 5 runs" in holdall(f"{small} --dry-run")
+    assert "my-own: 5 models on cpu" in holdall(f"{small} --dry-run")
     holdall(f"{small} --family attention")  # its task is its own, and known to the workers
     (line,) = files.read_lines(Path("runs/my-own/results.jsonl"))
     assert set(line["accuracy_by_difficulty"]) == {"4"}
