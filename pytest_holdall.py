@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-PAGE = re.compile(r"^holdall\.testing\.laws($|::.*)")
+PAGE = re.compile(r"(holdall[./]testing[./])laws(?=(\.py)?($|::))")
 LOADED = pytest.StashKey[list[str]]()
 
 
@@ -45,7 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_load_initial_conftests(args: list[str]) -> None:
     """The laws themselves run without pytest, and their tests are in the file beside them."""
-    args[:] = [PAGE.sub(r"holdall.testing.test_laws\1", arg) for arg in args]
+    args[:] = [PAGE.sub(r"\1test_laws", arg) for arg in args]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
