@@ -84,10 +84,8 @@ def plan(
         seconds_of[models[index]] += remaining.seconds_of(index) or 0.0
     found = []
     for point in sweep.points:
-        name, (state_bytes, parameters) = (
-            Job(point, True).model,
-            measure(point.train.model, sweep.context_len),
-        )
+        name = Job(point, True).model
+        state_bytes, parameters = measure(point.train.model, sweep.context_len)
         done, shown, to_do = (counts[name][kind] for kind in ("finished", "published", "left"))
         found.append(PlannedModel(point, parameters, state_bytes, done, shown, to_do, seconds_of[name]))
     return found, remaining.seconds() or 0.0
