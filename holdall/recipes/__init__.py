@@ -12,12 +12,22 @@ from typing import Any
 
 from holdall import mixers
 from holdall.contract import did_you_mean
-from holdall.recipes import based_figure2, lm_suite, quick, synthetics, zoo, zoology_figure2, zoology_small
+from holdall.recipes import (
+    based_figure2,
+    bits,
+    lm_suite,
+    quick,
+    synthetics,
+    zoo,
+    zoology_figure2,
+    zoology_small,
+)
 from holdall.sweeps import SuiteConfig, SweepConfig
 
 SWEEPS: dict[str, Callable[..., tuple[SweepConfig, ...]]] = {
     "quick": quick.sweeps,
     "zoo": zoo.sweeps,
+    "bits": bits.sweeps,
     "zoology-small": zoology_small.sweeps,
     "synthetics": synthetics.sweeps,
     "zoology-figure2": zoology_figure2.sweeps,
