@@ -1,8 +1,8 @@
-"""Ten models that recall on the quick recipe's task, to be stored in fewer bits by `holdall bits runs/bits`.
+"""Ten models that recall on the quick recipe's task, for `holdall bits` to store in fewer bits.
 
-Attention and a window, whose state is a cache that is written once; linear attention, whose state is a sum over
-all tokens, of three sizes and three feature maps; a gated sum; and delta rules, which replace what a key held.
-Only such models are here as answer at least half of the questions in fp32: what is not recalled cannot be lost.
+Attention and a window, whose cache is written once; linear attention of three feature maps, whose state is a
+sum over all tokens; Mamba-2, whose sum decays; and delta rules, which replace what a key held. Each recalls
+enough in fp32 to have something to lose.
 """
 
 from __future__ import annotations
