@@ -141,6 +141,10 @@ def test_stochastic_rounding_is_right_in_the_mean_and_nearest_is_not() -> None:
         deviation = step * math.sqrt(0.3 / step * (1 - 0.3 / step) / (4000 * 7))
         assert abs(mean - 0.3) < 5 * deviation
         assert not pack(some(x), Format(name)).unpack()[0][..., 1:].any()
+    for name, largest, step in (("fp16", 1.0, 2.0**-24), ("fp8", 448.0, 2.0**-9), ("bf16", 1.0, 2.0**-9)):
+        x.fill_(0.3 * step if name != "bf16" else 0.25 + 0.3 * step)[..., 0] = largest
+        mean = (pack(some(x), Format(name, "stochastic"), rng()).unpack()[0][..., 1:].double() / step).mean()
+        assert abs(mean - x[0, 0, 1].double() / step) < 5 * math.sqrt(0.3 * 0.7 / (4000 * 7))
     same = [pack(some(x), Format("int8", "stochastic"), rng(seed)).unpack()[0] for seed in (1, 1, 2)]
     assert torch.equal(same[0], same[1])
     assert not torch.equal(same[0], same[2])
