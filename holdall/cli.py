@@ -1,5 +1,5 @@
-"""The command line: `holdall frontier`, `recipe`, `report`, `zoo`, `laws`, `soundness`, `matrix`; `data`,
-`train`, `generate`, `chat`, `serve`, `recall`, `suite`.
+"""The command line: `holdall frontier`, `recipe`, `bits`, `report`, `zoo`, `laws`, `soundness`, `matrix`;
+`data`, `train`, `generate`, `chat`, `serve`, `recall`, `suite`.
 
 Heavy modules are imported only after the arguments have been parsed, so that help is instant.
 """
@@ -30,6 +30,7 @@ from holdall.settings import (
 from holdall.training.options import PretrainOptions
 
 app = tyro.extras.SubcommandApp()
+Axis = Literal["bytes", "bits", "elements"]
 
 
 def command(function: Callable[..., int]) -> Callable[..., int]:
@@ -76,6 +77,7 @@ def frontier(
     minutes: NonNegativeFloat | None = None,
     precision: Precision | None = None,
     weights: bool = True,
+    axis: Axis | None = None,
 ) -> int:
     """Train the models of a recipe and plot their recall against their state size in bytes.
 
@@ -107,6 +109,7 @@ def frontier(
             finished runs, also those that were trained elsewhere and copied into the folder's runs.
         precision: precision of training, instead of the recipe's.
         weights: save the trained weights.
+        axis: what the picture counts state in; bytes by default.
     """
     from holdall.commands import sweeps as shown
 
@@ -129,6 +132,7 @@ def frontier(
         families=family,
         minutes=minutes,
         keep_weights=weights,
+        axis=axis,
     )
 
 
@@ -149,10 +153,42 @@ def recipe(
 
 
 @command
+def bits(
+    folder: Annotated[Path, tyro.conf.Positional] = Path("runs/quick"),
+    *,
+    format: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
+    every: PositiveInt = 1,
+    seed: Seed = 0,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    load: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = (),
+    out: Path | None = None,
+) -> int:
+    """Store the states of a sweep's trained models in fewer bits, and plot recall against bits of state.
+
+    Nothing is trained. Each model, at its best learning rate, reads the sweep's test with its state rounded
+    to a format after every token; scales and counters are counted too.
+
+    Args:
+        folder: a folder written by `holdall frontier`, with the trained weights.
+        format: fp32, bf16, fp16, fp8, int8 or int4, or one with +stochastic or +feedback, as int4+feedback
+            (repeatable); by default all six, and int8 and int4 rounded in each way.
+        every: tokens that are read between one rounding of the state and the next.
+        seed: of stochastic rounding.
+        device: where to run; auto takes a GPU if there is one.
+        load: a mixer file of your own that the sweep was trained with.
+        out: the folder for figure, page and table; by default bits in the sweep's folder.
+    """
+    from holdall.commands import bits as shown
+
+    return shown.bits(folder, out or folder / "bits", format, every, seed, device, load, command=_command())
+
+
+@command
 def report(
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional] = (),
     *,
     out: Path | None = None,
+    axis: Axis | None = None,
 ) -> int:
     """Make figure, page and table of one or several sweeps again, from their folders alone.
 
@@ -160,10 +196,11 @@ def report(
         folders: folders written by `holdall frontier`, several of which are drawn in one figure; or one
             written by `holdall matrix`.
         out: the folder for figure and page; by default the first folder.
+        axis: what the picture counts state in; by default what the first folder's picture does.
     """
     from holdall.commands import sweeps as shown
 
-    return shown.report(folders, out)
+    return shown.report(folders, out, axis)
 
 
 @command

@@ -54,6 +54,7 @@ def frontier(
     *,
     command: str,
     minutes: float | None = None,
+    axis: str | None = None,
     **options: Any,
 ) -> int:
     """The command `holdall frontier`; returns the exit status. Options are those of `run_sweep`."""
@@ -76,7 +77,7 @@ def frontier(
     codes = []
     for sweep, folder in zip(sweeps, folders, strict=True):
         left = None if until is None else max(0.0, until - time.monotonic()) / 60
-        codes.append(_frontier(sweep, folder, minutes=left, **options))
+        codes.append(_frontier(sweep, folder, axis=axis, minutes=left, **options))
         if codes[-1] not in (0, OUT_OF_TIME):
             return codes[-1]
     if len(sweeps) > 1 and all((folder / "results.jsonl").stat().st_size for folder in folders):
@@ -85,7 +86,7 @@ def frontier(
     return max(codes)
 
 
-def _frontier(sweep: SweepConfig, out: Path, *, device: str, **options: Any) -> int:
+def _frontier(sweep: SweepConfig, out: Path, *, device: str, axis: str | None, **options: Any) -> int:
     """One sweep of a recipe; returns the exit status."""
     view = _FrontierView(sweep, out, device, options.get("workers"), options.get("families", ()))
     watcher = Watcher(view.progress, view.finished, view.others)
@@ -102,7 +103,7 @@ def _frontier(sweep: SweepConfig, out: Path, *, device: str, **options: Any) -> 
         code = OUT_OF_TIME
     if view.lines:
         view.print_table()
-        for path in reports.write([out], out):
+        for path in reports.write([out], out, axis):
             console.print(f"  {path}", soft_wrap=True)
     return code
 
@@ -337,7 +338,7 @@ def _percent(score: float | None) -> str:
     return "-" if score is None or math.isnan(score) else f"{score:.1%}"
 
 
-def report(folders: Sequence[Path], out: Path | None) -> int:
+def report(folders: Sequence[Path], out: Path | None, axis: str | None = None) -> int:
     """The command `holdall report`."""
     if not folders:
         raise ValueError("name at least one folder: holdall report FOLDER [FOLDER ...]")
@@ -346,7 +347,7 @@ def report(folders: Sequence[Path], out: Path | None) -> int:
             raise ValueError("mixing matrices are drawn from one folder at a time")
         written = matrices.write(folders[0], out or folders[0])
     else:
-        written = reports.write(folders, out or folders[0])
+        written = reports.write(folders, out or folders[0], axis)
     for path in written:
         console.print(f"  {path}", soft_wrap=True)
     return 0

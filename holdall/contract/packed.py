@@ -113,12 +113,13 @@ class PackedTensor:
         if self.exponents_BR is None:
             return self.codes.to(self.dtype).view(self.sizes)
         length = _row_length(self.sizes)
-        x_BRN = (_from_nibbles(self.codes, length) if self.format.name == "int4" else self.codes).double()
+        wide = torch.promote_types(self.dtype, torch.float32)
+        x_BRN = (_from_nibbles(self.codes, length) if self.format.name == "int4" else self.codes).to(wide)
         if self.rest_BRM is not None:
-            x_BRN = x_BRN + _from_nibbles(self.rest_BRM, length) / REST_STEPS
-        x_BRN = x_BRN * _power_of_two(self.exponents_BR)[..., None]
-        x_BRN = x_BRN.masked_fill((self.exponents_BR == NOT_FINITE)[..., None], math.nan)
-        return x_BRN.to(self.dtype).view(self.sizes)
+            x_BRN += _from_nibbles(self.rest_BRM, length) / REST_STEPS
+        scale_BR = _power_of_two(self.exponents_BR).to(wide)
+        scale_BR = scale_BR.masked_fill(self.exponents_BR == NOT_FINITE, math.nan)
+        return (x_BRN * scale_BR[..., None]).to(self.dtype).view(self.sizes)
 
 
 @dataclass(frozen=True)
@@ -151,16 +152,19 @@ def pack(state: State, format: Format, generator: torch.Generator | None = None)
 
 
 def _pack(x: Tensor, format: Format, generator: torch.Generator | None) -> PackedTensor:
-    wide_BRN = _rows(x).double()
+    wide_BRN = _rows(x).to(torch.promote_types(x.dtype, torch.float32))
     random = format.rounding == "stochastic"
     if format.name in PLAIN:
-        codes = _to_float(wide_BRN, PLAIN[format.name], generator, random)
+        # never wider than it was, as a cache is in bf16 beside activations in bf16
+        narrow = min((PLAIN[format.name], x.dtype), key=lambda dtype: dtype.itemsize)
+        codes = _to_float(wide_BRN, narrow, generator, random)
         return PackedTensor(format, x.shape, x.dtype, codes)
     largest = LARGEST[format.name]
     most_BR = wide_BRN.abs().amax(-1) if wide_BRN.numel() else wide_BRN.new_zeros(wide_BRN.shape[:2])
     mantissa_BR, exponent_BR = torch.frexp(most_BR / largest)  # a mantissa of 1/2 is a power of two itself
     exponent_BR = (exponent_BR - (mantissa_BR == 0.5).int()).clamp(-126, 127)
-    y_BRN = (wide_BRN / _power_of_two(exponent_BR)[..., None]).nan_to_num(0, 0, 0).clamp(-largest, largest)
+    y_BRN = wide_BRN / _power_of_two(exponent_BR).to(wide_BRN.dtype)[..., None]
+    y_BRN = y_BRN.nan_to_num_(0, 0, 0).clamp_(-largest, largest)
     exponents_BR = exponent_BR.masked_fill(~most_BR.isfinite(), NOT_FINITE).to(torch.int8)
     if format.name == "fp8":
         codes = _to_float(y_BRN, torch.float8_e4m3fn, generator, random)
@@ -193,20 +197,23 @@ def _power_of_two(exponent: Tensor) -> Tensor:
 def _random_round(y: Tensor, generator: torch.Generator | None) -> Tensor:
     """Down or up to an integer, with the probabilities that make the mean y; integers stay."""
     below = y.floor()
-    draw = torch.rand(y.shape, generator=generator, dtype=torch.float64, device=y.device)
+    draw = torch.rand(y.shape, generator=generator, dtype=y.dtype, device=y.device)
     return below + (draw < y - below)
 
 
 def _to_float(x: Tensor, dtype: torch.dtype, generator: torch.Generator | None, random: bool) -> Tensor:
-    """x, in fp64, in a floating-point format; what is finite stays finite."""
+    """x in a floating-point format; what is finite stays finite."""
     about = torch.finfo(dtype)
     if random:
+        x = x.double()  # whose exponents reach below those of all formats
         # the values of a format with p binary digits are 2^(e + 1 - p) apart between 2^e and 2^(e + 1), and
         # evenly below its smallest normal number
         lowest, digits = round(math.log2(about.tiny)), 1 - round(math.log2(about.eps))
         apart = _power_of_two((torch.frexp(x).exponent - 1).clamp(min=lowest) + 1 - digits)
         finite = x.isfinite()
         x = torch.where(finite, _random_round(torch.where(finite, x / apart, 0), generator) * apart, x)
+    if dtype.itemsize >= x.element_size():
+        return x.to(dtype)
     return torch.where(x.isfinite(), x.clamp(about.min, about.max), x).to(dtype)
 
 

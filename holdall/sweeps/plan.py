@@ -85,7 +85,7 @@ def plan(
     found = []
     for point in sweep.points:
         name = Job(point, True).model
-        state_bytes, parameters = measure(point.train.model, sweep.context_len)
+        state_bytes, _, parameters = measure(point.train.model, sweep.context_len)
         done, shown, to_do = (counts[name][kind] for kind in ("finished", "published", "left"))
         found.append(PlannedModel(point, parameters, state_bytes, done, shown, to_do, seconds_of[name]))
     return found, remaining.seconds() or 0.0

@@ -184,6 +184,25 @@ def test_what_is_too_large_for_16_bits_saturates() -> None:
     assert pack(some(x), Format("fp16")).unpack()[0].tolist() == [[[65504.0, -65504.0]]]
 
 
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_a_state_of_another_dtype_packs_to_itself_and_to_no_more_bits(
+    format: Format, dtype: torch.dtype
+) -> None:
+    state = some(drawn(0, 3, 8, 0.3, dtype))
+    kept = pack(state, format, rng())
+    after: Any = kept.unpack()
+    assert after.x_BHV.dtype == dtype
+    exact = format.rounding != "feedback" or dtype == torch.float64  # 12 bits do not fit into 16
+    if exact:
+        again = pack(after, format, rng(1)).unpack()
+        assert torch.equal(again[0], after.x_BHV)
+    assert BITS[format.name] > 16 or kept.bits_per_row <= 64 + 3 * 8 * 16
+    if format.name == "fp32":
+        assert kept.bits_per_row == 64 + 3 * 8 * min(32, 8 * dtype.itemsize)
+        assert dtype == torch.float64 or torch.equal(after.x_BHV, state.x_BHV)
+
+
 def test_formats_are_parsed_and_others_refused() -> None:
     assert [str(Format.parse(str(format))) for format in FORMATS] == list(map(str, FORMATS))
     for text, why in (
