@@ -77,6 +77,7 @@ def frontier(
     minutes: NonNegativeFloat | None = None,
     precision: Precision | None = None,
     weights: bool = True,
+    on: Literal["here", "ray"] = "here",
     axis: Axis | None = None,
 ) -> int:
     """Train the models of a recipe and plot their recall against their state size in bytes.
@@ -109,6 +110,8 @@ def frontier(
             finished runs, also those that were trained elsewhere and copied into the folder's runs.
         precision: precision of training, instead of the recipe's.
         weights: save the trained weights.
+        on: here; or ray, on all machines of a Ray cluster that see the folder. Without Ray, any number of
+            these commands share a folder.
         axis: what the picture counts state in; bytes by default.
     """
     from holdall.commands import sweeps as shown
@@ -132,6 +135,7 @@ def frontier(
         families=family,
         minutes=minutes,
         keep_weights=weights,
+        on=on,
         axis=axis,
     )
 

@@ -46,6 +46,10 @@ class RunError(Exception):
         super().__init__("\n    ".join(map(printable, filter(None, (message, below)))))
 
 
+class InUse(RunError):  # noqa: N818 - the one who waits is not at fault
+    """Another process holds a folder's lock."""
+
+
 @contextlib.contextmanager
 def explained(path: Path) -> Iterator[None]:
     """Turn an OSError into a RunError that names the path, the reason and the remedy."""
@@ -400,7 +404,7 @@ def locked(folder: Path, *, patience: float = 10.0) -> Iterator[None]:
     """Lock a run folder for this process, creating it if needed.
 
     The lock is released when the process ends, even if it is killed. Temporary files of killed writers are
-    removed. Raises RunError if another process holds the lock for longer than `patience` seconds.
+    removed. Raises InUse if another process holds the lock for longer than `patience` seconds.
     """
     make_folder(folder)
     lock = filelock.FileLock(folder / LOCK, timeout=patience)
@@ -408,7 +412,7 @@ def locked(folder: Path, *, patience: float = 10.0) -> Iterator[None]:
         try:
             lock.acquire()
         except filelock.Timeout:
-            raise RunError(f"{folder} is in use by another run; wait for it or choose --out") from None
+            raise InUse(f"{folder} is in use by another run; wait for it or choose --out") from None
     try:
         remove_abandoned(folder)
         for pattern in (".*.tmp", ".tmp" + "[0-9A-Za-z]" * 6):  # temporary files of version 0.1

@@ -31,6 +31,7 @@ from holdall.sweeps import (
     SweepConfig,
     Watcher,
     at_once,
+    cluster,
     in_order,
     in_words,
     plan,
@@ -66,6 +67,8 @@ def frontier(
         sweeps = tuple(_in_precision(sweep, precision) for sweep in sweeps)
     sweeps = tuple(with_added(sweep, added) for sweep in sweeps)
     device = resolve_device(device)
+    if options.get("on") == "ray":
+        options["workers"] = options.get("workers") or cluster.at_once(device)
     folders = [out / sweep.part if sweep.part else out for sweep in sweeps]
     # where mixers are added, the recipe's own models are there to be compared with, not to be trained again
     options = {"device": device, "published": bool(added), **options}

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from holdall import environment, files, settings
 from holdall.files import RunError
 from holdall.sweeps.config import Job, Point, SweepConfig
-from holdall.sweeps.published import model_of
+from holdall.sweeps.published import Published, model_of
+from holdall.sweeps.result import result_line
 from holdall.tasks.data import DataConfig
+from holdall.training.populations import Progress, finished
 
 OTHER = "Restore it from a copy, or choose another folder with --out."
 
@@ -31,7 +34,16 @@ def planned(sweep: SweepConfig, out: Path, *, together: bool) -> list[Job]:
 
 
 @contextlib.contextmanager
-def claimed(out: Path, sweep: SweepConfig, command: str, device: str, runs: Sequence[Path]) -> Iterator[None]:
+def claimed(
+    out: Path,
+    sweep: SweepConfig,
+    jobs: Sequence[Job],
+    command: str,
+    device: str,
+    *,
+    come_with: Published | None = None,
+    laws: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Iterator[Runs]:
     """Write into the folder which sweep it holds; undo that if an error ends it before any run has begun.
 
     So a sweep that is refused leaves its folder to the corrected command. Models that the folder holds and
@@ -39,20 +51,25 @@ def claimed(out: Path, sweep: SweepConfig, command: str, device: str, runs: Sequ
     Raises RunError if the folder holds another sweep, or the same one with more seeds.
     """
     path = out / "config.json"
-    before = files.read_bytes(path, OTHER) if path.exists() else None
-    begun_before = _begun(runs)
-    _claim(out, sweep, command, device)
+    runs = Runs(
+        sweep, out, jobs, lambda: _claim(out, sweep, command, device), come_with=come_with, laws=laws or {}
+    )
+    with files.locked(out):
+        before = files.read_bytes(path, OTHER) if path.exists() else None
+        begun_before = _begun(runs.folders)
+        runs.claim()
     try:
-        yield
+        yield runs
     except OutOfTime:
         raise
     except BaseException:
-        begun = _begun(runs)
-        if before is None and not begun:
-            for name in ("config.json", "environment.json", "results.jsonl"):
-                (out / name).unlink(missing_ok=True)
-        elif before is not None and begun == begun_before:
-            files.write_atomically(path, before)
+        with files.locked(out):
+            begun = _begun(runs.folders)
+            if before is None and not begun:
+                for name in ("config.json", "environment.json", "results.jsonl"):
+                    (out / name).unlink(missing_ok=True)
+            elif before is not None and begun == begun_before:
+                files.write_atomically(path, before)
         raise
 
 
@@ -139,13 +156,84 @@ def _difference(held: Any, wanted: Any) -> str:
 
 
 def other_lines(out: Path, sweep: SweepConfig) -> list[dict[str, Any]]:
-    """The lines of results.jsonl that are of models which an earlier call added to the folder."""
+    """The lines of results.jsonl that are of models which other calls added to the folder."""
     ours = {(point.label, point.train.model.width) for point in sweep.points}
     lines = files.read_lines(out / "results.jsonl", OTHER)
     return [line for line in lines if (line.get("label"), line.get("width")) not in ours]
 
 
-def write_results(out: Path, lines: Iterable[dict[str, Any]]) -> None:
-    """Write results.jsonl."""
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    files.write_atomically(out / "results.jsonl", text.encode())
+class Runs:
+    """The runs of a sweep in its folder, whoever trains them: which are finished, and how far the others are.
+
+    What is finished is written into results.jsonl, also what other processes train there: each of them writes
+    all. One that runs the same sweep with fewer seeds leaves that to the others.
+
+    Args:
+        claim: writes what the sweep is, as `claimed` did, should another process have undone that.
+        come_with: runs that were published, which stand for those that the folder has not.
+        laws: by label, which laws a model's mixer breaks or refuses, as kept in its lines.
+    """
+
+    def __init__(
+        self,
+        sweep: SweepConfig,
+        out: Path,
+        jobs: Sequence[Job],
+        claim: Callable[[], None],
+        *,
+        come_with: Published | None,
+        laws: Mapping[str, Mapping[str, Any]],
+    ) -> None:
+        self.sweep, self.out, self.claim, self.come_with, self.laws = sweep, out, claim, come_with, laws
+        self.jobs, self.folders = list(jobs), [out / "runs" / job.folder for job in jobs]
+        self.lines: dict[int, list[dict[str, Any]]] = {}
+        """The lines of each finished run, by its place in the sweep."""
+        self._written = False
+        self._seen: dict[int, int] = {}
+
+    def gather(self) -> dict[int, list[dict[str, Any]]]:
+        """The lines of the runs that have finished since the last call; with them results.jsonl is written.
+
+        Raises RunError if one of them is of another sweep, or damaged.
+        """
+        before = set(self.lines)
+        self._read()
+        if self.lines.keys() - before or not self._written:
+            with files.locked(self.out):
+                self._read()  # what came while this process waited
+                self._write()
+            self._written = True
+        return {index: self.lines[index] for index in sorted(self.lines.keys() - before)}
+
+    def _read(self) -> None:
+        for index, (job, folder) in enumerate(zip(self.jobs, self.folders, strict=True)):
+            if index in self.lines:
+                continue
+            lines = None if self.come_with is None else self.come_with.of(job)
+            if (results := finished(job.point.train, folder)) is not None:
+                lines = [result_line(job, self.sweep, result) for result in results]
+            if lines is not None:
+                verdict = self.laws.get(job.point.label)
+                self.lines[index] = [{**line, "laws": verdict} for line in lines] if verdict else lines
+
+    def _write(self) -> None:
+        path = self.out / "config.json"
+        if not path.exists():
+            self.claim()
+        held = files.read_json(path, OTHER).get("points") or ()
+        if all(point in held for point in self.sweep.to_dict()["points"]):
+            lines = [line for index in sorted(self.lines) for line in self.lines[index]]
+            lines += other_lines(self.out, self.sweep)
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            files.write_atomically(self.out / "results.jsonl", text.encode())
+
+    def moved(self) -> Iterator[tuple[int, Progress]]:
+        """The runs that have been tested since the last call, and what they were then."""
+        for index, (job, folder) in enumerate(zip(self.jobs, self.folders, strict=True)):
+            if index in self.lines or not (path := folder / "metrics.jsonl").exists():
+                continue
+            before, self._seen[index] = self._seen.get(index), path.stat().st_size
+            if before not in (None, self._seen[index]) and (lines := files.read_lines(path)):
+                step, loss = lines[-1]["step"], lines[-1]["loss"]
+                best = max(line["accuracy"] for line in lines if line["step"] == step)
+                yield index, Progress(step, job.steps, math.nan if loss is None else loss, best)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import concurrent.futures
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,6 +16,9 @@ from holdall.settings import PositiveInt
 from holdall.sweeps import worker
 from holdall.sweeps.config import Job
 from holdall.training.populations import Progress
+
+LOOK_SECONDS = 1.0
+"""Between one look at what others have finished and the next."""
 
 
 def at_once(device: str, workers: int | None = None) -> int:
@@ -31,6 +33,11 @@ def devices(device: str, workers: int) -> list[str]:
     """The device of each worker: a machine's GPUs in turn."""
     count = torch.cuda.device_count() if device == "cuda" else 0
     return [f"cuda:{index % count}" if count else device for index in range(workers)]
+
+
+def time_for_training(minutes: float) -> float:
+    """Seconds of a time limit; the rest is for the last steps and for writing checkpoints."""
+    return 60 * minutes - min(15.0, 6 * minutes)
 
 
 class Pool:
@@ -64,8 +71,8 @@ class Pool:
         self.listener = threading.Thread(target=self._listen, daemon=True)
         self.interrupted = False
         self.timer: threading.Timer | None = None
-        if minutes is not None:  # the rest of the time is for the last steps and for writing checkpoints
-            self.timer = threading.Timer(60 * minutes - min(15.0, 6 * minutes), self.stop.set)
+        if minutes is not None:
+            self.timer = threading.Timer(time_for_training(minutes), self.stop.set)
 
     def __enter__(self) -> Pool:
         self.listener.start()
@@ -95,38 +102,52 @@ class Pool:
         self.stop.set()
         signal.signal(signal.SIGINT, self.before)
 
+    def wait(self, seconds: float) -> bool:
+        """Wait; returns whether the time is up. Raises KeyboardInterrupt as `run`."""
+        stopped = self.stop.wait(seconds)
+        if self.interrupted:
+            raise KeyboardInterrupt
+        return stopped
+
     def _listen(self) -> None:
         while (report := self.progress.get()) is not None:
             self.on_progress(*report)
 
-    def results(
-        self, jobs: Mapping[int, tuple[Job, Path]], keep_weights: bool
-    ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-        """Yield a run's index and its results as runs finish, in any order; stopped runs are left out.
+    def run(self, jobs: Mapping[int, tuple[Job, Path]], keep_weights: bool, look: Callable[[], None]) -> None:
+        """Train runs, by their index, until each is finished, stopped or found to be trained by others.
+
+        look: called about once a second, and after each run.
 
         Raises:
             KeyboardInterrupt: Ctrl-C; every run has written its checkpoint.
             RunError: a run was refused, a worker died, or the GPU's memory is too small.
         """
-        futures = {
+        left = {
             self.executor.submit(
                 worker.work, index, job.point.train.to_dict(), job.together, str(folder), keep_weights
-            ): index
+            )
             for index, (job, folder) in jobs.items()
         }
-        for future in concurrent.futures.as_completed(futures):
+        while left:
+            done, left = concurrent.futures.wait(left, LOOK_SECONDS, concurrent.futures.FIRST_COMPLETED)
+            look()
             if self.interrupted:
                 raise KeyboardInterrupt
-            try:
-                if result := future.result():
-                    yield futures[future], result
-            except concurrent.futures.process.BrokenProcessPool:
-                raise RunError(
-                    "a training process died, most likely out of memory; the same command resumes from the "
-                    "last checkpoints (--workers sets how many runs train at once)"
-                ) from None
-            except torch.OutOfMemoryError as error:
-                raise RunError(
-                    f"the GPU's memory is too small for the runs that train at once ({error}); the same "
-                    "command resumes from the last checkpoints (--workers sets how many train at once)"
-                ) from error
+            for future in done:
+                _raise_of(future)
+
+
+def _raise_of(future: concurrent.futures.Future[None]) -> None:
+    """Raise what a run's process raised, in words for its user."""
+    try:
+        future.result()
+    except concurrent.futures.process.BrokenProcessPool:
+        raise RunError(
+            "a training process died, most likely out of memory; the same command resumes from the last "
+            "checkpoints (--workers sets how many runs train at once)"
+        ) from None
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            f"the GPU's memory is too small for the runs that train at once ({error}); the same command "
+            "resumes from the last checkpoints (--workers sets how many train at once)"
+        ) from error

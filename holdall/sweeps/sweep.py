@@ -6,18 +6,18 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from holdall import files, settings
+from holdall import settings
 from holdall.contract import did_you_mean
 from holdall.settings import NonNegativeFloat
+from holdall.sweeps.cluster import RayPool
 from holdall.sweeps.compile_ahead import compiling_ahead
 from holdall.sweeps.config import SweepConfig, in_order
-from holdall.sweeps.folder import OutOfTime, claimed, other_lines, planned, write_results
-from holdall.sweeps.pool import Pool, at_once, devices
+from holdall.sweeps.folder import OutOfTime, claimed, other_lines, planned
+from holdall.sweeps.pool import LOOK_SECONDS, Pool, at_once, devices
 from holdall.sweeps.published import Published
-from holdall.sweeps.result import result_line
-from holdall.training.populations import Progress, finished
+from holdall.training.populations import Progress
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ def run_sweep(
     families: Sequence[str] = (),
     minutes: float | None = None,
     together: bool | None = None,
+    on: Literal["here", "ray"] = "here",
     keep_weights: bool = True,
     published: bool = False,
     laws: Mapping[str, Mapping[str, Any]] | None = None,
@@ -51,6 +52,9 @@ def run_sweep(
     """Run a sweep, or resume it, and return its lines of results.jsonl.
 
     The folder may hold more models, which earlier calls added: they stay there.
+    Any number of processes, on any machines that see the folder, can do that at once: each run is trained by
+    the one that claims it first, and each process returns when all runs are finished. A run whose process was
+    killed is resumed by another.
 
     Args:
         out: the sweep's folder.
@@ -61,6 +65,8 @@ def run_sweep(
         families: train only these now; finished runs of the others count all the same.
         minutes: stop within this time and keep what is finished by then; None for no limit.
         together: whether a population is one run; by default on a GPU.
+        on: "here", or "ray" for a Ray cluster, or one that is started here (holdall/sweeps/cluster.py). Its
+            machines see the folder under the same path; with GPUs, this one has one too.
         keep_weights: whether runs keep their trained weights.
         published: do not train models of which runs were published: those are shown, where this folder has
             none.
@@ -68,7 +74,7 @@ def run_sweep(
 
     Raises:
         ValueError: the sweep has no such family.
-        RunError: the folder cannot be written, is in use, or holds another sweep; or a worker died.
+        RunError: the folder cannot be written, or holds another sweep; or a worker died.
         OutOfTime: something is still to be trained.
         KeyboardInterrupt: after every run has written its checkpoint.
     """
@@ -78,40 +84,44 @@ def run_sweep(
     if minutes is not None:
         settings.check("minutes", minutes, NonNegativeFloat)
     together = device != "cpu" if together is None else together
-    workers = at_once(device, workers)
-    watcher = watcher or Watcher()
-    with files.locked(out), contextlib.ExitStack() as stack:
-        jobs = planned(sweep, out, together=together)
-        runs = [out / "runs" / job.folder for job in jobs]
-        stack.enter_context(claimed(out, sweep, command, device, runs))
-        lines: dict[int, list[dict[str, Any]]] = {}
-        others, come_with = other_lines(out, sweep), Published(sweep) if published else None
-        watcher.others(others)
+    watcher, ours = watcher or Watcher(), set[int]()
+    jobs = planned(sweep, out, together=together)
+    wanted = [i for i in in_order(jobs) if not families or jobs[i].point.family in families]
 
-        def record(index: int, these: list[dict[str, Any]]) -> None:
-            verdict = (laws or {}).get(jobs[index].point.label)
-            lines[index] = [{**line, "laws": verdict} for line in these] if verdict else these
-            watcher.finished(index, lines[index])
+    def progress(index: int, now: Progress) -> None:
+        ours.add(index)
+        watcher.progress(index, now)
 
-        def write() -> None:
-            write_results(out, [*(line for index in sorted(lines) for line in lines[index]), *others])
+    come_with = Published(sweep) if published else None
+    with claimed(out, sweep, jobs, command, device, come_with=come_with, laws=laws) as runs:
+        watcher.others(other_lines(out, sweep))
 
-        for index, (job, run) in enumerate(zip(jobs, runs, strict=True)):
-            if (results := finished(job.point.train, run)) is not None:
-                record(index, [result_line(job, sweep, result) for result in results])
-            elif come_with and (there := come_with.of(job)) is not None:
-                record(index, there)
-        write()
-        wanted = [i for i in in_order(jobs) if not families or jobs[i].point.family in families]
-        left = {index: (jobs[index], runs[index]) for index in wanted if index not in lines}
-        if left and minutes != 0:
-            used, own_files = devices(device, min(workers, len(left))), [str(path) for path in plugins]
-            configs = [job.point.train for job, _ in left.values()]
-            pool = stack.enter_context(Pool(used, own_files, watcher.progress, minutes))
-            stack.enter_context(compiling_ahead(configs, used, own_files))
-            for index, results in pool.results(left, keep_weights):
-                record(index, [result_line(jobs[index], sweep, result) for result in results])
-                write()
-        if missing := len(set(left) - set(lines)):
+        def look() -> None:
+            for index, lines in runs.gather().items():
+                watcher.finished(index, lines)
+            for index, now in runs.moved():
+                if index not in ours:
+                    watcher.progress(index, now)
+
+        def left() -> list[int]:
+            return [index for index in wanted if index not in runs.lines]
+
+        look()
+        if left() and minutes != 0:
+            own_files, stopped = [str(path) for path in plugins], False
+            with contextlib.ExitStack() as stack:
+                pool: Pool | RayPool
+                if on == "ray":
+                    pool = stack.enter_context(RayPool(device, workers, own_files, minutes))
+                else:
+                    used = devices(device, min(at_once(device, workers), len(left())))
+                    pool = stack.enter_context(Pool(used, own_files, progress, minutes))
+                    ahead = [jobs[index].point.train for index in left()]
+                    stack.enter_context(compiling_ahead(ahead, used, own_files))
+                while left() and not stopped:
+                    pool.run({i: (jobs[i], runs.folders[i]) for i in left()}, keep_weights, look)
+                    # the rest is trained by other processes, unless one of them was killed
+                    stopped = pool.wait(LOOK_SECONDS if left() else 0)
+        if missing := len(left()):
             raise OutOfTime(f"{missing} of {len(wanted)} runs are not finished")
-    return [line for index in sorted(lines) for line in lines[index]]
+        return [line for index in sorted(runs.lines) for line in runs.lines[index]]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from holdall import errors, mixers, processes
-from holdall.files import RunError
+from holdall.files import InUse, RunError
 from holdall.training.populations import Stopped, TrainConfig, train
 
 _worker: dict[str, Any] = {}
@@ -35,16 +35,12 @@ def set_up(device: str, plugins: Sequence[str]) -> None:
         mixers.run_file(Path(plugin))
 
 
-def work(
-    index: int, config: dict[str, Any], together: bool, folder: str, keep_weights: bool
-) -> list[dict[str, Any]]:
-    """Train the run `index` of a sweep; returns its results, none if it was stopped."""
+def work(index: int, config: dict[str, Any], together: bool, folder: str, keep_weights: bool) -> None:
+    """Train the run `index` of a sweep in its folder, unless it is to stop."""
     stop, progress = _worker["stop"], _worker["progress"]
-    if stop.is_set():
-        return []
-    try:
-        return train(
-            TrainConfig.from_dict(config),
+    if not stop.is_set():
+        train_unless_in_use(
+            config,
             Path(folder),
             device=_worker["device"],
             together=together,
@@ -52,11 +48,20 @@ def work(
             on_progress=lambda now: progress.put((index, now)),
             should_stop=stop.is_set,
         )
-    except Stopped:
-        return []
+
+
+def train_unless_in_use(config: dict[str, Any], folder: Path, **options: Any) -> None:
+    """Train a run, but leave it alone if another process trains it: whoever comes first, here or elsewhere.
+
+    options: as of `train`. What is finished is what the folder says. Raises RunError, which names the run.
+    """
+    try:
+        train(TrainConfig.from_dict(config), folder, patience=0, **options)
+    except (Stopped, InUse):
+        return
     except Exception as error:
         if errors.is_refusal(error):  # only this process knows which run it was
-            raise RunError(f"{Path(folder).name}: {errors.message(error)}") from error
+            raise RunError(f"{folder.name}: {errors.message(error)}") from error
         raise
 
 

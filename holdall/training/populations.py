@@ -130,6 +130,7 @@ def train(
     on_progress: Callable[[Progress], None] = lambda progress: None,
     should_stop: Callable[[], bool] = lambda: False,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    patience: float = 10.0,
 ) -> list[dict[str, Any]]:
     """Train a population, or resume it, and return one result per member.
 
@@ -141,14 +142,16 @@ def train(
         on_progress: called a few times a second at most.
         should_stop: called before every step; True writes a checkpoint and raises Stopped.
         checkpoint_seconds: between checkpoints: the most work that a crash loses.
+        patience: seconds to wait for a process that trains in the folder.
 
     Raises:
-        RunError: the folder cannot be written, is in use, or holds another config.
+        InUse: another process trains in the folder.
+        RunError: the folder cannot be written, or holds another config.
         Stopped: should_stop returned True.
     """
     device = torch.device(device)
     together = device.type != "cpu" if together is None else together
-    with files.locked(folder), repeatable(device), own_stream(device):
+    with files.locked(folder, patience=patience), repeatable(device), own_stream(device):
         if (done := finished(config, folder)) is not None:
             return done
         trainer = Trainer(config, folder, device, together, keep_weights)

@@ -1,7 +1,9 @@
 """Sweeps: what they leave, that they resume after Ctrl-C and kill -9, and that every recipe builds."""
 
+import contextlib
 import dataclasses
 import json
+import math
 import os
 import resource
 import shutil
@@ -18,6 +20,7 @@ from typing import Any
 import children
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from holdall import cli, commands, files, processes, recipes
 from holdall.contract import registry
@@ -27,6 +30,8 @@ from holdall.mixers.linformer import LinformerConfig
 from holdall.mixers.sliding_window import SlidingWindowConfig
 from holdall.recipes import patterns, quick
 from holdall.sweeps import OutOfTime, SweepConfig, Watcher, compile_ahead, in_order, pool, run_sweep
+from holdall.sweeps import folder as folders
+from holdall.sweeps import sweep as sweep_module
 from holdall.tasks.data import MQARData, MQARSegment, Segment, SingleQueryData
 from holdall.tasks.information import recall_bits
 from holdall.training.populations import TrainConfig, train
@@ -198,9 +203,17 @@ if __name__ == "__main__":
 
 
 @pytest.fixture(scope="module")
-def long(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """The lines of a longer sweep that nobody disturbed."""
-    return run(tmp_path_factory.mktemp("long") / "out", LONG)
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a longer sweep that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("long") / "out"
+    run(folder, LONG)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def long(alone: Path) -> list[dict[str, Any]]:
+    """Its lines."""
+    return results(alone)
 
 
 @pytest.mark.parametrize(
@@ -228,15 +241,92 @@ def test_a_stopped_sweep_goes_on_to_the_same_results(
         cut.send_signal(how)  # the parent alone: its workers must not live on
         cut.wait(timeout=60)
     assert len(list(out.glob("runs/*/result.json"))) < 4
-    while True:  # until its workers have noticed, their runs are in use
-        try:
-            resumed = run(out, LONG)
-            break
-        except RunError as error:
-            if "in use" not in str(error) or time.monotonic() > until:
-                raise
-            time.sleep(0.1)
+    resumed = run(out, LONG)  # which waits for runs in use, until their workers have noticed
     assert without_time(resumed) == without_time(long)
+
+
+def one_worker(sweep: dict[str, Any], out: Path) -> None:
+    """What each process of a Slurm array does."""
+    processes.context = children.context  # type: ignore[assignment]
+    run_sweep(SweepConfig.from_dict(sweep), out, command="holdall frontier tiny", workers=1)
+
+
+def test_processes_share_a_folder_and_take_over_what_one_leaves_that_is_killed(
+    tmp_path: Path, alone: Path
+) -> None:
+    out, until = tmp_path / "shared", time.monotonic() + 60
+    lost, other = (children.start(one_worker, LONG.to_dict(), out) for _ in range(2))
+    while len(list(out.glob("runs/*/metrics.jsonl"))) < 2 and time.monotonic() < until:
+        time.sleep(0.02)  # each has a run of its own
+    lost.kill()
+    lost.join()
+    assert len(list(out.glob("runs/*/result.json"))) < 4
+    told: list[int] = []
+    watcher = Watcher(finished=lambda index, lines: told.append(index))
+    lines = run_sweep(LONG, out, command="holdall frontier tiny", workers=1, watcher=watcher)
+    other.join(60)
+    assert other.exitcode == 0
+    assert sorted(told) == [0, 1, 2, 3]
+    assert without_time(lines) == without_time(results(alone))
+    assert files.read_lines(out / "results.jsonl") == lines
+    for line in lines:  # the weights too, to the last bit
+        kept, wanted = (load_file(folder / line["run"] / line["weights"]) for folder in (out, alone))
+        assert kept.keys() == wanted.keys()
+        assert all(torch.equal(kept[name], wanted[name]) for name in wanted)
+
+
+def test_a_run_that_another_process_trains_is_left_to_it_and_awaited(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep_module, "LOOK_SECONDS", 0.05)
+    job, *_ = tiny().jobs(together=False)
+    elsewhere = tmp_path / "out" / "runs" / job.folder
+    waited: list[int] = []
+
+    def finished(index: int, lines: list[dict[str, Any]]) -> None:
+        waited.append(index)
+        if len(waited) == 3:  # all but that one
+            assert index != 0
+            lock.__exit__(None, None, None)
+
+    with contextlib.ExitStack() as stack:
+        lock = stack.enter_context(contextlib.ExitStack())
+        lock.enter_context(files.locked(elsewhere))
+        lines = run(tmp_path / "out", watcher=Watcher(finished=finished))
+    assert waited[-1] == 0
+    assert len(lines) == 4
+
+
+def test_progress_of_runs_elsewhere_is_what_their_folders_say(tmp_path: Path) -> None:
+    jobs = tiny(epochs=3).jobs(together=False)
+    runs = folders.Runs(tiny(epochs=3), tmp_path, jobs, lambda: None)
+    for path in runs.folders[:2]:
+        path.mkdir(parents=True)
+        files.append_line(path / "metrics.jsonl", {"step": 4, "loss": 2.0, "accuracy": 0.25})
+    assert list(runs.moved()) == []  # whether anybody trains them is yet to be seen
+    files.append_line(runs.folders[1] / "metrics.jsonl", {"step": 8, "loss": None, "accuracy": 0.5})
+    ((index, now),) = runs.moved()
+    assert (index, now.step, now.steps, now.accuracy, math.isnan(now.loss)) == (1, 8, 12, 0.5, True)
+    assert list(runs.moved()) == []
+
+
+def test_a_process_with_fewer_seeds_leaves_the_results_to_one_with_more(tmp_path: Path) -> None:
+    def with_seeds(count: int) -> SweepConfig:
+        points = [
+            dataclasses.replace(point, train=dataclasses.replace(point.train, seeds=tuple(range(count))))
+            for point in tiny(rates=(0.01,)).points
+        ]
+        return SweepConfig(recipe="tiny", points=tuple(points))
+
+    more: list[dict[str, Any]] = []
+
+    def meanwhile(index: int, lines: list[dict[str, Any]]) -> None:
+        if not more:
+            more.extend(run(tmp_path, with_seeds(2)))
+
+    fewer = run(tmp_path, with_seeds(1), watcher=Watcher(finished=meanwhile))
+    assert (len(fewer), len(more)) == (2, 4)
+    assert files.read_lines(tmp_path / "results.jsonl") == more
 
 
 TOGETHER: dict[str, Any] = {"together": True}
