@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -51,9 +52,8 @@ def claimed(
     Raises RunError if the folder holds another sweep, or the same one with more seeds.
     """
     path = out / "config.json"
-    runs = Runs(
-        sweep, out, jobs, lambda: _claim(out, sweep, command, device), come_with=come_with, laws=laws or {}
-    )
+    claim = functools.partial(_claim, out, sweep, command, device)
+    runs = Runs(sweep, out, jobs, claim, come_with=come_with, laws=laws)
     with files.locked(out):
         before = files.read_bytes(path, OTHER) if path.exists() else None
         begun_before = _begun(runs.folders)
@@ -181,10 +181,10 @@ class Runs:
         jobs: Sequence[Job],
         claim: Callable[[], None],
         *,
-        come_with: Published | None,
-        laws: Mapping[str, Mapping[str, Any]],
+        come_with: Published | None = None,
+        laws: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
-        self.sweep, self.out, self.claim, self.come_with, self.laws = sweep, out, claim, come_with, laws
+        self.sweep, self.out, self.claim, self.come_with, self.laws = sweep, out, claim, come_with, laws or {}
         self.jobs, self.folders = list(jobs), [out / "runs" / job.folder for job in jobs]
         self.lines: dict[int, list[dict[str, Any]]] = {}
         """The lines of each finished run, by its place in the sweep."""
