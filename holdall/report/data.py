@@ -223,7 +223,10 @@ def load_each(folders: Sequence[Path], axis: str | None = None) -> tuple[Sweep, 
     if not folders:
         raise RunError("no sweep folder was named; make one with: holdall frontier quick --out runs/quick")
     configs = [_config(folder) for folder in folders]
-    unit = AXES[axis or str(configs[0].get("axis", "bytes"))]
+    axis = axis or str(configs[0].get("axis", "bytes"))
+    if axis not in AXES:
+        raise files.damaged(folders[0] / "config.json", f"its axis is '{axis}'", AGAIN)
+    unit = AXES[axis]
     return tuple(
         _sweep(folder, config, name, unit)
         for folder, config, name in zip(folders, configs, _names(folders, configs), strict=True)

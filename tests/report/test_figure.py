@@ -7,13 +7,19 @@ import zlib
 
 import pytest
 
-from holdall.report import figure, style
+from holdall import files, report
+from holdall.files import RunError
+from holdall.report import chart, figure, style
 from holdall.report.data import families, load, pareto
 from holdall.tasks.information import answer_bits, best_accuracy
 
 
 def artists(drawn, gid):
     return [artist for artist in drawn.axes[0].get_children() if artist.get_gid() == gid]
+
+
+def results(folder):
+    return files.read_lines(folder / "results.jsonl")
 
 
 def boxes(drawn, gid):
@@ -98,6 +104,53 @@ def test_axis_shows_floor_and_models_honestly(sweep):
     labels = {tick: axes.xaxis.get_major_formatter()(tick) for tick in axes.get_xticks()}
     assert labels[16] == "16 B"
     assert labels[4096] == "4 KiB"
+
+
+@pytest.mark.parametrize(
+    ("axis", "times", "bits", "four_thousand", "below"),
+    [
+        ("bits", 8, 1, "4 Kibit", "Bits of state per sequence"),
+        ("elements", 0.25, 64, "4,096", "Elements of state per sequence"),
+    ],
+)
+def test_state_can_be_counted_in_bits_and_in_elements(
+    sweep, make_sweep, axis, times, bits, four_thousand, below, tmp_path
+):
+    lines = [{**each, "state_elements": each["state_bytes"] // 4} for each in results(sweep)]
+    sweeps = load([make_sweep("sweep", lines)], axis)
+    drawn = figure.draw(sweeps)
+    (axes,) = drawn.axes
+    (points,) = artists(drawn, "family:attention")
+    assert points.get_data()[0] == [times * 33_024]
+    (line,) = artists(drawn, "floor")
+    assert line.get_data()[0][-1] == pytest.approx(answer_bits(16, 256) / bits)  # no unit holds more
+    count, height = (values[100] for values in line.get_data())
+    best = [best_accuracy(pairs, 256, bits * count) for pairs in (4, 16)]
+    assert height == pytest.approx(sum(best) / 2, abs=1e-9)
+    (steps,) = artists(drawn, "pareto")
+    assert list(steps.get_data()[0])[:-1] == [times * m.state_bytes for m in pareto(sweeps[0].models)]
+    assert axes.xaxis.get_major_formatter()(4096) == four_thousand
+    assert axes.get_xlabel().startswith(below)
+    assert f"best for its {axis}" in [text.get_text() for text in drawn.legends[0].get_texts()]
+    layout, marks = chart.layout(sweeps), chart.Marks()
+    traces = chart.traces(sweeps, marks)
+    (attention,) = [t for t in traces if t.get("name") == "attention" and t.get("meta") == "models"]
+    assert attention["x"] == [times * 33_024]
+    assert layout["xaxis"]["title"]["text"].startswith(below)
+    report.write([tmp_path / "sweep"], tmp_path / "out", axis)
+    assert f"from how many {axis} of state?" in (tmp_path / "out" / "frontier.html").read_text()
+
+
+def test_a_folder_says_what_its_picture_counts(sweep, make_sweep):
+    lines = results(sweep)
+    folder = make_sweep("sweep", lines, axis="bits")
+    assert load([folder])[0].axis.unit == "bits"
+    assert load([folder], "bytes")[0].axis.unit == "bytes"
+    with pytest.raises(RunError, match=r"line 1 of .* does not count elements; its `holdall frontier`"):
+        load([folder], "elements")
+    damaged = make_sweep("damaged", lines, axis="acres")
+    with pytest.raises(RunError, match=r"config.json is damaged: its axis is 'acres'"):
+        load([damaged])
 
 
 def test_staircase_is_the_frontier(sweep):

@@ -23,18 +23,27 @@ import torch
 from safetensors.torch import load_file
 
 from holdall import cli, commands, files, processes, recipes
+<<<<<<< HEAD
 from holdall.contract import registry
+=======
+from holdall.analysis.bits import accuracy, state_bits
+from holdall.commands import bits as bits_command
+from holdall.commands import sweeps
+from holdall.contract import Format, registry
+>>>>>>> c371276 (Tests of recall in bits, of the axis, and of a sweep on Ray; the extra cluster)
 from holdall.files import RunError
 from holdall.mixers.attention import AttentionConfig
 from holdall.mixers.linformer import LinformerConfig
 from holdall.mixers.sliding_window import SlidingWindowConfig
 from holdall.recipes import patterns, quick
+from holdall.report.data import load
 from holdall.sweeps import OutOfTime, SweepConfig, Watcher, compile_ahead, in_order, pool, run_sweep
 from holdall.sweeps import folder as folders
 from holdall.sweeps import sweep as sweep_module
+from holdall.sweeps.bits import lines_in_formats
 from holdall.tasks.data import MQARData, MQARSegment, Segment, SingleQueryData
 from holdall.tasks.information import recall_bits
-from holdall.training.populations import TrainConfig, train
+from holdall.training.populations import TrainConfig, train, trained
 
 TASK = MQARData(
     vocab=32,
@@ -105,6 +114,7 @@ def test_a_sweep_leaves_one_line_per_model_and_learning_rate(tmp_path: Path) -> 
     assert window["state_bytes"] == 4 * (2 * 8 + 2 * 3 * 8) + 8
     # attention: keys and values of all 24 tokens of the longest test row
     assert lines[0]["state_bytes"] == 4 * (2 * 8 + 2 * 24 * 8) + 8
+    assert window["state_elements"] == 2 * 8 + 2 * 3 * 8 + 1
     assert window["options"] == {"window": 4}
     assert window["layers"] == ["base-conv", "sliding-window"]
     assert window["form"] == "parallel"
@@ -500,6 +510,60 @@ def test_a_mixer_file_of_the_user_s_own_joins_in_every_process(tmp_path: Path) -
         assert line["state_bytes"] == 4 * (2 * 8 + 8)
     finally:
         registry._registry.pop(name)  # the other tests of this process know nothing of it
+
+
+# -------------------------------------------------------------------------------------- states in fewer bits
+
+
+def test_bits_are_measured_of_the_weights_that_the_sweep_kept(whole: Path, tmp_path: Path) -> None:
+    out, formats = tmp_path / "bits", ["fp32", "int8", "int4+feedback"]
+    say: Any = {"every": 3, "seed": 0, "device": "cpu", "load": [], "command": "holdall bits"}
+    assert bits_command.bits(whole, out, formats, **say) == 0
+    lines, best = files.read_lines(out / "results.jsonl"), {}
+    for line in results(whole):
+        if line["label"] not in best or line["accuracy"] > best[line["label"]]["accuracy"]:
+            best[line["label"]] = line
+    labels = [(line["family"], line["label"]) for line in lines]
+    assert labels == [(name, f"{name}, {each}") for name in ("attention", "window 4") for each in formats]
+    for line in lines:
+        own = best[line["family"]]
+        format, run = Format.parse(line["format"]), whole / own["run"]
+        assert line["learning_rate"] == own["learning_rate"]
+        model = trained(run / own["weights"])
+        segments = TASK.build().test
+        scores = [accuracy(model, segment, format, every=3) for segment in segments]
+        assert line["accuracy"] == sum(scores) / 2
+        assert line["accuracy_by_difficulty"] == {"2": scores[0], "3": scores[1]}
+        assert line["state_bytes"] == state_bits(model, 24, format) / 8
+        proven = max(recall_bits(pairs, 16, score) for pairs, score in zip((2, 3), scores, strict=True))
+        assert line["recall_efficiency"] == pytest.approx(proven / (8 * line["state_bytes"]))
+        if line["format"] == "fp32":
+            assert line["state_bytes"] == own["state_bytes"]
+            assert line["accuracy"] == pytest.approx(own["accuracy"], abs=0.03)  # one tie of 40 answers
+    assert load([out])[0].axis.unit == "bits"
+    assert {"frontier.png", "frontier.html", "table.md"} < {path.name for path in out.iterdir()}
+
+
+def test_bits_of_a_sweep_without_weights_are_refused(whole: Path, tmp_path: Path) -> None:
+    (tmp_path / "bare").mkdir()
+    shutil.copy(whole / "config.json", tmp_path / "bare")
+    lines = [{**line, "weights": None} for line in results(whole)]
+    (tmp_path / "bare" / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    say: Any = {"every": 1, "seed": 0, "device": "cpu", "load": [], "command": "holdall bits"}
+    with pytest.raises(RunError, match="has no trained weights; `holdall frontier` keeps them"):
+        bits_command.bits(tmp_path / "bare", tmp_path / "out", [], **say)
+    damaged = {**results(whole)[0], "weights": "model-9.safetensors"}
+    with pytest.raises(RunError, match=r"model-9.safetensors is missing. Train the run again"):
+        list(lines_in_formats(whole, damaged, [Format("int8")], name="attention"))
+
+
+def test_trained_weights_are_read_back(whole: Path) -> None:
+    line = results(whole)[0]
+    path = whole / line["run"] / line["weights"]
+    assert trained(path).state_dict().keys() == load_file(path).keys()
+    assert all(
+        torch.equal(tensor, load_file(path)[name]) for name, tensor in trained(path).state_dict().items()
+    )
 
 
 # --------------------------------------------------------------------------------------------------- recipes
