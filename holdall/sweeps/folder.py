@@ -207,8 +207,8 @@ class Runs:
 
     def _read(self) -> None:
         for index, (job, folder) in enumerate(zip(self.jobs, self.folders, strict=True)):
-            if index in self.lines:
-                continue
+            if index in self.lines or (self._written and not (folder / "result.json").exists()):
+                continue  # which runs the folders hold was checked the first time
             lines = None if self.come_with is None else self.come_with.of(job)
             if (results := finished(job.point.train, folder)) is not None:
                 lines = [result_line(job, self.sweep, result) for result in results]

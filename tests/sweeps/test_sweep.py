@@ -23,14 +23,10 @@ import torch
 from safetensors.torch import load_file
 
 from holdall import cli, commands, files, processes, recipes
-<<<<<<< HEAD
-from holdall.contract import registry
-=======
 from holdall.analysis.bits import accuracy, state_bits
 from holdall.commands import bits as bits_command
 from holdall.commands import sweeps
 from holdall.contract import Format, registry
->>>>>>> c371276 (Tests of recall in bits, of the axis, and of a sweep on Ray; the extra cluster)
 from holdall.files import RunError
 from holdall.mixers.attention import AttentionConfig
 from holdall.mixers.linformer import LinformerConfig
