@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +55,6 @@ def lines_in_formats(
         model = compute_in(dtype, model)
     data, rows = config.data, _test_rows(config.data, torch.device(device))
     for format in formats:
-        started = time.monotonic()
         by_tag: dict[str, list[float]] = {}
         for segment, questions in zip(data.test, rows.test, strict=True):
             score = accuracy(model, questions, format, every=every, seed=seed)
@@ -74,7 +72,6 @@ def lines_in_formats(
             "accuracy_by_difficulty": scores,
             "recall_bits": round(proven, 2),
             "recall_efficiency": proven / bits,
-            "seconds": round(time.monotonic() - started, 3),
             "run": f"{line['run']} in {format}",
         }
 
