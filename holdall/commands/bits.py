@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +48,6 @@ def bits(
         for model in sweep.models
         for run in model.best
     ]
-    table = Table(title="recall by format of the state", title_justify="left", box=box.SIMPLE)
-    table.add_column("model", no_wrap=True)
-    for format in wanted:
-        table.add_column(str(format).replace("+", "\n+"), justify="right", no_wrap=True)
     lines = []
     with files.locked(out), busy() as say:
         for place, (name, line) in enumerate(chosen):
@@ -61,8 +57,6 @@ def bits(
                 found.append(measured)
                 say(f"{measured['label']} ({place + 1} of {len(chosen)} models)")
             lines += found
-            seeded = f", seed {line['seed']}" if line["seed"] else ""
-            table.add_row(f"{name}{seeded}", *(f"{each['accuracy']:.1%}" for each in found))
             if not console.is_terminal:
                 last = state_text(data.AXES["bits"], 8 * found[-1]["state_bytes"])
                 console.print(f"[{place + 1}/{len(chosen)}] {name}: down to {last}", soft_wrap=True)
@@ -70,7 +64,25 @@ def bits(
         files.write_json(out / "config.json", {**about, **{key: held[key] for key in KEPT if key in held}})
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         files.write_atomically(out / "results.jsonl", text.encode())
-    console.print(table)
+    for rounding in dict.fromkeys(format.rounding for format in wanted):
+        console.print(_table(rounding, lines))
     for path in reports.write([out], out):
         console.print(f"  {path}", soft_wrap=True)
     return 0
+
+
+def _table(rounding: str, lines: Sequence[Mapping[str, Any]]) -> Table:
+    """Recall of each model in each format that was rounded in one way; of several seeds, a row each."""
+    scores: dict[tuple[str, int], dict[str, str]] = {}
+    for line in lines:
+        if (format := Format.parse(line["format"])).rounding == rounding:
+            row = scores.setdefault((line["family"], line["seed"]), {})
+            row[format.name] = f"{line['accuracy']:.1%}"
+    names = dict.fromkeys(name for row in scores.values() for name in row)
+    table = Table(title=f"recall, state rounded: {rounding}", title_justify="left", box=box.SIMPLE)
+    table.add_column("model", no_wrap=True)
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    for (label, seed), row in scores.items():
+        table.add_row(f"{label}, seed {seed}" if seed else label, *(row[name] for name in names))
+    return table

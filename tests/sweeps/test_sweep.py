@@ -511,7 +511,9 @@ def test_a_mixer_file_of_the_user_s_own_joins_in_every_process(tmp_path: Path) -
 # -------------------------------------------------------------------------------------- states in fewer bits
 
 
-def test_bits_are_measured_of_the_weights_that_the_sweep_kept(whole: Path, tmp_path: Path) -> None:
+def test_bits_are_measured_of_the_weights_that_the_sweep_kept(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out, formats = tmp_path / "bits", ["fp32", "int8", "int4+feedback"]
     say: Any = {"every": 3, "seed": 0, "device": "cpu", "load": [], "command": "holdall bits"}
     assert bits_command.bits(whole, out, formats, **say) == 0
@@ -536,6 +538,10 @@ def test_bits_are_measured_of_the_weights_that_the_sweep_kept(whole: Path, tmp_p
         if line["format"] == "fp32":
             assert line["state_bytes"] == own["state_bytes"]
             assert line["accuracy"] == pytest.approx(own["accuracy"], abs=0.03)  # one tie of 40 answers
+    printed = capsys.readouterr().out
+    assert "…" not in printed  # no cell is cut off
+    shares = [f"{line['accuracy']:.1%}" for line in lines if line["family"] == "window 4"]
+    assert [text for text in shares if f" {text} " in printed] == shares
     assert load([out])[0].axis.unit == "bits"
     assert {"frontier.png", "frontier.html", "table.md"} < {path.name for path in out.iterdir()}
 
