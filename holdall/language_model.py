@@ -208,19 +208,17 @@ class LanguageModel:
 
         Args:
             tokens: L; 0 for states that are written with every token, as usual.
-            state_dtype: what the sums of Taylor layers are stored in, "fp32", "bf16" or "fp16".
+            state_dtype: what sums that are written so are stored in, "fp32", "bf16" or "fp16".
 
-        Raises ValueError, naming the layer, if one cannot take tokens back; or if none stores its state so.
+        Raises ValueError, naming the layer, if one cannot take tokens back.
         """
         options: dict[str, Any] = {"replay": tokens, "state_dtype": state_dtype}
-        chosen = [options.keys() & _fields(layer) for layer in self.config.layers]
-        if state_dtype != "fp32" and not any("state_dtype" in own for own in chosen):
-            kinds = ", ".join(sorted({layer.name for layer in self.config.layers}))
-            raise ValueError(f"no layer stores its state in {state_dtype}: taylor can, and the model has {kinds}")
-        layers = tuple(
-            dataclasses.replace(layer, **{name: options[name] for name in own})
-            for layer, own in zip(self.config.layers, chosen, strict=True)
-        )
+
+        def replayed(layer: MixerConfig) -> MixerConfig:
+            own = {field.name for field in dataclasses.fields(layer)}
+            return dataclasses.replace(layer, **{name: options[name] for name in own & options.keys()})
+
+        layers = tuple(map(replayed, self.config.layers))
         with torch.device("meta"):  # the weights are not copied
             model = dataclasses.replace(self.config, layers=layers).build()
         for depth, mixer in enumerate(model.mixers):

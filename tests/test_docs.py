@@ -139,6 +139,7 @@ EXTRAS = {
     "text": {"lightning_fabric", "tokenizers", "zstandard"},
     "kernels": {"triton", "fla"},
     "laws": {"pytest"},
+    "cluster": {"ray"},
     "serve": {"fastapi", "uvicorn", "prometheus_client", "pydantic"},
 }
 """What each extra brings, as modules. Those of tests and development are not for users."""

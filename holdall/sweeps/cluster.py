@@ -29,7 +29,7 @@ def join() -> Any:
     try:
         import ray
     except ImportError:
-        raise RunError('Ray is not installed; install it with: pip install "holdall[cluster]"') from None
+        raise RunError("this needs the package ray: pip install ray") from None
     if not ray.is_initialized():
         ray.init(include_dashboard=False, log_to_driver=False, logging_level="warning")
     return ray
