@@ -659,7 +659,7 @@ class _Buffers:
             given_BT = torch.cat((given_BT, guess_BK.clamp(min=0)), dim=1)
         h_BTD, after = self.model.hidden(given_BT, views, inplace=True)
         assert after is not None
-        logits_BTV = self.model.logits(h_BTD.flatten(0, 1)).unflatten(0, given_BT.shape)
+        logits_BTV = self.model.logits(h_BTD.flatten(0, 1)).float().unflatten(0, given_BT.shape)
         self.position_B[some] += 1
         drawn, count_B = self._draw(some, kind, logits_BTV, guess_BK)
         if count_B is None:
@@ -693,8 +693,8 @@ class _Buffers:
             )  # fmt: skip
             known_B = token_B.clamp(min=0)
             if occurrences is not None:
-                counts_B = torch.ones_like(known_B) if reached_B is None else reached_B
-                occurrences.count_BV.scatter_add_(1, known_B[:, None], counts_B[:, None].int())
+                one_B = torch.ones_like(known_B, dtype=torch.int32) if reached_B is None else reached_B.int()
+                occurrences.count_BV.scatter_add_(1, known_B[:, None], one_B[:, None])
             if reached_B is not None:
                 token_B = token_B.masked_fill(~reached_B, NOT_REACHED)
                 known_B = torch.where(reached_B, known_B, self.next_B[some])
