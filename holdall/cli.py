@@ -449,7 +449,8 @@ def serve(
         store_memory: bytes of memory for the beginnings of prompts that were read, so that they are not read
             again; 0 for none.
         store: a folder for those that leave memory; they are found again after a restart.
-        replay: tokens between two writes of Taylor states, 16 say; 0 writes them with every token.
+        replay: tokens between two writes of large states, 16 say; 0 writes them with every token. For Taylor,
+            RetNet, GLA, Mamba-2 and the delta rules.
         state_dtype: what Taylor states are stored in with --replay: docs/replay.md has the errors.
         api_key_file: a file with the key that requests must bear; or set HOLDALL_API_KEY.
         device: where to run; auto takes a GPU if there is one.

@@ -207,18 +207,21 @@ class LanguageModel:
 
         Args:
             tokens: L; 0 for states that are written with every token, as usual.
-            state_dtype: what the sums are stored in, "fp32", "bf16" or "fp16".
+            state_dtype: what the sums of Taylor layers are stored in, "fp32", "bf16" or "fp16".
 
-        Raises ValueError if the model has no layers that can do this.
+        Raises ValueError if the model has no layers that can do this, or none that can store sums so.
         """
         options: dict[str, Any] = {"replay": tokens, "state_dtype": state_dtype}
+        chosen = [options.keys() & _fields(layer) for layer in self.config.layers]
+        for option in ["replay", *["state_dtype"] * (state_dtype != "fp32")]:
+            if not any(option in own for own in chosen):
+                kinds = ", ".join(sorted({layer.name for layer in self.config.layers}))
+                can = ", ".join(n for n in mixers.names() if option in _fields(mixers.entry(n).config))
+                raise ValueError(f"no layer of the model has {option}: it has {kinds}; {can} can")
         layers = tuple(
-            dataclasses.replace(layer, **options) if hasattr(layer, "replay") else layer
-            for layer in self.config.layers
+            dataclasses.replace(layer, **{name: options[name] for name in own})
+            for layer, own in zip(self.config.layers, chosen, strict=True)
         )
-        if not any(hasattr(layer, "replay") for layer in layers):
-            kinds = ", ".join(sorted({layer.name for layer in layers}))
-            raise ValueError(f"no layer of the model can be replayed: taylor can, and it has {kinds}")
         with torch.device("meta"):  # the weights are not copied
             model = dataclasses.replace(self.config, layers=layers).build()
         model.load_state_dict(self.model.state_dict(), assign=True)
@@ -516,6 +519,11 @@ def _dtype(asked: str | torch.dtype) -> torch.dtype:
     if dtype is None or not dtype.is_floating_point or dtype.itemsize < 2:
         raise ValueError(f"dtype = {asked!r} must be {', '.join(DTYPES)}, or torch's float64 or float16")
     return dtype
+
+
+def _fields(config: Any) -> set[str]:
+    """The options of a config, or of a class of configs."""
+    return {field.name for field in dataclasses.fields(config)}
 
 
 def _device(asked: str | torch.device | None) -> torch.device:

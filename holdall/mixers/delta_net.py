@@ -83,8 +83,8 @@ class DeltaNetConfig(MixerConfig):
     forms = ("loop", "parallel", "kernel")
     variants = (
         {},
-        {"heads": 4, "key_map": "elu1", "kernel": 0, "gate": True, "negative_eigenvalues": True, "chunk": 8},
         {"heads": 4, "kernel": 3, "replay": 2},
+        {"heads": 4, "key_map": "elu1", "kernel": 0, "gate": True, "negative_eigenvalues": True, "chunk": 8},
     )
 
     def validate(self) -> None:

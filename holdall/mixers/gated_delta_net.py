@@ -85,8 +85,8 @@ class GatedDeltaNetConfig(MixerConfig):
     forms = ("loop", "parallel", "kernel")
     variants = (
         {},
-        {"head_dim": 8, "value_ratio": 1, "value_heads": 4, "gate": False, "negative_eigenvalues": True},
         {"head_dim": 4, "value_heads": 4, "kernel": 3, "replay": 2},
+        {"head_dim": 8, "value_ratio": 1, "value_heads": 4, "gate": False, "negative_eigenvalues": True},
     )
 
     def validate(self) -> None:

@@ -85,8 +85,8 @@ class GLAConfig(MixerConfig):
     forms = ("loop", "parallel", "kernel")
     variants = (
         {"gate_rank": 3},
-        {"heads": 2, "key_ratio": 0.75, "value_ratio": 2.0, "tau": 1.0, "kernel": 4},
         {"heads": 2, "kernel": 3, "replay": 2},
+        {"heads": 2, "key_ratio": 0.75, "value_ratio": 2.0, "tau": 1.0, "kernel": 4},
     )
 
     def validate(self) -> None:

@@ -79,8 +79,8 @@ class KimiDeltaConfig(MixerConfig):
     forms = ("loop", "parallel", "kernel")
     variants = (
         {},
-        {"heads": 3, "head_dim": 8, "kernel": 3, "negative_eigenvalues": True, "chunk": 8},
         {"head_dim": 4, "kernel": 3, "replay": 2},
+        {"heads": 3, "head_dim": 8, "kernel": 3, "negative_eigenvalues": True, "chunk": 8},
     )
 
     def validate(self) -> None:

@@ -78,8 +78,8 @@ class Mamba2Config(MixerConfig):
     forms = ("loop", "parallel", "kernel")
     variants = (
         {"state": 8, "head_dim": 8, "groups": 2, "chunk": 16},
-        {"state": 4, "expand": 1, "head_dim": 8},
         {"state": 4, "head_dim": 8, "groups": 2, "kernel": 3, "chunk": 16, "replay": 2},
+        {"state": 4, "expand": 1, "head_dim": 8},
     )
 
     def validate(self) -> None:

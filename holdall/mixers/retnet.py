@@ -65,7 +65,7 @@ class RetNetConfig(MixerConfig):
     """
 
     forms = ("loop", "parallel", "kernel")
-    variants = ({}, {"heads": 4, "value_ratio": 1, "chunk": 16}, {"heads": 4, "chunk": 16, "replay": 3})
+    variants = ({}, {"heads": 4, "chunk": 16, "replay": 3}, {"heads": 4, "value_ratio": 1, "chunk": 16})
 
     def validate(self) -> None:
         if self.width % (2 * self.heads):

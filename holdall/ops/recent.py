@@ -55,7 +55,7 @@ def recent_conv(
         return short_conv(x_BTD, weight_DW, bias_D, past_BPD, silu=silu, inplace=inplace, form=form)
     slots, back = past_BPD.shape[1], weight_DW.shape[1] - 1
     slot_BW = (state.seen_B[:, None] - back + torch.arange(back, device=x_BTD.device)) % slots
-    needed_BWD = past_BPD.take_along_dim(slot_BW[..., None], 1)
+    needed_BWD = past_BPD[torch.arange(len(past_BPD), device=x_BTD.device)[:, None], slot_BW]
     y_BTD, _ = short_conv(x_BTD, weight_DW, bias_D, needed_BWD, silu=silu, form=form)
     late = max(x_BTD.shape[1] - slots, 0)
     return y_BTD, fill(past_BPD, x_BTD[:, late:], state.seen_B + late, inplace=inplace)

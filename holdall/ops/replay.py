@@ -220,17 +220,18 @@ def of_each_head(k_TGK: Tensor, heads: int) -> Tensor:
 def _sums_with(state: ReplayState, count_B: Tensor, feature_map: FeatureMap) -> tuple[Tensor, Tensor]:
     """The sums with so many of the ring's tokens, one by one from the oldest."""
     s_BHFV, z_BHF, k_BSGK, v_BSHV, log_decay_BSHX, _, summed_B = state
-    slots, row_B = k_BSGK.shape[1], torch.arange(len(summed_B), device=summed_B.device)
+    dtype, slots, row_B1 = s_BHFV.dtype, k_BSGK.shape[1], torch.arange(len(summed_B))[:, None]
+    slot_BN = (summed_B[:, None] + torch.arange(slots, device=summed_B.device)) % slots
+    k_BNHK = of_each_head(k_BSGK[row_B1, slot_BN].to(dtype), s_BHFV.shape[1])
+    k_BNHF, v_BNHV = feature_map.features(k_BNHK), v_BSHV[row_B1, slot_BN].to(dtype)
+    keep_BNHX = torch.ones_like(k_BNHF)
+    if log_decay_BSHX.shape[-1]:
+        keep_BNHX = log_decay_BSHX[row_B1, slot_BN].exp()
     most = int(count_B.max()) if known_to_the_host(count_B) and len(count_B) else slots
     for n in range(most):
-        slot_B = (summed_B + n) % slots
-        k_BHK = of_each_head(k_BSGK[row_B, slot_B], s_BHFV.shape[1])
-        k_BHF = feature_map.features(k_BHK.to(s_BHFV.dtype))
-        v_BHV = v_BSHV[row_B, slot_B].to(s_BHFV.dtype)
-        keep_BHX = log_decay_BSHX[row_B, slot_B].exp() if log_decay_BSHX.shape[-1] else torch.ones_like(k_BHF)
-        more_B11 = (n < count_B)[:, None, None]
-        s_next = keep_BHX[..., None] * s_BHFV + k_BHF[..., :, None] * v_BHV[..., None, :]
-        s_BHFV = torch.where(more_B11[..., None], s_next, s_BHFV)
+        more_B11, keep_BHX, k_BHF = (n < count_B)[:, None, None], keep_BNHX[:, n], k_BNHF[:, n]
+        gain_BHFV = k_BHF[..., :, None] * v_BNHV[:, n, :, None]
+        s_BHFV = torch.where(more_B11[..., None], keep_BHX[..., None] * s_BHFV + gain_BHFV, s_BHFV)
         if z_BHF.shape[-1]:
             z_BHF = torch.where(more_B11, keep_BHX * z_BHF + k_BHF, z_BHF)
     return s_BHFV, z_BHF
@@ -318,24 +319,24 @@ class _Tokens(NamedTuple):
 
 
 class _Since(NamedTuple):
-    """Tokens that the sums do not have, as wide as these, oldest first, and zeros behind a row's last one.
+    """Tokens that the sums do not have, as wide as these, oldest first; behind a row's last one anything.
 
     live_B: how many of them are not new.
     """
 
-    k_BHNK: Tensor
+    k_BGNK: Tensor
     v_BHNV: Tensor
     log_decay_BHNX: Tensor | None
     live_B: Tensor
 
     def part(self, first: int, last: int) -> _Since:
-        k_BHNK, v_BHNV, log_decay_BHNX, live_B = self
+        k_BGNK, v_BHNV, log_decay_BHNX, live_B = self
         if log_decay_BHNX is not None:
             log_decay_BHNX = log_decay_BHNX[:, :, first:last]
-        return _Since(k_BHNK[:, :, first:last], v_BHNV[:, :, first:last], log_decay_BHNX, live_B - first)
+        return _Since(k_BGNK[:, :, first:last], v_BHNV[:, :, first:last], log_decay_BHNX, live_B - first)
 
     def places(self) -> Tensor:
-        return torch.arange(self.k_BHNK.shape[2], device=self.live_B.device)
+        return torch.arange(self.k_BGNK.shape[2], device=self.live_B.device)
 
 
 @dataclass(frozen=True)
@@ -390,16 +391,19 @@ class _Reader:
 
         def look(key_BHTK: Tensor) -> tuple[Tensor, Tensor]:
             """What a key is multiplied with S by, and its scores with the tokens since."""
-            key_BHTF = self.feature_map.features(key_BHTK)
-            if decays is None:
-                f_BHTN = self.feature_map.pairs(key_BHTK, since.k_BHNK)
+            key_BHTF, keep_BHTX, between_BHTNX = self.feature_map.features(key_BHTK), None, None
+            if decays is not None:
+                keep_BHTX, between_BHTNX = decays
+                key_BHTF = key_BHTF * keep_BHTX
+            if between_BHTNX is not None and between_BHTNX.shape[-1] > 1:
+                f_BHTN = torch.einsum("bhtk,bhnk,bhtnk->bhtn", key_BHTK, since.k_BGNK, between_BHTNX)
                 return key_BHTF, f_BHTN.masked_fill(hidden_B1TN, 0.0)
-            keep_BHTX, between_BHTNX = decays
-            if keep_BHTX.shape[-1] == 1:
-                f_BHTN = self.feature_map.pairs(key_BHTK, since.k_BHNK) * between_BHTNX[..., 0]
-            else:
-                f_BHTN = torch.einsum("bhtk,bhnk,bhtnk->bhtn", key_BHTK, since.k_BHNK, between_BHTNX)
-            return key_BHTF * keep_BHTX, f_BHTN.masked_fill(hidden_B1TN, 0.0)
+            # heads that share keys are more queries of these
+            of_group = key_BHTK.unflatten(1, (since.k_BGNK.shape[1], -1)).flatten(2, 3)
+            f_BHTN = self.feature_map.pairs(of_group, since.k_BGNK).unflatten(2, (-1, new)).flatten(1, 2)
+            if between_BHTNX is not None:
+                f_BHTN = f_BHTN * between_BHTNX[..., 0]
+            return key_BHTF, f_BHTN.masked_fill(hidden_B1TN, 0.0)
 
         q_BHTF, f_BHTN = look(q_BHTK)
         u_BHTV = v_BHTV
@@ -429,7 +433,8 @@ class _Reader:
     ) -> tuple[Tensor, Tensor]:
         """The sums with each row's first tokens, `count_B` of them; without any the same bits."""
         drop_B1N1 = (since.places() >= count_B[:, None])[:, None, :, None]
-        k_BHNF = self.feature_map.features(since.k_BHNK)
+        groups, heads = since.k_BGNK.shape[1], s_BHFV.shape[1]
+        k_BHNF = self.feature_map.features(since.k_BGNK.repeat_interleave(heads // groups, dim=1))
         keep_BHF = None
         if since.log_decay_BHNX is not None:
             keep_BHF, after_BHNX = _decays(since.log_decay_BHNX.masked_fill(drop_B1N1, 0.0))
@@ -489,7 +494,7 @@ def _many(
         ys.append(y)
     last = tokens.part(split, new)
     log_decay = None if last.log_decay is None else per_key(last.log_decay).transpose(1, 2).to(s.dtype)
-    k, v = (x.transpose(1, 2).to(s.dtype) for x in (last.keys(), last.v_BTHV))
+    k, v = (x.transpose(1, 2).to(s.dtype) for x in (last.k_BTGK, last.v_BTHV))
     y, u_BHTV, since = reader.attend(last, _Since(k, v, log_decay, torch.zeros_like(seen_B)), s, z)
     ys.append(y)
     summed_B = half * ((seen_B + new) // half - 1).clamp(min=0)
@@ -502,24 +507,21 @@ def _together(state: ReplayState, tokens: _Tokens) -> _Since:
     slots, seen_B, summed_B = state.k_BSGK.shape[1], state.seen_B, state.summed_B
     # of a row that lost what its sums have, which is NaN, none
     live_B, dtype = (seen_B - summed_B).clamp(min=0), state.z_BHF.dtype
-    new, heads = tokens.q_BTHK.shape[1:3]
+    new, row_B1 = tokens.q_BTHK.shape[1], torch.arange(len(seen_B), device=seen_B.device)[:, None]
     n_N = torch.arange(slots - 1 + new, device=seen_B.device)
-    in_ring_BN = n_N < live_B[:, None]
-    # slots are followed by the new tokens; behind these, anything there is, which becomes zero
-    index_BN = torch.where(in_ring_BN, (summed_B[:, None] + n_N) % slots, slots + n_N - live_B[:, None])
-    index_BN11 = index_BN.clamp(max=slots + new - 1)[..., None, None]
-    behind_BN11 = (n_N >= live_B[:, None] + new)[..., None, None]
+    # slots are followed by the new tokens, the last of which stands for all that is behind it
+    new_BN = (slots + n_N - live_B[:, None]).clamp(max=slots + new - 1)
+    index_BN = torch.where(n_N < live_B[:, None], (summed_B[:, None] + n_N) % slots, new_BN)
 
     def joined(ring_BSHX: Tensor, new_BTHX: Tensor) -> Tensor:
-        both_BNHX = torch.cat((ring_BSHX.to(dtype), new_BTHX.to(dtype)), dim=1)
-        return both_BNHX.take_along_dim(index_BN11, 1).masked_fill(behind_BN11, 0.0)
+        both_BSHX = torch.cat((ring_BSHX.to(dtype), new_BTHX.to(dtype)), dim=1)
+        return both_BSHX[row_B1, index_BN].transpose(1, 2)
 
-    log_BHNX = None
+    k, v = joined(state.k_BSGK, tokens.k_BTGK), joined(state.v_BSHV, tokens.v_BTHV)
+    log_decay = None
     if tokens.log_decay is not None:
-        log_BHNX = joined(state.log_decay_BSHX, per_key(tokens.log_decay)).transpose(1, 2)
-    k_BNHK = of_each_head(joined(state.k_BSGK, tokens.k_BTGK), heads)
-    v_BNHV = joined(state.v_BSHV, tokens.v_BTHV)
-    return _Since(k_BNHK.transpose(1, 2), v_BNHV.transpose(1, 2), log_BHNX, live_B)
+        log_decay = joined(state.log_decay_BSHX, per_key(tokens.log_decay))
+    return _Since(k, v, log_decay, live_B)
 
 
 def _decays(log_NX: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ Letters: B row, H heads, G groups of heads that share keys, K key dim, V value d
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ import torch
 from kernel_checks import poisoned
 from torch import Tensor
 
+import holdall
 from holdall.contract import join_rows, map_state
 from holdall.contract.forms import KernelError
 from holdall.kernels import replay as kernels
@@ -281,3 +282,29 @@ def test_what_cannot_run_says_why(device: torch.device) -> None:
     exponents = torch.zeros(1, 2, dtype=torch.int32, device=device)
     with pytest.raises(KernelError, match="states with exponents"):
         step(tokens, ScaledReplayState(*state, exponents))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["mamba-2", pytest.param("gated-delta-net", marks=pytest.mark.full)])
+def test_a_mixer_steps_by_the_kernel(
+    name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"state": 8, "head_dim": 16} if name == "mamba-2" else {"head_dim": 16, "value_ratio": 1}
+    config = holdall.describe(name).configure(width=16, replay=3, **options)
+    loop = laws.build(replace(config, form="loop")).to(device)
+    mixer = laws.build(config).to(device)
+    mixer.form = "kernel"  # whatever packages its prompts would need
+    sizes, steps, launch = (1, 1, 1, 2, 1, 1, 1, 1, 1), [], kernels.replay_attention
+    x = laws.draw(2, sum(sizes), 16, dtype=SINGLE).to(device)
+    want = laws.named(*loop(x))
+    monkeypatch.setattr(  # where the op keeps what it found
+        replay_attention,
+        "kernel",
+        lambda *args, **how: steps.append(1) or launch(*args, **how),
+        raising=False,
+    )
+    for inplace in (False, True):
+        call = lambda u, s, inplace=inplace: mixer(u, s, inplace=inplace)  # noqa: E731
+        for part, got in laws.named(*laws.read_in_pieces(call, x, sizes)).items():
+            torch.testing.assert_close(got, want[part], rtol=1e-3, atol=1e-4, msg=part)
+    assert len(steps) == 2 * sizes.count(1)

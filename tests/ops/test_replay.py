@@ -284,7 +284,7 @@ def test_a_long_prompt_is_read_by_one_call_and_its_end_and_the_ring_by_small_pro
     added = ops._Reader.added
 
     def counted_sums(reader: Any, s: Tensor, z: Tensor, since: Any, *args: Any, **how: Any) -> Any:
-        built.append(since.k_BHNK.shape[2])
+        built.append(since.k_BGNK.shape[2])
         return added(reader, s, z, since, *args, **how)
 
     monkeypatch.setattr(ops, "linear_attention", counted)
