@@ -12,18 +12,18 @@ branches: if it is, the oldest half is added token by token, as the definition d
 stored. Counts, and ring slots of keys and decays, are written by one of the programs that read them, into
 memory that none of them looks at. So a step can be recorded in a CUDA graph.
 
-Bytes of a row and head, S in fp32, keys and values in bf16, what a delta rule writes and decays in fp32: S is
-read, 4 K V, and as many are written in one step of L. Of the ring, 1.5 L tokens of 2 K + 2 V + 4 X are read
-on average, with 4 V for a delta rule; heads that share keys, G of them, share theirs.
+Bytes of a row and head, S in fp32, keys and values in bf16, decays and what a delta rule writes in fp32: S is
+read, 4 K V, and as many are written in one step of L. Of the ring, 1.5 L tokens of 2 K + 2 V + 4 X are moved
+on average, with 4 V for a delta rule; of keys that heads share, each has its part.
 
-    Mamba-2, K 128, V 64, G 64, X 1, L 16             32.8 + 2.0 +  3.3 KB of 65.5: 0.58
-    Gated DeltaNet, K 128, V 128, G 2, X 1, L 16      65.5 + 4.1 + 15.5 KB of 131:  0.65
+    Mamba-2, K 128, V 64, X 1, 64 heads to a key, L 16            32.8 + 2.0 +  3.3 KB of 65.5: 0.58
+    Gated DeltaNet, K 128, V 128, X 1, 2 heads to a key, L 16     65.5 + 4.1 + 15.8 KB of 131:  0.65
 
 of what a step moves that writes S each time. At 3.02 TB/s 128 rows of 64 such heads of Mamba-2 take 0.10 ms.
 Operations: 2 K V per row and head and as many again for a delta rule, 2 (K + V) for each token in the ring.
 
-Letters: B row, S slots of the ring, L tokens of half a ring, H heads, G heads that share keys, K key dim, V
-value dim, X log decays of a head and token.
+Letters: B row, S slots of the ring, L tokens of half a ring, H heads, G groups of heads that share keys, K
+key dim, V value dim, X log decays of a head and token.
 """
 
 from __future__ import annotations
@@ -81,9 +81,7 @@ def _step_kernel(
     seen, summed = tl.load(seen_ptr + b), tl.load(summed_ptr + b)
     live = seen - summed
     full = live + 1 == SLOTS
-    first = 0
-    if full:
-        first = HALF
+    first = tl.where(full, HALF, 0)
     n, c = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_K)
     d = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     k_here, v_here = c < K, d < V
