@@ -220,8 +220,9 @@ def of_each_head(k_TGK: Tensor, heads: int) -> Tensor:
 def _sums_with(state: ReplayState, count_B: Tensor, feature_map: FeatureMap) -> tuple[Tensor, Tensor]:
     """The sums with so many of the ring's tokens, one by one from the oldest."""
     s_BHFV, z_BHF, k_BSGK, v_BSHV, log_decay_BSHX, _, summed_B = state
-    dtype, slots, row_B1 = s_BHFV.dtype, k_BSGK.shape[1], torch.arange(len(summed_B))[:, None]
-    slot_BN = (summed_B[:, None] + torch.arange(slots, device=summed_B.device)) % slots
+    dtype, slots, device = s_BHFV.dtype, k_BSGK.shape[1], summed_B.device
+    row_B1 = torch.arange(len(summed_B), device=device)[:, None]
+    slot_BN = (summed_B[:, None] + torch.arange(slots, device=device)) % slots
     k_BNHK = of_each_head(k_BSGK[row_B1, slot_BN].to(dtype), s_BHFV.shape[1])
     k_BNHF, v_BNHV = feature_map.features(k_BNHK), v_BSHV[row_B1, slot_BN].to(dtype)
     keep_BNHX = torch.ones_like(k_BNHF)
