@@ -5,6 +5,7 @@
 # make check      format, lint, layer fences, types
 # make readme     writes the README's list of rooms       make plant       proves that a mixer is one file
 # make zoo        every mixer on the quick task, its errors over great lengths, and docs/zoo.md
+# make dist       builds a wheel, installs it alone into a new environment and runs it there
 # make bench      speed beside its ceiling; prints tables, writes results/
 PYTHON ?= python3
 VENV   ?= .venv
@@ -18,7 +19,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # kernels and what torch.compile reads run apart: shape checks wrap functions that these must read as they are
 # written, and Triton's interpreter is chosen for a whole process
 
-.PHONY: readme plant frontier zoo quick test test-full test-portable check bench format clean
+.PHONY: readme plant frontier zoo quick test test-full test-portable check dist bench format clean
 
 frontier: $(VENV)/installed
 	$(BIN)/holdall frontier quick
@@ -45,7 +46,7 @@ test-full: $(VENV)/installed-dev
 # luck of one fails on another. This is the order that the processors which run the tests seldom have.
 test-portable: export ATEN_CPU_CAPABILITY = default
 test-portable: $(VENV)/installed-dev
-	$(PYTEST) -m "not compile and not full" holdall/testing/laws.py tests/test_laws_go_red.py \
+	$(PYTEST) -m "not compile and not full" holdall/testing/test_laws.py tests/test_laws_go_red.py \
 		tests/kernels/test_window_attention.py tests/kernels/test_gated_rms_norm.py -k "definition-fp32 or \
 		(test_law_in_fp32 and bf16) or coarse or toleran or cancel or nudge or outputs_ring or as_plain"
 
@@ -60,6 +61,15 @@ check: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+
+# what a user gets: no extras, no files but those in the wheel
+dist: $(VENV)/bin/python
+	rm -rf dist
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(PYTHON) -m venv dist/venv
+	dist/venv/bin/python -m pip install --quiet -c constraints.txt dist/*.whl
+	cd dist && venv/bin/holdall --version && venv/bin/holdall zoo taylor && venv/bin/holdall laws base-conv \
+		&& venv/bin/holdall frontier zoology-small --add retnet --dry-run && venv/bin/holdall generate --max-tokens 8
 
 format: $(VENV)/installed-dev
 	$(BIN)/ruff format .

@@ -9,10 +9,12 @@ why it stands outside of the package.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
+PAGE = re.compile(r"(holdall[./]testing[./])laws(?=(\.py)?($|::))")
 LOADED = pytest.StashKey[list[str]]()
 
 
@@ -41,14 +43,19 @@ def pytest_configure(config: pytest.Config) -> None:
         config.stash[LOADED] = [name for file in files for name in mixers.load(file)]
 
 
+def pytest_load_initial_conftests(args: list[str]) -> None:
+    """The laws themselves run without pytest, and their tests are in the file beside them."""
+    args[:] = [PAGE.sub(r"\1test_laws", arg) for arg in args]
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A law's test asks for `case`: every registered mixer in every variant, or those of the loaded files.
 
     One that asks for `one_case` gets the last variant of each, which mostly has the shortest chunks.
     """
     asked = {"case", "one_case"} & set(metafunc.fixturenames)
-    if metafunc.module.__name__.endswith("laws") and asked:
-        repeatable()
+    if metafunc.module.__name__.endswith("testing.test_laws") and asked:
+        one_thread()
         cases = metafunc.module.cases(metafunc.config.stash.get(LOADED, None))
         if "one_case" in asked:
             cases = list({case.config.name: case for case in cases}.values())
@@ -71,16 +78,8 @@ def _is_fp32(item: pytest.Item) -> bool:
     return callspec is not None and "case" in callspec.params and "fp32" in callspec.id
 
 
-def repeatable() -> None:
-    """One thread, and the same examples in every run."""
-    import hypothesis
+def one_thread() -> None:
+    """A second thread costs more than it saves where tensors are small, and pytest-xdist uses the cores."""
     import torch
 
-    # the tensors are small: handing them to a second thread costs more than it saves, and pytest-xdist uses
-    # the cores already
     torch.set_num_threads(1)
-    # a failure is reproduced by the next run, and no file on disk decides which examples are tried
-    hypothesis.settings.register_profile(
-        "holdall", derandomize=True, database=None, deadline=None, max_examples=10
-    )
-    hypothesis.settings.load_profile("holdall")

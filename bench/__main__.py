@@ -3,8 +3,8 @@
     python -m bench [NAME...] [--results FILE]
     python -m bench --last     the newest results there as Markdown, for results/bench.md; measures nothing
 
-generator, training and drafts run on a CPU, kernels, sweep and lm on a GPU; by default all that this
-machine can run. A part of the kernels is named kernels:taylor, kernels:gated_conv and so on.
+generator, training, drafts, session and serving run on a CPU, kernels, sweep, lm and decode on a GPU; by
+default all that this machine can run. A part of the kernels is named kernels:taylor and so on.
 
 A speed of something wrong is worth nothing, so the tests of what is measured run first and a red one ends
 it. Each benchmark's results are appended to results/bench.jsonl, one line with device, versions and commit.
@@ -22,7 +22,19 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from bench import collected, decode, drafts, generator, kernels, lm, markdown, session, sweep, training
+from bench import (
+    collected,
+    decode,
+    drafts,
+    generator,
+    kernels,
+    lm,
+    markdown,
+    serving,
+    session,
+    sweep,
+    training,
+)
 from holdall import environment, files
 
 ROOT = Path(__file__).parents[1]
@@ -34,6 +46,7 @@ BENCHES = {
     "lm": lm,
     "drafts": drafts,
     "session": session,
+    "serving": serving,
     "decode": decode,
 }
 GATES = {
@@ -42,8 +55,9 @@ GATES = {
     "kernels": ["tests/kernels"],
     "sweep": ["tests/training/test_stacked.py", "tests/training/test_populations.py"],
     "lm": ["tests/training/test_language_models.py"],
-    "drafts": ["tests/engine/test_drafts.py"],
+    "drafts": ["tests/engine/test_drafts.py", "tests/engine/test_engine_drafts.py"],
     "session": ["tests/engine/test_fast.py"],
+    "serving": ["tests/serve/test_server.py"],
     "decode": ["tests/engine/test_fast.py"],
 }
 ON_GPU = ("kernels", "sweep", "lm", "decode")

@@ -1,5 +1,5 @@
-"""The command line: `holdall frontier`, `report`, `zoo`, `soundness`, `matrix`; `data`, `train`, `generate`,
-`chat`, `serve`, `recall`, `suite`.
+"""The command line: `holdall frontier`, `recipe`, `bits`, `report`, `zoo`, `laws`, `soundness`, `matrix`;
+`data`, `train`, `generate`, `chat`, `serve`, `recall`, `suite`.
 
 Heavy modules are imported only after the arguments have been parsed, so that help is instant.
 """
@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from holdall import flags
+from holdall.commands.loading import Loading
 from holdall.settings import (
     NonNegativeFloat,
     NonNegativeInt,
@@ -29,6 +30,7 @@ from holdall.settings import (
 from holdall.training.options import PretrainOptions
 
 app = tyro.extras.SubcommandApp()
+Axis = Literal["bytes", "bits", "elements"]
 
 
 def command(function: Callable[..., int]) -> Callable[..., int]:
@@ -49,57 +51,136 @@ TrainFlags = flags.flags_of(
     default="(the preset's, else {})",
 )
 NOT_GIVEN = TrainFlags()
+AS_IT_IS = Loading()
 
 
 @command
 def frontier(
     recipe: Annotated[str, tyro.conf.Positional] = "quick",
     *,
-    out: Path | None = None,
     add: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
     load: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = (),
+    task: str | None = None,
+    pairs: tuple[PositiveInt, ...] = (),
+    length: tuple[PositiveInt, ...] = (),
+    vocab: PositiveInt | None = None,
+    width: tuple[PositiveInt, ...] = (),
+    depth: PositiveInt | None = None,
+    steps: PositiveInt | None = None,
+    rates: tuple[PositiveFloat, ...] = (),
     seeds: PositiveInt = 1,
+    dry_run: bool = False,
+    out: Path | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     workers: PositiveInt | None = None,
     family: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
     minutes: NonNegativeFloat | None = None,
     precision: Precision | None = None,
     weights: bool = True,
+    axis: Axis | None = None,
 ) -> int:
     """Train the models of a recipe and plot their recall against their state size in bytes.
 
-    Stop it at any time; the same command resumes.
+    Stop it at any time; the same command resumes. A mixer of your own, by --load or --add, is trained at the
+    recipe's widths, depth, task and rates, and shown among models that are finished in the folder or were
+    published with Holdall: only what is neither is trained.
 
     Args:
-        recipe: quick (a dozen models, minutes), zoology-figure2 or based-figure2 (as published).
-        out: the folder for runs and results; by default runs/RECIPE.
-        add: one more registered mixer for the quick recipe, as NAME or NAME:option=value,option=value.
-        load: a mixer file of your own, whose mixers are added to the quick recipe.
+        recipe: quick (a dozen models, minutes), another name (`holdall recipe list`), or a Python file of
+            your own (`holdall recipe new` writes one).
+        add: one more registered mixer, as NAME or NAME:option=value,option=value.
+        load: a mixer file of your own, whose mixers are added.
+        task: the recipe's task: mqar, induction-heads or associative-recall for quick.
+        pairs: key-value pairs of the rows, one number or several.
+        length: tokens of the rows, one number for all or one for each number of pairs.
+        vocab: tokens of the vocabulary.
+        width: widths of the models.
+        depth: layers of the models.
+        steps: training steps.
+        rates: learning rates to try; the best counts.
         seeds: seeds per learning rate; more can be added to the same folder later.
+        dry_run: train nothing; print models, parameters, bytes of state, what is finished, and the time that
+            the others would take.
+        out: the folder for runs and results; by default runs/RECIPE.
         device: where to train; auto takes a GPU if there is one.
         workers: runs that are trained in parallel; by default one per core, or per GPU.
-        family: train only the models of this family now (repeatable).
+        family: train only the models of this family now.
         minutes: stop within this time, with exit status 75; the same command resumes. 0 only collects
             finished runs, also those that were trained elsewhere and copied into the folder's runs.
         precision: precision of training, instead of the recipe's.
         weights: save the trained weights.
+        axis: what the picture counts state in; bytes by default.
     """
     from holdall.commands import sweeps as shown
 
+    settings = {
+        "task": task, "pairs": pairs, "length": length, "vocab": vocab, "width": width, "depth": depth,
+        "steps": steps, "rates": rates,
+    }  # fmt: skip
     return shown.frontier(
         recipe,
-        out or Path("runs") / recipe,
+        out,
         add,
         load,
         seeds,
+        {name: value for name, value in settings.items() if value},
         device,
         precision,
+        dry_run,
         command=_command(),
         workers=workers,
         families=family,
         minutes=minutes,
         keep_weights=weights,
+        axis=axis,
     )
+
+
+@command
+def recipe(
+    action: Annotated[Literal["list", "new"], tyro.conf.Positional] = "list",
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[NAME]")] = "my-recipe",
+) -> int:
+    """List the recipes of `holdall frontier`; or write a commented one of your own, which runs as it is.
+
+    Args:
+        action: list, or new.
+        name: for new, the recipe's name; my-recipe is written to my_recipe.py.
+    """
+    from holdall.commands import recipe as shown
+
+    return shown.new(name) if action == "new" else shown.show()
+
+
+@command
+def bits(
+    folder: Annotated[Path, tyro.conf.Positional] = Path("runs/quick"),
+    *,
+    format: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
+    every: PositiveInt = 1,
+    seed: Seed = 0,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    load: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = (),
+    out: Path | None = None,
+) -> int:
+    """Store the states of a sweep's trained models in fewer bits, and plot recall against bits of state.
+
+    Nothing is trained. Each model, at its best learning rate, reads the sweep's test with its state rounded
+    to a format after every token; scales and counters are counted too.
+
+    Args:
+        folder: a folder written by `holdall frontier`, with the trained weights.
+        format: fp32, bf16, fp16, fp8, int8 or int4, or one with +stochastic or +feedback, as int4+feedback
+            (repeatable); by default all six, and int8 and int4 rounded in each way.
+        every: tokens that are read between one rounding of the state and the next.
+        seed: of stochastic rounding.
+        device: where to run; auto takes a GPU if there is one.
+        load: a mixer file of your own that the sweep was trained with.
+        out: the folder for figure, page and table; by default bits in the sweep's folder.
+    """
+    from holdall.commands import bits as shown
+
+    return shown.bits(folder, out or folder / "bits", format, every, seed, device, load, command=_command())
 
 
 @command
@@ -107,6 +188,7 @@ def report(
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional] = (),
     *,
     out: Path | None = None,
+    axis: Axis | None = None,
 ) -> int:
     """Make figure, page and table of one or several sweeps again, from their folders alone.
 
@@ -114,10 +196,11 @@ def report(
         folders: folders written by `holdall frontier`, several of which are drawn in one figure; or one
             written by `holdall matrix`.
         out: the folder for figure and page; by default the first folder.
+        axis: what the picture counts state in; by default what the first folder's picture does.
     """
     from holdall.commands import sweeps as shown
 
-    return shown.report(folders, out)
+    return shown.report(folders, out, axis)
 
 
 @command
@@ -143,6 +226,26 @@ def zoo(
     from holdall.commands import zoo as shown
 
     return shown.zoo(name, width, context, load) if results is None else shown.zoo_page(results, page, load)
+
+
+@command
+def laws(
+    names: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
+    *,
+    json: bool = False,
+) -> int:
+    """Hold mixers to the laws: splits, causality, rows, states, gradients, dtypes, compilation; in words.
+
+    The exit status is 1 if a law is broken. The same as tests, in more dtypes:
+    pytest --pyargs holdall.testing.laws --load FILE
+
+    Args:
+        names: mixer files of your own, or names of registered mixers.
+        json: print a list of verdicts as JSON instead.
+    """
+    from holdall.commands import laws as shown
+
+    return shown.laws(names, json)
 
 
 @command
@@ -326,34 +429,27 @@ def generate(
     seed: Seed = 0,
     session: Path | None = None,
     save_session: Path | None = None,
-    device: Literal["auto", "cpu", "cuda"] = "auto",
-    precision: Annotated[Literal["fp32", "bf16"] | None, tyro.conf.arg(aliases=["--dtype"])] = None,
-    checkpoint: Literal["model", "best", "last"] | None = None,
-    load: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = (),
+    loading: Annotated[Loading, tyro.conf.arg(name="")] = AS_IT_IS,
 ) -> int:
     """Print how a language model continues a text, as it comes; with no arguments a small included one.
 
     Only the new text goes to stdout. It ends with the document, at a stop string or after --max-tokens.
 
     Args:
-        run: a run folder of `holdall train` or the folder of a saved model; based-mini is included.
-        prompt: the text to continue; "-" reads it from stdin, without a new line at its end. With none the
+        run: A run folder of `holdall train` or the folder of a saved model; based-mini is included.
+        prompt: The text to continue; "-" reads it from stdin, without a new line at its end. With none the
             model begins a document.
-        max_tokens: the most tokens to generate.
-        temperature: what logits are divided by before a token is drawn; 0 takes the likeliest token.
-        top_k: draw among the k likeliest tokens; 0 for all.
-        top_p: draw among the likeliest tokens that together have at least this probability.
-        min_p: draw among tokens that have at least this share of the likeliest one's probability.
-        repetition_penalty: divides positive logits, and multiplies negative ones, of tokens that were there.
-        stop: a text at which generation stops (repeatable).
-        seed: of the draws.
-        session: a file of --save-session, which the prompt and the new text continue.
-        save_session: the file for what the model has read and written, to be resumed here or elsewhere.
-        device: where to run; auto takes a GPU if there is one.
-        precision: what the model computes in; by default bf16 on a GPU and fp32 on a CPU.
-        checkpoint: the weights at the end of training (model), at the lowest validation loss (best) or at the
-            last checkpoint (last); by default the first of these that is there.
-        load: a mixer file of your own that the run was trained with.
+        max_tokens: The most tokens to generate.
+        temperature: What logits are divided by before a token is drawn; 0 takes the likeliest token.
+        top_k: Draw among the k likeliest tokens; 0 for all.
+        top_p: Draw among the likeliest tokens that together have at least this probability.
+        min_p: Draw among tokens that have at least this share of the likeliest one's probability.
+        repetition_penalty: Divides positive logits, and multiplies negative ones, of tokens that were there.
+        stop: A text at which generation stops (repeatable).
+        seed: Of the draws.
+        session: A file of --save-session, which the prompt and the new text continue.
+        save_session: The file for what the model has read and written, to be resumed here or elsewhere.
+        loading: The fields of Loading.
     """
     from holdall.commands import generate as shown
 
@@ -361,7 +457,7 @@ def generate(
         "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
         "repetition_penalty": repetition_penalty, "stop": stop, "seed": seed,
     }  # fmt: skip
-    return shown.generate(run, prompt, options, session, save_session, device, precision, checkpoint, load)
+    return shown.generate(run, prompt, options, session, save_session, loading)
 
 
 @command
@@ -376,10 +472,7 @@ def chat(
     min_p: Annotated[float, Range(least=0, most=1)] = 0.0,
     seed: Seed | None = None,
     stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
-    device: Literal["auto", "cpu", "cuda"] = "auto",
-    precision: Annotated[Literal["fp32", "bf16"] | None, tyro.conf.arg(aliases=["--dtype"])] = None,
-    checkpoint: Literal["model", "best", "last"] | None = None,
-    load: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = (),
+    loading: Annotated[Loading, tyro.conf.arg(name="")] = AS_IT_IS,
 ) -> int:
     """Write a text together with a language model, line by line; its state can be forked, saved and resumed.
 
@@ -387,21 +480,17 @@ def chat(
     /help lists the commands.
 
     Args:
-        model: a run folder of `holdall train` or the folder of a saved model; based-mini is included.
-        session: a state file: continued if it is there, and written at the end.
-        max_tokens: the most tokens that the model writes at a time.
-        temperature: what logits are divided by before a token is drawn; 0 takes the likeliest token.
-        top_k: draw among the k likeliest tokens; 0 for all.
-        top_p: draw among the likeliest tokens that together have at least this probability.
-        min_p: draw among tokens that have at least this share of the likeliest one's probability.
-        seed: of the draws, which depend on it and on the token's position; by default another each time.
-        stop: a text at which the model stops, with \\n for a newline. It is not shown, but is part of the
+        model: A run folder of `holdall train` or the folder of a saved model; based-mini is included.
+        session: A state file: continued if it is there, and written at the end.
+        max_tokens: The most tokens that the model writes at a time.
+        temperature: What logits are divided by before a token is drawn; 0 takes the likeliest token.
+        top_k: Draw among the k likeliest tokens; 0 for all.
+        top_p: Draw among the likeliest tokens that together have at least this probability.
+        min_p: Draw among tokens that have at least this share of the likeliest one's probability.
+        seed: Of the draws, which depend on it and on the token's position; by default another each time.
+        stop: A text at which the model stops, with \\n for a newline. It is not shown, but is part of the
             text, so that you write what comes after it.
-        device: where to run; auto takes a GPU if there is one.
-        precision: what the model computes in; by default bf16 on a GPU and fp32 on a CPU.
-        checkpoint: the weights at the end of training (model), at the lowest validation loss (best) or at the
-            last checkpoint (last); by default the first of these that is there.
-        load: a mixer file of your own that the model was trained with.
+        loading: The fields of Loading.
     """
     from holdall.commands import chat as shown
 
@@ -409,7 +498,7 @@ def chat(
         "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
         "seed": seed, "stop": tuple(text.replace("\\n", "\n") for text in stop),
     }  # fmt: skip
-    return shown.chat(model, session, options, device, precision, checkpoint, load)
+    return shown.chat(model, session, options, loading)
 
 
 @command
@@ -427,37 +516,33 @@ def serve(
     store: Path | None = None,
     replay: NonNegativeInt = 0,
     state_dtype: Literal["fp32", "bf16", "fp16"] = "fp32",
+    drafts: NonNegativeInt = 0,
     api_key_file: Path | None = None,
-    device: Literal["auto", "cpu", "cuda"] = "auto",
-    precision: Annotated[Literal["fp32", "bf16"] | None, tyro.conf.arg(aliases=["--dtype"])] = None,
-    checkpoint: Literal["model", "best", "last"] | None = None,
-    load: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = (),
+    loading: Annotated[Loading, tyro.conf.arg(name="")] = AS_IT_IS,
 ) -> int:
     """Serve a language model over HTTP with OpenAI's API; with no arguments a small included one.
 
     Ctrl-C ends it: requests that run have ten seconds to end, and sessions are saved.
 
     Args:
-        run: a run folder of `holdall train` or the folder of a saved model; based-mini is included.
-        host: the address to listen at; 0.0.0.0 for every network, and then give a key.
-        port: the port; 0 takes a free one.
-        name: the model's name in requests; by default its folder's.
-        rows: the most texts that are written at the same time.
-        queue: the most requests that wait; more are answered with 503.
-        max_context: tokens that a text may have, reserved for each row; for models whose states grow.
-        sessions: a folder for named sessions; without one they are lost at the end.
-        store_memory: bytes of memory for the beginnings of prompts that were read, so that they are not read
+        run: A run folder of `holdall train` or the folder of a saved model; based-mini is included.
+        host: The address to listen at; 0.0.0.0 for every network, and then give a key.
+        port: The port; 0 takes a free one.
+        name: The model's name in requests; by default its folder's.
+        rows: The most texts that are written at the same time.
+        queue: The most requests that wait; more are answered with 503.
+        max_context: Tokens that a text may have, reserved for each row; for models whose states grow.
+        sessions: A folder for named sessions; without one they are lost at the end.
+        store_memory: Bytes of memory for the beginnings of prompts that were read, so that they are not read
             again; 0 for none.
-        store: a folder for those that leave memory; they are found again after a restart.
-        replay: tokens between two writes of large states, 16 say; 0 writes them with every token. For Taylor,
-            RetNet, GLA, Mamba-2 and the delta rules.
-        state_dtype: what Taylor states are stored in with --replay: docs/replay.md has the errors.
-        api_key_file: a file with the key that requests must bear; or set HOLDALL_API_KEY.
-        device: where to run; auto takes a GPU if there is one.
-        precision: what the model computes in; by default bf16 on a GPU and fp32 on a CPU.
-        checkpoint: the weights at the end of training (model), at the lowest validation loss (best) or at the
-            last checkpoint (last); by default the first of these that is there.
-        load: a mixer file of your own that the run was trained with.
+        store: A folder for those that leave memory; they are found again after a restart.
+        replay: Tokens between two writes of large states, 16 say, and tokens that can be taken back; 0 writes
+            with every token.
+        state_dtype: What Taylor states are stored in with --replay: docs/replay.md has the errors.
+        drafts: Tokens guessed in each step from what a text repeats; the text stays the same. It needs
+            --replay of twice as many and one.
+        api_key_file: A file with the key that requests must bear; or set HOLDALL_API_KEY.
+        loading: The fields of Loading.
     """
     from holdall.commands import serve as shown
 
@@ -474,11 +559,9 @@ def serve(
         store,
         replay,
         state_dtype,
+        drafts,
         api_key_file,
-        device,
-        precision,
-        checkpoint,
-        load,
+        loading,
     )
 
 
@@ -558,7 +641,7 @@ def suite(
         recipe: lm-suite (17 families of 15 million parameters: hours on a GPU).
         data: the corpus, a folder that `holdall data` made.
         out: the folder that it leaves; runs/RECIPE by default.
-        family: train only the models of this family now (repeatable).
+        family: train only the models of this family now.
         minutes: stop within so many; 75 is then the exit status, and the same command resumes. 0 only
             compares what is finished, also what was trained elsewhere and copied into the folder's runs.
         workers: runs that train at once; by default two on each GPU.
@@ -599,11 +682,18 @@ def main() -> None:
 
 def _run() -> Any:
     """Parse the arguments and run the command; returns the exit status."""
-    from holdall import commands
+    from holdall import __version__, commands
 
+    if sys.argv[1:] == ["--version"]:
+        print(f"holdall {__version__}")
+        return 0
     try:
-        about = "Measure and train language models whose memory does not grow."
-        return commands.guarded(lambda: app.cli(prog="holdall", description=about))
+        about = (
+            "Measure, train and serve language models whose memory does not grow. (--version: its version)"
+        )
+        # None is the value of a flag that is not given; nobody types it
+        config = [tyro.conf.DisallowNone]
+        return commands.guarded(lambda: app.cli(prog="holdall", description=about, config=config))
     except SystemExit as end:  # after help, or arguments that do not parse
         return end.code
     except KeyboardInterrupt:

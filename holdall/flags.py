@@ -20,6 +20,7 @@ from holdall.settings import field_docs
 
 Yes = Annotated[
     bool | None,
+    tyro.conf.FlagCreatePairsOff,
     tyro.constructors.PrimitiveConstructorSpec(
         nargs=0,
         metavar="",

@@ -200,30 +200,36 @@ class LanguageModel:
             yield piece
 
     def with_replay(self, tokens: int = 16, *, state_dtype: str = "fp32") -> LanguageModel:
-        """The same weights, with states that are read with every token and written with every L-th.
+        """The same weights, with states whose last L tokens can be taken back: `model.rollback_limit`.
 
-        That moves about half the bytes of a large state, and generates the same up to rounding: see
-        docs/replay.md. Sessions of the model without it are not this one's.
+        Large states are then read with every token and written with every L-th, which moves about half their
+        bytes; all generates the same up to rounding: see docs/replay.md. Sessions of the model without it are
+        not this one's.
 
         Args:
             tokens: L; 0 for states that are written with every token, as usual.
             state_dtype: what the sums of Taylor layers are stored in, "fp32", "bf16" or "fp16".
 
-        Raises ValueError if the model has no layers that can do this, or none that can store sums so.
+        Raises ValueError, naming the layer, if one cannot take tokens back; or if none stores its state so.
         """
         options: dict[str, Any] = {"replay": tokens, "state_dtype": state_dtype}
         chosen = [options.keys() & _fields(layer) for layer in self.config.layers]
-        for option in ["replay", *["state_dtype"] * (state_dtype != "fp32")]:
-            if not any(option in own for own in chosen):
-                kinds = ", ".join(sorted({layer.name for layer in self.config.layers}))
-                can = ", ".join(n for n in mixers.names() if option in _fields(mixers.entry(n).config))
-                raise ValueError(f"no layer of the model has {option}: it has {kinds}; {can} can")
+        if state_dtype != "fp32" and not any("state_dtype" in own for own in chosen):
+            kinds = ", ".join(sorted({layer.name for layer in self.config.layers}))
+            raise ValueError(
+                f"no layer stores its state in {state_dtype}: taylor can, and the model has {kinds}"
+            )
         layers = tuple(
             dataclasses.replace(layer, **{name: options[name] for name in own})
             for layer, own in zip(self.config.layers, chosen, strict=True)
         )
         with torch.device("meta"):  # the weights are not copied
             model = dataclasses.replace(self.config, layers=layers).build()
+        for depth, mixer in enumerate(model.mixers):
+            if tokens and not mixer.rollback_limit:
+                raise ValueError(
+                    f"layer {depth}, {mixer.owner}, cannot take tokens back, so replay is not for it"
+                )
         model.load_state_dict(self.model.state_dict(), assign=True)
         choose_forms(model, model.block_dtype)
         model.train(self.model.training)

@@ -39,11 +39,13 @@ from holdall.contract import (
     with_room_too,
     write_state,
 )
+from holdall.contract.rollback import counts_of, without_last
 from holdall.contract.room import advanced, beyond, check_room
 from holdall.kernels import fold, unfold
 from holdall.ops.cross_entropy import linear_cross_entropy
+from holdall.ops.kept import Kept
 from holdall.ops.layer_norm import add_norm, kernel_refusal, layer_norm, rms_norm
-from holdall.ops.swiglu import swiglu
+from holdall.ops.linear import Linear, linear
 from holdall.settings import NonNegativeFloat, NonNegativeInt, PositiveInt, Range
 
 
@@ -126,14 +128,12 @@ class MLP(nn.Module):
     def __init__(self, width: int, inner: int, kind: str) -> None:
         super().__init__()
         self.gated = kind == "swiglu"
-        self.fc1 = nn.Linear(width, 2 * inner if self.gated else inner, bias=not self.gated)
-        self.fc2 = nn.Linear(inner, width, bias=not self.gated)
+        self.fc1 = Linear(width, 2 * inner if self.gated else inner, bias=not self.gated)
+        self.fc2 = Linear(inner, width, bias=not self.gated)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gated:
-            projected = self.fc1(x)
-            form = "kernel" if forms.fused(projected, gradients=True) else "parallel"
-            return self.fc2(swiglu(projected, form=form))
+            return self.fc2(linear(x, self.fc1.weight, gated=True))
         return self.fc2(F.gelu(self.fc1(x)))
 
 
@@ -276,7 +276,7 @@ class Model(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in config.layers)
         self.norm = (LayerNorm if config.norm == "layer" else RMSNorm)(config.width, eps=config.eps)
         self.head = None if config.tied else nn.Linear(config.width, config.vocab, bias=False)
-        self._narrow: tuple[Any, Tensor] | None = None
+        self._narrow = Kept()
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -327,16 +327,9 @@ class Model(nn.Module):
         if head_VD.device.type != "cuda" or narrow.itemsize != 2 or torch.is_grad_enabled():
             return h.to(head_VD.dtype) @ head_VD.T
         h_ND = h.to(narrow).view(-1, h.shape[-1])
-        wide_NV = torch.mm(h_ND, self._narrow_head(narrow).T, out_dtype=head_VD.dtype)
+        narrow_VD = self._narrow.of(head_VD, lambda head: head.to(narrow))
+        wide_NV = torch.mm(h_ND, narrow_VD.T, out_dtype=head_VD.dtype)
         return wide_NV.view(*h.shape[:-1], len(head_VD))
-
-    def _narrow_head(self, dtype: torch.dtype) -> Tensor:
-        """The head in another dtype, made again when its weights have changed."""
-        head_VD = self.head_weight
-        made_of = (head_VD.data_ptr(), head_VD._version, dtype)
-        if self._narrow is None or self._narrow[0] != made_of:
-            self._narrow = (made_of, head_VD.detach().to(dtype))
-        return self._narrow[1]
 
     def hidden(
         self,
@@ -441,6 +434,38 @@ class Model(nn.Module):
         pairs = zip(self.mixers, states, strict=False)
         roomy = [mixer.with_room(state, capacity) for mixer, state in pairs]
         return roomy + [self._position_with_room(state, capacity) for state in states[len(roomy) :]]
+
+    @property
+    def rollback_limit(self) -> int:
+        """How many of a row's last tokens `rollback` can take back: as many as every layer can."""
+        return min(mixer.rollback_limit for mixer in self.mixers)
+
+    def rollback(
+        self, states: Sequence[State], count_B: Tensor | int, *, inplace: bool = False
+    ) -> list[State]:
+        """A model's states as if each row's last tokens had never been read; see `Mixer.rollback`.
+
+        Args:
+            states: what a call returned.
+            count_B: how many, of every row or of each, (B,); at most `rollback_limit`.
+            inplace: the caller gives the states away, and those returned are in their memory. They are no
+                longer anything if this raises.
+
+        Raises StateError, naming the layer, for more than a layer or a row can give back.
+        """
+        self._check_count(states)
+        before: list[State] = []
+        for depth, (mixer, state) in enumerate(zip(self.mixers, states, strict=False)):
+            try:
+                before.append(mixer.rollback(state, count_B, inplace=inplace))
+            except StateError as error:
+                raise StateError(f"layer {depth}: {error}") from None
+        if self.position_embed is not None:
+            position, owner = states[-1], "a model with learned positions"
+            back_B = counts_of(count_B, len(position[0]), position[0].device)
+            counted = without_last(position, POSITION_SLOTS, back_B, owner, inplace=inplace)
+            before.append(write_state(position, counted) if inplace else counted)
+        return before
 
     def _position_with_room(self, position: State, capacity: int) -> State:
         if capacity > self.config.positions:

@@ -5,11 +5,17 @@ import os
 import shutil
 import signal
 
+import hypothesis
 import pytest
 
-from pytest_holdall import repeatable
+from pytest_holdall import one_thread
 
-repeatable()
+one_thread()
+# a failure is reproduced by the next run, and no file on disk decides which examples are tried
+hypothesis.settings.register_profile(
+    "holdall", derandomize=True, database=None, deadline=None, max_examples=10
+)
+hypothesis.settings.load_profile("holdall")
 
 # pytest-xdist uses the cores already, and a process that compiles for another one has to import PyTorch first
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")

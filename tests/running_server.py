@@ -113,4 +113,4 @@ class ScriptedEngine:
         return given
 
     def stats(self) -> Stats:
-        return Stats(len(self.texts), 0, 0, 8, 0, 0, self.steps, 0, 0, 0)
+        return Stats(len(self.texts), 0, 0, 8, 0, 0, self.steps, 0, 0, 0, 0)

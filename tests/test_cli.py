@@ -17,6 +17,7 @@ import tyro
 from holdall import cli, flags, settings
 from holdall.commands import train as shown
 from holdall.commands import zoo
+from holdall.commands.loading import Loading
 from holdall.settings import Range
 from holdall.training.options import PretrainOptions
 
@@ -66,6 +67,14 @@ def test_a_reader_that_has_seen_enough_is_no_error() -> None:
         ("frontier --minutes -5", "--minutes = -5.0 must be at least 0 and finite"),
         ("frontier --minutes nan", "--minutes = nan must be at least 0 and finite"),
         ("frontier quik", "Did you mean 'quick'"),
+        ("frontier --depth 0", "--depth = 0 must be positive"),
+        ("frontier --rates nan", "--rates = (nan,) must be positive and finite"),
+        ("frontier zoo --pairs 4", "the recipe zoo has no --pairs; it has --seeds"),
+        ("frontier nothing.py", "no file at nothing.py"),
+        ("frontier --add mambo", "Did you mean 'mamba'"),
+        ("recipe new ---", "'---' makes no file name"),
+        ("laws", "name a mixer, or the file of your own"),
+        ("laws mambo", "Did you mean 'mamba'"),
         ("train --learning-rate inf", "--learning-rate = inf must be positive and finite"),
         ("train --context-len 0", "--context = 0 must be positive"),
         ("train --betas 0.9 1", "--betas = (0.9, 1.0) must be at least 0 and below 1"),
@@ -87,7 +96,21 @@ def test_what_a_user_can_mend_is_one_line(run: Run, words: str, says: str, tmp_p
 
 @pytest.mark.parametrize(
     "name",
-    ["frontier", "report", "zoo", "soundness", "matrix", "data", "train", "generate", "chat", "recall"],
+    [
+        "frontier",
+        "recipe",
+        "report",
+        "laws",
+        "zoo",
+        "soundness",
+        "matrix",
+        "data",
+        "train",
+        "generate",
+        "chat",
+        "serve",
+        "recall",
+    ],
 )
 def test_every_number_of_a_command_declares_its_range(name: str) -> None:
     def declares(kind: Any) -> bool:
@@ -96,7 +119,7 @@ def test_every_number_of_a_command_declares_its_range(name: str) -> None:
             return any(isinstance(each, Range) for each in args)
         return kind not in (int, float) and all(declares(arg) for arg in args if origin is not Literal)
 
-    for owner in (getattr(cli, name), *([cli.TrainFlags] if name == "train" else [])):
+    for owner in (getattr(cli, name), Loading, *([cli.TrainFlags] if name == "train" else [])):
         for option, kind in typing.get_type_hints(owner, include_extras=True).items():
             assert option == "return" or declares(kind), f"{name} --{option} has no range"
 
@@ -192,6 +215,25 @@ def test_every_training_option_is_a_flag_with_its_own_help(
     for field in dataclasses.fields(PretrainOptions):
         assert docs[field.name] in help or field.name == "data_hash"
         assert f"--{field.name.replace('_', '-')} " in help or field.name == "data_hash"
+
+
+@pytest.mark.parametrize("name", ["generate", "chat", "serve", "train", "frontier", "recall", "zoo"])
+def test_help_shows_what_to_type(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """None is no value of a flag, but what it is without; and all commands that run a model load it alike."""
+    monkeypatch.setattr(sys, "argv", ["holdall", name, "--help"])
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        cli.main()
+    help = capsys.readouterr().out
+    assert "None}" not in help
+    assert "{None" not in help
+    if name in ("generate", "chat", "serve"):
+        assert "--checkpoint {model,best,last} " in help
+        for field, doc in flags.field_docs(Loading).items():
+            assert f"--{field} " in help
+            assert doc.split(".")[0] in " ".join(help.replace("│", " ").split())
 
 
 def test_a_new_field_is_a_flag_of_its_own() -> None:

@@ -7,8 +7,11 @@ import sys
 import tomllib
 from pathlib import Path
 
+import children
 import pytest
 
+import holdall
+from holdall import processes, recipes
 from holdall.report import table
 from holdall.report.data import load
 from tools import readme
@@ -40,6 +43,28 @@ def test_the_readme_s_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("page", ["replay.md", "serving.md"])
 def test_the_code_of_a_page_runs(page: str) -> None:
     exec(compile("".join(blocks(ROOT / "docs" / page, "python")), page, "exec"), {})
+
+
+def test_the_ten_lines_about_recipes_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(processes, "context", children.context)
+    exec(compile("".join(blocks(ROOT / "docs" / "recipes.md", "python")), "recipes.md", "exec"), {})
+    assert "('delta-net, kernel = 3', " in capsys.readouterr().out
+    assert (tmp_path / "runs" / "small" / "frontier.png").stat().st_size > 10_000
+
+
+def test_the_page_of_recipes_names_the_flags_that_recipes_take() -> None:
+    page = (ROOT / "docs" / "recipes.md").read_text()
+    for setting in (*recipes.SETTINGS, "seeds"):
+        assert f"`--{setting}`" in page, setting
+
+
+def test_the_citation_and_the_package_name_one_version() -> None:
+    about = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (cited,) = re.findall(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), flags=re.M)
+    assert about["version"] == holdall.__version__ == cited
 
 
 def test_the_mixer_in_the_docs_obeys_every_law(tmp_path: Path) -> None:
@@ -113,7 +138,7 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
 EXTRAS = {
     "text": {"lightning_fabric", "tokenizers", "zstandard"},
     "kernels": {"triton", "fla"},
-    "laws": {"pytest", "hypothesis"},
+    "laws": {"pytest"},
     "serve": {"fastapi", "uvicorn", "prometheus_client", "pydantic"},
 }
 """What each extra brings, as modules. Those of tests and development are not for users."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import holdall
 from holdall.contract import Mixer, is_reserved, map_state
-from holdall.testing import laws
+from holdall.testing import laws, test_laws
 from holdall.testing.nudges import Nudges
 
 TINY = 1e-6
@@ -351,6 +351,16 @@ def fades(state: Any) -> Any:
     return state._replace(log_decay_BSHX=1.001 * state.log_decay_BSHX)
 
 
+def short_ring(right: Callable, self: Mixer, batch: int, **how: Any) -> Any:
+    state = right(batch, **how)
+    return state._replace(k_BSHK=state.k_BSHK[:, 1:], v_BSHV=state.v_BSHV[:, 1:])
+
+
+def lowers_counts_alone(right: Callable, self: Any, state: Any, count_B: Any, inplace: bool) -> Any:
+    kept = right(state, count_B, inplace)
+    return type(state)(*state[:2], *kept[2:]) if is_reserved(state) else kept
+
+
 def double_scores(mixer: Any) -> None:
     mixer.feature_map = dataclasses.replace(mixer.feature_map, scores=lambda q, k: 1 + 1.0001 * (q @ k.mT))
 
@@ -439,6 +449,10 @@ FAULTS: list[tuple[str, str, Callable[[], Mixer]]] = [
     ("rollback", "sums tokens twice", plant("taylor", options=RING, rollback=sums_twice)),
     ("rollback", "sums twice by a delta rule", plant("delta-net", options=SHORT, rollback=sums_twice)),
     ("rollback", "convolves the draft", plant("mamba-2", options=SHORT, rollback=convolves_the_draft)),
+    ("rollback", "a ring too short", plant("sliding-window", options={"replay": 4}, init_state=short_ring)),
+    ("rollback", "one input too few", plant("base-conv", options={"replay": 4}, _rolled_back=lambda
+        right, self, state, count_B, inplace: right(state, (count_B - 1).clamp(min=0), inplace))),
+    ("rollback", "lets what was read lie behind", plant("attention", _rolled_back=lowers_counts_alone)),
     ("rollback", "takes back what it cannot", plant("mamba", rollback=lambda right, self, s, n, **how: s)),
     ("replay", "a wrong term in the ring", plant("taylor", options=RING, prepare=double_scores)),
     ("replay", "a ring that fades", plant("retnet", options=SHORT, forward=before(fades))),
@@ -632,7 +646,7 @@ def refusing(mixer: Mixer, **refusals: str) -> Mixer:
 def test_a_refused_law_is_expected_to_fail() -> None:
     leaky = refusing(plant("attention", forward=output(sees_next_token))(), causal="it sees one token ahead")
     with pytest.raises(pytest.xfail.Exception, match="one token ahead"):
-        laws.hold(leaky, laws.law_causal)
+        test_laws.hold(leaky, laws.law_causal)
 
 
 def test_a_refused_law_may_be_declined_by_the_mixer_itself() -> None:
@@ -642,14 +656,14 @@ def test_a_refused_law_may_be_declined_by_the_mixer_itself() -> None:
         return right(x_BTD, state, **how)
 
     with pytest.raises(pytest.xfail.Exception, match="whole"):
-        laws.hold(
+        test_laws.hold(
             refusing(plant("attention", forward=declines)(), splits="it reads the whole"), laws.law_splits
         )
 
 
 def test_a_needless_refusal_is_an_error() -> None:
     with pytest.raises(pytest.fail.Exception, match="obeys"):
-        laws.hold(refusing(plant("attention")(), causal="because I say so"), laws.law_causal)
+        test_laws.hold(refusing(plant("attention")(), causal="because I say so"), laws.law_causal)
 
 
 # ------------------------------------------------------------------------------------ a mixer of a user's own
@@ -714,7 +728,7 @@ class Average(Mixer):
 
 def hold_file(file: Path, *options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    command += ["-m", "not compile and not full", "--load", str(file), str(Path(laws.__file__))]
+    command += ["-m", "not compile and not full", "--load", str(file), "--pyargs", "holdall.testing.laws"]
     command += options
     return subprocess.run(command, capture_output=True, text=True, cwd=Path(laws.__file__).parents[1])
 

@@ -6,12 +6,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from holdall.contract import bytes_per_row, elements_per_row, join_rows, load_states, save_states, select_rows
+from holdall.contract import (
+    StateError,
+    bytes_per_row,
+    elements_per_row,
+    join_rows,
+    load_states,
+    save_states,
+    select_rows,
+)
+from holdall.contract.rollback import LISTED
 from holdall.mixers.attention import AttentionConfig
 from holdall.mixers.base_conv import BaseConvConfig
 from holdall.mixers.linformer import LinformerConfig
 from holdall.mixers.mamba import MambaConfig
 from holdall.mixers.repeat_attention import RepeatAttentionConfig
+from holdall.mixers.sliding_window import SlidingWindowConfig
 from holdall.mixers.taylor import TaylorConfig
 from holdall.model import Model, ModelConfig
 from holdall.recipes.patterns import based
@@ -258,3 +268,51 @@ def test_bad_settings_name_the_numbers() -> None:
 def test_a_context_beyond_the_learned_positions_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"70 tokens.*64 learned positions"):
         build()(tokens(length=70))
+
+
+ABLE = {
+    "based": (
+        BaseConvConfig(width=16, expand=2, replay=5),
+        TaylorConfig(width=16, feature_dim=4, replay=6),
+        SlidingWindowConfig(width=16, window=5, heads=2, rotary=1.0, replay=7),
+    ),
+    "growing": (AttentionConfig(width=16, heads=2), BaseConvConfig(width=16, filter="long")),
+}
+
+
+@pytest.mark.parametrize("capacity", [None, 40])
+@pytest.mark.parametrize("kind", ABLE)
+def test_tokens_taken_back_are_as_good_as_never_read(kind: str, capacity: int | None) -> None:
+    """By all layers and learned positions, of each row by its own number, with room and without."""
+    model = build(dataclasses.replace(CONFIG, layers=ABLE[kind]))
+    assert model.rollback_limit == (5 if kind == "based" else LISTED)
+    given, more = tokens(2, 30).split([22, 8], dim=1)
+    for inplace in (False, True):
+        _, states = model(given, model.init_states(2, capacity=capacity))
+        _, ahead = model(tokens(2, 5) % 7, states)
+        before = [t.data_ptr() for state in ahead for t in state]
+        kept = [[t.clone() for t in state] for state in ahead]
+        back = model.rollback(ahead, torch.tensor([5, 2]), inplace=inplace)
+        if not inplace:
+            assert all(
+                torch.equal(a, b) for x, y in zip(ahead, kept, strict=True) for a, b in zip(x, y, strict=True)
+            )
+        elif capacity:
+            assert [t.data_ptr() for state in back for t in state] == before
+        got, _ = model(more, back)
+        read = [given[0], torch.cat((given[1], tokens(2, 5)[1, :3] % 7))]
+        for row, own in enumerate(read):
+            _, alone = model(own[None])
+            want, _ = model(more[row : row + 1], alone)
+            torch.testing.assert_close(got[row : row + 1], want, rtol=0, atol=1e-12)
+
+
+def test_what_cannot_be_taken_back_is_refused_by_its_layer() -> None:
+    model = build(dataclasses.replace(CONFIG, layers=(ABLE["based"][0], MambaConfig(width=16))))
+    assert model.rollback_limit == 0
+    _, states = model(tokens())
+    with pytest.raises(StateError, match="layer 1: mamba of width 16 cannot take back 1 tokens"):
+        model.rollback(states, 1)
+    able = build(dataclasses.replace(CONFIG, layers=ABLE["growing"][:1]))
+    with pytest.raises(StateError, match="layer 0: attention of width 16 cannot take back 4 tokens of row 0"):
+        able.rollback(able(tokens(2, 3))[1], 4)

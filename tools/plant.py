@@ -48,7 +48,7 @@ def main() -> int:
             [str(tools / "mypy")],
             [sys.executable, "-m", "holdall.cli", "zoo", NAME],
             [*pytest, "-m", "quick", "-n", os.environ.get("JOBS", "2")],
-            [*pytest, "-m", "not compile and not full", "holdall/testing/laws.py", "-k", NAME],
+            [*pytest, "-m", "not compile and not full", "holdall/testing/test_laws.py", "-k", NAME],
         ):
             print("$", " ".join(command), flush=True)
             if status := subprocess.run(command, cwd=copy, env=where, check=False).returncode:

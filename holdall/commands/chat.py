@@ -11,16 +11,17 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from holdall import errors, language_model, mixers
-from holdall.commands import printable, resolve_device
+from holdall import errors
+from holdall.commands import printable
+from holdall.commands.loading import Loading
 from holdall.engine.request import Sampling
 from holdall.engine.session import Session, read
-from holdall.language_model import Checkpoint, LanguageModel
+from holdall.language_model import LanguageModel
 from holdall.report.style import bytes_text
 
 HELP = r"""What you type is appended to the text as it stands, and the model continues it.
@@ -231,10 +232,7 @@ def chat(
     run: str,
     session: Path | None,
     options: Mapping[str, Any],
-    device: str,
-    precision: Literal["fp32", "bf16"] | None,
-    checkpoint: Checkpoint | None,
-    load: Sequence[Path],
+    loading: Loading,
     ask: Callable[[str], str] = input,
 ) -> int:
     """Chat with a model until the input ends; returns the exit status.
@@ -243,12 +241,9 @@ def chat(
         session: a state file that is continued if it is there, and written at the end.
         options: the fields of `holdall.engine.Sampling`.
     """
-    for file in load:
-        mixers.load(file)
+    loading.load_mixers()
     Sampling(**options)  # a mistake is named before the model is loaded
-    device = resolve_device(device)
-    dtype = precision or ("fp32" if device == "cpu" else "bf16")
-    model = language_model.load(run, dtype=dtype, device=device, checkpoint=checkpoint)
+    model = loading.model(run)
 
     def write(text: str) -> None:
         sys.stdout.write(text)
@@ -259,7 +254,8 @@ def chat(
     if terminal:
         with contextlib.suppress(ImportError):  # not on Windows
             import readline  # noqa: F401  (input() then edits lines and remembers them)
-        chat.note(f"{model.model.parameter_count():,} parameters on {device}; /help lists the commands")
+        net = model.model
+        chat.note(f"{net.parameter_count():,} parameters on {net.device}; /help lists the commands")
     if session is not None and session.exists():
         chat.load(str(session))
         chat.text.before.clear()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from holdall import language_model, mixers
-from holdall.commands import printable, resolve_device
-from holdall.language_model import Checkpoint
+from holdall import language_model
+from holdall.commands import printable
+from holdall.commands.loading import Loading
 
 STDIN = "-"
 
@@ -20,10 +20,7 @@ def generate(
     options: Mapping[str, Any],
     session: Path | None,
     save_session: Path | None,
-    device: str,
-    precision: Literal["fp32", "bf16"] | None,
-    checkpoint: Checkpoint | None,
-    load: Sequence[Path],
+    loading: Loading,
 ) -> int:
     """Print how a model continues a prompt, or a session; returns the exit status.
 
@@ -31,13 +28,10 @@ def generate(
         options: the fields of `holdall.engine.Sampling`.
         session, save_session: the files of what was read before, and of what was read in the end.
     """
-    for file in load:
-        mixers.load(file)
+    loading.load_mixers()
     if not prompt and " " in run and not Path(run).exists():
         raise ValueError(f"name the run before the prompt: holdall generate {language_model.DEFAULT} '{run}'")
-    device = resolve_device(device)
-    dtype = precision or ("fp32" if device == "cpu" else "bf16")
-    model = language_model.load(run, dtype=dtype, device=device, checkpoint=checkpoint)
+    model = loading.model(run)
     text = _read_stdin() if prompt == STDIN else prompt
     terminal = sys.stdout.isatty()
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import importlib.util
 import os
 import socket
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
-from holdall import language_model, mixers
-from holdall.commands import console, resolve_device
+from holdall import language_model
+from holdall.commands import console
+from holdall.commands.loading import Loading
 from holdall.engine import Engine, EngineConfig, StateStore, StoreConfig
-from holdall.language_model import Checkpoint
 
 KEY = "HOLDALL_API_KEY"
 """Environment variable with the API key."""
@@ -34,11 +32,9 @@ def serve(
     store: Path | None,
     replay: int,
     state_dtype: str,
+    drafts: int,
     api_key_file: Path | None,
-    device: str,
-    precision: Literal["fp32", "bf16"] | None,
-    checkpoint: Checkpoint | None,
-    load: Sequence[Path],
+    loading: Loading,
 ) -> int:
     """Serve a model until a signal; returns the exit status."""
     if missing := [package for package in NEEDS if importlib.util.find_spec(package) is None]:
@@ -47,16 +43,14 @@ def serve(
     from holdall.serve.server import ServerConfig
 
     key = api_key(api_key_file)
-    for file in load:
-        mixers.load(file)
+    loading.load_mixers()
     listener = _listener(host, port)  # before the model is loaded, which may take minutes
     with listener:
-        device = resolve_device(device)
-        dtype = precision or ("fp32" if device == "cpu" else "bf16")
-        model = language_model.load(run, dtype=dtype, device=device, checkpoint=checkpoint)
+        model = loading.model(run)
         if replay:
             model = model.with_replay(replay, state_dtype=state_dtype)
-        settings, kept = EngineConfig(rows=rows, queue=queue, max_context=max_context), None
+        settings = EngineConfig(rows=rows, queue=queue, max_context=max_context, drafts=drafts)
+        kept = None
         if store_memory:
             folder = None if store is None else str(store)
             kept = StateStore(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,52 +19,65 @@ from rich.text import Text
 
 from holdall import mixers, recipes
 from holdall import report as reports
-from holdall.commands import OUT_OF_TIME, Words, console, resolve_device
-from holdall.recipes import quick
+from holdall.commands import OUT_OF_TIME, Words, busy, console, resolve_device
+from holdall.commands.laws import short_verdicts
 from holdall.report import data
 from holdall.report import matrix as matrices
-from holdall.report.style import bytes_text
+from holdall.report.style import PUBLISHED, bytes_text, marked
 from holdall.settings import Precision
 from holdall.sweeps import (
     OutOfTime,
-    Point,
     Remaining,
     SweepConfig,
     Watcher,
     at_once,
     in_order,
     in_words,
+    plan,
     planned,
     run_sweep,
+    with_added,
 )
 from holdall.training.populations import Progress as TrainProgress
 
 
 def frontier(
     recipe: str,
-    out: Path,
+    out: Path | None,
     add: Sequence[str],
     load: Sequence[Path],
     seeds: int,
+    settings: Mapping[str, Any],
     device: str,
     precision: Precision | None,
+    dry_run: bool,
     *,
     command: str,
     minutes: float | None = None,
+    axis: str | None = None,
     **options: Any,
 ) -> int:
     """The command `holdall frontier`; returns the exit status. Options are those of `run_sweep`."""
     until = None if minutes is None else time.monotonic() + 60 * minutes
-    sweeps = _with_additions(recipes.sweeps(recipe, seeds), add, load)
+    added = _added(add, load)
+    sweeps = recipes.sweeps(recipe, seeds, **settings)
+    out = out or Path("runs") / sweeps[0].recipe
     if precision is not None:
         sweeps = tuple(_in_precision(sweep, precision) for sweep in sweeps)
+    sweeps = tuple(with_added(sweep, added) for sweep in sweeps)
     device = resolve_device(device)
     folders = [out / sweep.part if sweep.part else out for sweep in sweeps]
-    options = {"command": command, "device": device, "plugins": load, **options}
+    # where mixers are added, the recipe's own models are there to be compared with, not to be trained again
+    options = {"device": device, "published": bool(added), **options}
+    if dry_run:
+        options = {name: options[name] for name in ("device", "published", "workers", "families")}
+        return _dry_run(sweeps, folders, **options)
+    own_files = [*([Path(recipe)] if recipes.is_file(recipe) else []), *load]
+    options |= {"command": command, "plugins": own_files, "laws": _laws_of(sweeps, added)}
     codes = []
     for sweep, folder in zip(sweeps, folders, strict=True):
         left = None if until is None else max(0.0, until - time.monotonic()) / 60
-        codes.append(_frontier(sweep, folder, minutes=left, **options))
+        codes.append(_frontier(sweep, folder, axis=axis, minutes=left, **options))
         if codes[-1] not in (0, OUT_OF_TIME):
             return codes[-1]
     if len(sweeps) > 1 and all((folder / "results.jsonl").stat().st_size for folder in folders):
@@ -73,13 +86,14 @@ def frontier(
     return max(codes)
 
 
-def _frontier(sweep: SweepConfig, out: Path, *, device: str, **options: Any) -> int:
+def _frontier(sweep: SweepConfig, out: Path, *, device: str, axis: str | None, **options: Any) -> int:
     """One sweep of a recipe; returns the exit status."""
     view = _FrontierView(sweep, out, device, options.get("workers"), options.get("families", ()))
+    watcher = Watcher(view.progress, view.finished, view.others)
     code = 0
     try:
         with view:
-            run_sweep(sweep, out, device=device, watcher=Watcher(view.progress, view.finished), **options)
+            run_sweep(sweep, out, device=device, watcher=watcher, **options)
     except KeyboardInterrupt:
         console.print(f"Stopped. Everything so far is in {out}; the same command resumes it.", soft_wrap=True)
         return 130
@@ -89,7 +103,7 @@ def _frontier(sweep: SweepConfig, out: Path, *, device: str, **options: Any) -> 
         code = OUT_OF_TIME
     if view.lines:
         view.print_table()
-        for path in reports.write([out], out):
+        for path in reports.write([out], out, axis):
             console.print(f"  {path}", soft_wrap=True)
     return code
 
@@ -103,24 +117,62 @@ def _in_precision(sweep: SweepConfig, precision: Precision) -> SweepConfig:
     return dataclasses.replace(sweep, points=tuple(points))
 
 
-def _with_additions(
-    sweeps: tuple[SweepConfig, ...], add: Sequence[str], load: Sequence[Path]
-) -> tuple[SweepConfig, ...]:
-    """The sweeps and, in the quick recipe, the user's own points."""
-    wanted = [name for file in load for name in mixers.load(file)] + list(add)
-    if not wanted:
-        return sweeps
-    sweep = sweeps[0]
-    if sweep.recipe != "quick":
-        raise ValueError(f"mixers can be added to the quick recipe, not to {sweep.recipe}")
-    points = [_added_point(mixer, len(sweep.points[0].train.seeds)) for mixer in wanted]
-    return (dataclasses.replace(sweep, points=(*points, *sweep.points)),)
+def _added(add: Sequence[str], load: Sequence[Path]) -> list[str]:
+    """The mixers to add: those named, and of the loaded ones those that are not named, as they are."""
+    named = {text.partition(":")[0] for text in add}
+    loaded = [name for file in load for name in mixers.load(file)]
+    return [*add, *(name for name in loaded if name not in named)]
 
 
-def _added_point(wanted: str, seeds: int) -> Point:
-    """A point of the quick recipe from "NAME" or "NAME:option=value,option=value"."""
-    label, config = mixers.configured(wanted, quick.WIDTH)
-    return quick.point(label, config.name, config, seeds)
+def _laws_of(sweeps: Sequence[SweepConfig], added: Sequence[str]) -> dict[str, dict[str, dict[str, str]]]:
+    """Which laws the added mixers break or refuse, by label; what they break is printed before they train."""
+    width = min(point.train.model.width for sweep in sweeps for point in sweep.points)
+    # with the options that were given: lengths that were fitted to the task's rows are shorter than the laws'
+    configs = dict(mixers.configured(text, width) for text in added)
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    for label, config in configs.items():
+        with busy(f"holding {label} to the short laws"):
+            verdicts = short_verdicts(config)
+        for verdict in verdicts:
+            if verdict.status in ("broken", "refused"):
+                found.setdefault(label, {}).setdefault(verdict.status, {})[verdict.law.name] = verdict.says
+                style = "bold red" if verdict.status == "broken" else "yellow"
+                line = Text.assemble((f"{label} {'breaks' if style == 'bold red' else 'refuses'}", style))
+                console.print(line, Text(f" {verdict.law.name}: {verdict.says}"), sep="", soft_wrap=True)
+        if "broken" in found.get(label, {}):
+            console.print(
+                f"It is trained all the same, and marked; holdall laws has all of them, {label}'s too."
+            )
+    return found
+
+
+def _dry_run(sweeps: Sequence[SweepConfig], folders: Sequence[Path], *, device: str, **options: Any) -> int:
+    """Print what would be trained, and how long it would take."""
+    total = 0.0
+    for sweep, folder in zip(sweeps, folders, strict=True):
+        with busy("timing a few steps of each model"):
+            models, seconds = plan(sweep, folder, device=device, **options)
+        total += seconds
+        jobs = sum(model.finished + model.published + model.left for model in models)
+        console.print(_header(sweep, jobs, device, folder), soft_wrap=True)
+        table = Table(box=box.SIMPLE_HEAD)
+        table.add_column("model", no_wrap=True)
+        for column in ("width", "params", "state", "done", "publ.", "left", "s"):
+            table.add_column(column, justify="right", no_wrap=True)
+        for model in models:
+            table.add_row(
+                model.point.label,
+                str(model.point.train.model.width),
+                f"{model.parameters:,}",
+                bytes_text(model.state_bytes),
+                *(str(runs or "-") for runs in (model.finished, model.published, model.left)),
+                f"{model.seconds:,.0f}" if model.left else "-",
+            )
+        console.print(table)
+    console.print(
+        f"Nothing was trained. It would take {in_words(total) or 'no time'}".replace(" left", "") + "."
+    )
+    return 0
 
 
 class _FrontierView:
@@ -181,9 +233,19 @@ class _FrontierView:
         self.shares[index] = progress.step / progress.steps
         self._update_total()
 
+    def others(self, lines: list[dict[str, Any]]) -> None:
+        self.lines += lines
+
     def finished(self, index: int, lines: list[dict[str, Any]]) -> None:
         self.lines += lines
         self.done += 1
+        if (
+            not lines or "published" in lines[0]
+        ):  # the time that it took elsewhere says nothing about this machine
+            self.remaining.leave_out(self.places[index])
+            self.shares[index] = 1.0
+            self._update_total()
+            return
         steps = max(line["steps"] for line in lines)
         share = min(1.0, steps / self.jobs[index].steps)
         self.remaining.finished(self.places[index], share, max(line["seconds"] for line in lines))
@@ -225,8 +287,10 @@ class _FrontierView:
             table = self._columns(models, tags[left_out:])
             if console.measure(table, options=unbounded).maximum <= console.width:
                 break
-        if left_out:
-            table.caption = "table.md has all columns"
+        captions = ["table.md has all columns"] if left_out else []
+        for source in dict.fromkeys(model.published for model in models if model.published):
+            captions.append(f"†: {PUBLISHED}: {source}")
+        table.caption, table.caption_justify = "\n".join(captions) or None, "left"
         return table
 
     def _columns(self, models: Sequence[data.Model], tags: Sequence[int]) -> Table:
@@ -241,7 +305,7 @@ class _FrontierView:
         for model in models:
             seconds = model.mean("seconds")
             table.add_row(
-                model.label,
+                marked(model),
                 *([str(model.width)] if widths else []),
                 bytes_text(model.state_bytes),
                 Text(_percent(model.accuracy), "bold"),
@@ -274,7 +338,7 @@ def _percent(score: float | None) -> str:
     return "-" if score is None or math.isnan(score) else f"{score:.1%}"
 
 
-def report(folders: Sequence[Path], out: Path | None) -> int:
+def report(folders: Sequence[Path], out: Path | None, axis: str | None = None) -> int:
     """The command `holdall report`."""
     if not folders:
         raise ValueError("name at least one folder: holdall report FOLDER [FOLDER ...]")
@@ -283,7 +347,7 @@ def report(folders: Sequence[Path], out: Path | None) -> int:
             raise ValueError("mixing matrices are drawn from one folder at a time")
         written = matrices.write(folders[0], out or folders[0])
     else:
-        written = reports.write(folders, out or folders[0])
+        written = reports.write(folders, out or folders[0], axis)
     for path in written:
         console.print(f"  {path}", soft_wrap=True)
     return 0

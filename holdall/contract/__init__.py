@@ -12,6 +12,7 @@ V value dim, F features, N state size per channel, S slots of a cache.
 
 from holdall.contract.config import Config, check_fields, did_you_mean, field_types
 from holdall.contract.mixer import Mixer, MixerConfig, readout_dtype, recurrent_dtype
+from holdall.contract.packed import Format, PackedState, pack
 from holdall.contract.registry import Entry, Paper, lookup, register, registered
 from holdall.contract.room import capacity_of, is_reserved, reserve, room_left, trim
 from holdall.contract.state import (
@@ -43,11 +44,11 @@ from holdall.contract.state_file import (
 )
 
 __all__ = [
-    "POSITION_FIELDS", "POSITION_SLOTS", "Config", "Entry", "Field", "Mixer", "MixerConfig", "Paper",
-    "Position", "State", "StateError", "StateFile", "StateFileWarning", "bytes_per_row", "capacity_of",
-    "check_fields", "count_on", "describe_states", "did_you_mean", "elements_per_row", "field_types",
-    "fields_of", "is_reserved", "join_rows", "load_states", "lookup", "map_state", "misfit", "none_read",
-    "read_states",
-    "readout_dtype", "recurrent_dtype", "register", "registered", "reserve", "room_left", "save_states",
-    "select_rows", "trim", "with_room_too", "write_state",
+    "POSITION_FIELDS", "POSITION_SLOTS", "Config", "Entry", "Field", "Format", "Mixer", "MixerConfig",
+    "PackedState", "Paper", "Position", "State", "StateError", "StateFile", "StateFileWarning",
+    "bytes_per_row", "capacity_of", "check_fields", "count_on", "describe_states", "did_you_mean",
+    "elements_per_row", "field_types", "fields_of", "is_reserved", "join_rows", "load_states", "lookup",
+    "map_state", "misfit", "none_read", "pack", "read_states", "readout_dtype", "recurrent_dtype",
+    "register", "registered", "reserve", "room_left", "save_states", "select_rows", "trim",
+    "with_room_too", "write_state",
 ]  # fmt: skip

@@ -16,6 +16,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 
 from holdall.contract import forms
 from holdall.contract.config import Config, did_you_mean, to_plain
+from holdall.contract.rollback import counts_of
 from holdall.contract.room import (
     advanced,
     as_grown,
@@ -246,13 +247,14 @@ class Mixer(nn.Module):
                 why = f"{self.owner} cannot take back {most} tokens: its rollback_limit is"
                 way = "" if self.rollback_limit else "; read the tokens that are to stay again, from a copy"
                 raise StateError(f"{why} {self.rollback_limit}{way}")
-        rows, device = state[0].shape[0], state[0].device
-        if isinstance(count_B, int):  # made where it is needed: to copy it there would wait
-            return self._rolled_back(state, torch.full((rows,), count_B, device=device), inplace)
-        return self._rolled_back(state, asked_B.to(device).expand(rows), inplace)
+        before = self._rolled_back(state, counts_of(count_B, len(state[0]), state[0].device), inplace)
+        return write_state(state, before) if inplace else before
 
     def _rolled_back(self, state: Any, count_B: Tensor, inplace: bool) -> State:
-        """What `rollback` returns, of mixers with a limit; a limit of 0 leaves nothing to do."""
+        """What `rollback` returns, of mixers with a limit; a limit of 0 leaves nothing to do.
+
+        In place it may write into the state; what it returns as new tensors is copied into it.
+        """
         return state if inplace else map_state(state, torch.clone)
 
     @abstractmethod

@@ -6,6 +6,7 @@
     slow.py       the definition of generation, one row at a time
     fast.py       the engine: rows in fixed buffers, held to slow.py token by token
     drafts.py     speculative decoding of one row: the text of slow.py in fewer calls
+    lookup.py     guesses for many rows on their device, for the engine's drafts
     beam.py       the likeliest texts, several at a time
     store.py      sessions by what they have read, under a limit of bytes
     text.py       tokens to text as they come: whole characters, stop strings

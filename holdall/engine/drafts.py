@@ -11,6 +11,9 @@ guessed. Where guesses are accepted by chance (Leviathan et al., arXiv 2211.1719
 What is left is rounding: a call of many tokens adds in another order than calls of one, and two tokens that
 tie to within it may change places.
 
+Guesses that were wrong have been read all the same. A model that can (`rollback_limit`) takes them back;
+elsewhere what was right is read again from a copy of the states, in the next call.
+
 Letters: K guesses and one more, T tokens, V vocabulary.
 """
 
@@ -88,6 +91,7 @@ def generate_with_drafts(
     settings.check("most", most, NonNegativeInt)
     asked, counts = numbered(sampling, 0), drafted or Drafted()
     writer, text = Writer(tokenizer, session.past.recent, asked), list[int]()
+    able = model.rollback_limit >= most
     # `before` a call, and after it; `unread` is the end of the text that `states` have not read
     before, states = session.states, session.states
     unread, guess, logits_KV = list[int](), list[int](), session.logits_V[None]
@@ -103,14 +107,17 @@ def generate_with_drafts(
             if writer.add(token.id)[1]:
                 return
         right = len(text) - begin - 1
-        states, unread = rewound(before, states, [*unread, *guess], len(unread) + right)
+        if able and right < len(guess):
+            states, unread = model.rollback(states, len(guess) - right, inplace=True), []
+        else:
+            states, unread = rewound(before, states, [*unread, *guess], len(unread) + right)
         unread.append(text[-1])
         drafter.observe(text[begin:])
         room = min(most + 1 - len(unread), asked.max_tokens - len(text) - 1)
         guess = _checked(drafter.propose(room), room, tokenizer.vocab) if room > 0 else []
         given_1T = torch.tensor([[*unread, *guess]], device=model.device)
-        # where nothing is guessed nothing can be wrong, and states of this call's own need not be kept
-        inplace = not guess and states is not session.states
+        # states of this call's own need not be kept where nothing is guessed, or can be taken back
+        inplace = (able or not guess) and states is not session.states
         before = states
         h_1TD, after = model.hidden(given_1T, states, inplace=inplace)
         assert after is not None

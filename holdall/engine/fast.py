@@ -11,45 +11,56 @@ recorded once as a CUDA graph for each number of rows, and replayed. So no mixer
 is written in place, at addresses that stay. When a text ends, the last row moves into its place.
 
 Prompts are read beside, one piece of the grid of holdall/engine/session.py at a time, so that a long prompt
-never holds up the texts by more than a piece; the row that comes of it is copied into the buffers.
+never holds up the texts by more than a piece; the row that comes of it is copied into the buffers. Small
+pieces of one size are read together: a call of the model costs as much as a hundred tokens.
 
 A step is launched before the tokens of the last one are looked at, so that the device does not wait for the
 host: a text's last token is read once more than it needs to be, which is what `Request.keep` gives back.
 
-Rows do not see each other, but the products of a step may add in another order for another number of rows.
-`EngineConfig.fixed` runs every step on all rows: a text is then the same bit for bit,
-whatever runs beside it.
+With `drafts` = K a step reads each row's last token and K guesses of what follows, draws after each of them,
+and keeps those draws up to the first that was not guessed: 1 to K + 1 tokens. The states take back what was
+guessed wrong, all on the device. As in holdall/engine/drafts.py the text is the one without drafts.
 
-Letters: B rows, V vocabulary, K the likeliest tokens.
+Rows do not see each other, but the products of a step may add in another order for another number of rows.
+`EngineConfig.fixed` runs every step on all rows, and reads prompts one by one: a text is then the same bit
+for bit, whatever runs beside it.
+
+Letters: B rows, T tokens that a step reads of each row, V vocabulary, K the likeliest tokens, or guesses.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
 from holdall.contract import State, bytes_per_row, is_reserved, trim
 from holdall.contract.config import Config
-from holdall.engine import sampling
+from holdall.engine import lookup, sampling
+from holdall.engine.graphs import Desk, DeskReader, record
 from holdall.engine.request import Finish, Piece, QueueFullError, Request, Sampling, Token, Usage
 from holdall.engine.sampling import Occurrences, Settings
-from holdall.engine.session import CHUNK, Past, Session
+from holdall.engine.session import CHUNK, Past, Reader, Session, step_together
 from holdall.engine.slow import PromptReader, checked, numbered, occurrences_of
 from holdall.engine.store import StateStore
 from holdall.engine.text import Writer
 from holdall.model import Model
-from holdall.settings import PositiveInt
+from holdall.settings import PositiveInt, Range
 from holdall.text.tokenizers import Tokenizer
 
 TOP = 20
 """Most alternatives whose log-probabilities can be asked for."""
+NOT_REACHED = -2
+"""Stands for the draws of a step that come after one that was not guessed."""
+TOGETHER = 8
+"""Most prompts of which a piece is read in one call of the model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +76,15 @@ class EngineConfig(Config):
     queue: PositiveInt = 1024
     """The most requests that wait; more are refused."""
     fixed: bool = False
-    """Whether every step runs on all rows, so that a text's bits do not depend on how many run beside it."""
+    """Whether every step runs on all rows and prompts are read one by one, so that a text's bits do not
+    depend on what runs beside it."""
     graphs: Literal["auto", "off"] = "auto"
     """"auto" records steps as CUDA graphs on a GPU."""
+    drafts: Annotated[int, Range(least=1, zero="none")] = 0
+    """Tokens guessed and read beside each row's last one, K, from n-grams of its last 1024 tokens. The model
+    has to take back 2 K + 1 of them (docs/replay.md): what was guessed wrong, and what was read beyond a
+    text's end before the host saw it. Where `max_context` is reserved, 2 K tokens more are.
+    """
 
     def validate(self) -> None:
         if self.chunk & (self.chunk - 1):
@@ -79,7 +96,9 @@ class Stats(NamedTuple):
 
     running, reading, waiting: texts that are being written, prompts that are being read, requests that wait.
     row_bytes: of the states of one row; state_bytes: of all rows' buffers.
-    steps, prompt_tokens, cached_tokens, tokens: since it was made; cached ones were not read again.
+    steps, prompt_tokens, cached_tokens, read_tokens, tokens: since it was made; of the prompts' tokens,
+        cached ones are not read again, and read ones have been read by now.
+    drafted, accepted: tokens that were guessed for texts, and those of them that became tokens of a text.
     """
 
     running: int
@@ -91,7 +110,10 @@ class Stats(NamedTuple):
     steps: int
     prompt_tokens: int
     cached_tokens: int
+    read_tokens: int
     tokens: int
+    drafted: int = 0
+    accepted: int = 0
 
 
 class Engine:
@@ -105,7 +127,9 @@ class Engine:
         *,
         store: StateStore | None = None,
     ) -> None:
-        """Raises ValueError if the model's states grow and no `max_context` says how far."""
+        """Raises ValueError if the model's states grow and no `max_context` says how far, or if the model
+        cannot take back as many tokens as drafts need.
+        """
         self.model, self.tokenizer, self.store = model, tokenizer, store
         self.config = config or EngineConfig()
         limit = self.config.max_context
@@ -114,8 +138,11 @@ class Engine:
             raise ValueError(
                 "the model's states grow with the text: say by max_context how many tokens a row may have"
             )
-        self.capacity = limit if needs_room else None
+        drafts = self.config.drafts
+        check_drafts(model, drafts, limit)
+        self.capacity = None if limit is None or not needs_room else limit + 2 * drafts
         self.buffers = _Buffers(model, tokenizer.vocab, self.config, self.capacity)
+        self.desk = Desk(model) if self.buffers.recorded and self.capacity is None else None
         self._rows: list[_Row] = []
         self._ready: deque[tuple[_Row, Session]] = deque()
         self._waiting: deque[_Job] = deque()
@@ -123,7 +150,8 @@ class Engine:
         self._flying: deque[_Flight] = deque()
         self._jobs: dict[int, _Job] = {}
         self._tickets = itertools.count(1)
-        self._steps = self._prompt_tokens = self._cached_tokens = self._tokens = 0
+        self._steps = self._prompt_tokens = self._cached_tokens = self._read_tokens = self._tokens = 0
+        self._drafted = self._accepted = 0
 
     # ---------------------------------------------------------------------------------------------- requests
 
@@ -151,6 +179,26 @@ class Engine:
         if ticket in self._jobs:
             self._jobs[ticket].cancelled = True
 
+    @torch.no_grad()
+    def warm_up(self) -> int:
+        """On a GPU: record the graphs of all sizes, that no request waits for them; returns how many.
+
+        Those of steps that draw with or without noise, and of the pieces of prompts. What else may be asked
+        for, filters or penalties say, is recorded when it first is.
+        """
+        if not self.buffers.recorded:
+            return 0
+        sizes = sorted({self.buffers.size_of(live) for live in range(1, self.config.rows + 1)})
+        plain = _Kind(noise=False, filters=False, occurrences=False, logprobs=False)
+        for size, kind in itertools.product(sizes, (plain, plain._replace(noise=True))):
+            if (size, kind) not in self.buffers.graphs:
+                self.buffers.record(size, kind)
+        if self.desk is None:
+            return len(self.buffers.graphs)
+        for power in range(self.config.chunk.bit_length()):
+            self.desk.record(1 << power)
+        return len(self.buffers.graphs) + len(self.desk.graphs)
+
     @property
     def busy(self) -> bool:
         """Whether there is anything to do."""
@@ -170,7 +218,8 @@ class Engine:
         return Stats(
             len(self._rows), len(self._reading) + len(self._ready), len(self._waiting), self.config.rows,
             self.buffers.row_bytes, self.buffers.row_bytes * self.buffers.rows, self._steps,
-            self._prompt_tokens, self._cached_tokens, self._tokens,
+            self._prompt_tokens, self._cached_tokens, self._read_tokens, self._tokens, self._drafted,
+            self._accepted,
         )  # fmt: skip
 
     # ---------------------------------------------------------------------------------------------- a step
@@ -194,16 +243,24 @@ class Engine:
     def _landed(self, flight: _Flight) -> list[Piece]:
         """What a step that was launched before has drawn."""
         given, drawn = [], flight.tokens()
-        for row, token in zip(flight.rows, drawn, strict=True):
+        for row, (found, guessed) in zip(flight.rows, drawn, strict=True):
             if row.ended:  # it had, and was launched once more
                 continue
             text, tokens = "", list[Token]()
-            finish: Finish = "error"
-            if token.id >= 0:
+            finish: Finish = ""
+            for token in found:
+                if token.id < 0:
+                    finish = "error"
+                    break
                 row.text.append(token.id)
                 tokens.append(token)
-                self._tokens += 1
-                text, finish = row.writer.add(token.id)
+                more, finish = row.writer.add(token.id)
+                text += more
+                if finish:
+                    break
+            self._tokens += len(tokens)
+            self._drafted += guessed
+            self._accepted += min(len(tokens), len(found) - 1)
             session = self._end(row) if finish else None
             given.append(row.piece(text, tuple(tokens), finish, session))
             if finish:
@@ -216,7 +273,7 @@ class Engine:
         session = None
         if kept or self.store is not None:
             # the step that is in flight reads the last token
-            session = self.buffers.take(at, row.past.after(row.text))
+            session = self.buffers.take(at, row.past, row.text)
             if self.store is not None and session.logits_V.isfinite().all():
                 self.store.put(session)
         self._free(row)
@@ -236,7 +293,7 @@ class Engine:
             for row in [row for row in self._rows if row.job is job]:
                 session = None
                 if job.request.keep:  # what was drawn and not looked at yet is dropped: it was not read
-                    session = self.buffers.take(self._rows.index(row), row.past.after(row.text))
+                    session = self.buffers.take(self._rows.index(row), row.past, row.text)
                 self._free(row)
                 given.append(row.piece(row.writer.rest(), (), "cancelled", session))
             waiting = [row for row, _ in self._ready if row.job is job]
@@ -267,44 +324,52 @@ class Engine:
             taken += job.request.n
 
     def _begin(self, job: _Job) -> None:
+        job.admitted = time.perf_counter()
         request, start = job.request, job.request.session
         done, marks = 0, list(request.marks)
         if self.store is not None and start is None and request.prompt_logprobs is None:
-            start = self.store.longest(request.prompt)
+            start, shared = self.store.resume(request.prompt)
             done = 0 if start is None else start.past.count
-            marks.append(self.store.shared(request.prompt))
+            marks.append(shared)
         job.cached = job.before + done
         job.marks = {mark - done for mark in marks if mark > done}
         start = None if start is None else start.to(self.model.device)
-        job.reader = PromptReader(
-            self.model, request.prompt[done:], start, chunk=self.config.chunk, marks=sorted(job.marks),
-            logprobs=request.prompt_logprobs,
-        )  # fmt: skip
+        rest, cuts = request.prompt[done:], _Cuts(chunk=self.config.chunk, marks=sorted(job.marks))
+        if self.desk is not None and request.prompt_logprobs is None:
+            job.reader = DeskReader(self.desk, rest, start, **cuts)
+        else:
+            job.reader = PromptReader(self.model, rest, start, logprobs=request.prompt_logprobs, **cuts)
         self._cached_tokens += job.cached
         self._prompt_tokens += len(request.prompt)
 
     def _read(self) -> list[Piece]:
         """Read a chunk of the prompts, the oldest first; those that end become rows."""
-        given, left = list[Piece](), self.config.chunk
-        while self._reading and left > 0:
-            job = self._reading[0]
-            reader = job.reader
-            assert reader is not None
-            while not reader.done and reader.sizes[-1] <= left:
-                left -= reader.sizes[-1]
-                reader.step()
+        given, left = self._read_whole(), self.config.chunk
+        while self._reading and (size := _reader(self._reading[0]).sizes[-1]) <= left:
+            oldest, most = _reader(self._reading[0]), 1 if self.config.fixed else min(TOGETHER, left // size)
+            alike = (job for job in self._reading if oldest.alike(_reader(job)))
+            group = list(itertools.islice(alike, most))
+            step_together([_reader(job) for job in group])
+            left -= size * len(group)
+            self._read_tokens += size * len(group)
+            for job in group:
+                reader = _reader(job)
                 if self.store is not None and reader.at in job.marks and not reader.done:
                     self.store.put(reader.session())
-            if not reader.done:
-                break
-            self._reading.popleft()
-            given += self._write(job)
+            given += self._read_whole()
         return given
+
+    def _read_whole(self) -> list[Piece]:
+        """Take out the prompts that have been read, whose texts are then ready to be written."""
+        ended = [job for job in self._reading if _reader(job).done]
+        for job in ended:
+            self._reading.remove(job)
+        return [piece for job in ended for piece in self._write(job)]
 
     def _write(self, job: _Job) -> list[Piece]:
         """A prompt was read: its texts are ready to be written."""
-        assert job.reader is not None
-        session, given = job.reader.session(), list[Piece]()
+        reader, given = _reader(job), list[Piece]()
+        session = reader.session()
         if self.store is not None:
             self.store.put(session)
         for index in range(job.request.n):
@@ -314,7 +379,7 @@ class Engine:
                 self._leave(job)
             else:
                 self._ready.append((row, session))
-        job.reader = None if not job.reader.tokens else job.reader
+        job.reader = job.reader if job.prompt else None
         return given
 
     def _place(self) -> None:
@@ -325,21 +390,44 @@ class Engine:
             self._flying.append(self.buffers.put(len(self._rows) - 1, row, session))
 
 
+class _Cuts(TypedDict):
+    """Where a prompt is cut."""
+
+    chunk: int
+    marks: Sequence[int]
+
+
 @dataclass(eq=False)
 class _Job:
-    """A request on its way. `before`: tokens of its session; `cached`: tokens that need not be read."""
+    """A request on its way.
+
+    before: tokens of its session; cached: tokens that need not be read.
+    admitted: when its prompt began to be read, by time.perf_counter; NaN before.
+    """
 
     ticket: int
     request: Request
     before: int
     cached: int = 0
     marks: set[int] = field(default_factory=set)
-    reader: PromptReader | None = None
+    reader: Reader | None = None
     cancelled: bool = False
     left: int = 0
+    admitted: float = float("nan")
 
     def __post_init__(self) -> None:
         self.left = self.request.n
+
+    @property
+    def prompt(self) -> tuple[Token, ...]:
+        """The prompt's tokens, where their log-probabilities were asked for."""
+        return tuple(self.reader.tokens) if isinstance(self.reader, PromptReader) else ()
+
+
+def _reader(job: _Job) -> Reader:
+    """What reads the prompt of a job that has begun."""
+    assert job.reader is not None
+    return job.reader
 
 
 class _Row:
@@ -353,14 +441,13 @@ class _Row:
         self.ended = self.shown = False
 
     def piece(self, text: str, tokens: tuple[Token, ...], finish: Finish, session: Session | None) -> Piece:
-        job, prompt = self.job, ()
-        if not self.shown and self.index == 0 and job.reader is not None:
-            prompt = tuple(job.reader.tokens)  # type: ignore[assignment]
+        job = self.job
+        prompt = job.prompt if not self.shown and self.index == 0 else ()
         self.shown = True
         usage = Usage(job.before + len(job.request.prompt), job.cached, len(self.text))
         return Piece(
             ticket=job.ticket, index=self.index, text=text, tokens=tokens, finish=finish, usage=usage,
-            prompt=prompt, session=session,
+            prompt=prompt, session=session, admitted=job.admitted,
         )  # fmt: skip
 
 
@@ -368,12 +455,18 @@ class _Row:
 
 
 class _Drawn(NamedTuple):
-    """What a step gives, on its way to the host. Without log-probabilities, only tokens."""
+    """What a step gives, on its way to the host: tokens, and what else was asked for.
 
-    token_B: Tensor
-    logprob_B: Tensor | None = None
-    id_BK: Tensor | None = None
-    best_BK: Tensor | None = None
+    token_BT: NOT_REACHED behind the first that was not guessed.
+    logprob_BT, id_BTK, best_BTK: with log-probabilities.
+    guessed_B: with drafts, whether there were any for a row.
+    """
+
+    token_BT: Tensor
+    logprob_BT: Tensor | None = None
+    id_BTK: Tensor | None = None
+    best_BTK: Tensor | None = None
+    guessed_B: Tensor | None = None
 
 
 class _Kind(NamedTuple):
@@ -390,27 +483,28 @@ class _Flight:
 
     def __init__(self, rows: Sequence[_Row], drawn: _Drawn) -> None:
         self.rows, self.event = list(rows), None
-        if drawn.token_B.device.type == "cuda":
+        if drawn.token_BT.device.type == "cuda":
             self.drawn, self.event = _Drawn(*map(_to_host, drawn)), torch.cuda.Event()  # type: ignore[arg-type]
             self.event.record()
         else:
             self.drawn = drawn
 
-    def tokens(self) -> list[Token]:
-        """The token of each row; waits for the device."""
+    def tokens(self) -> list[tuple[list[Token], int]]:
+        """The tokens of each row, and how many were guessed for it; waits for the device."""
         if self.event is not None:
             self.event.synchronize()
-        ids, given = self.drawn.token_B.tolist(), []
-        own, top_ids, best = (None if t is None else t.tolist() for t in self.drawn[1:])
-        for at, (row, token) in enumerate(zip(self.rows, ids, strict=False)):
-            most = row.sampling.logprobs
-            if most is None or own is None or token < 0:
-                given.append(Token(token))
-                continue
-            assert top_ids is not None
-            assert best is not None
-            top = zip(top_ids[at][:most], best[at][:most], strict=True)
-            given.append(Token(token, own[at], tuple(top)))
+        ids, own, top_ids, best, guessed = (None if t is None else t.tolist() for t in self.drawn)
+        assert ids is not None
+        given = []
+        for at, row in enumerate(self.rows):
+            most, found = row.sampling.logprobs, list[Token]()
+            for t, token in enumerate(itertools.takewhile(lambda token: token != NOT_REACHED, ids[at])):
+                if most is None or own is None or top_ids is None or best is None or token < 0:
+                    found.append(Token(token))
+                    continue
+                top = zip(top_ids[at][t][:most], best[at][t][:most], strict=True)
+                found.append(Token(token, own[at][t], tuple(top)))
+            given.append((found, 0 if guessed is None or not guessed[at] else len(ids[at]) - 1))
         return given
 
 
@@ -419,6 +513,43 @@ def _to_host(tensor: Tensor | None) -> Tensor | None:
     if tensor is None:
         return None
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+def _described(token_B: Tensor, logits_BV: Tensor | None) -> _Drawn:
+    """What was drawn at one position, with log-probabilities where there are logits."""
+    if logits_BV is None:
+        return _Drawn(token_B)
+    logprob_BV = logits_BV.log_softmax(-1)
+    best_BK, id_BK = logprob_BV.topk(min(TOP, logprob_BV.shape[-1]), dim=-1)
+    own_B = logprob_BV.gather(-1, token_B.clamp(min=0)[:, None])[:, 0]
+    return _Drawn(token_B, own_B, id_BK, best_BK)
+
+
+def _beside(column: Sequence[Tensor | None]) -> Tensor | None:
+    """The tensors of several positions as one, position second."""
+    tensors = [tensor for tensor in column if tensor is not None]
+    if len(tensors) < 2:
+        return tensors[0][:, None] if tensors else None
+    return torch.stack(tensors, dim=1)
+
+
+def check_drafts(model: Model, drafts: int, max_context: int | None) -> None:
+    """Refuse with ValueError what a model cannot take back, or has no learned positions for."""
+    if not drafts:
+        return
+    needed, positions = 2 * drafts + 1, model.config.positions
+    for depth, mixer in enumerate(model.mixers):
+        if mixer.rollback_limit < needed:
+            raise ValueError(
+                f"drafts = {drafts} need a model that takes back {needed} tokens, and layer {depth}, "
+                f"{mixer.owner}, takes back {mixer.rollback_limit}: load it with replay, "
+                f"model.with_replay({needed}) or holdall serve --replay {needed}, or take fewer drafts"
+            )
+    if positions and max_context is not None and max_context + 2 * drafts > positions:
+        raise ValueError(
+            f"max_context {max_context} and twice drafts = {drafts} are more than the model's {positions} "
+            f"positions: lower max_context to {positions - 2 * drafts}"
+        )
 
 
 class _Buffers:
@@ -434,6 +565,8 @@ class _Buffers:
         self.next_B = torch.zeros(self.rows, dtype=torch.long, device=device)
         self.position_B = torch.zeros(self.rows, dtype=torch.long, device=device)
         self.logits_BV = torch.zeros(self.rows, model.config.vocab, device=device)
+        recalled = lookup.RECALLED if config.drafts else 0
+        self.recent_BR = torch.full((self.rows, recalled), lookup.NOTHING, dtype=torch.long, device=device)
         self.occurrences: Occurrences | None = None
         self.graphs: dict[tuple[int, _Kind], tuple[torch.cuda.CUDAGraph, _Drawn]] = {}
         self.recorded = device.type == "cuda" and config.graphs == "auto"
@@ -459,24 +592,43 @@ class _Buffers:
         if self.occurrences is not None:
             for i, ours in enumerate(self.occurrences):
                 ours[at].zero_() if own is None else ours[at].copy_(own[i][0])
-        drawn = self._draw(slice(at, at + 1), self._kind([row]))
+        if self.config.drafts:
+            # both end what was read, but the prompt may be shorter, or longer, than what follows the grid
+            known = max(row.job.request.prompt, session.past.tail, key=len)[-lookup.RECALLED :]
+            self.recent_BR[at].fill_(lookup.NOTHING)
+            self.recent_BR[at, lookup.RECALLED - len(known) :] = torch.tensor(known, device=self.device)
+        drawn, _ = self._draw(slice(at, at + 1), self._kind([row]), self.logits_BV[at : at + 1, None])
         return _Flight([row], drawn)
 
     def move(self, source: int, to: int) -> None:
         """Copy one row over another."""
-        tensors = [*itertools.chain(*self.states), *self.settings, *(self.occurrences or ())]
-        for tensor in (*tensors, self.next_B, self.position_B, self.logits_BV):
+        for tensor in (*self._written(), *self.settings):
             tensor[to].copy_(tensor[source])
 
-    def take(self, at: int, past: Past) -> Session:
-        """A copy of a row as a session that has read `past`."""
+    def take(self, at: int, before: Past, text: Sequence[int]) -> Session:
+        """A copy of a row as a session that has read what was before a text, and the text."""
         states = [type(state)(*(tensor[at : at + 1].clone() for tensor in state)) for state in self.states]
-        return Session([trim(state) for state in states], self.logits_BV[at].clone(), past)
+        past, logits_V = before.after(text), self.logits_BV[at].clone()
+        if self.config.drafts:
+            # it may have read more, and the logits behind the text are gone: its last token is read again
+            ahead_1 = self.position_B[at : at + 1] - past.count
+            states = self.model.rollback(states, ahead_1 + bool(text), inplace=True)
+            if text:
+                last_11 = torch.tensor([text[-1:]], device=self.device)
+                h_11D, after = self.model.hidden(last_11, states, inplace=True)
+                assert after is not None
+                states, logits_V = after, self.model.logits(h_11D[0, -1]).float()
+        return Session([trim(state) for state in states], logits_V, past)
+
+    def _written(self) -> list[Tensor]:
+        """What steps write of each row."""
+        tensors = [*itertools.chain(*self.states), *(self.occurrences or ())]
+        return [*tensors, self.next_B, self.position_B, self.logits_BV, self.recent_BR]
 
     # ------------------------------------------------------------------------------------------------ a step
 
     def launch(self, rows: Sequence[_Row]) -> _Flight:
-        """Read each row's last token and draw the next, without waiting for the device."""
+        """Read each row's last token and draw the next, or several, without waiting for the device."""
         size, kind = self.size_of(len(rows)), self._kind(rows)
         if self.capacity is not None and size > len(rows):
             for state in self.states:  # or rows that nobody has would fill up
@@ -485,7 +637,7 @@ class _Buffers:
         if not self.recorded:
             return _Flight(rows, self._step(size, kind))
         if (size, kind) not in self.graphs:
-            self._record(size, kind)
+            self.record(size, kind)
         graph, drawn = self.graphs[size, kind]
         graph.replay()
         return _Flight(rows, drawn)
@@ -499,33 +651,63 @@ class _Buffers:
         return min(size, self.rows)
 
     def _step(self, size: int, kind: _Kind) -> _Drawn:
-        views = [type(state)(*(tensor[:size] for tensor in state)) for state in self.states]
-        h_B1D, after = self.model.hidden(self.next_B[:size, None], views, inplace=True)
+        some, drafts = slice(0, size), self.config.drafts
+        views = [type(state)(*(tensor[some] for tensor in state)) for state in self.states]
+        given_BT, guess_BK = self.next_B[some, None], None
+        if drafts:
+            guess_BK = lookup.guesses(self.recent_BR[some], drafts)
+            given_BT = torch.cat((given_BT, guess_BK.clamp(min=0)), dim=1)
+        h_BTD, after = self.model.hidden(given_BT, views, inplace=True)
         assert after is not None
-        self.logits_BV[:size] = self.model.logits(h_B1D[:, 0])
-        self.position_B[:size] += 1
-        return self._draw(slice(0, size), kind)
+        logits_BTV = self.model.logits(h_BTD.flatten(0, 1)).unflatten(0, given_BT.shape)
+        self.position_B[some] += 1
+        drawn, count_B = self._draw(some, kind, logits_BTV, guess_BK)
+        if count_B is None:
+            self.logits_BV[some] = logits_BTV[:, 0]
+            return drawn
+        self.model.rollback(after, drafts + 1 - count_B, inplace=True)
+        self.position_B[some] += count_B - 1
+        return drawn
 
-    def _draw(self, some: slice, kind: _Kind) -> _Drawn:
-        """The next token of some rows, from the logits that are there."""
-        logits_BV, occurrences = self.logits_BV[some], None
+    def _draw(
+        self, some: slice, kind: _Kind, logits_BTV: Tensor, guess_BK: Tensor | None = None
+    ) -> tuple[_Drawn, Tensor | None]:
+        """What some rows draw after each token that was read, as long as the one behind it was guessed right.
+
+        Returns that, and where there are guesses how many tokens each row has drawn, (B,).
+        """
+        occurrences, reached_B, steps = None, None, list[_Drawn]()
         if kind.occurrences:
             assert self.occurrences is not None
             occurrences = Occurrences(*(tensor[some] for tensor in self.occurrences))
-        token_B = sampling.draw(
-            logits_BV[:, : self.vocab], self.position_B[some], Settings(*(t[some] for t in self.settings)),
-            noise=kind.noise, filters=kind.filters, occurrences=occurrences,
-        )  # fmt: skip
-        known_B = token_B.clamp(min=0)
-        self.next_B[some] = known_B
-        if occurrences is not None:
-            ones_B1 = torch.ones_like(known_B[:, None], dtype=torch.int32)
-            occurrences.count_BV.scatter_add_(1, known_B[:, None], ones_B1)
-        if not kind.logprobs:
-            return _Drawn(token_B)
-        logprob_BV = logits_BV.log_softmax(-1)
-        best_BK, id_BK = logprob_BV.topk(min(TOP, logprob_BV.shape[-1]), dim=-1)
-        return _Drawn(token_B, logprob_BV.gather(-1, known_B[:, None])[:, 0], id_BK, best_BK)
+        chosen, position_B = Settings(*(t[some] for t in self.settings)), self.position_B[some]
+        for t, logits_BV in enumerate(logits_BTV.unbind(1)):
+            if t:
+                assert guess_BK is not None
+                token_B = steps[-1].token_BT
+                reached_B = (token_B == guess_BK[:, t - 1]) & (token_B >= 0)
+                position_B = position_B + 1
+            token_B = sampling.draw(
+                logits_BV[:, : self.vocab], position_B, chosen,
+                noise=kind.noise, filters=kind.filters, occurrences=occurrences,
+            )  # fmt: skip
+            known_B = token_B.clamp(min=0)
+            if occurrences is not None:
+                counts_B = torch.ones_like(known_B) if reached_B is None else reached_B
+                occurrences.count_BV.scatter_add_(1, known_B[:, None], counts_B[:, None].int())
+            if reached_B is not None:
+                token_B = token_B.masked_fill(~reached_B, NOT_REACHED)
+                known_B = torch.where(reached_B, known_B, self.next_B[some])
+            self.next_B[some] = known_B
+            steps.append(_described(token_B, logits_BV if kind.logprobs else None))
+        drawn = _Drawn(*map(_beside, zip(*steps, strict=True)))  # type: ignore[arg-type]
+        if not self.config.drafts:
+            return drawn, None
+        count_B = (drawn.token_BT != NOT_REACHED).sum(1)
+        self.recent_BR[some] = lookup.remembered(self.recent_BR[some], drawn.token_BT, count_B)
+        if guess_BK is None:
+            return drawn, None
+        return drawn._replace(guessed_B=guess_BK[:, 0] != lookup.NOTHING), count_B
 
     def _kind(self, rows: Sequence[_Row]) -> _Kind:
         return _Kind(
@@ -535,19 +717,9 @@ class _Buffers:
             any(row.sampling.logprobs is not None for row in rows),
         )
 
-    def _record(self, size: int, kind: _Kind) -> None:
+    def record(self, size: int, kind: _Kind) -> None:
         """Record a step as a graph. The calls that warm it up write into rows, which are put back after."""
-        tensors = [*itertools.chain(*self.states), *(self.occurrences or ()), self.next_B, self.position_B]
-        kept = [(tensor, tensor[:size].clone()) for tensor in (*tensors, self.logits_BV)]
-        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                self._step(size, kind)
-        torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(graph, pool=self.pool):
-            drawn = self._step(size, kind)
+        written = [tensor[:size] for tensor in self._written()]
+        graph, drawn = record(lambda: self._step(size, kind), written, pool=self.pool)
         self.pool = graph.pool()
-        for tensor, values in kept:
-            tensor[:size] = values
         self.graphs[size, kind] = (graph, drawn)

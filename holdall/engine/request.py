@@ -118,6 +118,8 @@ class Piece:
     """The prompt's tokens, in the first piece of text 0, where their log-probabilities were asked for."""
     session: Session | None = None
     """What was read, in the last piece, where it was asked for."""
+    admitted: float = float("nan")
+    """When the engine began with the prompt, by time.perf_counter; NaN if it had not."""
 
 
 class QueueFullError(Exception):

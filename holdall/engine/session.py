@@ -26,7 +26,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from holdall.contract import POSITION_FIELDS, Position, State, StateError, misfit, read_states, save_states
+from holdall.contract import (
+    POSITION_FIELDS,
+    Position,
+    State,
+    StateError,
+    join_rows,
+    misfit,
+    read_states,
+    save_states,
+)
 from holdall.model import Model
 
 CHUNK = 512
@@ -154,17 +163,21 @@ class Reader:
     def done(self) -> bool:
         return not self.sizes
 
-    @torch.no_grad()
     def step(self) -> None:
         """Read the next piece."""
         now = self.given[self.at : self.at + self.sizes.pop()]
-        now_1T = torch.tensor([now], device=self.model.device)
+        self._read(now)
+        self.past, self.at = self.past.after(now), self.at + len(now)
+
+    @torch.no_grad()
+    def _read(self, tokens: Sequence[int]) -> None:
+        """Have the states and the logits after a piece."""
+        now_1T = torch.tensor([tokens], device=self.model.device)
         # a session's states are left alone; those that come of them are this reader's, until it gives them
         h_1TD, self.states = self.model.hidden(now_1T, self.states, inplace=self._own)
         self._own = True
-        self._note(h_1TD[0], now)
+        self._note(h_1TD[0], tokens)
         self.logits_V = self.model.logits(h_1TD[0, -1]).float()
-        self.past, self.at = self.past.after(now), self.at + len(now)
 
     def _note(self, h_TD: Tensor, tokens: Sequence[int]) -> None:
         """For those who want to know more of a piece than its end."""
@@ -175,6 +188,37 @@ class Reader:
         assert self.logits_V is not None
         self._own = False
         return Session(self.states, self.logits_V, self.past)
+
+    def alike(self, other: Reader) -> bool:
+        """Whether the next pieces of both can be read together: of one size, after states of equal shapes."""
+        same_kind = type(self) is type(other) and self.sizes[-1:] == other.sizes[-1:]
+        return same_kind and self._shapes == other._shapes
+
+    @property
+    def _shapes(self) -> list[torch.Size]:
+        return [tensor.shape for state in self.states or () for tensor in state]
+
+
+@torch.no_grad()
+def step_together(readers: Sequence[Reader]) -> None:
+    """Read the next piece of each of some readers that are `alike`, in one call of the model."""
+    if len(readers) == 1:
+        readers[0].step()
+        return
+    model, states = readers[0].model, None
+    now = [reader.given[reader.at : reader.at + reader.sizes.pop()] for reader in readers]
+    if readers[0].states is not None:
+        each = zip(*(reader.states for reader in readers if reader.states is not None), strict=True)
+        states = [join_rows(rows) for rows in each]
+    h_BTD, after = model.hidden(torch.tensor(now, device=model.device), states, inplace=True)
+    logits_BV = model.logits(h_BTD[:, -1]).float()
+    assert after is not None
+    for row, (reader, tokens) in enumerate(zip(readers, now, strict=True)):
+        reader._note(h_BTD[row], tokens)
+        # of its own: what the others read is not kept in memory with it
+        reader.states = [type(state)(*(t[row : row + 1].clone() for t in state)) for state in after]
+        reader.logits_V, reader._own = logits_BV[row].clone(), True
+        reader.past, reader.at = reader.past.after(tokens), reader.at + len(tokens)
 
 
 def check_tokens(tokens: Sequence[int], vocab: int) -> None:

@@ -1,14 +1,15 @@
 """Sessions by what they have read: a prompt whose beginning was read before is resumed from there.
 
     store = StateStore(StoreConfig(folder="states"), fingerprint=lm.fingerprint, model=lm.model)
-    session = store.longest(prompt)    what has read the longest beginning of the prompt, or None
-    shared = store.shared(prompt)      an earlier prompt agrees up to here: worth a snapshot
+    session = store.longest(prompt)           what has read the longest beginning of the prompt, or None
+    session, shared = store.resume(prompt)    and an earlier prompt agrees up to there: worth a snapshot
     store.put(session)                 found from now on; with pin=True for ever, such as a system prompt
     store.flush()                      before a shutdown: what is only in memory is written to the folder
 
 Sessions are values. The store keeps copies of its own, in host memory whatever the model's device, and
 returns copies on the model's device: whatever callers do with their tensors, what is stored stays as it was
-put. A session that is resumed gives the bits that `read` gives when it is cut at the same tokens.
+put. A session that is resumed gives the bits that `read` gives when it is cut at the same tokens. From a GPU
+the copy to host memory runs beside its other work, and is waited for only by who needs it.
 
 A lookup hashes the prompt once, however many sessions are stored. Its tokens go block by block, as in `Past`,
 through a running hash. Where a stored session ends under the same grid point, with as many tokens after it,
@@ -28,6 +29,7 @@ it sees the files of other processes.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -36,7 +38,7 @@ import struct
 import time
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, get_args
@@ -69,7 +71,8 @@ class StoreConfig(Config):
     """How much a store keeps, and where."""
 
     memory: PositiveInt = 1 << 30
-    """Bytes of the sessions in host memory at most: their states and logits."""
+    """Bytes of the sessions in host memory at most: their states and logits. For a model on a GPU it is
+    page-locked memory, of which PyTorch takes a power of two bytes for each tensor."""
     folder: str | None = None
     """Where sessions that leave memory are written, and found again after a restart; None to drop them."""
     disk: Annotated[int, Range(above=0, zero="no limit")] = 16 << 30
@@ -149,13 +152,15 @@ class StateStore:
         if most is not None:
             check("most", most, NonNegativeInt)
             tokens = tokens[:most]
-        for end in reversed(self._ends.along(tokens)):
-            if (session := self._find(end)) is not None:
-                self._counts["hits"] += 1
-                self._counts["tokens_saved"] += session.past.count
-                return session
-        self._misses[self._why(tokens)] += 1
-        return None
+        return self._longest(self._ends.along(tokens)[0], len(tokens))
+
+    def resume(self, tokens: Sequence[int]) -> Beginning:
+        """`longest` of a prompt that is about to be read, and where a snapshot of it is worth taking.
+
+        The prompt is an earlier one from then on, so call this once for each.
+        """
+        ends, points = self._ends.along(tokens)
+        return Beginning(self._longest(ends, len(tokens)), self._shared(points))
 
     def __contains__(self, past: object) -> bool:
         """Whether a session with this Past is stored; it is not refreshed."""
@@ -164,13 +169,18 @@ class StateStore:
         end = _End.of(past).hash
         return end in self._memory or (self._folder is not None and end in self._folder)
 
-    def shared(self, tokens: Sequence[int]) -> int:
-        """Up to which multiple of CHUNK a prompt agrees with an earlier one; 0 if with none.
+    def _longest(self, ends: Sequence[bytes], count: int) -> Session | None:
+        """What is stored under the last of these hashes that has something; of a prompt of `count` tokens."""
+        for end in reversed(ends):
+            if (session := self._find(end)) is not None:
+                self._counts["hits"] += 1
+                self._counts["tokens_saved"] += session.past.count
+                return session
+        self._misses[self._why(count)] += 1
+        return None
 
-        That is where a snapshot is worth taking, unless `longest` gives one that is there or beyond. The
-        prompt is an earlier one from then on, so call this once for each.
-        """
-        points = _grid_points(tokens)
+    def _shared(self, points: Sequence[bytes]) -> int:
+        """How many tokens stand before the last of these grid points that an earlier prompt had too."""
         known = (depth for depth in range(len(points), 0, -1) if points[depth - 1] in self._points)
         shared = CHUNK * next(known, 0)
         for point in reversed(points):  # so the deepest, which fewer prompts share, is forgotten first
@@ -186,23 +196,23 @@ class StateStore:
             self._memory.move_to_end(end)
             if self._folder is not None:
                 self._folder.refresh(end)
-            return _copied(kept.session, self._model.device)
+            return _copied(kept.whole(), self._model.device)
         if self._folder is None or (session := self._folder.load(end)) is None:
             return None
         self._counts["file_hits"] += 1
         if self._fits(session):
-            self._keep(session, pin=False)
+            self._keep(session, _End.of(session.past), pin=False)
         return _copied(session, self._model.device)
 
-    def _why(self, tokens: Sequence[int]) -> Miss:
+    def _why(self, count: int) -> Miss:
         if not self._ends:
             return "nothing stored"
-        return "shorter than a grid point" if len(tokens) < CHUNK else "no stored beginning"
+        return "shorter than a grid point" if count < CHUNK else "no stored beginning"
 
     # ------------------------------------------------------------------------------------------- memory
 
     def put(self, session: Session, *, pin: bool = False) -> None:
-        """Store a copy of a session; from a GPU this waits for its work.
+        """Store a copy of a session, which does not wait for a GPU.
 
         With a folder this may write files, of sessions that leave memory. One that cannot be written is lost,
         with a StoreWarning. A session that is larger than the limit is not kept, which `stats` counts.
@@ -217,14 +227,14 @@ class StateStore:
         """
         if why := misfit_of(session, self._model):
             raise StateError(f"the store cannot keep this session: {why}")
-        end = _End.of(session.past).hash
-        if (kept := self._memory.get(end)) is not None:
-            self._memory.move_to_end(end)
+        end = _End.of(session.past)
+        if (kept := self._memory.get(end.hash)) is not None:
+            self._memory.move_to_end(end.hash)
             if pin and not kept.pinned:
-                self._memory[end] = kept._replace(pinned=True)
+                self._memory[end.hash] = kept._replace(pinned=True)
                 self._pinned_bytes += kept.session.nbytes
         elif self._fits(session):
-            self._keep(session, pin=pin)
+            self._keep(session, end, pin=pin)
         elif pin:
             raise PinError(
                 f"a session of {session.nbytes:,} bytes cannot be pinned: {self._pinned_bytes:,} of the "
@@ -236,23 +246,23 @@ class StateStore:
     def _fits(self, session: Session) -> bool:
         return self._pinned_bytes + session.nbytes <= self.config.memory
 
-    def _keep(self, session: Session, *, pin: bool) -> None:
+    def _keep(self, session: Session, end: _End, *, pin: bool) -> None:
         """Copy a session that fits beside the pinned ones into memory."""
         nbytes = session.nbytes
         while self._nbytes + nbytes > self.config.memory:  # before it is copied: the limit holds meanwhile
             self._evict()
-        end = _End.of(session.past)
-        self._memory[end.hash] = _Kept(_copied(session, torch.device("cpu")), pin)
+        self._memory[end.hash] = _Kept(*_to_host(session), pin)
         self._ends.add(end)
         self._nbytes += nbytes
         self._pinned_bytes += nbytes if pin else 0
 
     def _evict(self) -> None:
         """Let the least recently used session leave memory for its file."""
-        end, (session, _) = next(item for item in self._memory.items() if not item[1].pinned)
+        end, kept = next(item for item in self._memory.items() if not item[1].pinned)
+        session = kept.session
         if self._folder is not None:
             try:
-                self._folder.write(session)
+                self._folder.write(kept.whole())
             except RunError as error:
                 self._counts["unwritten"] += 1
                 warnings.warn(f"{error} What leaves memory is lost.", StoreWarning, stacklevel=2)
@@ -267,13 +277,13 @@ class StateStore:
         Raises RunError if the folder cannot be written.
         """
         if self._folder is not None:
-            for session, _ in self._memory.values():
-                self._folder.write(session)
+            for kept in self._memory.values():
+                self._folder.write(kept.whole())
 
     def clear(self) -> None:
         """Forget all: sessions in memory, pinned ones too, this model's files, and earlier prompts."""
-        for session, _ in self._memory.values():
-            self._ends.remove(_End.of(session.past))
+        for kept in self._memory.values():
+            self._ends.remove(_End.of(kept.session.past))
         self._memory.clear()
         self._points.clear()
         self._nbytes = self._pinned_bytes = 0
@@ -313,21 +323,78 @@ class StateStore:
         return {} if self._folder is None else {end: file.nbytes for end, file in self._folder.files.items()}
 
 
+class Beginning(NamedTuple):
+    """What a store knows of a prompt.
+
+    session: what has read the longest beginning of it; None if nothing has.
+    shared: up to which multiple of CHUNK it agrees with an earlier prompt; 0 if with none. That is where a
+        snapshot is worth taking, unless the session is there or beyond.
+    """
+
+    session: Session | None
+    shared: int
+
+
 class _Kept(NamedTuple):
-    """A session in memory."""
+    """A session in memory; `arrival`: after which its tensors hold what they are to, None if they do."""
 
     session: Session
+    arrival: torch.cuda.Event | None
     pinned: bool
+
+    def whole(self) -> Session:
+        """The session, when it has come from the GPU."""
+        if self.arrival is not None:
+            self.arrival.synchronize()
+        return self.session
 
 
 def _copied(session: Session, device: torch.device) -> Session:
     """A session in memory of its own, contiguous as after a file: strides may change a product's bits."""
 
     def copied(tensor: Tensor) -> Tensor:
-        return tensor.detach().to(device, copy=True, memory_format=torch.contiguous_format)
+        # a GPU reads page-locked memory without being waited for; the host must not read before it has come
+        to_gpu = device.type == "cuda"
+        return tensor.detach().to(
+            device, copy=True, memory_format=torch.contiguous_format, non_blocking=to_gpu
+        )
 
-    states = [map_state(state, copied) for state in session.states]
-    return Session(states, copied(session.logits_V), session.past)
+    return _mapped(session, copied)
+
+
+def _to_host(session: Session) -> tuple[Session, torch.cuda.Event | None]:
+    """A copy in host memory, and after which event it has arrived; None where it has.
+
+    From a GPU a copy that stays there is made first, which takes microseconds, so that whoever gave the
+    session may overwrite it at once; then a stream beside the one that computes moves that to the host.
+    """
+    device = session.logits_V.device
+    if device.type != "cuda":
+        return _copied(session, torch.device("cpu")), None
+    ours, side, arrival = _copied(session, device), _beside(device), torch.cuda.Event()
+
+    def moved(tensor: Tensor) -> Tensor:
+        tensor.record_stream(side)  # or its memory would be taken for others as soon as it is let go of
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return host.copy_(tensor, non_blocking=True)
+
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        host = _mapped(ours, moved)
+        arrival.record()
+    return host, arrival
+
+
+@functools.cache
+def _beside(device: torch.device) -> torch.cuda.Stream:
+    """The stream of a device on which sessions move to the host."""
+    return torch.cuda.Stream(device)
+
+
+def _mapped(session: Session, function: Callable[[Tensor], Tensor]) -> Session:
+    """The session with a function applied to each of its tensors."""
+    states = [map_state(state, function) for state in session.states]
+    return Session(states, function(session.logits_V), session.past)
 
 
 # ------------------------------------------------------------------------------------------------- hashes
@@ -370,13 +437,14 @@ class _Ends:
         if not lengths:
             del self._lengths[end.grid]
 
-    def along(self, tokens: Sequence[int]) -> list[bytes]:
-        """The hashes of all beginnings of these tokens, shortest first, that a stored session may have read.
+    def along(self, tokens: Sequence[int]) -> tuple[list[bytes], list[bytes]]:
+        """The hashes of all beginnings of these tokens, shortest first, that a stored session may have read;
+        and 8 bytes of those at the grid points, which only say what is worth keeping.
 
         One pass over the tokens; it hashes what `chained` hashes.
         """
         packed, size = struct.pack(f"<{len(tokens)}q", *tokens), struct.calcsize("q")
-        hashes, grid = list[bytes](), b""
+        hashes, points, grid = list[bytes](), list[bytes](), b""
         for start in range(0, len(packed) + 1, CHUNK * size):
             block, at = packed[start : start + CHUNK * size], 0
             running = hashlib.blake2b(grid, digest_size=16)
@@ -388,16 +456,9 @@ class _Ends:
                 hashes.append(running.copy().digest())
             running.update(block[at:])
             grid = running.digest()
-        return hashes
-
-
-def _grid_points(tokens: Sequence[int]) -> list[bytes]:
-    """The hashes at the grid points of a text; 8 bytes of each, as they only say what is worth keeping."""
-    points, grid = list[bytes](), b""
-    for start in range(0, len(tokens) - CHUNK + 1, CHUNK):
-        grid = chained(grid, tokens[start : start + CHUNK])
-        points.append(grid[:8])
-    return points
+            if len(block) == CHUNK * size:
+                points.append(grid[:8])
+        return hashes, points
 
 
 # -------------------------------------------------------------------------------------------------- files

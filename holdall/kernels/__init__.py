@@ -11,6 +11,7 @@ kernel is used. Tensors that a kernel does not support raise `holdall.contract.f
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,6 +58,22 @@ def padded(size: int) -> int:
 def dense_last(x: Tensor) -> Tensor:
     """The tensor, or a copy of it, whose last dimension is contiguous."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@functools.cache
+def overlapped(device: torch.device) -> dict[str, bool]:
+    """How to launch a kernel that begins by `wait_for_inputs`: options of the launch.
+
+    On Hopper and later it is then launched while the kernel before it still runs, and waits there for its
+    end, which saves most of the microsecond between two kernels ("programmatic dependent launch"). A step of
+    decoding is hundreds of kernels of a few microseconds.
+    """
+    from holdall.kernels import language  # which needs Triton
+
+    can = device.type == "cuda" and language.gdc_wait is not None and not torch.version.hip
+    if not can or torch.cuda.get_device_capability(device) < (9, 0):
+        return {"OVERLAPPED": False}
+    return {"OVERLAPPED": True, "launch_pdl": True}
 
 
 def wants_gradient(*tensors: Tensor) -> bool:

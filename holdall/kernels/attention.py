@@ -31,8 +31,8 @@ import triton.language as tl
 from torch import Tensor
 
 from holdall.contract import forms
-from holdall.kernels import cdiv, dense_last, padded, register_batch_vmap, wants_gradient
-from holdall.kernels.language import attend_block, load_rows, store_rows
+from holdall.kernels import cdiv, dense_last, overlapped, padded, register_batch_vmap, wants_gradient
+from holdall.kernels.language import attend_block, load_rows, store_rows, wait_for_inputs
 from holdall.ops import attention
 
 MAX_NEW = 8
@@ -53,9 +53,10 @@ def _parts_kernel(
     q_b, q_t, q_h, k_b, k_t, k_g, v_b, v_t, v_g, S, T, scale, one, G, programs,
     GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, PART: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_S: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_S: tl.constexpr, STAGES: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     """Parts p, p + P, ... of one row and head of keys."""
+    wait_for_inputs(OVERLAPPED)
     # neighbouring programs read neighbouring heads of the same slots, whose sectors they share
     g = tl.program_id(0) % G
     p = tl.program_id(0) // G % programs
@@ -105,8 +106,10 @@ def _parts_kernel(
 def _join_kernel(
     part_y_ptr, top_ptr, total_ptr, filled_ptr, y_ptr, S, queries, programs,
     V: tl.constexpr, PART: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_V: tl.constexpr,
+    OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     """One query of a row: the sum over the programs that had something to read, as program 0 always has."""
+    wait_for_inputs(OVERLAPPED)
     b = (tl.program_id(0) // queries).to(tl.int64)
     p = tl.arange(0, BLOCK_P)
     parts = tl.cdiv(tl.minimum(tl.load(filled_ptr + b), S), PART)
@@ -157,10 +160,11 @@ def _launch(
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], slots, new, scale * LOG2_E, 1.0, groups, programs,
         GROUP=heads // groups, K=key_dim, V=value_dim, PART=PART, BLOCK_K=block_k, BLOCK_V=block_v,
         BLOCK_M=padded(new * heads // groups), BLOCK_T=padded(new), **_config(q.dtype, max(block_k, block_v)),
+        **overlapped(q.device),
     )  # fmt: skip
     _join_kernel[(batch * new * heads,)](
         part_y, top, total, filled, y_BTHV, slots, new * heads, programs,
-        V=value_dim, PART=PART, BLOCK_P=most, BLOCK_V=block_v,
+        V=value_dim, PART=PART, BLOCK_P=most, BLOCK_V=block_v, **overlapped(q.device),
     )  # fmt: skip
     return y_BTHV
 

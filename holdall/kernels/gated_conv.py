@@ -26,8 +26,8 @@ chunk are computed twice. A program has several chunks in parallel and sums its 
 reduction over programs completes the gradients of the parameters, without atomics, so that results are
 deterministic.
 
-Letters: M member of a population (1 outside of `vmap`), B row, T new tokens, P = W - 1 past ones, D channels,
-W taps, E channels of the projection: D, or 2 D if x is its first half.
+Letters: M member of a population (1 outside of `vmap`), B row, T new tokens, P = W - 1 past ones, or slots of
+a ring, D channels, W taps, E channels of the projection: D, or 2 D if x is its first half.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ import triton.language as tl
 from torch import Tensor
 
 from holdall.contract import forms
-from holdall.kernels import cdiv, fold, register_batch_vmap, unfold
-from holdall.kernels.language import narrow
+from holdall.kernels import cdiv, fold, overlapped, register_batch_vmap, unfold
+from holdall.kernels.language import narrow, wait_for_inputs
 from holdall.ops.derivatives import once_differentiable
-from holdall.ops.gated_conv import Silu
+from holdall.ops.gated_conv import Silu, beside_ring
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
 
 MAX_TAPS = 8
 """Most taps: their window is in registers."""
@@ -93,15 +93,17 @@ STRIDES = ["x_m", "x_b", "x_t", "gate_m", "gate_b", "gate_t", "dy_m", "dy_b", "d
 """In units of ALIGN, so that the compiler knows that they are multiples; they depend on the length."""
 
 
-@triton.jit(do_not_specialize=["B", "T", *STRIDES[:6]])
+@triton.jit(do_not_specialize=["B", "T", "P", *STRIDES[:6]])
 def _forward_kernel(
-    x_ptr, gate_ptr, x_bias_ptr, gate_bias_ptr, weight_ptr, bias_ptr, past_ptr, y_ptr, next_ptr,
+    x_ptr, gate_ptr, x_bias_ptr, gate_bias_ptr, weight_ptr, bias_ptr, past_ptr, seen_ptr, y_ptr, next_ptr,
     x_m, x_b, x_t, gate_m, gate_b, gate_t, bias_m,
-    B, T, D,
+    B, T, D, P,
     ALIGN: tl.constexpr, W: tl.constexpr,
     SILU_CONV: tl.constexpr, SILU_GATE: tl.constexpr, SKIP: tl.constexpr,
     INPLACE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
+    OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(OVERLAPPED)
     blocks_d, blocks_t = tl.cdiv(D, BLOCK_D), tl.cdiv(T, BLOCK_T)
     block_t = tl.program_id(0) // blocks_d % blocks_t
     row = (tl.program_id(0) // blocks_d // blocks_t).to(tl.int64)
@@ -112,8 +114,11 @@ def _forward_kernel(
     x_ptr += (m * x_m + b * x_b + t * x_t) * ALIGN + d[None, :]
     gate_ptr += (m * gate_m + b * gate_b + t * gate_t) * ALIGN + d[None, :]
     x_back = x_t.to(tl.int64) * ALIGN
-    past_ptr += row * (W - 1) * D + d[None, :]
-    next_ptr += row * (W - 1) * D + d[None, :]
+    past_ptr += row * P * D + d[None, :]
+    next_ptr += row * P * D + d[None, :]
+    if seen_ptr is not None:  # in a ring of P slots the token at position p is in slot p mod P
+        seen = tl.load(seen_ptr + row)
+        origin = tl.maximum(seen, 0) + P
     x_bias = _per_channel(x_bias_ptr, m * bias_m + d, real_d)
     gate_bias = _per_channel(gate_bias_ptr, m * bias_m + d, real_d)
 
@@ -123,7 +128,11 @@ def _forward_kernel(
         new = (s >= 0) & (s < T) & real_d[None, :]
         x = _add_bias(_load(x_ptr - (W - 1 - tap) * x_back, new), x_bias_ptr, x_bias, new)
         if (tap < W - 1) & (block_t == 0):
-            x += _load(past_ptr + (s + W - 1) * D, (s < 0) & real_d[None, :])
+            if seen_ptr is None:
+                slot = s + W - 1
+            else:
+                slot = (origin + s) % P
+            x += _load(past_ptr + slot * D, (s < 0) & real_d[None, :])
         c += x * _load(weight_ptr + (m * D + d) * W + tap, real_d)[None, :]
 
     real = (t < T) & real_d[None, :]
@@ -132,10 +141,14 @@ def _forward_kernel(
     y *= g * tl.sigmoid(g) if SILU_GATE else g
     if SKIP:
         y += x
+    if seen_ptr is not None:  # a row that gave back more than it had
+        y = tl.where(seen < 0, float("nan"), y)
     _store(y_ptr + (row * T + t) * D + d[None, :], y, real)
 
     first = T - (W - 1)  # the token at which the next past starts
-    if block_t * BLOCK_T + BLOCK_T > first:
+    if seen_ptr is not None:
+        _store(next_ptr + (origin + t) % P * D, x, real)
+    elif block_t * BLOCK_T + BLOCK_T > first:
         p = tl.arange(0, BLOCK_P)[:, None]
         stays = (p < -first) & real_d[None, :]
         kept = _load(past_ptr + (p + T) * D, stays)
@@ -377,22 +390,28 @@ def _biases(x: Tensor | None, projection_bias: Tensor | None) -> tuple[Tensor | 
 
 def _launch_forward(
     x: Tensor | None, projected: Tensor, projection_bias: Tensor | None, weight: Tensor, bias: Tensor | None,
-    past: Tensor, after: Tensor, silu: str, skip: bool,
+    past: Tensor, after: Tensor, silu: str, skip: bool, seen: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     x_MBTD, gate_MBTD = _branches(x, projected)
     y_MBTD = torch.empty(x_MBTD.shape, dtype=x_MBTD.dtype, device=x_MBTD.device)
     biases = _biases(x, projection_bias)
-    launch_forward(x_MBTD, gate_MBTD, *biases, weight, bias, past, after, y_MBTD, silu=silu, skip=skip)
+    launch_forward(
+        x_MBTD, gate_MBTD, *biases, weight, bias, past, after, y_MBTD, silu=silu, skip=skip, seen=seen
+    )
     return y_MBTD
 
 
 def launch_forward(
     x_MBTD: Tensor, gate_MBTD: Tensor, x_bias: Tensor | None, gate_bias: Tensor | None, bias_m: int,
     weight: Tensor, bias: Tensor | None, past: Tensor, after: Tensor, y_MBTD: Tensor,
-    *, silu: str, skip: bool = False,
+    *, silu: str, skip: bool = False, seen: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Write y and the next past. Channels of x and gate must be contiguous, all other tensors contiguous."""
+    """Write y and the next past. Channels of x and gate must be contiguous, all other tensors contiguous.
+
+    seen: the past is a ring, in which what is new is written where it is: no more tokens than it has slots
+    beside the last W - 1, which others read.
+    """
     M, B, T, D = x_MBTD.shape
     W = weight.shape[-1]
     if y_MBTD.numel() == 0:
@@ -402,9 +421,9 @@ def launch_forward(
     align, strides = _strides(x_MBTD, gate_MBTD)
     _forward_kernel[grid](
         x_MBTD, gate_MBTD, x_bias, gate_bias, weight, bias,
-        past, y_MBTD, after, *strides, bias_m, B, T, D,
+        past, seen, y_MBTD, after, *strides, bias_m, B, T, D, past.shape[-2],
         ALIGN=align, W=W, SILU_CONV=silu != "none", SILU_GATE=silu == "both", SKIP=skip,
-        INPLACE=past is after, BLOCK_P=triton.next_power_of_2(W - 1), **config,
+        INPLACE=past is after, BLOCK_P=triton.next_power_of_2(W - 1), **config, **overlapped(y_MBTD.device),
     )  # fmt: skip
 
 
@@ -546,6 +565,21 @@ def _(info, in_dims, *args):
 # -------------------------------------------------------------------------------------- the public function
 
 
+@torch.library.custom_op("holdall::gated_conv_ring", mutates_args=("ring",))
+def _into_ring(
+    x: Tensor | None, projected: Tensor, projection_bias: Tensor | None, weight: Tensor, bias: Tensor | None,
+    ring: Tensor, seen: Tensor, silu: str, skip: bool,
+) -> Tensor:  # fmt: skip
+    return _launch_forward(
+        x, projected, projection_bias, weight, bias, ring, ring, silu, skip, seen=seen.contiguous()
+    )
+
+
+@_into_ring.register_fake
+def _(x, projected, projection_bias, weight, bias, ring, seen, silu, skip):
+    return _forward(x, projected, projection_bias, weight, bias, ring, silu, skip)[0]
+
+
 def kernel_refusal(taps: int) -> str:
     """Why there is no kernel for this many taps; empty if there is one."""
     return "" if 2 <= taps <= MAX_TAPS else f"the kernel takes filters of 2 to {MAX_TAPS} taps, not {taps}"
@@ -557,16 +591,18 @@ def gated_conv(
     projection_bias_E: Float[Tensor, "e"] | None,
     weight_DW: Float[Tensor, "d w"],
     bias_D: Float[Tensor, "d"] | None,
-    past_BPD: Float[Tensor, "b w-1 d"],
+    past_BPD: Float[Tensor, "b p d"],
+    seen_B: Int[Tensor, "b"] | None = None,
     *,
     silu: Silu = "none",
     skip: bool = False,
     inplace: bool = False,
-) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b w-1 d"]]:
+) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b p d"]]:
     """The kernel form of `holdall.ops.gated_conv.gated_conv`, which documents the arguments.
 
     Tensors may have different dtypes: sums are in fp32, y has the dtype of the convolution's input, the next
-    past that of the past. With `inplace`, and without gradients, short calls overwrite the past.
+    past that of the past. With `inplace`, and without gradients, short calls overwrite the past. A few tokens
+    beside a ring, without gradients, are one launch.
     """
     forms.require_kernel(input_BTD, projected_BTE, weight_DW, past_BPD)
     if why := kernel_refusal(weight_DW.shape[-1]):
@@ -574,6 +610,18 @@ def gated_conv(
     tensors = [None if t is None else t[None] for t in (
         input_BTD, projected_BTE, projection_bias_E, weight_DW, bias_D, past_BPD
     )]  # fmt: skip
+    if seen_B is not None:
+        if torch.is_grad_enabled() or projected_BTE.shape[1] > past_BPD.shape[1] - weight_DW.shape[1] + 1:
+            return beside_ring(
+                gated_conv, input_BTD, projected_BTE, projection_bias_E, weight_DW, bias_D, past_BPD, seen_B,
+                silu=silu, skip=skip, inplace=inplace,
+            )  # fmt: skip
+        ring_BPD = (
+            past_BPD
+            if inplace and past_BPD.is_contiguous()
+            else past_BPD.clone(memory_format=torch.contiguous_format)
+        )
+        return _into_ring(*tensors[:-1], ring_BPD[None], seen_B, silu, skip)[0], ring_BPD
     few = projected_BTE.shape[1] <= forward_config(weight_DW.shape[0], projected_BTE.shape[1])["BLOCK_T"]
     if inplace and few and past_BPD.is_contiguous() and not torch.is_grad_enabled():
         return _inplace(*tensors, silu, skip)[0], past_BPD

@@ -7,12 +7,25 @@ import triton.language as tl
 
 from holdall.contract import forms
 
+try:
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:  # of Triton before 3.3
+    gdc_launch_dependents = gdc_wait = None
+
 INTERPRETED = tl.constexpr(forms.interpreted())
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 LN_2_HIGH = tl.constexpr(0.693359375)  # few enough bits that its integer multiples are exact in fp32
 LN_2_LOW = tl.constexpr(-2.12194440e-4)
 ROUND = tl.constexpr(12582912.0)  # 1.5 x 2^23: adding and subtracting it rounds to an integer in fp32
+
+
+@triton.jit
+def wait_for_inputs(OVERLAPPED: tl.constexpr):
+    """To be called before a kernel reads or writes memory: see `holdall.kernels.overlapped`."""
+    if OVERLAPPED:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit

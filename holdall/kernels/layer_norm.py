@@ -32,8 +32,8 @@ import triton.language as tl
 from torch import Tensor
 
 from holdall.contract.forms import require_kernel
-from holdall.kernels import cdiv, register_batch_vmap
-from holdall.kernels.language import narrow
+from holdall.kernels import cdiv, overlapped, register_batch_vmap
+from holdall.kernels.language import narrow, wait_for_inputs
 from holdall.ops.derivatives import once_differentiable
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:
@@ -170,7 +170,7 @@ def _launch_add(
         config = _config(width)
         _add_kernel[(cdiv(len(r_ND), config["BLOCK"]),)](
             r_ND, x_ND, sum_, weight.contiguous(), None if bias is None else bias.contiguous(), y,
-            r_ND.stride(0), x_ND.stride(0), len(r_ND), eps, WIDTH=width, **config,
+            r_ND.stride(0), x_ND.stride(0), len(r_ND), eps, WIDTH=width, **config, **overlapped(r.device),
         )  # fmt: skip
     return y
 
@@ -230,8 +230,9 @@ def _normalise(x, real_d, eps, WIDTH: tl.constexpr, CENTRED: tl.constexpr):
 @triton.jit(do_not_specialize=["rows"])
 def _add_kernel(
     r_ptr, x_ptr, sum_ptr, weight_ptr, bias_ptr, y_ptr, r_row, x_row, rows, eps,
-    WIDTH: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(OVERLAPPED)
     row = (tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK))[:, None]
     d = tl.arange(0, PADDED)
     real_d = (d < WIDTH)[None, :]

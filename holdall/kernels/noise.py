@@ -16,6 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from holdall.contract.forms import require_kernel
+from holdall.kernels import overlapped
+from holdall.kernels.language import wait_for_inputs
 
 BLOCK, WARPS = 4096, 8
 """Tokens at a time, and what computes them."""
@@ -36,7 +38,7 @@ def _draw(z: Tensor, temperature: Tensor, seed: Tensor, position: Tensor) -> Ten
         block = min(BLOCK, triton.next_power_of_2(vocab))
         _draw_kernel[(rows,)](
             z_BV, temperature.contiguous(), seed.contiguous(), position.contiguous(), token_B,
-            z_BV.stride(0), vocab, BLOCK=block, num_warps=WARPS,
+            z_BV.stride(0), vocab, BLOCK=block, num_warps=WARPS, **overlapped(z.device),
         )  # fmt: skip
     return token_B
 
@@ -90,8 +92,10 @@ def _gumbel(token, one, other):
 
 @triton.jit(do_not_specialize=["vocab", "row_stride"])
 def _draw_kernel(
-    z_ptr, temperature_ptr, seed_ptr, position_ptr, token_ptr, row_stride, vocab, BLOCK: tl.constexpr
+    z_ptr, temperature_ptr, seed_ptr, position_ptr, token_ptr, row_stride, vocab, BLOCK: tl.constexpr,
+    OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(OVERLAPPED)
     row = tl.program_id(0).to(tl.int64)
     z_ptr += row * row_stride
     lane = tl.arange(0, BLOCK)

@@ -27,15 +27,17 @@ import triton.language as tl
 from torch import Tensor
 
 from holdall.contract import forms
-from holdall.kernels import register_batch_vmap
+from holdall.kernels import overlapped, padded, register_batch_vmap
 from holdall.kernels.decayed_replay import decayed_replay, kernel_refusal
-from holdall.kernels.language import narrow
+from holdall.kernels.language import dot, load_rows, narrow, wait_for_inputs
 from holdall.kernels.taylor_step import MAX_KEY_DIM, _config, _feature, _features, _indices
 from holdall.ops import replay
 from holdall.ops.linear_attention import FEATURE_MAPS, IDENTITY, FeatureMap
 from holdall.ops.replay import S, ScaledReplayState
 
 __all__ = ["kernel_refusal", "replay_attention"]
+WARPS = 2
+"""Of a program: more of them compute the same features again."""
 LEAST, TOP = tl.constexpr(replay.LEAST), tl.constexpr(replay.TOP)
 
 
@@ -60,17 +62,34 @@ def _exponent(largest):
 
 
 @triton.jit
+def _exact_dot(a, b, acc):
+    """a @ b + acc with a in fp32: beside bf16 in three parts of 8 bits each, whose products are exact."""
+    if b.dtype == tl.bfloat16:
+        high = narrow(a, tl.bfloat16)
+        rest = a - high.to(tl.float32)
+        middle = narrow(rest, tl.bfloat16)
+        low = narrow(rest - middle.to(tl.float32), tl.bfloat16)
+        acc = dot(low, b, acc)
+        acc = dot(middle, b, acc)
+        return dot(high, b, acc)
+    else:
+        return dot(a, b.to(tl.float32), acc)
+
+
+@triton.jit
 def _written(
-    s_ptr, old_k_ptr, old_v_ptr, f, d, i, j, weight, power,
-    F: tl.constexpr, V: tl.constexpr, K_STEP, V_STEP, HALF: tl.constexpr,
+    s_ptr, old_k_ptr, v_LV, f, d, i, j, weight, power,
+    F: tl.constexpr, V: tl.constexpr, K_STEP, HALF: tl.constexpr,
 ):  # fmt: skip
-    """A tile of S with the oldest half of the ring added."""
+    """A tile of S with the oldest half of the ring added, whose values are v_LV, zero beyond HALF tokens."""
     mask = (f < F)[:, None] & (d < V)[None, :]
     s = tl.load(s_ptr + f[:, None] * V + d[None, :], mask=mask, other=0.0).to(tl.float32) * power
-    for token in range(HALF):
-        v = tl.load(old_v_ptr + token * V_STEP + d, mask=d < V, other=0.0).to(tl.float32)
-        s += _feature(old_k_ptr + token * K_STEP, i, j, weight)[:, None] * v[None, :]
-    return s
+    token = tl.arange(0, v_LV.shape[0])
+    k_ptr = old_k_ptr + (token * K_STEP)[None, :]
+    real = (token < HALF)[None, :]
+    x_i = tl.load(k_ptr + (i - 1)[:, None], mask=real & (i > 0)[:, None], other=1.0).to(tl.float32)
+    x_j = tl.load(k_ptr + (j - 1)[:, None], mask=real & (j > 0)[:, None], other=1.0).to(tl.float32)
+    return _exact_dot(weight[:, None] * x_i * x_j, v_LV, s)
 
 
 @triton.jit(do_not_specialize=["H"])
@@ -80,8 +99,10 @@ def _replay_kernel(
     q_b, q_h, k_b, k_h, v_b, v_h, scale, eps, H,
     F: tl.constexpr, K: tl.constexpr, V: tl.constexpr, HALF: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr,
-    TILE: tl.constexpr, STAGES: tl.constexpr, SCALED: tl.constexpr,
+    BLOCK_L: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, SCALED: tl.constexpr,
+    OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(OVERLAPPED)
     SLOTS: tl.constexpr = 2 * HALF
     row_head = tl.program_id(0).to(tl.int64)
     b, h = row_head // H, row_head % H
@@ -104,7 +125,8 @@ def _replay_kernel(
         tl.store(next_seen_ptr + b, seen + 1)
         tl.store(next_summed_ptr + b, seen - since)
 
-    # the ring's tokens that the sums do not have, and the new one, which has no slot yet
+    # the ring's tokens that the sums do not have, and the new one, which has no slot yet: loaded here, used
+    # after S has been read
     slot, c = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_K)
     age = (seen - 1 - slot + SLOTS) % SLOTS
     live = (slot < SLOTS) & (age < since)
@@ -113,19 +135,11 @@ def _replay_kernel(
     k_SK = tl.load(
         ring_k_ptr + slot[:, None] * H * K + c[None, :], mask=live[:, None] & (c < K)[None, :], other=0.0
     )
-    f_S = tl.where(live, _score(q_K, k_SK.to(tl.float32)), 0.0)
-    f_own = tl.sum(_score(q_K, k_K.to(tl.float32)[None, :]), 0)
-
     f_z = tl.arange(0, BLOCK_F)
-    i_z, j_z, weight_z = _indices(table_ptr, weight_ptr, f_z, F)
     z = tl.load(z_ptr + f_z, mask=f_z < F, other=0.0)
-    if full:
-        for token in range(HALF):
-            z += _feature(old_k_ptr + token * H * K, i_z, j_z, weight_z)
-        # a thread may read what another one stores: all must have read before the first writes
-        tl.debug_barrier()
-        tl.store(z_ptr + f_z, z, mask=f_z < F)
-    norm = eps + tl.sum(f_S, 0) + f_own + tl.sum(_feature(q_ptr, i_z, j_z, weight_z) * z, 0)
+    f_S = tl.zeros((BLOCK_S,), tl.float32)
+    f_own, norm = 0.0, eps
+    token = tl.arange(0, BLOCK_L)
 
     power, narrower = 1.0, 1.0
     if SCALED:
@@ -138,9 +152,8 @@ def _replay_kernel(
                 for start in tl.range(0, F, TILE):
                     d, f = first + tl.arange(0, BLOCK_V), start + tl.arange(0, TILE)
                     i, j, weight = _indices(table_ptr, weight_ptr, f, F)
-                    s = _written(
-                        s_ptr, old_k_ptr, old_v_ptr, f, d, i, j, weight, power, F, V, H * K, H * V, HALF
-                    )
+                    v_LV = load_rows(old_v_ptr + first, token * H * V, token < HALF, V - first, BLOCK_V)
+                    s = _written(s_ptr, old_k_ptr, v_LV, f, d, i, j, weight, power, F, V, H * K, HALF)
                     largest = tl.maximum(largest, tl.abs(s))
             exponent = _exponent(tl.max(largest))
             # all threads have read the old one, since all of them took part in the largest
@@ -153,13 +166,13 @@ def _replay_kernel(
         v_SV = tl.load(
             ring_v_ptr + slot[:, None] * H * V + d[None, :], mask=live[:, None] & (d < V)[None, :], other=0.0
         )
-        y_V = tl.sum(f_S[:, None] * v_SV.to(tl.float32), 0) + f_own * v.to(tl.float32)
         y = tl.zeros((TILE, BLOCK_V), tl.float32)
         if full:
+            v_LV = load_rows(old_v_ptr + first, token * H * V, token < HALF, V - first, BLOCK_V)
             for start in tl.range(0, F, TILE):
                 f = start + tl.arange(0, TILE)
                 i, j, weight = _indices(table_ptr, weight_ptr, f, F)
-                s = _written(s_ptr, old_k_ptr, old_v_ptr, f, d, i, j, weight, power, F, V, H * K, H * V, HALF)
+                s = _written(s_ptr, old_k_ptr, v_LV, f, d, i, j, weight, power, F, V, H * K, HALF)
                 y += _feature(q_ptr, i, j, weight)[:, None] * s
                 s = narrow(s * narrower, s_ptr.dtype.element_ty)
                 mask = (f < F)[:, None] & (d < V)[None, :]
@@ -172,6 +185,18 @@ def _replay_kernel(
                 i, j, weight = _indices(table_ptr, weight_ptr, f, F)
                 y += _feature(q_ptr, i, j, weight)[:, None] * s
             y *= power
+        if first == 0:
+            f_S = tl.where(live, _score(q_K, k_SK.to(tl.float32)), 0.0)
+            f_own = tl.sum(_score(q_K, k_K.to(tl.float32)[None, :]), 0)
+            i_z, j_z, weight_z = _indices(table_ptr, weight_ptr, f_z, F)
+            if full:
+                for old in range(HALF):
+                    z += _feature(old_k_ptr + old * H * K, i_z, j_z, weight_z)
+                # a thread may read what another one stores: all must have read before the first writes
+                tl.debug_barrier()
+                tl.store(z_ptr + f_z, z, mask=f_z < F)
+            norm += tl.sum(f_S, 0) + f_own + tl.sum(_feature(q_ptr, i_z, j_z, weight_z) * z, 0)
+        y_V = tl.sum(f_S[:, None] * v_SV.to(tl.float32), 0) + f_own * v.to(tl.float32)
         y_V = (y_V + tl.sum(y, 0)) / norm
         tl.store(y_ptr + row_head * V + d, narrow(y_V, y_ptr.dtype.element_ty), mask=d < V)
         # into a slot that was not looked at
@@ -202,7 +227,7 @@ def _replay_inplace(
         *_features(key_dim, s_BHFV.device), *strides, key_dim**-0.5, eps, heads,
         F=features, K=key_dim, V=value_dim, HALF=slots // 2,
         BLOCK_F=block(features), BLOCK_K=block(key_dim), BLOCK_S=block(slots), SCALED=exponent_BH is not None,
-        **_config(value_dim),
+        BLOCK_L=padded(slots // 2), **{**_config(value_dim), "num_warps": WARPS}, **overlapped(s_BHFV.device),
     )  # fmt: skip
     return y_B1HV, next_seen, next_summed
 

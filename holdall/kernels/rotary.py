@@ -27,8 +27,8 @@ import triton.language as tl
 from torch import Tensor
 
 from holdall.contract.forms import require_kernel
-from holdall.kernels import cdiv
-from holdall.kernels.language import narrow
+from holdall.kernels import cdiv, overlapped
+from holdall.kernels.language import narrow, wait_for_inputs
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:
     from jaxtyping import Float, Int
@@ -67,6 +67,7 @@ def _rotate(q: Tensor, k: Tensor, seen: Tensor, dims: int, base: float) -> tuple
         seen.stride(0) if seen.shape[0] > 1 else 0, new, heads, groups,
         K=head_dim, PAIRS=pairs, SLOPE=-2 * math.log2(base) / dims,
         PADDED=padded, REST=triton.next_power_of_2(max(1, head_dim - 2 * pairs)), BLOCK=block,
+        **overlapped(q.device),
     )  # fmt: skip
     return turned_q, turned_k
 
@@ -80,9 +81,10 @@ def _(q: Tensor, k: Tensor, seen: Tensor, dims: int, base: float) -> tuple[Tenso
 def _kernel(
     q_ptr, k_ptr, turned_q_ptr, turned_k_ptr, seen_ptr, q_b, q_t, q_h, k_b, k_t, k_g, seen_b, T, H, G,
     K: tl.constexpr, PAIRS: tl.constexpr, SLOPE: tl.constexpr,
-    PADDED: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr,
+    PADDED: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     """One program for a token and a block of heads, first those of the queries, then those of the keys."""
+    wait_for_inputs(OVERLAPPED)
     token = tl.program_id(0).to(tl.int64)
     b, t, block = token // T, token % T, tl.program_id(1)
     f = tl.arange(0, PADDED)

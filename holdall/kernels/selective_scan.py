@@ -51,7 +51,7 @@ import triton.language as tl
 from torch import Tensor
 
 from holdall.contract import forms
-from holdall.kernels import cdiv, fold, register_batch_vmap, unfold
+from holdall.kernels import cdiv, fold, overlapped, register_batch_vmap, unfold
 from holdall.kernels.language import (
     LN_2,
     LOG2_E,
@@ -64,6 +64,7 @@ from holdall.kernels.language import (
     sigmoid,
     softplus,
     split_tokens,
+    wait_for_inputs,
 )
 from holdall.ops.derivatives import once_differentiable
 
@@ -78,7 +79,8 @@ FORWARD = {"BLOCK": 32, "num_warps": 1, "num_stages": 1, "maxnreg": 64}
 BACKWARD = {"BLOCK": 32, "num_warps": 1, "num_stages": 1, "maxnreg": 128}
 """Channels per program, one per lane of its warp, and registers per lane: few enough that each scheduler of a
 multiprocessor has at least 4 warps, without spilling."""
-STEP = {"BLOCK": 32, "num_warps": 4, "num_stages": 1}
+STEP = {"BLOCK": 128, "num_warps": 4, "num_stages": 1}
+"""Channels of a program for one token: 16 states of 128 are 8 KB, which its threads ask for all at once."""
 ENOUGH = 1024
 """Number of programs that fill a GPU: 8 per multiprocessor."""
 LEAST = 16
@@ -483,20 +485,22 @@ def _unpack_kernel(
     tl.store(dc_ptr + where_NJ, narrow(dc_NJ, dc_ptr.dtype.element_ty), mask=ok_NJ)
 
 
-@triton.jit(do_not_specialize=["channels", "size", "group", "x_row", "dt_row", "z_row"])
+@triton.jit(do_not_specialize=["channels", "size", "group", "x_row", "dt_row", "z_row", "b_row", "c_row"])
 def _step_kernel(
     x_ptr, dt_ptr, a_ptr, b_ptr, c_ptr, h_ptr, bias_ptr, skip_ptr, z_ptr, y_ptr, next_ptr,
-    channels, size, group, x_row, dt_row, z_row,
+    channels, size, group, x_row, dt_row, z_row, b_row, c_row,
     SOFTPLUS: tl.constexpr, SKIP: tl.constexpr, GATE: tl.constexpr, BLOCK: tl.constexpr, STATES: tl.constexpr,
+    OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(OVERLAPPED)
     pid, blocks = tl.program_id(0).to(tl.int64), tl.cdiv(channels, BLOCK)
     row, d_D, n_N = pid // blocks, pid % blocks * BLOCK + tl.arange(0, BLOCK), tl.arange(0, STATES)
     member, inside_D, ok_N = row // group, d_D < channels, n_N < size
     ok_DN, at_DN = inside_D[:, None] & ok_N[None, :], d_D[:, None] * size + n_N[None, :]
     h_DN = tl.load(h_ptr + row * channels * size + at_DN, mask=ok_DN, other=0.0)
     a_DN = tl.load(a_ptr + member * channels * size + at_DN, mask=ok_DN, other=0.0).to(tl.float32)
-    b_N = tl.load(b_ptr + row * size + n_N, mask=ok_N, other=0.0).to(tl.float32)
-    c_N = tl.load(c_ptr + row * size + n_N, mask=ok_N, other=0.0).to(tl.float32)
+    b_N = tl.load(b_ptr + row * b_row + n_N, mask=ok_N, other=0.0).to(tl.float32)
+    c_N = tl.load(c_ptr + row * c_row + n_N, mask=ok_N, other=0.0).to(tl.float32)
     x_D = _load(x_ptr + row * x_row + d_D, inside_D)
     bias_D = tl.zeros((BLOCK,), tl.float32)
     if SOFTPLUS:
@@ -746,14 +750,14 @@ def _one_step(
     """Write the next state to `new`, which may be h itself, and return y."""
     (rows, _, channels), size = x.shape, a.shape[-1]
     flags = {"SOFTPLUS": bias is not None, "SKIP": skip is not None, "GATE": z is not None}
-    x, dt, a = _rows(x), _rows(dt), a.contiguous()
+    x, dt, b, c, a = *map(_rows, (x, dt, b, c)), a.contiguous()
     z = x if z is None else _rows(z)
     bias, skip = (a if p is None else p.contiguous() for p in (bias, skip))
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     _step_kernel[(rows * cdiv(channels, STEP["BLOCK"]),)](
-        x, dt, a, b.contiguous(), c.contiguous(), h.contiguous(), bias, skip, z, y, new,
-        channels, size, rows // a.shape[0], x.stride(0), dt.stride(0), z.stride(0),
-        STATES=triton.next_power_of_2(size), **flags, **STEP,
+        x, dt, a, b, c, h.contiguous(), bias, skip, z, y, new,
+        channels, size, rows // a.shape[0], *(u.stride(0) for u in (x, dt, z, b, c)),
+        STATES=triton.next_power_of_2(size), **flags, **STEP, **overlapped(x.device),
     )  # fmt: skip
     return y
 

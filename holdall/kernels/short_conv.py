@@ -9,15 +9,24 @@ PyTorch reads and writes fp32 tensors again for every tap, some 40 elements in b
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from holdall.kernels import gated_conv
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:
     from jaxtyping import Float
+
+
+@functools.lru_cache(maxsize=64)
+def _ones(channels: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The open gate, made once: a step of decoding would launch a kernel for it in every layer."""
+    with torch.inference_mode(False):
+        return torch.ones(channels, dtype=dtype, device=device)
 
 
 def kernel_refusal(taps: int) -> str:
@@ -38,7 +47,9 @@ def short_conv(
 
     Raises KernelError if no kernel can run on these tensors, or for this many taps.
     """
-    open_BTD = x_BTD.new_ones(x_BTD.shape[-1]).expand(x_BTD.shape)
+    # which torch.compile makes by itself, and warns of what is remembered
+    ones = torch.ones if torch.compiler.is_compiling() else _ones
+    open_BTD = ones(x_BTD.shape[-1], dtype=x_BTD.dtype, device=x_BTD.device).expand(x_BTD.shape)
     return gated_conv.gated_conv(
         x_BTD, open_BTD, None, weight_DW, bias_D, past_BPD,
         silu="conv" if silu else "none", inplace=inplace,

@@ -20,8 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from holdall.contract.forms import require_kernel
-from holdall.kernels import cdiv, register_batch_vmap
-from holdall.kernels.language import narrow
+from holdall.kernels import cdiv, overlapped, register_batch_vmap
+from holdall.kernels.language import narrow, wait_for_inputs
 from holdall.ops.derivatives import once_differentiable
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:
@@ -55,7 +55,7 @@ def _forward(x: Tensor) -> Tensor:
     x_NE, inner = _in_rows(x), x.shape[1] // 2
     y_NI = torch.empty((x.shape[0], inner), dtype=x.dtype, device=x.device)
     if y_NI.numel():
-        _forward_kernel[_grid(x_NE)](x_NE, y_NI, x_NE.stride(0), inner, BLOCK=BLOCK)
+        _forward_kernel[_grid(x_NE)](x_NE, y_NI, x_NE.stride(0), inner, BLOCK=BLOCK, **overlapped(x.device))
     return y_NI
 
 
@@ -111,7 +111,8 @@ def _halves(x_ptr, i, inner, here):
 
 
 @triton.jit
-def _forward_kernel(x_ptr, y_ptr, x_row, inner, BLOCK: tl.constexpr):
+def _forward_kernel(x_ptr, y_ptr, x_row, inner, BLOCK: tl.constexpr, OVERLAPPED: tl.constexpr):
+    wait_for_inputs(OVERLAPPED)
     row, i, here = _block(inner, BLOCK)
     a, g = _halves(x_ptr + row * x_row, i, inner, here)
     y = a * (g * tl.sigmoid(g))

@@ -33,8 +33,8 @@ import triton.language as tl
 from torch import Tensor
 
 from holdall.contract import forms
-from holdall.kernels import register_batch_vmap
-from holdall.kernels.language import narrow
+from holdall.kernels import overlapped, register_batch_vmap
+from holdall.kernels.language import narrow, wait_for_inputs
 
 MAX_KEY_DIM = 32
 """Most key dimensions for which the F features of a head fit into one block."""
@@ -76,7 +76,9 @@ def _step_kernel(
     q_b, q_h, k_b, k_h, v_b, v_h, eps, H,
     F: tl.constexpr, V: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_V: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+    OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(OVERLAPPED)
     row_head = tl.program_id(0).to(tl.int64)
     b, h = row_head // H, row_head % H
     q_ptr += b * q_b + h * q_h
@@ -139,7 +141,7 @@ def _launch(
     _step_kernel[(batch * heads,)](
         q, k, v, s, z, y_B1HV, next_s, next_z, *_features(key_dim, s.device), *strides, eps, heads,
         F=features, V=value_dim, BLOCK_F=triton.next_power_of_2(features),
-        **_config(value_dim),
+        **_config(value_dim), **overlapped(s.device),
     )  # fmt: skip
     return y_B1HV
 

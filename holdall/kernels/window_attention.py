@@ -6,7 +6,8 @@
 Forward (the algorithm of FlashAttention-2, Dao 2023, arXiv 2307.08691): a block of queries loops over the
 blocks of keys from its first query's window on, w - 1 + block in all, with a running maximum and sum; L_t is
 stored for the backward. The tokens of the incoming ring buffer have positions -(w - 1) .. -1, and are read
-from slots (seen + position) mod (w - 1) if a row has filled them; the new ones have positions 0 .. T - 1.
+from slots (seen + position) mod S, where S is w - 1 or more, if a row has filled them; the new ones have
+positions 0 .. T - 1.
 
 Backward, with p_tj = exp(s_tj - L_t) recomputed:
 
@@ -45,11 +46,19 @@ import triton.language as tl
 from torch import Tensor
 
 from holdall.contract import forms
-from holdall.kernels import cdiv, dense_last, padded, register_batch_vmap, wants_gradient
-from holdall.kernels.language import attend_block, dot, load_rows, narrow, plus_product, store_rows
+from holdall.kernels import cdiv, dense_last, overlapped, padded, register_batch_vmap, wants_gradient
+from holdall.kernels.language import (
+    attend_block,
+    dot,
+    load_rows,
+    narrow,
+    plus_product,
+    store_rows,
+    wait_for_inputs,
+)
 from holdall.ops.attention import KeyValueCache, empty_cache
 from holdall.ops.derivatives import once_differentiable
-from holdall.ops.window_attention import next_ring
+from holdall.ops.window_attention import narrowed, next_ring
 
 MAX_HEAD_DIM = 128
 """Largest head dimension for which blocks of queries, keys and values fit into shared memory."""
@@ -60,11 +69,11 @@ LOG2_E = 1.4426950408889634
 # ---------------------------------------------------------------------------------------------- the kernels
 
 
-@triton.jit(do_not_specialize=["T", "window", "H", "G"])
+@triton.jit(do_not_specialize=["T", "window", "slots", "H", "G"])
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, ring_k_ptr, ring_v_ptr, seen_ptr, y_ptr, log_ptr,
     q_b, q_t, q_h, k_b, k_t, k_g, v_b, v_t, v_g,
-    T, window, scale, one, H, G,
+    T, window, slots, scale, one, H, G,
     K: tl.constexpr, V: tl.constexpr, HAS_RING: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
@@ -84,11 +93,13 @@ def _forward_kernel(
 
     if HAS_RING:
         seen = tl.load(seen_ptr + b)
-        newest = (seen % back).to(tl.int32)
+        total += tl.where(seen < 0, float("nan"), 0.0)  # a row that gave back more than it had
+        seen = tl.maximum(seen, 0)
+        newest = (seen % slots).to(tl.int32)
         oldest = -tl.minimum(seen, back).to(tl.int32)
         for start in range(tl.maximum(first - back, oldest), 0, BLOCK_S):
             j = start + tl.arange(0, BLOCK_S)
-            slot = ((b * back + (newest + back + j) % back) * G + g).to(tl.int64)
+            slot = ((b * slots + (newest + slots + j) % slots) * G + g).to(tl.int64)
             k = load_rows(ring_k_ptr, slot * K, j < 0, K, BLOCK_K)
             v = load_rows(ring_v_ptr, slot * V, j < 0, V, BLOCK_V)
             visible = (j < 0)[None, :] & (j[None, :] > t[:, None] - window)
@@ -232,21 +243,24 @@ def _backward_kernel(
             store_rows(dring_v_ptr, slot * V, j < 0, dv, V, BLOCK_V)
 
 
-@triton.jit(do_not_specialize=["slots", "H", "G"])
+@triton.jit(do_not_specialize=["slots", "window", "H", "G"])
 def _step_kernel(
     q_ptr, k_ptr, v_ptr, ring_k_ptr, ring_v_ptr, seen_ptr, y_ptr, next_k_ptr, next_v_ptr, next_seen_ptr,
     q_b, q_h, k_b, k_g, v_b, v_g,
-    slots, scale, H, G,
+    slots, window, scale, H, G,
     K: tl.constexpr, V: tl.constexpr, INPLACE: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     """One program per row and head of keys, which alone accesses its part of the ring buffer."""
+    wait_for_inputs(OVERLAPPED)
     b = (tl.program_id(0) // G).to(tl.int64)
     g = tl.program_id(0) % G
-    seen = tl.load(seen_ptr + b)
+    count = tl.load(seen_ptr + b)
+    seen = tl.maximum(count, 0)
     own = (seen % slots).to(tl.int32)
     filled = tl.minimum(seen, slots).to(tl.int32)
+    visible = tl.minimum(seen, window - 1).to(tl.int32)
     dk, dv = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
     k_own = tl.load(k_ptr + b * k_b + g * k_g + dk, mask=dk < K, other=0.0)
     v_own = tl.load(v_ptr + b * v_b + g * v_g + dv, mask=dv < V, other=0.0)
@@ -256,7 +270,8 @@ def _step_kernel(
     q = load_rows(q_ptr + b * q_b, head * q_h, used, K, BLOCK_K)
     # the first key is the token's own
     top = tl.sum(q.to(tl.float32) * k_own.to(tl.float32)[None, :], 1) * scale
-    total = tl.full((BLOCK_H,), 1.0, tl.float32)
+    # of a row that gave back more than it had all outputs are NaN
+    total = tl.full((BLOCK_H,), 1.0, tl.float32) + tl.where(count < 0, float("nan"), 0.0)
     acc = tl.zeros((BLOCK_H, BLOCK_V), tl.float32) + v_own.to(tl.float32)[None, :]
 
     last = slots
@@ -272,13 +287,15 @@ def _step_kernel(
             score = tl.sum(k.to(tl.float32) * q.to(tl.float32), 1)[:, None] * scale
         else:
             score = dot(k, tl.trans(q)) * scale
-        score = tl.where((slot < filled)[:, None], score, float("-inf"))
+        # a slot's token is in the window if it is one of the last; there may be more slots than those
+        near = (slot < slots) & ((own - 1 - slot + slots + slots) % slots < visible)
+        score = tl.where(near[:, None], score, float("-inf"))
         higher = tl.maximum(top, tl.max(score, 0))
         p = tl.exp2(score - higher[None, :])
         shrink = tl.exp2(top - higher)
         total = total * shrink + tl.sum(p, 0)
         # unfilled slots may hold anything, even NaN, which a zero probability would not remove
-        seen_v = tl.where((slot < filled)[:, None], v, 0.0)
+        seen_v = tl.where(near[:, None], v, 0.0)
         if BLOCK_H == 1:
             acc = acc * shrink[:, None] + tl.sum(p * seen_v.to(tl.float32), 0)[None, :]
         else:
@@ -297,7 +314,7 @@ def _step_kernel(
         tl.store(next_k_ptr + row * K + dk, k_own, mask=dk < K)
         tl.store(next_v_ptr + row * V + dv, v_own, mask=dv < V)
     if g == 0:
-        tl.store(next_seen_ptr + b, seen + 1)
+        tl.store(next_seen_ptr + b, count + 1)
 
 
 # --------------------------------------------------------------------------------------------- the launches
@@ -356,8 +373,8 @@ def _forward(
     config = _forward_config(q.dtype, max(sizes["BLOCK_K"], sizes["BLOCK_V"]))
     _forward_kernel[(batch * heads * cdiv(new, config["BLOCK_T"]),)](
         q, k, v, ring_k_BSGK.contiguous(), ring_v_BSGV.contiguous(), seen_B.contiguous(), y_BTHV, log_BTH,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], new, window, scale * LOG2_E, 1.0,
-        heads, k.shape[2], **sizes, **config,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], new, window, ring_k_BSGK.shape[1], scale * LOG2_E,
+        1.0, heads, k.shape[2], **sizes, **config,
     )  # fmt: skip
     return y_BTHV, log_BTH
 
@@ -414,7 +431,7 @@ register_batch_vmap(_backward)
 
 def _launch_step(
     q_B1HK: Tensor, k_B1GK: Tensor, v_B1GV: Tensor, ring_k: Tensor, ring_v: Tensor, seen_B: Tensor,
-    next_k: Tensor, next_v: Tensor, scale: float,
+    next_k: Tensor, next_v: Tensor, window: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Returns y and the next token count; writes the next ring to the given tensors, maybe the ring's."""
     batch, _, heads, _ = q_B1HK.shape
@@ -426,9 +443,10 @@ def _launch_step(
     programs, slots = batch * k.shape[2], ring_k.shape[1]
     _step_kernel[(programs,)](
         q, k, v, ring_k, ring_v, seen_B.contiguous(), y_B1HV, next_k, next_v, next_seen_B,
-        q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2), slots, scale * LOG2_E,
-        heads, k.shape[2], **sizes, INPLACE=ring_k is next_k, BLOCK_H=1 if group == 1 else padded(group),
-        **_step_config(q.dtype, programs, group),
+        q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2), slots, window,
+        scale * LOG2_E, heads, k.shape[2], **sizes, INPLACE=ring_k is next_k,
+        BLOCK_H=1 if group == 1 else padded(group), **_step_config(q.dtype, programs, group),
+        **overlapped(q.device),
     )  # fmt: skip
     return y_B1HV, next_seen_B
 
@@ -436,16 +454,18 @@ def _launch_step(
 @torch.library.custom_op("holdall::window_attention_step", mutates_args=())
 def _step(
     q_B1HK: Tensor, k_B1GK: Tensor, v_B1GV: Tensor, ring_k_BSGK: Tensor, ring_v_BSGV: Tensor, seen_B: Tensor,
-    scale: float,
+    window: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     ring_k, ring_v = ring_k_BSGK.contiguous(), ring_v_BSGV.contiguous()
     next_k, next_v = torch.empty_like(ring_k), torch.empty_like(ring_v)
-    y_B1HV, next_seen_B = _launch_step(q_B1HK, k_B1GK, v_B1GV, ring_k, ring_v, seen_B, next_k, next_v, scale)
+    y_B1HV, next_seen_B = _launch_step(
+        q_B1HK, k_B1GK, v_B1GV, ring_k, ring_v, seen_B, next_k, next_v, window, scale
+    )
     return y_B1HV, next_k, next_v, next_seen_B
 
 
 @_step.register_fake
-def _(q_B1HK, k_B1GK, v_B1GV, ring_k_BSGK, ring_v_BSGV, seen_B, scale):
+def _(q_B1HK, k_B1GK, v_B1GV, ring_k_BSGK, ring_v_BSGV, seen_B, window, scale):
     rings = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (ring_k_BSGK, ring_v_BSGV))
     return v_B1GV.new_empty(*q_B1HK.shape[:3], v_B1GV.shape[-1]), *rings, torch.empty_like(seen_B)
 
@@ -458,15 +478,15 @@ register_batch_vmap(_step)
 )
 def _step_inplace(
     q_B1HK: Tensor, k_B1GK: Tensor, v_B1GV: Tensor, ring_k_BSGK: Tensor, ring_v_BSGV: Tensor, seen_B: Tensor,
-    scale: float,
+    window: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return _launch_step(
-        q_B1HK, k_B1GK, v_B1GV, ring_k_BSGK, ring_v_BSGV, seen_B, ring_k_BSGK, ring_v_BSGV, scale
+        q_B1HK, k_B1GK, v_B1GV, ring_k_BSGK, ring_v_BSGV, seen_B, ring_k_BSGK, ring_v_BSGV, window, scale
     )
 
 
 @_step_inplace.register_fake
-def _(q_B1HK, k_B1GK, v_B1GV, ring_k_BSGK, ring_v_BSGV, seen_B, scale):
+def _(q_B1HK, k_B1GK, v_B1GV, ring_k_BSGK, ring_v_BSGV, seen_B, window, scale):
     return v_B1GV.new_empty(*q_B1HK.shape[:3], v_B1GV.shape[-1]), torch.empty_like(seen_B)
 
 
@@ -516,12 +536,14 @@ def window_attention(
         and not wants_gradient(q, k, v, *cache)
     ):
         if inplace and cache.k_BSHK.is_contiguous() and cache.v_BSHV.is_contiguous():
-            y_B1HV, seen_B = _step_inplace(q, k, v, *cache, scale)
+            y_B1HV, seen_B = _step_inplace(q, k, v, *cache, window, scale)
             return y_B1HV, KeyValueCache(cache.k_BSHK, cache.v_BSHV, seen_B)
-        y_B1HV, *after = _step(q, k, v, *cache, scale)
+        y_B1HV, *after = _step(q, k, v, *cache, window, scale)
         return y_B1HV, KeyValueCache(*after)
     if cache:
         ring = KeyValueCache(cache.k_BSHK.to(dtype), cache.v_BSHV.to(dtype), cache.seen_B)
+        if cache.k_BSHK.shape[1] > window - 1 and wants_gradient(q, k, v, *cache):
+            ring = narrowed(ring, window - 1)  # the backward knows rings of a window only
     else:
         ring = empty_cache(batch, 0, groups, key_dim, v.shape[-1], dtype=dtype, device=v.device)
     y_BTHV, _ = _forward(q, k, v, *ring, window, scale)

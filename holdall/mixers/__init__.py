@@ -11,10 +11,13 @@ import linecache
 import pkgutil
 import sys
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from holdall.contract import Entry, MixerConfig, lookup, registered
+from holdall.errors import LOADED
 from holdall.files import RunError
 
 for _module in pkgutil.iter_modules(__path__, __name__ + "."):
@@ -48,12 +51,25 @@ def families() -> dict[str, list[str]]:
 def load(file: Path) -> list[str]:
     """Run a user's own mixer file and return the names that it registered, sorted.
 
-    Raises FileNotFoundError if there is no such file, RunError with the line if running it fails, and
-    ValueError if it registers nothing.
+    Raises as `run_file`, and ValueError if it registers nothing.
+    """
+    before = set(registered())
+    module = run_file(file)
+    # mixers that were registered before count if they are from this file, which may be loaded again
+    new = [n for n in registered() if n not in before or lookup(n).config.__module__ == module.__name__]
+    if not new:
+        raise ValueError(f"{file} registered no mixer: decorate its config with holdall.contract.register")
+    return new
+
+
+def run_file(file: Path) -> ModuleType:
+    """Run a user's own file of mixers, tasks or a recipe, as a module.
+
+    Raises FileNotFoundError if there is no such file, and RunError with the line if running it fails.
     """
     if not file.is_file():
-        raise FileNotFoundError(f"no mixer file at {file}")
-    before, name = set(registered()), f"holdall_loaded_{file.stem}"
+        raise FileNotFoundError(f"no file at {file}")
+    name = f"{LOADED}{file.stem}"
     spec = importlib.util.spec_from_file_location(name, file, loader=_Source(name, str(file)))
     assert spec is not None
     assert spec.loader is not None
@@ -67,11 +83,7 @@ def load(file: Path) -> list[str]:
     except BaseException:
         del sys.modules[name]
         raise
-    # mixers that were registered before count if they are from this file, which may be loaded again
-    new = [n for n in registered() if n not in before or lookup(n).config.__module__ == name]
-    if not new:
-        raise ValueError(f"{file} registered no mixer: decorate its config with holdall.contract.register")
-    return new
+    return module
 
 
 class _Source(importlib.machinery.SourceFileLoader):
@@ -97,9 +109,10 @@ def _failure(file: Path, error: BaseException) -> tuple[str, str]:
     return f"{file}, line {lines[-1]}: {what}", linecache.getline(str(file), lines[-1]).strip()
 
 
-def configured(wanted: str, width: int) -> tuple[str, MixerConfig]:
+def configured(wanted: str, width: int, defaults: Mapping[str, Any] | None = None) -> tuple[str, MixerConfig]:
     """A label and a config from "NAME" or "NAME:option=value,option=value".
 
+    defaults: values of options that are not given, as far as the mixer has them.
     Raises KeyError, TypeError or ValueError for an unknown mixer, an unknown option or a bad value.
     """
     name, _, text = wanted.partition(":")
@@ -111,7 +124,8 @@ def configured(wanted: str, width: int) -> tuple[str, MixerConfig]:
             raise ValueError(f"'{wanted}': write options as option=value, joined by commas")
         options[option] = _parsed(value)
     label = ", ".join([name, *(f"{option} = {value}" for option, value in options.items())])
-    return label, entry.configure(**{"width": width, **options})
+    known = {option: value for option, value in (defaults or {}).items() if option in entry.options}
+    return label, entry.configure(**{"width": width, **known, **options})
 
 
 def _parsed(value: str) -> Any:

@@ -19,10 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from holdall.contract import Mixer, MixerConfig, Paper, forms, register
+from holdall.contract import Mixer, MixerConfig, Paper, State, forms, register
+from holdall.contract.rollback import LISTED, without_last
 from holdall.contract.room import is_reserved
 from holdall.ops import attention
 from holdall.ops.attention import KeyValueCache
+from holdall.ops.linear import Linear
 from holdall.ops.rotary import rotary_dims, rotate_both
 from holdall.settings import NonNegativeInt, PositiveFloat, PositiveInt, Share
 
@@ -92,7 +94,7 @@ class QKV(nn.Module):
         super().__init__()
         self.heads = [heads, kv_heads or heads, kv_heads or heads]
         self.head_dim = width // heads
-        self.qkv = nn.Linear(width, sum(self.heads) * self.head_dim, bias=bias)
+        self.qkv = Linear(width, sum(self.heads) * self.head_dim, bias=bias)
         self.rotary_dims, self.rotary_base = rotary_dims(self.head_dim, rotary), rotary_base
 
     def forward(self, x_BTD: Tensor, seen_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,13 +108,14 @@ class QKV(nn.Module):
 class Attention(Mixer):
     config: AttentionConfig
     state_type = KeyValueCache
+    rollback_limit = LISTED
 
     def __init__(self, config: AttentionConfig) -> None:
         super().__init__(config)
         self.project = QKV(
             config.width, config.heads, config.rotary, config.rotary_base, config.bias, config.kv_heads
         )
-        self.out_proj = nn.Linear(config.width, config.width, bias=config.bias)
+        self.out_proj = Linear(config.width, config.width, bias=config.bias)
         forms: dict[str, Callable[..., tuple[Tensor, KeyValueCache]]] = {
             "loop": attention.full_attention_loop,
             "blockwise": functools.partial(attention.blockwise_attention, block=config.block),
@@ -153,3 +156,6 @@ class Attention(Mixer):
 
     def state_elements(self, context_len: int) -> int:
         return 2 * context_len * self.project.heads[1] * self.project.head_dim + 1
+
+    def _rolled_back(self, state: Any, count_B: Tensor, inplace: bool) -> State:
+        return without_last(state, ("k_BSHK", "v_BSHV"), count_B, self.owner, inplace=inplace)

@@ -14,19 +14,22 @@ Weights:
 Deviations:
 - beyond `max_length` L, where Zoology raises an error, the filter's features are the same functions of time;
 - of the W inputs in Based's state the oldest is never used again; ours has the other W - 1.
+With `replay` the state has L more inputs, and can be rolled back: holdall/contract/rollback.py.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from holdall.contract import Mixer, MixerConfig, Paper, register
+from holdall.contract import Mixer, MixerConfig, Paper, State, register
+from holdall.contract.rollback import LISTED, lowered, read_on, without_last
 from holdall.ops import gated_conv
+from holdall.ops.linear import Linear, linear
 from holdall.ops.long_conv import filter_features, long_conv
 from holdall.settings import PositiveInt, Range
 
@@ -35,6 +38,18 @@ class ConvState(NamedTuple):
     """What the filter has read and still needs, oldest first: W - 1 inputs, or all for a long filter."""
 
     past_BPD: Tensor
+
+
+class ReplayedConvState(NamedTuple):
+    """With `replay`: a ring of a short filter's last W - 1 + L inputs, that of position p in slot p mod P.
+
+    seen_B: how many tokens the row has read.
+    spare_B: how many of them can be taken back.
+    """
+
+    past_BPD: Tensor
+    seen_B: Tensor
+    spare_B: Tensor
 
 
 @register(
@@ -71,12 +86,17 @@ class BaseConvConfig(MixerConfig):
     projection to E times the width, half of it convolved by a short filter and SiLU, half the gate, and a
     projection back. The state is E / 2 times as large.
     """
+    replay: Annotated[int, Range(least=1, zero="none")] = 0
+    """Tokens that can be rolled back, L: so many more inputs are carried. A long filter carries all of them,
+    and can be rolled back as it is.
+    """
 
     forms = ("loop", "parallel", "kernel")
     variants = (
         {},
         {"activation": "silu", "kernel": 5},
         {"filter": "long", "max_length": 64},
+        {"expand": 2, "kernel": 4, "replay": 3},
         {"expand": 4},
     )
 
@@ -124,16 +144,18 @@ class ImplicitFilter(nn.Module):
 
 class BaseConv(Mixer):
     config: BaseConvConfig
-    state_type = ConvState
 
     def __init__(self, config: BaseConvConfig) -> None:
         super().__init__(config)
         channels = config.channels
+        self.replayed = config.replay > 0 and config.filter == "short"
+        self.state_type = ReplayedConvState if self.replayed else ConvState  # type: ignore[misc]
+        self.rollback_limit = LISTED if config.filter == "long" else config.replay
         if config.expand is None:
-            self.projection = nn.Linear(config.width, config.width)
+            self.projection = Linear(config.width, config.width)
         else:
-            self.in_proj = nn.Linear(config.width, 2 * channels)
-            self.out_proj = nn.Linear(channels, config.width)
+            self.in_proj = Linear(config.width, 2 * channels)
+            self.out_proj = Linear(channels, config.width)
         self.long = config.filter == "long"
         if self.long:
             self.filter = ImplicitFilter(config.width, config.hidden, config.max_length)
@@ -145,15 +167,23 @@ class BaseConv(Mixer):
             )
 
     def forward(
-        self, x_BTD: Tensor, state: ConvState | None = None, *, inplace: bool = False, want_state: bool = True
-    ) -> tuple[Tensor, ConvState | None]:
+        self, x_BTD: Tensor, state: Any = None, *, inplace: bool = False, want_state: bool = True
+    ) -> tuple[Tensor, Any]:
         if state is None:
             state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
         if self.long:
             y_BTD, past_BPD = self._long(x_BTD, state.past_BPD)
         else:
-            y_BTD, past_BPD = self._short(x_BTD, state.past_BPD, inplace)
-        return y_BTD, ConvState(past_BPD) if want_state else None
+            y_BTD, past_BPD = self._short(x_BTD, state, inplace)
+        if not self.replayed:
+            return y_BTD, ConvState(past_BPD) if want_state else None
+        if not want_state:
+            return y_BTD, None
+        (_, seen_B, spare_B), new = state, x_BTD.shape[1]
+        seen_B = seen_B.add_(new) if inplace else seen_B + new
+        return y_BTD, ReplayedConvState(
+            past_BPD, seen_B, read_on(spare_B, new, self.config.replay, inplace=inplace)
+        )
 
     def _long(self, x_BTD: Tensor, past_BPD: Tensor) -> tuple[Tensor, Tensor]:
         filter_LD = self.filter(past_BPD.shape[1] + x_BTD.shape[1])
@@ -163,23 +193,36 @@ class BaseConv(Mixer):
             c_BTD, gate_BTD = F.silu(c_BTD), F.silu(gate_BTD)
         return torch.addcmul(x_BTD, c_BTD, gate_BTD), past_BPD
 
-    def _short(self, x_BTD: Tensor, past_BPD: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
+    def _short(self, x_BTD: Tensor, state: Any, inplace: bool) -> tuple[Tensor, Tensor]:
         expanded = self.config.expand is not None
         projection, bias_E = self.in_proj if expanded else self.projection, None
         if self.form == "kernel":  # adds the bias itself, and has the sum that is its gradient for nothing
-            projected_BTE, bias_E = F.linear(x_BTD, projection.weight), projection.bias
+            projected_BTE, bias_E = linear(x_BTD, projection.weight), projection.bias
         else:
             projected_BTE = projection(x_BTD)
         y_BTD, past_BPD = gated_conv.gated_conv(
-            None if expanded else x_BTD, projected_BTE, bias_E, self.weight_DW, self.bias_D, past_BPD,
+            None if expanded else x_BTD, projected_BTE, bias_E, self.weight_DW, self.bias_D,
+            state.past_BPD, state.seen_B if self.replayed else None,
             silu="conv" if expanded else "both" if self.config.activation == "silu" else "none",
             skip=not expanded, inplace=inplace, form=self.form,
         )  # fmt: skip
         return self.out_proj(y_BTD) if expanded else y_BTD, past_BPD
 
-    def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None) -> ConvState:
-        past = 0 if self.long else self.config.kernel - 1
-        return ConvState(torch.zeros(batch, past, self.config.channels, dtype=dtype, device=device))
+    def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None) -> State:
+        past = 0 if self.long else self.config.kernel - 1 + self.config.replay
+        past_BPD = torch.zeros(batch, past, self.config.channels, dtype=dtype, device=device)
+        if not self.replayed:
+            return ConvState(past_BPD)
+        counts = (torch.zeros(batch, dtype=torch.long, device=device) for _ in range(2))
+        return ReplayedConvState(past_BPD, *counts)
 
     def state_elements(self, context_len: int) -> int:
-        return (context_len if self.long else self.config.kernel - 1) * self.config.channels
+        past = context_len if self.long else self.config.kernel - 1 + self.config.replay
+        return past * self.config.channels + 2 * self.replayed
+
+    def _rolled_back(self, state: Any, count_B: Tensor, inplace: bool) -> State:
+        if self.long:
+            return without_last(state, ("past_BPD",), count_B, self.owner, inplace=inplace)
+        past_BPD, seen_B, spare_B = state
+        ring_BPD = past_BPD if inplace else past_BPD.clone()
+        return ReplayedConvState(ring_BPD, *lowered(seen_B, spare_B, count_B, self.owner))

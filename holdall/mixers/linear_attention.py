@@ -21,9 +21,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from holdall.contract import Mixer, MixerConfig, Paper, State, recurrent_dtype, register
+from holdall.ops.linear import Linear
 from holdall.ops.linear_attention import FEATURE_MAPS, linear_attention
 from holdall.ops.replay import (
     ReplayState,
@@ -117,8 +118,8 @@ class LinearAttention(Mixer):
         self.feature_map = FEATURE_MAPS[config.feature_map]
         self.state_type = NormalisedState if config.normalise else LinearState  # type: ignore[misc]
         self.sizes = [config.heads * config.feature_dim] * 2 + [config.width]
-        self.qkv = nn.Linear(config.width, sum(self.sizes), bias=config.bias)
-        self.out_proj = nn.Linear(config.width, config.width, bias=config.bias)
+        self.qkv = Linear(config.width, sum(self.sizes), bias=config.bias)
+        self.out_proj = Linear(config.width, config.width, bias=config.bias)
 
     def forward(
         self, x_BTD: Tensor, state: State | None = None, *, inplace: bool = False, want_state: bool = True

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
 from holdall.ops import hippo, short_conv
 from holdall.ops.diagonal_scan import CHUNK
+from holdall.ops.kept import Kept
+from holdall.ops.linear import Linear, linear
 from holdall.ops.selective_scan import selective_scan
 from holdall.settings import NonNegativeInt, PositiveInt, Range
 
@@ -87,14 +89,15 @@ class Mamba(Mixer):
     def __init__(self, config: MambaConfig) -> None:
         super().__init__(config)
         inner, bound = config.expand * config.width, config.kernel**-0.5
-        self.in_proj = nn.Linear(config.width, 2 * inner, bias=False)
+        self.in_proj = Linear(config.width, 2 * inner, bias=False)
         self.conv_weight_EW = nn.Parameter(torch.empty(inner, config.kernel).uniform_(-bound, bound))
         self.conv_bias_E = nn.Parameter(torch.empty(inner).uniform_(-bound, bound))
         self.x_proj = nn.Linear(inner, config.rank + 2 * config.state, bias=False)
         self.dt_proj = nn.Linear(config.rank, inner)
         self.A_log = nn.Parameter(torch.arange(1.0, config.state + 1).log().repeat(inner, 1))
+        self.decays = Kept()
         self.D = nn.Parameter(torch.ones(inner))
-        self.out_proj = nn.Linear(inner, config.width, bias=False)
+        self.out_proj = Linear(inner, config.width, bias=False)
         with torch.no_grad():
             self.dt_proj.weight.uniform_(-(config.rank**-0.5), config.rank**-0.5)
             self.dt_proj.bias.copy_(hippo.step_size_bias(inner))
@@ -115,11 +118,11 @@ class Mamba(Mixer):
             inplace=inplace, form=self.form,
         )  # fmt: skip
         down_FE, up_ER, sizes = self._narrow_projections(fill=self.form == "kernel" and x_BTD.shape[1] > 1)
-        dt_BTR, b_BTN, c_BTN, _ = F.linear(x_BTE, down_FE).split(sizes, dim=-1)
+        dt_BTR, b_BTN, c_BTN, _ = linear(x_BTE, down_FE).split(sizes, dim=-1)
         dtype = recurrent_dtype(x_BTD.dtype)
         # softplus of which gives the step sizes: they decide what is forgotten over thousands of tokens, and
         # so are not in bf16
-        raw_BTE, a_EN = F.linear(dt_BTR, up_ER), -self.A_log.to(dtype).exp()
+        raw_BTE, a_EN = linear(dt_BTR, up_ER), self.decays.of(self.A_log, lambda log: -log.to(dtype).exp())
         y_BTE, h_BEN = selective_scan(
             x_BTE, raw_BTE, a_EN, b_BTN, c_BTN, state.h_BEN, dt_bias_D=self.dt_proj.bias, skip_D=self.D,
             z_BTD=z_BTE, chunk=self.config.chunk, inplace=inplace, form=self.form,

@@ -12,20 +12,23 @@ Weights:
   and bias "out"; proj_q, proj_k and proj_v are the rows of `qkv`, in that order, and proj_final is
   `out_proj`.
 Deviations: none.
+With `replay` the state has L more tokens, and can be rolled back: holdall/contract/rollback.py.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from holdall.contract import Mixer, MixerConfig, Paper, register
+from holdall.contract import Mixer, MixerConfig, Paper, State, register
+from holdall.contract.rollback import lowered, read_on
 from holdall.mixers.attention import QKV, AttentionConfig
 from holdall.ops import attention
 from holdall.ops.attention import KeyValueCache
+from holdall.ops.linear import Linear
 from holdall.ops.window_attention import kernel_refusal, window_attention
 from holdall.settings import NonNegativeInt, PositiveFloat, PositiveInt, Range, Share
 
@@ -59,12 +62,15 @@ class SlidingWindowConfig(MixerConfig):
     """Base of the rotary frequencies."""
     bias: bool | Literal["out"] = True
     """Whether the projections have biases; "out" for the output projection only."""
+    replay: Annotated[int, Range(least=1, zero="none")] = 0
+    """Tokens that can be rolled back, L: so many more are carried. Outputs and weights are the same."""
 
     forms = ("loop", "parallel", "kernel")
     variants = (
         {},
         {"heads": 2, "rotary": 1.0, "bias": False, "window": 5},
         {"heads": 4, "kv_heads": 2, "rotary": 0.5, "bias": "out"},
+        {"heads": 2, "kv_heads": 1, "rotary": 1.0, "window": 5, "replay": 3},
         {"window": 65},
     )
 
@@ -78,42 +84,65 @@ class SlidingWindowConfig(MixerConfig):
         return SlidingWindow(self)
 
 
+class LongerRing(NamedTuple):
+    """With `replay`: a ring of w - 1 + L slots, and how many tokens can be taken back."""
+
+    k_BSHK: Tensor
+    v_BSHV: Tensor
+    seen_B: Tensor
+    spare_B: Tensor
+
+
 class SlidingWindow(Mixer):
     config: SlidingWindowConfig
-    state_type = KeyValueCache
 
     def __init__(self, config: SlidingWindowConfig) -> None:
         super().__init__(config)
+        self.state_type = LongerRing if config.replay else KeyValueCache  # type: ignore[misc]
+        self.rollback_limit = config.replay
         bias = config.bias is True
         self.project = QKV(
             config.width, config.heads, config.rotary, config.rotary_base, bias, config.kv_heads
         )
-        self.out_proj = nn.Linear(config.width, config.width, bias=bool(config.bias))
+        self.out_proj = Linear(config.width, config.width, bias=bool(config.bias))
 
     def forward(
         self,
         x_BTD: Tensor,
-        state: KeyValueCache | None = None,
+        state: Any = None,
         *,
         inplace: bool = False,
         want_state: bool = True,
-    ) -> tuple[Tensor, KeyValueCache | None]:
+    ) -> tuple[Tensor, Any]:
+        replay = self.config.replay
+        if state is None and replay and want_state:
+            state = self.init_state(len(x_BTD), dtype=x_BTD.dtype, device=x_BTD.device)
         seen_B = torch.zeros(1, dtype=torch.long, device=x_BTD.device) if state is None else state.seen_B
         q, k, v = self.project(x_BTD, seen_B)
         window, scale = self.config.window, q.shape[-1] ** -0.5
-        y_BTHV, after = window_attention(
-            q, k, v, state, window=window, scale=scale,
+        y_BTHV, ring = window_attention(
+            q, k, v, None if state is None else KeyValueCache(*state[:3]), window=window, scale=scale,
             inplace=inplace, want_state=want_state, form=self.form,
         )  # fmt: skip
-        return self.out_proj(y_BTHV.flatten(2)), after if want_state else None
+        y_BTD = self.out_proj(y_BTHV.flatten(2))
+        if ring is None or not want_state:
+            return y_BTD, None
+        if not replay:
+            return y_BTD, ring
+        return y_BTD, LongerRing(*ring, read_on(state.spare_B, x_BTD.shape[1], replay, inplace=inplace))
 
-    def init_state(
-        self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None
-    ) -> KeyValueCache:
-        heads, head_dim = self.project.heads[1], self.project.head_dim
-        return attention.empty_cache(
-            batch, self.config.window - 1, heads, head_dim, head_dim, dtype=dtype, device=device
-        )
+    def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None) -> State:
+        config, heads, head_dim = self.config, self.project.heads[1], self.project.head_dim
+        slots = config.window - 1 + config.replay
+        ring = attention.empty_cache(batch, slots, heads, head_dim, head_dim, dtype=dtype, device=device)
+        return LongerRing(*ring, torch.zeros_like(ring.seen_B)) if config.replay else ring
 
     def state_elements(self, context_len: int) -> int:
-        return 2 * (self.config.window - 1) * self.project.heads[1] * self.project.head_dim + 1
+        slots, counts = self.config.window - 1 + self.config.replay, 1 + (self.config.replay > 0)
+        return 2 * slots * self.project.heads[1] * self.project.head_dim + counts
+
+    def _rolled_back(self, state: Any, count_B: Tensor, inplace: bool) -> State:
+        k_BSHK, v_BSHV, seen_B, spare_B = state
+        if not inplace:
+            k_BSHK, v_BSHV = k_BSHK.clone(), v_BSHV.clone()
+        return LongerRing(k_BSHK, v_BSHV, *lowered(seen_B, spare_B, count_B, self.owner))

@@ -2,7 +2,9 @@
 
     y_t = sum_j p_tj v_j,   p_tj = softmax_j(scale q_t . k_j) over j = t - w + 1 .. t
 
-Its cache is a ring of w - 1 slots, with position p in slot p mod (w - 1): see holdall/ops/attention.py.
+Its cache is a ring of w - 1 slots, with position p in slot p mod (w - 1): see holdall/ops/attention.py. It
+may have more slots S, and then has position p in slot p mod S. Outputs depend on the last w tokens all the
+same; as many as there are more slots can be taken back by lowering the count.
 
 Letters: B row, T new tokens, S slots of the cache, H heads (of queries; G of keys and values, where they
 differ), K key dim, V value dim, C tokens of a block.
@@ -18,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from holdall.contract.forms import kernel_of
+from holdall.contract.rollback import nan_where_lost
 from holdall.ops.attention import KeyValueCache, _attend, _for_heads, _wide, empty_cache
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:  # pytest checks the shapes; nothing else needs jaxtyping
@@ -40,7 +43,8 @@ def window_attention_loop(
 ) -> tuple[Float[Tensor, "b t h v"], KeyValueCache]:
     """The definition: look at the ring and at the token itself, then overwrite the oldest slot."""
     k_BSHK, v_BSHV, seen_B = cache
-    heads, slot_S = q_BTHK.shape[2], torch.arange(window - 1, device=q_BTHK.device)
+    heads, slots = q_BTHK.shape[2], k_BSHK.shape[1]
+    slot_S = torch.arange(slots, device=q_BTHK.device)
     ys = []
     for t in range(q_BTHK.shape[1]):
         seen_k, seen_v = (
@@ -48,10 +52,13 @@ def window_attention_loop(
             for old, new in ((k_BSHK, k_BTHK), (v_BSHV, v_BTHV))
         )
         score_BHS = torch.einsum("bhk,bshk->bhs", _wide(q_BTHK[:, t]), _wide(seen_k))
-        filled_BS = F.pad(slot_S < seen_B[:, None], (0, 1), value=True)
-        p_BHS = (scale * score_BHS).masked_fill(~filled_BS[:, None], -torch.inf).softmax(-1)
+        age_BS = (seen_B[:, None] - 1 - slot_S) % slots
+        visible_BS = F.pad(age_BS < seen_B.clamp(max=window - 1)[:, None], (0, 1), value=True)
+        p_BHS = (scale * score_BHS).masked_fill(~visible_BS[:, None], -torch.inf).softmax(-1)
+        # what was taken back may be infinite or NaN: never times zero
+        seen_v = seen_v.masked_fill(~visible_BS[..., None, None], 0.0)
         ys.append(torch.einsum("bhs,bshv->bhv", p_BHS.to(seen_v.dtype), seen_v))
-        oldest_BS11 = (slot_S == (seen_B % (window - 1))[:, None])[:, :, None, None]
+        oldest_BS11 = (slot_S == (seen_B % slots)[:, None])[:, :, None, None]
         k_BSHK = torch.where(oldest_BS11, k_BTHK[:, t, None], k_BSHK)
         v_BSHV = torch.where(oldest_BS11, v_BTHV[:, t, None], v_BSHV)
         seen_B = seen_B + 1
@@ -94,7 +101,8 @@ def window_attention(
     if form == "loop":
         if cache is None:
             cache = _empty_ring(k_BTHK, v_BTHV, window - 1)
-        return window_attention_loop(q_BTHK, k_BTHK, v_BTHV, cache, window=window, scale=scale)
+        y_BTHV, after = window_attention_loop(q_BTHK, k_BTHK, v_BTHV, cache, window=window, scale=scale)
+        return nan_where_lost(y_BTHV, cache.seen_B), after
     batch, new = k_BTHK.shape[:2]
     back, block, device = window - 1, min(max(window - 1, BLOCK), new), q_BTHK.device
     count, front = -(-new // block), back
@@ -102,8 +110,8 @@ def window_attention(
         front = 0 if count == 1 else back
         k_BSHK, v_BSHV = (F.pad(u, (0, 0, 0, 0, front, 0)) for u in (k_BTHK, v_BTHV))
     else:
-        k_BSHK = torch.cat((_in_order(cache.k_BSHK, cache.seen_B), k_BTHK), dim=1)
-        v_BSHV = torch.cat((_in_order(cache.v_BSHV, cache.seen_B), v_BTHV), dim=1)
+        k_BSHK = torch.cat((_in_order(cache.k_BSHK, cache.seen_B, back), k_BTHK), dim=1)
+        v_BSHV = torch.cat((_in_order(cache.v_BSHV, cache.seen_B, back), v_BTHV), dim=1)
     slot_S = torch.arange(block + front, device=device)
     lag_CS = torch.arange(block, device=device)[:, None] + front - slot_S
     visible = (lag_CS >= 0) & (lag_CS <= back)
@@ -122,6 +130,8 @@ def window_attention(
         blocks(q_BTHK, block), blocks(k_BSHK, block + front), blocks(v_BSHV, block + front), visible, scale
     )
     y_BTHV = y.unflatten(0, (batch, count)).flatten(1, 2)[:, :new]
+    if cache is not None and cache.k_BSHK.shape[1] > back:  # then tokens can be taken back, and too many
+        y_BTHV = nan_where_lost(y_BTHV, cache.seen_B)
     return y_BTHV, next_ring(cache, k_BTHK, v_BTHV, window=window, inplace=inplace) if want_state else None
 
 
@@ -133,12 +143,13 @@ def next_ring(
     window: int,
     inplace: bool = False,
 ) -> KeyValueCache:
-    """The ring after these tokens, of which it keeps the last w - 1; `cache` None is an empty one."""
-    new, back, device = k_BTHK.shape[1], window - 1, k_BTHK.device
+    """The ring after these tokens, of which it keeps the last; `cache` None is one of w - 1 empty slots."""
+    new, device = k_BTHK.shape[1], k_BTHK.device
     if cache is None:
-        cache = _empty_ring(k_BTHK, v_BTHV, back)
-    kept = min(new, back)
-    slot_BS = (cache.seen_B[:, None] + torch.arange(new - kept, new, device=device)) % back
+        cache = _empty_ring(k_BTHK, v_BTHV, window - 1)
+    slots = cache.k_BSHK.shape[1]
+    kept = min(new, slots)
+    slot_BS = (cache.seen_B[:, None] + torch.arange(new - kept, new, device=device)) % slots
     ring_k = _write(cache.k_BSHK, slot_BS, k_BTHK[:, new - kept :], inplace)
     ring_v = _write(cache.v_BSHV, slot_BS, v_BTHV[:, new - kept :], inplace)
     return KeyValueCache(ring_k, ring_v, cache.seen_B + new)
@@ -149,10 +160,19 @@ def _empty_ring(k_BTHK: Tensor, v_BTHV: Tensor, slots: int) -> KeyValueCache:
     return empty_cache(rows, slots, heads, key_dim, value_dim, dtype=k_BTHK.dtype, device=k_BTHK.device)
 
 
-def _in_order(ring_BSHK: Tensor, seen_B: Tensor) -> Tensor:
-    """A ring's slots from the oldest to the newest; slots never filled come first."""
+def narrowed(cache: KeyValueCache, slots: int) -> KeyValueCache:
+    """A ring of the last `slots` tokens of one that has more, position p in slot p mod slots."""
+    k_BSHK, v_BSHV, seen_B = cache
+    newest_B1 = seen_B[:, None] - 1
+    position_BS = newest_B1 - (newest_B1 - torch.arange(slots, device=seen_B.device)) % slots
+    at_BS11 = (position_BS % k_BSHK.shape[1])[:, :, None, None]
+    return KeyValueCache(k_BSHK.take_along_dim(at_BS11, 1), v_BSHV.take_along_dim(at_BS11, 1), seen_B)
+
+
+def _in_order(ring_BSHK: Tensor, seen_B: Tensor, count: int) -> Tensor:
+    """A ring's last `count` tokens from the oldest to the newest; slots never filled come first."""
     slots = ring_BSHK.shape[1]
-    oldest_first_BS = (seen_B[:, None] + torch.arange(slots, device=seen_B.device)) % slots
+    oldest_first_BS = (seen_B[:, None] + torch.arange(slots - count, slots, device=seen_B.device)) % slots
     return ring_BSHK.take_along_dim(oldest_first_BS[:, :, None, None], dim=1)
 
 

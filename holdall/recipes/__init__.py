@@ -1,33 +1,96 @@
 """Recipes: functions that return complete configs. A variant calls another and replaces fields.
 
-A sweep recipe takes the number of seeds and returns its sweeps; `holdall frontier NAME` runs them. A suite
-recipe returns a suite of language models; `holdall suite NAME` runs it.
+A sweep recipe is a function `sweeps` that takes the number of seeds, and whatever else of SETTINGS it lets
+its user change, and returns its sweeps; `holdall frontier NAME` runs them, and `holdall frontier FILE` those
+of a file of your own. A suite recipe returns a suite of language models; `holdall suite NAME` runs it.
 """
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
 
+from holdall import mixers
 from holdall.contract import did_you_mean
-from holdall.recipes import based_figure2, lm_suite, quick, synthetics, zoo, zoology_figure2, zoology_small
+from holdall.recipes import (
+    based_figure2,
+    bits,
+    lm_suite,
+    quick,
+    synthetics,
+    zoo,
+    zoology_figure2,
+    zoology_small,
+)
 from holdall.sweeps import SuiteConfig, SweepConfig
 
-SWEEPS: dict[str, Callable[[int], tuple[SweepConfig, ...]]] = {
+SWEEPS: dict[str, Callable[..., tuple[SweepConfig, ...]]] = {
     "quick": quick.sweeps,
     "zoo": zoo.sweeps,
+    "bits": bits.sweeps,
     "zoology-small": zoology_small.sweeps,
     "synthetics": synthetics.sweeps,
     "zoology-figure2": zoology_figure2.sweeps,
     "based-figure2": based_figure2.sweeps,
 }
 
+SETTINGS = ("task", "pairs", "length", "vocab", "width", "depth", "steps", "rates")
+"""What a recipe may let its user change beside the seeds: keyword arguments of its function, and flags of
+`holdall frontier`. Pairs, lengths, widths and rates are tuples."""
 
-def sweeps(name: str, seeds: int = 1) -> tuple[SweepConfig, ...]:
-    """The sweeps of a recipe by name, with that many seeds for every learning rate.
+TEMPLATE = Path(__file__).with_name("template.py.txt")
+"""What `holdall recipe new` writes."""
 
-    Raises KeyError for an unknown name, with the closest known one.
+
+def sweeps(name: str, seeds: int = 1, **settings: Any) -> tuple[SweepConfig, ...]:
+    """The sweeps of a recipe, by name or file, with that many seeds for every learning rate.
+
+    Args:
+        name: one of SWEEPS, or the path of a Python file that has a function `sweeps`.
+        settings: what its function takes beside the seeds.
+
+    Raises:
+        KeyError: unknown name, with the closest known one.
+        FileNotFoundError, RunError: as `holdall.mixers.run_file`.
+        ValueError: the file has no such function, or the recipe no such setting.
     """
-    if name not in SWEEPS:
-        raise KeyError(f"unknown recipe '{name}'. {did_you_mean(name, SWEEPS)}")
-    return SWEEPS[name](seeds)
+    make = of_file(Path(name)) if is_file(name) else SWEEPS.get(name)
+    if make is None:
+        raise KeyError(f"unknown recipe '{name}'. {did_you_mean(name, SWEEPS)}; or a Python file of your own")
+    takes = inspect.signature(make).parameters
+    for setting in settings:
+        if setting not in takes:
+            has = ", ".join(f"--{known}" for known in ("seeds", *SETTINGS) if known in takes)
+            raise ValueError(f"the recipe {name} has no --{setting}; it has {has or 'no such flags'}")
+    if "seeds" in takes:
+        settings["seeds"] = seeds
+    elif seeds != 1:
+        raise ValueError(f"the recipe {name} has no --seeds")
+    made = make(**settings)
+    made = (made,) if isinstance(made, SweepConfig) else tuple(made) if isinstance(made, Iterable) else ()
+    if not made or not all(isinstance(sweep, SweepConfig) for sweep in made):
+        raise ValueError(f"sweeps() of {name} must return SweepConfigs (holdall.sweeps)")
+    return made
+
+
+def is_file(name: str) -> bool:
+    """Whether a recipe is named by its file."""
+    return name.endswith(".py")
+
+
+def of_file(file: Path) -> Callable[..., Any]:
+    """The function of a recipe file, whose tasks and mixers are registered by then; raises as `sweeps`."""
+    make = getattr(mixers.run_file(file), "sweeps", None)
+    if not callable(make):
+        raise ValueError(
+            f"{file} has no function sweeps(seeds); `holdall recipe new` writes one to start from"
+        )
+    return make
+
+
+def summary(name: str) -> str:
+    """What a recipe trains, in a line: the first of its module's docstring."""
+    return (inspect.getdoc(inspect.getmodule(SWEEPS[name])) or "").partition("\n")[0]
 
 
 SUITES = {"lm-suite": (lm_suite.suite, lm_suite.PUBLISHED)}

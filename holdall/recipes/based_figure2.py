@@ -10,6 +10,8 @@ Deviations:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from holdall.contract import MixerConfig
@@ -80,7 +82,7 @@ def architectures() -> list[tuple[str, str, tuple[MixerConfig, ...]]]:
     return found
 
 
-def sweeps(seeds: int = 1) -> tuple[SweepConfig, ...]:
+def sweeps(seeds: int = 1, *, rates: Sequence[float] = RATES) -> tuple[SweepConfig, ...]:
     """Every model at four learning rates, 32 epochs of 180,000 rows."""
     task = data()
     points = []
@@ -89,7 +91,7 @@ def sweeps(seeds: int = 1) -> tuple[SweepConfig, ...]:
         train = TrainConfig(
             model=ModelConfig(vocab=VOCAB, width=width, layers=layers),
             data=task,
-            learning_rates=RATES,
+            learning_rates=tuple(rates),
             seeds=tuple(range(seeds)),
             batch=256,
             epochs=32,

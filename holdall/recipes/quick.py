@@ -11,6 +11,9 @@ say how fast it learns and not how much it can recall.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal
+
 from holdall.contract import MixerConfig
 from holdall.mixers.attention import AttentionConfig
 from holdall.mixers.base_conv import BaseConvConfig
@@ -21,32 +24,85 @@ from holdall.mixers.taylor import TaylorConfig
 from holdall.model import ModelConfig
 from holdall.recipes.patterns import after_conv
 from holdall.sweeps import Point, SweepConfig
-from holdall.tasks.data import MQARData, MQARSegment
+from holdall.tasks.data import DataConfig, MQARData, MQARSegment, Segment, SingleQueryData
 from holdall.training.populations import TrainConfig
 
-WIDTH = 64
-SEGMENTS = ((64, 4), (64, 8), (96, 16))
+WIDTH, PAIRS, VOCAB, DEPTH, STEPS, BATCH = 64, (4, 8, 16), 256, 2, 900, 32
 RATES = (0.004, 0.008)
 
+Task = Literal["mqar", "induction-heads", "associative-recall"]
 
-def data() -> MQARData:
-    """4, 8 and 16 pairs, in rows of 64, 64 and 96 tokens."""
-    return MQARData(
-        vocab=256,
-        filler="key-free",
-        train=tuple(MQARSegment(length=length, pairs=pairs, rows=9600) for length, pairs in SEGMENTS),
-        test=tuple(MQARSegment(length=length, pairs=pairs, rows=300) for length, pairs in SEGMENTS),
+
+def data(
+    task: Task = "mqar",
+    pairs: Sequence[int] = (),
+    length: Sequence[int] = (),
+    vocab: int = VOCAB,
+    steps: int = STEPS,
+) -> DataConfig:
+    """Rows for so many steps: of MQAR with 4, 8 and 16 pairs, in 64, 64 and 96 tokens.
+
+    length: one for all pairs or one for each, by default six tokens a pair and at least 64; of the other
+    tasks, which have no pairs, one for each part of the rows.
+    Raises ValueError for numbers that do not fit together.
+    """
+    if task == "mqar":
+        pairs = pairs or PAIRS
+        length = length or tuple(max(64, 6 * count) for count in pairs)
+        length = tuple(length) * len(pairs) if len(length) == 1 else length
+        if len(length) != len(pairs):
+            raise ValueError(f"{len(pairs)} numbers of pairs need one length, or as many, not {len(length)}")
+        rows = _rows(steps, len(pairs))
+        sizes = list(zip(length, pairs, strict=True))
+        return MQARData(
+            vocab=vocab,
+            filler="key-free",
+            train=tuple(
+                MQARSegment(length=n, pairs=k, rows=r) for (n, k), r in zip(sizes, rows, strict=True)
+            ),
+            test=tuple(MQARSegment(length=n, pairs=k, rows=300) for n, k in sizes),
+        )
+    if pairs:
+        raise ValueError(f"{task} has no pairs; its rows differ in length")
+    length = length or (64,)
+    return SingleQueryData(
+        task_name=task,
+        loss="answers",
+        vocab=vocab,
+        train=tuple(
+            Segment(length=n, rows=r) for n, r in zip(length, _rows(steps, len(length)), strict=True)
+        ),
+        test=tuple(Segment(length=n, rows=300) for n in length),
     )
 
 
-def point(label: str, family: str, mixer: MixerConfig, seeds: int = 1) -> Point:
-    """One architecture at the quick setting: a short convolution, then the mixer."""
+def _rows(steps: int, parts: int) -> list[int]:
+    """Training rows of each part of a task, so that one epoch has this many steps."""
+    if steps < parts:
+        raise ValueError(f"{steps} steps are fewer than one for each of {parts} lengths")
+    return [BATCH * (steps // parts + (part < steps % parts)) for part in range(parts)]
+
+
+def point(
+    label: str,
+    family: str,
+    mixer: MixerConfig,
+    seeds: int = 1,
+    *,
+    task: DataConfig | None = None,
+    depth: int = DEPTH,
+    rates: Sequence[float] = (),
+) -> Point:
+    """One architecture at the quick setting: a short convolution, then the mixer, until it is deep enough."""
+    task = task or data()
+    if depth % 2:
+        raise ValueError(f"depth {depth} is odd; a convolution and a mixer take turns")
     train = TrainConfig(
-        model=ModelConfig(vocab=256, width=mixer.width, layers=after_conv(mixer)),
-        data=data(),
-        learning_rates=RATES,
+        model=ModelConfig(vocab=task.vocab, width=mixer.width, layers=after_conv(mixer) * (depth // 2)),
+        data=task,
+        learning_rates=tuple(rates) or RATES,
         seeds=tuple(range(seeds)),
-        batch=32,
+        batch=BATCH,
         epochs=1,
         weight_decay=0.01,
         evaluate_every=100,
@@ -54,14 +110,35 @@ def point(label: str, family: str, mixer: MixerConfig, seeds: int = 1) -> Point:
     return Point(label=label, family=family, train=train)
 
 
-def sweeps(seeds: int = 1) -> tuple[SweepConfig, ...]:
-    """The dozen, the slowest first, so that two cores finish together."""
-    mixers: list[tuple[str, str, MixerConfig]] = [
-        *((f"Mamba, n = {n}", "Mamba", MambaConfig(width=WIDTH, state=n)) for n in (8, 4)),
-        *((f"Taylor, f = {f}", "Taylor", TaylorConfig(width=WIDTH, feature_dim=f)) for f in (16, 8, 4, 2)),
-        ("ELU + 1", "ELU + 1", LinearAttentionConfig(width=WIDTH, feature_dim=16)),
-        *((f"window {w}", "sliding window", SlidingWindowConfig(width=WIDTH, window=w)) for w in (32, 16, 8)),
-        ("BaseConv", "BaseConv", BaseConvConfig(width=WIDTH)),
-        ("attention", "attention", AttentionConfig(width=WIDTH)),
+def architectures(width: int) -> list[tuple[str, str, MixerConfig]]:
+    """(label, family, mixer) of the dozen, the slowest first, so that two cores finish together."""
+    return [
+        *((f"Mamba, n = {n}", "Mamba", MambaConfig(width=width, state=n)) for n in (8, 4)),
+        *((f"Taylor, f = {f}", "Taylor", TaylorConfig(width=width, feature_dim=f)) for f in (16, 8, 4, 2)),
+        ("ELU + 1", "ELU + 1", LinearAttentionConfig(width=width, feature_dim=16)),
+        *((f"window {w}", "sliding window", SlidingWindowConfig(width=width, window=w)) for w in (32, 16, 8)),
+        ("BaseConv", "BaseConv", BaseConvConfig(width=width)),
+        ("attention", "attention", AttentionConfig(width=width)),
     ]
-    return (SweepConfig(recipe="quick", points=tuple(point(*each, seeds) for each in mixers)),)
+
+
+def sweeps(
+    seeds: int = 1,
+    *,
+    task: Task = "mqar",
+    pairs: Sequence[int] = (),
+    length: Sequence[int] = (),
+    vocab: int = VOCAB,
+    width: Sequence[int] = (WIDTH,),
+    depth: int = DEPTH,
+    steps: int = STEPS,
+    rates: Sequence[float] = (),
+) -> tuple[SweepConfig, ...]:
+    """The dozen at each width."""
+    rows = data(task, pairs, length, vocab, steps)
+    points = [
+        point(*each, seeds, task=rows, depth=depth, rates=rates)
+        for size in width
+        for each in architectures(size)
+    ]
+    return (SweepConfig(recipe="quick", points=tuple(points)),)

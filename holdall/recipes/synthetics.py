@@ -15,6 +15,7 @@ Deviations:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from holdall.contract import MixerConfig
@@ -48,7 +49,7 @@ def data(task: Task, loss: Loss) -> SingleQueryData:
     )
 
 
-def sweeps(seeds: int = 1) -> tuple[SweepConfig, ...]:
+def sweeps(seeds: int = 1, *, rates: Sequence[float] = RATES) -> tuple[SweepConfig, ...]:
     """One sweep per task and loss: two equal layers of each mixer. The shorter loss comes first."""
     mixers: dict[str, MixerConfig] = {
         "gated state space": GSSConfig(width=WIDTH, modes=64),
@@ -72,7 +73,7 @@ def sweeps(seeds: int = 1) -> tuple[SweepConfig, ...]:
                 train = TrainConfig(
                     model=model,
                     data=rows,
-                    learning_rates=RATES,
+                    learning_rates=tuple(rates),
                     seeds=tuple(range(seeds)),
                     batch=BATCH,
                     epochs=epochs,

@@ -13,7 +13,7 @@ from holdall import mixers
 from holdall.recipes import quick
 from holdall.sweeps import SweepConfig
 
-LONGEST = max(length for length, _ in quick.SEGMENTS)
+LONGEST = quick.data().longest
 OPTIONS: dict[str, dict[str, Any]] = {
     "cosformer": {"max_length": LONGEST},
     "gss": {"modes": 64},

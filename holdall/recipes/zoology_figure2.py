@@ -11,6 +11,8 @@ Deviations:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from holdall.contract import MixerConfig
@@ -29,6 +31,7 @@ from holdall.training.populations import TrainConfig
 
 VOCAB = 8192
 RATES = tuple(float(rate) for rate in np.logspace(-4, -2, 4))
+WIDTHS = (64, 128, 256, 512)
 BATCH = {64: 512, 128: 512, 256: 256, 512: 128}
 
 
@@ -50,7 +53,9 @@ def architectures(width: int, length: int) -> dict[str, tuple[MixerConfig, ...]]
     }
 
 
-def sweeps(seeds: int = 1) -> tuple[SweepConfig, ...]:
+def sweeps(
+    seeds: int = 1, *, width: Sequence[int] = WIDTHS, rates: Sequence[float] = RATES
+) -> tuple[SweepConfig, ...]:
     """One sweep per length: four widths, all architectures, four learning rates, 64 epochs."""
     found = []
     for length, pairs in ((64, 4), (128, 8), (256, 16), (512, 64)):
@@ -61,13 +66,13 @@ def sweeps(seeds: int = 1) -> tuple[SweepConfig, ...]:
             test=(MQARSegment(length=length, pairs=pairs, rows=3000),),
         )
         points = []
-        for width in (64, 128, 256, 512):
-            for family, layers in architectures(width, length).items():
+        for size in width:
+            for family, layers in architectures(size, length).items():
                 positions = length if family == "attention" else 0
                 train = TrainConfig(
-                    model=ModelConfig(vocab=VOCAB, width=width, layers=layers, positions=positions),
+                    model=ModelConfig(vocab=VOCAB, width=size, layers=layers, positions=positions),
                     data=task,
-                    learning_rates=RATES,
+                    learning_rates=tuple(rates),
                     seeds=tuple(range(seeds)),
                     batch=BATCH[length],
                     epochs=64,

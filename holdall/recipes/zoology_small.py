@@ -13,6 +13,8 @@ for which attention needs batches twice as large.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from holdall.contract import MixerConfig
 from holdall.mixers.attention import AttentionConfig
 from holdall.mixers.base_conv import BaseConvConfig
@@ -42,24 +44,31 @@ def mixers(width: int, length: int) -> dict[str, MixerConfig]:
     }
 
 
-def sweeps(seeds: int = 1) -> tuple[SweepConfig, ...]:
+def sweeps(
+    seeds: int = 1,
+    *,
+    vocab: int = VOCAB,
+    width: Sequence[int] = WIDTHS,
+    steps: int = STEPS,
+    rates: Sequence[float] = RATES,
+) -> tuple[SweepConfig, ...]:
     """One sweep per length, the longest rows last."""
     found = []
     for length, pairs in LENGTHS:
         batch = TOKENS // length
         task = MQARData(
-            vocab=VOCAB,
+            vocab=vocab,
             filler="zero",
-            train=(MQARSegment(length=length, pairs=pairs, rows=STEPS * batch),),
+            train=(MQARSegment(length=length, pairs=pairs, rows=steps * batch),),
             test=(MQARSegment(length=length, pairs=pairs, rows=500),),
         )
         points = []
-        for width in WIDTHS:
-            for family, mixer in mixers(width, length).items():
+        for size in width:
+            for family, mixer in mixers(size, length).items():
                 train = TrainConfig(
-                    model=ModelConfig(vocab=VOCAB, width=width, layers=after_conv(mixer)),
+                    model=ModelConfig(vocab=vocab, width=size, layers=after_conv(mixer)),
                     data=task,
-                    learning_rates=RATES,
+                    learning_rates=tuple(rates),
                     seeds=tuple(range(seeds)),
                     batch=batch,
                     weight_decay=0.01,

@@ -18,12 +18,14 @@ from holdall.report.style import FILLS
 __all__ = ["write", "write_widths"]
 
 
-def write(folders: Sequence[Path], out: Path) -> list[Path]:
+def write(folders: Sequence[Path], out: Path, axis: str | None = None) -> list[Path]:
     """Write frontier.png, frontier.html and table.md into `out`, from sweeps in `folders`; return the paths.
 
     Cheap enough to call after every trained model, and a reader never sees half a file. Several sweeps
     share one picture if they took the same test: the first is filled, the others are open or marked. A folder
     that holds the sweeps of a recipe's parts gets widths.png, as `write_widths` does.
+    axis: what state is counted in: bytes, bits or elements; by default what the first folder says.
+
     Raises RunError, naming the folder and the way out, where there is nothing to draw from.
     """
     if len(folders) == 1 and (parts := _parts(folders[0])):
@@ -32,7 +34,7 @@ def write(folders: Sequence[Path], out: Path) -> list[Path]:
         raise RunError(
             f"{len(folders)} sweeps on one picture cannot be told apart; name at most {len(FILLS)}"
         )
-    sweeps = load(folders)
+    sweeps = load(folders, axis)
     made = {"frontier.png": figure.save, "frontier.html": page.save, "table.md": table.save}
     return [_save(sweeps, save, out / name) for name, save in made.items()]
 

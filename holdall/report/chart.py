@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from holdall.report import floor, style
-from holdall.report.data import Model, Run, Sweep, families, is_series, pareto
+from holdall.report.data import Axis, Model, Run, Sweep, families, is_series, pareto
 
 CEILING = 1.06  # accuracy at the top edge, as in the figure
 HOVER = {"hovertemplate": "%{text}<extra></extra>"}
@@ -37,8 +37,8 @@ class Marks:
 
     def _place(self, owner: object, model: Model, accuracy: float, runs: Sequence[Run]) -> int:
         if id(owner) not in self._places:
-            drawn = model.state_bytes > 0 and not math.isnan(accuracy)
-            x, y = (model.state_bytes, accuracy) if drawn else (None, None)
+            drawn = model.state > 0 and not math.isnan(accuracy)
+            x, y = (model.state, accuracy) if drawn else (None, None)
             self._places[id(owner)] = len(self.all)
             self.all.append({"x": x, "y": y, "title": model.label, "detail": _detail(runs, model)})
         return self._places[id(owner)]
@@ -72,19 +72,19 @@ def traces(sweeps: Sequence[Sweep], marks: Marks) -> list[dict[str, Any]]:
                 "marker": {"color": look.colour, "symbol": look.symbol + suffix, "size": 10},
                 "line": {"color": look.colour, "width": 1.3, "dash": "dot" if place else "solid"},
             }
-            members = [model for model in sweep.models if model.family == family and model.state_bytes]
-            models = _models(members, marks, shared)
-            found += models + _other_rates(members, marks, shared)
+            members = [model for model in sweep.models if model.family == family and model.state]
+            models = _models(members, marks, shared, sweep.axis)
+            found += models + _other_rates(members, marks, shared, sweep.axis)
             named |= {family} if models else set()
     ring = {"symbol": "circle-open", "size": 20, "color": "--ink", "line": {"width": 1.6}}
     return [*found, {**SILENT, "x": [], "y": [], "mode": "markers", "marker": ring}]
 
 
 def _floor(sweeps: Sequence[Sweep]) -> list[dict[str, Any]]:
-    low, _ = style.byte_range(sweeps, floor.bytes_for_all(sweeps[0].questions))
-    state, best = floor.curve(sweeps[0].questions, low)
+    low, _ = style.state_range(sweeps, _all_answers(sweeps))
+    state, best = floor.curve(sweeps[0].questions, low, sweeps[0].axis.bits)
     texts = [
-        f"{style.bytes_text(count)}: no model can exceed {accuracy:.1%}"
+        f"{style.state_text(sweeps[0].axis, count)}: no model can exceed {accuracy:.1%}"
         for count, accuracy in zip(state, best, strict=True)
     ]
     shade = {
@@ -111,21 +111,23 @@ def _floor(sweeps: Sequence[Sweep]) -> list[dict[str, Any]]:
 
 def _steps(sweeps: Sequence[Sweep]) -> dict[str, Any]:
     """The frontier as a staircase, drawn on to the right edge."""
-    _, high = style.byte_range(sweeps, floor.bytes_for_all(sweeps[0].questions))
+    _, high = style.state_range(sweeps, _all_answers(sweeps))
     frontier = pareto(model for sweep in sweeps for model in sweep.models)
     return {
         **SILENT,
         "showlegend": True,
-        "name": "best for its bytes",
-        "x": [*(model.state_bytes for model in frontier), *([high] if frontier else [])],
+        "name": f"best for its {sweeps[0].axis.unit}",
+        "x": [*(model.state for model in frontier), *([high] if frontier else [])],
         "y": [*(model.accuracy for model in frontier), *(model.accuracy for model in frontier[-1:])],
         "mode": "lines",
         "line": {"color": "--ink", "width": 1.2, "dash": "5px,3px", "shape": "hv"},
     }
 
 
-def _models(members: Sequence[Model], marks: Marks, shared: dict[str, Any]) -> list[dict[str, Any]]:
-    drawn = sorted((m for m in members if m.drawn), key=lambda m: (m.state_bytes, m.accuracy))
+def _models(
+    members: Sequence[Model], marks: Marks, shared: dict[str, Any], axis: Axis
+) -> list[dict[str, Any]]:
+    drawn = sorted((m for m in members if m.drawn), key=lambda m: (m.state, m.accuracy))
     if not drawn:
         return []
     spread = {
@@ -142,17 +144,24 @@ def _models(members: Sequence[Model], marks: Marks, shared: dict[str, Any]) -> l
             **shared,
             **HOVER,
             "meta": "models",
-            "x": [m.state_bytes for m in drawn],
+            "x": [m.state for m in drawn],
             "y": [m.accuracy for m in drawn],
             "customdata": [marks.model(m) for m in drawn],
-            "text": [_hover(m.label, m.accuracy, m.state_bytes) for m in drawn],
+            "text": [_hover(axis, m.label, m.accuracy, m.state, _remarks(m)) for m in drawn],
             "mode": "lines+markers" if is_series(drawn) else "markers",
+            "marker": {
+                **shared["marker"],
+                "opacity": [0.4 if m.published else 1 for m in drawn],
+                "line": {"color": "#C1121F", "width": [3 if m.broken else 0 for m in drawn]},
+            },
             "error_y": spread,
         }
     ]
 
 
-def _other_rates(members: Sequence[Model], marks: Marks, shared: dict[str, Any]) -> list[dict[str, Any]]:
+def _other_rates(
+    members: Sequence[Model], marks: Marks, shared: dict[str, Any], axis: Axis
+) -> list[dict[str, Any]]:
     others = [(m, run) for m in members for run in m.runs if run not in m.best and not run.diverged]
     if not others:
         return []
@@ -163,11 +172,11 @@ def _other_rates(members: Sequence[Model], marks: Marks, shared: dict[str, Any])
             "meta": "other",
             "visible": False,
             "showlegend": False,
-            "x": [run.state_bytes for _, run in others],
+            "x": [run.state for _, run in others],
             "y": [run.accuracy for _, run in others],
             "customdata": [marks.run(m, run) for m, run in others],
             "text": [
-                _hover(run.label, run.accuracy, run.state_bytes, f"<br>learning rate {run.learning_rate:g}")
+                _hover(axis, run.label, run.accuracy, run.state, f"<br>learning rate {run.learning_rate:g}")
                 for _, run in others
             ],
             "mode": "markers",
@@ -176,14 +185,21 @@ def _other_rates(members: Sequence[Model], marks: Marks, shared: dict[str, Any])
     ]
 
 
-def _hover(label: str, accuracy: float, state_bytes: int, more: str = "") -> str:
-    return f"<b>{_escape(label)}</b><br>{accuracy:.1%} from {style.bytes_text(state_bytes)}{more}"
+def _remarks(model: Model) -> str:
+    """What is to be known of a model beside its place."""
+    remarks = [f"breaks {law}" for law in model.broken] + [f"refuses {law}" for law in model.refused]
+    remarks += [f"published with Holdall, {model.published}"] if model.published else []
+    return "".join(f"<br>{_escape(remark)}" for remark in remarks)
+
+
+def _hover(axis: Axis, label: str, accuracy: float, state: int, more: str = "") -> str:
+    return f"<b>{_escape(label)}</b><br>{accuracy:.1%} from {style.state_text(axis, state)}{more}"
 
 
 def layout(sweeps: Sequence[Sweep]) -> dict[str, Any]:
     """Plotly's layout: the same axes as the figure's."""
-    low, high = style.byte_range(sweeps, floor.bytes_for_all(sweeps[0].questions))
-    ticks = style.byte_ticks(low, high)
+    low, high = style.state_range(sweeps, _all_answers(sweeps))
+    ticks = style.state_ticks(low, high)
     axis = {"linecolor": "--muted", "tickcolor": "--muted", "ticks": "outside", "zeroline": False}
     impossible = {
         "text": "<i>Impossible:<br>fewer bits<br>than the<br>answers need</i>",
@@ -212,10 +228,10 @@ def layout(sweeps: Sequence[Sweep]) -> dict[str, Any]:
             "type": "log",
             "range": [math.log10(low), math.log10(high)],
             "tickvals": ticks,
-            "ticktext": [style.bytes_text(tick) for tick in ticks],
+            "ticktext": [style.state_text(sweeps[0].axis, tick) for tick in ticks],
             "tickangle": 0,
             "showgrid": False,
-            "title": {"text": f"State per sequence after {sweeps[0].context_len:,} tokens (log scale)"},
+            "title": {"text": f"{style.axis_text(sweeps[0])} (log scale)"},
         },
         "yaxis": {
             **axis,
@@ -226,6 +242,11 @@ def layout(sweeps: Sequence[Sweep]) -> dict[str, Any]:
             "title": {"text": "Recall accuracy"},
         },
     }
+
+
+def _all_answers(sweeps: Sequence[Sweep]) -> float:
+    """The state from which on every answer may be right."""
+    return floor.state_for_all(sweeps[0].questions, sweeps[0].axis.bits)
 
 
 def _escape(text: str) -> str:

@@ -4,7 +4,7 @@
     model   the runs that share label, width and state; each seed counts with its best learning rate
     sweep   one folder: its models, the test they all took, and what was worth saying while reading
 
-Nothing here draws. State is in bytes per sequence over all layers, accuracy lies in [0, 1].
+Nothing here draws. State is per sequence over all layers, accuracy lies in [0, 1].
 """
 
 from __future__ import annotations
@@ -22,6 +22,27 @@ from holdall.files import RunError
 
 PAIRS = "pairs"
 """What every difficulty was called before tasks named their own."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What state is counted in on a picture."""
+
+    unit: str
+    """Its unit, as a plural."""
+    key: str
+    """Where a line of results.jsonl says it."""
+    times: int
+    """Units in one of what is said there."""
+    bits: int
+    """Bits that a unit holds at most: what the information floor is drawn from."""
+
+
+AXES = {
+    "bytes": Axis("bytes", "state_bytes", 1, 8),
+    "bits": Axis("bits", "state_bytes", 8, 1),
+    "elements": Axis("elements", "state_elements", 1, 64),  # the widest are counters in int64
+}
 AGAIN = "Restore it from a copy, or run the sweep again into a new folder."
 
 
@@ -51,6 +72,8 @@ class Run:
     family: str
     width: int
     state_bytes: int
+    state: int
+    """The same in the unit of the picture's axis."""
     accuracy: float
     difficulty: str
     by_difficulty: Mapping[int, float]
@@ -94,6 +117,11 @@ class Model:
     def state_bytes(self) -> int:
         return self.runs[0].state_bytes
 
+    @property
+    def state(self) -> int:
+        """In the unit of the picture's axis."""
+        return self.runs[0].state
+
     @cached_property
     def accuracy(self) -> float:
         return math.fsum(run.accuracy for run in self.best) / len(self.best) if self.best else math.nan
@@ -125,8 +153,35 @@ class Model:
 
     @property
     def drawn(self) -> bool:
-        """Whether it has a place on the picture: a log axis holds no empty state, and no NaN."""
-        return bool(self.best) and self.state_bytes > 0
+        """Whether it has a place on the picture: a log axis holds no empty state, and no NaN.
+
+        Nor has a mixer that carries another state than it reports.
+        """
+        return bool(self.best) and self.state_bytes > 0 and "state_size" not in self.broken
+
+    @property
+    def broken(self) -> Mapping[str, str]:
+        """The laws that its mixer breaks, by name, each with what is broken (holdall/testing/laws.py)."""
+        return self._laws("broken")
+
+    @property
+    def refused(self) -> Mapping[str, str]:
+        """The laws that its mixer says it cannot obey, by name, each with the reason."""
+        return self._laws("refused")
+
+    def _laws(self, status: str) -> Mapping[str, str]:
+        laws = self.runs[0].line.get("laws")
+        found = laws.get(status) if isinstance(laws, Mapping) else None
+        return {str(name): str(says) for name, says in found.items()} if isinstance(found, Mapping) else {}
+
+    @property
+    def published(self) -> str:
+        """Where it was trained if it was not here: hardware and commit of runs that come with Holdall."""
+        source = self.runs[0].line.get("published")
+        if not isinstance(source, Mapping):
+            return ""
+        commit = source.get("commit")
+        return f"{source.get('hardware')}{f', commit {commit}' if commit else ''}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +192,7 @@ class Sweep:
     folder: Path
     command: str
     context_len: int
+    axis: Axis
     task: str
     """What is asked, in a sentence or two."""
     difficulty: str
@@ -157,23 +213,26 @@ class Sweep:
         return [(s.questions, s.values) for s in self.segments]
 
 
-def load_each(folders: Sequence[Path]) -> tuple[Sweep, ...]:
+def load_each(folders: Sequence[Path], axis: str | None = None) -> tuple[Sweep, ...]:
     """Read sweep folders, whatever tests they took.
+
+    axis: what state is counted in, one of AXES; by default what the first folder says, else bytes.
 
     Raises RunError for a file that is missing or cannot be used; it names the folder and the way out.
     """
     if not folders:
         raise RunError("no sweep folder was named; make one with: holdall frontier quick --out runs/quick")
     configs = [_config(folder) for folder in folders]
+    unit = AXES[axis or str(configs[0].get("axis", "bytes"))]
     return tuple(
-        _sweep(folder, config, name)
+        _sweep(folder, config, name, unit)
         for folder, config, name in zip(folders, configs, _names(folders, configs), strict=True)
     )
 
 
-def load(folders: Sequence[Path]) -> tuple[Sweep, ...]:
+def load(folders: Sequence[Path], axis: str | None = None) -> tuple[Sweep, ...]:
     """Read sweep folders that took the same test; raises as `load_each`, and if they did not."""
-    sweeps = load_each(folders)
+    sweeps = load_each(folders, axis)
     for other in sweeps[1:]:
         if other.test != sweeps[0].test:
             raise RunError(
@@ -193,10 +252,14 @@ def grouped(runs: Iterable[Run]) -> tuple[Model, ...]:
 
 
 def pareto(models: Iterable[Model]) -> list[Model]:
-    """The frontier, by rising state: each model that beats all others of as many bytes or fewer."""
+    """The frontier, by rising state: each model that beats all others with no larger a state.
+
+    A mixer that breaks a law has no place there.
+    """
     frontier: list[Model] = []
     for model in sorted(
-        (m for m in models if m.drawn), key=lambda m: (m.state_bytes, -m.accuracy, m.label, m.width)
+        (m for m in models if m.drawn and not m.broken),
+        key=lambda m: (m.state, -m.accuracy, m.label, m.width),
     ):
         if not frontier or model.accuracy > frontier[-1].accuracy:
             frontier.append(model)
@@ -234,7 +297,7 @@ def _names(folders: Sequence[Path], configs: Sequence[Mapping[str, Any]]) -> lis
     return [str(folder) for folder in folders]
 
 
-def _sweep(folder: Path, config: Mapping[str, Any], name: str) -> Sweep:
+def _sweep(folder: Path, config: Mapping[str, Any], name: str, axis: Axis) -> Sweep:
     try:
         segments = tuple(
             Segment(
@@ -251,7 +314,7 @@ def _sweep(folder: Path, config: Mapping[str, Any], name: str) -> Sweep:
         raise files.damaged(folder / "config.json", reason, AGAIN) from None
     if not segments:
         raise files.damaged(folder / "config.json", "it names no test segment", AGAIN)
-    runs, notes = _runs(folder)
+    runs, notes = _runs(folder, axis)
     models = grouped(runs)
     notes += [f"{m.label} (width {m.width}) diverged at every learning rate." for m in models if not m.best]
     notes += [
@@ -259,12 +322,29 @@ def _sweep(folder: Path, config: Mapping[str, Any], name: str) -> Sweep:
         for m in models
         if m.best and not m.state_bytes
     ]
+    notes += [
+        f"{m.label} (width {m.width}) breaks the law '{law}': {says}"
+        + ("; so it has no place on the picture." if law == "state_size" else ".")
+        for m in models
+        for law, says in m.broken.items()
+    ]
+    notes += [
+        f"{m.label} (width {m.width}) does not obey the law '{law}': {says}."
+        for m in models
+        for law, says in m.refused.items()
+    ]
+    notes += [
+        f"{m.label} (width {m.width}) was not trained here: published with Holdall, {m.published}."
+        for m in models
+        if m.published
+    ]
     has_environment = (folder / "environment.json").exists()
     return Sweep(
         name=name,
         folder=folder,
         command=str(config.get("command", "")),
         context_len=context_len,
+        axis=axis,
         task=str(config.get("task") or _task(config)),
         difficulty=str(config.get("difficulty") or PAIRS),
         segments=segments,
@@ -289,7 +369,7 @@ def _with_defaults(part: Mapping[str, Any]) -> dict[str, Any]:
     return {"values": part["vocab"] // 2, **pairs, **part}
 
 
-def _runs(folder: Path) -> tuple[list[Run], list[str]]:
+def _runs(folder: Path, axis: Axis) -> tuple[list[Run], list[str]]:
     path = folder / "results.jsonl"
     if not path.exists():
         raise RunError(
@@ -310,10 +390,13 @@ def _runs(folder: Path) -> tuple[list[Run], list[str]]:
                 notes.append(f"Skipped {where}: it is torn, as while a sweep is writing it.")
                 continue
             raise
+        if axis.key not in content and "state_bytes" in content:
+            again = "its `holdall frontier` command adds them from the runs in its folder"
+            raise RunError(f"{where} does not count {axis.unit}; {again}")
         try:
             # a training that was run again under its old name replaces what it wrote before; members of a
             # population share the name
-            run = run_of(content)
+            run = run_of(content, axis)
             runs[content.get("run", number), run.learning_rate, run.seed] = run
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise files.damaged(where, f"it is no result ({error!r})", way_out) from None
@@ -326,7 +409,7 @@ WHOLE, REAL = ("parameters", "steps", "rows"), ("seconds", "recall_bits", "recal
 """What a line may say besides, and pages show."""
 
 
-def run_of(line: Mapping[str, Any]) -> Run:
+def run_of(line: Mapping[str, Any], axis: Axis = AXES["bytes"]) -> Run:
     """A line of results.jsonl; of any other an AttributeError, KeyError, TypeError or ValueError."""
     for key in WHOLE:
         if line.get(key) is not None:
@@ -341,6 +424,7 @@ def run_of(line: Mapping[str, Any]) -> Run:
         family=str(line.get("family") or line["mixer"]),
         width=_whole(line, "width", low=1),
         state_bytes=_whole(line, "state_bytes"),
+        state=axis.times * _whole(line, axis.key),
         accuracy=_accuracy(line["accuracy"]),
         difficulty=str(line.get("difficulty", PAIRS)),
         by_difficulty={int(tag): _accuracy(value) for tag, value in (accuracies or {}).items()},

@@ -1,4 +1,4 @@
-"""The recall-memory frontier as a figure for a paper: accuracy against bytes of state.
+"""The recall-memory frontier as a figure for a paper: accuracy against the size of the state.
 
 Matplotlib is used through its objects alone (no pyplot), so that a figure leaves nothing behind in the
 process. Its types are `Any` here because it is imported only when a figure is drawn.
@@ -17,6 +17,12 @@ from holdall.report.data import Model, Sweep, families, is_series, pareto
 SIZE = (7.0, 4.5)  # inches
 DPI = 200
 INK, MUTED, SHADE = "#222222", "#6b6b6b", "#eceae4"
+PALE = 0.4
+"""Opacity of models that were not trained here."""
+RING: dict[str, Any] = {
+    "marker": "o", "markersize": 11, "fillstyle": "none", "markeredgecolor": "#C1121F", "markeredgewidth": 1.2
+}  # fmt: skip
+"""Around a mixer that breaks a law."""
 CEILING = 1.06  # accuracy at the top edge: full marks need room for their labels
 
 Box = tuple[float, float, float, float]
@@ -50,33 +56,35 @@ def _draw(sweeps: Sequence[Sweep]) -> Any:
     FigureCanvasAgg(figure)
     axes = figure.add_axes((0.1, 0.115, 0.875, 0.765))
     questions = sweeps[0].questions
-    low, high = style.byte_range(sweeps, floor.bytes_for_all(questions))
+    axis = sweeps[0].axis
+    low, high = style.state_range(sweeps, floor.state_for_all(questions, axis.bits))
 
     axes.set_xscale("log", base=2)
     axes.set_xlim(low, high)
     axes.set_ylim(0, CEILING)
-    axes.xaxis.set_major_locator(FixedLocator(style.byte_ticks(low, high)))
-    axes.xaxis.set_major_formatter(lambda value, _: style.bytes_text(value))
-    axes.xaxis.set_minor_locator(FixedLocator(style.byte_ticks(low, high, most=64)))
+    axes.xaxis.set_major_locator(FixedLocator(style.state_ticks(low, high)))
+    axes.xaxis.set_major_formatter(lambda value, _: style.state_text(axis, value))
+    axes.xaxis.set_minor_locator(FixedLocator(style.state_ticks(low, high, most=64)))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_locator(FixedLocator([0, 0.2, 0.4, 0.6, 0.8, 1]))
     axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
-    for axis in (axes.xaxis, axes.yaxis):
+    for side in (axes.xaxis, axes.yaxis):
         # ticks are made when first asked for: ask here, where the font is set
-        axis.get_major_ticks()
-        axis.get_minor_ticks()
-    axes.set_xlabel(f"State per sequence after {sweeps[0].context_len:,} tokens, all layers (log scale)")
+        side.get_major_ticks()
+        side.get_minor_ticks()
+    axes.set_xlabel(f"{style.axis_text(sweeps[0])}, all layers (log scale)")
     axes.set_ylabel(f"Recall accuracy, {style.difficulties_text(sweeps[0])}")
     axes.grid(axis="y", color="#e4e4e4", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
     lines = [
-        *_draw_floor(axes, questions, low),
+        *_draw_floor(axes, questions, low, axis.bits),
         *_draw_models(axes, sweeps),
         *_draw_pareto(axes, sweeps, high),
     ]
     _draw_legend(figure, axes, sweeps)
+    _draw_footer(figure, sweeps)
     lines += _draw_gap(axes, sweeps, low)
     _draw_labels(axes, sweeps, lines)
     return figure
@@ -107,9 +115,9 @@ def rc() -> Any:
     }
 
 
-def _draw_floor(axes: Any, questions: floor.Questions, low: float) -> list[Any]:
+def _draw_floor(axes: Any, questions: floor.Questions, low: float, bits: int) -> list[Any]:
     """Shade what no causal model can do, and draw guessing where it can be told from zero."""
-    state, best = floor.curve(questions, low)
+    state, best = floor.curve(questions, low, bits)
     axes.fill_between(state, best, CEILING, color=SHADE, linewidth=0, zorder=0.5)
     (line,) = axes.plot(state, best, color=MUTED, linewidth=1, zorder=1.5, gid="floor")
     muted = {"color": MUTED, "fontsize": 7.5, "style": "italic", "gid": "floor label"}
@@ -134,13 +142,13 @@ def _draw_models(axes: Any, sweeps: Sequence[Sweep]) -> list[Any]:
             look = style.look(index)
             members = sorted(
                 (m for m in sweep.models if m.drawn and m.family == family),
-                key=lambda m: (m.state_bytes, m.accuracy),
+                key=lambda m: (m.state, m.accuracy),
             )
-            state, accuracy = [m.state_bytes for m in members], [m.accuracy for m in members]
+            state, accuracy = [m.state for m in members], [m.accuracy for m in members]
             for member in members:
                 if member.high > member.low:
                     axes.plot(
-                        [member.state_bytes] * 2,
+                        [member.state] * 2,
                         [member.low, member.high],
                         color=look.colour,
                         linewidth=1.1,
@@ -158,10 +166,19 @@ def _draw_models(axes: Any, sweeps: Sequence[Sweep]) -> list[Any]:
                     zorder=2,
                 )
                 lines.append(line)
-            # markers apart from their line: a line may be pale, a marker never
-            axes.plot(
-                state, accuracy, linestyle="none", zorder=3, gid=f"family:{family}", **marker(look, fill[0])
-            )
+            # markers apart from their line, which may be pale; a marker is where it was not trained here
+            for published in (False, True):
+                shown = [m for m in members if bool(m.published) == published]
+                axes.plot(
+                    [m.state for m in shown], [m.accuracy for m in shown], linestyle="none", zorder=3,
+                    gid=f"published:{family}" if published else f"family:{family}",
+                    alpha=PALE if published else None, **marker(look, fill[0]),
+                )  # fmt: skip
+            if broken := [m for m in members if m.broken]:
+                axes.plot(
+                    [m.state for m in broken], [m.accuracy for m in broken], linestyle="none",
+                    gid="broken", zorder=3.5, **RING,
+                )  # fmt: skip
     return lines
 
 
@@ -183,7 +200,7 @@ def _draw_pareto(axes: Any, sweeps: Sequence[Sweep], high: float) -> list[Any]:
     frontier = pareto(model for sweep in sweeps for model in sweep.models)
     if not frontier:
         return []
-    state = [*(model.state_bytes for model in frontier), high]
+    state = [*(model.state for model in frontier), high]
     accuracy = [*(model.accuracy for model in frontier), frontier[-1].accuracy]
     dashes = {"linewidth": 0.9, "linestyle": (0, (4, 2))}
     return list(axes.step(state, accuracy, where="post", color=INK, zorder=1.8, gid="pareto", **dashes))
@@ -191,11 +208,11 @@ def _draw_pareto(axes: Any, sweeps: Sequence[Sweep], high: float) -> list[Any]:
 
 def _draw_gap(axes: Any, sweeps: Sequence[Sweep], low: float) -> list[Any]:
     """An arrow from the floor to the frontier, above every model of as few bytes: nothing else lies there."""
-    found = floor.gap(sweeps[0].questions, (model for sweep in sweeps for model in sweep.models))
-    if found is None or found[1] < 60 or found[0].state_bytes / found[1] < low:
+    found = floor.gap(sweeps[0].questions, (m for sweep in sweeps for m in sweep.models), sweeps[0].axis.bits)
+    if found is None or found[1] < 60 or found[0].state / found[1] < low:
         return []  # too short to be drawn with its text, or it would start outside
     model, times = found
-    ends = [model.state_bytes / times * 1.12, model.state_bytes / 1.35]
+    ends = [model.state / times * 1.12, model.state / 1.35]
     axes.annotate(
         "",
         xy=(ends[0], model.accuracy),
@@ -228,9 +245,22 @@ def _draw_legend(figure: Any, axes: Any, sweeps: Sequence[Sweep]) -> None:
         if family in drawn
     ]
     handles.append(
-        Line2D([], [], color=INK, linewidth=0.9, linestyle=(0, (4, 2)), label="best for its bytes")
+        Line2D(
+            [],
+            [],
+            color=INK,
+            linewidth=0.9,
+            linestyle=(0, (4, 2)),
+            label=f"best for its {sweeps[0].axis.unit}",
+        )
     )
     handles.append(Patch(facecolor=SHADE, edgecolor=MUTED, linewidth=0.8, label="below the floor"))
+    models = [model for sweep in sweeps for model in sweep.models if model.drawn]
+    if any(model.published for model in models):
+        pale = marker(style.Look(INK, *style.SHAPES[0]), "full")
+        handles.append(Line2D([], [], linewidth=0, alpha=PALE, label="not trained here", **pale))
+    if any(model.broken for model in models):
+        handles.append(Line2D([], [], linewidth=0, label="breaks a law", **{**RING, "markersize": 8}))
     count = -(-len(handles) // 6)  # even rows of at most six
     columns = -(-len(handles) // count)
     rows = [handles[k * columns : (k + 1) * columns] for k in range(count)]
@@ -264,6 +294,16 @@ def _draw_legend(figure: Any, axes: Any, sweeps: Sequence[Sweep]) -> None:
     axes.set_position((left, base, width, bottom - 0.01 - base))
 
 
+def _draw_footer(figure: Any, sweeps: Sequence[Sweep]) -> None:
+    """Where models were trained that were not trained here, and which mixers have no place and why."""
+    models = [model for sweep in sweeps for model in sweep.models]
+    sources = dict.fromkeys(model.published for model in models if model.published)
+    words = [f"Not trained here but published with Holdall: {'; '.join(sources)}."] if sources else []
+    missing = dict.fromkeys(model.label for model in models if "state_size" in model.broken)
+    words += [f"Not drawn, as its state is not what it reports: {', '.join(missing)}."] if missing else []
+    figure.text(0.012, 0.008, "  ".join(words), fontsize=6.3, color=MUTED, gid="footer")
+
+
 def _draw_labels(axes: Any, sweeps: Sequence[Sweep], lines: Sequence[Any]) -> None:
     """Write each model's short label beside its point where it touches nothing; else leave it out.
 
@@ -285,16 +325,16 @@ def _draw_labels(axes: Any, sweeps: Sequence[Sweep], lines: Sequence[Any]) -> No
     places: dict[Model, tuple[float, float]] = {}
     for sweep in sweeps:
         for model in (m for m in sweep.models if m.drawn):
-            x, y = axes.transData.transform((model.state_bytes, model.accuracy)).tolist()
-            _, bottom = axes.transData.transform((model.state_bytes, model.low)).tolist()
-            _, top = axes.transData.transform((model.state_bytes, model.high)).tolist()
+            x, y = axes.transData.transform((model.state, model.accuracy)).tolist()
+            _, bottom = axes.transData.transform((model.state, model.low)).tolist()
+            _, top = axes.transData.transform((model.state, model.high)).tolist()
             places[model] = (x, y)
             taken.append((x - 3.5 * point, bottom - 3.5 * point, x + 3.5 * point, top + 3.5 * point))
 
     # the frontier speaks first, then by state from left to right
     frontier = set(pareto(places))
     labels = style.short_labels(sweeps)
-    for model in sorted(places, key=lambda m: (m not in frontier, m.state_bytes, -m.accuracy)):
+    for model in sorted(places, key=lambda m: (m not in frontier, m.state, -m.accuracy)):
         if not labels.get(model):
             continue
         text = axes.text(

@@ -1,7 +1,7 @@
 """The information floor: how little state the answers themselves need, whatever the model.
 
 Questions are (questions of a row, possible answers) of each segment of a test; the mathematics is in
-holdall/tasks/information.py.
+holdall/tasks/information.py. State is in units that hold so many bits each, such as bytes of 8.
 """
 
 from __future__ import annotations
@@ -14,32 +14,32 @@ from holdall.tasks.information import answer_bits, mean_best_accuracy
 Questions = Sequence[tuple[int, int]]
 
 
-def accuracy_at(questions: Questions, state_bytes: float) -> float:
+def accuracy_at(questions: Questions, state: float, bits: int = 8) -> float:
     """The highest mean accuracy that any causal model with this much state can have."""
-    return mean_best_accuracy(questions, 8 * state_bytes)
+    return mean_best_accuracy(questions, bits * state)
 
 
-def bytes_for_all(questions: Questions) -> float:
-    """The fewest bytes that allow every answer of every segment to be right."""
-    return max(answer_bits(count, values) for count, values in questions) / 8
+def state_for_all(questions: Questions, bits: int = 8) -> float:
+    """The smallest state that allows every answer of every segment to be right."""
+    return max(answer_bits(count, values) for count, values in questions) / bits
 
 
-def bytes_for(questions: Questions, accuracy: float) -> float:
-    """The fewest bytes that allow this mean accuracy, to a millionth; 0 where guessing reaches it."""
-    low, high = 0.0, bytes_for_all(questions)
-    if accuracy_at(questions, low) >= accuracy:
+def state_for(questions: Questions, accuracy: float, bits: int = 8) -> float:
+    """The smallest state that allows this mean accuracy, to a millionth; 0 where guessing reaches it."""
+    low, high = 0.0, state_for_all(questions, bits)
+    if accuracy_at(questions, low, bits) >= accuracy:
         return 0.0
     while high - low > 1e-6 * high:
         middle = (low + high) / 2
-        low, high = (low, middle) if accuracy_at(questions, middle) >= accuracy else (middle, high)
+        low, high = (low, middle) if accuracy_at(questions, middle, bits) >= accuracy else (middle, high)
     return high
 
 
-def curve(questions: Questions, low: float) -> tuple[list[float], list[float]]:
-    """The floor from `low` bytes to where it meets 100 %: (bytes, accuracy), evenly spaced on a log axis."""
-    full, steps = bytes_for_all(questions), 240
+def curve(questions: Questions, low: float, bits: int = 8) -> tuple[list[float], list[float]]:
+    """The floor from a state of `low` to where it meets 100 %: (state, accuracy), evenly on a log axis."""
+    full, steps = state_for_all(questions, bits), 240
     state = [*(low * (full / low) ** (k / steps) for k in range(steps)), full]
-    return state, [accuracy_at(questions, count) for count in state]
+    return state, [accuracy_at(questions, count, bits) for count in state]
 
 
 def guessing(questions: Questions) -> float:
@@ -47,7 +47,7 @@ def guessing(questions: Questions) -> float:
     return sum(1 / values for _, values in questions) / len(questions)
 
 
-def gap(questions: Questions, models: Iterable[Model]) -> tuple[Model, float] | None:
+def gap(questions: Questions, models: Iterable[Model], bits: int = 8) -> tuple[Model, float] | None:
     """How far models are from the floor: a model and its state size over the bits that its answers need.
 
     The model is the smallest on the frontier with at least 90 % of the best accuracy reached. None where
@@ -57,5 +57,5 @@ def gap(questions: Questions, models: Iterable[Model]) -> tuple[Model, float] | 
     if not frontier:
         return None
     model = next(m for m in frontier if m.accuracy >= 0.9 * frontier[-1].accuracy)
-    needed = bytes_for(questions, model.accuracy)
-    return (model, model.state_bytes / needed) if needed else None
+    needed = state_for(questions, model.accuracy, bits)
+    return (model, model.state / needed) if needed else None

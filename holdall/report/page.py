@@ -28,6 +28,7 @@ def render(sweeps: Sequence[Sweep]) -> str:
         data={"traces": chart.traces(sweeps, marks), "layout": chart.layout(sweeps), "marks": marks.all},
         sweeps=[_about(sweep, fill[2]) for sweep, fill in zip(sweeps, style.FILLS, strict=False)],
         gap=_gap(sweeps),
+        unit=sweeps[0].axis.unit,
         notes=[note for sweep in sweeps for note in sweep.notes],
         task=sweeps[0].task,
         mean=style.difficulties_text(sweeps[0]),
@@ -57,14 +58,14 @@ def _about(sweep: Sweep, fill: str) -> dict[str, Any]:
 
 def _gap(sweeps: Sequence[Sweep]) -> dict[str, str] | None:
     """How far the frontier is from the floor, in words; None where nothing is drawn."""
-    found = floor.gap(sweeps[0].questions, (model for sweep in sweeps for model in sweep.models))
+    found = floor.gap(sweeps[0].questions, (m for sweep in sweeps for m in sweep.models), sweeps[0].axis.bits)
     if found is None:
         return None
     model, times = found
     return {
         "label": model.label,
         "accuracy": f"{model.accuracy:.1%}",
-        "state": style.bytes_text(model.state_bytes),
+        "state": style.state_text(sweeps[0].axis, model.state),
         "times": style.gap_text(times),
     }
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from holdall.report.data import Model, Sweep, is_series
+from holdall.report.data import Axis, Model, Sweep, is_series
 
 # Okabe and Ito's colours for the colour-blind, the light ones darkened to carry on white and on black.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#A8408F", "#D39200", "#4BA6E0", "#757575")
@@ -62,8 +62,22 @@ def bytes_text(count: float | int) -> str:
     return f"{count:.0f} {unit}" if count >= 100 else f"{count:.3g} {unit}"
 
 
-def byte_ticks(low: float, high: float, most: int = 10) -> list[float]:
-    """Powers of 2, 4 or 16 bytes within [low, high]: the finest of them that needs at most `most` ticks."""
+def state_text(axis: Axis, count: float | int) -> str:
+    """A size of state with its unit; bits as bytes are, since they are eight times these."""
+    if axis.unit == "elements":
+        return f"{count:,.0f}"
+    return bytes_text(count) if axis.unit == "bytes" else bytes_text(count).replace("B", "bit")
+
+
+def axis_text(sweep: Sweep) -> str:
+    """What stands below the axis of states."""
+    unit = sweep.axis.unit
+    state = "State" if unit == "bytes" else f"{unit.capitalize()} of state"
+    return f"{state} per sequence after {sweep.context_len:,} tokens"
+
+
+def state_ticks(low: float, high: float, most: int = 10) -> list[float]:
+    """Powers of 2, 4 or 16 within [low, high]: the finest of them that needs at most `most` ticks."""
     for step in (1, 2, 4, 8):
         first, last = math.ceil(math.log2(low) / step), math.floor(math.log2(high) / step)
         if last - first < most:
@@ -71,9 +85,9 @@ def byte_ticks(low: float, high: float, most: int = 10) -> list[float]:
     return [2.0 ** (step * k) for k in range(first, last + 1)]
 
 
-def byte_range(sweeps: Sequence[Sweep], floor: float) -> tuple[float, float]:
-    """The ends of the byte axis: from where the `floor` is low to beyond the largest state."""
-    drawn = [model.state_bytes for sweep in sweeps for model in sweep.models if model.drawn]
+def state_range(sweeps: Sequence[Sweep], floor: float) -> tuple[float, float]:
+    """The ends of the axis of states: from where the `floor` is low to beyond the largest state."""
+    drawn = [model.state for sweep in sweeps for model in sweep.models if model.drawn]
     powers = [round(math.log2(floor / 16)), *(math.ceil(math.log2(state)) - 2 for state in drawn)]
     return 2.0 ** min(powers), max([floor, *drawn]) * 2.5  # room for a label in any font
 
@@ -99,16 +113,29 @@ def short_labels(sweeps: Sequence[Sweep]) -> dict[Model, str]:
     for sweep in sweeps:
         widths = Counter(label for label, _ in {(model.label, model.width) for model in sweep.models})
         for model in sweep.models:
-            parts = [model.label.partition(",")[2].strip()]
+            label, start = model.label, f"{model.family},"
+            parts = [label.removeprefix(start) if label.startswith(start) else label.partition(",")[2]]
+            parts = [parts[0].strip()]
             alone = is_series(other for other in sweep.models if other.family == model.family)
             if not parts[0] and not (alone and _letters(model.label) == _letters(model.family)):
                 parts = [model.label]
             if widths[model.label] > 1:
                 parts.append(f"d = {model.width}")
+            parts += [f"breaks {law}" for law in model.broken] + [f"refuses {law}" for law in model.refused]
             if model.drawn and (model.label, model.width) not in seen:
                 labels[model] = ", ".join(part for part in parts if part)
         seen |= {(model.label, model.width) for model in sweep.models}
     return labels
+
+
+def marked(model: Model) -> str:
+    """A model's label in a table, with a mark where it is not one trained here that obeys the laws."""
+    marks = [f"✗ {law}" for law in model.broken] + [f"refuses {law}" for law in model.refused]
+    return " ".join([model.label, *marks, *(["†"] if model.published else [])])
+
+
+PUBLISHED = "published with Holdall, not trained here"
+"""What † means in tables, and a pale mark in pictures."""
 
 
 def gap_text(times: float) -> str:

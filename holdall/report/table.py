@@ -9,7 +9,7 @@ from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 
 from holdall.report.data import Model, Sweep, families
-from holdall.report.style import bytes_text
+from holdall.report.style import PUBLISHED, bytes_text, marked
 
 LEGEND = """State: bytes that one sequence carries after {context} tokens, all layers, counted. Recall: share
 of right answers, at the best learning rate, then by number of {difficulty}{seeds}.
@@ -32,7 +32,7 @@ def render(sweeps: Sequence[Sweep]) -> str:
     heads = ["model", *(["sweep"] if several else []), "width", "state", "recall", *_titles(tags, difficulty)]
     heads += ["bits recalled", "efficiency", "learning rate", "steps", "s"]
     rows = [
-        [model.label, *([sweep.name] if several else []), *_cells(model, tags)]
+        [marked(model), *([sweep.name] if several else []), *_cells(model, tags)]
         for sweep in sweeps
         for family in families([sweep])
         for model in sorted((m for m in sweep.models if m.family == family), key=lambda m: m.state_bytes)
@@ -43,6 +43,11 @@ def render(sweeps: Sequence[Sweep]) -> str:
         difficulty=difficulty,
         seeds=" (mean over seeds, lowest to highest in brackets)" if seeds else "",
     )
+    models = [model for sweep in sweeps for model in sweep.models]
+    for source in dict.fromkeys(model.published for model in models if model.published):
+        legend += f"†: {PUBLISHED}: {source}.\n"
+    if any(model.broken for model in models):
+        legend += "✗: breaks this law of mixers (`holdall laws` says how).\n"
     return markdown(heads, rows, text=range(1 + several)) + "\n\n" + legend
 
 

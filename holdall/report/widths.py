@@ -12,7 +12,7 @@ from typing import Any
 
 from holdall.report import style
 from holdall.report.data import Model, Sweep, families
-from holdall.report.figure import DPI, INK, marker, rc
+from holdall.report.figure import DPI, INK, MUTED, PALE, RING, marker, rc
 
 PANEL = (2.35, 2.5)  # inches
 
@@ -67,6 +67,10 @@ def _draw(sweeps: Sequence[Sweep]) -> Any:
         for family in names:
             _line(axes, sweep, family, style.look(names.index(family)))
     panels[0].set_ylabel("Recall accuracy")
+    sources = dict.fromkeys(m.published for sweep in sweeps for m in sweep.models if m.published)
+    if sources:
+        pale = f"pale: published with Holdall, {'; '.join(sources)}"
+        figure.text(0.99, 0.01, pale, ha="right", fontsize=6.5, color=MUTED, gid="published")
     figure.supxlabel("Model width", fontsize=8.5, color=INK, y=0.02)
     handles = {line.get_label(): line for axes in panels for line in axes.lines if line.get_label()[0] != "_"}
     figure.legend(
@@ -90,8 +94,13 @@ def _line(axes: Any, sweep: Sweep, family: str, look: style.Look) -> None:
     x = [model.width for model in found]
     axes.plot(
         x, [model.accuracy for model in found], linewidth=1.2, label=family, gid=f"family:{family}",
-        zorder=3, **marker(look, "full"),
+        zorder=3, alpha=PALE if all(model.published for model in found) else None, **marker(look, "full"),
     )  # fmt: skip
+    if broken := [model for model in found if model.broken]:
+        axes.plot(
+            [model.width for model in broken], [model.accuracy for model in broken], linestyle="none",
+            gid="broken", zorder=3.5, **RING,
+        )  # fmt: skip
     if any(model.high > model.low for model in found):
         axes.fill_between(
             x, [model.low for model in found], [model.high for model in found],

@@ -98,11 +98,15 @@ class EngineLoop:
     """
 
     def __init__(
-        self, engine: EngineLike, *, watch: Callable[[Stream, Piece], object] = lambda *_: None
+        self,
+        engine: EngineLike,
+        *,
+        watch: Callable[[Stream, Piece], object] = lambda *_: None,
+        stepped: Callable[[Stats], object] = lambda _: None,
     ) -> None:
-        """`watch` is called in the thread with every piece of every stream."""
+        """`watch` is called in the thread with every piece of every stream, `stepped` after every step."""
         self.engine, self.stats, self.failure = engine, engine.stats(), ""
-        self._watch = watch
+        self._watch, self._stepped = watch, stepped
         self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._streams: dict[int, Stream] = {}  # by ticket
         self._thread = threading.Thread(target=self._run, name="holdall-engine", daemon=True)
@@ -183,6 +187,7 @@ class EngineLoop:
                 self._read_inbox(wait=not self.engine.busy)
                 if self.engine.busy:
                     self._deliver(self.engine.step())
+                    self._stepped(self.engine.stats())
                 self.stats = self.engine.stats()
         except BaseException as error:
             self.failure = f"the engine failed: {type(error).__name__}: {error}"

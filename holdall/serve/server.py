@@ -15,6 +15,7 @@ import torch
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
+from holdall.contract import is_reserved
 from holdall.contract.config import Config
 from holdall.engine import request as engine_request
 from holdall.engine.request import NOT_FINITE, QueueFullError, Sampling
@@ -30,8 +31,6 @@ from holdall.settings import PositiveInt
 
 DRAWN = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 """Fields that requests and Sampling have in common."""
-FAR = 1 << 16
-"""Tokens after which a state that grows without end has grown: every window is full by then."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +71,7 @@ class Server:
         self.end_word = model.tokenizer.decode([model.tokenizer.end])
         self.template = ChatTemplate.of_folder(folder, model.tokenizer)
         self.metrics = Metrics(config.name, lambda: self.loop.stats)
-        self.loop = EngineLoop(engine, watch=self.metrics.watch)
+        self.loop = EngineLoop(engine, watch=self.metrics.watch, stepped=self.metrics.stepped)
         sessions = None if config.sessions is None else Path(config.sessions)
         self.sessions = Sessions(model, sessions, config.session_memory)
         self.described: Json = {
@@ -132,10 +131,13 @@ class Server:
         )
 
     def encoded(self, text: str, *, begins: bool) -> list[int]:
-        """The tokens of a text, the prompt; behind the end-of-document token if it begins a document."""
+        """The tokens of a text, the prompt; behind the end-of-document token if it begins a document.
+
+        Then the token's name at its beginning is that token, as lm-eval sends it, and there is no other.
+        """
         if not is_text(text):
             raise ApiError(400, "prompt has half of a surrogate pair, which is no character", param="prompt")
-        ids = self.tokenizer.encode_batch([text])[0].tolist()
+        ids = self.tokenizer.encode_batch([text.removeprefix(self.end_word) if begins else text])[0].tolist()
         return [self.tokenizer.end, *ids] if begins else ids
 
     def check_prompt(self, ids: Sequence[int], param: str) -> None:
@@ -203,9 +205,11 @@ class Server:
         try:
             echo, requests, shown = bool(asked.echo), list[engine_request.Request](), []
             for prompt in prompts:
-                added = isinstance(prompt, str) and session is None
+                added = False
                 if isinstance(prompt, str):
-                    text, ids = prompt, await asyncio.to_thread(self.encoded, prompt, begins=added)
+                    begins = session is None
+                    added = begins and not prompt.startswith(self.end_word)
+                    text, ids = prompt, await asyncio.to_thread(self.encoded, prompt, begins=begins)
                 else:
                     self.check_prompt(prompt, "prompt")
                     inside = [token for token in prompt if token < self.tokenizer.vocab]
@@ -342,10 +346,10 @@ NAMED = {"prompt", "n", "logit_bias", "stop_tokens", "session", "max_tokens", "t
 def facts(engine: EngineLike, model: LanguageModel, max_context: int | None) -> Json:
     """What /v1/models says of the model beside OpenAI's words."""
     net, config = model.model, model.config
-    states = net.init_states(1, device=torch.device("meta"))
+    states = net.init_states(1, device=torch.device("meta"), capacity=1)[: len(net.mixers)]
     floats = [tensor for state in states for tensor in state if tensor.is_floating_point()]
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in floats}
-    grows = net.reserved_bytes(FAR) != net.reserved_bytes(2 * FAR)
+    grows = any(map(is_reserved, states))  # of mixers: learned positions need room, and no bytes
     limits = [limit for limit in (config.positions, max_context) if limit]
     return {
         "parameters": net.parameter_count(),

@@ -6,6 +6,9 @@
     lines = run_sweep(SweepConfig(recipe="windows", points=points), folder)
     report.write([folder], folder)
 
+`with_added(sweep, ["taylor:feature_dim=8"])` is a sweep with more mixers, trained as its own models are, and
+`run_sweep(..., published=True)` shows the finished runs that come with Holdall instead of training them.
+
 The folder of a sweep holds
 
     config.json     the whole sweep, its test segments and the command that made it
@@ -24,14 +27,16 @@ machines: put the pieces' `runs` into one folder, and the next call there, which
 anything, gathers all of them into results.jsonl.
 """
 
+from holdall.sweeps.additions import with_added
 from holdall.sweeps.config import Job, Point, SweepConfig, in_order
 from holdall.sweeps.folder import OutOfTime, planned
+from holdall.sweeps.plan import PlannedModel, plan
 from holdall.sweeps.pool import at_once
 from holdall.sweeps.remaining import Remaining, in_words
 from holdall.sweeps.suite import SuiteConfig, run_suite
 from holdall.sweeps.sweep import Watcher, run_sweep
 
 __all__ = [
-    "Job", "OutOfTime", "Point", "Remaining", "SuiteConfig", "SweepConfig", "Watcher", "at_once", "in_order",
-    "in_words", "planned", "run_suite", "run_sweep",
+    "Job", "OutOfTime", "PlannedModel", "Point", "Remaining", "SuiteConfig", "SweepConfig", "Watcher",
+    "at_once", "in_order", "in_words", "plan", "planned", "run_suite", "run_sweep", "with_added",
 ]  # fmt: skip

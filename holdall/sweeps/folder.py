@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from holdall import environment, files, settings
 from holdall.files import RunError
 from holdall.sweeps.config import Job, Point, SweepConfig
+from holdall.sweeps.published import model_of
+from holdall.tasks.data import DataConfig
 
 OTHER = "Restore it from a copy, or choose another folder with --out."
 
@@ -32,7 +34,8 @@ def planned(sweep: SweepConfig, out: Path, *, together: bool) -> list[Job]:
 def claimed(out: Path, sweep: SweepConfig, command: str, device: str, runs: Sequence[Path]) -> Iterator[None]:
     """Write into the folder which sweep it holds; undo that if an error ends it before any run has begun.
 
-    So a sweep that is refused leaves its folder to the corrected command.
+    So a sweep that is refused leaves its folder to the corrected command. Models that the folder holds and
+    the sweep does not stay there: they were added by an earlier call.
     Raises RunError if the folder holds another sweep, or the same one with more seeds.
     """
     path = out / "config.json"
@@ -59,15 +62,17 @@ def _begun(runs: Sequence[Path]) -> set[Path]:
 
 
 def _claim(out: Path, sweep: SweepConfig, command: str, device: str) -> None:
-    """Write what this sweep is, or check that the folder holds the same one, perhaps with fewer seeds."""
+    """Write what this sweep is, and keep what the folder holds besides."""
     path, points, data = out / "config.json", sweep.to_dict()["points"], sweep.data
+    recipe = " ".join(filter(None, (sweep.recipe, sweep.part)))
+    kept: list[Any] = []
     if path.exists():
-        held = files.read_json(path, OTHER).get("points")
-        if held == points:
+        held = files.read_json(path, OTHER)
+        kept = _check(out, held, recipe, points, sweep)
+        if held.get("points") == [*points, *kept]:
             return
-        _check(out, held, points)
     about = {
-        "recipe": " ".join(filter(None, (sweep.recipe, sweep.part))),
+        "recipe": recipe,
         "command": command,
         "context_len": sweep.context_len,
         "task": data.about,
@@ -84,48 +89,63 @@ def _claim(out: Path, sweep: SweepConfig, command: str, device: str) -> None:
         ],
     }
     files.write_json(out / "environment.json", environment.describe(device, 1))
-    files.write_json(path, {**about, "points": points})
+    files.write_json(path, {**about, "points": [*points, *kept]})
 
 
-def _check(out: Path, held: Any, wanted: Any) -> None:
-    """Raise RunError unless the points in a folder are those of the sweep, perhaps with fewer seeds."""
+def _check(out: Path, held: Any, recipe: str, wanted: Any, sweep: SweepConfig) -> list[Any]:
+    """The points in a folder that are not wanted, as they stand there.
+
+    Raises RunError unless those that are wanted are the same there, perhaps with fewer seeds, and the others
+    are tested on the same rows.
+    """
+    ours, there, kept = {model_of(point): point for point in wanted}, {}, []
     try:
-        # parsed, so that a folder of an earlier version has the form and the defaults of this one
-        held = [Point.from_dict(point).to_dict() for point in held or ()]
-        different = _difference(held, wanted)
+        for point in held.get("points") or ():
+            if model_of(point) in ours:
+                # parsed, so that a folder of an earlier version has the form and the defaults of this one
+                there[model_of(point)] = Point.from_dict(point).to_dict()
+            else:
+                kept.append(point)  # not parsed: its mixer need not be loaded
+        different = _difference(there, {model: ours[model] for model in there})
+        if not different and held.get("recipe", recipe) != recipe:
+            different = f"the recipe is {held['recipe']!r}, not {recipe!r}"
+        if not different and not there and kept:
+            rows = DataConfig.from_dict(kept[0]["train"]["data"]).test_settings()
+            different = settings.differ(rows, sweep.data.test_settings())
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise files.damaged(out / "config.json", f"its points are none ({error!r})", OTHER) from error
     if different:
         raise RunError(f"{out} holds another sweep ({different}); choose another folder with --out")
-    for there, here in zip(held, wanted, strict=True):
-        if missing := set(there["train"]["seeds"]) - set(here["train"]["seeds"]):
+    for model, point in there.items():
+        if missing := set(point["train"]["seeds"]) - set(ours[model]["train"]["seeds"]):
             raise RunError(
                 f"{out} holds the same sweep with more seeds, {sorted(missing)} too; give at least "
                 f"--seeds {max(missing) + 1}, or choose another folder with --out"
             )
+    return kept
 
 
 def _difference(held: Any, wanted: Any) -> str:
-    """Where the points of two sweeps differ, apart from seeds, matched by label and not by position."""
+    """Where the models of two sweeps differ, apart from seeds."""
 
     def labelled(points: Any) -> dict[str, Any]:
         found = {}
-        for point in points:
+        for (label, width), point in points.items():
             train = {name: value for name, value in point["train"].items() if name != "seeds"}
-            found[f"{point['label']}, width {train['model']['width']}"] = {**point, "train": train}
+            found[f"{label}, width {width}"] = {**point, "train": train}
         return found
 
-    held, wanted = labelled(held), labelled(wanted)
-    missing = [f"without '{name}' there" for name in wanted if name not in held]
-    missing += [f"without '{name}' here" for name in held if name not in wanted]
-    both = [name for name in wanted if name in held]
-    if not missing and list(held) != list(wanted):
-        missing = ["its models in another order"]
-    named = {name: held[name] for name in both}, {name: wanted[name] for name in both}
-    return settings.listed(missing + settings.differences(*named))
+    return settings.listed(settings.differences(labelled(held), labelled(wanted)))
 
 
-def write_results(out: Path, lines: Mapping[int, list[dict[str, Any]]]) -> None:
-    """Write results.jsonl: the lines of each run, by the run's place in the sweep."""
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for i in sorted(lines) for line in lines[i])
+def other_lines(out: Path, sweep: SweepConfig) -> list[dict[str, Any]]:
+    """The lines of results.jsonl that are of models which an earlier call added to the folder."""
+    ours = {(point.label, point.train.model.width) for point in sweep.points}
+    lines = files.read_lines(out / "results.jsonl", OTHER)
+    return [line for line in lines if (line.get("label"), line.get("width")) not in ours]
+
+
+def write_results(out: Path, lines: Iterable[dict[str, Any]]) -> None:
+    """Write results.jsonl."""
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     files.write_atomically(out / "results.jsonl", text.encode())

@@ -1,8 +1,8 @@
 """How long a sweep will still take: counted operations, calibrated by the time of its runs so far.
 
     operations       counted beforehand (holdall/training/flops.py), as if a run took all its steps
-    seconds of one   measured: on a run's own steps while it trains, before that on runs of the same model,
-                     else on all runs
+    seconds of one   measured: on a run's own steps while it trains, before that on runs of the same model
+                     or a few steps of it, else on all runs
     early ends       runs end once they are accurate enough: the share of its steps that a run will do is the
                      Kaplan-Meier mean over runs of the same model if one has ended, else over all. Runs that
                      still train count as not ended so far: the first to end are the short ones, and alone
@@ -58,6 +58,8 @@ class Remaining:
     ) -> None:
         self.runs = [_Run(*run) for run in zip(models, operations, strict=True)]
         self.workers, self.clock = workers, clock
+        self.timed: dict[str, float] = {}
+        """Seconds per operation of models of which a few steps were timed."""
 
     def progress(self, index: int, share: float) -> None:
         """A run has done this share of its steps."""
@@ -106,6 +108,7 @@ class Remaining:
         """Seconds per operation of a model's runs, None for all of them."""
         speeds = [_speed(run) for run in self.runs if model in (None, run.model)]
         known = [speed for speed in speeds if speed is not None]
+        known = known or [speed for timed, speed in self.timed.items() if model in (None, timed)]
         return sum(known) / len(known) if known else None
 
     def _expected(self, run: _Run) -> float:

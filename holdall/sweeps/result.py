@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
+
+from holdall.contract import bytes_per_row, elements_per_row
 from holdall.model import ModelConfig, seeded
 from holdall.sweeps.config import Job, SweepConfig
+from holdall.tasks.data import DataConfig
 from holdall.tasks.information import recall_bits
 
 
 def result_line(job: Job, sweep: SweepConfig, result: dict[str, Any]) -> dict[str, Any]:
-    """The line of one member of a run, from its result.
-
-    recall_bits are those that the hardest segment proves: a state that answers one segment need not answer
-    all at once, so bits of different segments do not add up.
-    """
+    """The line of one member of a run, from its result."""
     model, data = job.point.train.model, job.point.train.data
-    state_bytes, parameters = measure(model, sweep.context_len)
+    state_bytes, state_elements, parameters = measure(model, sweep.context_len)
     accuracies = result["accuracy_by_difficulty"]
-    bits = max(
-        (
-            recall_bits(data.questions_per_row(segment), data.task(segment).values, accuracies[tag])
-            for segment in data.test
-            if (tag := str(data.tag(segment))) in accuracies
-        ),
-        default=0.0,
-    )
+    bits = proven_bits(data, accuracies)
     mixer = model.layers[-1]
     return {
         "label": job.point.label,
@@ -38,6 +32,7 @@ def result_line(job: Job, sweep: SweepConfig, result: dict[str, Any]) -> dict[st
         "precision": job.point.train.precision,
         "parameters": parameters,
         "state_bytes": state_bytes,
+        "state_elements": state_elements,
         "context_len": sweep.context_len,
         "accuracy": result["accuracy"],
         "difficulty": data.difficulty,
@@ -55,8 +50,27 @@ def result_line(job: Job, sweep: SweepConfig, result: dict[str, Any]) -> dict[st
     }
 
 
-def measure(model: ModelConfig, context_len: int) -> tuple[int, int]:
-    """The state of one row after `context_len` tokens in bytes, and the parameters: both counted."""
+def proven_bits(data: DataConfig, accuracies: Mapping[str, float]) -> float:
+    """The least bits of state that these accuracies, by the task's tag of difficulty, need.
+
+    They are those of the hardest segment: a state that answers one segment need not answer all at once, so
+    bits of different segments do not add up.
+    """
+    return max(
+        (
+            recall_bits(data.questions_per_row(segment), data.task(segment).values, accuracies[tag])
+            for segment in data.test
+            if (tag := str(data.tag(segment))) in accuracies
+        ),
+        default=0.0,
+    )
+
+
+@torch.no_grad()
+def measure(model: ModelConfig, context_len: int) -> tuple[int, int, int]:
+    """Bytes and elements of one row's state after `context_len` tokens, and the parameters: all counted."""
     with seeded(0):
         built = model.build()
-    return built.state_bytes(context_len), built.parameter_count()
+    _, states = built.hidden(torch.zeros(1, context_len, dtype=torch.long))
+    assert states is not None
+    return sum(map(bytes_per_row, states)), sum(map(elements_per_row, states)), built.parameter_count()

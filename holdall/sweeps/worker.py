@@ -26,13 +26,13 @@ def start(progress: Any, stop: Any, free_devices: Any, plugins: Sequence[str]) -
 
 
 def set_up(device: str, plugins: Sequence[str]) -> None:
-    """What every process of a sweep begins with; plugins are the user's own mixer files."""
+    """What every process of a sweep begins with; plugins are the user's own files."""
     processes.follow_parent()
     torch.set_num_threads(1)
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     for plugin in plugins:
-        mixers.load(Path(plugin))
+        mixers.run_file(Path(plugin))
 
 
 def work(

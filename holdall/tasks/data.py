@@ -12,7 +12,7 @@ import functools
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -50,8 +50,29 @@ class MQARSegment(Segment):
     """Key-value pairs of a row, each of which is asked for once."""
 
 
-Task = MQAR | SingleQuery
-"""What draws rows, with the positions and the answers of their questions."""
+class Rows(Protocol):
+    """What a task draws: B rows of N tokens with Q questions each, as `Questions` or under these names."""
+
+    @property
+    def tokens(self) -> Tensor: ...
+    @property
+    def positions(self) -> Tensor: ...
+    @property
+    def answers(self) -> Tensor: ...
+
+
+class Task(Protocol):
+    """What draws rows, with the positions and the answers of their questions."""
+
+    @property
+    def values(self) -> int:
+        """The possible answers to a question."""
+        ...
+
+    def generate(self, rows: int, seed: int) -> Rows | Questions:
+        """Draw rows; the seed and the task's settings alone decide them."""
+        ...
+
 
 D = TypeVar("D", bound="DataConfig")
 _kinds: dict[str, type[DataConfig]] = {}
@@ -257,9 +278,10 @@ class TaskData:
         self.test = made[len(config.train) :]
 
     def _make(self, segment: Segment, seed: int, device: torch.device | None) -> Questions:
-        batch = self.config.task(segment).generate(segment.rows, seed=seed)
-        questions = Questions(batch.tokens, batch.positions, batch.answers)
-        return Questions(*(tensor.to(device) for tensor in questions))
+        rows = self.config.task(segment).generate(segment.rows, seed=seed)
+        if not isinstance(rows, Questions):
+            rows = Questions(rows.tokens, rows.positions, rows.answers)
+        return Questions(*(tensor.to(device) for tensor in rows))
 
     def steps_per_epoch(self, batch: int) -> int:
         """Batches in which every training row is seen once; the last of a segment may be smaller."""

@@ -1,1 +1,1 @@
-"""The laws that every mixer obeys, yours too: `pytest --pyargs holdall.testing.laws --load FILE`."""
+"""The laws that every mixer obeys, yours too: `holdall laws FILE`, or as tests by pytest."""

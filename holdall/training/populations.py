@@ -514,6 +514,23 @@ class Trainer:
         checkpoints.write(path, tensors, metadata)
 
 
+def trained(path: Path, device: torch.device | str = "cpu") -> Model:
+    """The model of a file of weights that a run kept.
+
+    Raises RunError if the file is missing, damaged or no such file.
+    """
+    way_out = "Train the run again: remove its result.json, and give the sweep's command."
+    with checkpoints.opened(path, way_out) as file:
+        if "config" not in file.about:
+            raise file.damaged("its header names no model")
+        where = f"the header of {path}"
+        plain = files.parse_json(file.about["config"], where, way_out)
+        with seeded(0):
+            model = ModelConfig.checked(plain, where, way_out).build()
+        file.fill(dict(model.state_dict()))
+    return model.to(device).eval()
+
+
 @torch.no_grad()
 def accuracy(model: Model, questions: Questions, precision: Precision, tokens_at_once: int) -> float:
     """The share of questions that a model answers correctly."""

@@ -62,6 +62,10 @@ def test_it_serves_until_a_signal_and_keeps_the_sessions(tmp_path: Path) -> None
         (("--host", "192.0.2.1"), "192.0.2.1:0: Cannot assign requested address"),
         (("--api-key-file", "empty"), "empty is empty"),
         (("--api-key-file", "missing"), "missing: No such file"),
+        (
+            ("--drafts", 4),
+            "takes back 0: load it with replay, model.with_replay(9) or holdall serve --replay 9",
+        ),
     ],
 )
 def test_a_refusal_is_one_line(

@@ -42,6 +42,17 @@ MODELS: dict[str, dict[str, Any]] = {
             TaylorConfig(width=WIDTH, feature_dim=4, heads=2),
         )
     },
+    "replayed": {  # which takes back what was wrong
+        "layers": (
+            BaseConvConfig(width=WIDTH, replay=8),
+            SlidingWindowConfig(width=WIDTH, window=5, heads=2, replay=9),
+            TaylorConfig(width=WIDTH, feature_dim=4, heads=2, replay=8),
+        )
+    },
+    "cached": {
+        "layers": (AttentionConfig(width=WIDTH, heads=2), BaseConvConfig(width=WIDTH, replay=8)),
+        "positions": POSITIONS,
+    },
     "mamba": {"layers": (MambaConfig(width=WIDTH, state=4),), "positions": POSITIONS},
     "one": {"layers": (BaseConvConfig(width=WIDTH),)},
     "attention": {"layers": (AttentionConfig(width=WIDTH, heads=2), BaseConvConfig(width=WIDTH))},
@@ -125,9 +136,15 @@ class Mute:
 # -------------------------------------------------------------------------------------------- the same text
 
 
-@pytest.mark.parametrize("wrong", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("named", SAMPLINGS)
-@pytest.mark.parametrize("kind", ["based", "mamba", "attention"])
+@pytest.mark.parametrize(
+    ("kind", "wrong"),
+    [
+        *itertools.product(["based", "mamba", "attention"], [0.0, 0.3, 1.0]),
+        ("replayed", 0.5),
+        ("cached", 0.5),
+    ],
+)
 def test_the_text_is_the_slow_generators_whatever_is_guessed(kind: str, named: str, wrong: float) -> None:
     model, sampling = build(kind), limited(SAMPLINGS[named])
     expected = definition(model, sampling)
@@ -142,7 +159,7 @@ def test_the_text_is_the_slow_generators_whatever_is_guessed(kind: str, named: s
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.4, 1.0])
-@pytest.mark.parametrize("kind", ["based", "mamba", "attention"])
+@pytest.mark.parametrize("kind", ["based", "mamba", "attention", "replayed"])
 def test_the_text_is_the_slow_generators_with_real_drafters(kind: str, temperature: float) -> None:
     model, sampling = build(kind), limited(Sampling(seed=9, temperature=temperature))
     expected = ids(definition(model, sampling))
@@ -279,8 +296,9 @@ def test_wrong_guesses_cost_no_calls_and_none_is_longer_than_asked(monkeypatch: 
     assert counts.calls < 39
 
 
-def test_a_session_stays_as_it_was() -> None:
-    model, sampling = build("based"), Sampling(seed=1, max_tokens=30)
+@pytest.mark.parametrize("kind", ["based", "replayed"])
+def test_a_session_stays_as_it_was(kind: str) -> None:
+    model, sampling = build(kind), Sampling(seed=1, max_tokens=30)
     session, again = read(model, PROMPT), read(model, PROMPT)
     for drafter in (Mute(), Oracle(ids(definition(model, sampling)), 0.5)):
         list(generate_with_drafts(model, session, sampling, drafter, tokenizer=TOKENIZER, prompt=PROMPT))
@@ -288,6 +306,28 @@ def test_a_session_stays_as_it_was() -> None:
     for state, other in zip(session.states, again.states, strict=True):
         for tensor, expected in zip(state, other, strict=True):
             assert torch.equal(tensor, expected)
+
+
+def test_what_was_wrong_is_taken_back_and_nothing_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sampling, counts = build("replayed"), Sampling(seed=1, max_tokens=40, ignore_end=True), Drafted()
+    expected, places, read_tokens = ids(definition(model, sampling)), set[int](), list[int]()
+    hidden = model.hidden
+
+    def counted(tokens_BT: torch.Tensor, *args: Any, **options: Any) -> Any:
+        h, after = hidden(tokens_BT, *args, **options)
+        places.update(state[0].data_ptr() for state in after)  # type: ignore[union-attr]
+        read_tokens.append(tokens_BT.shape[1])
+        return h, after
+
+    session = read(model, PROMPT)
+    monkeypatch.setattr(model, "hidden", counted)
+    oracle = Oracle(expected, 0.4, fewer=False)
+    found = generate_with_drafts(
+        model, session, sampling, oracle, tokenizer=TOKENIZER, most=5, drafted=counts
+    )
+    assert ids(list(found)) == expected
+    assert sum(read_tokens) == counts.proposed + counts.calls  # each guess, and what was drawn before it
+    assert len(places) == len(model.mixers)  # no copies
 
 
 def test_rewound() -> None:

@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
-from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from engine_checks import LIMIT, TOKENIZER, WIDTH, assert_same, definition, requests, texts
+from engine_checks import build as build_layers
 
 from holdall.engine import slow
 from holdall.engine.fast import Engine, EngineConfig
+from holdall.engine.graphs import Desk, DeskReader
 from holdall.engine.request import Piece, QueueFullError, Request, Sampling
-from holdall.engine.session import CHUNK, read
+from holdall.engine.session import CHUNK, Reader, Session, read
 from holdall.engine.store import StateStore
 from holdall.mixers.attention import AttentionConfig
 from holdall.mixers.base_conv import BaseConvConfig
 from holdall.mixers.mamba import MambaConfig
 from holdall.mixers.sliding_window import SlidingWindowConfig
 from holdall.mixers.taylor import TaylorConfig
-from holdall.model import Model, ModelConfig, seeded
+from holdall.model import Model
 from holdall.precision import compute_in
 from holdall.testing import laws
-from holdall.text.tokenizers import Bytes
 
-WIDTH, TOKENIZER = 16, Bytes()
 MODELS: dict[str, dict[str, Any]] = {
     "based": {
         "layers": (
@@ -37,77 +39,11 @@ MODELS: dict[str, dict[str, Any]] = {
     "mamba": {"layers": (MambaConfig(width=WIDTH, state=4),), "positions": 2000},
     "attention": {"layers": (AttentionConfig(width=WIDTH, heads=2), BaseConvConfig(width=WIDTH))},
 }
-LIMIT = 1200
 CONFIG = EngineConfig(rows=6, max_context=LIMIT)
 
 
-def build(kind: str, dtype: torch.dtype = torch.float64, *, tied: bool = True) -> Model:
-    config = ModelConfig(vocab=TOKENIZER.vocab + 7, width=WIDTH, mlp=24, tied=tied, **MODELS[kind])
-    with seeded(0):
-        model = config.build()
-    for block in model.blocks:  # so that what was read matters
-        for parameter in block.parameters():
-            parameter.data.mul_(3)
-    model.embed.weight.data.mul_(20)
-    return model.to(dtype).eval()
-
-
-def requests(count: int, seed: int = 0, *, longest: int = 90, keep: bool = False) -> list[Request]:
-    """Requests of all kinds."""
-    draw = random.Random(seed)
-    found = []
-    for index in range(count):
-        asked = Sampling(
-            max_tokens=draw.choice([0, 1, 2, 17, 40]),
-            temperature=draw.choice([0.0, 0.7, 1.0]),
-            top_k=draw.choice([0, 0, 5]),
-            top_p=draw.choice([1.0, 0.9]),
-            min_p=draw.choice([0.0, 0.05]),
-            repetition_penalty=draw.choice([1.0, 1.0, 1.3]),
-            frequency_penalty=draw.choice([0.0, 0.0, 0.5]),
-            logit_bias=draw.choice([(), ((65, 4.0), (66, -100.0))]),
-            seed=index,
-            stop=draw.choice([(), ("e", "a b")]),
-            stop_tokens=draw.choice([(), (7, 8, 9, 10, 200, 201)]),
-            logprobs=draw.choice([None, 0, 3]),
-        )
-        prompt = tuple(
-            draw.randrange(TOKENIZER.vocab) for _ in range(draw.choice([1, 3, 31, 32, 33, longest]))
-        )
-        told = draw.choice([None, None, 2])
-        found.append(
-            Request(prompt=prompt, sampling=asked, n=draw.choice([1, 1, 3]), keep=keep, prompt_logprobs=told)
-        )
-    return found
-
-
-def texts(pieces: Iterable[Piece]) -> dict[tuple[int, int], list[Piece]]:
-    """The pieces of each text, by ticket and index."""
-    found: dict[tuple[int, int], list[Piece]] = {}
-    for piece in pieces:
-        found.setdefault((piece.ticket, piece.index), []).append(piece)
-    return found
-
-
-def definition(model: Model, asked: Sequence[Request]) -> dict[tuple[int, int], list[Piece]]:
-    pieces = (slow.generate(model, TOKENIZER, each, ticket=i + 1) for i, each in enumerate(asked))
-    return texts(piece for each in pieces for piece in each)
-
-
-def assert_same(got: dict[Any, list[Piece]], want: dict[Any, list[Piece]]) -> None:
-    assert got.keys() == want.keys()
-    for name, right in want.items():
-        text, mine = "".join(p.text for p in got[name]), got[name]
-        assert text == "".join(p.text for p in right), name
-        assert [t.id for p in mine for t in p.tokens] == [t.id for p in right for t in p.tokens], name
-        assert (mine[-1].finish, mine[-1].usage) == (right[-1].finish, right[-1].usage), name
-        assert [p.finish for p in mine[:-1]] == [""] * (len(mine) - 1)
-        for part in ("tokens", "prompt"):
-            pairs = zip(*([t for p in each for t in getattr(p, part)] for each in (mine, right)), strict=True)
-            for one, other in pairs:
-                assert one.id == other.id
-                assert one.logprob == pytest.approx(other.logprob, abs=1e-5, nan_ok=True)
-                assert [i for i, _ in one.top] == [i for i, _ in other.top]
+def build(kind: str, *args: Any, **how: Any) -> Model:
+    return build_layers(MODELS[kind], *args, **how)
 
 
 on_both = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -195,6 +131,41 @@ def test_a_long_prompt_holds_up_nobody_by_more_than_a_chunk() -> None:
         seen.append(engine.step())
     assert len(seen) >= 10  # a chunk each
     assert all(any(piece.ticket == first for piece in step) for step in seen[1:])
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_small_pieces_of_prompts_are_read_together(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one size, at most a chunk of tokens a step; each prompt's session shares no memory with others."""
+    model, sizes = build(kind), list[tuple[int, ...]]()
+    hidden = Model.hidden
+
+    def seen(self: Model, tokens_BT: Any, *args: Any, **options: Any) -> Any:
+        sizes.append(tuple(tokens_BT.shape))
+        return hidden(self, tokens_BT, *args, **options)
+
+    scored = Sampling(max_tokens=0)
+    asked = [Request(prompt=(i,) * length, sampling=scored, keep=True, prompt_logprobs=1)
+             for i, length in enumerate((22, 22, 22, 6, 1))]  # fmt: skip
+    want = definition(model, asked)
+    monkeypatch.setattr(Model, "hidden", seen)
+    config = EngineConfig(rows=6, max_context=LIMIT, chunk=32)
+    engine, got, read_tokens = Engine(model, TOKENIZER, config), list[Piece](), [0]
+    for request in asked:
+        engine.submit(request)
+    while engine.busy:
+        got += engine.step()
+        read_tokens.append(engine.stats().read_tokens)
+    # 22 = 16 + 4 + 2, and 6 = 4 + 2 begins at another place
+    assert sizes == [(2, 16), (2, 4), (2, 2), (1, 16), (1, 4), (1, 2), (1, 4), (1, 2), (1, 1)]
+    assert read_tokens == [0, 32, 64, 73]
+    assert_same(texts(got), want)
+    for piece in got:
+        assert piece.session is not None
+        tensors = [tensor for state in piece.session.states for tensor in state]
+        assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in tensors)
+    sizes.clear()
+    list(Engine(model, TOKENIZER, dataclasses.replace(config, fixed=True)).run(asked))
+    assert {rows for rows, _ in sizes} == {1}
 
 
 @pytest.mark.parametrize("when", [0, 1, 2, 5])
@@ -343,3 +314,45 @@ def test_the_stats_are_the_tensors() -> None:
     list(engine.run(requests(3, longest=CHUNK + 1)))
     assert [t.data_ptr() for t in tensors] == [t.data_ptr() for s in engine.buffers.states for t in s]
     assert engine.stats().prompt_tokens == sum(len(each.prompt) for each in requests(3, longest=CHUNK + 1))
+
+
+@torch.no_grad()
+def test_a_desk_reads_as_a_reader_does_whoever_sat_there_before() -> None:
+    model = build("based")
+    desk, draw = Desk(model), random.Random(1)
+    texts = [[draw.randrange(TOKENIZER.vocab) for _ in range(length)] for length in (75, 1, 40)]
+    begun = read(model, texts[2])
+    for tokens, start, marks in ((texts[0], None, (20,)), (texts[1], begun, ()), (texts[0], begun, (3, 70))):
+        ours, plain = (
+            make(tokens, start, chunk=32, marks=marks)
+            for make in (partial(DeskReader, desk), partial(Reader, model))
+        )
+        assert ours.sizes == plain.sizes
+        while not plain.done:
+            ours.step()
+            plain.step()
+            for got, want in zip(_tensors(ours.session()), _tensors(plain.session()), strict=True):
+                torch.testing.assert_close(got, want)
+        assert ours.session().past == plain.session().past
+    kept = ours.session()
+    before = [tensor.clone() for tensor in _tensors(kept)]
+    DeskReader(desk, texts[1], None).step()
+    assert all(map(torch.equal, _tensors(kept), before))
+    nothing = DeskReader(desk, (), kept)
+    assert nothing.done
+    assert nothing.session().states is kept.states
+
+
+def _tensors(session: Session) -> list[torch.Tensor]:
+    return [session.logits_V, *itertools.chain(*session.states)]
+
+
+@pytest.mark.gpu
+def test_prompts_read_by_graphs_are_those_of_the_slow_one() -> None:
+    model, asked = build("based").to("cuda"), requests(12, longest=700)
+    engine = Engine(model, TOKENIZER, dataclasses.replace(CONFIG, rows=4))
+    assert engine.warm_up() > 10
+    assert engine.desk is not None
+    recorded = len(engine.desk.graphs)
+    assert_same(texts(engine.run(asked)), definition(model, asked))
+    assert len(engine.desk.graphs) == recorded

@@ -140,8 +140,7 @@ def test_a_shared_system_prompt_hits_from_the_third_request_on() -> None:
     store, system, hits = store_of(), ids(2 * CHUNK + 100), []
     for request in range(5):
         prompt = [*system, *ids(50, seed=1 + request)]
-        shared = store.shared(prompt)
-        session = store.longest(prompt)
+        session, shared = store.resume(prompt)
         hits.append(0 if session is None else session.past.count)
         if shared > hits[-1]:
             session = read(MODEL, prompt[hits[-1] : shared], session)
@@ -164,6 +163,63 @@ def test_nothing_that_is_done_with_a_session_changes_what_is_stored() -> None:
     MODEL.hidden(torch.tensor([[1, 2, 3]]), hit.states, inplace=True)
     hit.logits_V.zero_()
     assert_same(store.longest(prompt), want)
+
+
+def test_a_copy_is_waited_for_by_whoever_needs_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As from a GPU, whose copies to the host take their time: here they hold nothing before they arrive."""
+
+    class Late:
+        """The event after which a copy is there."""
+
+        def __init__(self, given: Session) -> None:
+            self.want, self.copy, self.waits = given, stores._copied(given, torch.device("cpu")), 0
+            for tensor in tensors(self.copy):
+                tensor.fill_(-7)
+            late.append(self)
+
+        def synchronize(self) -> None:
+            self.waits += 1
+            for mine, want in zip(tensors(self.copy), tensors(self.want), strict=True):
+                mine.copy_(want)
+
+    late = list[Late]()
+
+    def to_host(session: Session) -> tuple[Session, Late]:
+        arrival = Late(session)
+        return arrival.copy, arrival
+
+    monkeypatch.setattr(stores, "_to_host", to_host)
+    store = store_of(tmp_path, memory=2 * SIZE)
+    for tokens in ([1], [2], [1], [3]):  # 2 leaves for its file when 3 comes
+        store.put(made(tokens))
+    assert [arrival.waits for arrival in late] == [0, 1, 0]
+    assert_same(store.longest([1, 9]), made([1]))
+    assert [arrival.waits for arrival in late] == [1, 1, 0]
+    store.flush()
+    assert late[2].waits == 1
+    restarted = store_of(tmp_path)
+    for number in (1, 2, 3):
+        assert_same(restarted.longest([number]), made([number]))
+
+
+@pytest.mark.gpu
+def test_a_session_on_a_gpu_may_be_overwritten_as_soon_as_it_is_stored() -> None:
+    """The copy to the host is made while the GPU computes other things, and its memory is used again."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    model = build().cuda()
+    store, kept = store_of(model=model, memory=1 << 26), list[Session]()
+    work = torch.randn(4096, 4096, device="cuda")
+    for number in range(50):
+        session = made([number], model).to("cuda")
+        kept.append(stores._copied(session, torch.device("cuda")))
+        work = (work @ work).tanh()  # or the copies would be made before they could be overwritten
+        store.put(session)
+        for tensor in tensors(session):
+            tensor.zero_()
+        del session
+    for number, want in enumerate(kept):
+        assert_same(store.longest([number]), want)
 
 
 def test_a_view_of_a_large_buffer_is_kept_as_small_as_it_is() -> None:
@@ -240,7 +296,7 @@ TOKENS = st.builds(
     st.sampled_from([(0, 0, 0, 0) * 3, (0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0), (0, 1, 1, 1) * 3]),
     st.sampled_from([0, 1, 3, 4, 5, 8, 9, 11]),
 )  # few, so that many are equal
-WHAT = ["put"] * 8 + ["longest"] * 8 + ["shared"] * 2 + ["pin", "restart", "clear"]
+WHAT = ["put"] * 8 + ["longest"] * 8 + ["resume"] * 2 + ["pin", "restart", "clear"]
 OPERATIONS = st.lists(
     st.tuples(st.sampled_from(WHAT), TOKENS, st.none() | st.integers(0, 12)), min_size=5, max_size=60
 )
@@ -307,8 +363,11 @@ def test_a_store_is_what_a_plain_list_is(
                 assert (found is None) == (want is None)
                 if want is not None:
                     assert_same(found, made(want))
-            elif what == "shared":
-                assert store.shared(tokens) == plain.shared(tokens, chunk)
+            elif what == "resume":
+                found, shared = store.resume(tokens)
+                want = plain.longest(tokens)
+                assert (found and found.past) == (want and made(want).past)
+                assert shared == plain.shared(tokens, chunk)
             elif what == "clear":
                 store.clear()
                 plain = Plain(room, folder)
@@ -330,19 +389,19 @@ def test_a_lookup_among_a_hundred_thousand_looks_at_few() -> None:
     for number in range(100_000):
         grid, tail = b"", (number, *prompt[: number % (CHUNK - 1)])
         store._ends.add(stores._End(grid, len(tail), number.to_bytes(16)))
-    assert len(store._ends.along(prompt)) == CHUNK - 1
-    assert len(store._ends.along(ids(4096))) == CHUNK - 1
+    assert len(store._ends.along(prompt)[0]) == CHUNK - 1
+    assert len(store._ends.along(ids(4096))[0]) == CHUNK - 1
 
 
 def test_grid_points_are_bounded_and_the_shallow_ones_stay() -> None:
     store, prompt = store_of(points=4), ids(8 * CHUNK)
-    assert store.shared(prompt) == 0
-    assert store.shared(prompt) == 4 * CHUNK
+    assert store.resume(prompt).shared == 0
+    assert store.resume(prompt).shared == 4 * CHUNK
     for other in range(1, 5):
-        assert store.shared(ids(CHUNK, seed=other)) == 0
+        assert store.resume(ids(CHUNK, seed=other)).shared == 0
     assert len(store._points) == 4
-    assert store.shared(ids(CHUNK + 3, seed=1)) == CHUNK
-    assert store.shared(prompt) == 0
+    assert store.resume(ids(CHUNK + 3, seed=1)).shared == CHUNK
+    assert store.resume(prompt).shared == 0
 
 
 # -------------------------------------------------------------------------------------------------- memory

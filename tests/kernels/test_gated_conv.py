@@ -13,6 +13,7 @@ from kernel_checks import times_compiled
 from torch import Tensor
 
 from holdall.contract import Mixer, forms
+from holdall.contract.rollback import LOST
 from holdall.kernels import gated_conv as kernel
 from holdall.mixers.base_conv import BaseConvConfig, ConvState
 from holdall.ops import gated_conv as ops
@@ -178,6 +179,49 @@ def test_a_past_given_away_is_written_over(length: int, taps: int, device: torch
     laws.assert_bitwise("y", z_BTD, y_BTD)
     laws.assert_bitwise("past", after_BPD, next_BPD)
     assert after_BPD is given
+
+
+@pytest.mark.parametrize("form", [ZOOLOGY_SILU, BASED], ids=["zoology", "based"])
+@pytest.mark.parametrize("length", [1, 5, 6, 70])
+def test_a_past_in_a_ring(length: int, form: dict, device: torch.device) -> None:
+    """Rows of their own counts. What a call does not write stays, and what it does not see may be NaN."""
+    (tensors, how), taps, slots = draw(2, length, 12, 3, **form), 3, 7
+    seen_B, slot_S = torch.tensor([1, 12], device=device), torch.arange(slots, device=device)
+    old_BS = (seen_B[:, None] - 1 - slot_S) % slots >= taps - 1
+    # before the first token of a row is a zero
+    unread_BS = (slot_S >= seen_B[:, None]).cpu()
+    ring_BPD = laws.draw(2, slots, 12, dtype=DOUBLE, seed=9).masked_fill(unread_BS[..., None], 0)
+    kept = {**tensors, "past": ring_BPD}
+    check(kept, {**how, "seen_B": seen_B}, SINGLE, device)
+    args = [moved(kept, device, SINGLE).get(name) for name in NAMES]
+    at_BP = (seen_B[:, None] - torch.tensor([2, 1], device=device)) % slots
+    narrow_BPD = args[-1].take_along_dim(at_BP[..., None], 1)
+    spoilt_BPD = args[-1].masked_fill(old_BS[..., None], torch.nan)
+    with torch.no_grad():
+        want_BTD, _ = kernel.gated_conv(*args[:-1], narrow_BPD, **how)
+        plain_BTD, next_BPD = ops.gated_conv(*args[:-1], spoilt_BPD, seen_B, **how)
+        for inplace in (False, True):
+            given = spoilt_BPD.clone()
+            y_BTD, after_BPD = kernel.gated_conv(*args[:-1], given, seen_B, **how, inplace=inplace)
+            laws.assert_bitwise("y", y_BTD, want_BTD)
+            torch.testing.assert_close(y_BTD, plain_BTD)
+            torch.testing.assert_close(after_BPD, next_BPD, equal_nan=True)
+            assert (after_BPD is given) == inplace
+            if not inplace:
+                torch.testing.assert_close(given, spoilt_BPD, rtol=0, atol=0, equal_nan=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [1, 5, 6])
+def test_a_row_that_gave_back_too_much_is_nan_and_no_other(length: int, device: torch.device) -> None:
+    tensors, how = draw(2, length, 12, 3, **BASED)
+    tensors["past"] = laws.draw(2, 7, 12, dtype=DOUBLE)
+    args = [moved(tensors, device, SINGLE).get(name) for name in NAMES]
+    right_BTD, _ = kernel.gated_conv(*args, torch.tensor([9, 9], device=device), **how)
+    y_BTD, _ = kernel.gated_conv(*args, torch.tensor([9, LOST], device=device), **how)
+    laws.assert_bitwise("the other row", y_BTD[0], right_BTD[0])
+    if length < 6 or device.type == "cuda":  # more is not the kernel's, and on a CPU nobody can be lost
+        assert y_BTD[1].isnan().all()
 
 
 def test_mixed_dtypes(device: torch.device) -> None:

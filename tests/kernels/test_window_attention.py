@@ -17,6 +17,7 @@ from torch import Tensor
 import holdall
 from holdall.contract import forms
 from holdall.contract.forms import KernelError
+from holdall.contract.rollback import LOST
 from holdall.kernels import window_attention as kernel
 from holdall.ops.attention import KeyValueCache
 from holdall.ops.window_attention import window_attention, window_attention_loop
@@ -28,9 +29,13 @@ attend = kernel.window_attention
 
 def inputs(
     length: int, *, seen: tuple[int, ...] | None, window: int, heads: tuple[int, int] = (2, 2),
-    dims: tuple[int, int] = (16, 16), batch: int = 2, dtype: torch.dtype, device: torch.device,
+    dims: tuple[int, int] = (16, 16), batch: int = 2, spare: int = 0, dtype: torch.dtype,
+    device: torch.device,
 ) -> tuple[tuple[Tensor, ...], KeyValueCache | None]:  # fmt: skip
-    """q, k, v as strided parts of one projection, and a ring of rows that have read `seen` tokens."""
+    """q, k, v as strided parts of one projection, and a ring of rows that have read `seen` tokens.
+
+    spare: slots of the ring beside those of the window.
+    """
     (many, few), (key_dim, value_dim) = heads, dims
     sizes = [many * key_dim, few * key_dim, few * value_dim]
     parts = laws.draw(batch, length, sum(sizes), dtype=dtype).to(device).split(sizes, dim=-1)
@@ -38,7 +43,8 @@ def inputs(
     if seen is None:
         return (q, k, v), None
     ring_k, ring_v = (
-        laws.draw(batch, window - 1, few, d, dtype=dtype, seed=1 + i).to(device) for i, d in enumerate(dims)
+        laws.draw(batch, window - 1 + spare, few, d, dtype=dtype, seed=1 + i).to(device)
+        for i, d in enumerate(dims)
     )
     return (q, k, v), KeyValueCache(ring_k, ring_v, torch.tensor(seen, device=device))
 
@@ -80,6 +86,47 @@ def test_outputs_ring_and_gradients(
     length: int, window: int, seen: tuple[int, ...] | None, device: torch.device
 ) -> None:
     check(*inputs(length, seen=seen, window=window, dtype=SINGLE, device=device), window)
+
+
+@pytest.mark.parametrize("spare", [1, 30])
+@pytest.mark.parametrize("length", [1, 7, 65])
+def test_a_ring_of_more_slots_than_the_window(length: int, spare: int, device: torch.device) -> None:
+    """What is older than the window is not looked at, NaN or not, by steps, calls and gradients."""
+    seen, how = (3, 200), {"spare": spare, "heads": (4, 2), "dtype": SINGLE, "device": device}
+    tensors, cache = inputs(length, seen=seen, window=17, **how)
+    assert cache is not None
+    check(tensors, cache, 17)
+    with torch.no_grad():
+        for inplace in (False, True):
+            given = KeyValueCache(*(x.clone() for x in cache))
+            for row, count in enumerate(seen):
+                slot_S = torch.arange(16 + spare, device=device)
+                old_S = (count - 1 - slot_S) % (16 + spare) >= min(count, 16)
+                given.k_BSHK[row, old_S] = given.v_BSHV[row, old_S] = torch.nan
+            y, after = attend(*tensors, given, window=17, scale=0.25, inplace=inplace)
+            plain, state = laws.plainly(window_attention, *tensors, cache, window=17, scale=0.25)
+            truth, _ = window_attention(*wide(tensors, None)[0], wide((), cache)[1], window=17, scale=0.25)
+            laws.assert_as_good_as_plain("y", y, plain, truth)
+            assert after is not None
+            for got, want, old in zip(after, state, given, strict=True):
+                new = got == want  # all but what was spoilt above
+                assert bool((new | got.isnan()).all())
+                assert not inplace or got is after.seen_B or got.data_ptr() == old.data_ptr()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [1, 7])
+def test_a_row_that_gave_back_too_much_is_nan_and_no_other(length: int, device: torch.device) -> None:
+    tensors, cache = inputs(length, seen=(30, LOST), window=9, spare=4, dtype=SINGLE, device=device)
+    assert cache is not None
+    right, _ = attend(*tensors, cache._replace(seen_B=cache.seen_B.clamp(min=30)), window=9, scale=1.0)
+    for inplace in (False, True):
+        given = KeyValueCache(*(x.clone() for x in cache))
+        y, after = attend(*tensors, given, window=9, scale=1.0, inplace=inplace)
+        laws.assert_bitwise("the other row", y[0], right[0])
+        assert y[1].isnan().all()
+        assert after is not None
+        assert after.seen_B.tolist() == [30 + length, LOST + length]
 
 
 @pytest.mark.parametrize("dtype", [HALF, torch.float16])

@@ -1,5 +1,6 @@
 """The server as its clients see it: OpenAI's own client, lm-eval's requests, and clients that go away."""
 
+import copy
 import json
 import math
 import socket
@@ -12,8 +13,13 @@ from typing import Any
 import pytest
 
 import holdall
-from holdall.engine import Engine, EngineConfig, StateStore
+from holdall.engine import Engine, EngineConfig, Request, StateStore, slow
 from holdall.language_model import LanguageModel
+from holdall.mixers.attention import AttentionConfig
+from holdall.mixers.mamba import MambaConfig
+from holdall.mixers.sliding_window import SlidingWindowConfig
+from holdall.model import ModelConfig
+from holdall.text.tokenizers import Bytes
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
 pytest.importorskip("uvicorn", reason="needs the extra serve")
@@ -21,6 +27,8 @@ openai = pytest.importorskip("openai", reason="needs OpenAI's client")
 httpx2 = pytest.importorskip("httpx2", reason="needs httpx2")
 
 from running_server import Running, ScriptedEngine, WatchedEngine, running, wait_until  # noqa: E402
+
+from holdall.serve.server import facts  # noqa: E402
 
 SAID = [{"role": "user", "content": "x"}]
 ENDLESS = 1 << 19
@@ -83,6 +91,22 @@ def test_the_models_are_listed(client: Any, server: Running, model: LanguageMode
     with pytest.raises(openai.NotFoundError) as refused:
         client.models.retrieve("gpt-9")
     assert refused.value.body["code"] == "model_not_found"
+
+
+@pytest.mark.parametrize(
+    ("mixer", "positions", "grows", "context"),
+    [(MambaConfig(width=8), 0, False, None), (MambaConfig(width=8), 30, False, 30),
+     (SlidingWindowConfig(width=8, window=9), 0, False, None), (AttentionConfig(width=8), 0, True, 40)],
+    ids=["recurrent", "positions", "window", "attention"],
+)  # fmt: skip
+def test_the_facts_of_a_model(mixer: Any, positions: int, grows: bool, context: int | None) -> None:
+    net = ModelConfig(vocab=264, width=8, layers=(mixer,), positions=positions).build()
+    model = LanguageModel(net, Bytes())
+    room = context if net.needs_room else None
+    engine = Engine(net, model.tokenizer, EngineConfig(rows=1, max_context=room))
+    found = facts(engine, model, room)
+    assert (found["grows"], found["recurrent"], found["context"]) == (grows, not grows, context)
+    assert found["state_dtype"] == "float32"
 
 
 def test_a_completion_is_what_the_model_generates(client: Any, model: LanguageModel) -> None:
@@ -224,6 +248,24 @@ def test_scores_are_the_model_s(server: Running, model: LanguageModel) -> None:
     scored = complete(server, **{**asked, "max_tokens": 0})["choices"]
     for with_token, without in zip(done["choices"], scored, strict=True):
         assert without["logprobs"]["token_logprobs"] == with_token["logprobs"]["token_logprobs"][:-1]
+
+
+@pytest.mark.parametrize("context", ["It is a truth", ""])
+@pytest.mark.parametrize("as_text", [False, True])
+def test_a_continuation_s_score_is_the_model_s(
+    server: Running, model: LanguageModel, context: str, as_text: bool
+) -> None:
+    """lm-eval's requests by ids do not begin a document where there is a context; those by text all do."""
+    end, text = model.tokenizer.end, f"{context} universally"
+    row = [*text.encode()] if context else [end, *text.encode()]
+    prompt: Any = post(server, "/detokenize", {"tokens": row}).json()["prompt"] if as_text else row
+    asked = {"temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True}
+    listed = complete(server, model="mini", prompt=[prompt], **asked)["choices"][0]["logprobs"]
+    got = listed["token_logprobs"][len(context.encode()) or 1 : -1]
+    assert len(got) == len(" universally")
+    read = [end, *text.encode()] if as_text else row
+    _, tokens = slow.read_prompt(model.model, Request(prompt=tuple(read), prompt_logprobs=0))
+    assert got == pytest.approx([token.logprob for token in tokens[-len(got) :]], abs=1e-4)
 
 
 def test_a_greedy_continuation_is_called_greedy(server: Running, model: LanguageModel) -> None:
@@ -472,6 +514,22 @@ def test_metrics_count_what_was_done(model: LanguageModel) -> None:
             assert _metric(server, name) == wanted, lines
         assert _metric(server, "request_success_total", 'finished_reason="length"') == 3
         assert f'holdall:state_bytes{{model_name="mini"}} {engine.stats().state_bytes:.1f}' in lines
+
+
+def test_drafts_change_no_answer_and_are_counted(model: LanguageModel) -> None:
+    answers, able = [], model.with_replay(9)
+    wide = copy.deepcopy(able.model).double()  # no two tokens tie to within rounding
+    for drafts in (0, 4):
+        with running(Engine(wide, able.tokenizer, EngineConfig(rows=4, drafts=drafts)), able) as server:
+            asked = {"prompt": "One and one and one and", "max_tokens": 40, "ignore_eos": True, "logprobs": 1}
+            found = [complete(server, temperature=heat, seed=1, n=2, **asked) for heat in (0.0, 0.7)]
+            answers.append([(c["text"], c["logprobs"]["tokens"]) for each in found for c in each["choices"]])
+            guessed, right = (
+                _metric(server, f"spec_decode_num_{name}_tokens_total") for name in ("draft", "accepted")
+            )
+            assert guessed > right > 0 if drafts else guessed == right == 0
+            assert _metric(server, "generation_tokens_total") == 160
+    assert answers[0] == answers[1]
 
 
 # ------------------------------------------------------------------------------------------ the engine's end

@@ -1,0 +1,76 @@
+"""`holdall bits`: what a sweep's trained models recall from states in fewer bits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from holdall import environment, files, mixers
+from holdall import report as reports
+from holdall.commands import busy, console, resolve_device
+from holdall.contract import Format
+from holdall.report import data
+from holdall.report.style import state_text
+from holdall.sweeps.bits import lines_in_formats
+
+FORMATS = (*Format.all, "int8+stochastic", "int4+stochastic", "int8+feedback", "int4+feedback")
+"""What is measured where the user names nothing."""
+KEPT = ("context_len", "task", "difficulty", "test")
+"""What the folder says of the test, as the sweep's own does."""
+
+
+def bits(
+    folder: Path,
+    out: Path,
+    formats: Sequence[str],
+    every: int,
+    seed: int,
+    device: str,
+    load: Sequence[Path],
+    *,
+    command: str,
+) -> int:
+    """The command `holdall bits`; returns the exit status."""
+    wanted = [Format.parse(text) for text in formats or FORMATS]
+    for file in load:
+        mixers.load(file)
+    (sweep,), device = data.load([folder]), resolve_device(device)
+    held = files.read_json(folder / "config.json", data.AGAIN)
+    about = {"recipe": f"{sweep.name} in bits", "command": command, "axis": "bits"}
+    widths = len({model.width for model in sweep.models}) > 1
+    chosen = [
+        (f"{model.label}, d = {model.width}" if widths else model.label, run.line)
+        for model in sweep.models
+        for run in model.best
+    ]
+    table = Table(title="recall by format of the state", title_justify="left", box=box.SIMPLE)
+    table.add_column("model", no_wrap=True)
+    for format in wanted:
+        table.add_column(str(format).replace("+", "\n+"), justify="right", no_wrap=True)
+    lines = []
+    with files.locked(out), busy() as say:
+        for place, (name, line) in enumerate(chosen):
+            found = []
+            how: dict[str, Any] = {"name": name, "every": every, "seed": seed, "device": device}
+            for measured in lines_in_formats(folder, line, wanted, **how):
+                found.append(measured)
+                say(f"{measured['label']} ({place + 1} of {len(chosen)} models)")
+            lines += found
+            seeded = f", seed {line['seed']}" if line["seed"] else ""
+            table.add_row(f"{name}{seeded}", *(f"{each['accuracy']:.1%}" for each in found))
+            if not console.is_terminal:
+                last = state_text(data.AXES["bits"], 8 * found[-1]["state_bytes"])
+                console.print(f"[{place + 1}/{len(chosen)}] {name}: down to {last}", soft_wrap=True)
+        files.write_json(out / "environment.json", environment.describe(device, 1))
+        files.write_json(out / "config.json", {**about, **{key: held[key] for key in KEPT if key in held}})
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        files.write_atomically(out / "results.jsonl", text.encode())
+    console.print(table)
+    for path in reports.write([out], out):
+        console.print(f"  {path}", soft_wrap=True)
+    return 0
