@@ -42,7 +42,6 @@ from holdall.mixers.attention import AttentionConfig
 from holdall.mixers.taylor import TaylorConfig
 from holdall.model import Model, ModelConfig
 from holdall.ops.attention import KeyValueCache
-from holdall.ops.replay import ReplayState, ScaledReplayState
 from holdall.precision import compute_in
 from holdall.recipes.presets import preset
 from holdall.text.tokenizers import Bytes
@@ -103,7 +102,7 @@ def engine_of(model: Model, rows: int, cached: int) -> Engine:
     for state in engine.buffers.states:
         for count in ("filled_B", "seen_B"):
             # the ring of a replayed state has only been read by the one token there was
-            if cached and hasattr(state, count) and not isinstance(state, ReplayState | ScaledReplayState):
+            if cached and hasattr(state, count) and not has_ring(state):
                 getattr(state, count).fill_(cached)
     return engine
 
@@ -121,12 +120,17 @@ def least_bytes(model: Model, rows: int, cached: int) -> float:
     return total
 
 
+def has_ring(state: Any) -> bool:
+    """Whether sums are written only with every L-th token: holdall/ops/replay.py."""
+    return hasattr(state, "summed_B")
+
+
 def _moved(start: Any) -> float:
     """Bytes of one row's state that a step reads and writes at least."""
     bytes_of = {name: t.numel() * t.element_size() for name, t in zip(start._fields, start, strict=True)}
-    if isinstance(start, ReplayState | ScaledReplayState):
-        ring = bytes_of["k_BSHK"] + bytes_of["v_BSHV"]
-        every = start.k_BSHK.shape[1] // 2  # tokens between two writes of the sums, which read half the ring
+    if has_ring(start):
+        ring = bytes_of["k_BSGK"] + bytes_of["v_BSHV"] + bytes_of["log_decay_BSHX"]
+        every = start.k_BSGK.shape[1] // 2  # tokens between two writes of the sums, which read half the ring
         return (bytes_of["s_BHFV"] + bytes_of["z_BHF"]) * (1 + 1 / every) + ring * 0.75
     # of caches one slot is written, of windows the same; all else is replaced
     written = not is_reserved(start) and not isinstance(start, KeyValueCache)

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from holdall import checkpoints, files, mixers
-from holdall.contract import MixerConfig, recurrent_dtype
+from holdall.contract import recurrent_dtype
 from holdall.engine import (
     Engine,
     EngineConfig,
@@ -208,17 +208,21 @@ class LanguageModel:
 
         Args:
             tokens: L; 0 for states that are written with every token, as usual.
-            state_dtype: what sums that are written so are stored in, "fp32", "bf16" or "fp16".
+            state_dtype: what the sums of Taylor layers are stored in, "fp32", "bf16" or "fp16".
 
-        Raises ValueError, naming the layer, if one cannot take tokens back.
+        Raises ValueError, naming the layer, if one cannot take tokens back; or if none stores its state so.
         """
         options: dict[str, Any] = {"replay": tokens, "state_dtype": state_dtype}
-
-        def replayed(layer: MixerConfig) -> MixerConfig:
-            own = {field.name for field in dataclasses.fields(layer)}
-            return dataclasses.replace(layer, **{name: options[name] for name in own & options.keys()})
-
-        layers = tuple(map(replayed, self.config.layers))
+        chosen = [options.keys() & _fields(layer) for layer in self.config.layers]
+        if state_dtype != "fp32" and not any("state_dtype" in own for own in chosen):
+            kinds = ", ".join(sorted({layer.name for layer in self.config.layers}))
+            raise ValueError(
+                f"no layer stores its state in {state_dtype}: taylor can, and the model has {kinds}"
+            )
+        layers = tuple(
+            dataclasses.replace(layer, **{name: options[name] for name in own})
+            for layer, own in zip(self.config.layers, chosen, strict=True)
+        )
         with torch.device("meta"):  # the weights are not copied
             model = dataclasses.replace(self.config, layers=layers).build()
         for depth, mixer in enumerate(model.mixers):
@@ -521,6 +525,11 @@ def _dtype(asked: str | torch.dtype) -> torch.dtype:
     if dtype is None or not dtype.is_floating_point or dtype.itemsize < 2:
         raise ValueError(f"dtype = {asked!r} must be {', '.join(DTYPES)}, or torch's float64 or float16")
     return dtype
+
+
+def _fields(config: Any) -> set[str]:
+    """The options of a config, or of a class of configs."""
+    return {field.name for field in dataclasses.fields(config)}
 
 
 def _device(asked: str | torch.device | None) -> torch.device:

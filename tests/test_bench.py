@@ -11,7 +11,7 @@ import torch
 from rich.table import Table
 
 import bench.__main__
-from bench import collected, gpu, kernels, markdown
+from bench import collected, gpu, kernels, markdown, replay
 from bench.__main__ import last
 from holdall import files
 
@@ -112,3 +112,17 @@ def test_what_cannot_be_recorded_is_timed_and_leaves_nothing_behind() -> None:
 @pytest.mark.parametrize("name", last(RESULTS / "bench.jsonl"))
 def test_the_page_shows_the_newest_run(name: str) -> None:
     assert last(RESULTS / "bench.jsonl")[name] in (RESULTS / "bench.md").read_text()
+
+
+def test_the_bytes_of_steps_with_a_ring_are_those_of_the_page() -> None:
+    page = (RESULTS.parent / "docs" / "replay.md").read_text(encoding="utf-8")
+    assert "\n".join(replay.bytes_table()) in page
+
+
+def test_of_a_ring_as_many_tokens_are_read_as_a_state_holds_on_average() -> None:
+    """S, 8 KB, is read each time and written in one step of 4; the ring has 4 to 7 tokens before a step."""
+    own = replay.Moved(sums=8192, token=100)
+    steps = [(before, before == 7) for before in (4, 5, 6, 7)]
+    each = [8192 * (1 + full) + 100 * (before + 1) for before, full in steps]
+    assert own.replayed(4) == sum(each) / 4
+    assert own.share(4) == own.replayed(4) / 16384

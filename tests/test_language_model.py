@@ -658,6 +658,22 @@ def test_with_replay_the_text_is_the_same_and_sessions_are_its_own(
         made(dataclasses.replace(CONFIG, layers=(*layers, MambaConfig(width=16)))).with_replay()
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["mamba-2", "gated-delta-net", *(pytest.param(n, marks=pytest.mark.full) for n in ("retnet", "gla"))],
+)
+def test_with_replay_other_layers_write_the_same_text(name: str) -> None:
+    heads = {} if name == "mamba-2" else {"heads": 2}
+    layer = holdall.describe(name).configure(width=16, **heads)
+    model = made(dataclasses.replace(CONFIG, layers=(layer, CONFIG.layers[0])))
+    replayed, options = model.with_replay(3), {"max_tokens": 60, "seed": 1}
+    assert replayed.generate(PROSE[:100], **options) == model.generate(PROSE[:100], **options)
+    assert replayed.model.mixers[0].rollback_limit == 3
+    alone = made(dataclasses.replace(CONFIG, layers=(layer,)))
+    with pytest.raises(ValueError, match=f"no layer stores its state in fp16: .* has {name}"):
+        alone.with_replay(state_dtype="fp16")
+
+
 def test_a_session_is_read_continued_forked_and_saved(tmp_path: Path) -> None:
     model, options = made(), {"max_tokens": 20, "seed": 5}
     session = model.read("Ann sees")

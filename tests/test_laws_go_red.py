@@ -292,7 +292,7 @@ def looks_at_empty_slots(right: Callable, self: Mixer, x_BTD: Tensor, state: Any
 
 
 def touch_the_slot_behind(state: Any) -> Any:
-    slots = state.k_BSHK.shape[1]
+    slots = state.k_BSGK.shape[1]
     state.k_BSHK[:, (state.filled_B % slots).tolist()] += 1
     return state
 
@@ -331,15 +331,24 @@ def rolls_back_any_number(right: Callable, self: Any, state: Any, count_B: Any, 
 
 def remembers_the_draft(right: Callable, self: Mixer, state: Any, count_B: Any, **how: Any) -> Any:
     kept = right(state, count_B, **how)
-    last_BHK = kept.k_BSHK[torch.arange(len(kept.seen_B)), state.seen_B - 1 & kept.k_BSHK.shape[1] - 1]
+    last_BHK = kept.k_BSGK[torch.arange(len(kept.seen_B)), state.seen_B - 1 & kept.k_BSGK.shape[1] - 1]
     return kept._replace(z_BHF=kept.z_BHF + 1e-12 * last_BHK.sum())
 
 
 def sums_twice(right: Callable, self: Mixer, state: Any, count_B: Any, **how: Any) -> Any:
     """What a state does whose sums are where its count says, without a field of their own."""
     kept = right(state, count_B, **how)
-    half = kept.k_BSHK.shape[1] // 2
+    half = kept.k_BSGK.shape[1] // 2
     return kept._replace(summed_B=half * (kept.seen_B // half - 1).clamp(min=0))
+
+
+def convolves_the_draft(right: Callable, self: Mixer, state: Any, count_B: Any, **how: Any) -> Any:
+    kept = right(state, count_B, **how)
+    return kept._replace(conv_BPE=kept.conv_BPE + TINY * kept.conv_BPE.mean(1, keepdim=True))
+
+
+def fades(state: Any) -> Any:
+    return state._replace(log_decay_BSHX=1.001 * state.log_decay_BSHX)
 
 
 def short_ring(right: Callable, self: Mixer, batch: int, **how: Any) -> Any:
@@ -358,6 +367,7 @@ def double_scores(mixer: Any) -> None:
 
 LINEAR, TAYLOR = {"feature_map": "elu1"}, {"feature_dim": 4, "chunk": 16}
 RING = {"feature_dim": 4, "replay": 4}
+SHORT = {"replay": 2}
 FP32, BF16 = torch.float32, torch.bfloat16
 
 FAULTS: list[tuple[str, str, Callable[[], Mixer]]] = [
@@ -377,7 +387,7 @@ FAULTS: list[tuple[str, str, Callable[[], Mixer]]] = [
     ("rows", "goes on with another row's state", plant("mamba", forward=before(
         each(lambda t: t.roll(1, 0))))),
     ("joined_rows", "takes empty slots for tokens", plant("attention", forward=before(
-        lambda s: s._replace(seen_B=torch.full_like(s.seen_B, s.k_BSHK.shape[1]))))),
+        lambda s: s._replace(seen_B=torch.full_like(s.seen_B, s.k_BSGK.shape[1]))))),
     ("joined_rows", "one position for all rows", plant("sliding-window", forward=before(
         lambda s: s._replace(seen_B=s.seen_B[:1].expand_as(s.seen_B))))),
     ("untouched", "writes into its input", plant("attention", forward=writes_into_x)),
@@ -437,12 +447,16 @@ FAULTS: list[tuple[str, str, Callable[[], Mixer]]] = [
     ("rollback", "takes back any number", plant("taylor", options=RING, rollback=rolls_back_any_number)),
     ("rollback", "remembers the draft", plant("taylor", options=RING, rollback=remembers_the_draft)),
     ("rollback", "sums tokens twice", plant("taylor", options=RING, rollback=sums_twice)),
+    ("rollback", "sums twice by a delta rule", plant("delta-net", options=SHORT, rollback=sums_twice)),
+    ("rollback", "convolves the draft", plant("mamba-2", options=SHORT, rollback=convolves_the_draft)),
     ("rollback", "a ring too short", plant("sliding-window", options={"replay": 4}, init_state=short_ring)),
     ("rollback", "one input too few", plant("base-conv", options={"replay": 4}, _rolled_back=lambda
         right, self, state, count_B, inplace: right(state, (count_B - 1).clamp(min=0), inplace))),
     ("rollback", "lets what was read lie behind", plant("attention", _rolled_back=lowers_counts_alone)),
     ("rollback", "takes back what it cannot", plant("mamba", rollback=lambda right, self, s, n, **how: s)),
     ("replay", "a wrong term in the ring", plant("taylor", options=RING, prepare=double_scores)),
+    ("replay", "a ring that fades", plant("retnet", options=SHORT, forward=before(fades))),
+    ("replay", "a delta rule that fades", plant("gated-delta-net", options=SHORT, forward=before(fades))),
     ("replay", "a wrong output in fp32", plant("taylor", FP32, options=RING, forward=output(
         lambda y, x: y.half().float()))),
     ("saved", "remembers in itself", plant("mamba", forward=remembers_in_itself)),

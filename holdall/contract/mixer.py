@@ -141,6 +141,11 @@ class Mixer(nn.Module):
     """
     rollback_limit: int = 0
     """How many of a row's last tokens `rollback` can take back; 0 where a state cannot be undone."""
+    rollback_rounds: bool = False
+    """Whether a state that was rolled back differs for good, by rounding, from one that never read what was
+    taken back: where what a token writes depends on the state, as in a delta rule. Otherwise it has the same
+    bits once twice the limit of tokens have followed.
+    """
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Every mixer's `forward`, a user's own included, is called through the one check at the border; and

@@ -2,7 +2,7 @@
 
 The kernel of an op has the op's name, in a file of the same name, by which it is found
 (`holdall.contract.forms.kernel_of`). The other files are parts of these: fla.py and the gradients beside it,
-taylor.py, taylor_step.py, toeplitz.py, channels_first.py and language.py.
+taylor.py, taylor_step.py, decayed_replay.py, toeplitz.py, channels_first.py and language.py.
 
 A kernel is a PyTorch custom operation with the same signature as the operation, its own gradient and its own
 rule for `vmap`, which folds the members of a population into the batch. These files are imported only when a

@@ -28,12 +28,14 @@ from torch import Tensor
 
 from holdall.contract import forms
 from holdall.kernels import overlapped, padded, register_batch_vmap
+from holdall.kernels.decayed_replay import decayed_replay, kernel_refusal
 from holdall.kernels.language import dot, load_rows, narrow, wait_for_inputs
 from holdall.kernels.taylor_step import MAX_KEY_DIM, _config, _feature, _features, _indices
 from holdall.ops import replay
-from holdall.ops.linear_attention import FEATURE_MAPS, FeatureMap
+from holdall.ops.linear_attention import FEATURE_MAPS, IDENTITY, FeatureMap
 from holdall.ops.replay import S, ScaledReplayState
 
+__all__ = ["kernel_refusal", "replay_attention"]
 WARPS = 2
 """Of a program: more of them compute the same features again."""
 LEAST, TOP = tl.constexpr(replay.LEAST), tl.constexpr(replay.TOP)
@@ -203,10 +205,10 @@ def _replay_kernel(
 
 
 @torch.library.custom_op(
-    "holdall::taylor_replay_inplace", mutates_args=("s_BHFV", "z_BHF", "k_BSHK", "v_BSHV", "exponent_BH")
+    "holdall::taylor_replay_inplace", mutates_args=("s_BHFV", "z_BHF", "k_BSGK", "v_BSHV", "exponent_BH")
 )
 def _replay_inplace(
-    q_B1HK: Tensor, k_B1HK: Tensor, v_B1HV: Tensor, s_BHFV: Tensor, z_BHF: Tensor, k_BSHK: Tensor,
+    q_B1HK: Tensor, k_B1HK: Tensor, v_B1HV: Tensor, s_BHFV: Tensor, z_BHF: Tensor, k_BSGK: Tensor,
     v_BSHV: Tensor, seen_B: Tensor, summed_B: Tensor, exponent_BH: Tensor | None, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """y and the next counts; all else of the next state is written into the given one. Exponents: of fp16."""
@@ -218,10 +220,10 @@ def _replay_inplace(
         torch.empty_like(summed_B),
     )
     features, value_dim = s_BHFV.shape[2:]
-    slots, block = k_BSHK.shape[1], triton.next_power_of_2
+    slots, block = k_BSGK.shape[1], triton.next_power_of_2
     strides = (stride for x in (q, k, v) for stride in (x.stride(0), x.stride(2)))
     _replay_kernel[(batch * heads,)](
-        q, k, v, s_BHFV, z_BHF, k_BSHK, v_BSHV, exponent_BH, seen_B, summed_B, y_B1HV, next_seen, next_summed,
+        q, k, v, s_BHFV, z_BHF, k_BSGK, v_BSHV, exponent_BH, seen_B, summed_B, y_B1HV, next_seen, next_summed,
         *_features(key_dim, s_BHFV.device), *strides, key_dim**-0.5, eps, heads,
         F=features, K=key_dim, V=value_dim, HALF=slots // 2,
         BLOCK_F=block(features), BLOCK_K=block(key_dim), BLOCK_S=block(slots), SCALED=exponent_BH is not None,
@@ -231,17 +233,17 @@ def _replay_inplace(
 
 
 @_replay_inplace.register_fake
-def _(q_B1HK, k_B1HK, v_B1HV, s_BHFV, z_BHF, k_BSHK, v_BSHV, seen_B, summed_B, exponent_BH, eps):
+def _(q_B1HK, k_B1HK, v_B1HV, s_BHFV, z_BHF, k_BSGK, v_BSHV, seen_B, summed_B, exponent_BH, eps):
     return v_B1HV.new_empty(v_B1HV.shape), torch.empty_like(seen_B), torch.empty_like(summed_B)
 
 
 @torch.library.custom_op("holdall::taylor_replay", mutates_args=())
 def _replay(
-    q_B1HK: Tensor, k_B1HK: Tensor, v_B1HV: Tensor, s_BHFV: Tensor, z_BHF: Tensor, k_BSHK: Tensor,
+    q_B1HK: Tensor, k_B1HK: Tensor, v_B1HV: Tensor, s_BHFV: Tensor, z_BHF: Tensor, k_BSGK: Tensor,
     v_BSHV: Tensor, seen_B: Tensor, summed_B: Tensor, exponent_BH: Tensor, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """y and the next state, in a copy. Exponents without elements are none."""
-    parts = (s_BHFV, z_BHF, k_BSHK, v_BSHV, exponent_BH)
+    parts = (s_BHFV, z_BHF, k_BSGK, v_BSHV, exponent_BH)
     *copies, exponents = (x.clone(memory_format=torch.contiguous_format) for x in parts)
     scaled = exponents if exponents.numel() else None
     y_B1HV, *counts = _replay_inplace(q_B1HK, k_B1HK, v_B1HV, *copies, seen_B, summed_B, scaled, eps)
@@ -249,8 +251,8 @@ def _replay(
 
 
 @_replay.register_fake
-def _(q_B1HK, k_B1HK, v_B1HV, s_BHFV, z_BHF, k_BSHK, v_BSHV, seen_B, summed_B, exponent_BH, eps):
-    state = (s_BHFV, z_BHF, k_BSHK, v_BSHV, seen_B, summed_B, exponent_BH)
+def _(q_B1HK, k_B1HK, v_B1HV, s_BHFV, z_BHF, k_BSGK, v_BSHV, seen_B, summed_B, exponent_BH, eps):
+    state = (s_BHFV, z_BHF, k_BSGK, v_BSHV, seen_B, summed_B, exponent_BH)
     after = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in state)
     return v_B1HV.new_empty(v_B1HV.shape), *after
 
@@ -263,15 +265,20 @@ def replay_attention(
     k_B1HK: Tensor,
     v_B1HV: Tensor,
     state: S,
+    log_decay: Tensor | None = None,
+    beta_B1H: Tensor | None = None,
     *,
-    feature_map: FeatureMap,
+    feature_map: FeatureMap = IDENTITY,
     eps: float = 1e-12,
     inplace: bool = False,
 ) -> tuple[Tensor, S]:
-    """`holdall.ops.replay.replay_attention` for one token, with the Taylor map; without gradients.
+    """`holdall.ops.replay.replay_attention` for one token, without gradients.
+
+    Normalised with the Taylor map here; with no map and not normalised in decayed_replay.py.
 
     Args:
-        state: s in fp32, in bf16, or in fp16 with exponents; z in fp32; a ring in the dtype of k and v.
+        state: s in fp32, in bf16, or, with the Taylor map, in fp16 with exponents; what is as wide as z in
+            fp32; keys and values in the dtype of k and v.
         inplace: all but the counts is updated in place.
 
     Returns:
@@ -280,18 +287,26 @@ def replay_attention(
     Raises:
         KernelError: no kernel can run on these tensors, for another map, or for this many key dimensions.
     """
+    if feature_map == IDENTITY and not state.z_BHF.shape[-1]:
+        return decayed_replay(q_B1HK, k_B1HK, v_B1HV, state, log_decay, beta_B1H, inplace=inplace)
     forms.require_kernel(q_B1HK, k_B1HK, v_B1HV, *state[:4])
     if feature_map != FEATURE_MAPS["taylor"]:
-        raise forms.KernelError("the kernel has the Taylor map alone; form 'parallel' has all")
+        raise forms.KernelError("there are kernels for the Taylor map and for none; form 'parallel' has all")
     if q_B1HK.shape[-1] > MAX_KEY_DIM:
         raise forms.KernelError(
             f"the kernel takes at most {MAX_KEY_DIM} key dimensions, not {q_B1HK.shape[-1]}"
         )
-    q, k, v = q_B1HK, k_B1HK.to(state.k_BSHK.dtype), v_B1HV.to(state.v_BSHV.dtype)
+    q, k, v = q_B1HK, k_B1HK.to(state.k_BSGK.dtype), v_B1HV.to(state.v_BSHV.dtype)
     exponent_BH = state.exponent_BH if isinstance(state, ScaledReplayState) else None
+    tensors, counts = state[:4], (state.seen_B, state.summed_B)
     if inplace and all(tensor.is_contiguous() for tensor in state):
-        y_B1HV, *counts = _replay_inplace(q, k, v, *state[:6], exponent_BH, eps)
+        y_B1HV, *counts = _replay_inplace(q, k, v, *tensors, *counts, exponent_BH, eps)
         return y_B1HV.to(v_B1HV.dtype), state._replace(seen_B=counts[0], summed_B=counts[1])
     exponents = state.seen_B.new_empty(len(v), 0) if exponent_BH is None else exponent_BH
-    y_B1HV, *after = _replay(q, k, v, *state[:6], exponents, eps)
-    return y_B1HV.to(v_B1HV.dtype), type(state)(*after[: len(state)])
+    y_B1HV, *after = _replay(q, k, v, *tensors, *counts, exponents, eps)
+    s_BHFV, z_BHF, k_BSGK, v_BSHV, seen_B, summed_B, exponents = after
+    changed = {"s_BHFV": s_BHFV, "z_BHF": z_BHF, "k_BSGK": k_BSGK, "v_BSHV": v_BSHV}
+    changed |= {"seen_B": seen_B, "summed_B": summed_B, "log_decay_BSHX": state.log_decay_BSHX.clone()}
+    if exponent_BH is not None:
+        changed["exponent_BH"] = exponents
+    return y_B1HV.to(v_B1HV.dtype), state._replace(**changed)

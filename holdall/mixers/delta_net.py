@@ -20,17 +20,18 @@ Deviations:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
+from holdall.contract import Mixer, MixerConfig, Paper, State, recurrent_dtype, register
 from holdall.contract.forms import plain
-from holdall.ops import delta_rule, short_conv
+from holdall.ops import delta_rule, replay, short_conv
 from holdall.ops.gated_rms_norm import norm_heads
 from holdall.ops.linear_attention import elu_plus_one
+from holdall.ops.recent import ConvReplayState, recent_conv
 from holdall.ops.small_linear import widened_linear
 from holdall.ops.unit_heads import unit_heads
 from holdall.settings import NonNegativeFloat, PositiveInt, Range
@@ -74,10 +75,15 @@ class DeltaNetConfig(MixerConfig):
     """Epsilon of the RMS norm of each head's output."""
     chunk: PositiveInt = delta_rule.CHUNK
     """Tokens per chunk, whose updates of the state are solved together as one triangular system."""
+    replay: Annotated[int, Range(least=1, zero="no ring")] = 0
+    """Tokens between two writes of the state, L; 0 writes it with every token. What the last 2 L tokens add
+    is then carried in a ring, and the last L tokens can be rolled back: docs/replay.md.
+    """
 
     forms = ("loop", "parallel", "kernel")
     variants = (
         {},
+        {"heads": 4, "kernel": 3, "replay": 2},
         {"heads": 4, "key_map": "elu1", "kernel": 0, "gate": True, "negative_eigenvalues": True, "chunk": 8},
     )
 
@@ -90,6 +96,7 @@ class DeltaNetConfig(MixerConfig):
             super().kernel_refusal(device, dtype)
             or delta_rule.kernel_refusal(self.width // self.heads)
             or short_conv.kernel_refusal(self.kernel)
+            or (replay.kernel_refusal(self.width // self.heads) if self.replay else "")
         )
 
     def build(self) -> DeltaNet:
@@ -98,10 +105,11 @@ class DeltaNetConfig(MixerConfig):
 
 class DeltaNet(Mixer):
     config: DeltaNetConfig
-    state_type = DeltaNetState
 
     def __init__(self, config: DeltaNetConfig) -> None:
         super().__init__(config)
+        self.state_type = ConvReplayState if config.replay else DeltaNetState  # type: ignore[misc]
+        self.rollback_limit, self.rollback_rounds = config.replay, config.replay > 0
         width = config.width
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         if config.kernel:
@@ -115,36 +123,45 @@ class DeltaNet(Mixer):
     def forward(
         self,
         x_BTD: Tensor,
-        state: DeltaNetState | None = None,
+        state: Any = None,
         *,
         inplace: bool = False,
         want_state: bool = True,
-    ) -> tuple[Tensor, DeltaNetState | None]:
-        config = self.config
+    ) -> tuple[Tensor, State | None]:
+        config, fresh = self.config, state is None
         if state is None:
             state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
-        dtype = state.s_BHKV.dtype
-        q, k, v, conv_BPE = self._heads(self.qkv(x_BTD), state.conv_BPE, dtype, inplace)
+        q, k, v, conv_BPE = self._heads(self.qkv(x_BTD), state, recurrent_dtype(x_BTD.dtype), inplace)
         # in bf16 a beta near 1 would leave up to 1/256 of what is to be replaced
         beta_BTH = widened_linear(x_BTD, self.beta_proj.weight, form=self.form).sigmoid()
         if config.negative_eigenvalues:
             beta_BTH = 2 * beta_BTH
-        o_BTHV, s_BHKV = delta_rule.delta_rule(
-            q, k, v, beta_BTH, state.s_BHKV, chunk=config.chunk, form=self.form, inplace=inplace
-        )
+        after: State | None
+        if config.replay:
+            o_BTHV, kept = replay.replay_attention(
+                q, k, v, None if fresh and not want_state else replay.ReplayState(*state[:7]), None, beta_BTH,
+                replay=config.replay, chunk=config.chunk, inplace=inplace, want_state=want_state,
+                form=self.form,
+            )  # fmt: skip
+            after = None if kept is None else ConvReplayState(*kept, conv_BPE)
+        else:
+            o_BTHV, s_BHKV = delta_rule.delta_rule(
+                q, k, v, beta_BTH, state.s_BHKV, chunk=config.chunk, form=self.form, inplace=inplace
+            )
+            after = DeltaNetState(conv_BPE, s_BHKV) if want_state else None
         gate_BTD = None if self.gate_proj is None else self.gate_proj(x_BTD)
         y_BTD = norm_heads(o_BTHV, self.norm_weight_V, config.eps, gate_BTD, form=self.form)
-        return self.out_proj(y_BTD), DeltaNetState(conv_BPE, s_BHKV) if want_state else None
+        return self.out_proj(y_BTD), after
 
     def _heads(
-        self, qkv_BTE: Tensor, conv_BPE: Tensor, dtype: torch.dtype, inplace: bool
+        self, qkv_BTE: Tensor, state: Any, dtype: torch.dtype, inplace: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries, keys and values of each head, and the inputs that the convolution needs next."""
         config, size = self.config, self.config.width // self.config.heads
-        unit, form = config.key_map == "silu", self.form
+        unit, form, conv_BPE = config.key_map == "silu", self.form, state.conv_BPE
         if config.kernel:
-            qkv_BTE, conv_BPE = short_conv.short_conv(
-                qkv_BTE, self.conv_weight_EW, None, conv_BPE, silu=unit, inplace=inplace, form=form
+            qkv_BTE, conv_BPE = recent_conv(
+                qkv_BTE, self.conv_weight_EW, None, state, silu=unit, inplace=inplace, form=form
             )
         elif unit:
             # SiLU is a pass of its own here, and unit vectors stay wide until the rule rounds them
@@ -157,15 +174,23 @@ class DeltaNet(Mixer):
         q, k = (u / u.sum(-1, keepdim=True).clamp(min=1e-6) for u in (q, k))
         return q * size**-0.5, k, F.silu(v), conv_BPE
 
-    def init_state(
-        self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None
-    ) -> DeltaNetState:
+    def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None) -> State:
         config, size = self.config, self.config.width // self.config.heads
-        return DeltaNetState(
-            torch.zeros(batch, max(config.kernel - 1, 0), 3 * config.width, dtype=dtype, device=device),
-            torch.zeros(batch, config.heads, size, size, dtype=recurrent_dtype(dtype), device=device),
-        )
+        past = config.kernel - 1 + config.replay if config.kernel else 0
+        conv_BPE = torch.zeros(batch, past, 3 * config.width, dtype=dtype, device=device)
+        if config.replay:
+            state = replay.empty_replay(
+                batch, config.heads, size, size, config.replay, corrects=True, dtype=dtype, device=device
+            )
+            return ConvReplayState(*state, conv_BPE)
+        s_BHKV = torch.zeros(batch, config.heads, size, size, dtype=recurrent_dtype(dtype), device=device)
+        return DeltaNetState(conv_BPE, s_BHKV)
 
     def state_elements(self, context_len: int) -> int:
+        if self.config.replay:
+            return replay.elements_with_ring(self)
         width = self.config.width
         return width**2 // self.config.heads + 3 * width * max(self.config.kernel - 1, 0)
+
+    def _rolled_back(self, state: Any, count_B: Tensor, inplace: bool) -> State:
+        return replay.take_back(state, count_B, self.owner, inplace=inplace)

@@ -20,15 +20,16 @@ Deviations:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
-from holdall.ops import delta_rule, hippo, short_conv
+from holdall.contract import Mixer, MixerConfig, Paper, State, recurrent_dtype, register
+from holdall.ops import delta_rule, hippo, replay, short_conv
 from holdall.ops.gated_rms_norm import norm_heads
+from holdall.ops.recent import ConvReplayState, recent_conv
 from holdall.ops.small_linear import widened_linear
 from holdall.ops.unit_heads import unit_heads
 from holdall.settings import NonNegativeFloat, NonNegativeInt, PositiveInt, Range
@@ -76,10 +77,15 @@ class GatedDeltaNetConfig(MixerConfig):
     """Epsilon of the RMS norm of each head's output."""
     chunk: PositiveInt = delta_rule.CHUNK
     """Tokens per chunk, whose updates of the state are solved together as one triangular system."""
+    replay: Annotated[int, Range(least=1, zero="no ring")] = 0
+    """Tokens between two writes of the state, L; 0 writes it with every token. What the last 2 L tokens add
+    is then carried in a ring, and the last L tokens can be rolled back: docs/replay.md.
+    """
 
     forms = ("loop", "parallel", "kernel")
     variants = (
         {},
+        {"head_dim": 4, "value_heads": 4, "kernel": 3, "replay": 2},
         {"head_dim": 8, "value_ratio": 1, "value_heads": 4, "gate": False, "negative_eigenvalues": True},
     )
 
@@ -107,6 +113,7 @@ class GatedDeltaNetConfig(MixerConfig):
             super().kernel_refusal(device, dtype)
             or delta_rule.kernel_refusal(self.key_dim)
             or short_conv.kernel_refusal(self.kernel)
+            or (replay.kernel_refusal(self.key_dim) if self.replay else "")
         )
 
     def build(self) -> GatedDeltaNet:
@@ -115,10 +122,11 @@ class GatedDeltaNetConfig(MixerConfig):
 
 class GatedDeltaNet(Mixer):
     config: GatedDeltaNetConfig
-    state_type = GatedDeltaNetState
 
     def __init__(self, config: GatedDeltaNetConfig) -> None:
         super().__init__(config)
+        self.state_type = ConvReplayState if config.replay else GatedDeltaNetState  # type: ignore[misc]
+        self.rollback_limit, self.rollback_rounds = config.replay, config.replay > 0
         width, inner, bound = config.width, sum(config.sizes), config.kernel**-0.5
         values = config.sizes[-1]
         self.qkv = nn.Linear(width, inner, bias=False)
@@ -133,46 +141,64 @@ class GatedDeltaNet(Mixer):
     def forward(
         self,
         x_BTD: Tensor,
-        state: GatedDeltaNetState | None = None,
+        state: Any = None,
         *,
         inplace: bool = False,
         want_state: bool = True,
-    ) -> tuple[Tensor, GatedDeltaNetState | None]:
-        config = self.config
+    ) -> tuple[Tensor, State | None]:
+        config, fresh = self.config, state is None
         if state is None:
             state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
-        dtype = state.s_BHKV.dtype
-        qkv_BTE, conv_BPE = short_conv.short_conv(
-            self.qkv(x_BTD), self.conv_weight_EW, None, state.conv_BPE, silu=True,
-            inplace=inplace, form=self.form,
-        )  # fmt: skip
+        dtype = recurrent_dtype(x_BTD.dtype)
+        qkv_BTE, conv_BPE = recent_conv(
+            self.qkv(x_BTD), self.conv_weight_EW, None, state, silu=True, inplace=inplace, form=self.form
+        )
         q, k, v = unit_heads(qkv_BTE, config.heads, config.key_dim, config.key_dim**-0.5, form=self.form)
-        if config.states > config.heads:
-            q, k = (u.repeat_interleave(config.states // config.heads, dim=2) for u in (q, k))
+        q = replay.of_each_head(q, config.states)
         v = v.unflatten(-1, (config.states, -1))
         # decay and step decide what is kept over thousands of tokens: not in bf16
         a_BTH, beta_BTH = widened_linear(x_BTD, self.ab_proj.weight, form=self.form).chunk(2, dim=-1)
         log_w_BTH = -self.A_log.to(dtype).exp() * F.softplus(a_BTH + self.dt_bias.to(dtype))
         beta_BTH = beta_BTH.sigmoid() * (2 if config.negative_eigenvalues else 1)
-        o_BTHV, s_BHKV = delta_rule.delta_rule(
-            q, k, v, beta_BTH, state.s_BHKV, log_w_BTH, chunk=config.chunk, form=self.form, inplace=inplace
-        )
+        after: State | None
+        if config.replay:
+            o_BTHV, kept = replay.replay_attention(
+                q, k, v, None if fresh and not want_state else replay.ReplayState(*state[:7]), log_w_BTH,
+                beta_BTH, replay=config.replay, chunk=config.chunk, inplace=inplace, want_state=want_state,
+                form=self.form,
+            )  # fmt: skip
+            after = None if kept is None else ConvReplayState(*kept, conv_BPE)
+        else:
+            o_BTHV, s_BHKV = delta_rule.delta_rule(
+                q, replay.of_each_head(k, config.states), v, beta_BTH, state.s_BHKV, log_w_BTH,
+                chunk=config.chunk, form=self.form, inplace=inplace,
+            )  # fmt: skip
+            after = GatedDeltaNetState(conv_BPE, s_BHKV) if want_state else None
         gate_BTE = None if self.gate_proj is None else self.gate_proj(x_BTD)
         y_BTE = norm_heads(o_BTHV, self.norm_weight_V, config.eps, gate_BTE, form=self.form)
-        return self.out_proj(y_BTE), GatedDeltaNetState(conv_BPE, s_BHKV) if want_state else None
+        return self.out_proj(y_BTE), after
 
-    def init_state(
-        self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None
-    ) -> GatedDeltaNetState:
+    def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None) -> State:
         config = self.config
-        value_dim = config.value_ratio * config.key_dim
+        value_dim, past = config.value_ratio * config.key_dim, config.kernel - 1 + config.replay
+        conv_BPE = torch.zeros(batch, past, sum(config.sizes), dtype=dtype, device=device)
+        if config.replay:
+            state = replay.empty_replay(
+                batch, config.states, config.key_dim, value_dim, config.replay, key_groups=config.heads,
+                decays=1, corrects=True, dtype=dtype, device=device,
+            )  # fmt: skip
+            return ConvReplayState(*state, conv_BPE)
         s_BHKV = torch.zeros(
             batch, config.states, config.key_dim, value_dim, dtype=recurrent_dtype(dtype), device=device
         )
-        conv_BPE = torch.zeros(batch, config.kernel - 1, sum(config.sizes), dtype=dtype, device=device)
         return GatedDeltaNetState(conv_BPE, s_BHKV)
 
     def state_elements(self, context_len: int) -> int:
         config = self.config
+        if config.replay:
+            return replay.elements_with_ring(self)
         held = config.states * config.value_ratio * config.key_dim**2
         return held + (config.kernel - 1) * sum(config.sizes)
+
+    def _rolled_back(self, state: Any, count_B: Tensor, inplace: bool) -> State:
+        return replay.take_back(state, count_B, self.owner, inplace=inplace)

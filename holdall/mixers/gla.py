@@ -17,16 +17,16 @@ Deviations: none.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, State, readout_dtype, recurrent_dtype, register
 from holdall.contract.forms import plain
-from holdall.ops import linear_attention
+from holdall.ops import linear_attention, replay
 from holdall.ops.gated_rms_norm import gated_rms_norm
-from holdall.ops.short_conv import short_conv
+from holdall.ops.recent import ConvReplayState, recent_conv
 from holdall.ops.small_linear import small_linear
 from holdall.settings import NonNegativeFloat, PositiveFloat, PositiveInt, Range
 
@@ -77,10 +77,15 @@ class GLAConfig(MixerConfig):
     """
     eps: NonNegativeFloat = 1e-5
     """Epsilon of the RMS norm of each head's output."""
+    replay: Annotated[int, Range(least=1, zero="no ring")] = 0
+    """Tokens between two writes of the state, L; 0 writes it with every token. What the last 2 L tokens add
+    is then carried in a ring, and the last L tokens can be rolled back: docs/replay.md.
+    """
 
     forms = ("loop", "parallel", "kernel")
     variants = (
         {"gate_rank": 3},
+        {"heads": 2, "kernel": 3, "replay": 2},
         {"heads": 2, "key_ratio": 0.75, "value_ratio": 2.0, "tau": 1.0, "kernel": 4},
     )
 
@@ -100,8 +105,10 @@ class GLAConfig(MixerConfig):
 
     def kernel_refusal(self, device: torch.device, dtype: torch.dtype) -> str:
         sizes = self.keys // self.heads, self.values // self.heads
-        return super().kernel_refusal(device, dtype) or linear_attention.kernel_refusal(
-            *sizes, dtype, decay_per_key=True
+        return (
+            super().kernel_refusal(device, dtype)
+            or linear_attention.kernel_refusal(*sizes, dtype, decay_per_key=True)
+            or (replay.kernel_refusal(sizes[0]) if self.replay else "")
         )
 
     def build(self) -> GLA:
@@ -115,6 +122,9 @@ class GLA(Mixer):
         super().__init__(config)
         keys, values = config.keys, config.values
         self.state_type = GLAConvState if config.kernel else GLAState  # type: ignore[misc]
+        if config.replay:
+            self.state_type = ConvReplayState if config.kernel else replay.ReplayState  # type: ignore[misc]
+        self.rollback_limit = config.replay
         self.sizes = [keys, keys, values]
         self.qkvg = nn.Linear(config.width, sum(self.sizes) + values, bias=False)
         self.gate_down = nn.Linear(config.width, config.gate_rank, bias=False)
@@ -128,17 +138,16 @@ class GLA(Mixer):
             )
 
     def forward(
-        self, x_BTD: Tensor, state: State | None = None, *, inplace: bool = False, want_state: bool = True
+        self, x_BTD: Tensor, state: Any = None, *, inplace: bool = False, want_state: bool = True
     ) -> tuple[Tensor, State | None]:
         config, fresh = self.config, state is None
         if state is None:
             state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
-        s_BHKV: Tensor | None
-        s_BHKV, *convs = state
+        convs: list[Tensor] = []
         qkv_BTE, gate_BTE = self.qkvg(x_BTD).split([sum(self.sizes), config.values], dim=-1)
         if config.kernel:
-            qkv_BTE, *convs = short_conv(
-                qkv_BTE, self.conv_weight_EW, None, *convs, silu=True, form=plain(self.form)
+            qkv_BTE, *convs = recent_conv(
+                qkv_BTE, self.conv_weight_EW, None, state, silu=True, inplace=inplace, form=plain(self.form)
             )
         log_decay_BTE = self._log_decay(self.gate_down(x_BTD))
         qkv_BTE = qkv_BTE.to(readout_dtype(self.form, x_BTD.dtype))
@@ -146,15 +155,20 @@ class GLA(Mixer):
             u.unflatten(-1, (config.heads, -1)) for u in (*qkv_BTE.split(self.sizes, dim=-1), log_decay_BTE)
         )
         q = q * q.shape[-1] ** -0.5
-        o_BTHV, s_BHKV, _ = linear_attention.linear_attention(
-            q, k, v, None if fresh else s_BHKV, None, log_decay_BTHK,
-            inplace=inplace, want_state=want_state, form=self.form,
-        )  # fmt: skip
+        sums: Any
+        if config.replay:
+            o_BTHV, sums = replay.replay_attention(
+                q, k, v, None if fresh and not want_state else replay.ReplayState(*state[:7]), log_decay_BTHK,
+                replay=config.replay, inplace=inplace, want_state=want_state, form=self.form,
+            )  # fmt: skip
+        else:
+            o_BTHV, *sums, _ = linear_attention.linear_attention(
+                q, k, v, None if fresh else state.s_BHKV, None, log_decay_BTHK,
+                inplace=inplace, want_state=want_state, form=self.form,
+            )  # fmt: skip
         gate_BTHV = gate_BTE.unflatten(-1, (config.heads, -1))
         y_BTHV = gated_rms_norm(o_BTHV, gate_BTHV, self.norm_weight_V, config.eps, after=True, form=self.form)
-        after: State | None = None
-        if want_state and s_BHKV is not None:
-            after = GLAConvState(s_BHKV, *convs) if config.kernel else GLAState(s_BHKV)
+        after = self.state_type(*sums, *convs) if want_state else None
         return self.out_proj(y_BTHV.flatten(2).to(x_BTD.dtype)), after
 
     def _log_decay(self, low_BTR: Tensor) -> Tensor:
@@ -167,13 +181,25 @@ class GLA(Mixer):
     def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None) -> State:
         config = self.config
         sizes = config.heads, config.keys // config.heads, config.values // config.heads
-        s_BHKV = torch.zeros(batch, *sizes, dtype=recurrent_dtype(dtype), device=device)
+        sums: Any
+        made: Any = self.state_type
+        if config.replay:
+            sums = replay.empty_replay(
+                batch, *sizes, config.replay, decays=sizes[1], dtype=dtype, device=device
+            )
+        else:
+            sums = (torch.zeros(batch, *sizes, dtype=recurrent_dtype(dtype), device=device),)
         if not config.kernel:
-            return GLAState(s_BHKV)
-        conv_BPE = torch.zeros(batch, config.kernel - 1, sum(self.sizes), dtype=dtype, device=device)
-        return GLAConvState(s_BHKV, conv_BPE)
+            return made(*sums)
+        past = config.kernel - 1 + config.replay
+        return made(*sums, torch.zeros(batch, past, sum(self.sizes), dtype=dtype, device=device))
 
     def state_elements(self, context_len: int) -> int:
         config = self.config
+        if config.replay:
+            return replay.elements_with_ring(self)
         past = max(config.kernel - 1, 0) * sum(self.sizes)
         return config.keys * config.values // config.heads + past
+
+    def _rolled_back(self, state: Any, count_B: Tensor, inplace: bool) -> State:
+        return replay.take_back(state, count_B, self.owner, inplace=inplace)

@@ -20,15 +20,16 @@ Deviations:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
+from holdall.contract import Mixer, MixerConfig, Paper, State, recurrent_dtype, register
 from holdall.contract.forms import plain
-from holdall.ops import delta_rule, hippo, short_conv
+from holdall.ops import delta_rule, hippo, replay
+from holdall.ops.recent import ConvReplayState, recent_conv
 from holdall.settings import NonNegativeFloat, NonNegativeInt, PositiveInt, Range
 
 
@@ -70,9 +71,17 @@ class KimiDeltaConfig(MixerConfig):
     chunk: Annotated[int, Range(least=1, most=16)] = delta_rule.CHUNK
     """Tokens per chunk, at most 16, whose updates of the state are solved together as one triangular system.
     """
+    replay: Annotated[int, Range(least=1, zero="no ring")] = 0
+    """Tokens between two writes of the state, L; 0 writes it with every token. What the last 2 L tokens add
+    is then carried in a ring, and the last L tokens can be rolled back: docs/replay.md.
+    """
 
     forms = ("loop", "parallel", "kernel")
-    variants = ({}, {"heads": 3, "head_dim": 8, "kernel": 3, "negative_eigenvalues": True, "chunk": 8})
+    variants = (
+        {},
+        {"head_dim": 4, "kernel": 3, "replay": 2},
+        {"heads": 3, "head_dim": 8, "kernel": 3, "negative_eigenvalues": True, "chunk": 8},
+    )
 
     def validate(self) -> None:
         if not self.head_dim and self.width % self.heads:
@@ -83,7 +92,11 @@ class KimiDeltaConfig(MixerConfig):
         return self.head_dim or self.width // self.heads
 
     def kernel_refusal(self, device: torch.device, dtype: torch.dtype) -> str:
-        return super().kernel_refusal(device, dtype) or delta_rule.kernel_refusal(self.key_dim)
+        return (
+            super().kernel_refusal(device, dtype)
+            or delta_rule.kernel_refusal(self.key_dim)
+            or (replay.kernel_refusal(self.key_dim) if self.replay else "")
+        )
 
     def build(self) -> KimiDeltaAttention:
         return KimiDeltaAttention(self)
@@ -91,10 +104,11 @@ class KimiDeltaConfig(MixerConfig):
 
 class KimiDeltaAttention(Mixer):
     config: KimiDeltaConfig
-    state_type = KimiDeltaState
 
     def __init__(self, config: KimiDeltaConfig) -> None:
         super().__init__(config)
+        self.state_type = ConvReplayState if config.replay else KimiDeltaState  # type: ignore[misc]
+        self.rollback_limit, self.rollback_rounds = config.replay, config.replay > 0
         width, rank, bound = config.width, config.key_dim, config.kernel**-0.5
         inner = config.heads * config.key_dim
         self.qkv = nn.Linear(width, 3 * inner, bias=False)
@@ -112,41 +126,69 @@ class KimiDeltaAttention(Mixer):
     def forward(
         self,
         x_BTD: Tensor,
-        state: KimiDeltaState | None = None,
+        state: Any = None,
         *,
         inplace: bool = False,
         want_state: bool = True,
-    ) -> tuple[Tensor, KimiDeltaState | None]:
-        config = self.config
+    ) -> tuple[Tensor, State | None]:
+        config, fresh = self.config, state is None
         if state is None:
             state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
-        dtype = state.s_BHKV.dtype
-        qkv_BTE, conv_BPE = short_conv.short_conv(
-            self.qkv(x_BTD), self.conv_weight_EW, None, state.conv_BPE, silu=True, form=plain(self.form)
-        )
+        dtype = recurrent_dtype(x_BTD.dtype)
+        qkv_BTE, conv_BPE = recent_conv(
+            self.qkv(x_BTD), self.conv_weight_EW, None, state, silu=True, inplace=inplace,
+            form=plain(self.form),
+        )  # fmt: skip
         q, k, v = qkv_BTE.unflatten(-1, (3, config.heads, -1)).unbind(2)
         q, k = delta_rule.unit_length(q), delta_rule.unit_length(k)
         # decay and step decide what is kept over thousands of tokens: not in bf16
         f_BTHK = self.decay_proj(x_BTD).to(dtype).unflatten(-1, (config.heads, -1))
         log_w_BTHK = -self.A_log.to(dtype).exp()[:, None] * F.softplus(f_BTHK + self.dt_bias_HK.to(dtype))
         beta_BTH = self.beta_proj(x_BTD).to(dtype).sigmoid() * (2 if config.negative_eigenvalues else 1)
-        o_BTHV, s_BHKV = delta_rule.delta_rule(
-            q * config.key_dim**-0.5, k, v, beta_BTH, state.s_BHKV, log_w_BTHK,
-            chunk=config.chunk, inplace=inplace, form=self.form,
-        )  # fmt: skip
+        q = q * config.key_dim**-0.5
+        after: State | None
+        if config.replay:
+            o_BTHV, kept = replay.replay_attention(
+                q, k, v, None if fresh and not want_state else replay.ReplayState(*state[:7]), log_w_BTHK,
+                beta_BTH, replay=config.replay, chunk=config.chunk, inplace=inplace, want_state=want_state,
+                form=self.form,
+            )  # fmt: skip
+            after = None if kept is None else ConvReplayState(*kept, conv_BPE)
+        else:
+            o_BTHV, s_BHKV = delta_rule.delta_rule(
+                q, k, v, beta_BTH, state.s_BHKV, log_w_BTHK,
+                chunk=config.chunk, inplace=inplace, form=self.form,
+            )  # fmt: skip
+            after = KimiDeltaState(conv_BPE, s_BHKV) if want_state else None
         o_BTHV = F.rms_norm(o_BTHV, o_BTHV.shape[-1:], self.norm_weight_V, config.eps)
         y_BTD = self.out_proj(o_BTHV.flatten(2) * self.gate_proj(x_BTD).sigmoid())
-        return y_BTD, KimiDeltaState(conv_BPE, s_BHKV) if want_state else None
+        return y_BTD, after
 
-    def init_state(
-        self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None
-    ) -> KimiDeltaState:
-        heads, size, kernel = self.config.heads, self.config.key_dim, self.config.kernel
-        return KimiDeltaState(
-            torch.zeros(batch, kernel - 1, 3 * heads * size, dtype=dtype, device=device),
-            torch.zeros(batch, heads, size, size, dtype=recurrent_dtype(dtype), device=device),
-        )
+    def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None) -> State:
+        config, heads, size = self.config, self.config.heads, self.config.key_dim
+        past = config.kernel - 1 + config.replay
+        conv_BPE = torch.zeros(batch, past, 3 * heads * size, dtype=dtype, device=device)
+        if config.replay:
+            state = replay.empty_replay(
+                batch,
+                heads,
+                size,
+                size,
+                config.replay,
+                decays=size,
+                corrects=True,
+                dtype=dtype,
+                device=device,
+            )
+            return ConvReplayState(*state, conv_BPE)
+        s_BHKV = torch.zeros(batch, heads, size, size, dtype=recurrent_dtype(dtype), device=device)
+        return KimiDeltaState(conv_BPE, s_BHKV)
 
     def state_elements(self, context_len: int) -> int:
+        if self.config.replay:
+            return replay.elements_with_ring(self)
         heads, size, kernel = self.config.heads, self.config.key_dim, self.config.kernel
         return heads * size**2 + 3 * heads * size * (kernel - 1)
+
+    def _rolled_back(self, state: Any, count_B: Tensor, inplace: bool) -> State:
+        return replay.take_back(state, count_B, self.owner, inplace=inplace)

@@ -18,7 +18,7 @@ Deviations:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +26,15 @@ from torch import Tensor
 from holdall.contract import Mixer, MixerConfig, Paper, State, recurrent_dtype, register
 from holdall.ops.linear import Linear
 from holdall.ops.linear_attention import FEATURE_MAPS, linear_attention
-from holdall.settings import NonNegativeFloat, PositiveInt
+from holdall.ops.replay import (
+    ReplayState,
+    ScaledReplayState,
+    elements_with_ring,
+    empty_replay,
+    replay_attention,
+    take_back,
+)
+from holdall.settings import NonNegativeFloat, PositiveInt, Range
 
 if TYPE_CHECKING:
     from holdall.mixers.taylor import TaylorConfig
@@ -78,10 +86,15 @@ class LinearAttentionConfig(MixerConfig):
     """
     bias: bool = False
     """Whether the projections have biases."""
+    replay: Annotated[int, Range(least=1, zero="no ring")] = 0
+    """Tokens between two writes of the state, L; 0 writes it with every token. What the last 2 L tokens add
+    is then carried in a ring, and the last L tokens can be rolled back: docs/replay.md.
+    """
 
     state_dtype: ClassVar[str] = "fp32"
     variants = (
         {"heads": 2, "chunk": 16},
+        {"feature_dim": 4, "heads": 2, "chunk": 16, "replay": 2},
         {"feature_map": "relu", "normalise": False, "chunk": 32},
         {"feature_map": "square", "bias": True},
         {"feature_map": "identity", "normalise": False},
@@ -92,7 +105,7 @@ class LinearAttentionConfig(MixerConfig):
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
 
     def build(self) -> LinearAttention:
-        return LinearAttention(self)
+        return ReplayedLinearAttention(self) if self.replay else LinearAttention(self)
 
 
 class LinearAttention(Mixer):
@@ -141,3 +154,48 @@ class LinearAttention(Mixer):
     def state_elements(self, context_len: int) -> int:
         features = self.feature_map.size(self.config.feature_dim)
         return features * (self.config.width + self.config.heads * self.config.normalise)
+
+
+class ReplayedLinearAttention(LinearAttention):
+    """Linear attention with a ring of its last tokens: holdall/ops/replay.py."""
+
+    def __init__(self, config: LinearAttentionConfig | TaylorConfig) -> None:
+        super().__init__(config)
+        self.state_type = ScaledReplayState if config.state_dtype == "fp16" else ReplayState  # type: ignore[misc]
+        self.rollback_limit = config.replay
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        state: Any = None,
+        *,
+        inplace: bool = False,
+        want_state: bool = True,
+    ) -> tuple[Tensor, Any]:
+        config = self.config
+        if state is None and want_state and config.state_dtype != "fp32":
+            state = self.init_state(len(x_BTD), dtype=x_BTD.dtype, device=x_BTD.device)
+        q, k, v = (u.unflatten(-1, (config.heads, -1)) for u in self.qkv(x_BTD).split(self.sizes, dim=-1))
+        y_BTHV, after = replay_attention(
+            q, k, v, state, replay=config.replay, feature_map=self.feature_map,
+            normalise=config.normalise, eps=config.eps, chunk=config.chunk, inplace=inplace,
+            want_state=want_state, form=self.form,
+        )  # fmt: skip
+        return self.out_proj(y_BTHV.flatten(2)), after
+
+    def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None) -> State:
+        config = self.config
+        state = empty_replay(
+            batch, config.heads, config.feature_dim, config.width // config.heads, config.replay,
+            feature_map=self.feature_map, normalise=config.normalise, dtype=dtype, device=device,
+        )  # fmt: skip
+        if config.state_dtype == "fp16":
+            exponent_BH = torch.zeros(batch, config.heads, dtype=torch.int32, device=device)
+            return ScaledReplayState(state.s_BHFV.half(), *state[1:], exponent_BH)
+        return self._rounded(state)
+
+    def state_elements(self, context_len: int) -> int:
+        return elements_with_ring(self)
+
+    def _rolled_back(self, state: Any, count_B: Tensor, inplace: bool) -> State:
+        return take_back(state, count_B, self.owner, inplace=inplace)

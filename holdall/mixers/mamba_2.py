@@ -19,14 +19,15 @@ Deviations:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
-from holdall.ops import hippo, mamba_2
+from holdall.contract import Mixer, MixerConfig, Paper, State, recurrent_dtype, register
+from holdall.ops import hippo, linear_attention, mamba_2, replay
+from holdall.ops.recent import ConvReplayState
 from holdall.settings import NonNegativeFloat, PositiveInt, Range
 
 
@@ -69,10 +70,15 @@ class Mamba2Config(MixerConfig):
     """Epsilon of the RMS norm of the output."""
     chunk: PositiveInt = 128
     """Tokens per chunk: all pairs of tokens within a chunk, and the state from one chunk to the next."""
+    replay: Annotated[int, Range(least=1, zero="no ring")] = 0
+    """Tokens between two writes of the state, L; 0 writes it with every token. What the last 2 L tokens add
+    is then carried in a ring, and the last L tokens can be rolled back: docs/replay.md.
+    """
 
     forms = ("loop", "parallel", "kernel")
     variants = (
         {"state": 8, "head_dim": 8, "groups": 2, "chunk": 16},
+        {"state": 4, "head_dim": 8, "groups": 2, "kernel": 3, "chunk": 16, "replay": 2},
         {"state": 4, "expand": 1, "head_dim": 8},
     )
 
@@ -97,8 +103,14 @@ class Mamba2Config(MixerConfig):
         return self.inner + 2 * self.groups * self.state
 
     def kernel_refusal(self, device: torch.device, dtype: torch.dtype) -> str:
-        return super().kernel_refusal(device, dtype) or mamba_2.kernel_refusal(
-            self.inner // self.heads, self.state, self.kernel
+        head_dim = self.inner // self.heads
+        refusal = super().kernel_refusal(device, dtype) or mamba_2.kernel_refusal(
+            head_dim, self.state, self.kernel
+        )
+        if refusal or not self.replay:
+            return refusal
+        return linear_attention.kernel_refusal(self.state, head_dim, dtype) or replay.kernel_refusal(
+            self.state
         )
 
     def build(self) -> Mamba2:
@@ -107,11 +119,12 @@ class Mamba2Config(MixerConfig):
 
 class Mamba2(Mixer):
     config: Mamba2Config
-    state_type = Mamba2State
     own_init = True
 
     def __init__(self, config: Mamba2Config) -> None:
         super().__init__(config)
+        self.state_type = ConvReplayState if config.replay else Mamba2State  # type: ignore[misc]
+        self.rollback_limit = config.replay
         inner, heads, channels, bound = config.inner, config.heads, config.conv_channels, config.kernel**-0.5
         self.in_proj = nn.Linear(config.width, inner + channels + heads, bias=False)
         self.conv_weight_EW = nn.Parameter(torch.empty(channels, config.kernel).uniform_(-bound, bound))
@@ -125,12 +138,24 @@ class Mamba2(Mixer):
     def forward(
         self,
         x_BTD: Tensor,
-        state: Mamba2State | None = None,
+        state: Any = None,
         *,
         inplace: bool = False,
         want_state: bool = True,
-    ) -> tuple[Tensor, Mamba2State | None]:
+    ) -> tuple[Tensor, State | None]:
         config, weight_FD = self.config, self.in_proj.weight
+        sizes = mamba_2.Sizes(config.heads, config.inner // config.heads, config.groups, config.state)
+        parameters = (
+            self.conv_weight_EW, self.conv_bias_E, self.dt_bias, self.A_log, self.D, self.norm_weight_E
+        )  # fmt: skip
+        if config.replay and (want_state or state is not None):
+            if state is None:
+                state = self.init_state(len(x_BTD), dtype=x_BTD.dtype, device=x_BTD.device)
+            y_BTE, kept = mamba_2.replayed_mamba_2(
+                self.in_proj(x_BTD), *parameters, state, sizes, config.eps, replay=config.replay,
+                chunk=config.chunk, inplace=inplace, form=self.form,
+            )  # fmt: skip
+            return self.out_proj(y_BTE), kept if want_state else None
         conv_BPE = None if state is None else state.conv_BPE
         if conv_BPE is None:
             conv_BPE = x_BTD.new_zeros(len(x_BTD), config.kernel - 1, config.conv_channels)
@@ -138,24 +163,30 @@ class Mamba2(Mixer):
             # filled up to where a GPU's matrix products are fast, which one token's are not
             weight_FD = F.pad(weight_FD, (0, 0, 0, -weight_FD.shape[0] % 16))
         y_BTE, conv_BPE, s_BHNV = mamba_2.mamba_2(
-            F.linear(x_BTD, weight_FD), self.conv_weight_EW, self.conv_bias_E, self.dt_bias, self.A_log,
-            self.D, self.norm_weight_E, conv_BPE, None if state is None else state.s_BHNV,
-            mamba_2.Sizes(config.heads, config.inner // config.heads, config.groups, config.state),
-            config.eps, chunk=config.chunk, inplace=inplace, want_state=want_state, form=self.form,
+            F.linear(x_BTD, weight_FD), *parameters, conv_BPE, None if state is None else state.s_BHNV,
+            sizes, config.eps, chunk=config.chunk, inplace=inplace, want_state=want_state, form=self.form,
         )  # fmt: skip
         after = None if s_BHNV is None or not want_state else Mamba2State(conv_BPE, s_BHNV)
         return self.out_proj(y_BTE), after
 
-    def init_state(
-        self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None
-    ) -> Mamba2State:
+    def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None) -> State:
         config = self.config
-        sizes = config.heads, config.state, config.inner // config.heads
-        return Mamba2State(
-            torch.zeros(batch, config.kernel - 1, config.conv_channels, dtype=dtype, device=device),
-            torch.zeros(batch, *sizes, dtype=recurrent_dtype(dtype), device=device),
-        )
+        past, sizes = config.kernel - 1 + config.replay, (config.state, config.inner // config.heads)
+        conv_BPE = torch.zeros(batch, past, config.conv_channels, dtype=dtype, device=device)
+        if config.replay:
+            state = replay.empty_replay(
+                batch, config.heads, *sizes, config.replay, key_groups=config.groups, decays=1,
+                dtype=dtype, device=device,
+            )  # fmt: skip
+            return ConvReplayState(*state, conv_BPE)
+        s_BHNV = torch.zeros(batch, config.heads, *sizes, dtype=recurrent_dtype(dtype), device=device)
+        return Mamba2State(conv_BPE, s_BHNV)
 
     def state_elements(self, context_len: int) -> int:
         config = self.config
+        if config.replay:
+            return replay.elements_with_ring(self)
         return config.inner * config.state + (config.kernel - 1) * config.conv_channels
+
+    def _rolled_back(self, state: Any, count_B: Tensor, inplace: bool) -> State:
+        return replay.take_back(state, count_B, self.owner, inplace=inplace)

@@ -17,14 +17,15 @@ Deviations:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
+from holdall.contract import Mixer, MixerConfig, Paper, State, recurrent_dtype, register
+from holdall.ops import replay
 from holdall.ops.linear_attention import FEATURE_MAPS, linear_attention
-from holdall.settings import NonNegativeFloat, PositiveInt
+from holdall.settings import NonNegativeFloat, PositiveInt, Range
 
 SQUARES = FEATURE_MAPS["quadratic"]
 EPS = 1e-12
@@ -62,8 +63,12 @@ class RebasedConfig(MixerConfig):
     """Epsilon of the layer norms of queries and keys."""
     chunk: PositiveInt = 128
     """Tokens per chunk: all pairs of tokens within a chunk, and the state from one chunk to the next."""
+    replay: Annotated[int, Range(least=1, zero="no ring")] = 0
+    """Tokens between two writes of the state, L; 0 writes it with every token. What the last 2 L tokens add
+    is then carried in a ring, and the last L tokens can be rolled back: docs/replay.md.
+    """
 
-    variants = ({"feature_dim": 4, "heads": 2, "chunk": 16},)
+    variants = ({"feature_dim": 4, "heads": 2, "chunk": 16}, {"feature_dim": 3, "chunk": 16, "replay": 2})
 
     def validate(self) -> None:
         if self.width % self.heads:
@@ -75,10 +80,11 @@ class RebasedConfig(MixerConfig):
 
 class Rebased(Mixer):
     config: RebasedConfig
-    state_type = RebasedState
 
     def __init__(self, config: RebasedConfig) -> None:
         super().__init__(config)
+        self.state_type = replay.ReplayState if config.replay else RebasedState  # type: ignore[misc]
+        self.rollback_limit = config.replay
         inner = config.heads * config.feature_dim
         self.sizes = [inner, inner, config.width]
         self.qkv = nn.Linear(config.width, sum(self.sizes), bias=False)
@@ -88,31 +94,44 @@ class Rebased(Mixer):
     def forward(
         self,
         x_BTD: Tensor,
-        state: RebasedState | None = None,
+        state: Any = None,
         *,
         inplace: bool = False,
         want_state: bool = True,
-    ) -> tuple[Tensor, RebasedState | None]:
+    ) -> tuple[Tensor, State | None]:
         config = self.config
         q, k, v = self.qkv(x_BTD).split(self.sizes, dim=-1)
         q, k, v = (u.unflatten(-1, (config.heads, -1)) for u in (self.ln_q(q), self.ln_k(k), v))
-        s_BHFV: Tensor | None
-        y_BTHV, s_BHFV, z_BHF = linear_attention(
-            q, k, v, *(state or (None, None)), feature_map=SQUARES, normalise=True, eps=EPS,
-            chunk=config.chunk, inplace=inplace, want_state=want_state, form=self.form,
-        )  # fmt: skip
-        after = None
-        if want_state and s_BHFV is not None and z_BHF is not None:
-            after = RebasedState(s_BHFV, z_BHF)
+        after: State | None = None
+        if config.replay:
+            y_BTHV, after = replay.replay_attention(
+                q, k, v, state, replay=config.replay, feature_map=SQUARES, normalise=True, eps=EPS,
+                chunk=config.chunk, inplace=inplace, want_state=want_state, form=self.form,
+            )  # fmt: skip
+        else:
+            y_BTHV, s_BHFV, z_BHF = linear_attention(
+                q, k, v, *(state or (None, None)), feature_map=SQUARES, normalise=True, eps=EPS,
+                chunk=config.chunk, inplace=inplace, want_state=want_state, form=self.form,
+            )  # fmt: skip
+            if want_state and s_BHFV is not None and z_BHF is not None:
+                after = RebasedState(s_BHFV, z_BHF)
         return self.out_proj(y_BTHV.flatten(2)), after
 
-    def init_state(
-        self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None
-    ) -> RebasedState:
-        heads, features = self.config.heads, SQUARES.size(self.config.feature_dim)
-        sizes = (batch, heads, features, self.config.width // heads)
+    def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None) -> State:
+        config, features = self.config, SQUARES.size(self.config.feature_dim)
+        if config.replay:
+            return replay.empty_replay(
+                batch, config.heads, config.feature_dim, config.width // config.heads, config.replay,
+                feature_map=SQUARES, normalise=True, dtype=dtype, device=device,
+            )  # fmt: skip
+        sizes = (batch, config.heads, features, config.width // config.heads)
         s_BHFV = torch.zeros(sizes, dtype=recurrent_dtype(dtype), device=device)
         return RebasedState(s_BHFV, s_BHFV[..., 0].clone())
 
     def state_elements(self, context_len: int) -> int:
+        if self.config.replay:
+            return replay.elements_with_ring(self)
         return SQUARES.size(self.config.feature_dim) * (self.config.width + self.config.heads)
+
+    def _rolled_back(self, state: Any, count_B: Tensor, inplace: bool) -> State:
+        return replay.take_back(state, count_B, self.owner, inplace=inplace)

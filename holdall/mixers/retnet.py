@@ -15,16 +15,16 @@ Deviations:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from holdall.contract import Mixer, MixerConfig, Paper, readout_dtype, recurrent_dtype, register
-from holdall.ops import linear_attention
+from holdall.contract import Mixer, MixerConfig, Paper, State, readout_dtype, recurrent_dtype, register
+from holdall.ops import linear_attention, replay
 from holdall.ops.rotary import rotate
-from holdall.settings import NonNegativeFloat, PositiveInt
+from holdall.settings import NonNegativeFloat, PositiveInt, Range
 
 
 class RetNetState(NamedTuple):
@@ -59,9 +59,13 @@ class RetNetConfig(MixerConfig):
     """Epsilon of the RMS norm of each head's output."""
     chunk: PositiveInt = 128
     """Tokens per chunk: all pairs of tokens within a chunk, and the state from one chunk to the next."""
+    replay: Annotated[int, Range(least=1, zero="no ring")] = 0
+    """Tokens between two writes of the state, L; 0 writes it with every token. What the last 2 L tokens add
+    is then carried in a ring, and the last L tokens can be rolled back: docs/replay.md.
+    """
 
     forms = ("loop", "parallel", "kernel")
-    variants = ({}, {"heads": 4, "value_ratio": 1, "chunk": 16})
+    variants = ({}, {"heads": 4, "chunk": 16, "replay": 3}, {"heads": 4, "value_ratio": 1, "chunk": 16})
 
     def validate(self) -> None:
         if self.width % (2 * self.heads):
@@ -69,7 +73,11 @@ class RetNetConfig(MixerConfig):
 
     def kernel_refusal(self, device: torch.device, dtype: torch.dtype) -> str:
         sizes = self.width // self.heads, self.value_ratio * self.width // self.heads
-        return super().kernel_refusal(device, dtype) or linear_attention.kernel_refusal(*sizes, dtype)
+        return (
+            super().kernel_refusal(device, dtype)
+            or linear_attention.kernel_refusal(*sizes, dtype)
+            or (replay.kernel_refusal(sizes[0]) if self.replay else "")
+        )
 
     def build(self) -> RetNet:
         return RetNet(self)
@@ -77,11 +85,12 @@ class RetNetConfig(MixerConfig):
 
 class RetNet(Mixer):
     config: RetNetConfig
-    state_type = RetNetState
     own_init = True
 
     def __init__(self, config: RetNetConfig) -> None:
         super().__init__(config)
+        self.state_type = replay.ReplayState if config.replay else RetNetState  # type: ignore[misc]
+        self.rollback_limit = config.replay
         width, values = config.width, config.value_ratio * config.width
         self.sizes = [width, width, values, values]
         self.qkvg = nn.Linear(width, sum(self.sizes), bias=False)
@@ -94,11 +103,11 @@ class RetNet(Mixer):
     def forward(
         self,
         x_BTD: Tensor,
-        state: RetNetState | None = None,
+        state: Any = None,
         *,
         inplace: bool = False,
         want_state: bool = True,
-    ) -> tuple[Tensor, RetNetState | None]:
+    ) -> tuple[Tensor, State | None]:
         config, new = self.config, x_BTD.shape[1]
         fresh = state is None
         if state is None:
@@ -114,30 +123,36 @@ class RetNet(Mixer):
         q = rotate(q, position_BT, frequency_F, interleaved=True)
         k = rotate(k, position_BT, frequency_F, interleaved=True) * k.shape[-1] ** -0.5
         log_decay_BTH = log_gamma_H.expand(x_BTD.shape[0], new, -1)
-        o_BTHV, s_BHKV, _ = linear_attention.linear_attention(
-            q, k, v, None if fresh else state.s_BHKV, None, log_decay_BTH,
-            chunk=config.chunk, inplace=inplace, want_state=want_state, form=self.form,
-        )  # fmt: skip
+        after: State | None
+        if config.replay:
+            o_BTHV, after = replay.replay_attention(
+                q, k, v, None if fresh and not want_state else state, log_decay_BTH, replay=config.replay,
+                chunk=config.chunk, inplace=inplace, want_state=want_state, form=self.form,
+            )  # fmt: skip
+        else:
+            o_BTHV, s_BHKV, _ = linear_attention.linear_attention(
+                q, k, v, None if fresh else state.s_BHKV, None, log_decay_BTH,
+                chunk=config.chunk, inplace=inplace, want_state=want_state, form=self.form,
+            )  # fmt: skip
+            after = None if s_BHKV is None or not want_state else RetNetState(s_BHKV, state.seen_B + new)
         # sum of gamma^j over j = 0 .. n
         total_BTH = torch.expm1((position_BT[..., None] + 1) * log_gamma_H) / torch.expm1(log_gamma_H)
         o_BTHV = o_BTHV * total_BTH.rsqrt()[..., None].to(o_BTHV.dtype)
         o_BTHV = F.rms_norm(o_BTHV, o_BTHV.shape[-1:], eps=config.eps).to(x_BTD.dtype)
-        after = None if s_BHKV is None or not want_state else RetNetState(s_BHKV, state.seen_B + new)
         return self.out_proj(F.silu(gate_BTE) * o_BTHV.flatten(2)), after
 
-    def init_state(
-        self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None
-    ) -> RetNetState:
-        heads, key_dim = self.config.heads, self.config.width // self.config.heads
-        s_BHKV = torch.zeros(
-            batch,
-            heads,
-            key_dim,
-            self.config.value_ratio * key_dim,
-            dtype=recurrent_dtype(dtype),
-            device=device,
-        )
+    def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None) -> State:
+        config, key_dim = self.config, self.config.width // self.config.heads
+        sizes = config.heads, key_dim, config.value_ratio * key_dim
+        if config.replay:
+            return replay.empty_replay(batch, *sizes, config.replay, decays=1, dtype=dtype, device=device)
+        s_BHKV = torch.zeros(batch, *sizes, dtype=recurrent_dtype(dtype), device=device)
         return RetNetState(s_BHKV, torch.zeros(batch, dtype=torch.long, device=device))
 
     def state_elements(self, context_len: int) -> int:
+        if self.config.replay:
+            return replay.elements_with_ring(self)
         return self.config.value_ratio * self.config.width**2 // self.config.heads + 1
+
+    def _rolled_back(self, state: Any, count_B: Tensor, inplace: bool) -> State:
+        return replay.take_back(state, count_B, self.owner, inplace=inplace)

@@ -18,16 +18,13 @@ holdall/ops/replay.py.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
-from torch import Tensor
 
-from holdall.contract import MixerConfig, Paper, State, StateError, register
-from holdall.contract.room import known_to_the_host
-from holdall.mixers.linear_attention import LinearAttention
+from holdall.contract import MixerConfig, Paper, register
+from holdall.mixers.linear_attention import LinearAttention, ReplayedLinearAttention
 from holdall.ops.linear_attention import FEATURE_MAPS, kernel_refusal
-from holdall.ops.replay import ReplayState, ScaledReplayState, empty_replay, replay_attention, roll_back
 from holdall.settings import NonNegativeFloat, PositiveInt, Range
 
 
@@ -96,61 +93,4 @@ class TaylorConfig(MixerConfig):
         )
 
     def build(self) -> LinearAttention:
-        return ReplayedTaylor(self) if self.replay else LinearAttention(self)
-
-
-class ReplayedTaylor(LinearAttention):
-    """Taylor linear attention with a ring of its last tokens."""
-
-    config: TaylorConfig
-
-    def __init__(self, config: TaylorConfig) -> None:
-        super().__init__(config)
-        self.state_type = ScaledReplayState if config.state_dtype == "fp16" else ReplayState  # type: ignore[misc]
-        self.rollback_limit = config.replay
-
-    def forward(
-        self,
-        x_BTD: Tensor,
-        state: Any = None,
-        *,
-        inplace: bool = False,
-        want_state: bool = True,
-    ) -> tuple[Tensor, Any]:
-        config = self.config
-        if state is None and want_state and config.state_dtype != "fp32":
-            state = self.init_state(len(x_BTD), dtype=x_BTD.dtype, device=x_BTD.device)
-        q, k, v = (u.unflatten(-1, (config.heads, -1)) for u in self.qkv(x_BTD).split(self.sizes, dim=-1))
-        y_BTHV, after = replay_attention(
-            q, k, v, state, replay=config.replay, feature_map=self.feature_map, eps=config.eps,
-            chunk=config.chunk, inplace=inplace, want_state=want_state, form=self.form,
-        )  # fmt: skip
-        return self.out_proj(y_BTHV.flatten(2)), after
-
-    def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None) -> State:
-        config = self.config
-        state = empty_replay(
-            batch, config.heads, config.feature_dim, config.width // config.heads, config.replay,
-            feature_map=self.feature_map, dtype=dtype, device=device,
-        )  # fmt: skip
-        if config.state_dtype == "fp16":
-            exponent_BH = torch.zeros(batch, config.heads, dtype=torch.int32, device=device)
-            return ScaledReplayState(state.s_BHFV.half(), *state[1:], exponent_BH)
-        return self._rounded(state)
-
-    def state_elements(self, context_len: int) -> int:
-        config = self.config
-        ring = 2 * config.replay * (config.heads * config.feature_dim + config.width) + 2
-        return super().state_elements(context_len) + ring + config.heads * (config.state_dtype == "fp16")
-
-    def _rolled_back(self, state: Any, count_B: Tensor, inplace: bool) -> State:
-        if known_to_the_host(count_B) and len(count_B):
-            kept_B = state.seen_B - state.summed_B
-            if (short_B := count_B > kept_B).any():
-                row = int(short_B.nonzero()[0])
-                raise StateError(
-                    f"{self.owner} cannot take back {int(count_B[row])} tokens of row {row}: only its last "
-                    f"{int(kept_B[row])} are in its ring alone, after an earlier rollback or so few tokens. "
-                    "Take back no more than were read since"
-                )
-        return roll_back(state, count_B, inplace=inplace)
+        return ReplayedLinearAttention(self) if self.replay else LinearAttention(self)

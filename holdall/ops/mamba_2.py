@@ -17,8 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from holdall.contract.forms import kernel_of
+from holdall.contract.forms import kernel_of, plain
+from holdall.contract.mixer import readout_dtype
 from holdall.ops.linear_attention import linear_attention
+from holdall.ops.recent import ConvReplayState, recent_conv
+from holdall.ops.replay import ReplayState, of_each_head, replay_attention
 from holdall.ops.short_conv import short_conv
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:  # pytest checks the shapes; nothing else needs jaxtyping
@@ -91,26 +94,80 @@ def mamba_2(
             projected_BTF, conv_weight_CW, conv_bias_C, dt_bias_H, A_log_H, D_H, norm_weight_E, past_BPC,
             s_BHNV, sizes, eps,
         )  # fmt: skip
-    dtype = torch.promote_types(projected_BTF.dtype, torch.float32)
     z_BTE, xbc_BTC, dt_BTH, _ = sizes.parts(projected_BTF)
     xbc_BTC, past_BPC = short_conv(xbc_BTC, conv_weight_CW, conv_bias_C, past_BPC, silu=True, form=form)
+    q_BTHN, k_BTGN, v_BTHV, x_BTHV, log_decay_BTH = _scanned(xbc_BTC, dt_BTH, dt_bias_H, A_log_H, sizes)
+    y_BTHV, s_BHNV, _ = linear_attention(
+        q_BTHN, of_each_head(k_BTGN, sizes.heads), v_BTHV, s_BHNV, None, log_decay_BTH,
+        chunk=chunk, inplace=inplace, want_state=want_state, form=form,
+    )  # fmt: skip
+    y_BTE = _gated(y_BTHV, x_BTHV, z_BTE, D_H, norm_weight_E, sizes, eps)
+    return y_BTE.to(projected_BTF.dtype), past_BPC, s_BHNV
+
+
+def replayed_mamba_2(
+    projected_BTF: Float[Tensor, "b t f"],
+    conv_weight_CW: Float[Tensor, "c w"],
+    conv_bias_C: Float[Tensor, "c"],
+    dt_bias_H: Float[Tensor, "h"],
+    A_log_H: Float[Tensor, "h"],
+    D_H: Float[Tensor, "h"],
+    norm_weight_E: Float[Tensor, "e"],
+    state: ConvReplayState,
+    sizes: Sizes,
+    eps: float,
+    *,
+    replay: int,
+    chunk: int = 128,
+    inplace: bool = False,
+    form: str = "parallel",
+) -> tuple[Float[Tensor, "b t e"], ConvReplayState]:
+    """`mamba_2` whose state is written with every L-th token; arguments also as in `replay_attention`.
+
+    In the kernel form the scan has one, and what stands around it is plain PyTorch.
+    """
+    dtype = readout_dtype(form, projected_BTF.dtype)
+    z_BTE, xbc_BTC, dt_BTH, _ = sizes.parts(projected_BTF)
+    xbc_BTC, conv_BPC = recent_conv(
+        xbc_BTC, conv_weight_CW, conv_bias_C, state, silu=True, inplace=inplace, form=plain(form)
+    )
+    q_BTHN, k_BTGN, v_BTHV, x_BTHV, log_decay_BTH = _scanned(xbc_BTC, dt_BTH, dt_bias_H, A_log_H, sizes)
+    y_BTHV, after = replay_attention(
+        q_BTHN, k_BTGN, v_BTHV.to(dtype), ReplayState(*state[:7]), log_decay_BTH,
+        replay=replay, chunk=chunk, inplace=inplace, form=form,
+    )  # fmt: skip
+    assert after is not None
+    y_BTE = _gated(y_BTHV, x_BTHV, z_BTE, D_H, norm_weight_E, sizes, eps)
+    return y_BTE.to(projected_BTF.dtype), ConvReplayState(*after, conv_BPC)
+
+
+def _scanned(
+    xbc_BTC: Tensor, dt_BTH: Tensor, dt_bias_H: Tensor, A_log_H: Tensor, sizes: Sizes
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Queries, keys of each group, values, x, and log decays; all but queries and keys in at least fp32."""
+    dtype = torch.promote_types(xbc_BTC.dtype, torch.float32)
     each = sizes.groups * sizes.state
     x_BTE, b_BTE, c_BTE = xbc_BTC.split([sizes.inner, each, each], dim=-1)
-    k_BTHN, q_BTHN = (
-        u.unflatten(-1, (sizes.groups, 1, sizes.state))
-        .expand(-1, -1, -1, sizes.heads // sizes.groups, -1)
-        .flatten(2, 3)
-        for u in (b_BTE, c_BTE)
-    )
+    k_BTGN, q_BTGN = (u.unflatten(-1, (sizes.groups, sizes.state)) for u in (b_BTE, c_BTE))
     # the step sizes decide what is forgotten over thousands of tokens: not in bf16
     dt_BTH = F.softplus(dt_BTH.to(dtype) + dt_bias_H.to(dtype))
     log_decay_BTH = -A_log_H.to(dtype).exp() * dt_BTH
     x_BTHV = x_BTE.unflatten(-1, (sizes.heads, -1)).to(dtype)
-    y_BTHV, s_BHNV, _ = linear_attention(
-        q_BTHN, k_BTHN, dt_BTH[..., None] * x_BTHV, s_BHNV, None, log_decay_BTH,
-        chunk=chunk, inplace=inplace, want_state=want_state, form=form,
-    )  # fmt: skip
+    v_BTHV = dt_BTH[..., None] * x_BTHV
+    return of_each_head(q_BTGN, sizes.heads), k_BTGN, v_BTHV, x_BTHV, log_decay_BTH
+
+
+def _gated(
+    y_BTHV: Tensor,
+    x_BTHV: Tensor,
+    z_BTE: Tensor,
+    D_H: Tensor,
+    norm_weight_E: Tensor,
+    sizes: Sizes,
+    eps: float,
+) -> Tensor:
+    """The scan's output with the skip, gated and normalised, in at least fp32."""
+    dtype = x_BTHV.dtype
     y_BTHV = torch.addcmul(y_BTHV.to(dtype), x_BTHV, D_H.to(dtype)[:, None])
     y_BTGE = (y_BTHV.flatten(2) * F.silu(z_BTE.to(dtype))).unflatten(-1, (sizes.groups, -1))
-    y_BTE = F.rms_norm(y_BTGE, y_BTGE.shape[-1:], eps=eps).flatten(2) * norm_weight_E
-    return y_BTE.to(projected_BTF.dtype), past_BPC, s_BHNV
+    return F.rms_norm(y_BTGE, y_BTGE.shape[-1:], eps=eps).flatten(2) * norm_weight_E

@@ -29,7 +29,7 @@ NEVER = {
     *("rotary_turn", "gated_conv_inplace", "taylor_step", "taylor_step_inplace", "selective_scan_step"),
     *("add_norm", "add_norm_inplace", "rotate_both"),
     *("selective_scan_step_inplace", "window_attention_step", "window_attention_step_inplace"),
-    *("taylor_replay", "taylor_replay_inplace"),
+    *("taylor_replay", "taylor_replay_inplace", "decayed_replay", "decayed_replay_inplace"),
     *("reserved_attention", "reserved_attention_inplace", "noisy_draw"),
 }
 """For decoding, and of positions: PyTorch refuses the first derivative."""

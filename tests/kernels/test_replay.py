@@ -47,10 +47,12 @@ def draw(
 
     states = []
     for row, length in enumerate(lengths):
-        state = empty_replay(1, heads, key_dim, value_dim, replay, feature_map=TAYLOR, dtype=dtype)
+        state = empty_replay(
+            1, heads, key_dim, value_dim, replay, feature_map=TAYLOR, normalise=True, dtype=dtype
+        )
         if length:
             _, after = replay_attention(
-                *part(x[row : row + 1, :length]), state, replay=replay, feature_map=TAYLOR
+                *part(x[row : row + 1, :length]), state, replay=replay, feature_map=TAYLOR, normalise=True
             )
             assert after is not None
             state = after
@@ -66,7 +68,7 @@ def carried(state: ReplayState, dtype: torch.dtype) -> Any:
         return state._replace(s_BHFV=state.s_BHFV.to(dtype))
     none_BH = torch.zeros(state.z_BHF.shape[:2], dtype=torch.int32, device=state.z_BHF.device)
     nothing = torch.full_like(state.summed_B, -1)  # so that all rows count as written
-    like = ScaledReplayState(state.s_BHFV.half(), *state[1:5], nothing, none_BH)
+    like = ScaledReplayState(state.s_BHFV.half(), *state[1:6], nothing, none_BH)
     return as_carried(state, like)
 
 
@@ -87,7 +89,7 @@ def check(tensors: tuple[Tensor, ...], state: Any, inplace: bool) -> Any:
     for name, want, (got, true) in zip("ysz", plain, got_true, strict=True):
         laws.assert_as_good_as_plain(name, got, want, true)
     assert [t.dtype for t in after] == [t.dtype for t in state]
-    for name in ("k_BSHK", "v_BSHV", "seen_B", "summed_B"):
+    for name in ("k_BSGK", "v_BSHV", "seen_B", "summed_B"):
         laws.assert_bitwise(name, getattr(after, name), getattr(truth, name).to(getattr(state, name).dtype))
     for name, mine, got, before in zip(state._fields, given, after, state, strict=True):
         if inplace and not name.endswith("_B"):
@@ -131,9 +133,9 @@ def test_what_was_taken_back_is_not_looked_at(device: torch.device) -> None:
     slots = torch.arange(8, device=device)
     dead_BS = (state.seen_B[:, None] - 1 - slots) % 8 >= (state.seen_B - state.summed_B)[:, None]
     assert dead_BS.any(1).all()
-    poison = [u.masked_fill(dead_BS[..., None, None], torch.nan) for u in (state.k_BSHK, state.v_BSHV)]
+    poison = [u.masked_fill(dead_BS[..., None, None], torch.nan) for u in (state.k_BSGK, state.v_BSHV)]
     got, _ = kernels.replay_attention(
-        *tokens[0], state._replace(k_BSHK=poison[0], v_BSHV=poison[1]), feature_map=TAYLOR
+        *tokens[0], state._replace(k_BSGK=poison[0], v_BSHV=poison[1]), feature_map=TAYLOR
     )
     laws.assert_bitwise("beside NaN", got, want)
 
@@ -217,7 +219,7 @@ def test_what_cannot_run_says_why(device: torch.device) -> None:
     with pytest.raises(KernelError, match="at most 32 key dimensions, not 33"):
         kernels.replay_attention(*tokens[0], state, feature_map=TAYLOR)
     tokens, state = draw((1,), 1, 4, 4, 2, device=device)
-    with pytest.raises(KernelError, match="the Taylor map alone"):
+    with pytest.raises(KernelError, match="the Taylor map and for none"):
         kernels.replay_attention(*tokens[0], state, feature_map=FEATURE_MAPS["quadratic"])
 
 

@@ -25,7 +25,6 @@ from safetensors.torch import load_file
 from holdall import cli, commands, files, processes, recipes
 from holdall.analysis.bits import accuracy, state_bits
 from holdall.commands import bits as bits_command
-from holdall.commands import sweeps
 from holdall.contract import Format, registry
 from holdall.files import RunError
 from holdall.mixers.attention import AttentionConfig
