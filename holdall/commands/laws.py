@@ -52,10 +52,13 @@ def _show(name: str, variants: Sequence[Case]) -> list[Verdict]:
                 verdicts.append(judge(case, law))
         found += verdicts
         _print(law, verdicts)
-    broken = {verdict.law.name for verdict in found if verdict.status == "broken"}
+    names = {
+        status: dict.fromkeys(verdict.law.name for verdict in found if verdict.status == status)
+        for status in ("broken", "refused")
+    }
+    broken, refused = names["broken"], names["refused"]
     ends = f"breaks {_count(len(broken), 'law')}: {', '.join(broken)}" if broken else "obeys all laws"
-    refused = {verdict.law.name for verdict in found if verdict.status == "refused"}
-    ends += f", and refuses {', '.join(refused)}" if refused else ""
+    ends += f"; it refuses {', '.join(refused)}" if refused else ""
     console.print(f"{name} {ends} ({time.monotonic() - began:.0f} s)", soft_wrap=True)
     return found
 

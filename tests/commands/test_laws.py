@@ -81,7 +81,7 @@ def test_a_mixer_that_sees_the_future_is_told_so_in_words(
     )
     assert "look at: masks, convolutions" in out
     assert "holds    rows" in out
-    assert re.search("leaky-sum breaks 2 laws: splits, causal|leaky-sum breaks 2 laws: causal, splits", out)
+    assert "leaky-sum breaks 2 laws: splits, causal" in out
 
 
 @pytest.mark.usefixtures("_few_laws")
