@@ -69,8 +69,8 @@ def _draw(sweeps: Sequence[Sweep]) -> Any:
     panels[0].set_ylabel("Recall accuracy")
     sources = dict.fromkeys(m.published for sweep in sweeps for m in sweep.models if m.published)
     if sources:
-        pale = f"pale: published with Holdall, {'; '.join(sources)}"
-        figure.text(0.99, 0.01, pale, ha="right", fontsize=6.5, color=MUTED, gid="published")
+        pale = f"pale: published, {'; '.join(sources)}"
+        figure.text(0.01, 0.01, pale, fontsize=6, color=MUTED, gid="published")
     figure.supxlabel("Model width", fontsize=8.5, color=INK, y=0.02)
     handles = {line.get_label(): line for axes in panels for line in axes.lines if line.get_label()[0] != "_"}
     figure.legend(
