@@ -292,7 +292,7 @@ def looks_at_empty_slots(right: Callable, self: Mixer, x_BTD: Tensor, state: Any
 
 
 def touch_the_slot_behind(state: Any) -> Any:
-    slots = state.k_BSGK.shape[1]
+    slots = state.k_BSHK.shape[1]
     state.k_BSHK[:, (state.filled_B % slots).tolist()] += 1
     return state
 
@@ -331,14 +331,14 @@ def rolls_back_any_number(right: Callable, self: Any, state: Any, count_B: Any, 
 
 def remembers_the_draft(right: Callable, self: Mixer, state: Any, count_B: Any, **how: Any) -> Any:
     kept = right(state, count_B, **how)
-    last_BHK = kept.k_BSGK[torch.arange(len(kept.seen_B)), state.seen_B - 1 & kept.k_BSGK.shape[1] - 1]
+    last_BHK = kept.k_BSHK[torch.arange(len(kept.seen_B)), state.seen_B - 1 & kept.k_BSHK.shape[1] - 1]
     return kept._replace(z_BHF=kept.z_BHF + 1e-12 * last_BHK.sum())
 
 
 def sums_twice(right: Callable, self: Mixer, state: Any, count_B: Any, **how: Any) -> Any:
     """What a state does whose sums are where its count says, without a field of their own."""
     kept = right(state, count_B, **how)
-    half = kept.k_BSGK.shape[1] // 2
+    half = kept.k_BSHK.shape[1] // 2
     return kept._replace(summed_B=half * (kept.seen_B // half - 1).clamp(min=0))
 
 
@@ -387,7 +387,7 @@ FAULTS: list[tuple[str, str, Callable[[], Mixer]]] = [
     ("rows", "goes on with another row's state", plant("mamba", forward=before(
         each(lambda t: t.roll(1, 0))))),
     ("joined_rows", "takes empty slots for tokens", plant("attention", forward=before(
-        lambda s: s._replace(seen_B=torch.full_like(s.seen_B, s.k_BSGK.shape[1]))))),
+        lambda s: s._replace(seen_B=torch.full_like(s.seen_B, s.k_BSHK.shape[1]))))),
     ("joined_rows", "one position for all rows", plant("sliding-window", forward=before(
         lambda s: s._replace(seen_B=s.seen_B[:1].expand_as(s.seen_B))))),
     ("untouched", "writes into its input", plant("attention", forward=writes_into_x)),

@@ -126,7 +126,7 @@ class PackedTensor:
 class PackedState:
     """A mixer's state, as it is kept between calls."""
 
-    kind: type[State]
+    kind: type
     """The NamedTuple that the state is."""
     tensors: tuple[PackedTensor | Tensor, ...]
     """Its tensors in order; those of integers as they are."""

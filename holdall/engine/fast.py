@@ -52,6 +52,7 @@ from holdall.engine.slow import PromptReader, checked, numbered, occurrences_of
 from holdall.engine.store import StateStore
 from holdall.engine.text import Writer
 from holdall.model import Model
+from holdall.ops.kept import Unchanging
 from holdall.settings import PositiveInt, Range
 from holdall.text.tokenizers import Tokenizer
 
@@ -117,7 +118,8 @@ class Stats(NamedTuple):
 
 
 class Engine:
-    """Runs requests for one model. One thread calls it; nothing happens but in `step`."""
+    """Runs requests for one model, whose weights stay as they are. One thread calls it; nothing happens but in
+    `step`."""
 
     def __init__(
         self,
@@ -142,7 +144,9 @@ class Engine:
         check_drafts(model, drafts, limit)
         self.capacity = None if limit is None or not needs_room else limit + 2 * drafts
         self.buffers = _Buffers(model, tokenizer.vocab, self.config, self.capacity)
-        self.desk = Desk(model) if self.buffers.recorded and self.capacity is None else None
+        self.desk = (
+            Desk(model, self.buffers.weights) if self.buffers.recorded and self.capacity is None else None
+        )
         self._rows: list[_Row] = []
         self._ready: deque[tuple[_Row, Session]] = deque()
         self._waiting: deque[_Job] = deque()
@@ -557,7 +561,7 @@ class _Buffers:
 
     def __init__(self, model: Model, vocab: int, config: EngineConfig, capacity: int | None) -> None:
         self.model, self.vocab, self.config, self.capacity = model, vocab, config, capacity
-        self.rows, device = config.rows, model.device
+        self.rows, device, self.weights = config.rows, model.device, Unchanging()
         self.device = device
         self.states: list[State] = model.init_states(self.rows, capacity=capacity)
         self.row_bytes = sum(map(bytes_per_row, self.states))
@@ -657,9 +661,10 @@ class _Buffers:
         if drafts:
             guess_BK = lookup.guesses(self.recent_BR[some], drafts)
             given_BT = torch.cat((given_BT, guess_BK.clamp(min=0)), dim=1)
-        h_BTD, after = self.model.hidden(given_BT, views, inplace=True)
+        with self.weights:
+            h_BTD, after = self.model.hidden(given_BT, views, inplace=True)
+            logits_BTV = self.model.logits(h_BTD.flatten(0, 1)).float().unflatten(0, given_BT.shape)
         assert after is not None
-        logits_BTV = self.model.logits(h_BTD.flatten(0, 1)).float().unflatten(0, given_BT.shape)
         self.position_B[some] += 1
         drawn, count_B = self._draw(some, kind, logits_BTV, guess_BK)
         if count_B is None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from holdall.contract import State
 from holdall.engine.session import Reader, Session
 from holdall.model import Model
+from holdall.ops.kept import Unchanging
 
 T = TypeVar("T")
 
@@ -64,8 +65,9 @@ class Desk:
     For models whose states never grow: the row is of fixed size, and reading is the same for every prompt.
     """
 
-    def __init__(self, model: Model) -> None:
-        self.model, self.states = model, model.init_states(1)
+    def __init__(self, model: Model, weights: Unchanging) -> None:
+        """`weights`: the promise that they stay as they are, as long as this lives."""
+        self.model, self.weights, self.states = model, weights, model.init_states(1)
         self.empty = model.init_states(1)
         self.reader: weakref.ref[Reader] | None = None
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
@@ -110,8 +112,9 @@ class Desk:
         self.graphs[size] = (graph, token_1T, logits_V)
 
     def _call(self, token_1T: Tensor) -> Tensor:
-        h_1TD, _ = self.model.hidden(token_1T, self.states, inplace=True)
-        return self.model.logits(h_1TD[0, -1]).float()
+        with self.weights:
+            h_1TD, _ = self.model.hidden(token_1T, self.states, inplace=True)
+            return self.model.logits(h_1TD[0, -1]).float()
 
     @staticmethod
     def _tensors(states: Iterable[State]) -> list[Tensor]:

@@ -25,6 +25,7 @@ from holdall.mixers.mamba import MambaConfig
 from holdall.mixers.sliding_window import SlidingWindowConfig
 from holdall.mixers.taylor import TaylorConfig
 from holdall.model import Model
+from holdall.ops.kept import Unchanging
 from holdall.precision import compute_in
 from holdall.testing import laws
 
@@ -319,7 +320,7 @@ def test_the_stats_are_the_tensors() -> None:
 @torch.no_grad()
 def test_a_desk_reads_as_a_reader_does_whoever_sat_there_before() -> None:
     model = build("based")
-    desk, draw = Desk(model), random.Random(1)
+    desk, draw = Desk(model, Unchanging()), random.Random(1)
     texts = [[draw.randrange(TOKENIZER.vocab) for _ in range(length)] for length in (75, 1, 40)]
     begun = read(model, texts[2])
     for tokens, start, marks in ((texts[0], None, (20,)), (texts[1], begun, ()), (texts[0], begun, (3, 70))):
@@ -349,6 +350,8 @@ def _tensors(session: Session) -> list[torch.Tensor]:
 
 @pytest.mark.gpu
 def test_prompts_read_by_graphs_are_those_of_the_slow_one() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
     model, asked = build("based").to("cuda"), requests(12, longest=700)
     engine = Engine(model, TOKENIZER, dataclasses.replace(CONFIG, rows=4))
     assert engine.warm_up() > 10
