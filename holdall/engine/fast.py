@@ -118,8 +118,8 @@ class Stats(NamedTuple):
 
 
 class Engine:
-    """Runs requests for one model, whose weights stay as they are. One thread calls it; nothing happens but in
-    `step`."""
+    """Runs requests for one model, whose weights stay as they are. One thread calls it; nothing happens but
+    in `step`."""
 
     def __init__(
         self,

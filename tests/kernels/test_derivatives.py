@@ -30,7 +30,8 @@ NEVER = {
     *("add_norm", "add_norm_inplace", "rotate_both"),
     *("selective_scan_step_inplace", "window_attention_step", "window_attention_step_inplace"),
     *("taylor_replay", "taylor_replay_inplace", "decayed_replay", "decayed_replay_inplace"),
-    *("reserved_attention", "reserved_attention_inplace", "noisy_draw"),
+    *("reserved_attention", "reserved_attention_inplace", "noisy_draw", "few_rows_linear"),
+    "gated_conv_ring",
 }
 """For decoding, and of positions: PyTorch refuses the first derivative."""
 
