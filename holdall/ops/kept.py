@@ -23,11 +23,14 @@ class Unchanging:
     So it stays where recorded CUDA graphs read it.
     """
 
+    def __init__(self) -> None:
+        self._before: list[Token[Unchanging | None]] = []
+
     def __enter__(self) -> None:
-        self._before: Token[Unchanging | None] = _promised.set(self)
+        self._before.append(_promised.set(self))
 
     def __exit__(self, *_: object) -> None:
-        _promised.reset(self._before)
+        _promised.reset(self._before.pop())
 
 
 _promised: ContextVar[Unchanging | None] = ContextVar("promised", default=None)
