@@ -7,11 +7,15 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from holdall.contract import Mixer, State, map_state
 from holdall.testing import laws
+
+traced = pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")
+"""Of tests that trace autograd functions by torch.compile."""
 
 
 @contextlib.contextmanager

@@ -331,14 +331,14 @@ def rolls_back_any_number(right: Callable, self: Any, state: Any, count_B: Any, 
 
 def remembers_the_draft(right: Callable, self: Mixer, state: Any, count_B: Any, **how: Any) -> Any:
     kept = right(state, count_B, **how)
-    last_BHK = kept.k_BSHK[torch.arange(len(kept.seen_B)), state.seen_B - 1 & kept.k_BSHK.shape[1] - 1]
+    last_BHK = kept.k_BSGK[torch.arange(len(kept.seen_B)), state.seen_B - 1 & kept.k_BSGK.shape[1] - 1]
     return kept._replace(z_BHF=kept.z_BHF + 1e-12 * last_BHK.sum())
 
 
 def sums_twice(right: Callable, self: Mixer, state: Any, count_B: Any, **how: Any) -> Any:
     """What a state does whose sums are where its count says, without a field of their own."""
     kept = right(state, count_B, **how)
-    half = kept.k_BSHK.shape[1] // 2
+    half = kept.k_BSGK.shape[1] // 2
     return kept._replace(summed_B=half * (kept.seen_B // half - 1).clamp(min=0))
 
 

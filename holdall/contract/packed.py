@@ -61,9 +61,9 @@ NOT_FINITE = -128
 class Format:
     """What a state is stored in. Raises ValueError for an unknown one."""
 
-    name: FormatName
+    name: str
     """The format of each element."""
-    rounding: Rounding = "nearest"
+    rounding: str = "nearest"
     """How a value comes to be one of the format's."""
 
     all: ClassVar[tuple[str, ...]] = get_args(FormatName)
@@ -80,7 +80,7 @@ class Format:
     def parse(cls, text: str) -> Format:
         """The format of "int8", "int8+stochastic" or "int8+feedback"; raises ValueError for another."""
         name, _, rounding = text.partition("+")
-        return cls(name, rounding or "nearest")  # type: ignore[arg-type] # checked above
+        return cls(name, rounding or "nearest") # checked above
 
     def __str__(self) -> str:
         return self.name if self.rounding == "nearest" else f"{self.name}+{self.rounding}"

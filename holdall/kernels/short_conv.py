@@ -47,8 +47,8 @@ def short_conv(
 
     Raises KernelError if no kernel can run on these tensors, or for this many taps.
     """
-    # which torch.compile makes by itself, and warns of what is remembered
-    ones = torch.ones if torch.compiler.is_compiling() else _ones
+    # torch.compile makes them by itself, and warns of what is remembered; tensors without values need such
+    ones = _ones if not torch.compiler.is_compiling() and type(x_BTD) is Tensor else torch.ones
     open_BTD = ones(x_BTD.shape[-1], dtype=x_BTD.dtype, device=x_BTD.device).expand(x_BTD.shape)
     return gated_conv.gated_conv(
         x_BTD, open_BTD, None, weight_DW, bias_D, past_BPD,

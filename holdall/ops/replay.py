@@ -89,6 +89,7 @@ class ScaledReplayState(NamedTuple):
 
 
 S = TypeVar("S", ReplayState, ScaledReplayState)
+R = TypeVar("R", bound=Any)  # a state with such a ring, and perhaps more
 TOP = 14
 """The largest entry of an fp16 sum is at most 2^14, a quarter of the range."""
 LEAST = -100
@@ -560,7 +561,7 @@ def _next(
     )  # fmt: skip
 
 
-def roll_back(state: S, count_B: Int[Tensor, " b"], *, inplace: bool = False) -> S:
+def roll_back(state: R, count_B: Int[Tensor, " b"], *, inplace: bool = False) -> R:
     """The state without each row's last tokens, `count_B` of them: its count is lowered, all else stays.
 
     In place the count alone is written; otherwise all of the state is copied. A row that is to lose tokens
@@ -574,7 +575,7 @@ def roll_back(state: S, count_B: Int[Tensor, " b"], *, inplace: bool = False) ->
     return state
 
 
-def take_back(state: S, count_B: Int[Tensor, " b"], owner: str, *, inplace: bool = False) -> S:
+def take_back(state: R, count_B: Int[Tensor, " b"], owner: str, *, inplace: bool = False) -> R:
     """`roll_back`, which refuses with StateError what a row cannot give back, where the host knows that."""
     if known_to_the_host(count_B) and len(count_B):
         kept_B = state.seen_B - state.summed_B

@@ -12,7 +12,7 @@ import functools
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -50,6 +50,7 @@ class MQARSegment(Segment):
     """Key-value pairs of a row, each of which is asked for once."""
 
 
+@runtime_checkable
 class Rows(Protocol):
     """What a task draws: B rows of N tokens with Q questions each, as `Questions` or under these names."""
 
@@ -61,6 +62,7 @@ class Rows(Protocol):
     def answers(self) -> Tensor: ...
 
 
+@runtime_checkable
 class Task(Protocol):
     """What draws rows, with the positions and the answers of their questions."""
 

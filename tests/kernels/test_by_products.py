@@ -10,6 +10,7 @@ import by_hand
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_checks import traced
 from torch import Tensor
 from torch.func import functional_call, stack_module_state, vmap
 
@@ -168,7 +169,7 @@ def test_channels_first_is_a_linear_layer(device: torch.device) -> None:
 
 
 @pytest.mark.compile
-@laws.traced
+@traced
 @pytest.mark.parametrize("name", ["hyena", "h3 with pairs"])
 def test_one_graph_under_compile(name: str, device: torch.device) -> None:
     mixer = built(name, "kernel", torch.float32, device)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_checks import assert_trains_under_vmap, times_compiled
+from kernel_checks import assert_trains_under_vmap, times_compiled, traced
 from torch import Tensor
 
 import holdall
@@ -176,7 +176,7 @@ def test_a_population_trains_under_vmap(name: str, autocast: bool, device: torch
 
 
 @pytest.mark.compile
-@laws.traced
+@traced
 @pytest.mark.parametrize("name", MIXERS)
 def test_one_graph_under_compile(name: str, device: torch.device) -> None:
     fast, _ = mixers_of(name, device)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_checks import assert_trains_under_vmap, times_compiled
+from kernel_checks import assert_trains_under_vmap, times_compiled, traced
 from torch import Tensor
 
 import holdall
@@ -285,7 +285,7 @@ def test_a_step_in_place_under_vmap(device: torch.device) -> None:
 
 
 @pytest.mark.compile
-@laws.traced
+@traced
 def test_one_graph_under_compile(device: torch.device) -> None:
     fast, _ = mixers_of(device)
     torch._dynamo.reset()

@@ -81,9 +81,7 @@ def test_a_step_of_based_has_no_kernel_too_many(rows: int, model: Model, device:
         "embedding": 1,
         "layer_norm_forward": 1,  # of the first layer, before which nothing is added
         "add_norm_inplace": 2 * 4,
-        "mm": 2 * 4 + 2 + 2 * 2,  # MLPs, into convolutions, into and out of the others
-        "addmm": 2,  # out of convolutions
-        "swiglu_forward": 4,
+        "few_rows_linear": 4 * 4,  # MLPs with their SwiGLU, into mixers and out of them
         "gated_conv_inplace": 2,  # all between a convolution's projections, and its state
         "taylor_step_inplace": 1,
         "rotate_both": 1,

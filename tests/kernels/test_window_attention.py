@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_checks import assert_trains_under_vmap, poisoned, times_compiled
+from kernel_checks import assert_trains_under_vmap, poisoned, times_compiled, traced
 from torch import Tensor
 
 import holdall
@@ -280,7 +280,7 @@ def test_several_gradients_at_once(device: torch.device) -> None:
 
 
 @pytest.mark.compile
-@laws.traced
+@traced
 def test_one_graph_under_compile(device: torch.device) -> None:
     fast, _ = mixers_of(device, width=32, window=9)
     torch._dynamo.reset()
