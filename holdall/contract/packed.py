@@ -80,7 +80,7 @@ class Format:
     def parse(cls, text: str) -> Format:
         """The format of "int8", "int8+stochastic" or "int8+feedback"; raises ValueError for another."""
         name, _, rounding = text.partition("+")
-        return cls(name, rounding or "nearest") # checked above
+        return cls(name, rounding or "nearest")  # checked above
 
     def __str__(self) -> str:
         return self.name if self.rounding == "nearest" else f"{self.name}+{self.rounding}"
