@@ -82,7 +82,13 @@ def repetitive(count: int) -> list[Request]:
 
 
 @on_both
-@pytest.mark.parametrize(("kind", "drafts"), [("replayed", 4), ("cached", 4), ("replayed", 1)])
+@pytest.mark.parametrize(
+    ("kind", "drafts"),
+    [
+        ("replayed", 4),
+        *(pytest.param(*case, marks=pytest.mark.full) for case in (("cached", 4), ("replayed", 1))),
+    ],
+)
 def test_many_at_once_are_as_one_after_another(kind: str, drafts: int, device: str) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
