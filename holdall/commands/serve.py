@@ -59,6 +59,8 @@ def serve(
                 model=model.model,
             )
         engine = Engine(model.model, model.tokenizer, settings, store=kept)
+        with console.status("recording steps of all sizes on the GPU, so that no request waits for them"):
+            engine.warm_up()  # on a CPU nothing
         config = ServerConfig(
             name=name or Path(run).absolute().name,
             api_key=key,
