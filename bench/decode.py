@@ -271,9 +271,7 @@ def on_cpu() -> Iterator[dict[str, Any]]:
         torch.manual_seed(0)
         model = preset(name, VOCAB).build().eval()
         engine = Engine(model, Bytes(), EngineConfig(rows=rows, max_context=1024 + ROOM))
-        asked = Sampling(
-            max_tokens=1 << 40 if not model.needs_room else ROOM - 1, temperature=0, ignore_end=True
-        )
+        asked = Sampling(max_tokens=ROOM - 1, temperature=0, ignore_end=True)
         for _ in range(rows):
             engine.submit(Request(prompt=tuple(i % 250 for i in range(1024)), sampling=asked))
         while engine.stats().running < rows:
