@@ -195,8 +195,7 @@ class Engine:
         sizes = sorted({self.buffers.size_of(live) for live in range(1, self.config.rows + 1)})
         plain = _Kind(noise=False, filters=False, occurrences=False, logprobs=False)
         for size, kind in itertools.product(sizes, (plain, plain._replace(noise=True))):
-            if (size, kind) not in self.buffers.graphs:
-                self.buffers.record(size, kind)
+            self.buffers.record(size, kind)
         if self.desk is None:
             return len(self.buffers.graphs)
         for power in range(self.config.chunk.bit_length()):
@@ -640,8 +639,7 @@ class _Buffers:
                     state.filled_B[len(rows) : size] = 0
         if not self.recorded:
             return _Flight(rows, self._step(size, kind))
-        if (size, kind) not in self.graphs:
-            self.record(size, kind)
+        self.record(size, kind)
         graph, drawn = self.graphs[size, kind]
         graph.replay()
         return _Flight(rows, drawn)
@@ -723,7 +721,9 @@ class _Buffers:
         )
 
     def record(self, size: int, kind: _Kind) -> None:
-        """Record a step as a graph. The calls that warm it up write into rows, which are put back after."""
+        """Record a step as a graph, if it was not; the rows that warming it up writes into are put back."""
+        if (size, kind) in self.graphs:
+            return
         written = [tensor[:size] for tensor in self._written()]
         graph, drawn = record(lambda: self._step(size, kind), written, pool=self.pool)
         self.pool = graph.pool()
