@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from holdall.engine import slow
+from holdall.engine.fast import Engine
 from holdall.engine.request import Piece, Request, Sampling
 from holdall.model import Model, ModelConfig, seeded
 from holdall.text.tokenizers import Bytes, Tokenizer
@@ -89,3 +91,21 @@ def assert_same(got: dict[Any, list[Piece]], want: dict[Any, list[Piece]]) -> No
                 assert one.id == other.id
                 assert one.logprob == pytest.approx(other.logprob, abs=1e-5, nan_ok=True)
                 assert [i for i, _ in one.top] == [i for i, _ in other.top]
+
+
+def assert_goes_on_after_cancelling(engine: Engine, request: Request, when: int) -> None:
+    """A text that is cancelled after so many steps has a session, after which comes the rest of the whole."""
+    (whole,) = texts(engine.run([request])).values()
+    ticket, given = engine.submit(dataclasses.replace(request, keep=True)), list[Piece]()
+    for _ in range(when):
+        given += engine.step()
+    engine.cancel(ticket)
+    given += engine.step()
+    done = [token.id for piece in given for token in piece.tokens]
+    session = given[-1].session
+    assert session is not None
+    assert session.past.count == len(request.prompt) + len(done)
+    rest = dataclasses.replace(request.sampling, max_tokens=request.sampling.max_tokens - len(done))
+    (more,) = texts(engine.run([Request(prompt=(), sampling=rest, session=session)])).values()
+    want = [token.id for piece in whole for token in piece.tokens]
+    assert done + [token.id for piece in more for token in piece.tokens] == want

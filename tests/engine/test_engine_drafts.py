@@ -11,7 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from engine_checks import LIMIT, TOKENIZER, WIDTH, assert_same, build, definition, requests, texts
+from engine_checks import (
+    LIMIT,
+    TOKENIZER,
+    WIDTH,
+    assert_goes_on_after_cancelling,
+    assert_same,
+    build,
+    definition,
+    requests,
+    texts,
+)
 from torch import Tensor
 
 from holdall.engine import lookup
@@ -231,21 +241,9 @@ def test_a_session_has_read_the_text_and_no_more(kind: str, lots: list[int]) -> 
 @both
 @pytest.mark.parametrize("when", [2, 3, 4, 9])
 def test_a_cancelled_text_can_be_continued(kind: str, when: int) -> None:
-    engine, prompt = Engine(build(MODELS[kind]), TOKENIZER, CONFIG), tuple(b"ab " * 15)
+    engine = Engine(build(MODELS[kind]), TOKENIZER, CONFIG)
     asked = Sampling(max_tokens=60, temperature=0, ignore_end=True)
-    (whole,) = texts(engine.run([Request(prompt=prompt, sampling=asked)])).values()
-    ticket, given = engine.submit(Request(prompt=prompt, sampling=asked, keep=True)), list[Piece]()
-    for _ in range(when):
-        given += engine.step()
-    engine.cancel(ticket)
-    given += engine.step()
-    done = [token.id for piece in given for token in piece.tokens]
-    session = given[-1].session
-    assert session is not None
-    assert session.past.count == len(prompt) + len(done)
-    rest = dataclasses.replace(asked, max_tokens=60 - len(done))
-    (more,) = texts(engine.run([Request(prompt=(), sampling=rest, session=session)])).values()
-    assert done + [t.id for p in more for t in p.tokens] == [t.id for p in whole for t in p.tokens]
+    assert_goes_on_after_cancelling(engine, Request(prompt=tuple(b"ab " * 15), sampling=asked), when)
     assert engine.stats().accepted > 0
 
 

@@ -10,7 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from engine_checks import LIMIT, TOKENIZER, WIDTH, assert_same, definition, requests, texts
+from engine_checks import (
+    LIMIT,
+    TOKENIZER,
+    WIDTH,
+    assert_goes_on_after_cancelling,
+    assert_same,
+    definition,
+    requests,
+    texts,
+)
 from engine_checks import build as build_layers
 
 from holdall.engine import slow
@@ -189,22 +198,9 @@ def test_a_cancelled_request_is_gone_after_the_next_step(when: int) -> None:
 @pytest.mark.parametrize("when", [3, 4, 9])
 def test_a_cancelled_text_can_be_continued(when: int) -> None:
     """Its session has read what was given of it, and the rest is as if it had not been interrupted."""
-    engine, prompt = Engine(build("based"), TOKENIZER, CONFIG), (9,) * 40
     asked = Sampling(max_tokens=30, seed=0, ignore_end=True)
-    (whole,) = texts(engine.run([Request(prompt=prompt, sampling=asked)])).values()
-    ticket, given = engine.submit(Request(prompt=prompt, sampling=asked, keep=True)), list[Piece]()
-    for _ in range(when):
-        given += engine.step()
-    engine.cancel(ticket)
-    given += engine.step()
-    done = [token.id for piece in given for token in piece.tokens]
-    session = given[-1].session
-    assert session is not None
-    assert session.past.count == len(prompt) + len(done)
-    rest = dataclasses.replace(asked, max_tokens=30 - len(done))
-    (more,) = texts(engine.run([Request(prompt=(), sampling=rest, session=session)])).values()
-    want = [token.id for piece in whole for token in piece.tokens]
-    assert done + [token.id for piece in more for token in piece.tokens] == want
+    engine = Engine(build("based"), TOKENIZER, CONFIG)
+    assert_goes_on_after_cancelling(engine, Request(prompt=(9,) * 40, sampling=asked), when)
 
 
 def test_the_queue_has_an_end() -> None:
