@@ -246,8 +246,8 @@ def run(cases: Sequence[tuple[str, int, int]] = CASES) -> Iterator[dict[str, Any
         eager = (name, rows, cached) in (("based-1b", 1, 0), ("based-1b", 128, 0))
         how = functools.partial(measure, name, model, rows, cached, limit.bandwidth, eager=eager)
         result = _or_why({"model": name, "rows": rows, "cached": cached}, how)
-        told = result.get("failed") or f"{result['tokens_per_ms']:.2f} tokens/ms"
-        progress.print(f"{name}, {rows} rows, {cached:,} cached: {told}", highlight=False)
+        outcome = result.get("failed") or f"{result['tokens_per_ms']:.2f} tokens/ms"
+        progress.print(f"{name}, {rows} rows, {cached:,} cached: {outcome}", highlight=False)
         yield result
         torch.cuda.empty_cache()
     model = None
@@ -294,7 +294,7 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
     for column in columns:
         shown.add_column(column, justify="left" if column == "model" else "right")
 
-    def told(value: float | None, form: str) -> str:
+    def cell(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
 
     for line in results:
@@ -312,9 +312,9 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
             continue
         row, speed = line.get("row_bytes"), line.get("tokens_per_ms")
         shown.add_row(
-            name, str(rows), f"{prompt:,}", f"{line['milliseconds']:.2f}", told(speed, ".3g"),
-            told(line.get("limit_tokens_per_ms"), ".3g"), told(line.get("share"), ".0%"),
-            told(line.get("eager_tokens_per_ms"), ".3g"), told(row and row / 1e6, ".1f"),
+            name, str(rows), f"{prompt:,}", f"{line['milliseconds']:.2f}", cell(speed, ".3g"),
+            cell(line.get("limit_tokens_per_ms"), ".3g"), cell(line.get("share"), ".0%"),
+            cell(line.get("eager_tokens_per_ms"), ".3g"), cell(row and row / 1e6, ".1f"),
         )  # fmt: skip
     return shown
 
