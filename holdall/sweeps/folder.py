@@ -209,9 +209,11 @@ class Runs:
         for index, (job, folder) in enumerate(zip(self.jobs, self.folders, strict=True)):
             if index in self.lines or (self._written and not (folder / "result.json").exists()):
                 continue  # which runs the folders hold was checked the first time
-            lines = None if self.come_with is None else self.come_with.of(job)
+            lines: list[dict[str, Any]] | None = None
             if (results := finished(job.point.train, folder)) is not None:
                 lines = [result_line(job, self.sweep, result) for result in results]
+            elif self.come_with is not None:
+                lines = self.come_with.of(job)
             if lines is not None:
                 verdict = self.laws.get(job.point.label)
                 self.lines[index] = [{**line, "laws": verdict} for line in lines] if verdict else lines
