@@ -23,7 +23,7 @@ if TYPE_CHECKING or "jaxtyping" in sys.modules:  # pytest checks the shapes; not
     from jaxtyping import Float
 
 FEW = 64
-"""Most rows for which the kernel is faster than PyTorch's product (bench/linear.py)."""
+"""Most rows for which the kernel is faster than PyTorch's product (results/bench.md)."""
 
 
 def linear(
