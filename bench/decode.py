@@ -149,7 +149,7 @@ def step_seconds(engine: Engine, *, eager: bool = False) -> float:
     while time.perf_counter() - began < SECONDS:
         for _ in range(10 if not eager else 2):
             last, flight = flight, buffers.launch(engine._rows)
-            last.drawn.token_B.tolist()  # as the engine does: a step late
+            last.drawn.token_BT.tolist()  # as the engine does: a step late
             done += 1
         torch.cuda.synchronize()
     return (time.perf_counter() - began) / done

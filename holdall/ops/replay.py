@@ -398,7 +398,8 @@ class _Reader:
                 keep_BHTX, between_BHTNX = decays
                 key_BHTF = key_BHTF * keep_BHTX
             if between_BHTNX is not None and between_BHTNX.shape[-1] > 1:
-                f_BHTN = torch.einsum("bhtk,bhnk,bhtnk->bhtn", key_BHTK, since.k_BGNK, between_BHTNX)
+                k_BHNK = since.k_BGNK.repeat_interleave(key_BHTK.shape[1] // since.k_BGNK.shape[1], dim=1)
+                f_BHTN = torch.einsum("bhtk,bhnk,bhtnk->bhtn", key_BHTK, k_BHNK, between_BHTNX)
                 return key_BHTF, f_BHTN.masked_fill(hidden_B1TN, 0.0)
             # heads that share keys are more queries of these
             of_group = key_BHTK.unflatten(1, (since.k_BGNK.shape[1], -1)).flatten(2, 3)

@@ -88,7 +88,7 @@ def assert_same(got: Session | None, want: Session) -> None:
     for one, other in zip(tensors(got), tensors(want), strict=True):
         assert one.dtype == other.dtype
         assert one.shape == other.shape
-        assert one.numpy().tobytes() == other.numpy().tobytes()
+        assert one.cpu().numpy().tobytes() == other.cpu().numpy().tobytes()
 
 
 def the_files(folder: Path) -> list[Path]:

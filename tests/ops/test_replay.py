@@ -37,7 +37,7 @@ from holdall.ops.replay import (
 from holdall.testing import laws
 
 DOUBLE = torch.float64
-B, H, K, V = 3, 2, 4, 6
+B, H, K, V = 3, 4, 4, 6
 MAP = FEATURE_MAPS["taylor"]
 Tokens = tuple[Tensor | None, ...]
 
@@ -63,13 +63,13 @@ KINDS = (
     Kind("sum"),
     Kind("decayed", decays=1),
     Kind("decayed and normalised", FEATURE_MAPS["elu1"], normalise=True, decays=1),
-    Kind("decayed, with shared keys", decays=1, groups=1),
-    Kind("decayed per key", decays=K),
+    Kind("decayed, with shared keys", decays=1, groups=2),
+    Kind("decayed per key, with one key for all", decays=K, groups=1),
     Kind("delta", corrects=True),
-    Kind("gated delta, with shared keys", decays=1, corrects=True, groups=1),
-    Kind("delta, decayed per key", decays=K, corrects=True),
+    Kind("gated delta, with shared keys", decays=1, corrects=True, groups=2),
+    Kind("delta, decayed per key, with shared keys", decays=K, corrects=True, groups=2),
 )
-QUICK = {"taylor", "decayed, with shared keys", "delta, decayed per key"}
+QUICK = {"taylor", "decayed, with shared keys", "delta, decayed per key, with shared keys"}
 each_kind = pytest.mark.parametrize(
     "kind",
     [pytest.param(kind, id=str(kind), marks=[pytest.mark.full] * (str(kind) not in QUICK)) for kind in KINDS],
@@ -115,7 +115,7 @@ def part(tokens: Tokens, first: int, last: int) -> Any:
 def without_ring(tokens: Tokens, kind: Kind = TAYLOR) -> tuple[Tensor, Tensor, Tensor | None]:
     """Outputs and sums by the definitions of the ops without a ring."""
     q, k, v, log_decay, beta = tokens
-    k, state = k.expand(-1, -1, H, -1), start(1, len(q), kind)
+    k, state = k.repeat_interleave(H // kind.groups, dim=2), start(1, len(q), kind)
     if beta is not None:
         return *delta_rule_loop(q, k, v, beta, state.s_BHFV, log_decay), None
     z_BHF = state.z_BHF if kind.normalise else None
