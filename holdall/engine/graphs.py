@@ -9,7 +9,6 @@ Letters: B rows, T tokens of a piece, D width, V vocabulary.
 from __future__ import annotations
 
 import functools
-import gc
 import itertools
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -22,6 +21,7 @@ from holdall.contract import State
 from holdall.engine.session import Reader, Session
 from holdall.model import Model
 from holdall.ops.kept import Unchanging
+from holdall.ops.recorded import no_graph_ends
 
 T = TypeVar("T")
 
@@ -44,16 +44,8 @@ def record(
         for _ in range(2):
             call()
     torch.cuda.current_stream().wait_stream(side)
-    # a graph that nobody has any more must not end while another one is recorded
-    collects = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        with torch.cuda.graph(graph, pool=pool):
-            given = call()
-    finally:
-        if collects:
-            gc.enable()
+    with no_graph_ends(), torch.cuda.graph(graph, pool=pool):
+        given = call()
     for tensor, values in kept:
         tensor.copy_(values)
     return graph, given

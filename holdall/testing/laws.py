@@ -55,6 +55,7 @@ from holdall.contract import (
     trim,
 )
 from holdall.contract.room import capacity_of, is_reserved, slot_names
+from holdall.ops.recorded import no_graph_ends
 from holdall.testing.nudges import Nudges
 
 WIDTH = 16
@@ -752,7 +753,7 @@ def law_recorded(mixer: Mixer, length: int = 40, batch: int = 2) -> None:
         for _ in range(2):
             on_gpu(now_B1D, state, inplace=True)
     torch.cuda.current_stream().wait_stream(side)
-    with torch.cuda.graph(graph):
+    with no_graph_ends(), torch.cuda.graph(graph):
         y_B1D, after = on_gpu(now_B1D, state, inplace=True)
     for name, old, new in zip(type(state)._fields, state, after, strict=True):
         assert new.data_ptr() == old.data_ptr(), f"state.{name} is elsewhere after a recorded step"

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.func import functional_call, vmap
 
 from holdall.model import Model, has_kernel, head_loss
+from holdall.ops.recorded import no_graph_ends
 from holdall.precision import block_copies, dtype_of
 from holdall.settings import Precision
 from holdall.tasks.data import Questions, TaskData
@@ -75,11 +76,12 @@ class Recording:
         if free < total / 3:  # what the first run needed still lies there, and a graph has its own
             torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
-        graph.capture_begin(self.pool, capture_error_mode="thread_local")
-        try:
-            self.function()
-        finally:
-            graph.capture_end()
+        with no_graph_ends():  # those of populations before, in this process
+            graph.capture_begin(self.pool, capture_error_mode="thread_local")
+            try:
+                self.function()
+            finally:
+                graph.capture_end()
         return graph
 
 
