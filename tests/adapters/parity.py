@@ -94,9 +94,11 @@ def check(original: Any, folder: Path, *, length: int = 23, vocab: int | None = 
         logits_BTV, states = model(next_B1, states)
 
     single = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    original.double(), model.double()
-    with InDouble():
-        want_BTV = original(tokens_BT, use_cache=False).logits
+    model.double()
+    with InDouble():  # made anew, since frequencies of rotary positions are computed when it is made
+        exact = type(original)(original.config).double().eval()
+        exact.load_state_dict(original.state_dict())
+        want_BTV = exact(tokens_BT, use_cache=False).logits
     assert want_BTV.dtype == DOUBLE
     for name, sizes in ways.items():
         near(f"{name} in fp64", in_pieces(model, tokens_BT, sizes), want_BTV, 1e-10)
