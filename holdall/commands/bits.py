@@ -80,7 +80,7 @@ def _table(rounding: str, lines: Sequence[Mapping[str, Any]]) -> Table:
             row[format.name] = f"{line['accuracy']:.1%}"
     names = dict.fromkeys(name for row in scores.values() for name in row)
     table = Table(title=f"recall, {rounding}", title_justify="left", box=box.SIMPLE)
-    table.add_column("model", no_wrap=True)
+    table.add_column("model", overflow="fold")  # numbers are never cut
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     for (label, seed), row in scores.items():

@@ -159,7 +159,7 @@ def _dry_run(sweeps: Sequence[SweepConfig], folders: Sequence[Path], *, device: 
         jobs = sum(model.finished + model.published + model.left for model in models)
         console.print(_header(sweep, jobs, device, folder), soft_wrap=True)
         table = Table(box=box.SIMPLE_HEAD)
-        table.add_column("model", no_wrap=True)
+        table.add_column("model", overflow="fold")  # numbers are never cut
         for column in ("width", "params", "state", "done", "publ.", "left", "s"):
             table.add_column(column, justify="right", no_wrap=True)
         for model in models:
@@ -301,7 +301,7 @@ class _FrontierView:
         seeds = ", mean over seeds" if any(len(model.best) > 1 for model in models) else ""
         title = f"recall by {models[0].runs[0].difficulty} at the best learning rate{seeds}"
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-        table.add_column("model", no_wrap=True)
+        table.add_column("model", overflow="fold")  # numbers are never cut
         scores = ("recall", *map(str, tags))
         for column in (*(["width"] if widths else []), "state", *scores, "lr", "s"):
             table.add_column(column, justify="right", no_wrap=True)

@@ -142,6 +142,11 @@ def test_a_recipe_is_written_and_runs_as_it_is(holdall: Callable[..., str]) -> N
     holdall(f"{small} --family attention")  # its task is its own, and known to the workers
     (line,) = files.read_lines(Path("runs/my-own/results.jsonl"))
     assert set(line["accuracy_by_difficulty"]) == {"4"}
+    text = Path("my_own.py").read_text().replace('"attention"', f'"{"attention " * 12}"')
+    Path("long_names.py").write_text(text)
+    out = holdall("frontier long_names.py --steps 4 --width 8 --length 4 --rates 0.01 --device cpu --dry-run")
+    assert out.count("attention") >= 12
+    assert "…" not in out, "a name is folded; numbers are never cut"
     assert "is there already" in holdall_error(holdall, "recipe new my-own")
     text = Path("my_own.py").read_text()
     assert "{" + "name}" not in text
