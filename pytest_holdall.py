@@ -10,7 +10,9 @@ why it stands outside of the package.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -62,20 +64,46 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(asked.pop(), cases, ids=str)
 
 
+OF_A_RING = {
+    "splits", "causal", "rows", "joined_rows", "inplace", "addresses", "capacity", "replay", "rollback",
+    "state_size", "saved", "state_border",
+}  # fmt: skip
+"""The laws whose code a ring of tokens changes, a state that is written once in L tokens: the others ask of
+a variant with one what they ask of the variant without."""
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of the laws in fp32, one variant of each mixer is in the small set: fp64 has them all."""
-    laws = [item for item in items if getattr(item, "originalname", "") == "test_law" and _is_fp32(item)]
-    last = {item.callspec.params["case"].config.name: item.callspec.params["case"] for item in laws}  # type: ignore[attr-defined]
+    """What of the laws is in the small set.
+
+    In fp32 one variant of each mixer, since fp64 has them all; of variants with a ring, where there are
+    others, only the laws of a ring.
+    """
+    laws = [item for item in items if item.path.name == "test_laws.py" and "case" in _params(item)]
+    plain = [item for item in laws if not _has_ring(item)]
+    last = {_name(item): _params(item)["case"] for item in (*laws, *plain)}
     for item in laws:
-        case = item.callspec.params["case"]  # type: ignore[attr-defined]
-        if case is not last[case.config.name]:
+        others = _has_ring(item) and not getattr(last[_name(item)].config, "replay", 0)
+        of_another = _is_fp32(item) and _params(item)["case"] is not last[_name(item)]
+        if of_another or (others and _params(item).get("law", "replay") not in OF_A_RING):
             item.add_marker(pytest.mark.full)
 
 
-def _is_fp32(item: pytest.Item) -> bool:
+def _params(item: pytest.Item) -> Mapping[str, Any]:
     callspec = getattr(item, "callspec", None)
-    return callspec is not None and "case" in callspec.params and "fp32" in callspec.id
+    return callspec.params if callspec is not None else {}
+
+
+def _name(item: pytest.Item) -> str:
+    return _params(item)["case"].config.name
+
+
+def _has_ring(item: pytest.Item) -> bool:
+    return bool(getattr(_params(item)["case"].config, "replay", 0))
+
+
+def _is_fp32(item: pytest.Item) -> bool:
+    return getattr(item, "originalname", "") == "test_law" and "fp32" in item.name
 
 
 def one_thread() -> None:
