@@ -2,6 +2,8 @@
 
     python -m bench.sweep [FAMILY ...]              all of based-figure2's by default
     python -m bench.sweep --profile [FAMILY ...]    where the time of a population's step goes
+    python -m bench.sweep --whole [FAMILY ...]      GPU minutes of the whole recipe, from a step of each model at
+                                                    each length; without tests
 
 The models of the recipe based-figure2 at width 128 (or their largest), vocabulary 8192, batches of 256 rows a
 model, at N = 64, K = 4 and N = 256, K = 64. Rows per second of all members together:
@@ -19,7 +21,9 @@ Letters: B rows, N tokens, K pairs.
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -145,11 +149,48 @@ def profile(point: Point, length: int, pairs: int) -> Table:
         return gpu.profile(f"{point.label}, N = {length}, K = {pairs}", lambda: next(trained))
 
 
+def whole(families: Sequence[str] = ()) -> Iterator[tuple[Point, dict[int, float], float]]:
+    """Each model of the recipe, with the seconds of a step at each length and of all its steps."""
+    (sweep,) = recipes.sweeps("based-figure2")
+    device = torch.device("cuda")
+    for point in sweep.points:
+        if point.family not in (families or sweep.families):
+            continue
+        train = point.train
+        steps = collections.Counter[tuple[int, int]]()
+        for segment in train.data.train:
+            steps[segment.length, segment.pairs] += train.epochs * math.ceil(segment.rows / train.batch)
+        seconds: dict[int, float] = {}
+        for length, pairs in sorted(steps):  # of one length, the number of pairs matters little
+            with TemporaryDirectory() as folder, repeatable(device), own_stream(device):
+                run = config(point, length, pairs)
+                seconds[length] = (
+                    len(run.members) * BATCH / rate(population(run, Path(folder)), len(run.members))
+                )
+            torch.cuda.empty_cache()
+        yield point, seconds, sum(count * seconds[length] for (length, _), count in steps.items())
+
+
+def print_whole(families: Sequence[str]) -> None:
+    minutes = collections.Counter[str]()
+    for point, step, all_steps in whole(families):
+        times = ", ".join(f"{1e3 * step[length]:.2f}" for length in sorted(step))
+        print(
+            f"{point.label}, width {point.train.model.width}: {times} ms a step, {all_steps:.0f} s",
+            flush=True,
+        )
+        minutes[point.family] += all_steps / 60
+    print({family: round(each, 1) for family, each in minutes.items()}, round(minutes.total(), 1), "minutes")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.sweep")
     parser.add_argument("families", nargs="*")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--whole", action="store_true")
     asked = parser.parse_args()
+    if asked.whole:
+        return print_whole(asked.families)
     if asked.profile:
         for point in points(asked.families):
             for length, pairs in SHAPES:
