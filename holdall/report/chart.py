@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from holdall.report import floor, style
-from holdall.report.data import Axis, Model, Run, Sweep, families, is_series, pareto
+from holdall.report.data import Axis, Model, Rate, Run, Sweep, families, is_series, pareto
 
 CEILING = 1.06  # accuracy at the top edge, as in the figure
 HOVER = {"hovertemplate": "%{text}<extra></extra>"}
@@ -20,7 +20,7 @@ SILENT = {"type": "scatter", "hoverinfo": "skip", "showlegend": False}
 
 
 class Marks:
-    """Everything that can be pointed at: a model, or a run whose learning rate does not count.
+    """Everything that can be pointed at: a model, or runs whose learning rate does not count.
 
     A mark is {x, y, title, detail}; its place in `all` is what the chart's points and the table's rows share.
     """
@@ -35,21 +35,31 @@ class Marks:
     def run(self, model: Model, run: Run) -> int:
         return self._place(run, model, run.accuracy, [run])
 
+    def rate(self, model: Model, rate: Rate) -> int:
+        """Of a model at a learning rate: the model itself where the rate counts."""
+        if rate.counts:
+            return self.model(model)
+        return (
+            self._place(rate, model, rate.accuracy, rate.runs)
+            if len(rate.runs) > 1
+            else self.run(model, rate.runs[0])
+        )
+
     def _place(self, owner: object, model: Model, accuracy: float, runs: Sequence[Run]) -> int:
         if id(owner) not in self._places:
             drawn = model.state > 0 and not math.isnan(accuracy)
             x, y = (model.state, accuracy) if drawn else (None, None)
             self._places[id(owner)] = len(self.all)
-            self.all.append({"x": x, "y": y, "title": model.label, "detail": _detail(runs, model)})
+            self.all.append({"x": x, "y": y, "title": model.label, "detail": _detail(runs)})
         return self._places[id(owner)]
 
 
-def _detail(runs: Sequence[Run], model: Model) -> list[tuple[str, str]]:
+def _detail(runs: Sequence[Run]) -> list[tuple[str, str]]:
     """Every key of the runs' lines; where seeds differ, their values side by side."""
     detail = []
-    if len(runs) > 1 and model.best:
-        spread = f"mean {model.accuracy:.2%}, from {model.low:.2%} to {model.high:.2%}"
-        detail.append((f"{len(runs)} seeds", spread))
+    if len(runs) > 1 and (found := [run.accuracy for run in runs if not run.diverged]):
+        mean = math.fsum(found) / len(found)
+        detail.append((f"{len(runs)} seeds", f"mean {mean:.2%}, from {min(found):.2%} to {max(found):.2%}"))
     for key in dict.fromkeys(key for run in runs for key in run.line):
         values = dict.fromkeys(style.value_text(run.line.get(key)) for run in runs)
         detail.append((key.replace("_", " "), " | ".join(values)))

@@ -86,6 +86,34 @@ class Run:
         return math.isnan(self.accuracy)
 
 
+@dataclass(frozen=True)
+class Rate:
+    """The runs of a model at one learning rate, a run per seed."""
+
+    learning_rate: float
+    runs: tuple[Run, ...]
+    counts: bool
+    """Whether it is the best rate of any seed."""
+
+    @property
+    def converged(self) -> list[float]:
+        """The accuracies of the seeds that did not diverge."""
+        return [run.accuracy for run in self.runs if not run.diverged]
+
+    @property
+    def accuracy(self) -> float:
+        """The mean of `converged`; NaN where all diverged."""
+        return math.fsum(self.converged) / len(self.converged) if self.converged else math.nan
+
+    @property
+    def low(self) -> float:
+        return min(self.converged, default=math.nan)
+
+    @property
+    def high(self) -> float:
+        return max(self.converged, default=math.nan)
+
+
 @dataclass(frozen=True, eq=False)  # two models are the same only if they are the same object
 class Model:
     """The runs of one model. `accuracy` is the mean over seeds, `low` and `high` are its extremes."""
@@ -145,6 +173,24 @@ class Model:
     def learning_rates(self) -> tuple[float, ...]:
         """Those that count, each once."""
         return tuple(dict.fromkeys(run.learning_rate for run in self.best))
+
+    @cached_property
+    def by_rate(self) -> tuple[Rate, ...]:
+        """All that were tried, from low to high."""
+        tried = sorted({run.learning_rate for run in self.runs})
+        return tuple(
+            Rate(
+                rate,
+                tuple(run for run in self.runs if run.learning_rate == rate),
+                rate in self.learning_rates,
+            )
+            for rate in tried
+        )
+
+    @property
+    def seeds(self) -> int:
+        """Of how many seeds there is a run."""
+        return len({run.seed for run in self.runs})
 
     def mean(self, key: str) -> float | None:
         """Of one number of the lines, over the seeds; None where one of them lacks it, or all diverged."""
@@ -272,6 +318,11 @@ def pareto(models: Iterable[Model]) -> list[Model]:
 def families(sweeps: Sequence[Sweep]) -> list[str]:
     """Every family in order of appearance, so that a sweep that still grows keeps its colours."""
     return list(dict.fromkeys(model.family for sweep in sweeps for model in sweep.models))
+
+
+def has_rates(sweeps: Sequence[Sweep]) -> bool:
+    """Whether any model on the picture was trained at several learning rates."""
+    return any(len(model.by_rate) > 1 for sweep in sweeps for model in sweep.models if model.drawn)
 
 
 def is_series(models: Iterable[Model]) -> bool:

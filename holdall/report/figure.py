@@ -7,22 +7,18 @@ process. Its types are `Any` here because it is imported only when a figure is d
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from holdall.report import floor, style
+from holdall.report import floor, strip, style
 from holdall.report.data import Model, Sweep, families, is_series, pareto
+from holdall.report.paper import DPI, INK, MUTED, PALE, RING, SHADE, darker, marker, rc
 
-SIZE = (7.0, 4.5)  # inches
-DPI = 200
-INK, MUTED, SHADE = "#222222", "#6b6b6b", "#eceae4"
-PALE = 0.4
-"""Opacity of models that were not trained here."""
-RING: dict[str, Any] = {
-    "marker": "o", "markersize": 11, "fillstyle": "none", "markeredgecolor": "#C1121F", "markeredgewidth": 1.2
-}  # fmt: skip
-"""Around a mixer that breaks a law."""
+SIZE = (7.0, 4.55)
+"""Inches, without the strip of learning rates and a footer of more than a line."""
+LEFT, BOTTOM, WIDTH, FOOTER_LINE = 0.7, 0.57, 6.125, 0.115  # inches
 CEILING = 1.06  # accuracy at the top edge: full marks need room for their labels
 
 Box = tuple[float, float, float, float]
@@ -39,7 +35,8 @@ def save(sweeps: Sequence[Sweep], path: Path) -> None:
 def draw(sweeps: Sequence[Sweep]) -> Any:
     """The figure as a matplotlib Figure. Artists carry a gid that says what they are:
 
-    floor, pareto, chance, label, and family:<name> for the line through a family's models.
+    floor, pareto, chance, label, footer, and family:<name> for the line through a family's models. The first
+    axes are the frontier's; the others are those of the strip of learning rates (holdall/report/strip.py).
     """
     import matplotlib
 
@@ -52,9 +49,13 @@ def _draw(sweeps: Sequence[Sweep]) -> Any:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, NullFormatter, PercentFormatter
 
-    figure = Figure(figsize=SIZE, dpi=DPI, facecolor="white")
+    footer = _footer(sweeps)
+    below = FOOTER_LINE * (len(footer) - 1)  # inches under the strip
+    bottom = BOTTOM + below + strip.height(sweeps)
+    width, height = SIZE[0], SIZE[1] - BOTTOM + bottom
+    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
-    axes = figure.add_axes((0.1, 0.115, 0.875, 0.765))
+    axes = figure.add_axes((LEFT / width, bottom / height, WIDTH / width, 3.44 / height))
     questions = sweeps[0].questions
     axis = sweeps[0].axis
     low, high = style.state_range(sweeps, floor.state_for_all(questions, axis.bits))
@@ -84,35 +85,11 @@ def _draw(sweeps: Sequence[Sweep]) -> Any:
         *_draw_pareto(axes, sweeps, high),
     ]
     _draw_legend(figure, axes, sweeps)
-    _draw_footer(figure, sweeps)
+    _draw_footer(figure, footer)
+    strip.draw(figure, sweeps, (LEFT, 0.2 + below, WIDTH))
     lines += _draw_gap(axes, sweeps, low)
     _draw_labels(axes, sweeps, lines)
     return figure
-
-
-def rc() -> Any:
-    """A plain sans serif: of three faces with equal widths the first found here, else Matplotlib's own."""
-    from matplotlib.font_manager import get_font_names
-
-    present = set(get_font_names())
-    face = next((name for name in ("Helvetica", "Arial", "Liberation Sans") if name in present), None)
-    return {
-        "font.family": [face, "DejaVu Sans"] if face else ["DejaVu Sans"],
-        "font.size": 8.5,
-        "text.parse_math": False,  # a label may hold a dollar sign
-        "axes.edgecolor": MUTED,
-        "axes.labelcolor": INK,
-        "axes.linewidth": 0.7,
-        "text.color": INK,
-        "xtick.color": MUTED,
-        "ytick.color": MUTED,
-        "xtick.labelcolor": INK,
-        "ytick.labelcolor": INK,
-        "xtick.major.width": 0.7,
-        "ytick.major.width": 0.7,
-        "xtick.minor.width": 0.5,
-        "xtick.minor.size": 1.8,
-    }
 
 
 def _draw_floor(axes: Any, questions: floor.Questions, low: float, bits: int) -> list[Any]:
@@ -180,20 +157,6 @@ def _draw_models(axes: Any, sweeps: Sequence[Sweep]) -> list[Any]:
                     gid="broken", zorder=3.5, **RING,
                 )  # fmt: skip
     return lines
-
-
-def marker(look: style.Look, fill: str) -> dict[str, Any]:
-    size = {"*": 8.0, "D": 5.0, "s": 5.4, "P": 6.6, "X": 6.2}.get(look.marker, 6.0)
-    edge = look.colour if fill != "full" else "white"
-    return {
-        "marker": look.marker,
-        "markersize": size,
-        "color": look.colour,
-        "fillstyle": fill,
-        "markerfacecoloralt": "white",
-        "markeredgecolor": edge,
-        "markeredgewidth": 0.5 if fill == "full" else 1.2,
-    }
 
 
 def _draw_pareto(axes: Any, sweeps: Sequence[Sweep], high: float) -> list[Any]:
@@ -294,14 +257,21 @@ def _draw_legend(figure: Any, axes: Any, sweeps: Sequence[Sweep]) -> None:
     axes.set_position((left, base, width, bottom - 0.01 - base))
 
 
-def _draw_footer(figure: Any, sweeps: Sequence[Sweep]) -> None:
-    """Where models were trained that were not trained here, and which mixers have no place and why."""
+def _footer(sweeps: Sequence[Sweep]) -> list[str]:
+    """Lines: what bars are, where models that were not trained here were, which have no place and why."""
     models = [model for sweep in sweeps for model in sweep.models]
     sources = dict.fromkeys(model.published for model in models if model.published)
-    words = [f"Not trained here but published with Holdall: {'; '.join(sources)}."] if sources else []
+    words = [style.spread_text(sweeps)]
+    words += [f"Not trained here but published with Holdall: {'; '.join(sources)}."] if sources else []
     missing = dict.fromkeys(model.label for model in models if "state_size" in model.broken)
     words += [f"Not drawn, as its state is not what it reports: {', '.join(missing)}."] if missing else []
-    figure.text(0.012, 0.008, "  ".join(words), fontsize=6.3, color=MUTED, gid="footer")
+    return [line for each in words for line in textwrap.wrap(each, 150)]
+
+
+def _draw_footer(figure: Any, lines: Sequence[str]) -> None:
+    for place, line in enumerate(reversed(lines)):
+        y = (0.036 + FOOTER_LINE * place) / figure.get_figheight()
+        figure.text(0.012, y, line, fontsize=6.3, color=MUTED, gid="footer")
 
 
 def _draw_labels(axes: Any, sweeps: Sequence[Sweep], lines: Sequence[Any]) -> None:
@@ -343,7 +313,7 @@ def _draw_labels(axes: Any, sweeps: Sequence[Sweep], lines: Sequence[Any]) -> No
             labels[model],
             transform=None,
             fontsize=6.8,
-            color=_darker(style.look(families(sweeps).index(model.family)).colour),
+            color=darker(style.look(families(sweeps).index(model.family)).colour),
             path_effects=halo,
             zorder=4,
             gid="label",
@@ -384,13 +354,6 @@ def _around(x: float, y: float, width: float, height: float, point: float) -> It
         yield x - slant - width, y + slant
         yield x + slant, y - slant - height
         yield x - slant - width, y - slant - height
-
-
-def _darker(colour: str) -> tuple[float, ...]:
-    """The same hue with a quarter less light: what carries a marker is too pale for small letters."""
-    from matplotlib.colors import to_rgb
-
-    return tuple(0.75 * part for part in to_rgb(colour))
 
 
 def _distance(box: Box, point: tuple[float, float]) -> float:

@@ -90,7 +90,7 @@ def draw(gallery: Gallery, *, dark: bool = False) -> Any:
     """The picture as a matplotlib Figure; axes carry as gid the label of the mixer that they show."""
     import matplotlib
 
-    from holdall.report.figure import rc
+    from holdall.report.paper import rc
 
     with matplotlib.rc_context(rc()):
         return _draw(

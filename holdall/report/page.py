@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from holdall.report import chart, floor, shell, style
-from holdall.report.data import Run, Sweep, families
+from holdall.report import chart, floor, shell, strip, style
+from holdall.report.data import Model, Run, Sweep, families, has_rates
 
 
 def save(sweeps: Sequence[Sweep], path: Path) -> None:
@@ -28,6 +28,9 @@ def render(sweeps: Sequence[Sweep]) -> str:
         data={"traces": chart.traces(sweeps, marks), "layout": chart.layout(sweeps), "marks": marks.all},
         sweeps=[_about(sweep, fill[2]) for sweep, fill in zip(sweeps, style.FILLS, strict=False)],
         gap=_gap(sweeps),
+        panels=_panels(sweeps, marks),
+        panels_caption=strip.caption(sweeps) if has_rates(sweeps) else "",
+        spread=style.spread_text(sweeps),
         unit=sweeps[0].axis.unit,
         notes=[note for sweep in sweeps for note in sweep.notes],
         task=sweeps[0].task,
@@ -67,6 +70,67 @@ def _gap(sweeps: Sequence[Sweep]) -> dict[str, str] | None:
         "accuracy": f"{model.accuracy:.1%}",
         "state": style.state_text(sweeps[0].axis, model.state),
         "times": style.gap_text(times),
+    }
+
+
+# ---------------------------------------------------------------------------------------- learning rates
+
+LEFT, RIGHT, TOP, BOTTOM = 6.0, 94.0, 6.0, 56.0
+"""Where a panel of 100 by 62 has its first and last rate, 100% and 0%."""
+
+
+def _panels(sweeps: Sequence[Sweep], marks: chart.Marks) -> list[dict[str, Any]]:
+    """The strip of learning rates (holdall/report/strip.py), a panel per family; none with one rate each."""
+    if not has_rates(sweeps):
+        return []
+    rates = strip.learning_rates(sweeps)
+    return [
+        {
+            "family": family,
+            "look": style.look(families(sweeps).index(family)),
+            "ends": [f"{rates[0]:.2g}", f"{rates[-1]:.2g}"],
+            "models": [
+                _curve(model, marks, rates, dotted=place > 0)
+                for place, sweep in enumerate(sweeps)
+                for model in sweep.models
+                if model.drawn and model.family == family
+            ],
+        }
+        for family in strip.panels(sweeps)
+    ]
+
+
+def _curve(model: Model, marks: chart.Marks, rates: Sequence[float], *, dotted: bool) -> dict[str, Any]:
+    """A model's line in its panel, with what each of its points is of and says."""
+    span = math.log(rates[-1] / rates[0])
+    points = []
+    for rate in model.by_rate:
+        x = LEFT + (RIGHT - LEFT) * math.log(rate.learning_rate / rates[0]) / span
+        low, y, high = (
+            BOTTOM if math.isnan(share) else BOTTOM + (TOP - BOTTOM) * share
+            for share in (rate.low, rate.accuracy, rate.high)
+        )
+        says = f"{rate.accuracy:.1%}" if rate.converged else "diverged"
+        says += f", {rate.low:.1%} to {rate.high:.1%}" if rate.high > rate.low else ""
+        points.append(
+            {
+                "x": f"{x:.2f}",
+                "y": f"{y:.2f}",
+                "low": f"{low:.2f}",
+                "high": f"{high:.2f}",
+                "counts": rate.counts,
+                "diverged": len(rate.converged) < len(rate.runs),
+                "converged": bool(rate.converged),
+                "mark": marks.rate(model, rate),
+                "says": f"{model.label} at {rate.learning_rate:.2g}: {says}",
+            }
+        )
+    return {
+        "mark": marks.model(model),
+        "line": " ".join(f"{point['x']},{point['y']}" for point in points if point["converged"]),
+        "points": points,
+        "pale": bool(model.published),
+        "dotted": dotted,
     }
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from holdall.analysis.recall import Curve, Scores, check_same, curve
 from holdall.report import style
-from holdall.report.figure import DPI, rc
+from holdall.report.paper import DPI, rc
 
 FEWEST = 30
 """A bin of fewer tokens is left out: its mean says little."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from holdall.analysis.recall import SLICES, Scores, check_same, slice_of
 from holdall.report import recall_curves as curves
-from holdall.report.figure import DPI
+from holdall.report.paper import DPI
 
 NAMES = {"hits": "recall hits", "repeated": "other repeated bigrams", "rest": "the rest"}
 COLOURS = {"hits": "#d55e00", "repeated": "#e69f00", "rest": "#8c9299"}

@@ -7,7 +7,7 @@ from typing import Any
 
 from holdall.analysis.recall import Carried
 from holdall.report import recall_curves as curves
-from holdall.report.figure import DPI
+from holdall.report.paper import DPI
 from holdall.report.recall_gaps import COLOURS
 
 APART = 0.034

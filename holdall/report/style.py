@@ -138,6 +138,23 @@ PUBLISHED = "published with Holdall, not trained here"
 """What † means in tables, and a pale mark in pictures."""
 
 
+def spread_text(sweeps: Sequence[Sweep]) -> str:
+    """What is known of the spread over seeds, and how to learn more of it."""
+    counts = sorted({model.seeds for sweep in sweeps for model in sweep.models})
+    if counts == [1]:
+        again = all(sweep.command.startswith("holdall frontier") for sweep in sweeps)
+        return "1 seed: no spread known" + ("; --seeds 3 adds two." if again else ".")
+    if len(counts) == 1:
+        return f"{counts[0]} seeds: each point is their mean, its bar reaches from the lowest to the highest."
+    return (
+        f"{counts[0]} to {counts[-1]} seeds: a point is their mean, its bar reaches from the lowest to the "
+        "highest; of a model with one seed no spread is known."
+        if counts[0] == 1
+        else f"{counts[0]} to {counts[-1]} seeds: a point is their mean, its bar reaches from the lowest to "
+        "the highest."
+    )
+
+
 def gap_text(times: float) -> str:
     """How many times the bits that the answers need, to two digits: more would be false precision."""
     return f"{float(f'{times:.2g}'):,.0f} ×" if times >= 10 else f"{times:.1f} ×"

@@ -9,7 +9,7 @@ from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 
 from holdall.report.data import Model, Sweep, families
-from holdall.report.style import PUBLISHED, bytes_text, marked
+from holdall.report.style import PUBLISHED, bytes_text, marked, spread_text
 
 LEGEND = """State: bytes that one sequence carries after {context} tokens, all layers, counted. Recall: share
 of right answers, at the best learning rate, then by number of {difficulty}{seeds}.
@@ -43,6 +43,7 @@ def render(sweeps: Sequence[Sweep]) -> str:
         difficulty=difficulty,
         seeds=" (mean over seeds, lowest to highest in brackets)" if seeds else "",
     )
+    legend += f"Spread: {spread_text(sweeps)}\n"
     models = [model for sweep in sweeps for model in sweep.models]
     for source in dict.fromkeys(model.published for model in models if model.published):
         legend += f"†: {PUBLISHED}: {source}.\n"

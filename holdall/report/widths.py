@@ -12,7 +12,7 @@ from typing import Any
 
 from holdall.report import style
 from holdall.report.data import Model, Sweep, families
-from holdall.report.figure import DPI, INK, MUTED, PALE, RING, marker, rc
+from holdall.report.paper import DPI, INK, MUTED, PALE, RING, marker, rc
 
 PANEL = (2.35, 2.5)  # inches
 

@@ -52,7 +52,7 @@ def test_a_state_that_is_not_counted_is_not_drawn(sweeps: tuple[Sweep, ...]) -> 
     (axes,) = drawn.axes
     points = {tuple(point) for artist in axes.lines for point in zip(*artist.get_data(), strict=True)}
     assert (16, 0.99) not in points
-    (footer,) = (text.get_text() for text in drawn.texts if text.get_gid() == "footer")
+    footer = [text.get_text() for text in drawn.texts if text.get_gid() == "footer"]
     assert "Not drawn, as its state is not what it reports: liar." in footer
     assert any("liar" in note and "no place on the picture" in note for note in sweeps[0].notes)
     assert all(
@@ -82,8 +82,8 @@ def test_what_was_published_is_pale_and_says_where_it_was_trained(sweeps: tuple[
     assert by_gid(axes, "published:attention") == [(4096, 0.9)]
     assert by_gid(axes, "family:mine") == [(2048, 0.5)]
     assert by_gid(axes, "published:mine") == by_gid(axes, "family:attention") == []
-    (footer,) = (text.get_text() for text in drawn.texts if text.get_gid() == "footer")
-    assert "published with Holdall: NVIDIA H200, commit abcdef" in footer
+    footer = [text.get_text() for text in drawn.texts if text.get_gid() == "footer"]
+    assert any("published with Holdall: NVIDIA H200, commit abcdef" in line for line in footer)
     text = table.render(sweeps)
     assert "| attention † |" in text
     assert "†: published with Holdall, not trained here: NVIDIA H200, commit abcdef." in text
@@ -99,7 +99,7 @@ def test_without_marks_nothing_is_said(tmp_path: Path) -> None:
     assert "†" not in table.render(sweeps)
     assert "✗" not in table.render(sweeps)
     (footer,) = (text.get_text() for text in figure.draw(sweeps).texts if text.get_gid() == "footer")
-    assert footer == ""
+    assert footer == "1 seed: no spread known; --seeds 3 adds two."
 
 
 def test_widths_mark_the_same(sweeps: tuple[Sweep, ...], tmp_path: Path) -> None:

@@ -76,6 +76,46 @@ def test_no_text_is_read_as_markup(nasty):
     assert data_of(page)["marks"][0]["title"].endswith("</script>{{data}}")
 
 
+def test_the_strip_has_a_panel_per_family_and_a_line_per_model(sweep, make_sweep, line):
+    page = render(load([sweep]))
+    figures = re.findall(r"<figure style.*?</figure>", page, re.S)
+    assert len(figures) == 6
+    window = next(figure for figure in figures if "sliding window" in figure or "window" in figure)
+    assert window.count("<polyline") == 3
+    assert "<title>window, w = 16 at 0.003: 47.0%</title>" in window
+    assert "<title>window, w = 16 at 0.01: 42.3%</title>" in window
+    assert "its mark at the best rate, that of the picture above" in page
+    assert '<p class="muted" id="spread">1 seed: no spread known; --seeds 3 adds two.</p>' in page
+    single = render(load([make_sweep("single", [line("a", 64, 0.5), line("b", 64, 0.6)])]))
+    assert "<figure" not in single
+    assert (
+        "polyline"
+        not in single.replace(re.search(r"<script>.*?</script>", single, re.S)[0], "").split("</style>")[1]
+    )
+
+
+def test_points_of_the_strip_lead_to_the_rows_of_the_table(make_sweep, line):
+    """And where several seeds share a point, to all of them."""
+    runs = [
+        line("a", 64, accuracy, seed=seed, learning_rate=rate)
+        for rate, pair in ((0.001, (0.4, 0.6)), (0.01, (0.3, None)))
+        for seed, accuracy in enumerate(pair)
+    ]
+    page = render(load([make_sweep("s", runs)]))
+    content, rates = (
+        data_of(page),
+        re.findall(r'<g data-mark="(\d+)"><title>(.*?)</title>(.*?)</g>', page, re.S),
+    )
+    assert [title for _, title, _ in rates] == ["a at 0.001: 50.0%, 40.0% to 60.0%", "a at 0.01: 30.0%"]
+    (best, _, _), (other, _, crossed) = rates
+    assert best == "0"
+    assert "×" in crossed
+    details = [dict(content["marks"][int(mark)]["detail"]) for mark in (best, other)]
+    assert details[0]["2 seeds"] == "mean 50.00%, from 40.00% to 60.00%"
+    assert details[1]["2 seeds"] == "mean 30.00%, from 30.00% to 30.00%"
+    assert [detail["learning rate"] for detail in details] == ["0.001", "0.01"]
+
+
 @pytest.fixture
 def visit(open_file, tmp_path):
     """Opens the report of sweep folders."""
@@ -186,6 +226,28 @@ def test_switch_shows_all_learning_rates(visit, sweep):
     page.get_by_label("Show all learning rates").uncheck()
     assert page.evaluate(shown) == 10
     eventually(page, POINTS, 10)
+
+
+@pytest.mark.browser
+def test_the_strip_is_drawn_and_marks_its_model_everywhere(visit, sweep):
+    page = visit(sweep)
+    assert page.locator(".rates svg polyline").count() == 10
+    for box in map(lambda each: each.bounding_box(), page.locator(".rates figure").all()):
+        assert box["width"] > 100
+        assert box["height"] > 60
+    target = page.locator(".rates figure", has_text="Mamba").locator("g[data-mark] g[data-mark]")
+    spot = target.filter(has_text="Mamba, N = 16 at 0.003").locator(".target").bounding_box()
+    middle = (spot["x"] + spot["width"] / 2, spot["y"] + spot["height"] / 2)
+    page.mouse.move(*middle)
+    page.wait_for_selector("#card h2:text-is('Mamba, N = 16')")
+    page.mouse.click(*middle)
+    assert page.locator("tr.selected td:first-child button").all_text_contents() == ["Mamba, N = 16"]
+    assert page.evaluate("() => [chart.data.at(-1).x[0], chart.data.at(-1).y[0]]") == [10_240, 0.8]
+    assert page.locator(".curve.selected").count() == 1
+    page.get_by_role("button", name="ELU+1").first.press("Enter")
+    assert page.locator(".curve.selected title").first.text_content().startswith("ELU+1")
+    page.set_viewport_size({"width": 400, "height": 800})
+    eventually(page, "() => document.documentElement.scrollWidth", 400)
 
 
 @pytest.mark.browser

@@ -22,7 +22,8 @@ def test_a_row_is_a_model_at_its_best_learning_rate(sweep):
         "64", "39.3 KiB", "99.0%", "100%", "94%", "76", "0.02%", "0.003", "400", "11",
     ]  # fmt: skip
     assert "after 64 tokens" in text
-    assert "seeds" not in text
+    assert "mean over seeds" not in text
+    assert "Spread: 1 seed: no spread known; --seeds 3 adds two." in text
 
 
 def test_models_stand_by_family_and_state(sweep):
@@ -43,6 +44,9 @@ def test_several_seeds_are_a_mean_and_its_extremes(make_sweep, line):
     assert found[3] == "75%"
     assert found[7:9] == ["0.01, 0.003", "500"]
     assert "mean over seeds" in text
+    assert (
+        "Spread: 2 seeds: each point is their mean, its bar reaches from the lowest to the highest." in text
+    )
 
 
 def test_what_diverged_or_was_not_asked_stays_empty(make_sweep, line):
