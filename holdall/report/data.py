@@ -201,9 +201,10 @@ class Model:
     def drawn(self) -> bool:
         """Whether it has a place on the picture: a log axis holds no empty state, and no NaN.
 
-        Nor has a mixer that carries another state than it reports.
+        A state whose elements cannot be counted is empty there; and a mixer that carries another state than
+        it reports has none.
         """
-        return bool(self.best) and self.state_bytes > 0 and "state_size" not in self.broken
+        return bool(self.best) and self.state > 0 and "state_size" not in self.broken
 
     @property
     def broken(self) -> Mapping[str, str]:
@@ -368,7 +369,7 @@ def _sweep(folder: Path, config: Mapping[str, Any], name: str, axis: Axis) -> Sw
         raise files.damaged(folder / "config.json", reason, AGAIN) from None
     if not segments:
         raise files.damaged(folder / "config.json", "it names no test segment", AGAIN)
-    runs, notes = _runs(folder, axis)
+    runs, notes = _runs(folder, config, axis)
     models = grouped(runs)
     notes += [f"{m.label} (width {m.width}) diverged at every learning rate." for m in models if not m.best]
     notes += [
@@ -423,7 +424,7 @@ def _with_defaults(part: Mapping[str, Any]) -> dict[str, Any]:
     return {"values": part["vocab"] // 2, **pairs, **part}
 
 
-def _runs(folder: Path, axis: Axis) -> tuple[list[Run], list[str]]:
+def _runs(folder: Path, config: Mapping[str, Any], axis: Axis) -> tuple[list[Run], list[str]]:
     path = folder / "results.jsonl"
     if not path.exists():
         raise RunError(
@@ -434,6 +435,7 @@ def _runs(folder: Path, axis: Axis) -> tuple[list[Run], list[str]]:
     ]
     runs: dict[object, Run] = {}
     notes = []
+    elements, not_counted = _Elements(config), dict[str, str]()
     way_out = "Delete that line and run the sweep again to fill the gap."
     for number, line in lines:
         where = f"line {number} of {path}"
@@ -444,10 +446,13 @@ def _runs(folder: Path, axis: Axis) -> tuple[list[Run], list[str]]:
                 notes.append(f"Skipped {where}: it is torn, as while a sweep is writing it.")
                 continue
             raise
-        if axis.key not in content and "state_bytes" in content:
-            again = "its `holdall frontier` command adds them from the runs in its folder"
-            raise RunError(f"{where} does not count {axis.unit}; {again}")
         try:
+            if axis.key == "state_elements" and axis.key not in content:
+                try:
+                    content = {**content, axis.key: elements.of(content)}
+                except _NotCountedError as error:
+                    not_counted[f"{content['label']} (width {content['width']})"] = str(error)
+                    content = {**content, axis.key: 0}
             # a training that was run again under its old name replaces what it wrote before; members of a
             # population share the name
             run = run_of(content, axis)
@@ -456,7 +461,55 @@ def _runs(folder: Path, axis: Axis) -> tuple[list[Run], list[str]]:
             raise files.damaged(where, f"it is no result ({error!r})", way_out) from None
     if not runs:
         raise RunError(f"{path} holds no results yet; wait for the first model to finish")
+    if not any(run.state for run in runs.values()) and not_counted:
+        reason = next(iter(not_counted.values()))
+        raise RunError(
+            f"no line of {path} counts {axis.unit}, and {reason}; its `holdall frontier` command adds them "
+            "from the runs in its folder"
+        )
+    notes += [
+        f"{model} has no place on an axis of {axis.unit}: its lines do not count them, and {reason}."
+        for model, reason in not_counted.items()
+    ]
     return list(runs.values()), notes
+
+
+class _NotCountedError(Exception):
+    """Why the elements of a model's state cannot be counted."""
+
+
+class _Elements:
+    """Elements of states, for lines from before they were counted: models are built as config.json says."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.config = config
+        self.counted: dict[tuple[str, int], tuple[int, int]] = {}
+
+    @cached_property
+    def points(self) -> Mapping[tuple[str, int], Any]:
+        points = self.config.get("points") or ()
+        return {(point["label"], point["train"]["model"]["width"]): point for point in points}
+
+    def of(self, line: Mapping[str, Any]) -> int:
+        """After the longest test row. Raises _NotCountedError with the reason if they cannot be known."""
+        from holdall.sweeps.config import Point  # PyTorch with it
+        from holdall.sweeps.result import measure
+
+        key = (line["label"], line["width"])
+        if key not in self.counted:
+            try:
+                if key not in self.points:
+                    raise _NotCountedError("config.json does not hold the model")
+                model = Point.from_dict(self.points[key]).train.model
+                state_bytes, elements, _ = measure(model, self.config["context_len"])
+            except (KeyError, TypeError, ValueError) as error:  # a mixer or an option that is not there
+                raise _NotCountedError(f"the model cannot be built here ({error})") from None
+            self.counted[key] = state_bytes, elements
+        state_bytes, elements = self.counted[key]
+        if state_bytes != line["state_bytes"]:
+            says = f"the model carries {state_bytes:,} bytes in this version, not {line['state_bytes']:,}"
+            raise _NotCountedError(says)
+        return elements
 
 
 WHOLE, REAL = ("parameters", "steps", "rows"), ("seconds", "recall_bits", "recall_efficiency")

@@ -265,6 +265,9 @@ def _footer(sweeps: Sequence[Sweep]) -> list[str]:
     words += [f"Not trained here but published with Holdall: {'; '.join(sources)}."] if sources else []
     missing = dict.fromkeys(model.label for model in models if "state_size" in model.broken)
     words += [f"Not drawn, as its state is not what it reports: {', '.join(missing)}."] if missing else []
+    missing = dict.fromkeys(model.label for model in models if model.state_bytes and not model.state)
+    unit = sweeps[0].axis.unit
+    words += [f"Not drawn, as nothing counts its {unit}: {', '.join(missing)}."] if missing else []
     return [line for each in words for line in textwrap.wrap(each, 150)]
 
 

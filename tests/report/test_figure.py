@@ -1,16 +1,24 @@
 """The figure for papers: right numbers in the artists, and texts that touch nothing."""
 
+import json
+import re
 import struct
 import subprocess
 import sys
 import zlib
+from pathlib import Path
 
 import pytest
 
 from holdall import files, report
 from holdall.files import RunError
+from holdall.mixers.attention import AttentionConfig
+from holdall.mixers.linear_attention import LinearAttentionConfig
+from holdall.recipes import quick
 from holdall.report import chart, figure, style
 from holdall.report.data import families, load, pareto
+from holdall.sweeps.config import Point
+from holdall.sweeps.result import measure
 from holdall.tasks.information import answer_bits, best_accuracy
 
 
@@ -148,11 +156,50 @@ def test_a_folder_says_what_its_picture_counts(sweep, make_sweep):
     folder = make_sweep("sweep", lines, axis="bits")
     assert load([folder])[0].axis.unit == "bits"
     assert load([folder], "bytes")[0].axis.unit == "bytes"
-    with pytest.raises(RunError, match=r"line 1 of .* does not count elements; its `holdall frontier`"):
+    why = "no line of .* counts elements, and config.json does not hold the model; its `holdall frontier`"
+    with pytest.raises(RunError, match=why):
         load([folder], "elements")
     damaged = make_sweep("damaged", lines, axis="acres")
     with pytest.raises(RunError, match=r"config.json is damaged: its axis is 'acres'"):
         load([damaged])
+
+
+@pytest.mark.quick
+def test_elements_that_lines_do_not_count_are_those_of_the_models(make_sweep, line, tmp_path):
+    """Lines of before hold bytes alone. A model that is another one now has no place, and is named."""
+    mixers = {"attention": AttentionConfig(width=8), "ELU + 1": LinearAttentionConfig(width=8, feature_dim=4)}
+    task = quick.data(pairs=(4, 16), vocab=512)
+    points = [quick.point(name, name, mixer, task=task).to_dict() for name, mixer in mixers.items()]
+    sizes = {
+        name: measure(Point.from_dict(p).train.model, 96) for name, p in zip(mixers, points, strict=True)
+    }
+    lines = [line(name, sizes[name][0], 0.5, width=8) for name in mixers]
+    lines += [line("gone", 2048, 0.6, width=8), line("changed", 64, 0.7, width=8)]
+    changed = {**points[0], "label": "changed"}
+    gone = json.loads(json.dumps({**points[0], "label": "gone"}))
+    gone["train"]["model"]["layers"][-1]["name"] = "gone-mixer"
+    folder = make_sweep("old", lines, points=[*points, gone, changed], context_len=96)
+    (sweep,) = load([folder], "elements")
+    assert [model.state for model in sweep.models] == [sizes[name][1] for name in mixers] + [0, 0]
+    assert [model.drawn for model in sweep.models] == [True, True, False, False]
+    gone, changed = sweep.notes
+    assert re.match(
+        r"gone \(width 8\) has no place on an axis of elements: .*cannot be built.*gone-mixer", gone
+    )
+    carries = f"the model carries {sizes['attention'][0]:,} bytes in this version, not 64."
+    assert changed.startswith("changed (width 8) has no place on an axis of elements")
+    assert changed.endswith(carries)
+    footer = [text.get_text() for text in figure.draw([sweep]).texts if text.get_gid() == "footer"]
+    assert "Not drawn, as nothing counts its elements: gone, changed." in footer
+    assert all(model.drawn for model in load([folder])[0].models)
+
+
+@pytest.mark.parametrize("name", ["quick", "zoo"])
+def test_published_lines_have_a_place_on_an_axis_of_elements(name):
+    (sweep,) = load([Path(__file__).parents[2] / "results" / name], "elements")
+    assert all(model.drawn for model in sweep.models)
+    for model in sweep.models:
+        assert model.state_bytes / 8 <= model.state <= model.state_bytes  # of 1 to 8 bytes each
 
 
 def test_staircase_is_the_frontier(sweep):
