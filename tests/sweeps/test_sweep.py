@@ -689,16 +689,20 @@ def test_report_remakes_figure_and_page_from_the_folder_alone(
         assert name in says
 
 
-def test_one_run_of_each_model_comes_first_and_the_longest_of_them() -> None:
-    small, large = tiny().points
-    layers = 2 * large.train.model.layers
-    large = dataclasses.replace(
-        large,
-        train=dataclasses.replace(large.train, model=dataclasses.replace(large.train.model, layers=layers)),
-    )
-    jobs = SweepConfig(recipe="tiny", points=(small, large)).jobs(together=False)
-    order = [(jobs[index].point.label, jobs[index].point.train.learning_rates) for index in in_order(jobs)]
-    assert order == [(label, (rate,)) for rate in (0.01, 0.02) for label in ("window 4", "attention")]
+def test_the_shortest_run_comes_first_then_one_of_each_model_the_longest_of_them_before() -> None:
+    """So there is a point soon, then each model's speed is known, and none is left alone at the end."""
+    point = tiny().points[0]
+    points = []
+    for times in (1, 3, 2):
+        model = dataclasses.replace(point.train.model, layers=times * point.train.model.layers)
+        train = dataclasses.replace(point.train, model=model)
+        points.append(dataclasses.replace(point, label=f"times {times}", train=train))
+    jobs = SweepConfig(recipe="tiny", points=tuple(points)).jobs(together=False)
+    order = [(jobs[index].point.label, *jobs[index].point.train.learning_rates) for index in in_order(jobs)]
+    assert order == [
+        ("times 1", 0.01), ("times 3", 0.01), ("times 2", 0.01),
+        ("times 3", 0.02), ("times 2", 0.02), ("times 1", 0.02),
+    ]  # fmt: skip
 
 
 def test_a_sweep_that_is_refused_leaves_its_folder_free(tmp_path: Path) -> None:
