@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from pathlib import Path
 
@@ -11,15 +10,14 @@ from rich.table import Table
 
 from holdall import files, recipes
 from holdall.commands import console
-from holdall.recipes import SETTINGS, SWEEPS, TEMPLATE
+from holdall.recipes import SWEEPS, TEMPLATE
 
 
 def show() -> int:
     """The command `holdall recipe list`."""
     table = Table("recipe", "trains", "flags", box=box.SIMPLE_HEAD, padding=(0, 1, 1, 1))
     for name, make in SWEEPS.items():
-        takes = inspect.signature(make).parameters
-        flags = " ".join(f"--{setting}" for setting in ("seeds", *SETTINGS) if setting in takes)
+        flags = " ".join(f"--{setting}" for setting in recipes.takes(make))
         table.add_row(name, recipes.summary(name), flags)
     console.print(table)
     console.print("holdall frontier RECIPE --dry-run says what one would train here, and for how long.")

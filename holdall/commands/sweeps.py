@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -61,7 +62,8 @@ def frontier(
     """The command `holdall frontier`; returns the exit status. Options are those of `run_sweep`."""
     until = None if minutes is None else time.monotonic() + 60 * minutes
     added = _added(add, load)
-    sweeps = recipes.sweeps(recipe, seeds, **settings)
+    make = recipes.function(recipe)
+    sweeps = recipes.call(make, recipe, seeds, **settings)
     out = out or Path("runs") / sweeps[0].recipe
     if precision is not None:
         sweeps = tuple(_in_precision(sweep, precision) for sweep in sweeps)
@@ -86,7 +88,20 @@ def frontier(
     if len(sweeps) > 1 and all((folder / "results.jsonl").stat().st_size for folder in folders):
         for path in reports.write_widths(folders, out):
             console.print(f"  {path}", soft_wrap=True)
+    if max(codes) == 0:
+        console.print(_spread(seeds, command, more="seeds" in recipes.takes(make)), soft_wrap=True)
     return max(codes)
+
+
+def _spread(seeds: int, command: str, *, more: bool) -> str:
+    """What is known of the spread over seeds, and the command that adds some to the same folder."""
+    if seeds > 1:
+        return (
+            f"spread: each point is the mean of {seeds} seeds, its bar reaches from the lowest to the highest"
+        )
+    said = "spread: not known of one seed"
+    again = re.sub(r"\s--seeds[= ]\S+", "", command)
+    return f"{said}; two more, and bars in the picture: {again} --seeds 3" if more else said
 
 
 def _frontier(sweep: SweepConfig, out: Path, *, device: str, axis: str | None, **options: Any) -> int:

@@ -54,15 +54,30 @@ def sweeps(name: str, seeds: int = 1, **settings: Any) -> tuple[SweepConfig, ...
         FileNotFoundError, RunError: as `holdall.mixers.run_file`.
         ValueError: the file has no such function, or the recipe no such setting.
     """
+    return call(function(name), name, seeds, **settings)
+
+
+def function(name: str) -> Callable[..., Any]:
+    """The function of a recipe, by name or file, which is run; raises as `sweeps`."""
     make = of_file(Path(name)) if is_file(name) else SWEEPS.get(name)
     if make is None:
         raise KeyError(f"unknown recipe '{name}'. {did_you_mean(name, SWEEPS)}; or a Python file of your own")
-    takes = inspect.signature(make).parameters
+    return make
+
+
+def takes(make: Callable[..., Any]) -> list[str]:
+    """What of the seeds and SETTINGS a recipe's function lets its user change."""
+    arguments = inspect.signature(make).parameters
+    return [setting for setting in ("seeds", *SETTINGS) if setting in arguments]
+
+
+def call(make: Callable[..., Any], name: str, seeds: int = 1, **settings: Any) -> tuple[SweepConfig, ...]:
+    """The sweeps that a recipe's function returns; arguments and errors as of `sweeps`."""
     for setting in settings:
-        if setting not in takes:
-            has = ", ".join(f"--{known}" for known in ("seeds", *SETTINGS) if known in takes)
+        if setting not in takes(make):
+            has = ", ".join(f"--{known}" for known in takes(make))
             raise ValueError(f"the recipe {name} has no --{setting}; it has {has or 'no such flags'}")
-    if "seeds" in takes:
+    if "seeds" in takes(make):
         settings["seeds"] = seeds
     elif seeds != 1:
         raise ValueError(f"the recipe {name} has no --seeds")

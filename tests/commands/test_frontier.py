@@ -84,6 +84,25 @@ def test_a_recipe_s_file_takes_a_mixer_s_file(holdall: Callable[..., str]) -> No
     assert len(files.read_lines(Path("runs/mine/results.jsonl"))) == 2, "a dry run trains nothing"
 
 
+def test_the_end_says_what_the_spread_is_and_how_to_learn_more(holdall: Callable[..., str]) -> None:
+    small = "--pairs 2 --length 16 --vocab 32 --width 8 --steps 2 --rates 0.01 --family attention"
+    command = f"holdall frontier quick {small} --device cpu --workers 1"
+    out = " ".join(holdall(command.removeprefix("holdall ")).split())
+    said = "spread: not known of one seed; two more, and bars in the picture:"
+    assert out.endswith(f"{said} {command} --seeds 3")
+    again = out.rpartition("picture: holdall ")[2]
+    out = holdall(again)
+    assert out.endswith(
+        "spread: each point is the mean of 3 seeds, its bar reaches from the lowest to the highest\n"
+    )
+    lines = files.read_lines(Path("runs/quick/results.jsonl"))
+    assert [line["seed"] for line in lines] == [0, 1, 2]
+    assert "3 seeds: each point is their mean" in Path("runs/quick/table.md").read_text()
+    # a recipe whose function has no such argument
+    out = holdall("frontier mine.py --device cpu --workers 1")
+    assert out.endswith("spread: not known of one seed\n")
+
+
 def test_a_mixer_that_breaks_a_law_is_marked(holdall: Callable[..., str]) -> None:
     leaky(" + 0.01 * x_BTD.mean(1, keepdim=True)", name="ahead")
     leaky(state=" + 1", name="liar")
