@@ -46,10 +46,10 @@ def _draw(sweeps: Sequence[Sweep]) -> Any:
     from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
 
     count, names = len(sweeps), families(sweeps)
-    figure = Figure(figsize=(0.75 + PANEL[0] * count, PANEL[1] + 0.75), dpi=DPI, facecolor="white")
+    figure = Figure(figsize=(0.75 + PANEL[0] * count, PANEL[1] + 0.9), dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, count, sharey=True, squeeze=False)[0]
-    figure.subplots_adjust(left=0.72 / figure.get_figwidth(), right=0.99, bottom=0.17, top=0.84, wspace=0.08)
+    figure.subplots_adjust(left=0.72 / figure.get_figwidth(), right=0.99, bottom=0.2, top=0.847, wspace=0.08)
     widths = sorted({model.width for sweep in sweeps for model in sweep.models})
     for axes, sweep in zip(panels, sweeps, strict=True):
         axes.set_xscale("log", base=2)
@@ -71,7 +71,10 @@ def _draw(sweeps: Sequence[Sweep]) -> Any:
     if sources:
         pale = f"pale: published, {'; '.join(sources)}"
         figure.text(0.01, 0.01, pale, fontsize=6, color=MUTED, gid="published")
-    figure.supxlabel("Model width", fontsize=8.5, color=INK, y=0.02)
+    figure.text(
+        0.99, 0.01, style.spread_text(sweeps), fontsize=6, color=MUTED, ha="right", gid="spread text"
+    )  # fmt: skip
+    figure.supxlabel("Model width", fontsize=8.5, color=INK, y=0.055)
     handles = {line.get_label(): line for axes in panels for line in axes.lines if line.get_label()[0] != "_"}
     figure.legend(
         handles=[handles[name] for name in names if name in handles],

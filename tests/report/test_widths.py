@@ -37,6 +37,8 @@ def test_panels_go_from_short_to_long_and_hold_each_family_at_each_width(recipe)
         spread = [artist for artist in axes.collections if artist.get_gid() == "spread"]
         assert len(spread) == 1  # of the seeds that differ
     assert {text.get_text() for text in drawn.legends[0].get_texts()} == {"attention", "BaseConv"}
+    (spread,) = (text.get_text() for text in drawn.texts if text.get_gid() == "spread text")
+    assert spread == "2 seeds: each point is their mean, its bar reaches from the lowest to the highest."
 
 
 def test_texts_lie_within_the_figure_and_apart(recipe):
@@ -44,11 +46,13 @@ def test_texts_lie_within_the_figure_and_apart(recipe):
     renderer = drawn.canvas.get_renderer()
     whole = drawn.bbox
     boxes = [drawn.legends[0].get_window_extent(renderer)]
+    boxes += [text.get_window_extent(renderer) for text in drawn.texts if text.get_text()]
     boxes += [axes.title.get_window_extent(renderer) for axes in drawn.axes]
     for box in boxes:
         assert whole.x0 <= box.x0 < box.x1 <= whole.x1
         assert whole.y0 <= box.y0 < box.y1 <= whole.y1
-    assert all(boxes[0].y0 >= title.y1 for title in boxes[1:])
+    for k, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:k])
 
 
 def test_a_folder_of_sweeps_is_drawn_as_panels(recipe, tmp_path):
