@@ -1,4 +1,5 @@
 # make frontier   the recall-memory frontier, from nothing, in minutes
+# make frontier-seeds   two more seeds of the same, which takes twice as long, and all of it into results/quick
 # make quick      what matters most, in less than a minute: the laws in fp64, the contract, a training, a sweep
 # make test       all tests but the exhaustive ones, in minutes       make test-full   those as well
 # make test-portable   a slice of laws and kernels as on a processor without vector instructions
@@ -19,10 +20,14 @@ unexport PYTHONDONTWRITEBYTECODE
 # kernels and what torch.compile reads run apart: shape checks wrap functions that these must read as they are
 # written, and Triton's interpreter is chosen for a whole process
 
-.PHONY: readme plant frontier zoo quick test test-full test-portable check dist bench format clean
+.PHONY: readme plant frontier frontier-seeds zoo quick test test-full test-portable check dist bench format clean
 
 frontier: $(VENV)/installed
 	$(BIN)/holdall frontier quick
+
+frontier-seeds: $(VENV)/installed
+	$(BIN)/holdall frontier quick --seeds 3
+	$(BIN)/python -m tools.results runs/quick results/quick
 
 zoo: $(VENV)/installed
 	$(BIN)/holdall frontier zoo
