@@ -6,6 +6,7 @@
     mixer = holdall.build("mamba", width=64, state=16)   # a torch module
     y_BTD, state = mixer(x_BTD)                          # any T >= 1
     y_BTD, state = mixer(more_BTD, state)                # and on from there
+    holdall.states.save(state, "state.safetensors")      # and load, select, join, to, detach
 
     model = holdall.load("runs/based-mini")              # a trained language model, with its tokenizer
     model.generate("It is a truth universally")          # and .score(text), .save(path)
@@ -20,11 +21,21 @@ if TYPE_CHECKING:
 
     import torch
 
+    from holdall import states
     from holdall.contract import Entry, Mixer
     from holdall.language_model import Checkpoint, LanguageModel
 
 __version__ = "0.1.0"
-__all__ = ["build", "describe", "load", "names"]
+__all__ = ["build", "describe", "load", "names", "states"]
+
+
+def __getattr__(name: str) -> Any:
+    """`holdall.states` without an import of its own."""
+    if name == "states":
+        from importlib import import_module
+
+        return import_module("holdall.states")
+    raise AttributeError(f"module 'holdall' has no attribute '{name}'")
 
 
 def names() -> list[str]:

@@ -11,7 +11,7 @@ import children
 import pytest
 
 import holdall
-from holdall import processes, recipes
+from holdall import processes, recipes, states
 from holdall.report import table
 from holdall.report.data import load
 from tools import readme
@@ -43,6 +43,24 @@ def test_the_readme_s_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("page", ["replay.md", "serving.md", "sweeps.md"])
 def test_the_code_of_a_page_runs(page: str) -> None:
     exec(compile("".join(blocks(ROOT / "docs" / page, "python")), page, "exec"), {})
+
+
+def test_the_page_of_states_prints_what_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = ROOT / "docs" / "states.md"
+    exec(compile("".join(blocks(page, "python")), page.name, "exec"), {})
+    printed = capsys.readouterr().out
+    (refusals,) = blocks(page, "")
+    assert refusals.count("\n") == 6
+    assert refusals in printed
+
+
+def test_the_page_of_states_lists_every_function() -> None:
+    page = (ROOT / "docs" / "states.md").read_text()
+    for name in states.__all__:
+        assert f"`states.{name}(" in page or name[0].isupper(), name
 
 
 def test_the_ten_lines_about_recipes_run(
