@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich import box
 from rich.table import Table
 from rich.text import Text
@@ -15,7 +16,7 @@ from rich.text import Text
 from holdall import files, mixers
 from holdall.analysis.soundness import LENGTHS, drift, length_for
 from holdall.commands import busy, console
-from holdall.contract import Entry
+from holdall.contract import Entry, bytes_per_row
 from holdall.model import ModelConfig
 from holdall.report import zoo as zoo_pages
 from holdall.report.style import bytes_text
@@ -26,7 +27,9 @@ def zoo(name: str | None, width: int, context: int, load: Sequence[Path]) -> int
     for file in load:
         mixers.load(file)
     if name is not None:
-        console.print(str(mixers.entry(name)), soft_wrap=True)
+        entry = mixers.entry(name)
+        console.print(str(entry), soft_wrap=True)
+        console.print(_carried(entry, width, context), soft_wrap=True)
         return 0
     not_causal = [name for name in mixers.names() if not mixers.entry(name).causal]
     table = Table(
@@ -113,7 +116,29 @@ def soundness(names: Sequence[str], out: Path, width: int, length: int | None, l
 
 
 def _state_bytes(entry: Entry, width: int, context: int) -> int:
-    """Bytes of a mixer's state in bf16 after really reading that many tokens, as a model's only layer."""
+    """Bytes of one row of a mixer's state."""
+    return bytes_per_row(_state(entry, width, context))
+
+
+def _state(entry: Entry, width: int, context: int) -> Any:
+    """A mixer's state of one row in bf16 after really reading that many tokens, as a model's only layer."""
     longest = entry.options.get("max_length", context)
     config = entry.configure(width=width, **({"max_length": context} if longest < context else {}))
-    return ModelConfig(vocab=2, width=width, layers=(config,)).build().bfloat16().state_bytes(context)
+    model = ModelConfig(vocab=2, width=width, layers=(config,)).build().bfloat16()
+    with torch.no_grad():
+        _, states = model.hidden(torch.zeros(1, context, dtype=torch.long))
+    assert states is not None
+    return states[0]
+
+
+def _carried(entry: Entry, width: int, context: int) -> str:
+    """What one row of a mixer with its default options carries, tensor by tensor."""
+    state = _state(entry, width, context)
+    lines = [
+        f"  state of one row after {context} tokens at width {width}, bf16 activations: "
+        f"{bytes_text(bytes_per_row(state))}"
+    ]
+    for name, tensor in state._asdict().items():
+        sizes = " x ".join(map(str, tensor.shape[1:])) or "1"
+        lines.append(f"    {name}: {sizes}, {str(tensor.dtype).removeprefix('torch.')}")
+    return "\n".join(lines)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
+import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,6 +50,23 @@ class Entry:
     config: type[MixerConfig]
 
     @property
+    def file(self) -> str:
+        """The file that defines the mixer: from the package's folder on, or the path of your own."""
+        module = self.config.__module__
+        if module.startswith("holdall."):
+            return module.replace(".", "/") + ".py"
+        return getattr(sys.modules.get(module), "__file__", None) or ""
+
+    @property
+    def definition(self) -> str:
+        """What the file says of the mixer: its equations, their letters and their source.
+
+        What it then says of official code, "Weights" and "Deviations", is left out.
+        """
+        about = inspect.getdoc(sys.modules.get(self.config.__module__)) or ""
+        return re.split(r"^(?:Weights|Deviations)\b", about, maxsplit=1, flags=re.MULTILINE)[0].strip()
+
+    @property
     def options(self) -> dict[str, Any]:
         """Each option of the mixer with its default."""
         return {f.name: f.default for f in dataclasses.fields(self.config) if f.name != "width"}
@@ -70,9 +89,11 @@ class Entry:
         for name, default in self.options.items():
             options += f"\n    {name} = {default!r}"
             options += "".join(f"\n        {line}" for line in textwrap.wrap(docs[name], 100))
+        file = f"  {self.file}\n" if self.file else ""
+        definition = textwrap.indent(self.definition, "  ")
         return (
-            f"{self.name}: {self.summary}\n  {self.family}; {self.paper.title} ({source})\n"
-            f"  state elements after N tokens: {self.state}\n"
+            f"{self.name}: {self.summary}\n  {self.family}; {self.paper.title} ({source})\n{file}"
+            f"\n{definition}\n\n  state elements of one row after N tokens, at width D: {self.state}\n"
             f"  N tokens at once: {self.training}; one more: {self.inference}; "
             f"{'causal' if self.causal else 'not causal'}{notes}\n  options:{options}"
         )

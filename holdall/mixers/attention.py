@@ -3,6 +3,9 @@
     q, k, v = W_q x, W_k x, W_v x (+ b), H heads
     y_t = W_o [ sum_{j <= t} softmax_j(q_t . k_j / sqrt(K)) v_j ] + b
 
+Letters: x_t and y_t input and output of token t; j tokens up to t; q_t, k_t, v_t queries, keys and values of
+each of H heads; K their dimensions; W_* learned maps; b biases.
+
 Vaswani et al., "Attention Is All You Need", 2017, arXiv 1706.03762.
 Weights map one to one onto Zoology's MHA (and, with rotary 0.5 and no bias, flash-attention's): `qkv` has the
 rows of q, k and v in that order.

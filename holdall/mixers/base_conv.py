@@ -1,8 +1,13 @@
 """BaseConv: a convolution gated by a linear projection, the simplest of the gated convolutions.
 
-    short:  c_t = b + sum_{i < W} w_i x_{t - W + 1 + i}        y = act(c) * act(W x + b_p) + x
+    short:  c_t = b + sum_{i < W} w_i x_{t - W + 1 + i}        y = act(c) * act(P x + b_p) + x
     long:   c_t = x_t + sum_{j <= t} h_{t-j} x_j,   h(t) = MLP(positional features of t / (L - 1))
     expand: [u | g] = W_in x + b_in,   c_t = sum_{i < W} w_i u_{t - W + 1 + i},   y = W_out (silu(c) * g) + b
+
+Letters: x_t and y_t input and output of token t; i and j lags or taps; c_t the convolution's output; D
+channels; w_i the W taps of a channel; b its bias; W_in, W_out, P learned maps; b_p and the last b their
+biases; act the activation; h_j the long filter's taps; L tokens (`max_length`); u and g the two halves of a
+projection.
 
 Arora et al., "Zoology", 2023, arXiv 2312.04927; and, expanded, the gated convolution of the Based language
 models, Arora et al., 2024, arXiv 2402.18668.

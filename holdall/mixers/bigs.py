@@ -5,6 +5,11 @@
 
 where s' is s with its own weights, of flip(x). All maps W have biases. Each channel has its own n modes, but
 all share A, C, dt and the scalar D: A = min(A_re, -1e-4) + i A_im, dt = exp(log_step).
+
+Letters: x and y input and output; v and u two maps of x; t time; h_tn mode n of a channel and h' its
+derivative; s what is read out of the modes; c the gate made of it; A the modes' rates; C the read-out; D a
+skip; dt the step size; W_* learned maps.
+
 Wang, Yan, Gu, Rush, "Pretraining Without Attention", 2022, arXiv 2212.10544.
 Weights map onto the official BiGSLayer: dv, dol and do are `v`, `mix` and `out_proj`; du_forward, fs4 (D, and
 its kernel's A_re, A_im, C and log_step) and duc_forward are `forwards`, with `u` and `c`; those of the other

@@ -5,6 +5,10 @@
     S_i = S_{i-1} + phi_i(k_i) v_i^T        z_i = z_{i-1} + phi_i(k_i)
     y_i = W_o [ phi_i(q_i)^T S_i / max(phi_i(q_i) . z_i, 1e-6) ]
 
+Letters: x_t and y_t input and output of token t; i and j tokens; q, k, v queries, keys and values of a head;
+u either of the first two; phi_i their features; theta_i a position as an angle; S and z the state of a head;
+W_o a learned map; M tokens (`max_length`).
+
 Qin et al., "cosFormer: Rethinking Softmax in Attention", 2022, arXiv 2202.08791.
 Weights map onto the official CosformerAttention's q_proj, k_proj, v_proj (rows of `qkv`, in that order) and
 out_proj.

@@ -4,6 +4,10 @@
     S_t = S_{t-1} + k_t (beta_t (v_t - S_{t-1}^T k_t))^T                o_t = S_t^T q_t / sqrt(K)
     y_t = W_o (g * RMSNorm_head(o_t))           g a learned weight, or weight * silu(W_g x) with `gate`
 
+Letters: x_t and y_t input and output of token t; q, k, v queries, keys and values of a head; K their
+dimensions; beta the strength of a write; S a head's state (K, V); o what is read out of it; W, W_beta, W_g,
+W_o learned maps; g the norm's weight; shortconv_4 a causal convolution of 4 taps.
+
 Yang, Wang, Zhang, Shen, Kim, "Parallelizing Linear Transformers with the Delta Rule over Sequence Length",
 2024, arXiv 2406.06484; the rule is that of Schlag, Irie, Schmidhuber, "Linear Transformers Are Secretly Fast
 Weight Programmers", 2021, arXiv 2102.11174, whose keys are `key_map` "elu1" with kernel 0: q and k are

@@ -5,6 +5,10 @@
     h_t = exp(z) h_{t-1} + (exp(z) - 1) / Lambda u_t      y_t = Re(W . h_t) + D u_t
     out = W_out GELU(y) + bias
 
+Letters: u_t and out input and output of token t; y_t the state space's output; h_t its N = n complex modes;
+Lambda their continuous rates; z those of one channel per step; log_dt_0 and log_dt_1 its two time scales; i
+the imaginary unit; W a channel's read-out; D its skip; W_out a learned map.
+
 Gupta, Gu, Berant, "Diagonal State Spaces are as Effective as Structured State Spaces", 2022, arXiv
 2203.14343: their DSS-exp.
 Weights have the names and shapes of ag1988/dss's module with version "exp", except for the first dimension of

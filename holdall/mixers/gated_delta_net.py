@@ -5,6 +5,11 @@
     S_t = S' + k_t (beta_t (v_t - S'^T k_t))^T                          o_t = S_t^T q_t / sqrt(K)
     y_t = W_o (RMSNorm_head(o_t) * weight * silu(W_g x))
 
+Letters: x_t and y_t input and output of token t; q, k, v queries, keys and values of a head; K dimensions of
+a key; beta the strength of a write; w_t the decay; A_log and dt_bias its learned scale and bias; S a head's
+state (K, V); o what is read out of it; W, W_beta, W_a, W_g, W_o learned maps; shortconv_4 a causal
+convolution of 4 taps.
+
 Decay, beta, value and state are per value head; if there are more value heads than heads, neighbouring ones
 share a query and a key. Yang, Kautz, Hatamizadeh, "Gated Delta Networks: Improving Mamba2 with Delta Rule",
 2024, arXiv 2412.06464; it is the linear layer of Qwen3-Next and Olmo Hybrid. `negative_eigenvalues` doubles

@@ -4,6 +4,10 @@
     S_t = a_t S_{t-1} + k_t v_t^T        o_t = q_t^T Re(S_t)
     y = W_o (o * silu(W_g x))
 
+Letters: x_t and y_t input and output of token t; q, k, v queries, keys and values of each of H heads; K and V
+their dimensions; c_t a complex number and a_t the decay made of it; S a head's state; o what is read out of
+it; W_* learned maps; b a bias.
+
 Per head a_t is one complex number and S a complex (K, V) matrix; with one channel per head this is the
 diagonal recurrence. Katsch, "GateLoop: Fully Data-Controlled Linear Recurrence for Sequence Modeling", 2023,
 arXiv 2311.01927.

@@ -4,6 +4,10 @@
     S_t = diag(a_t) S_{t-1} + k_t v_t^T        o_t = S_t^T q_t / sqrt(K)
     y = W_o (w * RMSNorm_head(o) * silu(W_g x))
 
+Letters: x_t and y_t input and output of token t; q, k, v queries, keys and values of a head; K and V their
+dimensions; a_t the decays; tau the temperature of their logarithms; S a head's state; o what is read out of
+it; W_* learned maps; b a bias; w the norm's weight.
+
 Per head S is (K, V); w (V) is shared by the heads. With a `kernel`, q, k and v first pass through a short
 causal convolution with that many taps and silu. Yang, Wang, Shen, Panda, Kim, "Gated Linear Attention
 Transformers with Hardware-Efficient Training", 2023, arXiv 2312.06635.

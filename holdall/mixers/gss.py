@@ -4,6 +4,10 @@
     h_t = exp(A) h_{t-1} + (exp(A) - 1) / A v_t        s_t = Re(C h_t) + D * v_t
     y = W_o [u * W_g s] + b
 
+Letters: x_t and y_t input and output of token t; u a gate; v what the state space reads, R = D / r channels;
+h_t its n complex modes; s_t what is read out of them; A the modes' rates; C the read-out; D a skip; W_*
+learned maps; b a bias.
+
 A = -exp(A_real) + i exp(A_imag) are n modes that the channels of v share, each with its own state; C is
 (R, n) for R = D / r channels. There is no step size and no B, and no mode stands for a conjugate pair.
 Mehta, Gupta, Cutkosky, Neyshabur, "Long Range Language Modeling via Gated State Spaces", 2022, arXiv

@@ -6,6 +6,11 @@
                                    n / 2 modes for as many conjugate pairs:  m_t = 2 Re(C . h_t)
     y = W_o [q_t^T m_t, all heads]
 
+Letters: y_t output of token t; q, k, v queries, keys and values of a head, r dimensions each; l lags; i the n
+taps; K_l the kernel of the shift; B and C its two factors; d_s and d_h skips; S_t products of keys and
+values; m_t what the second state space makes of them; h_t its modes; A their rates; C their read-out; W_o a
+learned map.
+
 Fu et al., "Hungry Hungry Hippos: Towards Language Modeling with State Space Models", 2022, arXiv 2212.14052.
 Weights map onto the H3 of HazyResearch/H3 and Zoology: q_proj, k_proj, v_proj are the rows of `qkv`, in that
 order; ssm_k_kernel.kernel holds shift_B and (with a first dimension of 1) shift_C, ssm_k_D is shift_D;

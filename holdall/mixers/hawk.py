@@ -6,6 +6,10 @@
     h_t = a_t h_{t-1} + sqrt(1 - a_t^2) i_t x_t         h_0 = i_0 x_0   the first token is not scaled
     y_t = W_out (gelu_tanh(u_t) * h_t) + b
 
+Letters: X and y input and output; u_t a gate; x the recurrence's input; i_t and r_t gates of input and decay
+at token t; a_t the decay; h_t the state; W_* learned maps, two of them of H blocks; b and b_* their biases;
+shortconv_4 a causal convolution of 4 taps.
+
 De et al., "Griffin: Mixing Gated Linear Recurrences with Local Attention for Efficient Language Models",
 2024, arXiv 2402.19427.
 Weights map onto recurrentgemma's RecurrentBlock: linear_y and linear_x are the rows of `in_proj`, in that

@@ -4,6 +4,9 @@
     S_t = S_{t-1} + phi(k_t) v_t^T        z_t = z_{t-1} + phi(k_t)
     y_t = W_o [ phi(q_t)^T S_t / (phi(q_t) . z_t + 1e-12) ]
 
+Letters: x_t and y_t input and output of token t; q, k, v queries, keys and values of a head; u either of the
+first two; phi their features; S and z the state of a head; W_* learned maps.
+
 Zhang, Bhatia, Kumbong, Re, "The Hedgehog & the Porcupine: Expressive Linear Attentions with Softmax Mimicry",
 2024, arXiv 2402.04347. The two softmaxes, each over a head's features, are separate, as in the paper and in
 LoLCATs. The maps are initialised to the identity.

@@ -5,6 +5,10 @@
     y = W_out (x_0 * v) + b
     h(t) = MLP_sin([t, cos w t, -sin w t]) * exp(-t |delta|),  t from 0 to 1 over max_length tokens
 
+Letters: x and y input and output; u their projection; x_0 to x_{n-1} the n gates; i one of them; v what they
+gate; h_o the long filter of use o; d_o its skip; t time; w frequencies; delta the filters' decay rates; W_in
+and W_out learned maps; b biases; shortconv_3 a causal convolution of 3 taps.
+
 Poli et al., "Hyena Hierarchy", 2023, arXiv 2302.10866. It has no recurrence of fixed size: the state is the
 inputs of all long convolutions and grows with the context.
 Weights map onto safari's standalone HyenaOperator: gates are applied from the last to the first, and filters

@@ -5,6 +5,10 @@
     S_t = S' + k_t (beta_t (v_t - S'^T k_t))^T                          o_t = S_t^T q_t / sqrt(K)
     y_t = W_o (RMSNorm_head(o_t) * weight * sigmoid(W_g2 W_g1 x))
 
+Letters: x_t and y_t input and output of token t; q, k, v queries, keys and values of a head; K dimensions of
+each; beta the strength of a write; w_t the decays, A_log and dt_bias their learned scale and bias; S a head's
+state (K, K); o what is read out of it; W and W_* learned maps; shortconv_4 a causal convolution of 4 taps.
+
 A_log is a scalar per head, dt_bias one per head and key dimension; W_f1 and W_g1 have as many rows as a head
 has dimensions. Kimi Team, "Kimi Linear: An Expressive, Efficient Attention Architecture", 2025, arXiv
 2510.26692. `negative_eigenvalues` doubles beta (Grazzi et al., 2024, arXiv 2411.12537).

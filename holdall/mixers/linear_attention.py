@@ -3,6 +3,9 @@
     S_t = S_{t-1} + phi(k_t) v_t^T          z_t = z_{t-1} + phi(k_t)
     y_t = W_o [ phi(q_t)^T S_t / (phi(q_t) . z_t + eps) ]
 
+Letters: x_t and y_t input and output of token t; q, k, v queries, keys and values of a head; phi their
+features; S and z the state of a head; eps a small number; W_o a learned map.
+
 Katharopoulos, Vyas, Pappas, Fleuret, "Transformers are RNNs", 2020, arXiv 2006.16236: phi(u) = elu(u) + 1.
 The other maps here have no parameters either; taylor.py, performer.py, hedgehog.py and others have their own.
 Weights:

@@ -3,6 +3,10 @@
     K~ = sum_t e_t k_t^T     V~ = sum_t f_t v_t^T      e_t, f_t: rows of E and F, (max_length, r)
     y_t = W_o [ sum_{i < r} softmax_i(q_t . K~_i / sqrt(K)) V~_i ] + b,   H heads, which share E and F
 
+Letters: y_t output of token t; q, k, v queries, keys and values of a head; K their dimensions; e_t and f_t
+the weights of token t in r mixtures; E and F the matrices of these weights, one row per position, which all H
+heads share; K~ and V~ these mixtures; i one of the mixtures; W_o a learned map; b its bias.
+
 Wang, Li, Khabsa, Fang, Ma, "Linformer: Self-Attention with Linear Complexity", 2020, arXiv 2006.04768. K~ and
 V~ are sums over tokens, which are carried from call to call in r D elements each. But it is not causal: every
 output depends on sums over the whole sequence, later tokens included, so it cannot be used in a language

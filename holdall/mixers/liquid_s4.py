@@ -9,6 +9,10 @@ mode by mode. Unrolled, it is S4 plus one term for every product of several inpu
     pb      y_k = sum_l C A^l B u_{k-l} + sum_{p=2}^P C B^p s_p,k + D u_k      the kernel without A: C B^p
     out = a * sigmoid(g)      [a | g] = W_out GELU(y) + bias
 
+Letters: u_k and out input and output of token k; x_k the modes of a channel; y_k what is read out of them; l
+lags; A, B, C the discretised state space; D a skip; s_p,k products of p inputs; P the largest p; a and g two
+halves of a projection; W_out a learned map.
+
 So kb is S4 with more inputs, and pb is S4 plus a polynomial of the last P inputs; in both cases the state is
 S4's and these inputs. Hasani, Lechner, Wang, Chahine, Amini, Rus, "Liquid Structural State-Space Models",
 2022, arXiv 2209.12951. `kernel` holds S4's parameters, as in holdall.mixers.s4.

@@ -3,6 +3,9 @@
     y_t = x_t + sum_{j <= t, t - j < L} h_{t - j} x_j          h: L taps per channel, explicit parameters
     with squash s:  h = sign(g) max(|g| - s, 0)                of the parameters g
 
+Letters: x_t and y_t input and output of token t; j tokens up to t; h_j the filter of a channel; L its taps; g
+its parameters; s the threshold.
+
 Fu et al., "Simple Hardware-Efficient Long Convolutions for Sequence Modeling", 2023, arXiv 2302.06646, as the
 convolution without gates of Zoology's comparison (arXiv 2312.04927).
 Weights: the one of Zoology's LongConvolution, `filter`, is transposed here to (taps, channels).

@@ -4,6 +4,11 @@
     dt = softplus(W_dt dt + b)      h_t = exp(dt A) h_{t-1} + dt B_t x_t      y_t = C_t . h_t + D x_t
     out = W_out (y * silu(z))
 
+Letters: u and out input and output; x and z two halves of a projection; y_t the state space's output at token
+t; h_t its state, n numbers per channel; dt the step size; B and C input and output map; A = -exp(A_log)
+learned rates; D a skip; W_in, W_x, W_dt, W_out learned maps; b a bias; shortconv_4 a causal convolution of 4
+taps.
+
 Gu, Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023, arXiv 2312.00752.
 Weights have the names and shapes of mamba_ssm's module (conv1d.weight without its middle dimension).
 Deviations:

@@ -4,6 +4,10 @@
     S_t = exp(dt_t A) S_{t-1} + B_t (dt_t x_t)^T        y_t = S_t^T C_t + D x_t        A = -exp(A_log)
     out = W_out (w * RMSNorm(y * silu(z)))
 
+Letters: u and out input and output; z a gate; x, B, C values, keys and queries; dt the step size of a head; b
+its bias; S_t a head's state at token t; A its rate; D a skip; y_t what is read out of S; w the norm's weight;
+W_in and W_out learned maps; shortconv_4 a causal convolution of 4 taps.
+
 Per head S is (state, head_dim), A and D are scalars; C, B and dt x are queries, keys and values, and the
 heads of a group share B and C. Dao, Gu, "Transformers are SSMs: Generalized Models and Efficient Algorithms
 Through Structured State Space Duality", 2024, arXiv 2405.21060.

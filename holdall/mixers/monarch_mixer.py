@@ -3,6 +3,10 @@
     [x_1 | x_2 | v] = shortconv_3(W_in u + b)        c = h conv (x_1 v) + d x_1 v
     y = W_out (x_2 c) + b                            or W_out (x_2 c + h' conv u + d' u) + b, with `residual`
 
+Letters: u and y input and output; x_1 and x_2 gates; v what they gate; c the long convolution of it; h and h'
+filters; d and d' their skips; W_in and W_out learned maps; b biases; shortconv_3 a causal convolution of 3
+taps.
+
 The convolution is M^-1 (M h . M v) with M the Fourier matrix of twice the length, as an order-2 Monarch
 matrix: two block-diagonal products and a permutation (ops/monarch.py). Padding h and v with zeros makes it
 causal.

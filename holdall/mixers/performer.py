@@ -12,6 +12,11 @@ phi(u) = relu(P u) + 1e-3 for both and d = 1e-6. Choromanski et al., "Rethinking
 
 The state is A = sum_j exp(P w_j - |w_j|^2 / 2 - M_t) v_j^T, rescaled by exp(M_{t-1} - M_t) when the maximum
 grows, and sum_j v_j for the term with e; a 1 appended to every v_j gives the divisor by the same sums.
+
+Letters: y_t output of token t; i and j tokens; f one of F features; q, k, v queries, keys and values of a
+head; K their dimensions; u and w scaled queries and keys; P the random rows; phi features; M_t the largest
+exponent so far; a_tj the weight of token j; e and d small numbers; A a sum over tokens; W_o a learned map.
+
 Weights map onto performer-pytorch's SelfAttention: to_q, to_k, to_v are the rows of `qkv`, in that order,
 to_out is out_proj, and fast_attention.projection_matrix is projection_FK.
 Deviations:

@@ -10,6 +10,11 @@ pair of projections. After the prefix this is linear attention with one state, S
 read twice: closing the recall gap for recurrent language models", 2024, arXiv 2407.05483. The prefix is the
 first min(E, T) tokens of a row's first call, which has T tokens. All later calls are causal, even if the
 first one was shorter than E.
+
+Letters: x and y_t input and output of token t; i and j tokens; q, k, v queries, keys and values of a head; k~
+and v~ those of the prefix; E its tokens; phi features; S and z the state of a head; eps a small number; W_*
+learned maps.
+
 Weights map one to one onto the official module: proj_q, proj_k, proj_v are the rows of `qkv`, proj_k_enc,
 proj_v_enc those of `prefix_kv`, in that order.
 Deviations:

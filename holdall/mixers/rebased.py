@@ -5,6 +5,10 @@
     phi(u) = [u_i^2, sqrt(2) u_i u_j for i < j] / sqrt(K)
     y_t = W_o [ sum_{j<=t} a_tj v_j / (sum_{j<=t} a_tj + 1e-12) ]
 
+Letters: x_t and y_t input and output of token t; j tokens up to t; q, k, v queries, keys and values of a
+head; K dimensions of a query; u either of the first two; i and j its dimensions; phi features; a_tj the
+weight of token j; W_* learned maps.
+
 Aksenov, Balagansky, Lo Cicero Vaina, Shaposhnikov, Gorbatovski, Gavrilov, "Linear Transformers with Learnable
 Kernel Functions are Better In-Context Models", 2024, arXiv 2402.10644.
 Weights map onto the official ReBased: proj_q, proj_k, proj_v are the rows of `qkv`, in that order, proj_o is

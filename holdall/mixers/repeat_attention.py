@@ -3,6 +3,8 @@
     a_t = causal multi-head softmax attention of x at t, as in `attention`
     y_t = a_t  if the token at t occurred before in its row,  0  otherwise
 
+Letters: x and y_t input and output of token t; a_t attention's output.
+
 The hand-written rule of Arora et al., "Zoology", 2023, arXiv 2312.04927, before they learn one: recall needs
 attention only where something recurs; the rest is left to the convolution before it. Token ids decide, and
 are part of the state. All outputs are computed here and those of new tokens set to zero; a kernel could skip

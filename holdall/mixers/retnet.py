@@ -3,8 +3,12 @@
     gamma_h = 1 - 2^(-5 - h)     S_n = gamma S_{n-1} + k_n v_n^T     o_n = q_n S_n / sqrt(sum_{j<=n} gamma^j)
     y = W_o (silu(W_g x) * RMSNorm_head(o))
 
-where q and k are rotated by rotary positions (interleaved pairs, angles 10000^-linspace(0, 1, K / 2)) and k
-scaled by 1 / sqrt(K). Sun et al., "Retentive Network", 2023, arXiv 2307.08621.
+Letters: x and y input and output; n and j tokens; q, k, v queries, keys and values of head h; gamma its
+decay; S its state; o what is read out of it; W_g and W_o learned maps.
+
+Before, q and k of K dimensions are rotated by rotary positions (interleaved pairs, angles
+10000^-linspace(0, 1, K / 2)) and k is scaled by 1 / sqrt(K). Sun et al., "Retentive Network", 2023, arXiv
+2307.08621.
 Weights map onto torchscale's module: q_proj, k_proj, v_proj, g_proj are the rows of `qkvg`, in that order.
 Deviations:
 - torchscale's parallel form also divides each row by clamp(sum |A|, 1, 5e4), detached, and its recurrent form

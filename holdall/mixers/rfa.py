@@ -5,6 +5,10 @@
     z_t = z_{t-1} + phi(k_t)                                 z_t = g_t z_{t-1} + (1 - g_t) phi(k_t)
     y_t = W_o [ phi(q_t)^T S_t / max(phi(q_t) . z_t, floor) ]         g_t = sigmoid(w_g . x_t + b_g), per head
 
+Letters: x_t and y_t input and output of token t; q, k, v queries, keys and values of head h; u either of the
+first two; u^ of unit length; W_h its frequencies; R_h and sigma_h what they are made of; tau the temperature;
+phi features; S and z the state of a head; g_t its gate; w_g, b_g and W_o learned.
+
 R_h: P Gaussian rows per head, drawn once. phi(q) . phi(k) estimates P / 100 exp(-|q^ - k^|^2 / (2 tau^2)),
 the softmax weights of unit vectors, whose norms cancel. Peng, Pappas, Yogatama, Schwartz, Smith, Kong,
 "Random Feature Attention", 2021, arXiv 2103.02143.

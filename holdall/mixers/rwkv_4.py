@@ -5,6 +5,10 @@
     y_t = W_o [ r (sum_{i<t} e^{(t-1-i) w + k_i} v_i + e^{u + k_t} v_t)
                 / (sum_{i<t} e^{(t-1-i) w + k_i}     + e^{u + k_t}) ]
 
+Letters: x_t and y_t input and output of token t; m_z how much of z is of the token itself; k, v, r keys,
+values and receptances; e Euler's number; i earlier tokens; w the log decay and u the bonus of a channel; W_*
+learned maps.
+
 Peng et al., "RWKV: Reinventing RNNs for the Transformer Era", 2023, arXiv 2305.13048. Channel mixing is an
 MLP, not part of the mixer. The published initialisation depends on the layer (options `layer` and `layers`),
 and sets W_k, W_r and W_o to zero: outputs are zero until W_o, which alone has a gradient at the start, has

@@ -5,6 +5,10 @@
     o_t = (S_{t-1} + diag(u) k_t v_t^T)^T r_t                   S_t = diag(w) S_{t-1} + k_t v_t^T
     y_t = W_o [ g_t * GroupNorm_H(o_t / 8) ]
 
+Letters: x_t and y_t input and output of token t; m_z how much of z is of the token itself; r, k, v, g
+receptances (queries), keys, values and gates; w the decay and u the bonus of a key channel; S a head's state;
+o what is read out of it; H heads; W_* learned maps.
+
 Peng et al., "Eagle and Finch: RWKV with Matrix-Valued States and Dynamic Recurrence", 2024, arXiv 2404.05892.
 The published initialisation depends on the layer (options `layer` and `layers`), and sets W_o to zero:
 outputs are zero until W_o, which has a gradient from the start, has changed.

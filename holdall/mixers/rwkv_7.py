@@ -7,6 +7,11 @@
     S_t = diag(w) S_{t-1} - (a kk) (kk^T S_{t-1}) + k v^T       o_t = S_t^T r
     y_t = W_o [ g (GroupNorm_head(o_t) + (sum_head r k r_k) v) ]
 
+Letters: x_t and y_t input and output of token t; m_z how much of z is of the token before it; r, k, v, g
+receptances (queries), keys, values and gates; w the decay; a the strength of removal and kk its key; w0, a0
+biases; w1, w2, a1, a2, g1, g2 low-rank maps; k_k, k_a, r_k learned vectors; S a head's state; o what is read
+out of it; e Euler's number; W_* learned maps.
+
 Peng et al., "RWKV-7 "Goose" with Expressive Dynamic State Evolution", 2025, arXiv 2503.14456. Channel mixing
 is an MLP, not part of the mixer. The published initialisation depends on the layer (options `layer` and
 `layers`), and sets W_o to zero: outputs are zero until W_o, which alone has a gradient at the start, has

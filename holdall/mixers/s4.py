@@ -5,6 +5,11 @@
     y_t = 2 Re(C . h_t) + D u_t      N / 2 modes: of each conjugate pair only one is kept
     out = a * sigmoid(g)      [a | g] = W_out GELU(y) + bias
 
+Letters: u_t and out input and output of token t; y_t the state space's output; h_t its modes; N = n numbers
+per channel; A and B its matrices; lambda and P what A is made of; P^* the conjugate transpose; C the read-
+out; D a skip; dt the step size; i the imaginary unit; a and g two halves of a projection; W_out a learned
+map; 1 is the identity.
+
 Gu, Goel, Ré, "Efficiently Modeling Long Sequences with Structured State Spaces", 2021, arXiv 2111.00396. By
 the Woodbury identity a step is a diagonal minus a rank-one matrix, O(N); see holdall.ops.dplr. The paper
 trains with the kernel C dA^l dB of the whole length, computed at roots of unity; here it is needed for chunks

@@ -4,6 +4,10 @@
     y_t = 2 Re(C . h_t) + D u_t      N / 2 modes: of each conjugate pair only one is kept
     out = a * sigmoid(g)      [a | g] = W_out GELU(y) + bias
 
+Letters: u_t and out input and output of token t; y_t the state space's output; h_t its modes; N = n numbers
+per channel; A their rates; B the input map; C the read-out; D a skip; dt the step size; i the imaginary unit;
+a and g two halves of a projection; W_out a learned map.
+
 Gu, Gupta, Goel, Ré, "On the Parameterization and Initialization of Diagonal State Space Models", 2022, arXiv
 2206.11893.
 Weights map onto state-spaces/s4's S4Block with mode "diag" and n_ssm the width: inv_dt is `log_dt`, A_real is

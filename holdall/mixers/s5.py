@@ -7,6 +7,10 @@
     half_glu1:  y = gelu(s) * sigmoid(W gelu(s) + b)          half_glu2:  y = s * sigmoid(W gelu(s) + b)
     full_glu:   y = (W_1 gelu(s) + b_1) * sigmoid(W gelu(s) + b)           gelu:  y = gelu(s)
 
+Letters: u_t and y input and output of token t; h_t the P modes; s_t what is read out of them; A their rates;
+B and B' the input map in continuous time and per step; C the read-out; D a skip; dt a mode's step size; W and
+W_1 learned maps; b and b_1 their biases.
+
 B is (P, D), C (D, P). Smith, Warrington, Linderman, "Simplified State Space Layers for Sequence Modeling",
 2022, arXiv 2208.04933.
 Weights map onto the official JAX module by name (A_re, A_im are Lambda_re, Lambda_im; log_step loses its last

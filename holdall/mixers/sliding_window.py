@@ -2,6 +2,9 @@
 
     y_t = W_o [ sum_{t - w < j <= t} softmax_j(q_t . k_j / sqrt(K)) v_j ] + b
 
+Letters: y_t output of token t; j tokens up to t; w the window; q, k, v queries, keys and values of a head; K
+their dimensions; W_o a learned map; b its bias.
+
 Beltagy, Peters, Cohan, "Longformer", 2020, arXiv 2004.05150. `window` includes the token itself, so the
 state has the w - 1 tokens before it.
 Weights:

@@ -4,6 +4,10 @@
     a_t = sum_{j in kept_t} softmax_j(q_t . k_j / sqrt(K) + log sigmoid(z_j)) v_j,   H heads
     y_t = sigmoid(w_query . x_t) (W_o a_t + b)
 
+Letters: x_t and y_t input and output of token t; j tokens up to t; z_t the score of a token; a_t attention's
+output; q, k, v queries, keys and values of each of H heads; K their dimensions; w_key and w_query learned
+vectors; W_o a learned map; b its bias.
+
 The tokens kept at t + 1 are among those kept at t and the new one: a cache of `keys` slots is exact.
 Arora et al., "Zoology", 2023, arXiv 2312.04927.
 Weights map onto Zoology's SigmoidLookups: Wqkv is `project.qkv`, selecting is the first row of `select`,

@@ -4,8 +4,12 @@
     S_t = S_{t-1} + phi(k_t) v_t^T                      z_t = z_{t-1} + phi(k_t)
     y_t = W_o [ phi(q_t)^T S_t / (phi(q_t) . z_t + eps) ]
 
-with q, k of f dimensions per head. Arora et al., "Simple linear attention language models balance the
-recall-throughput tradeoff", 2024, arXiv 2402.18668.
+Letters: x_t and y_t input and output of token t; q, k, v queries, keys and values of a head; f dimensions of
+the first two; u either of them; phi their features; (x) the outer product; s a scaled product; S and z the
+state of a head; eps a small number; W_o a learned map.
+
+Arora et al., "Simple linear attention language models balance the recall-throughput tradeoff", 2024, arXiv
+2402.18668.
 Weights map one to one onto Based's and Zoology's proj_q, proj_k, proj_v (rows of `qkv`, in that order), and
 Based's out_proj or Zoology's proj_o.
 Deviations:

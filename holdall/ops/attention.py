@@ -6,8 +6,9 @@ Every token at position t sees positions 0 .. t, or in a window of w the last w,
 values may have fewer heads G than the queries' H: each then serves H / G neighbouring ones (Ainslie et al.,
 "GQA", 2023, arXiv 2305.13245), and the cache holds those G alone.
 
-Letters: B row, T new tokens, S slots of the cache, H heads (of queries; G of keys and
-values, where they differ), K key dim, V value dim, C tokens of a block.
+Letters: q_t, k_j, v_j query, key and value of tokens t and j, p_tj the weight of j, y_t the output. Of
+shapes: B row, T new tokens, S slots of the cache, H heads (of queries; G of keys and values, where they
+differ), K key dim, V value dim, C tokens of a block.
 """
 
 from __future__ import annotations

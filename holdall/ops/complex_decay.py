@@ -4,7 +4,8 @@
 
 Complex numbers are kept as pairs (re, im) in a last dimension of 2.
 
-Letters: B row, T time, H heads, K key dim, V value dim.
+Letters: q_t, k_t, v_t query, key and value of token t, S_t the state, l_t the log and u_t the direction of
+its decay, y_t the output. Of shapes: B row, T time, H heads, K key dim, V value dim.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
     loss_n = logsumexp_v(h_n . e_v) - h_n . e_target(n)
 
-Letters: N predictions, D model width, V vocabulary, C predictions at once.
+Letters: h_n what the head reads for prediction n, e_v the head's row of token v. Of shapes: N predictions, D
+model width, V vocabulary, C predictions at once.
 """
 
 from __future__ import annotations

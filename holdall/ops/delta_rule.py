@@ -22,7 +22,10 @@ order are two products with the state per chunk.
 Yang, Wang, Zhang, Shen, Kim, "Parallelizing Linear Transformers with the Delta Rule over Sequence Length",
 2024, arXiv 2406.06484; Yang, Kautz, Hatamizadeh, "Gated Delta Networks", 2024, arXiv 2412.06464.
 
-Letters: B row, T time, N chunks, C time within a chunk, H heads, K key dim, V value dim, R reads of a state.
+Letters: q_t, k_t, v_t query, key and value of token t, beta_t the strength of a write, w_t the decay, S_t the
+state, S' the decayed one, a_t and b_t place and key of what is removed, y_t the output, u_t what is written,
+c_t its part that no other write of the chunk changes, G(t, s) the decay from token s to t. Of shapes: B row,
+T time, N chunks, C time within a chunk, H heads, K key dim, V value dim, R reads of a state.
 """
 
 from __future__ import annotations

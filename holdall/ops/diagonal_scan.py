@@ -5,7 +5,8 @@
 The fast form cuts time into chunks and runs all chunks side by side, step by step: T / C + C steps instead of
 T, and only ever products of decays, never a quotient, so nothing overflows however much is forgotten.
 
-Letters: B row, T time, G chunks, C time within a chunk, X any channels.
+Letters: h_t the state after token t, a_t its decay, b_t what it takes in. Of shapes: B row, T time, G chunks,
+C time within a chunk, X any channels.
 """
 
 from __future__ import annotations

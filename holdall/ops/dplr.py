@@ -8,8 +8,9 @@ takes the step as the real matrix that it is, over all real and imaginary parts,
 chunks: powers of the matrix by squaring, the kernel as a triangular matrix within a chunk, the state handed
 on.
 
-Letters: B row, T time, G chunks, J time within a chunk, I inputs per channel, D channels, N modes, R = 2N
-their parts, S time of one piece, M = B G, X = J I.
+Letters: x_ti input i and y_t the output of token t, h_t the state, e the diagonal of a step, g and r its
+rank-one term, b_i and c input and output map. Of shapes: B row, T time, G chunks, J time within a chunk, I
+inputs per channel, D channels, N modes, R = 2N their parts, S time of one piece, M = B G, X = J I.
 """
 
 from __future__ import annotations

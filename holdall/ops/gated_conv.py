@@ -2,8 +2,9 @@
 
     y_t = act(c_t) act(g_t) [+ x_t],    c_t = b + sum_{i < W} w_i x_{t - W + 1 + i}
 
-x and the gate g are two tensors, or the two halves of one projection, [x | g]. Letters: B row, T new tokens,
-D channels, W taps, E channels of the projection: D, or 2 D if x is half of it.
+x and the gate g are two tensors, or the two halves of one projection, [x | g]. Letters: x_t and y_t input and
+output of token t, g_t the gate, c_t the convolution, w_i tap i of W, b its bias, act an activation. Of
+shapes: B row, T new tokens, D channels, W taps, E channels of the projection: D, or 2 D if x is half of it.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
     u = y silu(z)        out = w u / sqrt(mean u^2 + eps)            or, with the gate after the norm,
                          out = w y / sqrt(mean y^2 + eps) silu(z)
 
-Letters: B row, T time, H heads, V value dim, E channels.
+Letters: y what is normalised, z the gate, u the gated y, w the weight, eps a small number. Of shapes: B row,
+T time, H heads, V value dim, E channels.
 """
 
 from __future__ import annotations

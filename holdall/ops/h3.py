@@ -4,8 +4,10 @@
 
 per head, i and j < r, each state space with a skip of its own.
 
-Letters: B row, T time, D width, H heads, K and V keys and values of a head (r of each), N modes, L taps of
-the shift, P past tokens, M rows of a head's products.
+Letters: x and y_j input and output, q, k, v queries, keys and values, k~ shifted keys, i and j dimensions of
+a head, m_ij the memory of key i and value j, W a learned map. Of shapes: B row, T time, D width, H heads, K
+and V keys and values of a head (r of each), N modes, L taps of the shift, P past tokens, M rows of a head's
+products.
 """
 
 from __future__ import annotations

@@ -9,6 +9,9 @@ Its eigenvectors are too large to work with, but A is a normal matrix less one o
 diag(lambda) V^* with p_i = sqrt(i + 1/2), and all its eigenvalues have the real part -1/2 and come in
 conjugate pairs (Gu, Goel, Ré, 2021, arXiv 2111.00396). S4 keeps both terms, S5 and DSS the normal one. S4D's
 other spectra are simpler laws for it (Gu, Gupta, Goel, Ré, 2022, arXiv 2206.11893).
+
+Letters: h the state and h' its derivative in time, x the input, A and b matrix and input map of the ODE, i
+and j degrees of polynomials, p the rank-one term, V eigenvectors, lambda eigenvalues.
 """
 
 from __future__ import annotations

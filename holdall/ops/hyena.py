@@ -3,8 +3,9 @@
     [g_1 .. g_n, v] = shortconv(W_in x)        v <- h_i * (g v) + d_i (g v) for the gates from the last on
     y = W_out (g_1 v)
 
-Letters: B row, T time, D width, U channels of the first projection, E channels of all long filters, L taps, W
-taps of the short filters, P past tokens.
+Letters: x and y input and output, g_1 to g_n gates, v what they gate, h_i the long filters, d_i their skips,
+W_in and W_out learned maps. Of shapes: B row, T time, D width, U channels of the first projection, E channels
+of all long filters, L taps, W taps of the short filters, P past tokens.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Layer norm and RMS norm along the last dimension, alone or behind the sum of a residual stream.
 
 y = w (x - mean x) / sqrt(var x + eps) + b          y = w x / sqrt(mean x^2 + eps)
+
+Letters: x and y input and output, w weight, b bias, eps a small number.
 """
 
 from __future__ import annotations

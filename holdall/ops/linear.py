@@ -4,7 +4,8 @@ Reading a text is a few large products, which PyTorch's libraries run near the l
 maps of a few rows, in each step, where reading the weights is all there is to do: see
 holdall/kernels/linear.py.
 
-Letters: D inputs, E outputs (of SwiGLU half of them, I).
+Letters: x and y input and output, W and b weight and bias, a and g two halves of the projection. Of shapes: D
+inputs, E outputs (of SwiGLU half of them, I).
 """
 
 from __future__ import annotations

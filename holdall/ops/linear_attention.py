@@ -7,7 +7,9 @@
 The decay a_t is absent, one number per head (RetNet, Mamba-2) or one per key dimension (GLA). The
 feature map phi makes the family: phi(q) . phi(k) stands where softmax has exp(q . k).
 
-Letters: B row, T time, C time within a chunk, H heads, K key dim, F features of phi, V value dim.
+Letters: q_t, k_t, v_t query, key and value of token t, phi the feature map, a_t the decay, S_t and z_t the
+state, y_t the output, eps and floor keep the divisor away from zero. Of shapes: B row, T time, C time within
+a chunk, H heads, K key dim, F features of phi, V value dim.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
     y_t = sum_{j <= t} h_{t - j} x_j
 
-Letters: B row, T new tokens, D channels, L taps, P past tokens.
+Letters: x_j and y_t input and output of tokens j and t, h the filter. Of shapes: B row, T new tokens, D
+channels, L taps, P past tokens.
 """
 
 from __future__ import annotations

@@ -4,8 +4,10 @@
     S_t = exp(dt_t A) S_{t-1} + B_t (dt_t x_t)^T        y_t = S_t^T C_t + D x_t
     out = w * RMSNorm(y * silu(z))                      each group of channels by itself
 
-Letters: B row, T time, F channels of the first projection, C convolved channels, W taps, P past tokens, E
-inner channels, H heads, V dims of a head, G groups, N state.
+Letters: x_t, B_t, C_t value, key and query of token t, z its gate, dt the step size, b its bias, A the rate
+of a head, S_t the state, D the skip, y_t the output, w the norm's weight. Of shapes: B row, T time, F
+channels of the first projection, C convolved channels, W taps, P past tokens, E inner channels, H heads, V
+dims of a head, G groups, N state.
 """
 
 from __future__ import annotations

@@ -6,7 +6,9 @@
     conv:  y_t = sum_{j <= t} h_{t - j} x_j = idft(dft(h) dft(x)), on twice the length, half of it zeros
 
 Everything is a matrix product, so that hardware made for those runs it near its peak, at O(N^1.5) operations
-where the fast Fourier transform needs O(N log N). Letters: B row, T new tokens, P past tokens, D channels;
+where the fast Fourier transform needs O(N log N). Letters: x and X a sequence of N = P Q elements and its
+transform, n = Q n1 + n2 and k = k1 + P k2 their indices, i the imaginary unit, a the transform within blocks,
+h_j a filter's tap j, y_t its output for token t. Of shapes: B row, T new tokens, P past tokens, D channels;
 inside, R rows of Q tokens each; halves K = R + 1 of the P = 2 R first frequencies.
 """
 

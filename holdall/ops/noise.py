@@ -5,7 +5,7 @@
 which draws from the softmax of z / temperature, the Gumbel-max trick (Maddison et al., arXiv 1411.0030). u_i
 is computed in 32-bit integers, the same on every device, in every batch, however often it is drawn again.
 
-Letters: B rows, V vocabulary.
+Letters: z_i the logit of token i, E_i exponential noise, u_i uniform noise. Of shapes: B rows, V vocabulary.
 """
 
 from __future__ import annotations

@@ -24,9 +24,12 @@ writes on the way differs by rounding with them, and so does its state from then
 Dao AI Lab and NVIDIA do this for Mamba-2 and call it ReplaySSM, 2026. Without decay the ring's part is
 attention without a softmax; for the Taylor map f is 1 + s + s^2 / 2, from the dot products themselves.
 
-Letters: B row, T new tokens, S slots of the ring, L tokens of half a ring, N tokens that the sums do not
-have, H heads, G groups of heads that share keys, K key dim, F features of phi, V value dim, X log decays of a
-head and token: none, one, or one per key dimension.
+Letters: q_t, k_i, v_i query, key and value of tokens t and i, phi the feature map, beta_i the strength of a
+write, u_i what token i writes, S and z the sums, n how many tokens they have, G(t, i) the decay between two
+tokens, f_ti the weight of token i, s a dot product, y_t the output. Of shapes: B row, T new tokens, S slots
+of the ring, L tokens of half a ring, N tokens that the sums do not have, H heads, G groups of heads that
+share keys, K key dim, F features of phi, V value dim, X log decays of a head and token: none, one, or one per
+key dimension.
 """
 
 from __future__ import annotations

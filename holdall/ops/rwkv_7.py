@@ -5,7 +5,11 @@
                 k = k' (1 + (a - 1) k_a)        and what the rule reads: r, log w, k, v, -a kk, kk
     finish      y = g (w n + b + (r . (r_k k)) v)        n = (o - mean o) / sqrt(var o + eps) per head
 
-Letters: B row, T time, D channels, H heads, K dims of a head.
+Letters: x_t the input of token t, z_t what maps read, r, k, v receptance (query), key and value, k' the key
+before it is scaled, kk the removal key, u what it is made of, a the strength of removal, w the decay, g the
+gate, a0 and w0 biases, l_a and l_w what is added to them, k_k, k_a, r_k learned vectors, e Euler's number, o
+what the rule reads out, n its norm, w and b in the last line the norm's weight and bias, eps a small number,
+y the output. Of shapes: B row, T time, D channels, H heads, K dims of a head.
 """
 
 from __future__ import annotations

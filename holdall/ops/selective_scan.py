@@ -4,7 +4,9 @@
 
 and what Mamba puts around it:  dt = softplus(raw + bias),  y <- (y + skip x) silu(z).
 
-Letters: B row, T time, G chunks, C time within a chunk, D channels, N state per channel.
+Letters: x_t and y_t input and output of token t, h_t the state, dt_t the step size, A rates, B_t and C_t
+input and output map, z the gate. Of shapes: B row, T time, G chunks, C time within a chunk, D channels, N
+state per channel.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
     y_t = b + sum_{i < W} w_i x_{t - W + 1 + i}       the last tap multiplies the current token
 
-Letters: B row, T new tokens, D channels, W taps, P past tokens.
+Letters: x_t and y_t input and output of token t, w_i tap i of W, b the bias. Of shapes: B row, T new tokens,
+D channels, W taps, P past tokens.
 """
 
 from __future__ import annotations

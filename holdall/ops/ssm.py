@@ -11,8 +11,10 @@ power is one product of two, exp(J i log_a) exp(j log_a) with l = J i + j, from 
 entries each, which are small enough for fp64. And a sum over modes of such products is a matrix product of
 the tables: no tensor of D N C elements is ever made.
 
-Letters: B row, T time, G chunks, C time within a chunk, I coarse and J fine steps of it, D channels, N modes,
-S time of one piece, F frequencies, M whatever is multiplied at once.
+Letters: x_t and y_t input and output of token t, h_t the state, a what a step multiplies a mode by, b and c
+input and output map, n a mode, K_l the kernel at lag l. Of shapes: B row, T time, G chunks, C time within a
+chunk, I coarse and J fine steps of it, D channels, N modes, S time of one piece, F frequencies, M whatever is
+multiplied at once.
 """
 
 from __future__ import annotations

@@ -2,7 +2,9 @@
 
     q = c u_q r_q        k = u_k r_k        v = u_v        r = 1 / sqrt(|u|^2 + eps) per head and token
 
-Letters: B row, T time, E channels of the projection, H heads, K key dim, V channels of all values.
+Letters: u_q, u_k, u_v the parts of the projection, q, k, v what comes of them, r their inverse lengths, c the
+scale of queries, eps a small number. Of shapes: B row, T time, E channels of the projection, H heads, K key
+dim, V channels of all values.
 """
 
 from __future__ import annotations

@@ -6,8 +6,9 @@ Its cache is a ring of w - 1 slots, with position p in slot p mod (w - 1): see h
 may have more slots S, and then has position p in slot p mod S. Outputs depend on the last w tokens all the
 same; as many as there are more slots can be taken back by lowering the count.
 
-Letters: B row, T new tokens, S slots of the cache, H heads (of queries; G of keys and values, where they
-differ), K key dim, V value dim, C tokens of a block.
+Letters: q_t, k_j, v_j query, key and value of tokens t and j, p_tj the weight of j, w the window, y_t the
+output. Of shapes: B row, T new tokens, S slots of the cache, H heads (of queries; G of keys and values, where
+they differ), K key dim, V value dim, C tokens of a block.
 """
 
 from __future__ import annotations

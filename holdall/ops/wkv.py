@@ -17,7 +17,9 @@ RWKV-5, per head: a matrix of outer products whose rows, one per key channel, fa
 
 w <= 0 is the logarithm of a decay and u the bonus; both are fixed over time.
 
-Letters: B row, T time, G chunks, C time within a chunk, E channels, H heads, K key dim, V value dim.
+Letters: k_i and v_i key and value of token i, r_t the receptance (query) of token t, e Euler's number, w the
+log decay, u the bonus, m and l mean and log weight of the past, S_t the state, y_t the output. Of shapes: B
+row, T time, G chunks, C time within a chunk, E channels, H heads, K key dim, V value dim.
 """
 
 from __future__ import annotations

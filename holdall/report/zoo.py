@@ -19,7 +19,8 @@ from holdall.report.style import bytes_text
 INTRO = """# The zoo
 
 Every registered sequence mixer: what it is, what it carries, and how it does on the same small task.
-`holdall zoo NAME` tells more of each; `holdall matrix NAME` draws what it does.
+`holdall zoo NAME` prints its equations with their letters, its options and its state; `holdall matrix NAME`
+draws what it does.
 
 Made by `make zoo`, which trains ({command}), measures errors and writes this page.
 
@@ -35,10 +36,11 @@ in fp32 after 100,000 tokens and in bf16 after 16,384 (where the cost is quadrat
 """
 
 
-def markdown(folder: Path) -> str:
+def markdown(folder: Path, *, package: str = "") -> str:
     """The page, from a folder that `holdall frontier zoo` left.
 
-    Raises RunError, naming what is missing and the way out.
+    `package` is what leads from the page to the folder that has `holdall/`, as "../": mixers are then linked
+    to their files. Raises RunError, naming what is missing and the way out.
     """
     (sweep,) = load_each([folder])
     models = {str(model.runs[0].line.get("mixer")): model for model in sweep.models}
@@ -62,7 +64,11 @@ def markdown(folder: Path) -> str:
     ]
     for family, members in mixers.families().items():
         entries = [mixers.entry(name) for name in members]
-        page += [f"## {family[0].upper()}{family[1:]}\n", _what(entries), _how(entries, models, drifts)]
+        page += [
+            f"## {family[0].upper()}{family[1:]}\n",
+            _what(entries, package),
+            _how(entries, models, drifts),
+        ]
     missing = [name for name in mixers.names() if name not in models]
     if missing:
         page.append(f"Not measured yet: {', '.join(missing)}.\n")
@@ -71,7 +77,8 @@ def markdown(folder: Path) -> str:
 
 def write(folder: Path, target: Path) -> Path:
     """Write the page; raises as `markdown`."""
-    text = markdown(folder)
+    beside = (target.resolve().parents[1] / "holdall" / "mixers").is_dir()  # as in docs/ of the repository
+    text = markdown(folder, package="../" if beside else "")
     files.make_folder(target.parent)
     files.write_atomically(target, text.encode())
     return target
@@ -83,16 +90,17 @@ def _cited(authors: str) -> str:
     return " and ".join(names) if len(names) <= 2 else f"{names[0]} et al."
 
 
-def _what(entries: Sequence[Entry]) -> str:
+def _what(entries: Sequence[Entry], package: str) -> str:
     rows = []
     for entry in entries:
         paper = f"{_cited(entry.paper.authors)}, {entry.paper.year}"
         if entry.paper.arxiv:
             paper = f"[{paper}](https://arxiv.org/abs/{entry.paper.arxiv})"
         causal = "" if entry.causal else " (not causal)"
-        rows.append(
-            (f"`{entry.name}`{causal}", entry.summary, paper, entry.state, entry.training, entry.inference)
-        )
+        summary = entry.summary
+        if package and entry.file.startswith("holdall/"):
+            summary = f"[{summary}]({package}{entry.file})"
+        rows.append((f"`{entry.name}`{causal}", summary, paper, entry.state, entry.training, entry.inference))
     heads = ("mixer", "what it is", "paper", "state elements after N tokens", "N tokens at once", "one more")
     return table.markdown(heads, rows, text=range(len(heads))) + "\n"
 

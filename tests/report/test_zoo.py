@@ -1,11 +1,14 @@
 """The zoo's page: every mixer is on it, with the numbers of its runs."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from holdall import mixers
 from holdall.report import zoo
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -73,3 +76,20 @@ def test_the_page_is_written_whole(folder, tmp_path):
     target = zoo.write(folder, tmp_path / "docs" / "zoo.md")
     assert target.read_text() == zoo.markdown(folder)
     assert [path.name for path in target.parent.iterdir()] == ["zoo.md"]
+
+
+def test_beside_the_package_each_mixer_is_linked_to_its_file(folder, tmp_path):
+    assert "holdall/mixers/" not in zoo.markdown(folder)
+    (tmp_path / "holdall" / "mixers").mkdir(parents=True)
+    page = zoo.write(folder, tmp_path / "docs" / "zoo.md").read_text()
+    for name in mixers.names():
+        file = mixers.entry(name).file
+        assert f"](../{file}) |" in row(page, f"`{name}`", "what it is")["what it is"] + " |"
+        assert (ROOT / file).is_file()
+
+
+def test_the_page_in_the_docs_is_that_of_its_results():
+    page = (ROOT / "docs" / "zoo.md").read_text()
+    assert page == zoo.markdown(ROOT / "results" / "zoo", package="../"), (
+        "docs/zoo.md is old: run `holdall zoo --results results/zoo --page docs/zoo.md`"
+    )
