@@ -286,6 +286,33 @@ Size = int
 
 
 @pytest.mark.usefixtures("own_registry")
+def test_a_users_own_file_may_import_the_files_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a mixer that is imported there is the one that is loaded from its file, and no other."""
+    (tmp_path / "beside_mine.py").write_text(MY_FILE)
+    recipe = tmp_path / "my_recipe.py"
+    recipe.write_text("import json\nfrom beside_mine import Mine\nsize = Mine(width=8).size\n")
+    (tmp_path / "json.py").write_text("raise RuntimeError('hides a package')")
+    before = list(sys.path)
+    monkeypatch.delitem(sys.modules, "beside_mine", raising=False)
+    try:
+        assert mixers.run_file(recipe).size == 3
+        assert mixers.load(tmp_path / "beside_mine.py") == ["mine"]
+        assert sys.path == before
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other" / "beside_mine.py").write_text(MY_FILE.replace("class Mine", "class Others"))
+        with pytest.raises(RunError, match="mixer 'mine' is already registered"):
+            mixers.load(tmp_path / "other" / "beside_mine.py")
+        recipe.write_text("import not_beside_mine\n")
+        with pytest.raises(RunError, match=r"my_recipe.py, line 1: .*No module named 'not_beside_mine'"):
+            mixers.run_file(recipe)
+        assert sys.path == before
+    finally:
+        sys.modules.pop("beside_mine", None)
+
+
+@pytest.mark.usefixtures("own_registry")
 def test_a_users_own_file_is_read_and_read_again(tmp_path: Path) -> None:
     file = tmp_path / "my_mixer.py"
     file.write_text(MY_FILE)

@@ -167,7 +167,7 @@ EXTRAS = {
 def test_an_extra_installs_what_the_package_imports() -> None:
     """And nothing is promised that is not there."""
     about = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert set(about["optional-dependencies"]) == {*EXTRAS, "parity", "dev"}
+    assert set(about["optional-dependencies"]) == {*EXTRAS, "parity", "dev", "docs"}
     code = "".join(path.read_text() for path in (ROOT / "holdall").rglob("*.py"))
     for modules in EXTRAS.values():
         for module in modules:

@@ -9,6 +9,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from holdall.contract.config import did_you_mean
@@ -121,8 +122,7 @@ def register(
 
     def enter(config: type[MixerConfig]) -> type[MixerConfig]:
         other = _registry[name].config if name in _registry else config
-        if (other.__module__, other.__qualname__) != (config.__module__, config.__qualname__):
-            # the same class once more is welcome: its file was read again
+        if not _is_same(other, config):
             raise ValueError(
                 f"mixer '{name}' is already registered, by {other.__module__}.{other.__qualname__}"
             )
@@ -142,6 +142,15 @@ def register(
         return config
 
     return enter
+
+
+def _is_same(one: type, other: type) -> bool:
+    """Whether two classes are one, whose file was read again: as the same module, or once by `import`."""
+    if one.__qualname__ != other.__qualname__:
+        return False
+    files = [getattr(sys.modules.get(each.__module__), "__file__", None) for each in (one, other)]
+    is_one_file = None not in files and len({Path(str(file)).resolve() for file in files}) == 1
+    return one.__module__ == other.__module__ or is_one_file
 
 
 def lookup(name: str) -> Entry:

@@ -65,7 +65,8 @@ def load(file: Path) -> list[str]:
 def run_file(file: Path) -> ModuleType:
     """Run a user's own file of mixers, tasks or a recipe, as a module.
 
-    Raises FileNotFoundError if there is no such file, and RunError with the line if running it fails.
+    It may import the files beside it, as it may when Python runs it. Raises FileNotFoundError if there is no
+    such file, and RunError with the line if running it fails.
     """
     if not file.is_file():
         raise FileNotFoundError(f"no file at {file}")
@@ -75,6 +76,8 @@ def run_file(file: Path) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses resolve annotations there
+    folder = str(file.resolve().parent)
+    sys.path.append(folder)  # last: a file of the user's must not hide a package
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
@@ -83,6 +86,8 @@ def run_file(file: Path) -> ModuleType:
     except BaseException:
         del sys.modules[name]
         raise
+    finally:
+        sys.path.remove(folder)
     return module
 
 

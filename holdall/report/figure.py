@@ -45,16 +45,13 @@ def draw(sweeps: Sequence[Sweep]) -> Any:
 
 
 def _draw(sweeps: Sequence[Sweep]) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, NullFormatter, PercentFormatter
 
     footer = _footer(sweeps)
     below = FOOTER_LINE * (len(footer) - 1)  # inches under the strip
     bottom = BOTTOM + below + strip.height(sweeps)
     width, height = SIZE[0], SIZE[1] - BOTTOM + bottom
-    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
-    FigureCanvasAgg(figure)
+    figure = style.blank((width, height), dpi=DPI, ground="white")
     axes = figure.add_axes((LEFT / width, bottom / height, WIDTH / width, 3.44 / height))
     questions = sweeps[0].questions
     axis = sweeps[0].axis

@@ -18,7 +18,7 @@ import numpy as np
 from holdall import files
 from holdall.analysis.gallery import Gallery, MixingMatrix, load
 from holdall.files import RunError
-from holdall.report import shell
+from holdall.report import shell, style
 
 __all__ = ["write"]
 
@@ -105,9 +105,7 @@ def columns(count: int) -> int:
 
 
 def _draw(gallery: Gallery, stops: tuple[str, ...], ink: str, muted: str) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import LinearSegmentedColormap
-    from matplotlib.figure import Figure
 
     colours, ground = LinearSegmentedColormap.from_list("mixing", stops), stops[len(stops) // 2]
     count = len(gallery.matrices)
@@ -117,8 +115,7 @@ def _draw(gallery: Gallery, stops: tuple[str, ...], ink: str, muted: str) -> Any
     side, lines, gap, head, edge = (2.1 if count <= 6 else 1.62), 0.52, 0.2, 0.78, 0.3
     width = max(6.4, 2 * edge + across * (side + gap) - gap)
     height = head + down * (side + lines) + (down - 1) * gap / 2 + edge / 2
-    figure = Figure(figsize=(width, height), dpi=DPI, facecolor=ground)
-    FigureCanvasAgg(figure)
+    figure = style.blank((width, height), dpi=DPI, ground=ground)
     left = (width - across * (side + gap) + gap) / 2
 
     def text(x: float, y: float, words: str, room: float = math.inf, **more: Any) -> None:

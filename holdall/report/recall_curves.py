@@ -68,16 +68,12 @@ def looks(dark: bool) -> Iterator[tuple[str, str, str]]:
 
 
 def _draw(runs: Sequence[Scores], threshold: int, ground: str, muted: str) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     down = 1 if len(runs) == 1 else 2
     letters = max(len(cut(run.label)) for run in runs)
     across = min(len(runs), int(7.0 / (0.45 + 0.065 * letters)))
     legend = 0.2 * -(-len(runs) // across) + 0.12
     width, height = 7.8, 0.62 + legend + 2.25 * down
-    figure = Figure(figsize=(width, height), dpi=DPI, facecolor=ground)
-    FigureCanvasAgg(figure)
+    figure = style.blank((width, height), dpi=DPI, ground=ground)
     panels = figure.subplots(down, 2, sharex="col", sharey="row", squeeze=False)
     figure.subplots_adjust(
         left=0.085,

@@ -11,6 +11,7 @@ from typing import Any
 
 from holdall.analysis.recall import SLICES, Scores, check_same, slice_of
 from holdall.report import recall_curves as curves
+from holdall.report import style
 from holdall.report.paper import DPI
 
 NAMES = {"hits": "recall hits", "repeated": "other repeated bigrams", "rest": "the rest"}
@@ -27,16 +28,12 @@ def parts(run: Scores, reference: Scores, threshold: int) -> dict[str, float]:
 
 def draw(runs: Sequence[Scores], threshold: int, *, dark: bool = False) -> Any:
     """The bars as a matplotlib Figure, the smallest gap on top; the first run is the reference."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     reference, *others = runs
     made = {run.label: parts(run, reference, threshold) for run in others}
     labels = sorted(made, key=lambda label: sum(made[label].values()))
     with curves.looks(dark) as (ground, ink, muted):
         height = 0.95 + 0.24 * len(labels)
-        figure = Figure(figsize=(7.8, height), dpi=DPI, facecolor=ground)
-        FigureCanvasAgg(figure)
+        figure = style.blank((7.8, height), dpi=DPI, ground=ground)
         widest = max(len(curves.cut(label)) for label in labels)
         left = min(0.4, 0.03 + 0.0088 * widest)
         axes = figure.add_axes((left, 0.46 / height, 0.985 - left, 1 - 0.8 / height))

@@ -7,6 +7,7 @@ from typing import Any
 
 from holdall.analysis.recall import Carried
 from holdall.report import recall_curves as curves
+from holdall.report import style
 from holdall.report.paper import DPI
 from holdall.report.recall_gaps import COLOURS
 
@@ -19,13 +20,10 @@ def draw(runs: Mapping[str, tuple[Carried, float]], context_len: int, *, dark: b
 
     Hollow are those whose state grows with every token.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 
     with curves.looks(dark) as (ground, _, muted):
-        figure = Figure(figsize=(7.8, 4.6), dpi=DPI, facecolor=ground)
-        FigureCanvasAgg(figure)
+        figure = style.blank((7.8, 4.6), dpi=DPI, ground=ground)
         axes = figure.add_axes((0.075, 0.115, 0.915, 0.815))
         for grows, name in ((False, "a state of fixed size"), (True, "grows with the context")):
             those = [(state.elements, hits) for state, hits in runs.values() if state.grows == grows]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import io
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -36,6 +38,33 @@ FILLS = (
     ("left", "-dot", "dotted"),
     ("top", "-open-dot", "open with a dot"),
 )
+
+
+def blank(size: tuple[float, float], *, dpi: int, ground: str = "white") -> Any:
+    """An empty matplotlib Figure of (width, height) in inches, which a notebook shows as it is.
+
+    Pyplot's would be shown only there, and by a global switch; these need neither.
+    """
+    return _figure_type()(figsize=size, dpi=dpi, facecolor=ground)
+
+
+@functools.cache
+def _figure_type() -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    class Drawn(Figure):
+        def __init__(self, **how: Any) -> None:
+            super().__init__(**how)
+            FigureCanvasAgg(self)
+
+        def _repr_png_(self) -> bytes:
+            """What notebooks ask an object for."""
+            file = io.BytesIO()
+            self.canvas.print_png(file)  # type: ignore[attr-defined]
+            return file.getvalue()
+
+    return Drawn
 
 
 @dataclass(frozen=True)

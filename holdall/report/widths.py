@@ -41,13 +41,10 @@ def draw(sweeps: Sequence[Sweep]) -> Any:
 
 
 def _draw(sweeps: Sequence[Sweep]) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
 
     count, names = len(sweeps), families(sweeps)
-    figure = Figure(figsize=(0.75 + PANEL[0] * count, PANEL[1] + 0.9), dpi=DPI, facecolor="white")
-    FigureCanvasAgg(figure)
+    figure = style.blank((0.75 + PANEL[0] * count, PANEL[1] + 0.9), dpi=DPI, ground="white")
     panels = figure.subplots(1, count, sharey=True, squeeze=False)[0]
     figure.subplots_adjust(left=0.72 / figure.get_figwidth(), right=0.99, bottom=0.2, top=0.847, wspace=0.08)
     widths = sorted({model.width for sweep in sweeps for model in sweep.models})

@@ -73,6 +73,18 @@ def test_png_has_the_size_of_a_paper_column_and_says_what_made_it(sweep, tmp_pat
     assert texts["Description"] == "holdall frontier quick --out runs/sweep"
 
 
+def test_a_notebook_shows_a_picture_as_it_was_drawn(sweep, tmp_path):
+    drawn = figure.draw(load([sweep]))
+    shown = drawn._repr_png_()
+    text_of(shown)  # checks every chunk
+    assert struct.unpack_from(">II", shown, 16) == (1400, 900)
+
+
+def test_every_picture_is_one_that_a_notebook_shows():
+    for path in Path(report.__file__).parent.glob("*.py"):
+        assert ("Figure(" in path.read_text().replace("(Figure)", "")) is False, path.name
+
+
 def test_every_family_is_drawn_where_its_models_are(sweep):
     sweeps = load([sweep])
     drawn = figure.draw(sweeps)
