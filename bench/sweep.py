@@ -2,8 +2,7 @@
 
     python -m bench.sweep [FAMILY ...]              all of based-figure2's by default
     python -m bench.sweep --profile [FAMILY ...]    where the time of a population's step goes
-    python -m bench.sweep --whole [FAMILY ...]      GPU minutes of the whole recipe without its tests: steps of
-                                                    each model at each length
+    python -m bench.sweep --whole [FAMILY ...]      GPU minutes of the whole recipe, without its tests
 
 The models of the recipe based-figure2 at width 128 (or their largest), vocabulary 8192, batches of 256 rows a
 model, at N = 64, K = 4 and N = 256, K = 64. Rows per second of all members together:
