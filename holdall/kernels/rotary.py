@@ -43,17 +43,20 @@ def rotate_both(
     seen_B: Int[Tensor, "#b"],
     dims: int,
     base: float,
+    scaling: tuple[float, ...] = (),
 ) -> tuple[Float[Tensor, "b t h k"], Float[Tensor, "b t g k"]]:
     """The kernel form of `holdall.ops.rotary.rotate_both`, which documents the arguments; no gradients.
 
     Raises KernelError if no kernel can run on these tensors.
     """
     require_kernel(q_BTHK, k_BTGK)
-    return _rotate(q_BTHK, k_BTGK, seen_B, dims, base)
+    return _rotate(q_BTHK, k_BTGK, seen_B, dims, base, list(scaling))
 
 
 @torch.library.custom_op("holdall::rotate_both", mutates_args=())
-def _rotate(q: Tensor, k: Tensor, seen: Tensor, dims: int, base: float) -> tuple[Tensor, Tensor]:
+def _rotate(
+    q: Tensor, k: Tensor, seen: Tensor, dims: int, base: float, scaling: list[float]
+) -> tuple[Tensor, Tensor]:
     q, k = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (q, k))
     turned_q, turned_k = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
     (rows, new, heads, head_dim), groups, pairs = q.shape, k.shape[2], cdiv(dims, 2)
@@ -62,10 +65,12 @@ def _rotate(q: Tensor, k: Tensor, seen: Tensor, dims: int, base: float) -> tuple
     padded = triton.next_power_of_2(pairs)
     block = min(triton.next_power_of_2(max(heads, groups)), max(1, PAIRS_AT_ONCE // padded))
     blocks_q, blocks_k = cdiv(heads, block), cdiv(groups, block)
+    stretch, low, high, context = (*scaling, 0.0, 0.0, 0.0)[:4] if scaling else (1.0, 0.0, 0.0, 0.0)
     _kernel[(rows * new, blocks_q + blocks_k)](
         q, k, turned_q, turned_k, seen, *q.stride()[:3], *k.stride()[:3],
         seen.stride(0) if seen.shape[0] > 1 else 0, new, heads, groups,
         K=head_dim, PAIRS=pairs, SLOPE=-2 * math.log2(base) / dims,
+        STRETCH=stretch, LOW=low, HIGH=high, TURNS=context / (2 * math.pi),
         PADDED=padded, REST=triton.next_power_of_2(max(1, head_dim - 2 * pairs)), BLOCK=block,
         **overlapped(q.device),
     )  # fmt: skip
@@ -73,7 +78,9 @@ def _rotate(q: Tensor, k: Tensor, seen: Tensor, dims: int, base: float) -> tuple
 
 
 @_rotate.register_fake
-def _(q: Tensor, k: Tensor, seen: Tensor, dims: int, base: float) -> tuple[Tensor, Tensor]:
+def _(
+    q: Tensor, k: Tensor, seen: Tensor, dims: int, base: float, scaling: list[float]
+) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
@@ -81,6 +88,7 @@ def _(q: Tensor, k: Tensor, seen: Tensor, dims: int, base: float) -> tuple[Tenso
 def _kernel(
     q_ptr, k_ptr, turned_q_ptr, turned_k_ptr, seen_ptr, q_b, q_t, q_h, k_b, k_t, k_g, seen_b, T, H, G,
     K: tl.constexpr, PAIRS: tl.constexpr, SLOPE: tl.constexpr,
+    STRETCH: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, TURNS: tl.constexpr,
     PADDED: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     """One program for a token and a block of heads, first those of the queries, then those of the keys."""
@@ -90,7 +98,10 @@ def _kernel(
     f = tl.arange(0, PADDED)
     # a float that is no tensor would be fp32
     slope = tl.full((PADDED,), SLOPE, tl.float64)
-    angle = (tl.load(seen_ptr + b * seen_b) + t).to(tl.float64) * tl.exp2(f.to(tl.float64) * slope)
+    frequency = tl.exp2(f.to(tl.float64) * slope)
+    if STRETCH != 1.0:
+        frequency = _scaled(frequency, STRETCH, LOW, HIGH, TURNS)
+    angle = (tl.load(seen_ptr + b * seen_b) + t).to(tl.float64) * frequency
     cos, sin = tl.cos(angle).to(tl.float32)[None, :], tl.sin(angle).to(tl.float32)[None, :]
     blocks_q = tl.cdiv(H, BLOCK)
     if block < blocks_q:
@@ -100,6 +111,20 @@ def _kernel(
         k_ptr += b * k_b + t * k_t
         first = (block - blocks_q) * BLOCK
         _turn(k_ptr, turned_k_ptr + token * G * K, first, k_g, G, cos, sin, K, PAIRS, REST, BLOCK)
+
+
+@triton.jit
+def _scaled(
+    frequency, STRETCH: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, TURNS: tl.constexpr
+):  # fmt: skip
+    """As in `standard_frequencies`, in fp64."""
+    stretch = tl.full(frequency.shape, STRETCH, tl.float64)
+    if TURNS == 0:
+        return frequency / stretch
+    low, turns = tl.full(frequency.shape, LOW, tl.float64), tl.full(frequency.shape, TURNS, tl.float64)
+    stays = (turns * frequency - low) / (tl.full(frequency.shape, HIGH, tl.float64) - low)
+    stays = tl.minimum(tl.maximum(stays, 0.0), 1.0)
+    return frequency * (stays + (1 - stays) / stretch)
 
 
 @triton.jit

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, register
 from holdall.contract.room import advanced, fill, in_order, is_reserved
-from holdall.mixers.attention import QKV, AttentionConfig
+from holdall.mixers.attention import QKV, check_heads
 from holdall.ops import attention
 from holdall.ops.attention import KeyValueCache
 from holdall.settings import PositiveFloat, PositiveInt, Share
@@ -68,7 +68,7 @@ class RepeatAttentionConfig(MixerConfig):
     variants = ({"heads": 2, "rotary": 0.5},)
 
     def validate(self) -> None:
-        AttentionConfig.validate(self)  # type: ignore[arg-type]
+        check_heads(self.width, self.heads, self.rotary)
 
     def build(self) -> RepeatAttention:
         return RepeatAttention(self)

@@ -6,7 +6,7 @@ Letters: y_t output of token t; j tokens up to t; w the window; q, k, v queries,
 their dimensions; W_o a learned map; b its bias.
 
 Beltagy, Peters, Cohan, "Longformer", 2020, arXiv 2004.05150. `window` includes the token itself, so the
-state has the w - 1 tokens before it.
+state has the w - 1 tokens before it. Options of released models as in `attention`.
 Weights:
 - Zoology's SlidingAttn, of one head, as those of `attention`; its `block_size` b is window b + 1;
 - Based's SlidingAttention, with rotary 1 and no bias: Wqkv is `qkv`; its `window_size` s, which its code
@@ -21,19 +21,18 @@ With `replay` the state has L more tokens, and can be rolled back: holdall/contr
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from holdall.contract import Mixer, MixerConfig, Paper, State, register
+from holdall.contract import Mixer, Paper, State, register
 from holdall.contract.rollback import lowered, read_on
-from holdall.mixers.attention import QKV, AttentionConfig
+from holdall.mixers.attention import QKV, HeadsConfig, gate_and_output, gated
 from holdall.ops import attention
 from holdall.ops.attention import KeyValueCache
-from holdall.ops.linear import Linear
 from holdall.ops.window_attention import kernel_refusal, window_attention
-from holdall.settings import NonNegativeInt, PositiveFloat, PositiveInt, Range, Share
+from holdall.settings import Range
 
 
 @register(
@@ -50,21 +49,11 @@ from holdall.settings import NonNegativeInt, PositiveFloat, PositiveInt, Range, 
     inference="wD",
 )
 @dataclass(frozen=True, kw_only=True)
-class SlidingWindowConfig(MixerConfig):
+class SlidingWindowConfig(HeadsConfig):
     """Softmax attention over the last `window` tokens."""
 
     window: Annotated[int, Range(least=2)] = 16
     """Tokens that an output sees, its own included, w."""
-    heads: PositiveInt = 1
-    """Number of query heads, H."""
-    kv_heads: NonNegativeInt = 0
-    """Number of key and value heads, G; 0 for as many as `heads`. Each serves H / G query heads."""
-    rotary: Share = 0.0
-    """Share of each head's dimensions that rotary positions turn: 0 for none, 1 for all."""
-    rotary_base: PositiveFloat = 10000.0
-    """Base of the rotary frequencies."""
-    bias: bool | Literal["out"] = True
-    """Whether the projections have biases; "out" for the output projection only."""
     replay: Annotated[int, Range(least=1, zero="none")] = 0
     """Tokens that can be rolled back, L: so many more are carried. Outputs and weights are the same."""
 
@@ -75,13 +64,12 @@ class SlidingWindowConfig(MixerConfig):
         {"heads": 4, "kv_heads": 2, "rotary": 0.5, "bias": "out"},
         {"heads": 2, "kv_heads": 1, "rotary": 1.0, "window": 5, "replay": 3},
         {"window": 65},
-    )
-
-    def validate(self) -> None:
-        AttentionConfig.validate(self)  # type: ignore[arg-type]
+        {"heads": 2, "kv_heads": 1, "head_dim": 6, "rotary": 1.0, "rotary_scaling": (4.0,), "qk_norm": "all",
+         "gate": True, "window": 5},
+    )  # fmt: skip
 
     def kernel_refusal(self, device: torch.device, dtype: torch.dtype) -> str:
-        return super().kernel_refusal(device, dtype) or kernel_refusal(self.width // self.heads)
+        return super().kernel_refusal(device, dtype) or kernel_refusal(self.resolved_head_dim)
 
     def build(self) -> SlidingWindow:
         return SlidingWindow(self)
@@ -103,11 +91,8 @@ class SlidingWindow(Mixer):
         super().__init__(config)
         self.state_type = LongerRing if config.replay else KeyValueCache  # type: ignore[misc]
         self.rollback_limit = config.replay
-        bias = config.bias is True
-        self.project = QKV(
-            config.width, config.heads, config.rotary, config.rotary_base, bias, config.kv_heads
-        )
-        self.out_proj = Linear(config.width, config.width, bias=bool(config.bias))
+        self.project = QKV.of(config)
+        self.gate, self.out_proj = gate_and_output(config)
 
     def forward(
         self,
@@ -127,7 +112,7 @@ class SlidingWindow(Mixer):
             q, k, v, None if state is None else KeyValueCache(*state[:3]), window=window, scale=scale,
             inplace=inplace, want_state=want_state, form=self.form,
         )  # fmt: skip
-        y_BTD = self.out_proj(y_BTHV.flatten(2))
+        y_BTD = self.out_proj(gated(y_BTHV.flatten(2), x_BTD, self.gate))
         if ring is None or not want_state:
             return y_BTD, None
         if not replay:

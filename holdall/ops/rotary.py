@@ -6,6 +6,7 @@ of a query and a key depends on their distance alone.
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import TYPE_CHECKING
 
@@ -57,6 +58,7 @@ def rotate_both(
     seen_B: Int[Tensor, "#b"],
     dims: int,
     base: float,
+    scaling: tuple[float, ...] = (),
     *,
     form: str = "parallel",
 ) -> tuple[Float[Tensor, "b t h k"], Float[Tensor, "b t g k"]]:
@@ -66,11 +68,12 @@ def rotate_both(
         seen_B: tokens read before these, (B,) or (1,).
         dims: sets the frequencies, as in `standard_frequencies`; at least 1.
         base: of the frequencies.
+        scaling: of the frequencies, as in `standard_frequencies`.
         form: "parallel" is `rotate`; "kernel" is one kernel for all of it, without gradients.
     """
     if form == "kernel":
-        return kernel_of(rotate_both)(q_BTHK, k_BTGK, seen_B, dims, base)
-    frequency_F = standard_frequencies(dims, base, q_BTHK)
+        return kernel_of(rotate_both)(q_BTHK, k_BTGK, seen_B, dims, base, scaling)
+    frequency_F = standard_frequencies(dims, base, q_BTHK, scaling)
     position_BT = seen_B[:, None] + torch.arange(q_BTHK.shape[1], device=q_BTHK.device)
     return rotate(q_BTHK, position_BT, frequency_F), rotate(k_BTGK, position_BT, frequency_F)
 
@@ -111,10 +114,35 @@ def rotary_dims(head_dim: int, share: float) -> int:
     return dims
 
 
-def standard_frequencies(dims: int, base: float, like: Tensor) -> Float[Tensor, "f"]:
-    """The usual frequencies base^(-2i / dims) for all 2i < dims, (F,), F = dims / 2 rounded up.
+def standard_frequencies(
+    dims: int, base: float, like: Tensor, scaling: tuple[float, ...] = ()
+) -> Float[Tensor, "f"]:
+    """The usual frequencies f = base^(-2i / dims) for all 2i < dims, (F,), F = dims / 2 rounded up.
+
+    Scaled by (s,), positions are s times as close: f / s (Chen et al., "Extending Context Window of Large
+    Language Models via Positional Interpolation", 2023, arXiv 2306.15595). By (s, low, high, C), as in
+    Llama 3.1, only pairs that turn less than `low` times within C tokens are, those that turn more than
+    `high` times stay, and between them f (1 - r) / s + f r, with r from 0 to 1 in the number of turns.
 
     On the device of `like` and in fp64. They are made when needed and not kept as a buffer, which a cast of
     the module to bf16 would round: at position 2,048 by a third of a radian.
     """
-    return base ** (-torch.arange(0, dims, 2, dtype=torch.float64, device=like.device) / dims)
+    frequency_F = base ** (-torch.arange(0, dims, 2, dtype=torch.float64, device=like.device) / dims)
+    if not scaling:
+        return frequency_F
+    stretch, *ramp = scaling
+    if not ramp:
+        return frequency_F / stretch
+    low, high, context = ramp
+    stays_F = ((context / (2 * math.pi) * frequency_F - low) / (high - low)).clamp(0, 1)
+    return frequency_F * (stays_F + (1 - stays_F) / stretch)
+
+
+def check_scaling(scaling: tuple[float, ...]) -> None:
+    """Raise ValueError for what `standard_frequencies` does not take."""
+    whole = len(scaling) in (0, 1, 4) and all(number > 0 for number in scaling)
+    if not whole or (len(scaling) == 4 and scaling[1] >= scaling[2]):
+        raise ValueError(
+            f"rotary_scaling = {scaling} must be (), (factor,) or (factor, low, high, context), "
+            "all above zero, with low < high"
+        )

@@ -61,6 +61,17 @@ def test_angles_keep_their_digits_up_to_a_million(base: float, device: torch.dev
     assert (got[:, 0, 0].double() - truth).abs().max() <= 2**-25 + 1e-8
 
 
+@pytest.mark.parametrize("scaling", [(4.0,), (8.0, 1.0, 4.0, 8192.0), (8.0, 1.0, 4.0, 64.0)], ids=str)
+def test_scaled_frequencies_keep_their_digits_too(scaling: tuple[float, ...], device: torch.device) -> None:
+    dims, position = 64, torch.tensor([1, 4097, 131_071, 1_000_000], device=device)
+    q = torch.zeros(len(position), 1, 1, dims, device=device)
+    q[..., : dims // 2] = 1
+    got, _ = rotate_both(q, q, position, dims, 500_000.0, scaling)
+    angle = position[:, None].double() * ops.standard_frequencies(dims, 500_000.0, q, scaling)
+    truth = torch.cat((angle.cos(), angle.sin()), -1)
+    assert (got[:, 0, 0].double() - truth).abs().max() <= 2**-25 + 1e-8
+
+
 def test_one_count_is_for_all_rows_and_counts_may_lie_apart(device: torch.device) -> None:
     q, k = draw(3, 4, 2, 1, 8, torch.float32, device)
     seen_B = torch.tensor([5, 5, 5], device=device)

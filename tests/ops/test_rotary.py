@@ -131,7 +131,7 @@ def test_a_share_of_a_head_is_turned_as_in_flash_attention(head_dim: int, share:
 def test_the_published_attention_of_a_billion_turns_18_pairs() -> None:
     layer = preset("attention-1b", 50257).layers[0]
     assert isinstance(layer, AttentionConfig)
-    dims = rotary_dims(layer.width // layer.heads, layer.rotary)
+    dims = rotary_dims(layer.resolved_head_dim, layer.rotary)
     frequency_F = standard_frequencies(dims, layer.rotary_base, torch.zeros(()))
     assert dims == 35
     assert frequency_F.tolist() == pytest.approx([10000 ** (-2 * i / 35) for i in range(18)], rel=1e-14)
@@ -143,6 +143,37 @@ def test_more_pairs_than_a_head_has_are_refused(config: type, head_dim: int, sha
     """flash-attention has no room for them either; a pair fewer would be another model."""
     with pytest.raises(ValueError, match=f"of heads of {head_dim} dimensions makes .* even number"):
         config(width=2 * head_dim, heads=2, rotary=share)
+
+
+def scaled_by_hand(frequency: float, factor: float, low: float, high: float, context: float) -> float:
+    """Llama 3.1's frequencies, by wavelengths as its code has them."""
+    wavelength = 2 * math.pi / frequency
+    if wavelength < context / high:
+        return frequency
+    if wavelength > context / low:
+        return frequency / factor
+    smooth = (context / wavelength - low) / (high - low)
+    return (1 - smooth) * frequency / factor + smooth * frequency
+
+
+def test_frequencies_are_scaled_as_in_llama_3_and_by_interpolation() -> None:
+    plain = [500_000 ** (-2 * i / 64) for i in range(32)]
+    llama = 32.0, 1.0, 4.0, 8192.0
+    got = standard_frequencies(64, 500_000.0, torch.zeros(()), llama).tolist()
+    want = [scaled_by_hand(frequency, *llama) for frequency in plain]
+    assert got == pytest.approx(want, rel=1e-14)
+    untouched, divided = (
+        sum(a == pytest.approx(b / by) for a, b in zip(got, plain, strict=True)) for by in (1, 32)
+    )
+    assert 0 < untouched < 32 - divided < 32  # and some lie between
+    got = standard_frequencies(64, 500_000.0, torch.zeros(()), (4.0,)).tolist()
+    assert got == pytest.approx([frequency / 4 for frequency in plain], rel=1e-14)
+
+
+@pytest.mark.parametrize("scaling", [(4.0, 1.0), (0.0,), (8.0, 4.0, 1.0, 64.0), (8.0, 1.0, 4.0, 0.0)])
+def test_scaling_that_means_nothing_is_refused(scaling: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="rotary_scaling = "):
+        AttentionConfig(width=8, rotary_scaling=scaling)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
