@@ -46,7 +46,7 @@ from holdall.ops.cross_entropy import linear_cross_entropy
 from holdall.ops.kept import Kept
 from holdall.ops.layer_norm import add_norm, kernel_refusal, layer_norm, rms_norm
 from holdall.ops.linear import Linear, linear
-from holdall.settings import NonNegativeFloat, NonNegativeInt, PositiveInt, Range
+from holdall.settings import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,14 +61,21 @@ class ModelConfig(Config):
     """The mixers, from the embedding to the head."""
     mlp: NonNegativeInt = 0
     """Hidden width of each layer's MLP; 0 for no MLPs."""
-    mlp_kind: Literal["gelu", "swiglu"] = "gelu"
-    """Kind of MLP: "gelu" with biases, "swiglu" without."""
+    mlp_kind: Literal["gelu", "gelu_tanh", "swiglu", "geglu"] = "gelu"
+    """Kind of MLP: "gelu" and its approximation "gelu_tanh" with biases; gated by SiLU, "swiglu", or by the
+    approximation of GELU, "geglu", without."""
+    mlp_bias: bool | None = None
+    """Whether the MLPs' maps have biases; None for as their kind has them."""
     positions: NonNegativeInt = 0
     """Number of learned position embeddings; 0 for none. A longer context is an error."""
     norm: Literal["layer", "rms"] = "layer"
     """Norm before each mixer and MLP and before the head: "layer" with weight and bias, "rms" with weight."""
     eps: NonNegativeFloat = 1e-5
     """Epsilon of these norms."""
+    embed_scale: PositiveFloat = 1.0
+    """What embeddings of tokens are multiplied by."""
+    soft_cap: NonNegativeFloat = 0.0
+    """Bound c of the logits, c tanh(logits / c); 0 for none."""
     tied: bool = True
     """Whether the head is the embedding; otherwise it has weights of its own, of the same shape."""
 
@@ -123,18 +130,22 @@ def repeatable(device: torch.device) -> Iterator[None]:
 
 
 class MLP(nn.Module):
-    """GELU MLP with biases, or SwiGLU without: fc2(a * silu(g)) with [a | g] = fc1(x)."""
+    """fc2(gelu(fc1(x))), or gated: fc2(a * silu(g)) or fc2(a * gelu(g)), with [a | g] = fc1(x)."""
 
-    def __init__(self, width: int, inner: int, kind: str) -> None:
+    def __init__(self, width: int, inner: int, kind: str, bias: bool | None = None) -> None:
         super().__init__()
-        self.gated = kind == "swiglu"
-        self.fc1 = Linear(width, 2 * inner if self.gated else inner, bias=not self.gated)
-        self.fc2 = Linear(inner, width, bias=not self.gated)
+        self.kind, gated = kind, kind in ("swiglu", "geglu")
+        bias = not gated if bias is None else bias
+        self.fc1 = Linear(width, 2 * inner if gated else inner, bias=bias)
+        self.fc2 = Linear(inner, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.gated:
-            return self.fc2(linear(x, self.fc1.weight, gated=True))
-        return self.fc2(F.gelu(self.fc1(x)))
+        if self.kind == "swiglu":
+            return self.fc2(linear(x, self.fc1.weight, self.fc1.bias, gated=True))
+        if self.kind == "geglu":
+            a, gate = self.fc1(x).chunk(2, dim=-1)
+            return self.fc2(a * F.gelu(gate, approximate="tanh"))
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh" if self.kind == "gelu_tanh" else "none"))
 
 
 class Sum(NamedTuple):
@@ -202,7 +213,7 @@ class Block(nn.Module):
         self.norm = norm(config.width, eps=config.eps)
         self.mixer: Mixer = layer.build()
         self.mlp_norm = norm(config.width, eps=config.eps) if config.mlp else None
-        self.mlp = MLP(config.width, config.mlp, config.mlp_kind) if config.mlp else None
+        self.mlp = MLP(config.width, config.mlp, config.mlp_kind, config.mlp_bias) if config.mlp else None
 
     def forward(
         self,
@@ -325,11 +336,11 @@ class Model(nn.Module):
         head_VD = self.head_weight
         narrow = self.block_dtype
         if head_VD.device.type != "cuda" or narrow.itemsize != 2 or torch.is_grad_enabled():
-            return h.to(head_VD.dtype) @ head_VD.T
+            return capped(h.to(head_VD.dtype) @ head_VD.T, self.config.soft_cap)
         h_ND = h.to(narrow).view(-1, h.shape[-1])
         narrow_VD = self._narrow.of(head_VD, lambda head: head.to(narrow))
         wide_NV = torch.mm(h_ND, narrow_VD.T, out_dtype=head_VD.dtype)
-        return wide_NV.view(*h.shape[:-1], len(head_VD))
+        return capped(wide_NV, self.config.soft_cap).view(*h.shape[:-1], len(head_VD))
 
     def hidden(
         self,
@@ -356,6 +367,8 @@ class Model(nn.Module):
         """
         self._check_states(tokens_BT, states)
         embedded_BTD = self.embed(tokens_BT)
+        if self.config.embed_scale != 1:
+            embedded_BTD = embedded_BTD * self.config.embed_scale
         after: list[State] = []
         position: State | None = None
         if self.position_embed is not None:
@@ -526,12 +539,23 @@ class Model(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
 
-def head_loss(h_ND: Tensor, head_VD: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
+def capped(logits: Tensor, soft_cap: float) -> Tensor:
+    """c tanh(logits / c); as they are for c = 0."""
+    return (logits / soft_cap).tanh() * soft_cap if soft_cap else logits
+
+
+def head_loss(
+    h_ND: Tensor, head_VD: Tensor, target_N: Tensor, soft_cap: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """The mean cross-entropy, in nats, and which predictions are right; by the kernel where there is one.
 
-    The logits are never all in memory. `h` may be in bf16 beside a head in fp32: the kernel then reads the
-    head in bf16, plain PyTorch reads both in fp32, and the gradients come in the dtype of each.
+    The logits are never all in memory, unless they are capped. `h` may be in bf16 beside a head in fp32: the
+    kernel then reads the head in bf16, plain PyTorch reads both in fp32, and the gradients come in the dtype
+    of each.
     """
+    if soft_cap:
+        logits_NV = capped(h_ND.to(head_VD.dtype) @ head_VD.T, soft_cap)
+        return F.cross_entropy(logits_NV, target_N), logits_NV.argmax(-1) == target_N
     if not has_kernel(h_ND):
         return linear_cross_entropy(h_ND.to(head_VD.dtype), head_VD, target_N)
     with torch.autocast(h_ND.device.type, h_ND.dtype, enabled=h_ND.dtype != head_VD.dtype):

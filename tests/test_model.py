@@ -1,11 +1,14 @@
 """The backbone: logits where they are asked for, states that continue, what is counted."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from holdall.analysis.recall import predict
 from holdall.contract import (
     StateError,
     bytes_per_row,
@@ -23,8 +26,11 @@ from holdall.mixers.mamba import MambaConfig
 from holdall.mixers.repeat_attention import RepeatAttentionConfig
 from holdall.mixers.sliding_window import SlidingWindowConfig
 from holdall.mixers.taylor import TaylorConfig
-from holdall.model import Model, ModelConfig
+from holdall.model import MLP, Model, ModelConfig, head_loss
 from holdall.recipes.patterns import based
+from holdall.tasks.data import Questions
+from holdall.training import stacked
+from holdall.training.devices import LanguageModelLoss
 
 pytestmark = pytest.mark.quick
 
@@ -41,7 +47,7 @@ def tokens(rows: int = 2, length: int = 30) -> torch.Tensor:
     return torch.randint(40, (rows, length), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("kind", ["gelu", "swiglu"])
+@pytest.mark.parametrize("kind", ["gelu", "swiglu", "geglu"])
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 @pytest.mark.parametrize("positions", [0, 64])
 @pytest.mark.parametrize("tied", [True, False])
@@ -232,6 +238,73 @@ def test_a_head_of_its_own_is_counted_and_initialised() -> None:
     assert model.head is not None
     assert model.head.weight.detach().std().item() == pytest.approx(0.02, rel=0.05)
     assert not torch.equal(model.head.weight, model.embed.weight)
+
+
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
+
+
+@pytest.mark.parametrize("bias", [None, False, True])
+@pytest.mark.parametrize("kind", ["gelu", "gelu_tanh", "swiglu", "geglu"])
+@torch.no_grad()
+def test_kinds_of_mlp_are_their_equations(kind: str, bias: bool | None) -> None:
+    torch.manual_seed(0)
+    mlp = MLP(6, 5, kind, bias).double()
+    for parameter in mlp.parameters():
+        parameter.copy_(torch.randn(parameter.shape))
+    there = {name for name, _ in mlp.named_parameters() if name.endswith("bias")}
+    has_bias = kind.startswith("gelu") if bias is None else bias
+    assert there == ({"fc1.bias", "fc2.bias"} if has_bias else set())
+    x = torch.randn(3, 6, dtype=torch.float64)
+    h = x @ mlp.fc1.weight.T + (mlp.fc1.bias if has_bias else 0)
+    if kind == "swiglu":
+        h = h[:, :5] * h[:, 5:] * torch.sigmoid(h[:, 5:])
+    elif kind == "geglu":
+        h = h[:, :5] * gelu_tanh(h[:, 5:])
+    else:
+        h = gelu_tanh(h) if kind == "gelu_tanh" else h * 0.5 * (1 + torch.erf(h / math.sqrt(2)))
+    want = h @ mlp.fc2.weight.T + (mlp.fc2.bias if has_bias else 0)
+    torch.testing.assert_close(mlp(x), want, rtol=0, atol=1e-13)
+
+
+@torch.no_grad()
+def test_embeddings_are_scaled_and_the_head_is_not() -> None:
+    plain, scaled = build(UNTIED), build(dataclasses.replace(UNTIED, embed_scale=3.0))
+    plain.embed.weight.mul_(3)
+    torch.testing.assert_close(scaled(tokens())[0], plain(tokens())[0], rtol=0, atol=1e-12)
+    tied = build(dataclasses.replace(CONFIG, embed_scale=3.0))
+    h_BTD, _ = tied.hidden(tokens())
+    torch.testing.assert_close(tied.logits(h_BTD), h_BTD @ tied.embed.weight.T)
+
+
+def test_logits_are_capped_in_generation_and_in_the_loss() -> None:
+    config = dataclasses.replace(CONFIG, soft_cap=0.1)
+    plain, model = build(), build(config)
+    logits, _ = plain(tokens())
+    capped, _ = model(tokens())
+    torch.testing.assert_close(capped, 0.1 * (logits / 0.1).tanh())
+    assert capped.abs().max() < 0.1 < logits.abs().max()
+    h_ND, target_N = model.hidden(tokens())[0].flatten(0, 1), tokens().flatten()
+    loss, right_N = head_loss(h_ND, model.head_weight, target_N, 0.1)
+    torch.testing.assert_close(loss, F.cross_entropy(capped.flatten(0, 1), target_N))
+    assert torch.equal(right_N, capped.flatten(0, 1).argmax(-1) == target_N)
+    (grad,) = torch.autograd.grad(loss, [model.embed.weight])
+    assert grad.any()
+
+
+def test_losses_and_measures_are_of_capped_logits() -> None:
+    model, tokens_BT = build(dataclasses.replace(CONFIG, soft_cap=0.1)), tokens()
+    next_BT, logits_BTV = tokens_BT[:, 1:], model(tokens_BT[:, :-1])[0]
+    log_prob_BTV = logits_BTV.log_softmax(-1)
+    want = F.nll_loss(log_prob_BTV.flatten(0, 1), next_BT.flatten())
+    torch.testing.assert_close(LanguageModelLoss(model, None, False)(tokens_BT), want)
+    at_BQ = torch.arange(29).expand(2, -1)
+    questions = Questions(tokens_BT[:, :-1], at_BQ, next_BT)
+    weights = dict(model.named_parameters())
+    torch.testing.assert_close(stacked.loss(model, weights, questions, "fp32"), want)
+    said = predict(model.float(), tokens_BT.numpy())
+    true_BT = log_prob_BTV.gather(-1, next_BT[..., None])[..., 0]
+    torch.testing.assert_close(torch.from_numpy(said.log_prob), true_BT.float(), rtol=0, atol=1e-5)
 
 
 def test_a_config_from_before_heads_could_be_untied_is_of_a_tied_one() -> None:

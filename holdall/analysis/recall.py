@@ -45,7 +45,7 @@ import torch
 
 from holdall import files
 from holdall.files import RunError
-from holdall.model import Model, ModelConfig
+from holdall.model import Model, ModelConfig, capped
 
 THRESHOLD = 1250
 """Zoology's: a bigram that is more frequent in the training text counts as memorised."""
@@ -207,7 +207,7 @@ def predict(model: Model, windows_WX: np.ndarray) -> Predictions:
         h_BND, _ = model.hidden(batch_BX[:, :-1], want_states=False)
         h_ND, target_N = h_BND.flatten(0, 1), batch_BX[:, 1:].flatten()
         for h_CD, target_C in zip(h_ND.split(block), target_N.split(block), strict=True):
-            logit_CV = h_CD.float() @ head_VD.T
+            logit_CV = capped(h_CD.float() @ head_VD.T, model.config.soft_cap)
             norm_C1 = logit_CV.logsumexp(-1, keepdim=True)
             true_C1 = logit_CV.gather(1, target_C[:, None])
             top = logit_CV.topk(min(TOP, len(head_VD)), dim=-1)

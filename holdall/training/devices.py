@@ -105,7 +105,8 @@ class LanguageModelLoss(nn.Module):
     def forward(self, rows_BN: Tensor) -> Tensor:
         h_BTD, _ = self.model.hidden(rows_BN[:, :-1], want_states=False, run=self._run)
         h_BTD = h_BTD if self.dtype is None else h_BTD.to(self.dtype)
-        mean, _ = head_loss(h_BTD.flatten(0, 1), self.model.head_weight, rows_BN[:, 1:].flatten())
+        head_VD, soft_cap = self.model.head_weight, self.model.config.soft_cap
+        mean, _ = head_loss(h_BTD.flatten(0, 1), head_VD, rows_BN[:, 1:].flatten(), soft_cap)
         return mean
 
     def _run(self, block: nn.Module, r: Tensor, state: None, **options: Any) -> tuple[Tensor, State | None]:

@@ -201,8 +201,9 @@ def loss(model: Model, weights: Mapping[str, Tensor], batch: Questions, precisio
     `weights`, and buffers among them, stand in for the model's own, also where they are the same: one code
     path for one and for many.
     """
-    h_BQD = _hidden(model, weights, batch, precision)
-    mean, _ = head_loss(h_BQD.flatten(0, 1), weights[model.head_name], batch.answer_BQ.flatten())
+    h_BQD, head_VD = _hidden(model, weights, batch, precision), weights[model.head_name]
+    answer_N, soft_cap = batch.answer_BQ.flatten(), model.config.soft_cap
+    mean, _ = head_loss(h_BQD.flatten(0, 1), head_VD, answer_N, soft_cap)
     return mean
 
 
