@@ -30,7 +30,14 @@ from holdall.text.tokenizers import Tokenizer
 
 Family = Callable[[Fields, Weights], tuple[ModelConfig, dict[str, Tensor]]]
 
-FAMILIES: dict[str, str] = {}
+FAMILIES: dict[str, str] = {
+    "gemma": "llama.gemma",
+    "llama": "llama.llama",
+    "mistral": "llama.mistral",
+    "qwen2": "llama.qwen2",
+    "qwen3": "llama.qwen3",
+    "smollm3": "llama.smollm3",
+}
 """The function that reads a kind of model, as "file.function" in this room, by the `model_type` of
 config.json."""
 
@@ -84,7 +91,11 @@ def read(
 ) -> tuple[ModelConfig, dict[str, Tensor]]:
     """The config and the weights of a model, by Holdall's names; what it has was all taken, or is refused."""
     fields = Fields(config_json, where)
-    config, tensors = family_of(config_json, where)(fields, weights)
+    family = family_of(config_json, where)
+    try:
+        config, tensors = family(fields, weights)
+    except (TypeError, ValueError) as error:  # fields of the wrong kind, or that a config refuses together
+        raise ForeignError(f"{where} cannot be represented: {error}") from error
     fields.finish()
     weights.finish()
     return config, tensors

@@ -29,6 +29,8 @@ HARMLESS = {
     "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "use_cache", "return_dict",
     "output_attentions", "output_hidden_states", "task_specific_params", "is_encoder_decoder",
     "pretraining_tp",
+    # of classifiers, and how a product is cut to save memory
+    "id2label", "label2id", "problem_type", "chunk_size_feed_forward",
     # training only
     "initializer_range", "gradient_checkpointing",
 }  # fmt: skip
