@@ -32,6 +32,7 @@ Family = Callable[[Fields, Weights], tuple[ModelConfig, dict[str, Tensor]]]
 
 FAMILIES: dict[str, str] = {
     "gemma": "llama.gemma",
+    "gpt2": "gpt2.gpt2",
     "llama": "llama.llama",
     "mistral": "llama.mistral",
     "qwen2": "llama.qwen2",
