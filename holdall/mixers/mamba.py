@@ -10,6 +10,8 @@ learned rates; D a skip; W_in, W_x, W_dt, W_out learned maps; b a bias; shortcon
 taps.
 
 Gu, Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023, arXiv 2312.00752.
+With `inner_norm`, Falcon Mamba's, dt, B and C are each divided by their root mean square before they are used
+(Zuo et al., "Falcon Mamba: The First Competitive Attention-free 7B Language Model", 2024, arXiv 2410.05355).
 Weights have the names and shapes of mamba_ssm's module (conv1d.weight without its middle dimension).
 Deviations:
 - the convolution's state has the 3 inputs that are needed, the official one 4;
@@ -32,7 +34,7 @@ from holdall.ops.diagonal_scan import CHUNK
 from holdall.ops.kept import Kept
 from holdall.ops.linear import Linear, linear
 from holdall.ops.selective_scan import selective_scan
-from holdall.settings import NonNegativeInt, PositiveInt, Range
+from holdall.settings import NonNegativeFloat, NonNegativeInt, PositiveInt, Range
 
 
 class MambaState(NamedTuple):
@@ -67,13 +69,23 @@ class MambaConfig(MixerConfig):
     """Taps of the short convolution, W."""
     dt_rank: NonNegativeInt = 0
     """Rank of the projection to the step sizes; 0 for width / 16, rounded up."""
+    bias: bool = False
+    """Whether the first and the last projection have biases."""
+    inner_norm: bool = False
+    """Whether dt, B and C each pass an RMS norm without weights, as in Falcon Mamba."""
+    eps: NonNegativeFloat = 1e-6
+    """Epsilon of these norms."""
     chunk: PositiveInt = CHUNK
     """Tokens per chunk of the scan in plain PyTorch: chunks run in parallel, the tokens of a chunk one after
     another.
     """
 
     forms = ("loop", "parallel", "kernel")
-    variants = ({}, {"state": 4, "expand": 1, "dt_rank": 3, "chunk": 16})
+    variants = (
+        {},
+        {"state": 4, "expand": 1, "dt_rank": 3, "chunk": 16},
+        {"state": 4, "dt_rank": 3, "bias": True, "inner_norm": True, "eps": 1e-3, "chunk": 16},
+    )
 
     @property
     def rank(self) -> int:
@@ -94,7 +106,7 @@ class Mamba(Mixer):
     def __init__(self, config: MambaConfig) -> None:
         super().__init__(config)
         inner, bound = config.expand * config.width, config.kernel**-0.5
-        self.in_proj = Linear(config.width, 2 * inner, bias=False)
+        self.in_proj = Linear(config.width, 2 * inner, bias=config.bias)
         self.conv_weight_EW = nn.Parameter(torch.empty(inner, config.kernel).uniform_(-bound, bound))
         self.conv_bias_E = nn.Parameter(torch.empty(inner).uniform_(-bound, bound))
         self.x_proj = nn.Linear(inner, config.rank + 2 * config.state, bias=False)
@@ -102,7 +114,7 @@ class Mamba(Mixer):
         self.A_log = nn.Parameter(torch.arange(1.0, config.state + 1).log().repeat(inner, 1))
         self.decays = Kept()
         self.D = nn.Parameter(torch.ones(inner))
-        self.out_proj = Linear(inner, config.width, bias=False)
+        self.out_proj = Linear(inner, config.width, bias=config.bias)
         with torch.no_grad():
             self.dt_proj.weight.uniform_(-(config.rank**-0.5), config.rank**-0.5)
             self.dt_proj.bias.copy_(hippo.step_size_bias(inner))
@@ -122,8 +134,13 @@ class Mamba(Mixer):
             x_BTE, self.conv_weight_EW, self.conv_bias_E, state.conv_BPE, silu=True,
             inplace=inplace, form=self.form,
         )  # fmt: skip
-        down_FE, up_ER, sizes = self._narrow_projections(fill=self.form == "kernel" and x_BTD.shape[1] > 1)
+        # a norm counts the zeros of a filled projection too
+        fill = self.form == "kernel" and x_BTD.shape[1] > 1 and not self.config.inner_norm
+        down_FE, up_ER, sizes = self._narrow_projections(fill=fill)
         dt_BTR, b_BTN, c_BTN, _ = linear(x_BTE, down_FE).split(sizes, dim=-1)
+        if self.config.inner_norm:
+            eps = self.config.eps
+            dt_BTR, b_BTN, c_BTN = (F.rms_norm(u, u.shape[-1:], eps=eps) for u in (dt_BTR, b_BTN, c_BTN))
         dtype = recurrent_dtype(x_BTD.dtype)
         # softplus of which gives the step sizes: they decide what is forgotten over thousands of tokens, and
         # so are not in bf16

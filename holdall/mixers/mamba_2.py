@@ -70,6 +70,8 @@ class Mamba2Config(MixerConfig):
     """Sets of B and C, g, each shared by heads / g heads."""
     kernel: Annotated[int, Range(least=2)] = 4
     """Taps of the short convolution, W."""
+    bias: bool = False
+    """Whether the first and the last projection have biases."""
     eps: NonNegativeFloat = 1e-5
     """Epsilon of the RMS norm of the output."""
     chunk: PositiveInt = 128
@@ -83,7 +85,7 @@ class Mamba2Config(MixerConfig):
     variants = (
         {"state": 8, "head_dim": 8, "groups": 2, "chunk": 16},
         {"state": 4, "head_dim": 8, "groups": 2, "kernel": 3, "chunk": 16, "replay": 2},
-        {"state": 4, "expand": 1, "head_dim": 8},
+        {"state": 4, "expand": 1, "head_dim": 8, "bias": True},
     )
 
     def validate(self) -> None:
@@ -130,14 +132,14 @@ class Mamba2(Mixer):
         self.state_type = ConvReplayState if config.replay else Mamba2State  # type: ignore[misc]
         self.rollback_limit = config.replay
         inner, heads, channels, bound = config.inner, config.heads, config.conv_channels, config.kernel**-0.5
-        self.in_proj = nn.Linear(config.width, inner + channels + heads, bias=False)
+        self.in_proj = nn.Linear(config.width, inner + channels + heads, bias=config.bias)
         self.conv_weight_EW = nn.Parameter(torch.empty(channels, config.kernel).uniform_(-bound, bound))
         self.conv_bias_E = nn.Parameter(torch.empty(channels).uniform_(-bound, bound))
         self.dt_bias = nn.Parameter(hippo.step_size_bias(heads))
         self.A_log = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
         self.D = nn.Parameter(torch.ones(heads))
         self.norm_weight_E = nn.Parameter(torch.ones(inner))
-        self.out_proj = nn.Linear(inner, config.width, bias=False)
+        self.out_proj = nn.Linear(inner, config.width, bias=config.bias)
 
     def forward(
         self,
@@ -147,7 +149,7 @@ class Mamba2(Mixer):
         inplace: bool = False,
         want_state: bool = True,
     ) -> tuple[Tensor, State | None]:
-        config, weight_FD = self.config, self.in_proj.weight
+        config, weight_FD, bias_F = self.config, self.in_proj.weight, self.in_proj.bias
         sizes = mamba_2.Sizes(config.heads, config.inner // config.heads, config.groups, config.state)
         parameters = (
             self.conv_weight_EW, self.conv_bias_E, self.dt_bias, self.A_log, self.D, self.norm_weight_E
@@ -165,9 +167,11 @@ class Mamba2(Mixer):
             conv_BPE = x_BTD.new_zeros(len(x_BTD), config.kernel - 1, config.conv_channels)
         if self.form == "kernel" and x_BTD.shape[1] > 1:
             # filled up to where a GPU's matrix products are fast, which one token's are not
-            weight_FD = F.pad(weight_FD, (0, 0, 0, -weight_FD.shape[0] % 16))
+            more = -weight_FD.shape[0] % 16
+            weight_FD = F.pad(weight_FD, (0, 0, 0, more))
+            bias_F = None if bias_F is None else F.pad(bias_F, (0, more))
         y_BTE, conv_BPE, s_BHNV = mamba_2.mamba_2(
-            F.linear(x_BTD, weight_FD), *parameters, conv_BPE, None if state is None else state.s_BHNV,
+            F.linear(x_BTD, weight_FD, bias_F), *parameters, conv_BPE, None if state is None else state.s_BHNV,
             sizes, config.eps, chunk=config.chunk, inplace=inplace, want_state=want_state, form=self.form,
         )  # fmt: skip
         after = None if s_BHNV is None or not want_state else Mamba2State(conv_BPE, s_BHNV)
