@@ -49,8 +49,14 @@ def is_foreign(folder: Path) -> bool:
     path = folder / CONFIG
     if not path.is_file():
         return False
-    config_json = files.read_json(path)
+    config_json = read_config(path)
     return "model" not in config_json and isinstance(config_json.get("model_type"), str)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """What a config.json holds. It may say Infinity, which is Python's JSON: `transformers` wrote it up to its
+    version 4, as a limit of Mamba-2's step sizes. Raises RunError."""
+    return files.parse_json(files.read_bytes(path), path, constants=True)
 
 
 def load(
@@ -71,7 +77,7 @@ def load(
     Raises ForeignError, naming the field or weight that cannot be represented, and RunError.
     """
     folder = Path(path)
-    config_json = files.read_json(folder / CONFIG)
+    config_json = read_config(folder / CONFIG)
     with weights_in(folder) as weights:
         config, tensors = read(config_json, weights, str(folder / CONFIG))
         model = built(config, tensors, str(folder))

@@ -156,6 +156,22 @@ class Weights:
             raise ForeignError(f"{self.where} has weights that this kind of model does not have: {named}")
 
 
+def head_of(weights: Weights, name: str, embed_VD: Tensor, *, tied: bool) -> Tensor | None:
+    """The head's own weight, taken; None where it is the embedding.
+
+    A file may hold the head of a tied model a second time. If that is another tensor, one version of the
+    `transformers` library reads a tied model there and the next an untied one: it is refused.
+    """
+    if not tied:
+        return weights.take(name)
+    if name in weights and not torch.equal(weights.take(name), embed_VD):
+        raise ForeignError(
+            f"{weights.where}: tie_word_embeddings says that the head is the embedding, but {name} is another "
+            "tensor: say false there if it is the head, or leave it out"
+        )
+    return None
+
+
 @contextlib.contextmanager
 def weights_in(folder: Path) -> Iterator[Weights]:
     """The weights of a folder as the `transformers` library writes it: safetensors, whole or in parts, or

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from holdall.adapters import foreign
-from holdall.adapters.reading import Fields, ForeignError, Weights, weights_in
+from holdall.adapters.reading import Fields, ForeignError, Weights, head_of, weights_in
 from holdall.files import RunError, write_json
 
 
@@ -50,6 +50,19 @@ def test_weights_are_taken_once_and_those_left_are_refused() -> None:
     weights.finish()
 
 
+def test_a_tied_head_may_be_there_twice_but_not_be_another() -> None:
+    embed, other = torch.ones(3, 2), torch.zeros(3, 2)
+    for there in ({}, {"head": embed.clone()}):
+        weights = Weights(there, "model.bin")
+        assert head_of(weights, "head", embed, tied=True) is None
+        weights.finish()
+    assert head_of(Weights({"head": other}, "model.bin"), "head", embed, tied=False) is other
+    with pytest.raises(ForeignError, match="tie_word_embeddings .* head is another"):
+        head_of(Weights({"head": other}, "model.bin"), "head", embed, tied=True)
+    with pytest.raises(ForeignError, match="no weight 'head'"):
+        head_of(Weights({}, "model.bin"), "head", embed, tied=False)
+
+
 def test_parts_are_read_by_their_index(tmp_path: Path) -> None:
     save_file({"a": torch.ones(2)}, tmp_path / "one.safetensors")
     save_file({"b": torch.zeros(3)}, tmp_path / "two.safetensors")
@@ -85,3 +98,13 @@ def test_a_kind_that_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
     assert foreign.is_foreign(tmp_path)
     with pytest.raises(ForeignError, match="model_type = 'bert'"):
         foreign.load(tmp_path)
+
+
+def test_a_config_may_say_infinity(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"model_type": "mamba2", "time_step_limit": [0.0, Infinity]}')
+    assert foreign.is_foreign(tmp_path)
+    assert foreign.read_config(path)["time_step_limit"] == [0.0, float("inf")]
+    path.write_text("[]")
+    with pytest.raises(RunError, match="does not hold a JSON object"):
+        foreign.read_config(path)
