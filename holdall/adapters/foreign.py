@@ -38,6 +38,9 @@ FAMILIES: dict[str, str] = {
     "qwen2": "llama.qwen2",
     "qwen3": "llama.qwen3",
     "smollm3": "llama.smollm3",
+    "falcon_mamba": "mamba.falcon_mamba",
+    "mamba": "mamba.mamba",
+    "mamba2": "mamba.mamba2",
 }
 """The function that reads a kind of model, as "file.function" in this room, by the `model_type` of
 config.json."""
@@ -54,8 +57,11 @@ def is_foreign(folder: Path) -> bool:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """What a config.json holds. It may say Infinity, which is Python's JSON: `transformers` wrote it up to its
-    version 4, as a limit of Mamba-2's step sizes. Raises RunError."""
+    """What a config.json holds. Raises RunError.
+
+    It may say Infinity, which is Python's JSON: `transformers` wrote it up to its version 4, as a limit of
+    Mamba-2's step sizes.
+    """
     return files.parse_json(files.read_bytes(path), path, constants=True)
 
 

@@ -166,8 +166,8 @@ def head_of(weights: Weights, name: str, embed_VD: Tensor, *, tied: bool) -> Ten
         return weights.take(name)
     if name in weights and not torch.equal(weights.take(name), embed_VD):
         raise ForeignError(
-            f"{weights.where}: tie_word_embeddings says that the head is the embedding, but {name} is another "
-            "tensor: say false there if it is the head, or leave it out"
+            f"{weights.where}: tie_word_embeddings says that the head is the embedding, but {name} is "
+            "another tensor: say false there if it is the head, or leave it out"
         )
     return None
 

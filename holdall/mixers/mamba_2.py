@@ -149,7 +149,9 @@ class Mamba2(Mixer):
         inplace: bool = False,
         want_state: bool = True,
     ) -> tuple[Tensor, State | None]:
-        config, weight_FD, bias_F = self.config, self.in_proj.weight, self.in_proj.bias
+        config = self.config
+        weight_FD: Tensor = self.in_proj.weight
+        bias_F: Tensor | None = self.in_proj.bias
         sizes = mamba_2.Sizes(config.heads, config.inner // config.heads, config.groups, config.state)
         parameters = (
             self.conv_weight_EW, self.conv_bias_E, self.dt_bias, self.A_log, self.D, self.norm_weight_E
@@ -171,8 +173,9 @@ class Mamba2(Mixer):
             weight_FD = F.pad(weight_FD, (0, 0, 0, more))
             bias_F = None if bias_F is None else F.pad(bias_F, (0, more))
         y_BTE, conv_BPE, s_BHNV = mamba_2.mamba_2(
-            F.linear(x_BTD, weight_FD, bias_F), *parameters, conv_BPE, None if state is None else state.s_BHNV,
-            sizes, config.eps, chunk=config.chunk, inplace=inplace, want_state=want_state, form=self.form,
+            F.linear(x_BTD, weight_FD, bias_F), *parameters, conv_BPE,
+            None if state is None else state.s_BHNV, sizes, config.eps,
+            chunk=config.chunk, inplace=inplace, want_state=want_state, form=self.form,
         )  # fmt: skip
         after = None if s_BHNV is None or not want_state else Mamba2State(conv_BPE, s_BHNV)
         return self.out_proj(y_BTE), after

@@ -57,7 +57,7 @@ def test_a_tied_head_may_be_there_twice_but_not_be_another() -> None:
         assert head_of(weights, "head", embed, tied=True) is None
         weights.finish()
     assert head_of(Weights({"head": other}, "model.bin"), "head", embed, tied=False) is other
-    with pytest.raises(ForeignError, match="tie_word_embeddings .* head is another"):
+    with pytest.raises(ForeignError, match=r"tie_word_embeddings .* head is another"):
         head_of(Weights({"head": other}, "model.bin"), "head", embed, tied=True)
     with pytest.raises(ForeignError, match="no weight 'head'"):
         head_of(Weights({}, "model.bin"), "head", embed, tied=False)
