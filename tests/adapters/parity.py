@@ -40,13 +40,18 @@ def _doubled(value: Any) -> Any:
     return value
 
 
-def converted(original: nn.Module, folder: Path) -> Model:
-    """What Holdall reads of the folder that the original writes."""
+def converted(original: nn.Module, folder: Path, dtype: torch.dtype = SINGLE) -> Model:
+    """What Holdall reads of the folder that the original writes, with weights of this dtype.
+
+    What a family computes from fp64 weights stays in fp64: 1 + w is another number in fp32.
+    """
     original.save_pretrained(folder)  # type: ignore[operator]
     with weights_in(folder) as weights:
         where = folder / "config.json"
         config, tensors = foreign.read(files.read_json(where), weights, str(where))
-        return foreign.built(config, tensors, str(folder)).eval()
+        model = foreign.built(config, tensors, str(folder)).to(dtype).eval()
+        model.load_state_dict(tensors)
+        return model
 
 
 def whole(model: Model, tokens_BT: Tensor) -> Tensor:
@@ -93,14 +98,13 @@ def check(original: Any, folder: Path, *, length: int = 23, vocab: int | None = 
         assert torch.equal(next_B1[:, 0], text[:, at]), f"the greedy token {at - length} is another one"
         logits_BTV, states = model(next_B1, states)
 
-    single = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    model.double()
     with InDouble():  # made anew, since frequencies of rotary positions are computed when it is made
         exact = type(original)(original.config).double().eval()
         exact.load_state_dict(original.state_dict())
         want_BTV = exact(tokens_BT, use_cache=False).logits
     assert want_BTV.dtype == DOUBLE
+    wide = converted(exact, folder / "fp64", DOUBLE)
+    assert wide.config == model.config
     for name, sizes in ways.items():
-        near(f"{name} in fp64", in_pieces(model, tokens_BT, sizes), want_BTV, 1e-10)
-    model.float().load_state_dict(single)
+        near(f"{name} in fp64", in_pieces(wide, tokens_BT, sizes), want_BTV, 1e-10)
     return model
