@@ -1,4 +1,4 @@
-"""RWKV-4: the published initialisation, its token shift, and that it learns from silence.
+"""RWKV-4 and its channel mixing: the published initialisation, token shift, learning from silence.
 
 Letters: B row, T time, D width.
 """
@@ -10,6 +10,7 @@ import torch
 
 import holdall
 from holdall.mixers.rwkv_4 import RWKV4Config
+from holdall.mixers.rwkv_channel_mix import RWKVChannelMixConfig
 from holdall.model import ModelConfig
 from holdall.testing import laws
 
@@ -84,12 +85,30 @@ def test_configs_that_do_not_fit_are_refused() -> None:
         RWKV4Config(chunk=0)
 
 
-@pytest.mark.parametrize("name", ["rwkv-4", "rwkv-5", "rwkv-7"])
-def test_at_the_start_a_mixer_is_silent_and_its_last_matrix_alone_has_a_gradient(name: str) -> None:
+def test_channel_mixing_starts_from_the_published_numbers() -> None:
+    """In the third of four layers: 1 - 2/4 of the way is left; and four times as wide, a gain of sqrt(4)."""
+    mixer = RWKVChannelMixConfig(width=WIDTH, layer=2, layers=4).build()
+    start_D = torch.tensor([i / WIDTH for i in range(WIDTH)]) ** 0.5
+    torch.testing.assert_close(mixer.time_mix_ZD.detach(), torch.stack((start_D, start_D)))
+    w = mixer.key.weight.detach()
+    torch.testing.assert_close(w.T @ w, 4 * torch.eye(WIDTH), atol=1e-5, rtol=0)
+    assert not mixer.value.weight.any()
+    assert not mixer.receptance.weight.any()
+    with pytest.raises(ValueError, match="layer 2 is none of 2"):
+        RWKVChannelMixConfig(layer=2, layers=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "last"),
+    [("rwkv-4", "out_proj"), ("rwkv-5", "out_proj"), ("rwkv-7", "out_proj"), ("rwkv-channel-mix", "value")],
+)
+def test_at_the_start_a_mixer_is_silent_and_its_last_matrix_alone_has_a_gradient(
+    name: str, last: str
+) -> None:
     torch.manual_seed(0)
     mixer = holdall.build(name, width=WIDTH)
     y_BTD, _ = mixer(laws.tokens(mixer, 5))
     assert not y_BTD.any()
     y_BTD.sum().backward()
     moved = {n for n, p in mixer.named_parameters() if p.grad is not None and p.grad.any()}
-    assert moved == {"out_proj.weight"}
+    assert moved == {f"{last}.weight"}

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from holdall.mixers.rwkv_4 import RWKV4Config
 from holdall.mixers.rwkv_5 import RWKV5Config
+from holdall.mixers.rwkv_channel_mix import RWKVChannelMixConfig
 from holdall.testing import laws
 
 WIDTH, LENGTH, MORE = 16, 40, 5
@@ -63,6 +64,33 @@ def test_rwkv_4_is_transformers(form: str) -> None:
         ("log weight", state.l_BD, o_BD + q_BD.log()),
     ):
         laws.assert_close(name, got, right, 2e-6 * laws.size(right))
+
+
+@pytest.mark.claim("mixers/rwkv_channel_mix.py", "Weights", "Deviations: none")
+@pytest.mark.parametrize("form", ["loop", "parallel"])
+@torch.no_grad()
+def test_channel_mixing_is_transformers(form: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pytest.importorskip("transformers", reason="transformers is not installed")
+        from transformers.models.rwkv.modeling_rwkv import RwkvConfig, RwkvFeedForward
+
+        config = RwkvConfig(hidden_size=WIDTH, num_hidden_layers=2, intermediate_size=24)
+        theirs = RwkvFeedForward(config, layer_id=1).eval()
+    for i, parameter in enumerate(theirs.parameters()):
+        parameter.copy_(0.5 * laws.draw(*parameter.shape, dtype=torch.float64, seed=i))
+    mixer = RWKVChannelMixConfig(width=WIDTH, hidden=24, form=form).build().eval()
+    weights = {f"{name}.weight": getattr(theirs, name).weight for name in ("key", "value", "receptance")}
+    mixes = torch.cat((theirs.time_mix_key, theirs.time_mix_receptance))[:, 0]
+    mixer.load_state_dict(weights | {"time_mix_ZD": mixes})
+    x_BTD = laws.draw(2, LENGTH + MORE, WIDTH, dtype=torch.float32)
+    memory, want = [torch.zeros(2, WIDTH, 2)], []
+    for piece in x_BTD.split([LENGTH, MORE], dim=1):
+        y_BTD, memory = theirs(piece, state=memory)
+        want.append(y_BTD)
+    y_BTD, state = mixer(x_BTD)
+    laws.assert_close("output", y_BTD, torch.cat(want, dim=1), 2e-6 * laws.size(y_BTD))
+    laws.assert_close("last token", state.last_BD, memory[0][:, :, 1])
 
 
 @pytest.fixture(scope="module")
