@@ -41,6 +41,7 @@ FAMILIES: dict[str, str] = {
     "falcon_mamba": "mamba.falcon_mamba",
     "mamba": "mamba.mamba",
     "mamba2": "mamba.mamba2",
+    "rwkv": "rwkv.rwkv",
 }
 """The function that reads a kind of model, as "file.function" in this room, by the `model_type` of
 config.json."""
