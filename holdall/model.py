@@ -42,7 +42,7 @@ from holdall.contract import (
 from holdall.contract.rollback import counts_of, without_last
 from holdall.contract.room import advanced, beyond, check_room
 from holdall.kernels import fold, unfold
-from holdall.ops.cross_entropy import linear_cross_entropy
+from holdall.ops.cross_entropy import capped, linear_cross_entropy
 from holdall.ops.kept import Kept
 from holdall.ops.layer_norm import add_norm, kernel_refusal, layer_norm, rms_norm
 from holdall.ops.linear import Linear, linear
@@ -539,25 +539,17 @@ class Model(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
 
-def capped(logits: Tensor, soft_cap: float) -> Tensor:
-    """c tanh(logits / c); as they are for c = 0."""
-    return (logits / soft_cap).tanh() * soft_cap if soft_cap else logits
-
-
 def head_loss(
     h_ND: Tensor, head_VD: Tensor, target_N: Tensor, soft_cap: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """The mean cross-entropy, in nats, and which predictions are right; by the kernel where there is one.
 
-    The logits are never all in memory, unless they are capped. `h` may be in bf16 beside a head in fp32: the
-    kernel then reads the head in bf16, plain PyTorch reads both in fp32, and the gradients come in the dtype
-    of each.
+    The logits are never all in memory. `h` may be in bf16 beside a head in fp32: the kernel then reads the
+    head in bf16, plain PyTorch reads both in fp32, and the gradients come in the dtype of each. Logits with a
+    bound have no kernel.
     """
-    if soft_cap:
-        logits_NV = capped(h_ND.to(head_VD.dtype) @ head_VD.T, soft_cap)
-        return F.cross_entropy(logits_NV, target_N), logits_NV.argmax(-1) == target_N
-    if not has_kernel(h_ND):
-        return linear_cross_entropy(h_ND.to(head_VD.dtype), head_VD, target_N)
+    if soft_cap or not has_kernel(h_ND):
+        return linear_cross_entropy(h_ND.to(head_VD.dtype), head_VD, target_N, soft_cap=soft_cap)
     with torch.autocast(h_ND.device.type, h_ND.dtype, enabled=h_ND.dtype != head_VD.dtype):
         return linear_cross_entropy(h_ND, head_VD, target_N, form="kernel")
 

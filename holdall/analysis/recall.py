@@ -45,7 +45,8 @@ import torch
 
 from holdall import files
 from holdall.files import RunError
-from holdall.model import Model, ModelConfig, capped
+from holdall.model import Model, ModelConfig
+from holdall.ops.cross_entropy import capped
 
 THRESHOLD = 1250
 """Zoology's: a bigram that is more frequent in the training text counts as memorised."""
