@@ -47,19 +47,21 @@ def falcon_mamba(fields: Fields, weights: Weights) -> tuple[ModelConfig, dict[st
 
 def _mamba_1(fields: Fields, weights: Weights, **norms: Any) -> tuple[ModelConfig, dict[str, Tensor]]:
     width, expand = fields.number("hidden_size"), fields.number("expand", 2)
+    inner = fields.number("intermediate_size", expand * width)  # which overrules `expand`
+    if inner % max(width, 1):
+        raise fields.refused("intermediate_size", inner, f"a multiple of hidden_size {width}")
     rank = fields.take("time_step_rank", "auto")
     layer = MambaConfig(
         width=width,
         state=fields.number("state_size", 16),
-        expand=expand,
+        expand=inner // max(width, 1),
         kernel=fields.number("conv_kernel", 4),
         dt_rank=math.ceil(width / 16) if rank == "auto" else fields.number("time_step_rank"),
         bias=fields.only("use_bias", False, True),
         **norms,
     )
     # the first models have the fields of mamba_ssm's config too, which say the same once more
-    for name in ("intermediate_size", "d_inner"):
-        fields.only(name, expand * width)
+    fields.only("d_inner", inner)
     fields.only("d_model", width)
     fields.only("rms_norm", True)
     fields.only("ssm_cfg", {})
@@ -72,11 +74,9 @@ def mamba2(fields: Fields, weights: Weights) -> tuple[ModelConfig, dict[str, Ten
     width, head_dim = fields.number("hidden_size"), fields.number("head_dim", 64)
     expand = fields.number("expand", 2)
     fields.only("num_heads", expand * width // max(head_dim, 1), default=128)
-    low, high = fields.take("time_step_limit", (0.0, math.inf))
-    if high == {"__float__": "Infinity"}:  # as JSON has no infinity
-        high = math.inf
-    if (low, high) != (0.0, math.inf):
-        raise fields.refused("time_step_limit", [low, high], "from 0 to infinity")
+    limit = fields.take("time_step_limit", [0.0, math.inf])
+    if limit not in ([0.0, math.inf], (0.0, math.inf), [0.0, {"__float__": "Infinity"}]):  # as JSON has none
+        raise fields.refused("time_step_limit", limit, "from 0 to infinity")
     layer = Mamba2Config(
         width=width,
         state=fields.number("state_size", 128),
@@ -87,10 +87,11 @@ def mamba2(fields: Fields, weights: Weights) -> tuple[ModelConfig, dict[str, Ten
         bias=fields.only("use_bias", False, True),
         eps=float(fields.take("layer_norm_epsilon", 1e-5)),
     )
-    # what is computed at once; a field that only Mamba has a use for; and how the weights are distributed
-    fields.ignore("chunk_size", "time_step_rank")
-    fields.only("norm_before_gate", False)
+    fields.only("intermediate_size", expand * width)
     fields.only("rms_norm", True)
+    # how many tokens are computed at once; a field that only Mamba has a use for; and one of the first files
+    # that says true, where the model gates before the norm nonetheless: the library has no other way
+    fields.ignore("chunk_size", "time_step_rank", "norm_before_gate")
     return _model(fields, weights, layer, tied=False)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,11 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
         {"expand": 1, "conv_kernel": 3, "time_step_rank": 3, "layer_norm_epsilon": 1e-2, "use_bias": True},
     ),
     "mamba, untied": ("Mamba", {"tie_word_embeddings": False, "use_conv_bias": False}),
-    "falcon mamba": ("FalconMamba", {"mixer_rms_eps": 1e-2, "time_step_rank": 3}),
+    # of these two the width counts
+    "falcon mamba": (
+        "FalconMamba",
+        {"mixer_rms_eps": 1e-2, "time_step_rank": 3, "expand": 16, "intermediate_size": 2 * WIDTH},
+    ),
     "mamba-2": ("Mamba2", {"num_heads": 4, "head_dim": 8, "n_groups": 2, "chunk_size": 8}),
     "mamba-2, tied": (
         "Mamba2",
@@ -73,7 +78,7 @@ def config_json(kind: str, **fields: Any) -> dict[str, Any]:
 
 REFUSED = [
     ("Mamba", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
-    ("Mamba", {"intermediate_size": 48}, "intermediate_size = 48"),
+    ("Mamba", {"intermediate_size": 47}, "intermediate_size = 47"),
     ("Mamba", {"d_inner": 48}, "d_inner = 48"),
     ("Mamba", {"d_model": 17}, "d_model = 17"),
     ("Mamba", {"n_layer": 3}, "n_layer = 3"),
@@ -87,10 +92,11 @@ REFUSED = [
     ("Mamba", {"mixer_rms_eps": 1e-6}, "mixer_rms_eps = 1e-06"),
     ("FalconMamba", {"twist": 3}, "twist = 3"),
     ("Mamba2", {"time_step_limit": [0.0, 0.5]}, r"time_step_limit = \[0.0, 0.5\]"),
-    ("Mamba2", {"time_step_limit": [0.1, {"__float__": "Infinity"}]}, r"time_step_limit = \[0.1, inf\]"),
+    ("Mamba2", {"time_step_limit": [0.1, {"__float__": "Infinity"}]}, r"time_step_limit = \[0.1, "),
+    ("Mamba2", {"time_step_limit": 3}, "time_step_limit = 3"),
     ("Mamba2", {"num_heads": 5}, "num_heads = 5"),
     ("Mamba2", {"hidden_act": "relu"}, "hidden_act = 'relu'"),
-    ("Mamba2", {"norm_before_gate": True}, "norm_before_gate = True"),
+    ("Mamba2", {"intermediate_size": 48}, "intermediate_size = 48"),
     ("Mamba2", {"rms_norm": False}, "rms_norm = False"),
 ]
 
@@ -125,6 +131,17 @@ def test_the_fields_and_names_of_the_first_models_are_read(tmp_path: Path) -> No
     want = parity.converted(theirs, tmp_path)
     assert config == want.config
     assert all(torch.equal(got[name], tensor) for name, tensor in want.state_dict().items())
+
+
+def test_the_fields_of_the_first_models_of_mamba_2_are_read() -> None:
+    theirs = original("Mamba2", num_heads=4, head_dim=8, n_groups=1)
+    first = {
+        "norm_before_gate": True, "rms_norm": True, "intermediate_size": 2 * WIDTH, "time_step_scale": 1.0,
+        "time_step_init_scheme": "random", "time_step_limit": (0.0, math.inf), "_name_or_path": "a/folder",
+    }  # fmt: skip
+    weights = [Weights(dict(theirs.state_dict()), "weights") for _ in range(2)]
+    config, _ = foreign.read(config_json("Mamba2", **first), weights[0], "config.json")
+    assert config == foreign.read(config_json("Mamba2"), weights[1], "config.json")[0]
 
 
 # ------------------------------------------------------------------------------------------ the way back
