@@ -37,6 +37,8 @@ FAMILIES: dict[str, str] = {
     "mistral": "llama.mistral",
     "qwen2": "llama.qwen2",
     "qwen3": "llama.qwen3",
+    "recurrent_gemma": "recurrent_gemma.recurrent_gemma",
+    "rwkv": "rwkv.rwkv",
     "smollm3": "llama.smollm3",
     "falcon_mamba": "mamba.falcon_mamba",
     "mamba": "mamba.mamba",
