@@ -31,32 +31,46 @@ from holdall.text.tokenizers import Tokenizer
 Family = Callable[[Fields, Weights], tuple[ModelConfig, dict[str, Tensor]]]
 
 FAMILIES: dict[str, str] = {
+    "falcon_mamba": "mamba.falcon_mamba",
+    "flash-attention-gpt": "hazy.gpt",
     "gemma": "llama.gemma",
     "gpt2": "gpt2.gpt2",
     "llama": "llama.llama",
+    "mamba": "mamba.mamba",
+    "mamba-ssm": "hazy.mamba",
+    "mamba2": "mamba.mamba2",
     "mistral": "llama.mistral",
     "qwen2": "llama.qwen2",
     "qwen3": "llama.qwen3",
     "recurrent_gemma": "recurrent_gemma.recurrent_gemma",
     "rwkv": "rwkv.rwkv",
     "smollm3": "llama.smollm3",
-    "falcon_mamba": "mamba.falcon_mamba",
-    "mamba": "mamba.mamba",
-    "mamba2": "mamba.mamba2",
-    "rwkv": "rwkv.rwkv",
 }
-"""The function that reads a kind of model, as "file.function" in this room, by the `model_type` of
-config.json."""
+"""The function that reads a kind of model, as "file.function" in this room, by what `kind_of` gives."""
+
+
+def kind_of(config_json: Mapping[str, Any]) -> str:
+    """The kind of model that a config.json describes; empty if it describes none.
+
+    That is its `model_type`, as the `transformers` library writes it. But flash-attention's GPT says "gpt2",
+    whose fields it has and more, and the mamba_ssm package says nothing.
+    """
+    kind = config_json.get("model_type")
+    if isinstance(config_json.get("mixer"), dict) or "rotary_emb_fraction" in config_json:
+        return "flash-attention-gpt"
+    if kind is None and "ssm_cfg" in config_json:
+        return "mamba-ssm"
+    return kind if isinstance(kind, str) else ""
 
 
 def is_foreign(folder: Path) -> bool:
-    """Whether a folder is one of another program: a config.json that says a `model_type`, as the
-    `transformers` library writes it, and describes no model of Holdall's."""
+    """Whether a folder is one of another program: its config.json describes a kind of model, and none of
+    Holdall's."""
     path = folder / CONFIG
     if not path.is_file():
         return False
     config_json = read_config(path)
-    return "model" not in config_json and isinstance(config_json.get("model_type"), str)
+    return "model" not in config_json and bool(kind_of(config_json))
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -119,7 +133,7 @@ def read(
 
 def family_of(config_json: Mapping[str, Any], where: str) -> Family:
     """The function that reads such a model; refused by name if there is none."""
-    kind = str(config_json.get("model_type"))
+    kind = kind_of(config_json)
     if kind not in FAMILIES:
         raise ForeignError(
             f"{where}: model_type = {kind!r} is no kind of model that Holdall reads. "
@@ -150,5 +164,8 @@ def _tokenizer(folder: Path, given: str | Path | None) -> Tokenizer:
     if given is not None:
         return tokenizers.tokenizer(str(given))
     if not (folder / TOKENIZER).exists():
-        raise RunError(f"{folder} has no {TOKENIZER}; name one: --tokenizer FILE")
+        raise RunError(
+            f"{folder} has no {TOKENIZER}; name one: --tokenizer FILE. Models whose vocab_size is 50257, and "
+            "those of the Based and JRT papers, have GPT-2's: the file tokenizer.json of the model gpt2"
+        )
     return tokenizers.tokenizer(str(folder / TOKENIZER))

@@ -129,14 +129,21 @@ class LinearAttention(Mixer):
     ) -> tuple[Tensor, State | None]:
         config = self.config
         q, k, v = (u.unflatten(-1, (config.heads, -1)) for u in self.qkv(x_BTD).split(self.sizes, dim=-1))
-        y_BTHV, *after = linear_attention(
-            q, k, v, *(state or (None, None)), feature_map=self.feature_map, normalise=config.normalise,
-            eps=config.eps, chunk=config.chunk, inplace=inplace, want_state=want_state, form=self.form,
-        )  # fmt: skip
+        y_BTHV, *after = self._attend(x_BTD, q, k, v, state, inplace=inplace, want_state=want_state)
         kept = None
         if want_state:
             kept = self._rounded(self.state_type(*(tensor for tensor in after if tensor is not None)))
         return self.out_proj(y_BTHV.flatten(2)), kept
+
+    def _attend(
+        self, x_BTD: Tensor, q: Tensor, k: Tensor, v: Tensor, state: Any, **how: Any
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What the heads give, (B, T, H, V), and the sums after it; `how` is of the op, by name."""
+        config = self.config
+        return linear_attention(
+            q, k, v, *(state or (None, None)), feature_map=self.feature_map, normalise=config.normalise,
+            eps=config.eps, chunk=config.chunk, form=self.form, **how,
+        )  # fmt: skip
 
     def _rounded(self, state: State) -> State:
         """The state to carry: s alone in bf16, since z counts the tokens."""
