@@ -4,7 +4,7 @@
     attn-360m, attn-1b, attn-360M-30B, attn-1b-50bn             mamba-360m, mamba-1b, mamba-1b-50b,
                                                                 mamba-360M-30B
 
-`gpt` reads those of flash-attention's GPT, whose config.json is GPT-2's with more fields: `mixer`, `alt_mixer`
+`gpt` reads those of flash-attention's GPT, whose config.json is GPT-2's and more: `mixer`, `alt_mixer`
 and `alt_mixer_2` name classes and their arguments, and lists of layers say where the latter two are. Classes
 moved between modules, so their own names count alone. Where there is no mixer, layers are attention. `mamba`
 reads those of the mamba_ssm package, with its official models.
