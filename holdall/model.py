@@ -449,6 +449,20 @@ class Model(nn.Module):
         return roomy + [self._position_with_room(state, capacity) for state in states[len(roomy) :]]
 
     @property
+    def prefix(self) -> int:
+        """Tokens at a row's start that see each other, and so have to be read in one call: all of the first
+        call's, up to this number; 0 for a causal model.
+
+        Raises ValueError, naming the layer, if the tokens of every call see each other: such a model neither
+        reads a text in pieces nor continues one.
+        """
+        for depth, mixer in enumerate(self.mixers):
+            if "splits" in mixer.refusals and not mixer.prefix:
+                why = mixer.refusals["splits"]
+                raise ValueError(f"layer {depth}, {mixer.owner}, cannot read a text in pieces: {why}")
+        return max(mixer.prefix for mixer in self.mixers)
+
+    @property
     def rollback_limit(self) -> int:
         """How many of a row's last tokens `rollback` can take back: as many as every layer can."""
         return min(mixer.rollback_limit for mixer in self.mixers)

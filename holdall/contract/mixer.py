@@ -133,6 +133,10 @@ class Mixer(nn.Module):
     """Whether the published initialisation is the mixer's own; otherwise the model's is used."""
     reads_tokens: ClassVar[bool] = False
     """Whether `forward` also takes the tokens' ids, as the keyword argument `tokens_BT`."""
+    prefix: int = 0
+    """Tokens at a row's start that see each other, and so have to be read in one call; 0 where none does. A
+    mixer with such a prefix refuses the laws "causal" and "splits", but obeys them behind it.
+    """
     fills_slots: bool = False
     """Whether `forward` takes a state with room as it is, and returns one.
 
