@@ -31,9 +31,12 @@ from holdall.text.tokenizers import Tokenizer
 Family = Callable[[Fields, Weights], tuple[ModelConfig, dict[str, Tensor]]]
 
 FAMILIES: dict[str, str] = {
+    "delta_net": "fla.delta_net",
     "falcon_mamba": "mamba.falcon_mamba",
     "flash-attention-gpt": "hazy.gpt",
+    "gated_deltanet": "fla.gated_deltanet",
     "gemma": "llama.gemma",
+    "gla": "fla.gla",
     "gpt2": "gpt2.gpt2",
     "llama": "llama.llama",
     "mamba": "mamba.mamba",
@@ -43,7 +46,9 @@ FAMILIES: dict[str, str] = {
     "qwen2": "llama.qwen2",
     "qwen3": "llama.qwen3",
     "recurrent_gemma": "recurrent_gemma.recurrent_gemma",
+    "retnet": "fla.retnet",
     "rwkv": "rwkv.rwkv",
+    "rwkv7": "fla.rwkv7",
     "smollm3": "llama.smollm3",
 }
 """The function that reads a kind of model, as "file.function" in this room, by what `kind_of` gives."""

@@ -9,7 +9,10 @@ decay; S its state; o what is read out of it; W_g and W_o learned maps.
 Before, q and k of K dimensions are rotated by rotary positions (interleaved pairs, angles
 10000^-linspace(0, 1, K / 2)) and k is scaled by 1 / sqrt(K). Sun et al., "Retentive Network", 2023, arXiv
 2307.08621.
-Weights map onto torchscale's module: q_proj, k_proj, v_proj, g_proj are the rows of `qkvg`, in that order.
+Weights:
+- map onto torchscale's module: q_proj, k_proj, v_proj, g_proj are the rows of `qkvg`, in that order;
+- flash-linear-attention's layer is this one with angles "standard" and not `scaled`; its pairs are K / 2
+  apart and its norm has a weight, which belongs into `out_proj`: holdall/adapters/fla.py.
 Deviations:
 - torchscale's parallel form also divides each row by clamp(sum |A|, 1, 5e4), detached, and its recurrent form
   does not, so the two disagree; the norm that follows cancels any such scale up to its epsilon. Here no form
@@ -19,7 +22,7 @@ Deviations:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +30,7 @@ from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, State, readout_dtype, recurrent_dtype, register
 from holdall.ops import linear_attention, replay
-from holdall.ops.rotary import rotate
+from holdall.ops.rotary import rotate, standard_frequencies
 from holdall.settings import NonNegativeFloat, PositiveInt, Range
 
 
@@ -61,6 +64,14 @@ class RetNetConfig(MixerConfig):
     """Value dimensions per model dimension, r."""
     eps: NonNegativeFloat = 1e-6
     """Epsilon of the RMS norm of each head's output."""
+    angles: Literal["inclusive", "standard"] = "inclusive"
+    """Angles of the rotary positions: "inclusive" for 10000^-linspace(0, 1, K / 2), whose last is 1e-4;
+    "standard" for the usual 10000^(-2i / K), as flash-linear-attention has them.
+    """
+    scaled: bool = True
+    """Whether o is divided by sqrt(sum_{j<=n} gamma^j) before its norm, which undoes it but for its epsilon;
+    flash-linear-attention does not divide.
+    """
     chunk: PositiveInt = 128
     """Tokens per chunk: all pairs of tokens within a chunk, and the state from one chunk to the next."""
     replay: Annotated[int, Range(least=1, zero="no ring")] = 0
@@ -69,7 +80,12 @@ class RetNetConfig(MixerConfig):
     """
 
     forms = ("loop", "parallel", "kernel")
-    variants = ({}, {"heads": 4, "chunk": 16, "replay": 3}, {"heads": 4, "value_ratio": 1, "chunk": 16})
+    variants = (
+        {},
+        {"heads": 4, "chunk": 16, "replay": 3},
+        {"heads": 4, "value_ratio": 1, "chunk": 16},
+        {"angles": "standard", "scaled": False},
+    )
 
     def validate(self) -> None:
         if self.width % (2 * self.heads):
@@ -121,8 +137,7 @@ class RetNet(Mixer):
         q, k, v = (u.unflatten(-1, (config.heads, -1)) for u in (q, k, v))
         position_BT = state.seen_B[:, None] + torch.arange(new, device=x_BTD.device)
         dtype, device = recurrent_dtype(x_BTD.dtype), x_BTD.device
-        # both ends included: the last angle is 1e-4
-        frequency_F = 10000.0 ** -torch.linspace(0, 1, k.shape[-1] // 2, dtype=torch.float64, device=device)
+        frequency_F = self._frequencies(k)
         log_gamma_H = torch.log1p(-(2.0 ** (-5 - torch.arange(config.heads, dtype=dtype, device=device))))
         q = rotate(q, position_BT, frequency_F, interleaved=True)
         k = rotate(k, position_BT, frequency_F, interleaved=True) * k.shape[-1] ** -0.5
@@ -139,11 +154,20 @@ class RetNet(Mixer):
                 chunk=config.chunk, inplace=inplace, want_state=want_state, form=self.form,
             )  # fmt: skip
             after = None if s_BHKV is None or not want_state else RetNetState(s_BHKV, state.seen_B + new)
-        # sum of gamma^j over j = 0 .. n
-        total_BTH = torch.expm1((position_BT[..., None] + 1) * log_gamma_H) / torch.expm1(log_gamma_H)
-        o_BTHV = o_BTHV * total_BTH.rsqrt()[..., None].to(o_BTHV.dtype)
+        if config.scaled:
+            # sum of gamma^j over j = 0 .. n
+            total_BTH = torch.expm1((position_BT[..., None] + 1) * log_gamma_H) / torch.expm1(log_gamma_H)
+            o_BTHV = o_BTHV * total_BTH.rsqrt()[..., None].to(o_BTHV.dtype)
         o_BTHV = F.rms_norm(o_BTHV, o_BTHV.shape[-1:], eps=config.eps).to(x_BTD.dtype)
         return self.out_proj(F.silu(gate_BTE) * o_BTHV.flatten(2)), after
+
+    def _frequencies(self, k_BTHK: Tensor) -> Tensor:
+        """Radians per token of each pair of a head's dimensions, (K / 2,)."""
+        size = k_BTHK.shape[-1]
+        if self.config.angles == "standard":
+            return standard_frequencies(size, 10000.0, k_BTHK)
+        exponent_F = torch.linspace(0, 1, size // 2, dtype=torch.float64, device=k_BTHK.device)
+        return 10000.0**-exponent_F
 
     def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None) -> State:
         config, key_dim = self.config, self.config.width // self.config.heads

@@ -72,7 +72,7 @@ def torchscales_parallel_form(mixer: RetNet, x_BTD: Tensor) -> Tensor:
     return put_out(mixer, score_BHTS @ v, gate)
 
 
-@pytest.mark.claim("mixers/retnet.py", "Weights", "torchscale's parallel form")
+@pytest.mark.claim("mixers/retnet.py", "map onto torchscale", "torchscale's parallel form")
 @FORMS
 @SHAPES
 @torch.no_grad()

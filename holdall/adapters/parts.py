@@ -1,0 +1,80 @@
+"""What several families have in common: the layer kinds of a hybrid, MLPs, heads, rotary positions.
+
+Letters: D width, I inner width of an MLP, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from holdall.adapters.reading import Fields, ForeignError, Weights
+
+
+def gated_mlp(weights: Weights, gate: str, up: str, down: str) -> dict[str, Tensor]:
+    """A SwiGLU MLP's weights by Holdall's names; `gate` and `up` are the names of (I, D) weights.
+
+    Where `up` is not there, `gate` has both, the gate's rows first, as older versions of fla store it.
+    """
+    if up in weights:
+        gate_ID, up_ID = weights.take(gate), weights.take(up)
+    else:
+        gate_ID, up_ID = weights.take(gate).chunk(2)
+    return {"fc1.weight": torch.cat((up_ID, gate_ID)), "fc2.weight": weights.take(down)}
+
+
+def ends(
+    weights: Weights, embedding: str, norm: str, *, tied: bool, offset: float = 0.0
+) -> tuple[bool, dict[str, Tensor]]:
+    """Whether the head is the embedding, and the weights before the first layer and after the last.
+
+    Args:
+        embedding, norm: names of the embedding and of the weight of the last norm.
+        tied: whether the fields say so. A head that is stored and differs is a head of its own all the same.
+        offset: what the norm adds to its weight.
+    """
+    embed_VD = weights.take(embedding)
+    tensors = {"embed.weight": embed_VD, "norm.weight": weights.take(norm) + offset}
+    if tied and "lm_head.weight" in weights:
+        tied = torch.equal(weights.look("lm_head.weight"), embed_VD)
+    if tied:
+        weights.drop("lm_head.weight")
+    else:
+        tensors["head.weight"] = weights.take("lm_head.weight")
+    return tied, tensors
+
+
+def layer_kinds(fields: Fields, kinds: tuple[str, ...], otherwise: list[str]) -> list[str]:
+    """The kind of each layer, out of `layer_types` or, where it is not there, `otherwise`."""
+    layers = fields.number("num_hidden_layers")
+    given = fields.take("layer_types", otherwise)
+    if not isinstance(given, list) or len(given) != layers or not set(given) <= set(kinds):
+        raise fields.refused("layer_types", given, f"{layers} of {' and '.join(map(repr, kinds))}")
+    return given
+
+
+def rotary(fields: Fields, *, share: float = 1.0, base: float = 10000.0) -> tuple[float, float]:
+    """The share of a head's dimensions that turn, and the base of the frequencies, in either of the layouts
+    of `transformers`: the object `rope_parameters`, or fields beside the others.
+
+    Args:
+        share, base: what this kind of model does where nothing is said.
+    """
+    found: dict[str, Any] = {"partial_rotary_factor": share, "rope_theta": base}
+    fields.only("rope_scaling", None)
+    for name in found:
+        found[name] = fields.take(name, found[name])
+    inner = fields.part("rope_parameters")
+    inner.only("rope_type", "default")
+    inner.only("type", "default")
+    # turns text as it would without: positions of height and width are those of time there
+    inner.ignore("mrope_section", "mrope_interleaved")
+    for name in found:
+        found[name] = inner.take(name, found[name])
+    inner.finish()
+    for name, value in found.items():
+        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+            raise ForeignError(f"{fields.where}: {name} = {value!r} is not a number above 0")
+    return float(found["partial_rotary_factor"]), float(found["rope_theta"])
