@@ -203,9 +203,20 @@ def _tensors(
     return tensors
 
 
-def rotary(fields: Fields, theta: float = 10000.0) -> dict[str, Any]:
-    """The options of rotary positions in halves, as configs of before `transformers` 5 say them and since."""
-    fields.only("partial_rotary_factor", 1.0)
+def rotary(
+    fields: Fields, theta: float = 10000.0, *, share: float | None = None, harmless: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The options of rotary positions in halves, as configs of before `transformers` 5 say them and since.
+
+    Args:
+        theta, share: what a config means that does not say them; with a share, it may say another.
+        harmless: what may stand beside the others and does nothing.
+    """
+    turned = (
+        fields.only("partial_rotary_factor", 1.0)
+        if share is None
+        else fields.take("partial_rotary_factor", share)
+    )
     both = "rope_parameters" in fields and "rope_scaling" in fields
     if both:
         raise fields.refused("rope_scaling", fields.take("rope_scaling"), "left out beside rope_parameters")
@@ -214,7 +225,10 @@ def rotary(fields: Fields, theta: float = 10000.0) -> dict[str, Any]:
     base = scaling.take("rope_theta", theta if outside is None else outside)
     if outside is not None and outside != base:
         raise fields.refused("rope_theta", outside, f"{base!r}, as in rope_parameters")
-    scaling.only("partial_rotary_factor", 1.0)
+    turned = scaling.take("partial_rotary_factor", turned)
+    if share is None and turned != 1:
+        raise scaling.refused("partial_rotary_factor", turned, "1.0")
+    scaling.ignore(*harmless)
     kind = scaling.take("type", "default")
     kind = scaling.take("rope_type", kind)
     scaled: tuple[float, ...] = ()
@@ -226,7 +240,7 @@ def rotary(fields: Fields, theta: float = 10000.0) -> dict[str, Any]:
     elif kind != "default":
         raise scaling.refused("rope_type", kind, "'default', 'linear' or 'llama3'")
     scaling.finish()
-    return {"rotary": 1.0, "rotary_base": float(base), "rotary_scaling": scaled}
+    return {"rotary": float(turned), "rotary_base": float(base), "rotary_scaling": scaled}
 
 
 def attention_weights(
