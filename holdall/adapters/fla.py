@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from holdall.adapters.llama import attention_weights
 from holdall.adapters.parts import ends, gated_mlp
 from holdall.adapters.reading import Fields, ForeignError, Weights
 from holdall.contract import MixerConfig
@@ -136,12 +137,14 @@ def retnet(fields: Fields, weights: Weights) -> Read:
     def layer(weights: Weights, there: str) -> dict[str, Tensor]:
         q_ED, k_ED, v_ED, gate_ED = (weights.take(f"{there}.{name}_proj.weight") for name in "qkvg")
         # the norm's weight has no place of its own: the gate comes after it, and is per element
-        norm_E = _gated_norm(fields, weights, there, config.value_ratio * width // heads).repeat(heads)
+        norm_E = (
+            _gated_norm(fields, weights, there, config.value_ratio * width // heads).float().repeat(heads)
+        )
         return {
             "qkvg.weight": torch.cat(
                 (_interleaved(q_ED, heads), _interleaved(shared(k_ED), heads), shared(v_ED), gate_ED)
             ),
-            "out_proj.weight": weights.take(f"{there}.o_proj.weight") * norm_E,
+            "out_proj.weight": weights.take(f"{there}.o_proj.weight").float() * norm_E,
         }
 
     return _model(fields, weights, config, layer)
@@ -175,8 +178,10 @@ def _model(fields: Fields, weights: Weights, config: MixerConfig, layer: Layer) 
         tensors[f"{block}.norm.weight"] = weights.take(f"{there}.attn_norm.weight")
         tensors[f"{block}.mlp_norm.weight"] = weights.take(f"{there}.mlp_norm.weight")
         mixers.append(attention.get(depth, config))
-        read = _attention if depth in attention else layer
-        mixer = read(weights, f"{there}.attn")
+        if depth in attention:
+            mixer = attention_weights(weights, f"{there}.attn.", "", attention[depth].bias)
+        else:
+            mixer = layer(weights, f"{there}.attn")
         mlp = gated_mlp(weights, *(f"{there}.mlp.{name}_proj.weight" for name in ("gate", "up", "down")))
         tensors |= {f"{block}.mixer.{name}": tensor for name, tensor in mixer.items()}
         tensors |= {f"{block}.mlp.{name}": tensor for name, tensor in mlp.items()}
@@ -263,7 +268,7 @@ def _attention_layers(fields: Fields) -> dict[int, AttentionConfig | SlidingWind
         options: dict[str, Any] = {
             "width": width, "heads": heads, "kv_heads": of.number("num_kv_heads", heads), "rotary": 1.0,
             "rotary_base": of.take("rope_theta", 10000.0),
-            "bias": of.only("qkv_bias", False, True),
+            "bias": "qkv" if of.only("qkv_bias", False, True) else False,
         }  # fmt: skip
         of.only("qk_norm", False)
         window = of.number("window_size", 0)
@@ -271,15 +276,3 @@ def _attention_layers(fields: Fields) -> dict[int, AttentionConfig | SlidingWind
         found |= dict.fromkeys(of.take("layers"), attention)
         of.finish()
     return found
-
-
-def _attention(weights: Weights, there: str) -> dict[str, Tensor]:
-    kinds = ("weight", "bias") if f"{there}.q_proj.bias" in weights else ("weight",)
-    tensors = {
-        f"project.qkv.{kind}": torch.cat([weights.take(f"{there}.{name}_proj.{kind}") for name in "qkv"])
-        for kind in kinds
-    }
-    tensors["out_proj.weight"] = out_DE = weights.take(f"{there}.o_proj.weight")
-    if "bias" in kinds:  # which the output projection has not: zeros
-        tensors["out_proj.bias"] = out_DE.new_zeros(len(out_DE))
-    return tensors

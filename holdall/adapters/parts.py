@@ -5,12 +5,10 @@ Letters: D width, I inner width of an MLP, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from holdall.adapters.reading import Fields, ForeignError, Weights
+from holdall.adapters.reading import Fields, Weights
 
 
 def gated_mlp(weights: Weights, gate: str, up: str, down: str) -> dict[str, Tensor]:
@@ -36,7 +34,7 @@ def ends(
         offset: what the norm adds to its weight.
     """
     embed_VD = weights.take(embedding)
-    tensors = {"embed.weight": embed_VD, "norm.weight": weights.take(norm) + offset}
+    tensors = {"embed.weight": embed_VD, "norm.weight": shifted(weights.take(norm), offset)}
     if tied and "lm_head.weight" in weights:
         tied = torch.equal(weights.look("lm_head.weight"), embed_VD)
     if tied:
@@ -46,6 +44,11 @@ def ends(
     return tied, tensors
 
 
+def shifted(weight: Tensor, offset: float) -> Tensor:
+    """A norm's weight with what the norm adds to it, in fp32, as the norms compute it."""
+    return weight.float() + offset if offset else weight
+
+
 def layer_kinds(fields: Fields, kinds: tuple[str, ...], otherwise: list[str]) -> list[str]:
     """The kind of each layer, out of `layer_types` or, where it is not there, `otherwise`."""
     layers = fields.number("num_hidden_layers")
@@ -53,28 +56,3 @@ def layer_kinds(fields: Fields, kinds: tuple[str, ...], otherwise: list[str]) ->
     if not isinstance(given, list) or len(given) != layers or not set(given) <= set(kinds):
         raise fields.refused("layer_types", given, f"{layers} of {' and '.join(map(repr, kinds))}")
     return given
-
-
-def rotary(fields: Fields, *, share: float = 1.0, base: float = 10000.0) -> tuple[float, float]:
-    """The share of a head's dimensions that turn, and the base of the frequencies, in either of the layouts
-    of `transformers`: the object `rope_parameters`, or fields beside the others.
-
-    Args:
-        share, base: what this kind of model does where nothing is said.
-    """
-    found: dict[str, Any] = {"partial_rotary_factor": share, "rope_theta": base}
-    fields.only("rope_scaling", None)
-    for name in found:
-        found[name] = fields.take(name, found[name])
-    inner = fields.part("rope_parameters")
-    inner.only("rope_type", "default")
-    inner.only("type", "default")
-    # turns text as it would without: positions of height and width are those of time there
-    inner.ignore("mrope_section", "mrope_interleaved")
-    for name in found:
-        found[name] = inner.take(name, found[name])
-    inner.finish()
-    for name, value in found.items():
-        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-            raise ForeignError(f"{fields.where}: {name} = {value!r} is not a number above 0")
-    return float(found["partial_rotary_factor"]), float(found["rope_theta"])
