@@ -1,5 +1,5 @@
 """The command line: `holdall frontier`, `recipe`, `bits`, `report`, `zoo`, `laws`, `soundness`, `matrix`;
-`data`, `train`, `generate`, `chat`, `serve`, `recall`, `suite`.
+`data`, `train`, `generate`, `chat`, `serve`, `recall`, `suite`, `export`.
 
 Heavy modules are imported only after the arguments have been parsed, so that help is instant.
 """
@@ -667,6 +667,33 @@ def suite(
         licence,
         command=_command(),
     )
+
+
+@command
+def export(
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[RUN]")] = "based-mini",
+    *,
+    out: Path,
+    precision: Annotated[Literal["fp32", "bf16"] | None, tyro.conf.arg(aliases=["--dtype"])] = None,
+    checkpoint: Literal["model", "best", "last"] | None = None,
+    load: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = (),
+) -> int:
+    """Write a language model as a folder that the transformers library opens.
+
+    In a program, `import holdall.adapters.transformers` first; then AutoModelForCausalLM and AutoTokenizer
+    read the folder, and so does every Holdall command.
+
+    Args:
+        run: A run folder of `holdall train` or the folder of a saved model; based-mini is included.
+        out: The folder, which is made.
+        precision: What the weights are written in; as they are by default.
+        checkpoint: The weights at the end of training (model), at the lowest validation loss (best) or at the
+            last checkpoint (last); by default the first of these that is there.
+        load: A mixer file of your own that the model was trained with.
+    """
+    from holdall.commands import export as shown
+
+    return shown.export(run, out, precision, checkpoint, load)
 
 
 def _command() -> str:

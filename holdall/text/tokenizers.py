@@ -150,10 +150,11 @@ def from_model_folder(folder: Path, described: Mapping[str, Any] | None, way_out
 
 
 def _is_of_bytes(file: bytes) -> bool:
-    """Whether a file is the one that stands for bytes, however its JSON is laid out."""
+    """Whether a file is the one that stands for bytes, however its JSON is laid out and whatever other
+    programs add to a text."""
     try:
-        return bool(files.loads(file) == files.loads(Bytes().to_json()))
-    except ValueError:
+        return bool({**files.loads(file), "post_processor": None} == files.loads(Bytes().to_json()))
+    except (ValueError, TypeError):
         return False
 
 

@@ -1,0 +1,25 @@
+"""The command `holdall export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from holdall import language_model, mixers
+from holdall.commands import console
+from holdall.language_model import Checkpoint, LanguageModel
+from holdall.text.sources import needed
+
+
+def export(
+    run: str, out: Path, dtype: str | None, checkpoint: Checkpoint | None, load: tuple[Path, ...]
+) -> int:
+    """Write a language model as a folder of the transformers library; returns the exit status."""
+    for file in load:
+        mixers.load(file)
+    model: LanguageModel = language_model.load(run, checkpoint=checkpoint)
+    needed("transformers")
+    from holdall.adapters import transformers
+
+    transformers.export(model, out, dtype=None if dtype is None else language_model.DTYPES[dtype])
+    console.print(f"  {out}", soft_wrap=True)
+    return 0
