@@ -45,7 +45,7 @@ from holdall.kernels import fold, unfold
 from holdall.ops.cross_entropy import capped, linear_cross_entropy
 from holdall.ops.kept import Kept
 from holdall.ops.layer_norm import add_norm, kernel_refusal, layer_norm, rms_norm
-from holdall.ops.linear import Linear, linear
+from holdall.ops.linear import Linear, gated, is_plain, wide
 from holdall.settings import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range
 
 
@@ -134,14 +134,14 @@ class MLP(nn.Module):
 
     def __init__(self, width: int, inner: int, kind: str, bias: bool | None = None) -> None:
         super().__init__()
-        self.kind, gated = kind, kind in ("swiglu", "geglu")
-        bias = not gated if bias is None else bias
-        self.fc1 = Linear(width, 2 * inner if gated else inner, bias=bias)
+        self.kind, halves = kind, kind in ("swiglu", "geglu")
+        bias = not halves if bias is None else bias
+        self.fc1 = Linear(width, 2 * inner if halves else inner, bias=bias)
         self.fc2 = Linear(inner, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kind == "swiglu":
-            return self.fc2(linear(x, self.fc1.weight, self.fc1.bias, gated=True))
+            return self.fc2(gated(self.fc1, x))
         if self.kind == "geglu":
             a, gate = self.fc1(x).chunk(2, dim=-1)
             return self.fc2(a * F.gelu(gate, approximate="tanh"))
@@ -324,8 +324,18 @@ class Model(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """What turns `hidden` into logits, (V, D): the embedding where the head is tied."""
-        return self.embed.weight if self.head is None else self.head.weight
+        """What turns `hidden` into logits, (V, D): the embedding where the head is tied.
+
+        Raises ValueError if the head is no longer a weight alone, as with LoRA: `logits` takes any.
+        """
+        if self.head is None:
+            return self.embed.weight
+        if not is_plain(self.head):
+            raise ValueError(
+                f"the head is a {type(self.head).__name__}, which is more than its weight: merge it first, "
+                "or use `logits`"
+            )
+        return self.head.weight
 
     def logits(self, h: Tensor) -> Tensor:
         """The head's logits, (..., V), of what `hidden` gives, (..., D), in the dtype of the head.
@@ -333,6 +343,9 @@ class Model(nn.Module):
         On a GPU, where blocks compute in 16 bits and nothing is trained, the product's operands are in 16
         bits too, and its sums and results stay as wide as the head.
         """
+        if self.head is not None and not is_plain(self.head):
+            wide_V = wide(self.head, h, torch.promote_types(h.dtype, self.embed.weight.dtype))
+            return capped(wide_V, self.config.soft_cap)
         head_VD = self.head_weight
         narrow = self.block_dtype
         if head_VD.device.type != "cuda" or narrow.itemsize != 2 or torch.is_grad_enabled():

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from holdall.contract import Mixer, MixerConfig, Paper, State, register
 from holdall.contract.rollback import LISTED, lowered, read_on, without_last
 from holdall.ops import gated_conv
-from holdall.ops.linear import Linear, linear
+from holdall.ops.linear import Linear, is_plain, linear, wide
 from holdall.ops.long_conv import filter_features, long_conv
 from holdall.settings import PositiveInt, Range
 
@@ -143,8 +143,7 @@ class ImplicitFilter(nn.Module):
 
     def forward(self, length: int) -> Tensor:
         z_L3 = filter_features(length, self.max_length, 1, self.fc1.weight)
-        hidden_LH = F.relu(F.linear(z_L3, self.fc1.weight.to(z_L3.dtype), self.fc1.bias.to(z_L3.dtype)))
-        return F.linear(hidden_LH, self.fc2.weight.to(z_L3.dtype), self.fc2.bias.to(z_L3.dtype))
+        return wide(self.fc2, F.relu(wide(self.fc1, z_L3, z_L3.dtype)), z_L3.dtype)
 
 
 class BaseConv(Mixer):
@@ -201,7 +200,9 @@ class BaseConv(Mixer):
     def _short(self, x_BTD: Tensor, state: Any, inplace: bool) -> tuple[Tensor, Tensor]:
         expanded = self.config.expand is not None
         projection, bias_E = self.in_proj if expanded else self.projection, None
-        if self.form == "kernel":  # adds the bias itself, and has the sum that is its gradient for nothing
+        if self.form == "kernel" and is_plain(
+            projection
+        ):  # adds the bias itself, and has the sum that is its gradient for nothing
             projected_BTE, bias_E = linear(x_BTD, projection.weight), projection.bias
         else:
             projected_BTE = projection(x_BTD)

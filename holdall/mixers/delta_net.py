@@ -36,7 +36,7 @@ from holdall.ops import delta_rule, replay, short_conv
 from holdall.ops.gated_rms_norm import norm_heads
 from holdall.ops.linear_attention import elu_plus_one
 from holdall.ops.recent import ConvReplayState, recent_conv
-from holdall.ops.small_linear import widened_linear
+from holdall.ops.small_linear import widened
 from holdall.ops.unit_heads import unit_heads
 from holdall.settings import NonNegativeFloat, PositiveInt, Range
 
@@ -137,7 +137,7 @@ class DeltaNet(Mixer):
             state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
         q, k, v, conv_BPE = self._heads(self.qkv(x_BTD), state, recurrent_dtype(x_BTD.dtype), inplace)
         # in bf16 a beta near 1 would leave up to 1/256 of what is to be replaced
-        beta_BTH = widened_linear(x_BTD, self.beta_proj.weight, form=self.form).sigmoid()
+        beta_BTH = widened(self.beta_proj, x_BTD, form=self.form).sigmoid()
         if config.negative_eigenvalues:
             beta_BTH = 2 * beta_BTH
         after: State | None

@@ -35,7 +35,7 @@ from holdall.contract import Mixer, MixerConfig, Paper, State, recurrent_dtype, 
 from holdall.ops import delta_rule, hippo, replay, short_conv
 from holdall.ops.gated_rms_norm import norm_heads
 from holdall.ops.recent import ConvReplayState, recent_conv
-from holdall.ops.small_linear import widened_linear
+from holdall.ops.small_linear import widened
 from holdall.ops.unit_heads import unit_heads
 from holdall.settings import NonNegativeFloat, NonNegativeInt, PositiveInt, Range
 
@@ -162,7 +162,7 @@ class GatedDeltaNet(Mixer):
         q = replay.of_each_head(q, config.states)
         v = v.unflatten(-1, (config.states, -1))
         # decay and step decide what is kept over thousands of tokens: not in bf16
-        a_BTH, beta_BTH = widened_linear(x_BTD, self.ab_proj.weight, form=self.form).chunk(2, dim=-1)
+        a_BTH, beta_BTH = widened(self.ab_proj, x_BTD, form=self.form).chunk(2, dim=-1)
         log_w_BTH = -self.A_log.to(dtype).exp() * F.softplus(a_BTH + self.dt_bias.to(dtype))
         beta_BTH = beta_BTH.sigmoid() * (2 if config.negative_eigenvalues else 1)
         after: State | None

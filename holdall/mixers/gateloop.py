@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
 from holdall.ops.complex_decay import complex_decay, complex_decay_loop
+from holdall.ops.linear import wide
 from holdall.settings import PositiveInt
 
 
@@ -94,7 +95,7 @@ class GateLoop(Mixer):
         q, k, v, gate_BTE = self.qkvg(x_BTD).to(dtype).chunk(4, dim=-1)
         q, k, v = (u.unflatten(-1, (config.heads, -1)) for u in (q, k, v))
         # turns and decays add up over many tokens: not in bf16
-        c_BTE = F.linear(x_BTD.to(dtype), self.transition.weight.to(dtype), self.transition.bias.to(dtype))
+        c_BTE = wide(self.transition, x_BTD, dtype)
         log_decay_BTH, turn_BTH2 = _gates(c_BTE.unflatten(-1, (config.heads, 2)))
         s_BHKV2: Tensor | None
         if self.form == "loop":

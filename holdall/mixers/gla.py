@@ -31,7 +31,7 @@ from holdall.contract.forms import plain
 from holdall.ops import linear_attention, replay
 from holdall.ops.gated_rms_norm import gated_rms_norm
 from holdall.ops.recent import ConvReplayState, recent_conv
-from holdall.ops.small_linear import small_linear
+from holdall.ops.small_linear import small
 from holdall.settings import NonNegativeFloat, PositiveFloat, PositiveInt, Range
 
 
@@ -177,10 +177,7 @@ class GLA(Mixer):
 
     def _log_decay(self, low_BTR: Tensor) -> Tensor:
         """What is forgotten adds up over thousands of tokens: not in bf16."""
-        return small_linear(
-            low_BTR, self.gate_up.weight, self.gate_up.bias,
-            log_sigmoid=True, divisor=self.config.tau, form=self.form,
-        )  # fmt: skip
+        return small(self.gate_up, low_BTR, log_sigmoid=True, divisor=self.config.tau, form=self.form)
 
     def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None) -> State:
         config = self.config

@@ -24,14 +24,15 @@ Deviations:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
 from holdall.ops import hippo, ssm
-from holdall.ops.h3 import h3, kernel_refusal
+from holdall.ops.h3 import between_projections, h3, kernel_refusal
+from holdall.ops.linear import is_plain
 from holdall.settings import PositiveInt
 
 
@@ -127,11 +128,20 @@ class H3(Mixer):
         self, x_BTD: Tensor, state: H3State | None = None, *, inplace: bool = False, want_state: bool = True
     ) -> tuple[Tensor, H3State | None]:
         dtype = recurrent_dtype(x_BTD.dtype)
-        y_BTD, past_BPD, h_BKVHN2 = h3(
-            x_BTD, self.qkv.weight, self.qkv.bias, self.shift_kernel(dtype), self.shift_D,
-            self.diagonal(dtype), self.D, self.out_proj.weight, self.out_proj.bias,
-            *(state or (None, None)), chunk=self.config.chunk, want_state=want_state, form=self.form,
-        )  # fmt: skip
+        between = self.shift_kernel(dtype), self.shift_D, self.diagonal(dtype), self.D
+        before = state or (None, None)
+        how: dict[str, Any] = {"chunk": self.config.chunk, "want_state": want_state}
+        past_BPD: Tensor | None
+        if is_plain(self.qkv) and is_plain(self.out_proj):
+            y_BTD, past_BPD, h_BKVHN2 = h3(
+                x_BTD, self.qkv.weight, self.qkv.bias, *between, self.out_proj.weight, self.out_proj.bias,
+                *before, **how, form=self.form,
+            )  # fmt: skip
+        else:
+            read_BTD, past_BPD, h_BKVHN2 = between_projections(
+                self.qkv(x_BTD), *between, *before, **how, form=self.form
+            )
+            y_BTD = self.out_proj(read_BTD)
         if past_BPD is None or h_BKVHN2 is None or not want_state:
             return y_BTD, None
         return y_BTD, H3State(past_BPD, h_BKVHN2)

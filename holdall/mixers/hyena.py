@@ -28,11 +28,11 @@ from dataclasses import dataclass
 from typing import Annotated, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, register
-from holdall.ops.hyena import hyena
+from holdall.ops.hyena import between_projections, hyena
+from holdall.ops.linear import is_plain, wide
 from holdall.ops.long_conv import filter_features
 from holdall.settings import PositiveFloat, PositiveInt, Range
 
@@ -96,18 +96,12 @@ class HyenaFilter(nn.Module):
         z_LH = time_LZ = filter_features(length, self.max_length, self.bands, self.frequency_H)
         dtype = time_LZ.dtype
         for layer in self.hidden:
-            z_LH = torch.sin(self.frequency_H.to(dtype) * _linear(layer, z_LH))
-        h_LE = _linear(self.last, z_LH)
+            z_LH = torch.sin(self.frequency_H.to(dtype) * wide(layer, z_LH, dtype))
+        h_LE = wide(self.last, z_LH, dtype)
         # the window falls to 1/100 between 0.3 and 1.5 times max_length
         fall = -math.log(1e-2)
         delta_E = torch.linspace(fall / 1.5, fall / 0.3, h_LE.shape[1], dtype=dtype, device=h_LE.device)
         return h_LE * torch.exp(-time_LZ[:, :1] * delta_E)
-
-
-def _linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """A linear layer in the dtype of its input and not of its weights."""
-    assert isinstance(layer, nn.Linear)
-    return F.linear(x, layer.weight.to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
 
 
 class Hyena(Mixer):
@@ -134,6 +128,13 @@ class Hyena(Mixer):
         want_state: bool = True,
     ) -> tuple[Tensor, HyenaState | None]:
         length = x_BTD.shape[1] + (0 if state is None else state.long_BPE.shape[1])
+        if not (is_plain(self.in_proj) and is_plain(self.out_proj)):
+            between_BTD, past = between_projections(
+                self.in_proj(x_BTD), self.short_weight_UW, self.short_bias_U, self.filter(length),
+                self.skip_E, state, width=x_BTD.shape[2], inplace=inplace, want_state=want_state,
+                form=self.form,
+            )  # fmt: skip
+            return self.out_proj(between_BTD), None if past is None else HyenaState(*past)
         y_BTD, past = hyena(
             x_BTD, self.in_proj.weight, self.in_proj.bias, self.short_weight_UW, self.short_bias_U,
             self.filter(length), self.skip_E, self.out_proj.weight, self.out_proj.bias,

@@ -32,7 +32,7 @@ from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, registe
 from holdall.ops import hippo, short_conv
 from holdall.ops.diagonal_scan import CHUNK
 from holdall.ops.kept import Kept
-from holdall.ops.linear import Linear, linear
+from holdall.ops.linear import Linear, is_plain, linear
 from holdall.ops.selective_scan import selective_scan
 from holdall.settings import NonNegativeFloat, NonNegativeInt, PositiveInt, Range
 
@@ -134,22 +134,35 @@ class Mamba(Mixer):
             x_BTE, self.conv_weight_EW, self.conv_bias_E, state.conv_BPE, silu=True,
             inplace=inplace, form=self.form,
         )  # fmt: skip
-        # a norm counts the zeros of a filled projection too
-        fill = self.form == "kernel" and x_BTD.shape[1] > 1 and not self.config.inner_norm
-        down_FE, up_ER, sizes = self._narrow_projections(fill=fill)
-        dt_BTR, b_BTN, c_BTN, _ = linear(x_BTE, down_FE).split(sizes, dim=-1)
-        if self.config.inner_norm:
-            eps = self.config.eps
-            dt_BTR, b_BTN, c_BTN = (F.rms_norm(u, u.shape[-1:], eps=eps) for u in (dt_BTR, b_BTN, c_BTN))
+        raw_BTE, b_BTN, c_BTN, dt_bias_E = self._projected(x_BTE)
         dtype = recurrent_dtype(x_BTD.dtype)
-        # softplus of which gives the step sizes: they decide what is forgotten over thousands of tokens, and
-        # so are not in bf16
-        raw_BTE, a_EN = linear(dt_BTR, up_ER), self.decays.of(self.A_log, lambda log: -log.to(dtype).exp())
+        a_EN = self.decays.of(self.A_log, lambda log: -log.to(dtype).exp())
         y_BTE, h_BEN = selective_scan(
-            x_BTE, raw_BTE, a_EN, b_BTN, c_BTN, state.h_BEN, dt_bias_D=self.dt_proj.bias, skip_D=self.D,
+            x_BTE, raw_BTE, a_EN, b_BTN, c_BTN, state.h_BEN, dt_bias_D=dt_bias_E, skip_D=self.D,
             z_BTD=z_BTE, chunk=self.config.chunk, inplace=inplace, form=self.form,
         )  # fmt: skip
         return self.out_proj(y_BTE), MambaState(conv_BPE, h_BEN) if want_state else None
+
+    def _projected(self, x_BTE: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What softplus makes step sizes of, B and C; and a bias, to be added to the first in a wider dtype.
+
+        Step sizes decide what is forgotten over thousands of tokens, and so are not in bf16.
+        """
+        config = self.config
+        if plain := is_plain(self.x_proj) and is_plain(self.dt_proj):
+            # a norm counts the zeros of a filled projection too
+            fill = self.form == "kernel" and x_BTE.shape[1] > 1 and not config.inner_norm
+            down_FE, up_ER, sizes = self._narrow_projections(fill=fill)
+            dt_BTR, b_BTN, c_BTN, _ = linear(x_BTE, down_FE).split(sizes, dim=-1)
+        else:
+            dt_BTR, b_BTN, c_BTN = self.x_proj(x_BTE).split([config.rank, config.state, config.state], dim=-1)
+        if config.inner_norm:
+            dt_BTR, b_BTN, c_BTN = (
+                F.rms_norm(u, u.shape[-1:], eps=config.eps) for u in (dt_BTR, b_BTN, c_BTN)
+            )
+        if plain:
+            return linear(dt_BTR, up_ER), b_BTN, c_BTN, self.dt_proj.bias
+        return self.dt_proj(dt_BTR), b_BTN, c_BTN, torch.zeros_like(self.D)
 
     def _narrow_projections(self, *, fill: bool) -> tuple[Tensor, Tensor, list[int]]:
         """Weights of the products with rank and states, and the sizes of dt, B, C and nothing in the first.

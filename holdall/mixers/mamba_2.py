@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, State, recurrent_dtype, register
 from holdall.ops import hippo, linear_attention, mamba_2, replay
+from holdall.ops.linear import is_plain
 from holdall.ops.recent import ConvReplayState
 from holdall.settings import NonNegativeFloat, PositiveInt, Range
 
@@ -150,8 +151,6 @@ class Mamba2(Mixer):
         want_state: bool = True,
     ) -> tuple[Tensor, State | None]:
         config = self.config
-        weight_FD: Tensor = self.in_proj.weight
-        bias_F: Tensor | None = self.in_proj.bias
         sizes = mamba_2.Sizes(config.heads, config.inner // config.heads, config.groups, config.state)
         parameters = (
             self.conv_weight_EW, self.conv_bias_E, self.dt_bias, self.A_log, self.D, self.norm_weight_E
@@ -167,15 +166,18 @@ class Mamba2(Mixer):
         conv_BPE = None if state is None else state.conv_BPE
         if conv_BPE is None:
             conv_BPE = x_BTD.new_zeros(len(x_BTD), config.kernel - 1, config.conv_channels)
-        if self.form == "kernel" and x_BTD.shape[1] > 1:
+        if self.form == "kernel" and x_BTD.shape[1] > 1 and is_plain(self.in_proj):
             # filled up to where a GPU's matrix products are fast, which one token's are not
+            weight_FD: Tensor = self.in_proj.weight
+            bias_F: Tensor | None = self.in_proj.bias
             more = -weight_FD.shape[0] % 16
-            weight_FD = F.pad(weight_FD, (0, 0, 0, more))
             bias_F = None if bias_F is None else F.pad(bias_F, (0, more))
+            projected_BTF = F.linear(x_BTD, F.pad(weight_FD, (0, 0, 0, more)), bias_F)
+        else:
+            projected_BTF = self.in_proj(x_BTD)
         y_BTE, conv_BPE, s_BHNV = mamba_2.mamba_2(
-            F.linear(x_BTD, weight_FD, bias_F), *parameters, conv_BPE,
-            None if state is None else state.s_BHNV, sizes, config.eps,
-            chunk=config.chunk, inplace=inplace, want_state=want_state, form=self.form,
+            projected_BTF, *parameters, conv_BPE, None if state is None else state.s_BHNV,
+            sizes, config.eps, chunk=config.chunk, inplace=inplace, want_state=want_state, form=self.form,
         )  # fmt: skip
         after = None if s_BHNV is None or not want_state else Mamba2State(conv_BPE, s_BHNV)
         return self.out_proj(y_BTE), after

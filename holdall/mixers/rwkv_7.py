@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
 from holdall.mixers.rwkv_4 import depths, mix_start, ramp, shift
 from holdall.ops.delta_rule import CHUNK, generalised_delta_rule, kernel_refusal
+from holdall.ops.linear import is_plain
 from holdall.ops.rwkv_7 import beside, finish, prepare
 from holdall.settings import NonNegativeInt, PositiveInt, Range
 
@@ -162,6 +163,7 @@ class RWKV7(Mixer):
             state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
         # one product for all maps makes its weights first, which a few tokens do not pay for
         at_once = self.form == "kernel" and x_BTD.shape[:2].numel() >= 4 * self.config.width
+        at_once = at_once and all(map(is_plain, (self.receptance, self.key, self.value)))
         rkv, w, a, g = (self._mapped_at_once if at_once else self._mapped)(x_BTD, state.last_BD)
         w, a, g = w.tanh() @ self.w2, a @ self.a2, g.sigmoid() @ self.g2
         r, log_w, k, v, a, removal = prepare(

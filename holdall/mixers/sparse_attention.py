@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
 from holdall.mixers.attention import QKV
+from holdall.ops.linear import wide
 from holdall.settings import PositiveInt
 
 
@@ -219,7 +220,7 @@ class SparseAttention(Mixer):
             state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
         q, k, v = self.project(x_BTD, state.seen_B)
         # in bf16 many scores would be equal, and others change places
-        gate_BT, z_BT = F.linear(x_BTD.to(dtype), self.select.weight.to(dtype)).unbind(-1)
+        gate_BT, z_BT = wide(self.select, x_BTD, dtype).unbind(-1)
         if self.form == "loop":
             y_BTHV, after = read_one_by_one(q, k, v, z_BT, state, keys=config.keys)
         else:

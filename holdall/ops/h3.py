@@ -63,27 +63,49 @@ def h3(
     Returns:
         y_BTD, and the next past and modes.
     """
-    (rows, new, width), heads, fresh = input_BTD.shape, len(memory_skip_H), h_BKVHN2 is None
-    head_dim, dtype = width // heads, shift_DL.dtype
-    if form == "kernel" and fresh and not want_state and new <= BY_PRODUCTS:
+    fresh = h_BKVHN2 is None
+    if form == "kernel" and fresh and not want_state and input_BTD.shape[1] <= BY_PRODUCTS:
         y_BTD = kernel_of(h3)(
             input_BTD, qkv_weight_ED, qkv_bias_E, shift_DL, shift_skip_D, memory, memory_skip_H,
             out_weight_DD, out_bias_D,
         )  # fmt: skip
         return y_BTD, None, None
+    read_BTD, past_BPD, h_BKVHN2 = between_projections(
+        F.linear(input_BTD, qkv_weight_ED, qkv_bias_E), shift_DL, shift_skip_D, memory, memory_skip_H,
+        past_BPD, h_BKVHN2, chunk=chunk, want_state=want_state, form=form,
+    )  # fmt: skip
+    return F.linear(read_BTD, out_weight_DD, out_bias_D), past_BPD, h_BKVHN2
+
+
+def between_projections(
+    qkv_BTE: Tensor,
+    shift_DL: Tensor,
+    shift_skip_D: Tensor,
+    memory: tuple[Tensor, Tensor, Tensor],
+    memory_skip_H: Tensor,
+    past_BPD: Tensor | None,
+    h_BKVHN2: Tensor | None,
+    *,
+    chunk: int = ssm.CHUNK,
+    want_state: bool = True,
+    form: str = "parallel",
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What `h3` does between its projections, of whatever maps they are."""
+    rows, width, heads = len(qkv_BTE), qkv_BTE.shape[2] // 3, len(memory_skip_H)
+    head_dim, dtype = width // heads, shift_DL.dtype
     if past_BPD is None:
-        past_BPD = input_BTD.new_zeros(rows, shift_DL.shape[1] - 1, width)
-    if fresh and form == "loop":
+        past_BPD = qkv_BTE.new_zeros(rows, shift_DL.shape[1] - 1, width)
+    if h_BKVHN2 is None and form == "loop":
         modes = memory[0].shape[1]
-        h_BKVHN2 = input_BTD.new_zeros(rows, head_dim, head_dim, heads, modes, 2, dtype=dtype)
-    q_BTD, k_BTD, v_BTD = F.linear(input_BTD, qkv_weight_ED, qkv_bias_E).to(dtype).chunk(3, dim=-1)
+        h_BKVHN2 = qkv_BTE.new_zeros(rows, head_dim, head_dim, heads, modes, 2, dtype=dtype)
+    q_BTD, k_BTD, v_BTD = qkv_BTE.to(dtype).chunk(3, dim=-1)
     k_BTD, past_BPD = shift(k_BTD, shift_DL, shift_skip_D, past_BPD, form)
     q_BTKH, k_BTKH, v_BTVH = (u.unflatten(-1, (heads, head_dim)).mT for u in (q_BTD, k_BTD, v_BTD))
     kv_BTKVH = k_BTKH[:, :, :, None] * v_BTVH[:, :, None]
     m_BKVTH, h_BKVHN2 = remember(kv_BTKVH, memory, memory_skip_H, h_BKVHN2, chunk, want_state, form)
     # a product and a sum: as tiny matrix products, one per token and head, it takes a GPU 50 times longer
     y_BTVH = (q_BTKH[:, :, :, None] * m_BKVTH.permute(0, 3, 1, 2, 4)).sum(2)
-    return F.linear(y_BTVH.flatten(2).to(input_BTD.dtype), out_weight_DD, out_bias_D), past_BPD, h_BKVHN2
+    return y_BTVH.flatten(2).to(qkv_BTE.dtype), past_BPD, h_BKVHN2
 
 
 def shift(

@@ -62,17 +62,32 @@ def hyena(
             out_weight_DD, out_bias_D,
         )  # fmt: skip
         return y_BTD, None
-    if past is None:
-        rows, taps = len(input_BTD), short_weight_UW.shape[1]
-        past = (
-            input_BTD.new_zeros(rows, taps - 1, len(in_weight_UD)),
-            input_BTD.new_zeros(rows, 0, filter_LE.shape[1]),
-        )
-    short_BPU, long_BPE = past
-    u_BTU, short_BPU = short_conv(
-        F.linear(input_BTD, in_weight_UD, in_bias_U), short_weight_UW, short_bias_U, short_BPU,
-        inplace=inplace, form=form,
+    gated_BTD, past = between_projections(
+        F.linear(input_BTD, in_weight_UD, in_bias_U), short_weight_UW, short_bias_U, filter_LE, skip_E, past,
+        width=width, inplace=inplace, want_state=want_state, form=form,
     )  # fmt: skip
+    return F.linear(gated_BTD, out_weight_DD, out_bias_D), past
+
+
+def between_projections(
+    u_BTU: Tensor,
+    short_weight_UW: Tensor,
+    short_bias_U: Tensor,
+    filter_LE: Tensor,
+    skip_E: Tensor,
+    past: tuple[Tensor, Tensor] | None,
+    *,
+    width: int,
+    inplace: bool = False,
+    want_state: bool = True,
+    form: str = "parallel",
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """What `hyena` does between its projections, of whatever maps they are."""
+    if past is None:
+        rows, taps = len(u_BTU), short_weight_UW.shape[1]
+        past = u_BTU.new_zeros(rows, taps - 1, u_BTU.shape[2]), u_BTU.new_zeros(rows, 0, filter_LE.shape[1])
+    short_BPU, long_BPE = past
+    u_BTU, short_BPU = short_conv(u_BTU, short_weight_UW, short_bias_U, short_BPU, inplace=inplace, form=form)
     *gates, v_BTD = u_BTU.split(width, dim=-1)
     filters, skips, pasts = filter_LE.split(width, dim=-1), skip_E.split(width), long_BPE.split(width, dim=-1)
     kept: list[Tensor] = []
@@ -81,5 +96,4 @@ def hyena(
         c_BTD, past_BPD = long_conv(v_BTD, h_LD, old_BPD, form=plain(form))
         v_BTD = c_BTD + d_D * v_BTD
         kept.append(past_BPD)
-    y_BTD = F.linear(v_BTD * gates[0], out_weight_DD, out_bias_D)
-    return y_BTD, (short_BPU, torch.cat(kept, dim=-1)) if want_state else None
+    return v_BTD * gates[0], (short_BPU, torch.cat(kept, dim=-1)) if want_state else None

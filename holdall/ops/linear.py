@@ -11,8 +11,9 @@ inputs, E outputs (of SwiGLU half of them, I).
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -60,3 +61,33 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
+
+
+# What reads a layer's weight past the layer, to fuse or to widen a product, asks first whether the layer is
+# its weight: a user may have put another in its place, such as LoRA's, which has the old weight too.
+
+
+def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a layer computes x W^T + b of its own weight and bias and does nothing beside."""
+    if type(layer) not in (Linear, nn.Linear) or "forward" in vars(layer):  # as accelerate replaces it
+        return False
+    return not (
+        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    )
+
+
+def gated(layer: nn.Module, x: Tensor) -> Tensor:
+    """SwiGLU of what a layer makes of x, half as wide."""
+    if is_plain(layer):
+        return linear(x, layer.weight, layer.bias, gated=True)
+    y = layer(x)
+    return swiglu(y, form="kernel" if forms.fused(y, gradients=True) else "parallel")
+
+
+def wide(layer: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a layer makes of x in a wider dtype than its own; in its own where it is not plain."""
+    if is_plain(layer):
+        weight_ED, bias_E = layer.weight.to(dtype), layer.bias
+        return F.linear(x.to(dtype), weight_ED, None if bias_E is None else bias_E.to(dtype))
+    own = next((p.dtype for p in layer.parameters() if p.is_floating_point()), x.dtype)
+    return layer(x.to(own)).to(dtype)

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from holdall.contract.forms import kernel_of
+from holdall.ops.linear import is_plain, wide
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:  # pytest checks the shapes; nothing else needs jaxtyping
     from jaxtyping import Float
@@ -42,3 +43,21 @@ def widened_linear(
     if form == "kernel":
         return kernel_of(widened_linear)(x, weight_ED)
     return F.linear(x, weight_ED).to(torch.promote_types(x.dtype, torch.float32))
+
+
+def small(
+    layer: nn.Module, x: Tensor, *, log_sigmoid: bool = False, divisor: float = 1.0, form: str = "parallel"
+) -> Tensor:
+    """`small_linear` by a layer, or by what a user put in its place."""
+    if is_plain(layer):
+        weight_ED, bias_E = layer.weight, layer.bias
+        return small_linear(x, weight_ED, bias_E, log_sigmoid=log_sigmoid, divisor=divisor, form=form)
+    y = wide(layer, x, torch.promote_types(x.dtype, torch.float32))
+    return F.logsigmoid(y) / divisor if log_sigmoid else y
+
+
+def widened(layer: nn.Module, x: Tensor, *, form: str = "parallel") -> Tensor:
+    """`widened_linear` by a layer, or by what a user put in its place."""
+    if is_plain(layer):
+        return widened_linear(x, layer.weight, form=form)
+    return layer(x).to(torch.promote_types(x.dtype, torch.float32))
