@@ -38,6 +38,7 @@ FAMILIES: dict[str, str] = {
     "gemma": "llama.gemma",
     "gla": "fla.gla",
     "gpt2": "gpt2.gpt2",
+    "holdall": "exported.holdall",
     "llama": "llama.llama",
     "mamba": "mamba.mamba",
     "mamba-ssm": "hazy.mamba",

@@ -108,3 +108,9 @@ def test_a_config_may_say_infinity(tmp_path: Path) -> None:
     path.write_text("[]")
     with pytest.raises(RunError, match="does not hold a JSON object"):
         foreign.read_config(path)
+
+
+def test_every_kind_of_model_has_its_function() -> None:
+    assert list(foreign.FAMILIES) == sorted(foreign.FAMILIES)
+    for kind in foreign.FAMILIES:
+        assert callable(foreign.family_of({"model_type": kind}, "config.json"))
