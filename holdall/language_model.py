@@ -273,31 +273,52 @@ class LanguageModel:
         return made
 
     @torch.no_grad()
-    def score(self, text: str) -> Score:
-        """The log-probability of each token of a text, which is read as a whole document's beginning.
+    def score(self, text: str, *, session: Session | None = None) -> Score:
+        """The log-probability of each token of a text.
 
-        The first token is scored after the end-of-text token, which stands before every document in training.
         Probabilities are over the model's whole vocabulary, as in the loss that training reports. A long text
         is read in pieces, by carrying states, so that memory does not grow with it unless the states do.
 
-        Raises ValueError if the text is empty, longer than the learned positions, or the logits are NaN.
+        Args:
+            text: a document's beginning: its first token is scored after the end-of-text token, which stands
+                before every document in training. Or what follows the session.
+            session: what was read before the text: see `read`. It stays as it was.
+
+        Raises ValueError if the text is empty, longer than the learned positions, or the logits are NaN; and
+        without a session, if the model's first tokens see each other, so that none of them is predicted.
         """
-        ids_N = torch.tensor(self._document(text))
-        if len(ids_N) == 1:
+        prefix = 0 if session is not None else self.model.prefix
+        if prefix:
+            raise ValueError(
+                f"the first {prefix} tokens of a document see each other in this model, so that it predicts "
+                "none of them: score(text, session=model.read(context)) is the probability of what follows"
+            )
+        ids_N = torch.tensor(self._document(text) if session is None else self._tokens(text))
+        parts, states, own = list[Tensor](), None, True
+
+        def add(logits_CV: Tensor, next_C: Tensor) -> None:
+            wide_CV = logits_CV.to(recurrent_dtype(logits_CV.dtype))
+            parts.append(-F.cross_entropy(wide_CV, next_C.to(wide_CV.device), reduction="none").cpu())
+
+        if session is not None and len(ids_N):
+            add(session.logits_V[None], ids_N[:1])
+            states, own = session.states, False
+        scored_T = ids_N[int(session is None) :]
+        if not len(scored_T):
             raise ValueError("there is nothing to score: the text is empty")
-        states, parts = None, list[Tensor]()
         rows = max(1, LOGITS_AT_ONCE // self.config.vocab)
         read, predicted = ids_N[:-1].split(TOKENS_AT_ONCE), ids_N[1:].split(TOKENS_AT_ONCE)
         for read_T, next_T in zip(read, predicted, strict=True):
-            h_1TD, states = self.model.hidden(read_T[None].to(self.model.device), states, inplace=True)
+            if not len(read_T):  # a text of one token behind a session
+                break
+            h_1TD, states = self.model.hidden(read_T[None].to(self.model.device), states, inplace=own)
+            own = True
             for h_CD, next_C in zip(h_1TD[0].split(rows), next_T.split(rows), strict=True):
-                logits_CV = self.model.logits(h_CD)
-                wide_CV = logits_CV.to(recurrent_dtype(logits_CV.dtype))
-                parts.append(-F.cross_entropy(wide_CV, next_C.to(h_CD.device), reduction="none").cpu())
+                add(self.model.logits(h_CD), next_C)
         log_prob_T = torch.cat(parts).double()
         if log_prob_T.isnan().any():
             raise ValueError(NOT_FINITE)
-        return Score(ids_T=ids_N[1:], log_prob_T=log_prob_T)
+        return Score(ids_T=scored_T, log_prob_T=log_prob_T)
 
     def save(self, path: str | Path, *, dtype: str | torch.dtype | None = None) -> None:
         """Write the model into a folder of its own, all of it or nothing; `load` reads it anywhere.

@@ -197,6 +197,11 @@ LOGITS_AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 27}
 @torch.inference_mode()
 def predict(model: Model, windows_WX: np.ndarray) -> Predictions:
     """Run a model over windows, on its own device and in its own dtypes, with fp32 logits."""
+    if model.prefix:
+        raise ValueError(
+            f"the first {model.prefix} tokens of a row see each other in this model, so that none of them is "
+            "predicted: choose a causal one"
+        )
     head_VD = model.head_weight.float()
     device, kind = head_VD.device, head_VD.device.type
     count = windows_WX.shape[1] - 1

@@ -52,6 +52,7 @@ from holdall.engine.slow import PromptReader, checked, numbered, occurrences_of
 from holdall.engine.store import StateStore
 from holdall.engine.text import Writer
 from holdall.model import Model
+from holdall.ops.begun import begun
 from holdall.ops.kept import Unchanging
 from holdall.settings import PositiveInt, Range
 from holdall.text.tokenizers import Tokenizer
@@ -129,9 +130,10 @@ class Engine:
         *,
         store: StateStore | None = None,
     ) -> None:
-        """Raises ValueError if the model's states grow and no `max_context` says how far, or if the model
-        cannot take back as many tokens as drafts need.
+        """Raises ValueError if the model's states grow and no `max_context` says how far, if the model
+        cannot take back as many tokens as drafts need, or cannot read a text in pieces.
         """
+        _ = model.prefix  # raises
         self.model, self.tokenizer, self.store = model, tokenizer, store
         self.config = config or EngineConfig()
         limit = self.config.max_context
@@ -348,8 +350,12 @@ class Engine:
     def _read(self) -> list[Piece]:
         """Read a chunk of the prompts, the oldest first; those that end become rows."""
         given, left = self._read_whole(), self.config.chunk
-        while self._reading and (size := _reader(self._reading[0]).sizes[-1]) <= left:
-            oldest, most = _reader(self._reading[0]), 1 if self.config.fixed else min(TOGETHER, left // size)
+        while self._reading:
+            oldest = _reader(self._reading[0])
+            size = oldest.sizes[-1]
+            if left < min(size, self.config.chunk):  # a prefix may be longer than a chunk
+                break
+            most = 1 if self.config.fixed else max(1, min(TOGETHER, left // size))
             alike = (job for job in self._reading if oldest.alike(_reader(job)))
             group = list(itertools.islice(alike, most))
             step_together([_reader(job) for job in group])
@@ -659,7 +665,7 @@ class _Buffers:
         if drafts:
             guess_BK = lookup.guesses(self.recent_BR[some], drafts)
             given_BT = torch.cat((given_BT, guess_BK.clamp(min=0)), dim=1)
-        with self.weights:
+        with self.weights, begun():
             h_BTD, after = self.model.hidden(given_BT, views, inplace=True)
             logits_BTV = self.model.logits(h_BTD.flatten(0, 1)).float().unflatten(0, given_BT.shape)
         assert after is not None

@@ -20,6 +20,7 @@ from torch import Tensor
 from holdall.contract import State
 from holdall.engine.session import Reader, Session
 from holdall.model import Model
+from holdall.ops.begun import begun
 from holdall.ops.kept import Unchanging
 from holdall.ops.recorded import no_graph_ends
 
@@ -77,10 +78,13 @@ class Desk:
         return self.reader is not None and self.reader() is reader
 
     @torch.no_grad()
-    def read(self, tokens: Sequence[int]) -> Tensor:
-        """Read the next piece; the logits after it, (V,), which the next piece may overwrite."""
-        if self.model.device.type == "cpu":
-            return self._call(torch.tensor([tokens]))
+    def read(self, tokens: Sequence[int], *, prefix: bool = False) -> Tensor:
+        """Read the next piece; the logits after it, (V,), which the next piece may overwrite.
+
+        A prefix may be of any size and comes once, so that no graph is recorded for it.
+        """
+        if self.model.device.type == "cpu" or prefix:
+            return self._call(torch.tensor([tokens], device=self.model.device), prefix=prefix)
         self.record(len(tokens))
         graph, token_1T, logits_V = self.graphs[len(tokens)]
         # from pinned memory: else the host would wait for all that is under way
@@ -103,8 +107,8 @@ class Desk:
         self.pool = graph.pool()
         self.graphs[size] = (graph, token_1T, logits_V)
 
-    def _call(self, token_1T: Tensor) -> Tensor:
-        with self.weights:
+    def _call(self, token_1T: Tensor, *, prefix: bool = False) -> Tensor:
+        with self.weights, begun(not prefix):
             h_1TD, _ = self.model.hidden(token_1T, self.states, inplace=True)
             return self.model.logits(h_1TD[0, -1]).float()
 
@@ -123,7 +127,7 @@ class DeskReader(Reader):
     def _read(self, tokens: Sequence[int]) -> None:
         if not self.desk.has(self):
             self.desk.sit(self, self.states)
-        self.logits_V = self.desk.read(tokens)
+        self.logits_V = self.desk.read(tokens, prefix=self.model.prefix > 0 and not self.past.count)
 
     def alike(self, other: Reader) -> bool:
         return other is self

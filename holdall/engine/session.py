@@ -9,7 +9,11 @@ at most `chunk`, and that ends within the text. So 107 tokens at a chunk of 32 a
 Where a text is cut depends on where reading starts and ends alone, so that neither a schedule nor what was
 read beside it can change a bit; and who resumes at a grid point cuts as if nothing had been read before.
 
-Letters: T tokens, V vocabulary, B batch row.
+Where tokens at the start see each other (`Model.prefix`, P), the first piece is the first P of the tokens
+that are given at first, or all of them if they are fewer; the grid begins behind it. What was read then
+depends on how many these were, and so do a session's hashes.
+
+Letters: T tokens, V vocabulary, B batch row, P tokens of a prefix.
 """
 
 from __future__ import annotations
@@ -37,6 +41,7 @@ from holdall.contract import (
     save_states,
 )
 from holdall.model import Model
+from holdall.ops.begun import begun
 
 CHUNK = 512
 """Tokens of the largest piece, and between two points of the grid."""
@@ -51,11 +56,16 @@ class Past:
     count: int = 0
     """How many."""
     grid: bytes = b""
-    """The hash of those before the last point of the grid; empty before the first."""
+    """The hash of those before the last point of the grid; before the first what `beginning` gives."""
     tail: tuple[int, ...] = ()
     """Those after it, fewer than CHUNK."""
     recent: tuple[int, ...] = ()
     """The last RECENT of all."""
+
+    @classmethod
+    def beginning(cls, prefix: int = 0) -> Past:
+        """The past of nothing, before a first piece whose tokens see each other, so many of them."""
+        return cls(grid=chained(b"", (-prefix,)) if prefix else b"")
 
     def after(self, tokens: Sequence[int]) -> Past:
         """The past with more tokens at its end."""
@@ -100,13 +110,19 @@ class Session(NamedTuple):
         return Session(states, self.logits_V.to(device), self.past)
 
 
-def pieces(start: int, stop: int, chunk: int = CHUNK) -> Iterator[int]:
+def pieces(start: int, stop: int, chunk: int = CHUNK, *, prefix: int = 0) -> Iterator[int]:
     """The sizes of the pieces in which tokens from position `start` up to `stop` are read.
+
+    Args:
+        prefix: tokens from position 0 that are one piece.
 
     Raises ValueError if the chunk is no power of two.
     """
     if chunk < 1 or chunk & (chunk - 1):
         raise ValueError(f"a chunk is a power of two, not {chunk}")
+    if prefix and not start:
+        start = min(prefix, stop)
+        yield start
     while start < stop:
         size = min(chunk, start & -start or chunk)
         while start + size > stop:
@@ -148,14 +164,21 @@ class Reader:
         chunk: int = CHUNK,
         marks: Sequence[int] = (),
     ) -> None:
-        """`marks`: numbers of these tokens after which a piece is to end, beside those of the grid."""
+        """`marks`: numbers of these tokens after which a piece is to end, beside those of the grid; none
+        within a prefix.
+
+        Raises ValueError, naming the layer, if the model cannot read in pieces.
+        """
         self.model, self.given = model, tuple(tokens)
+        prefix = min(model.prefix, len(self.given)) if start is None else 0
         self.states: list[State] | None = None if start is None else start.states
         self.logits_V: Tensor | None = None if start is None else start.logits_V
-        self.past = Past() if start is None else start.past
-        ends = sorted({0, len(self.given), *(mark for mark in marks if 0 < mark < len(self.given))})
+        self.past = Past.beginning(prefix) if start is None else start.past
+        ends = {0, len(self.given), *(mark for mark in marks if max(prefix, 1) <= mark < len(self.given))}
         before = self.past.count
-        cuts = (pieces(before + a, before + b, chunk) for a, b in itertools.pairwise(ends))
+        cuts = (
+            pieces(before + a, before + b, chunk, prefix=prefix) for a, b in itertools.pairwise(sorted(ends))
+        )
         self.sizes = [*itertools.chain(*cuts)][::-1]
         self.at, self._own = 0, False
 
@@ -174,7 +197,8 @@ class Reader:
         """Have the states and the logits after a piece."""
         now_1T = torch.tensor([tokens], device=self.model.device)
         # a session's states are left alone; those that come of them are this reader's, until it gives them
-        h_1TD, self.states = self.model.hidden(now_1T, self.states, inplace=self._own)
+        with begun(self.states is not None):
+            h_1TD, self.states = self.model.hidden(now_1T, self.states, inplace=self._own)
         self._own = True
         self._note(h_1TD[0], tokens)
         self.logits_V = self.model.logits(h_1TD[0, -1]).float()
@@ -210,7 +234,8 @@ def step_together(readers: Sequence[Reader]) -> None:
     if readers[0].states is not None:
         each = zip(*(reader.states for reader in readers if reader.states is not None), strict=True)
         states = [join_rows(rows) for rows in each]
-    h_BTD, after = model.hidden(torch.tensor(now, device=model.device), states, inplace=True)
+    with begun(states is not None):
+        h_BTD, after = model.hidden(torch.tensor(now, device=model.device), states, inplace=True)
     logits_BV = model.logits(h_BTD[:, -1]).float()
     assert after is not None
     for row, (reader, tokens) in enumerate(zip(readers, now, strict=True)):

@@ -109,6 +109,11 @@ def checked(request: Request, model: Model, tokenizer: Tokenizer) -> tuple[int, 
     settings.check("n", request.n, PositiveInt)
     if request.prompt_logprobs is not None:
         settings.check("prompt_logprobs", request.prompt_logprobs, NonNegativeInt)
+        if model.prefix and request.session is None:
+            raise ValueError(
+                f"prompt_logprobs: the first {model.prefix} tokens of a prompt see each other in this model, "
+                "so that none is predicted: read them first, and ask for those of a prompt after that session"
+            )
     if not request.prompt and request.session is None:
         raise ValueError(
             "prompt is empty: give at least one token, such as the tokenizer's end of a document"

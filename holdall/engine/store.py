@@ -149,18 +149,23 @@ class StateStore:
 
         A file that is damaged or gone is passed over for the next longest.
         """
+        beginning = self._beginning(tokens)
         if most is not None:
             check("most", most, NonNegativeInt)
             tokens = tokens[:most]
-        return self._longest(self._ends.along(tokens)[0], len(tokens))
+        return self._longest(self._ends.along(tokens, beginning)[0], len(tokens))
 
     def resume(self, tokens: Sequence[int]) -> Beginning:
         """`longest` of a prompt that is about to be read, and where a snapshot of it is worth taking.
 
         The prompt is an earlier one from then on, so call this once for each.
         """
-        ends, points = self._ends.along(tokens)
+        ends, points = self._ends.along(tokens, self._beginning(tokens))
         return Beginning(self._longest(ends, len(tokens)), self._shared(points))
+
+    def _beginning(self, tokens: Sequence[int]) -> bytes:
+        """What the hashes of this prompt begin with: where its first tokens see each other, how many."""
+        return Past.beginning(min(self._model.prefix, len(tokens))).grid
 
     def __contains__(self, past: object) -> bool:
         """Whether a session with this Past is stored; it is not refreshed."""
@@ -437,14 +442,14 @@ class _Ends:
         if not lengths:
             del self._lengths[end.grid]
 
-    def along(self, tokens: Sequence[int]) -> tuple[list[bytes], list[bytes]]:
+    def along(self, tokens: Sequence[int], grid: bytes = b"") -> tuple[list[bytes], list[bytes]]:
         """The hashes of all beginnings of these tokens, shortest first, that a stored session may have read;
         and 8 bytes of those at the grid points, which only say what is worth keeping.
 
-        One pass over the tokens; it hashes what `chained` hashes.
+        `grid` is that of a Past of nothing. One pass over the tokens; it hashes what `chained` hashes.
         """
         packed, size = struct.pack(f"<{len(tokens)}q", *tokens), struct.calcsize("q")
-        hashes, points, grid = list[bytes](), list[bytes](), b""
+        hashes, points = list[bytes](), list[bytes]()
         for start in range(0, len(packed) + 1, CHUNK * size):
             block, at = packed[start : start + CHUNK * size], 0
             running = hashlib.blake2b(grid, digest_size=16)

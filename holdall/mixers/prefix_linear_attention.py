@@ -19,7 +19,8 @@ Weights map one to one onto the official module: proj_q, proj_k, proj_v are the 
 proj_v_enc those of `prefix_kv`, in that order.
 Deviations:
 - the Taylor map keeps the symmetric half of the second order: the same outputs from fewer features;
-- there is no mask of padding: rows of different lengths are separate calls, whose states are joined.
+- rows of different lengths are separate calls, whose states are joined: no mask of padding is needed. The
+  official one, for prompts padded to E tokens, is `padding`.
 """
 
 from __future__ import annotations
@@ -29,9 +30,11 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
+from holdall.ops.begun import all_begun
 from holdall.ops.linear_attention import FEATURE_MAPS, absorb, kernel_refusal, linear_attention
 from holdall.settings import NonNegativeFloat, PositiveInt
 
@@ -115,6 +118,7 @@ class PrefixLinearAttention(Mixer):
     def __init__(self, config: PrefixLinearAttentionConfig) -> None:
         super().__init__(config)
         self.feature_map = FEATURE_MAPS[config.feature_map]
+        self.prefix = config.prefix
         keys = config.heads * config.feature_dim
         self.sizes = [keys, keys, config.width]
         self.qkv = nn.Linear(config.width, sum(self.sizes), bias=False)
@@ -128,22 +132,26 @@ class PrefixLinearAttention(Mixer):
         *,
         inplace: bool = False,
         want_state: bool = True,
+        padding: int = 0,
     ) -> tuple[Tensor, PrefixState | None]:
+        """As any mixer; `padding` tokens at the start of this call have zeros for both keys, as the official
+        mask has it: each still adds its values, with the weight of a product that is zero."""
         config, phi = self.config, self.feature_map
         fresh = state is None
         if state is None:
             state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
-        parts = self.qkv(x_BTD).split(self.sizes, dim=-1)
-        prefix_parts = self.prefix_kv(x_BTD[:, : config.prefix]).split(self.sizes[1:], dim=-1)
-        q, k, v, prefix_k, prefix_v = (u.unflatten(-1, (config.heads, -1)) for u in (*parts, *prefix_parts))
-        s_BHFV, z_BHF = absorb(
-            prefix_k, prefix_v, None, None, feature_map=phi, chunk=config.chunk, form=self.form
-        )
-        if not fresh:
-            # rows that have read something have had their prefix
+        q, k, v = (u.unflatten(-1, (config.heads, -1)) for u in self.qkv(x_BTD).split(self.sizes, dim=-1))
+        if padding:
+            k = _without(k, padding)
+        s_BHFV, z_BHF, _ = state
+        # rows that have read something have had their prefix
+        if fresh:
+            s_BHFV, z_BHF = self._prefix(x_BTD, padding)
+        elif not all_begun():
             first_B = (state.seen_B == 0).to(s_BHFV.dtype)
-            s_BHFV = torch.addcmul(state.s_BHFV, s_BHFV, first_B[:, None, None, None])
-            z_BHF = torch.addcmul(state.z_BHF, z_BHF, first_B[:, None, None])
+            of_prefix_BHFV, of_prefix_BHF = self._prefix(x_BTD, padding)
+            s_BHFV = torch.addcmul(s_BHFV, of_prefix_BHFV, first_B[:, None, None, None])
+            z_BHF = torch.addcmul(z_BHF, of_prefix_BHF, first_B[:, None, None])
         y_BTHV, after_BHFV, after_BHF = linear_attention(
             q, k, v, s_BHFV, z_BHF, feature_map=phi, normalise=True, eps=config.eps,
             chunk=config.chunk, inplace=inplace, want_state=want_state, form=self.form,
@@ -152,6 +160,15 @@ class PrefixLinearAttention(Mixer):
         if want_state and after_BHFV is not None and after_BHF is not None:
             after = PrefixState(after_BHFV, after_BHF, state.seen_B + x_BTD.shape[1])
         return self.out_proj(y_BTHV.flatten(2)), after
+
+    def _prefix(self, x_BTD: Tensor, padding: int) -> tuple[Tensor, Tensor]:
+        """The sums of the prefix, which is the beginning of this call."""
+        config = self.config
+        parts = self.prefix_kv(x_BTD[:, : config.prefix]).split(self.sizes[1:], dim=-1)
+        k, v = (u.unflatten(-1, (config.heads, -1)) for u in parts)
+        if padding:
+            k = _without(k, padding)
+        return absorb(k, v, None, None, feature_map=self.feature_map, chunk=config.chunk, form=self.form)
 
     def init_state(
         self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None
@@ -166,3 +183,8 @@ class PrefixLinearAttention(Mixer):
     def state_elements(self, context_len: int) -> int:
         features = self.feature_map.size(self.config.feature_dim)
         return features * (self.config.width + self.config.heads) + 1
+
+
+def _without(k_BTHK: Tensor, padding: int) -> Tensor:
+    """Keys, the first of which are zero."""
+    return F.pad(k_BTHK[:, padding:], (0, 0, 0, 0, padding, 0))

@@ -92,6 +92,8 @@ def launcher(device: str = "cpu", devices: int = 1, strategy: Strategy = "auto",
 class LanguageModelLoss(nn.Module):
     """A model as the function that training differentiates: rows of tokens to the mean loss of the next one.
 
+    Where the first P tokens see each other (`Model.prefix`), all that is predicted comes after them.
+
     With `dtype` each block runs on copies of its weights in it. `recompute` runs a block once more in the
     backward pass, from its input; the copies are made once more too.
     """
@@ -99,14 +101,18 @@ class LanguageModelLoss(nn.Module):
     def __init__(self, model: Model, dtype: torch.dtype | None, recompute: bool) -> None:
         super().__init__()
         self.model, self.dtype, self.recompute = model, dtype, recompute
+        self.first = max(model.prefix - 1, 0)
+        """The first position that predicts: the last of a prefix, which has not seen what follows."""
         self.sharded = False
         """Whether FSDP makes the copies, and the blocks themselves run again."""
 
     def forward(self, rows_BN: Tensor) -> Tensor:
         h_BTD, _ = self.model.hidden(rows_BN[:, :-1], want_states=False, run=self._run)
         h_BTD = h_BTD if self.dtype is None else h_BTD.to(self.dtype)
-        head_VD, soft_cap = self.model.head_weight, self.model.config.soft_cap
-        mean, _ = head_loss(h_BTD.flatten(0, 1), head_VD, rows_BN[:, 1:].flatten(), soft_cap)
+        head_VD, soft_cap, next_BT = self.model.head_weight, self.model.config.soft_cap, rows_BN[:, 1:]
+        if self.first:
+            h_BTD, next_BT = h_BTD[:, self.first :], next_BT[:, self.first :]
+        mean, _ = head_loss(h_BTD.flatten(0, 1), head_VD, next_BT.flatten(), soft_cap)
         return mean
 
     def _run(self, block: nn.Module, r: Tensor, state: None, **options: Any) -> tuple[Tensor, State | None]:

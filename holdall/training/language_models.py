@@ -69,6 +69,12 @@ class PretrainConfig(PretrainOptions, Config):
             raise ValueError(
                 f"the model has {self.model.positions} positions, context_len is {self.context_len}"
             )
+        prefix = max(getattr(layer, "prefix", 0) for layer in self.model.layers)
+        if prefix >= self.context_len:
+            raise ValueError(
+                f"the model's prefix of {prefix} tokens takes all of a row, context_len is "
+                f"{self.context_len}: nothing would be predicted"
+            )
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, from 0."""

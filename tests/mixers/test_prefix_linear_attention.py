@@ -11,6 +11,7 @@ import torch
 from holdall.contract import join_rows, map_state
 from holdall.mixers.linear_attention import LinearAttentionConfig
 from holdall.mixers.prefix_linear_attention import PrefixLinearAttention, PrefixLinearAttentionConfig
+from holdall.ops.begun import begun
 from holdall.ops.linear_attention import FEATURE_MAPS
 from holdall.testing import laws
 
@@ -92,7 +93,7 @@ def test_a_first_call_shorter_than_the_prefix_ends_it(
         laws.assert_close(name, laws.named(y_BTD, state)[name], tensor)
 
 
-@pytest.mark.claim("mixers/prefix_linear_attention.py", "there is no mask")
+@pytest.mark.claim("mixers/prefix_linear_attention.py", "rows of different lengths")
 @both_forms
 @torch.no_grad()
 def test_rows_that_start_beside_rows_that_go_on(config: PrefixLinearAttentionConfig) -> None:
@@ -104,6 +105,25 @@ def test_rows_that_start_beside_rows_that_go_on(config: PrefixLinearAttentionCon
     y_BTD, _ = mixer(torch.stack((x_BTD[0, 9:], x_BTD[1, :21])), joined)
     laws.assert_close("the row that goes on", y_BTD[:1], mixer(x_BTD[:1, 9:], begun)[0])
     laws.assert_close("the row that starts", y_BTD[1:], mixer(x_BTD[1:, :21])[0])
+
+
+@both_forms
+@torch.no_grad()
+def test_rows_that_are_promised_to_have_begun_read_no_prefix(config: PrefixLinearAttentionConfig) -> None:
+    """The same bits, from three projections instead of five; without a state the promise says nothing."""
+    mixer = mixer_of(config)
+    x_BTD, read = laws.tokens(mixer, 30), list[int]()
+    mixer.prefix_kv.register_forward_hook(lambda *call: read.append(1))
+    _, state = mixer(x_BTD[:, :9])
+    want = laws.named(*mixer(x_BTD[:, 9:], state))
+    assert read == [1, 1]
+    with begun():
+        got = laws.named(*mixer(x_BTD[:, 9:], state))
+        assert read == [1, 1]
+        for name, tensor in want.items():
+            laws.assert_bitwise(name, got[name], tensor)
+        mixer(x_BTD)
+    assert read == [1, 1, 1]
 
 
 @torch.no_grad()
