@@ -3,6 +3,8 @@
     based-360m, based-1b                Arora et al., "Simple linear attention language models balance the
     attention-360m, attention-1b        recall-throughput tradeoff", 2024, arXiv 2402.18668, and the configs
     mamba-360m, mamba-1b                of its repository
+    jrt-360m, jrt-1b                    Arora et al., "Just read twice: closing the recall gap for recurrent
+                                        language models", 2024, arXiv 2407.05483, likewise
     FAMILY-15m, FAMILY-40m              15.4 and 40.7 million parameters without embeddings, within 3.5%
     based-mini                          what `holdall train` trains with no arguments
 
@@ -28,6 +30,7 @@ from holdall.mixers.linear_attention import LinearAttentionConfig
 from holdall.mixers.long_conv import LongConvConfig
 from holdall.mixers.mamba import MambaConfig
 from holdall.mixers.mamba_2 import Mamba2Config
+from holdall.mixers.prefix_linear_attention import PrefixLinearAttentionConfig
 from holdall.mixers.retnet import RetNetConfig
 from holdall.mixers.rwkv_5 import RWKV5Config
 from holdall.mixers.s4 import S4Config
@@ -42,11 +45,19 @@ Layers = tuple[MixerConfig, ...]
 # --------------------------------------------------------------------------------------------- published
 
 
-def _based(width: int, depth: int, taylor: tuple[int, ...], *, heads: int = 16, window: int = 129) -> Layers:
-    """Gated short convolutions, but Taylor linear attention at some layers, each with a window behind it."""
+def _based(
+    width: int, depth: int, taylor: tuple[int, ...], *, heads: int = 16, window: int = 129, prefix: int = 0
+) -> Layers:
+    """Gated short convolutions, but Taylor linear attention at some layers, each with a window behind it.
+
+    With a prefix these read so many tokens bidirectionally: JRT-RNN.
+    """
     conv = BaseConvConfig(width=width, expand=4)
     near = SlidingWindowConfig(width=width, heads=heads, window=window, rotary=1.0, bias=False)
-    kinds = {layer: TaylorConfig(width=width, heads=heads) for layer in taylor}
+    linear: MixerConfig = TaylorConfig(width=width, heads=heads)
+    if prefix:
+        linear = PrefixLinearAttentionConfig(width=width, heads=heads, prefix=prefix)
+    kinds = dict.fromkeys(taylor, linear)
     return tuple(kinds.get(layer, near if layer - 1 in taylor else conv) for layer in range(depth))
 
 
@@ -57,6 +68,8 @@ def _attention(width: int, heads: int) -> MixerConfig:
 PUBLISHED: dict[str, tuple[Layers, int, int]] = {
     "based-360m": (_based(1024, 27, (1, 6, 11, 16, 21)), 2048, 8),
     "based-1b": (_based(1792, 36, (1, 6, 11, 16, 21, 27, 33)), 3584, 8),
+    "jrt-360m": (_based(1024, 26, (1, 6, 11, 16, 21), prefix=1024), 2048, 8),
+    "jrt-1b": (_based(1792, 36, (1, 6, 11, 16, 21, 27, 33), prefix=1024), 3584, 8),
     "attention-360m": ((_attention(1024, 16),) * 24, 2816, 16),
     "attention-1b": ((_attention(1680, 24),) * 36, 4608, 16),
     "mamba-360m": ((MambaConfig(width=1024),) * 46, 0, 16),
@@ -171,8 +184,10 @@ def preset(name: str, vocab: int, *, context_len: int = 2048) -> ModelConfig:
 def training(name: str) -> dict[str, Any]:
     """How a named model is trained, as fields of PretrainConfig that differ from its defaults.
 
-    The defaults are the published models' own: 20,000 steps of 256 rows of 2,048 tokens.
+    The defaults are those of the models published with Based: 20,000 steps of 256 rows of 2,048 tokens.
     """
+    if name.startswith("jrt-"):
+        return {"steps": 60_000, "warmup": 600} if name == "jrt-360m" else {"steps": 100_000, "warmup": 1000}
     if name == "based-mini":
         return {
             "context_len": 256,

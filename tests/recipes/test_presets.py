@@ -45,12 +45,17 @@ def test_the_published_models_have_the_published_parameters() -> None:
         assert d != 1024 or conv == 6_302_720
         return depth * rest + pairs * (taylor + window) + (depth - 2 * pairs) * conv
 
+    def jrt(d: int, depth: int, pairs: int) -> int:
+        return based(d, depth, pairs) + pairs * (16 * 16 * d + d * d)  # keys and values of the prefix
+
     def attention(d: int, depth: int, inner: int) -> int:
         return depth * (4 * d * d + 3 * d * inner + 2 * d)
 
     expected = {
         "based-360m": 50264 * 1024 + based(1024, 27, 5) + 1024,
         "based-1b": 50264 * 1792 + based(1792, 36, 7) + 1792,
+        "jrt-360m": 50264 * 1024 + jrt(1024, 26, 5) + 1024,
+        "jrt-1b": 50264 * 1792 + jrt(1792, 36, 7) + 1792,
         "attention-360m": 50272 * 1024 + attention(1024, 24, 2816) + 1024,
         "attention-1b": 50272 * 1680 + attention(1680, 36, 4608) + 1680,
         "mamba-360m": 50272 * 1024 + 46 * mamba(1024) + 1024,
@@ -59,11 +64,12 @@ def test_the_published_models_have_the_published_parameters() -> None:
     assert {name: parameters(preset(name, GPT2)) for name in expected} == expected
     millions = {name: round(count / 1e6) for name, count in expected.items()}
     assert millions == MILLIONS
+    assert (expected["jrt-360m"], expected["jrt-1b"]) == (356_578_304, 1_375_143_168)
 
 
 MILLIONS = {
     "based-360m": 363, "based-1b": 1349, "attention-360m": 360, "attention-1b": 1327, "mamba-360m": 358,
-    "mamba-1b": 1319,
+    "mamba-1b": 1319, "jrt-360m": 357, "jrt-1b": 1375,
 }  # fmt: skip
 
 
@@ -75,6 +81,10 @@ def test_bases_layers_are_where_they_were() -> None:
     names = [layer.name for layer in preset("based-1b", GPT2).layers]
     assert [i for i, name in enumerate(names) if name == "sliding-window"] == [2, 7, 12, 17, 22, 28, 34]
     assert preset("based-360m", GPT2).layers[2].window == 129
+    based, jrt = (preset(name, GPT2).layers for name in ("based-1b", "jrt-1b"))
+    changed = {(one.name, other.name) for one, other in zip(based, jrt, strict=True) if one != other}
+    assert changed == {("taylor", "prefix-linear-attention")}
+    assert {layer.prefix for layer in jrt if layer.name == "prefix-linear-attention"} == {1024}
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -133,7 +143,7 @@ def test_each_family_is_compiled_whole_and_once_for_each_kind_of_layer(family: s
 
 
 def test_names_and_trainings_fit() -> None:
-    assert len(presets()) == len(set(presets())) == 6 + 2 * 17 + 1
+    assert len(presets()) == len(set(presets())) == 8 + 2 * 17 + 1
     with pytest.raises(KeyError, match="Did you mean 'based-360m'"):
         preset("based-350m", 257)
     for name in presets():
