@@ -174,7 +174,7 @@ def _tokenizer(folder: Path, given: str | Path | None) -> Tokenizer:
         return tokenizers.tokenizer(str(given))
     if not (folder / TOKENIZER).exists():
         raise RunError(
-            f"{folder} has no {TOKENIZER}; name one: --tokenizer FILE. Models whose vocab_size is 50257, and "
-            "those of the Based and JRT papers, have GPT-2's: the file tokenizer.json of the model gpt2"
+            f"{folder} has no {TOKENIZER}; name one: --tokenizer FILE. The models of the Based and JRT "
+            f"papers have GPT-2's: --tokenizer gpt2, or the file {TOKENIZER} of the model gpt2"
         )
     return tokenizers.tokenizer(str(folder / TOKENIZER))

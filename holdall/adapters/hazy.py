@@ -20,21 +20,23 @@ What was found in these programs and decides how a file is read:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from holdall.adapters.reading import Fields, ForeignError, Weights
 from holdall.contract import MixerConfig
+from holdall.engine.session import Session, read
 from holdall.mixers.attention import AttentionConfig
 from holdall.mixers.base_conv import BaseConvConfig
 from holdall.mixers.mamba import MambaConfig
-from holdall.mixers.prefix_linear_attention import PrefixLinearAttentionConfig
+from holdall.mixers.prefix_linear_attention import PrefixLinearAttention, PrefixLinearAttentionConfig
 from holdall.mixers.sliding_window import SlidingWindowConfig
 from holdall.mixers.taylor import TaylorConfig
-from holdall.model import ModelConfig
+from holdall.model import Model, ModelConfig
 
 BOILERPLATE = (
     # of `transformers`: classification heads, and how to generate
@@ -164,6 +166,34 @@ def mamba(fields: Fields, weights: Weights) -> tuple[ModelConfig, dict[str, Tens
         tied=tied,
     )  # fmt: skip
     return config, tensors
+
+
+def read_padded(model: Model, tokens: Sequence[int], *, pad: int) -> Session:
+    """Read a prompt as the published JRT-RNN models do, for comparison with them: `read` needs no padding.
+
+    A prompt that is shorter than the prefix is padded on the left. Prefix linear attention has zeros for the
+    padding's keys; convolutions and windows read it as text. One that is as long is read as by `read`.
+
+    Args:
+        pad: the token, 50256 (the end of a document) in their generation, 220 (a space) in their evaluations.
+
+    Raises ValueError if the model has no prefix, or layers with different ones.
+    """
+    layers = [mixer for mixer in model.mixers if isinstance(mixer, PrefixLinearAttention)]
+    if len({mixer.prefix for mixer in layers}) != 1:
+        raise ValueError(
+            "a prompt is padded for layers of prefix linear attention, which all have one prefix"
+        )
+    padding = max(model.prefix - len(tokens), 0)
+
+    def add(mixer: nn.Module, args: tuple[Any, ...], how: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, how | {"padding": padding}
+
+    with contextlib.ExitStack() as hooks:
+        if padding:  # then all is one call, the first
+            for mixer in layers:
+                hooks.callback(mixer.register_forward_pre_hook(add, with_kwargs=True).remove)
+        return read(model, [pad] * padding + list(tokens))
 
 
 # ------------------------------------------------------------------------------------------------ the whole

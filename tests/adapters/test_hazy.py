@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from adapters import parity
 from torch import Tensor
 
-from holdall.adapters import foreign
+from holdall.adapters import foreign, hazy
 from holdall.adapters.reading import Fields, ForeignError, Weights
+from holdall.engine.session import read as read_on
 from holdall.files import RunError
 from holdall.mixers.attention import AttentionConfig
 from holdall.mixers.prefix_linear_attention import PrefixLinearAttentionConfig
@@ -424,6 +425,34 @@ def test_a_prefix_is_read_as_its_equations_say(length: int, tmp_path: Path) -> N
         assert torch.equal(next_B1, want_B1)
         text = torch.cat((text, next_B1), dim=1)
         logits_BTV, states = model(next_B1, states)
+
+
+@pytest.mark.claim("mixers/prefix_linear_attention.py", "rows of different lengths")
+@pytest.mark.parametrize("length", [1, 4, E, E + 3])
+@torch.no_grad()
+def test_a_prompt_is_padded_as_published(length: int, tmp_path: Path) -> None:
+    """The logits after it, and after each of the tokens that follow."""
+    original = tiny(PUBLISHED["JRT-360M-30B"][0])
+    model = parity.converted(original, tmp_path).double()  # type: ignore[arg-type]
+    original.double()
+    tokens = torch.randint(29, (length + 6,), generator=torch.Generator().manual_seed(0)).tolist()
+    padding, pad = max(E - length, 0), 3
+    session = hazy.read_padded(model, tokens[:length], pad=pad)
+    text_BT = torch.tensor([[pad] * padding + tokens])
+    masked_BT = torch.arange(text_BT.shape[1])[None] < padding
+    want_TV = original(text_BT, masked_BT=masked_BT).logits[0]
+    assert session.past.count == length + padding
+    for at in range(length + padding - 1, text_BT.shape[1] - 1):
+        torch.testing.assert_close(session.logits_V.double(), want_TV[at], rtol=1e-5, atol=1e-5)
+        session = read_on(model, [int(text_BT[0, at + 1])], session)
+    plain = read_on(model, tokens[:length])
+    same = torch.allclose(plain.logits_V.double(), want_TV[length + padding - 1], atol=1e-3)
+    assert same == (not padding)
+
+
+def test_only_a_model_with_one_prefix_is_padded() -> None:
+    with pytest.raises(ValueError, match="a prompt is padded for layers of prefix linear attention"):
+        hazy.read_padded(read(PUBLISHED["attn-360m"][0]), [1], pad=0)
 
 
 # ---------------------------------------------------------------------------------------- files as published
