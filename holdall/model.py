@@ -2,6 +2,7 @@
 
     r = embed(tokens) (+ learned positions)
     each layer:  r = r + mixer(norm(r));  r = r + mlp(norm(r))  if there is an MLP
+                 or, with its norms after,  r = r + norm(mixer(r));  r = r + norm(mlp(r))
     logits = norm(r) head^T                                     head = embed  if the head is tied
 
 A hybrid is a list of different mixers. Letters: B row, T time, Q positions asked for, D width, V vocabulary.
@@ -70,6 +71,10 @@ class ModelConfig(Config):
     """Number of learned position embeddings; 0 for none. A longer context is an error."""
     norm: Literal["layer", "rms"] = "layer"
     """Norm before each mixer and MLP and before the head: "layer" with weight and bias, "rms" with weight."""
+    norms_after: tuple[NonNegativeInt, ...] = ()
+    """Layers, counted from 0, whose mixer and MLP read the residual stream as it is; their norms are of what
+    they add to it, as in OLMo 2.
+    """
     eps: NonNegativeFloat = 1e-5
     """Epsilon of these norms."""
     embed_scale: PositiveFloat = 1.0
@@ -82,6 +87,8 @@ class ModelConfig(Config):
     def validate(self) -> None:
         if not self.layers:
             raise ValueError("a model needs at least one layer")
+        if any(depth >= len(self.layers) for depth in self.norms_after):
+            raise ValueError(f"norms_after {self.norms_after} names more than the {len(self.layers)} layers")
         for depth, layer in enumerate(self.layers):
             if layer.width != self.width:
                 raise ValueError(
@@ -205,10 +212,11 @@ class LayerNorm(Norm, nn.LayerNorm):
 
 
 class Block(nn.Module):
-    """A mixer and perhaps an MLP, each behind a norm and beside a residual."""
+    """A mixer and perhaps an MLP, each behind a norm, or before it, and beside a residual."""
 
-    def __init__(self, config: ModelConfig, layer: MixerConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: MixerConfig, *, norms_after: bool = False) -> None:
         super().__init__()
+        self.norms_after = norms_after
         norm = LayerNorm if config.norm == "layer" else RMSNorm
         self.norm = norm(config.width, eps=config.eps)
         self.mixer: Mixer = layer.build()
@@ -232,13 +240,22 @@ class Block(nn.Module):
             defer: the stream is given away, and the layer's last sum left to the norm that reads it next.
         """
         ids = {"tokens_BT": tokens_BT} if self.mixer.reads_tokens else {}
-        r, h = self.norm.read(r, inplace=defer)
+        r, h = self._read(self.norm, r, defer)
         x, state = self.mixer(h, state, inplace=inplace, want_state=want_state, **ids)
+        x = self.norm(x) if self.norms_after else x
         after = Sum(r, x) if at_BQ is None else _SumAt.apply(r, x, at_BQ)
         if self.mlp is not None and self.mlp_norm is not None:
-            r, h = self.mlp_norm.read(after, inplace=defer)
-            after = Sum(r, self.mlp(h))
+            r, h = self._read(self.mlp_norm, after, defer)
+            x = self.mlp(h)
+            after = Sum(r, self.mlp_norm(x) if self.norms_after else x)
         return after if defer or isinstance(after, Tensor) else after.r + after.x, state
+
+    def _read(self, norm: Norm, r: Tensor | Sum, defer: bool) -> tuple[Tensor, Tensor]:
+        """The residual stream, its last sum taken, and what mixer or MLP read: its norm, or it as it is."""
+        if not self.norms_after:
+            return norm.read(r, inplace=defer)
+        r = r.r + r.x if isinstance(r, Sum) else r
+        return r, r.to(norm.weight.dtype)
 
 
 class _SumAt(torch.autograd.Function):
@@ -284,7 +301,10 @@ class Model(nn.Module):
         self.config = config
         self.embed = nn.Embedding(config.vocab, config.width)
         self.position_embed = nn.Embedding(config.positions, config.width) if config.positions else None
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in config.layers)
+        self.blocks = nn.ModuleList(
+            Block(config, layer, norms_after=depth in config.norms_after)
+            for depth, layer in enumerate(config.layers)
+        )
         self.norm = (LayerNorm if config.norm == "layer" else RMSNorm)(config.width, eps=config.eps)
         self.head = None if config.tied else nn.Linear(config.width, config.vocab, bias=False)
         self._narrow = Kept()

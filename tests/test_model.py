@@ -36,6 +36,7 @@ pytestmark = pytest.mark.quick
 
 CONFIG = ModelConfig(vocab=40, width=16, layers=based(16, feature_dim=4, window=5), mlp=24, positions=64)
 UNTIED = dataclasses.replace(CONFIG, tied=False)
+AFTER = dataclasses.replace(CONFIG, norms_after=(1, 2), norm="rms")
 
 
 def build(config: ModelConfig = CONFIG) -> Model:
@@ -61,7 +62,33 @@ def test_any_split_gives_the_whole(kind: str, norm: str, positions: int, tied: b
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("config", [CONFIG, UNTIED], ids=["tied", "untied"])
+def test_norms_may_come_after_mixers_and_mlps() -> None:
+    config = dataclasses.replace(AFTER, norms_after=(len(AFTER.layers) - 1,), positions=0)
+    model = build(config)
+    for weight in model.parameters():  # norms that start at one would hide where they are
+        torch.nn.init.normal_(weight, std=0.5)
+    r = model.embed(tokens())
+    for depth, block in enumerate(model.blocks):
+        mix = lambda x, block=block: block.mixer(x, want_state=False)[0]  # noqa: E731
+        if depth < len(model.blocks) - 1:
+            r = r + mix(block.norm(r))
+            r = r + block.mlp(block.mlp_norm(r))
+        else:
+            r = r + block.norm(mix(r))
+            r = r + block.mlp_norm(block.mlp(r))
+    logits, _ = model(tokens())
+    torch.testing.assert_close(logits, model.norm(r) @ model.embed.weight.T, rtol=0, atol=1e-10)
+
+
+def test_norms_after_give_the_whole_from_any_split() -> None:
+    model = build(AFTER)
+    whole, _ = model(tokens())
+    first, states = model(tokens()[:, :13])
+    second, _ = model(tokens()[:, 13:], states)
+    torch.testing.assert_close(torch.cat((first, second), dim=1), whole, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("config", [CONFIG, UNTIED, AFTER], ids=["tied", "untied", "norms after"])
 def test_logits_asked_for_are_those_of_all_positions(config: ModelConfig) -> None:
     at = torch.tensor([[0, 3, 29], [5, 5, 6]])
     every, _ = build(config)(tokens())
@@ -70,7 +97,7 @@ def test_logits_asked_for_are_those_of_all_positions(config: ModelConfig) -> Non
     torch.testing.assert_close(asked, every.take_along_dim(at[..., None], dim=1), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("config", [CONFIG, UNTIED], ids=["tied", "untied"])
+@pytest.mark.parametrize("config", [CONFIG, UNTIED, AFTER], ids=["tied", "untied", "norms after"])
 def test_logits_asked_for_carry_the_same_gradients(config: ModelConfig) -> None:
     at = torch.tensor([[0, 3, 29], [5, 5, 6]])
     some, every = build(config), build(config)
@@ -332,6 +359,8 @@ def test_initialisation_is_the_model_s_except_where_a_mixer_has_its_own() -> Non
 def test_bad_settings_name_the_numbers() -> None:
     with pytest.raises(ValueError, match=r"layer 0 \(base-conv\) has width 8, the model 16"):
         ModelConfig(vocab=40, width=16, layers=(BaseConvConfig(width=8),))
+    with pytest.raises(ValueError, match=r"norms_after \(1,\) names more than the 1 layers"):
+        ModelConfig(vocab=40, width=16, layers=(BaseConvConfig(width=16),), norms_after=(1,))
     with pytest.raises(ValueError, match="at least one layer"):
         ModelConfig(vocab=40, width=16, layers=())
     with pytest.raises(TypeError, match="layers"):
