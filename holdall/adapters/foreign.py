@@ -39,6 +39,7 @@ FAMILIES: dict[str, str] = {
     "gla": "fla.gla",
     "gpt2": "gpt2.gpt2",
     "holdall": "exported.holdall",
+    "lfm2": "lfm2.lfm2",
     "llama": "llama.llama",
     "mamba": "mamba.mamba",
     "mamba-ssm": "hazy.mamba",
