@@ -30,6 +30,7 @@ def qwen3_next(fields: Fields, weights: Weights) -> tuple[ModelConfig, dict[str,
 
 
 def qwen3_5_text(fields: Fields, weights: Weights) -> tuple[ModelConfig, dict[str, Tensor]]:
+    weights.rename({"model.language_model.": "model."})
     _drop_draft(weights)
     return _read(fields, weights)
 
@@ -37,8 +38,9 @@ def qwen3_5_text(fields: Fields, weights: Weights) -> tuple[ModelConfig, dict[st
 def qwen3_5(fields: Fields, weights: Weights) -> tuple[ModelConfig, dict[str, Tensor]]:
     """The language model of one that also sees: text alone gives what it gives without the vision tower."""
     fields.ignore(
-        "vision_config", "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"
-    )
+        "vision_config", "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id",
+        "language_model_only",
+    )  # fmt: skip
     weights.rename({"model.language_model.": "model."})
     weights.drop(*(name for name in weights.names if name.startswith("model.visual.")))
     _drop_draft(weights)
@@ -57,7 +59,7 @@ def _refuse_experts(fields: Fields) -> None:
     experts, step = fields.number("num_experts", 512), fields.number("decoder_sparse_step", 1)
     dense = fields.take("mlp_only_layers", [])
     layers = fields.number("num_hidden_layers")
-    if experts and any((layer + 1) % step == 0 for layer in range(layers) if layer not in dense):
+    if experts and any(not step or (layer + 1) % step == 0 for layer in range(layers) if layer not in dense):
         raise fields.refused("num_experts", experts, "0, or mlp_only_layers must name every layer")
     fields.ignore(
         "moe_intermediate_size", "shared_expert_intermediate_size", "num_experts_per_tok", "norm_topk_prob",
@@ -68,7 +70,13 @@ def _refuse_experts(fields: Fields) -> None:
 def _read(fields: Fields, weights: Weights, *, tied: bool = False) -> tuple[ModelConfig, dict[str, Tensor]]:
     """`tied`: whether the head is said to be the embedding elsewhere; it is if these fields say so, too."""
     fields.only("hidden_act", "silu")
+    # of released folders, for other programs: in which dtype to keep states, which are in fp32 here; drafting
+    fields.ignore("mamba_ssm_dtype", "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings")
+    fields.ignore("mlp_only_layers")  # all are, or they were refused
     fields.ignore("attention_dropout", "max_position_embeddings")
+    fields.only("attn_output_gate", True)
+    fields.only("output_gate_type", "swish", "silu")
+    fields.only("use_sliding_window", False)
     width, layers = fields.number("hidden_size"), fields.number("num_hidden_layers")
     every = fields.number("full_attention_interval", 4)
     otherwise = [LINEAR if (layer + 1) % every else FULL for layer in range(layers)] if every else []

@@ -91,6 +91,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("linear_value_head_dim", 12),
         ("linear_num_value_heads", 3),
         ("attention_bias", 1),
+        ("attn_output_gate", False),
+        ("output_gate_type", "sigmoid"),
+        ("use_sliding_window", True),
+        ("quantization_config", {"quant_method": "fp8"}),
         ("twist", 1),
     ],
 )
@@ -109,6 +113,41 @@ def test_older_fields_mean_what_newer_ones_do(folder: Path) -> None:
     with weights_in(folder) as weights:
         older, _ = foreign.read(config_json, weights, "config.json")
     assert older == newer
+
+
+def test_fields_of_released_folders(tmp_path: Path) -> None:
+    config = qwen3_5.Qwen3_5Config(text_config=SIZES, vision_config=SEES)
+    randomised(qwen3_5.Qwen3_5ForConditionalGeneration, config).save_pretrained(tmp_path)
+    config_json = foreign.files.read_json(tmp_path / "config.json")
+    with weights_in(tmp_path) as weights:
+        plain, _ = foreign.read(config_json, weights, "config.json")
+    config_json["language_model_only"] = False
+    config_json["text_config"] |= {
+        "attn_output_gate": True, "output_gate_type": "swish", "mamba_ssm_dtype": "float32",
+        "mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False, "mlp_only_layers": [],
+        "full_attention_interval": 4, "partial_rotary_factor": 0.25,
+        "rope_parameters": {
+            "mrope_interleaved": True, "mrope_section": [1, 1, 0], "rope_type": "default",
+            "rope_theta": 10000, "partial_rotary_factor": 0.25,
+        },
+    }  # fmt: skip
+    with weights_in(tmp_path) as weights:
+        released, _ = foreign.read(config_json, weights, "config.json")
+    assert released == plain
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_head_that_is_stored_beside_the_embedding(tmp_path: Path, same: bool) -> None:
+    """The library ties the two only where they are equal, whatever the field says."""
+    config = qwen3_5.Qwen3_5TextConfig(**SIZES, tie_word_embeddings=True)
+    randomised(qwen3_5.Qwen3_5ForCausalLM, config).save_pretrained(tmp_path)
+    with weights_in(tmp_path) as weights:
+        sources = {name: weights.take(name) for name in weights.names}
+    sources["lm_head.weight"] = sources["model.embed_tokens.weight"] + (0 if same else 1)
+    config_json = foreign.files.read_json(tmp_path / "config.json")
+    config, tensors = foreign.read(config_json, Weights(sources, "here"), "config.json")
+    assert config.tied is same
+    assert ("head.weight" in tensors) is not same
 
 
 def test_the_drafting_head_is_left_unread(folder: Path) -> None:
