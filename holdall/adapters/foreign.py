@@ -45,6 +45,7 @@ FAMILIES: dict[str, str] = {
     "mamba-ssm": "hazy.mamba",
     "mamba2": "mamba.mamba2",
     "mistral": "llama.mistral",
+    "olmo_hybrid": "olmo_hybrid.olmo_hybrid",
     "qwen2": "llama.qwen2",
     "qwen3": "llama.qwen3",
     "qwen3_5": "qwen.qwen3_5",
