@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from holdall.adapters.llama import attention_weights
-from holdall.adapters.parts import ends, gated_mlp
+from holdall.adapters.parts import block, ends, gated_mlp
 from holdall.adapters.reading import Fields, ForeignError, Weights
 from holdall.contract import MixerConfig
 from holdall.mixers.attention import AttentionConfig
@@ -174,17 +174,15 @@ def _model(fields: Fields, weights: Weights, config: MixerConfig, layer: Layer) 
     )  # fmt: skip
     mixers: list[MixerConfig] = []
     for depth in range(layers):
-        block, there = f"blocks.{depth}", f"model.layers.{depth}"
-        tensors[f"{block}.norm.weight"] = weights.take(f"{there}.attn_norm.weight")
-        tensors[f"{block}.mlp_norm.weight"] = weights.take(f"{there}.mlp_norm.weight")
+        there = f"model.layers.{depth}"
+        norms = [weights.take(f"{there}.{name}_norm.weight") for name in ("attn", "mlp")]
         mixers.append(attention.get(depth, config))
         if depth in attention:
             mixer = attention_weights(weights, f"{there}.attn.", "", attention[depth].bias)
         else:
             mixer = layer(weights, f"{there}.attn")
         mlp = gated_mlp(weights, *(f"{there}.mlp.{name}_proj.weight" for name in ("gate", "up", "down")))
-        tensors |= {f"{block}.mixer.{name}": tensor for name, tensor in mixer.items()}
-        tensors |= {f"{block}.mlp.{name}": tensor for name, tensor in mlp.items()}
+        tensors |= block(depth, norms[0], mixer, norms[1], mlp)
     return ModelConfig(
         vocab=fields.number("vocab_size"), width=config.width, layers=tuple(mixers), tied=tied,
         mlp=tensors["blocks.0.mlp.fc2.weight"].shape[1], mlp_kind="swiglu", norm="rms", eps=_eps(fields),

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from holdall.adapters.llama import attention_weights, rotary
-from holdall.adapters.parts import ends, gated_mlp, layer_kinds
+from holdall.adapters.parts import block, ends, gated_mlp, layer_kinds
 from holdall.adapters.reading import Fields, Weights
 from holdall.contract import MixerConfig
 from holdall.mixers.attention import AttentionConfig
@@ -41,9 +41,8 @@ def lfm2(fields: Fields, weights: Weights) -> tuple[ModelConfig, dict[str, Tenso
     )  # fmt: skip
     mixers: list[MixerConfig] = []
     for depth, kind in enumerate(kinds):
-        block, there = f"blocks.{depth}", f"model.layers.{depth}"
-        tensors[f"{block}.norm.weight"] = weights.take(f"{there}.operator_norm.weight")
-        tensors[f"{block}.mlp_norm.weight"] = weights.take(f"{there}.ffn_norm.weight")
+        there = f"model.layers.{depth}"
+        norms = [weights.take(f"{there}.{name}_norm.weight") for name in ("operator", "ffn")]
         if kind == CONV:
             mixers.append(conv)
             mixer = _conv(conv, weights, f"{there}.conv")
@@ -58,8 +57,7 @@ def lfm2(fields: Fields, weights: Weights) -> tuple[ModelConfig, dict[str, Tenso
             )
             mixer = attention_weights(weights, f"{there}.self_attn.", "", qk_norm=True)
         mlp = gated_mlp(weights, *(f"{there}.feed_forward.w{name}.weight" for name in (1, 3, 2)))
-        tensors |= {f"{block}.mixer.{name}": tensor for name, tensor in mixer.items()}
-        tensors |= {f"{block}.mlp.{name}": tensor for name, tensor in mlp.items()}
+        tensors |= block(depth, norms[0], mixer, norms[1], mlp)
     config = ModelConfig(
         vocab=fields.number("vocab_size"), width=width, layers=tuple(mixers), tied=tied,
         mlp=tensors["blocks.0.mlp.fc2.weight"].shape[1], mlp_kind="swiglu", norm="rms", eps=eps,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from holdall.adapters.llama import attention_weights, rotary
-from holdall.adapters.parts import ends, gated_mlp, layer_kinds
+from holdall.adapters.parts import block, ends, gated_mlp, layer_kinds
 from holdall.adapters.qwen import FULL, LINEAR, delta_net_config
 from holdall.adapters.reading import Fields, Weights
 from holdall.contract import MixerConfig
@@ -58,20 +58,18 @@ def olmo_hybrid(fields: Fields, weights: Weights) -> tuple[ModelConfig, dict[str
     )  # fmt: skip
     mixers: list[MixerConfig] = []
     for depth, kind in enumerate(kinds):
-        block, there = f"blocks.{depth}", f"model.layers.{depth}"
+        there = f"model.layers.{depth}"
         if kind == LINEAR:
             mixers.append(delta_net)
-            norms = "input_layernorm", "post_attention_layernorm"
+            names = "input", "post_attention"
             mixer = _delta_net(weights, f"{there}.linear_attn")
         else:
             mixers.append(attention)
-            norms = "post_attention_layernorm", "post_feedforward_layernorm"
+            names = "post_attention", "post_feedforward"
             mixer = attention_weights(weights, f"{there}.self_attn.", "", bias, qk_norm=True)
-        for ours, theirs in zip(("norm", "mlp_norm"), norms, strict=True):
-            tensors[f"{block}.{ours}.weight"] = weights.take(f"{there}.{theirs}.weight")
+        norms = [weights.take(f"{there}.{name}_layernorm.weight") for name in names]
         mlp = gated_mlp(weights, *(f"{there}.mlp.{name}_proj.weight" for name in ("gate", "up", "down")))
-        tensors |= {f"{block}.mixer.{name}": tensor for name, tensor in mixer.items()}
-        tensors |= {f"{block}.mlp.{name}": tensor for name, tensor in mlp.items()}
+        tensors |= block(depth, norms[0], mixer, norms[1], mlp)
     config = ModelConfig(
         vocab=fields.number("vocab_size"), width=width, layers=tuple(mixers), tied=tied, norm="rms", eps=eps,
         norms_after=tuple(depth for depth, kind in enumerate(kinds) if kind == FULL),

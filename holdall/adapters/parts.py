@@ -44,6 +44,16 @@ def ends(
     return tied, tensors
 
 
+def block(
+    depth: int, norm: Tensor, mixer: dict[str, Tensor], mlp_norm: Tensor, mlp: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The weights of a layer by their names in the model."""
+    own = {"norm.weight": norm, "mlp_norm.weight": mlp_norm}
+    own |= {f"mixer.{name}": tensor for name, tensor in mixer.items()}
+    own |= {f"mlp.{name}": tensor for name, tensor in mlp.items()}
+    return {f"blocks.{depth}.{name}": tensor for name, tensor in own.items()}
+
+
 def shifted(weight: Tensor, offset: float) -> Tensor:
     """A norm's weight with what the norm adds to it, in fp32, as the norms compute it."""
     return weight.float() + offset if offset else weight

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from holdall.adapters.llama import rotary
-from holdall.adapters.parts import ends, gated_mlp, layer_kinds, shifted
+from holdall.adapters.parts import block, ends, gated_mlp, layer_kinds, shifted
 from holdall.adapters.reading import REQUIRED, Fields, Weights
 from holdall.contract import MixerConfig
 from holdall.mixers.attention import AttentionConfig
@@ -94,10 +94,12 @@ def _read(fields: Fields, weights: Weights, *, tied: bool = False) -> tuple[Mode
     tied |= fields.only("tie_word_embeddings", False, True)
     tied, tensors = ends(weights, "model.embed_tokens.weight", "model.norm.weight", tied=tied, offset=1.0)
     mixers: list[MixerConfig] = []
-    for layer, kind in enumerate(kinds):
-        block, there = f"blocks.{layer}", f"model.layers.{layer}"
-        for ours, theirs in (("norm", "input_layernorm"), ("mlp_norm", "post_attention_layernorm")):
-            tensors[f"{block}.{ours}.weight"] = shifted(weights.take(f"{there}.{theirs}.weight"), 1)
+    for depth, kind in enumerate(kinds):
+        there = f"model.layers.{depth}"
+        norms = [
+            shifted(weights.take(f"{there}.{name}_layernorm.weight"), 1)
+            for name in ("input", "post_attention")
+        ]
         if kind == LINEAR:
             mixers.append(delta_net)
             mixer = _delta_net(delta_net, weights, f"{there}.linear_attn")
@@ -105,8 +107,7 @@ def _read(fields: Fields, weights: Weights, *, tied: bool = False) -> tuple[Mode
             mixers.append(attention)
             mixer = _attention(attention, weights, f"{there}.self_attn")
         mlp = gated_mlp(weights, *(f"{there}.mlp.{name}_proj.weight" for name in ("gate", "up", "down")))
-        tensors |= {f"{block}.mixer.{name}": tensor for name, tensor in mixer.items()}
-        tensors |= {f"{block}.mlp.{name}": tensor for name, tensor in mlp.items()}
+        tensors |= block(depth, norms[0], mixer, norms[1], mlp)
     config = ModelConfig(
         vocab=fields.number("vocab_size"), width=width, layers=tuple(mixers), tied=tied,
         mlp=fields.number("intermediate_size"), mlp_kind="swiglu", norm="rms", eps=eps,
