@@ -69,18 +69,22 @@ def load(
     dtype: "str | torch.dtype | None" = None,
     device: "str | torch.device | None" = None,
     checkpoint: "Checkpoint | None" = None,
+    tokenizer: "str | Path | None" = None,
 ) -> "LanguageModel":
     """A trained language model with its tokenizer, from a folder that stands alone: model.safetensors,
-    config.json, tokenizer.json. A run folder is one, and so is what `save` wrote.
+    config.json, tokenizer.json. A run folder is one, and so is what `save` wrote. Folders as the
+    transformers library writes them, and GGUF files, are read too: docs/checkpoints.md says which.
 
     Args:
-        path: the folder, or the name of a model that comes with Holdall; None for the small one that does.
+        path: the folder, the file, or the name of a model that comes with Holdall; None for the small one
+            that does.
         dtype: what the model computes in, "fp32" (the default), "bf16" or a dtype of torch.
         device: the CPU by default.
         checkpoint: "model" (the end of training), "best" or "last"; by default the first that is there.
+        tokenizer: a tokenizer.json for a model of another program that comes without.
 
     Raises RunError, which names what is missing or damaged, and the way out.
     """
-    from holdall import language_model
+    from holdall.adapters import foreign
 
-    return language_model.load(path, dtype=dtype, device=device, checkpoint=checkpoint)
+    return foreign.load_any(path, dtype=dtype, device=device, checkpoint=checkpoint, tokenizer=tokenizer)

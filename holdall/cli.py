@@ -1,5 +1,5 @@
 """The command line: `holdall frontier`, `recipe`, `bits`, `report`, `zoo`, `laws`, `soundness`, `matrix`;
-`data`, `train`, `generate`, `chat`, `serve`, `recall`, `suite`, `export`.
+`data`, `train`, `generate`, `chat`, `serve`, `convert`, `export`, `recall`, `suite`.
 
 Heavy modules are imported only after the arguments have been parsed, so that help is instant.
 """
@@ -568,6 +568,31 @@ def serve(
         api_key_file,
         loading,
     )
+
+
+@command
+def convert(
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")],
+    *,
+    out: Path,
+    tokenizer: Path | None = None,
+    dtype: Literal["fp32", "bf16"] | None = None,
+) -> int:
+    """Write a model of another program as a folder of Holdall's own; docs/checkpoints.md says which.
+
+    The other commands read such models as they are too. What of a model cannot be represented is refused by
+    the name of its field.
+
+    Args:
+        source: A folder as the transformers library writes it (config.json, weights, tokenizer.json), or a
+            GGUF file.
+        out: The folder to be made.
+        tokenizer: A tokenizer.json, if there is none beside the weights.
+        dtype: What weights are written in; by default the narrowest dtype of the file's that loses nothing.
+    """
+    from holdall.commands import convert as shown
+
+    return shown.convert(source, out, tokenizer, dtype)
 
 
 @command

@@ -329,7 +329,7 @@ class LanguageModel:
 
         Raises RunError if the folder holds anything, or cannot be written.
         """
-        folder, dtype = Path(path), None if dtype is None else _dtype(dtype)
+        folder, dtype = Path(path), None if dtype is None else float_dtype(dtype)
         weights, described = _on_cpu(self.model, dtype), self.tokenizer.describe()
         config = {
             "format": FORMAT, "model": self.config.to_dict(), "tokenizer": described, "step": self.step
@@ -342,8 +342,8 @@ class LanguageModel:
             files.write_atomically(made / TOKENIZER, self.tokenizer.to_json())
 
     def _document(self, text: str) -> list[int]:
-        """The ids of a text behind the end of the document before it."""
-        return [self.tokenizer.end, *self._tokens(text)]
+        """The ids of a text behind the token that begins a document: mostly the end of the one before."""
+        return [self.tokenizer.begin, *self._tokens(text)]
 
     def _tokens(self, text: str) -> list[int]:
         return self.tokenizer.encode_batch([text])[0].tolist()
@@ -373,7 +373,7 @@ def load(
         RunError: something is missing, damaged, or of another model; the message names it, and the way out.
         ValueError: there is no such dtype or device here.
     """
-    asked, device = None if dtype is None else _dtype(dtype), _device(device)
+    asked, device = None if dtype is None else float_dtype(dtype), here(device)
     folder = find_folder(path)
     config_json = _read_config(folder)
     with checkpoints.opened(find_checkpoint(folder, checkpoint), COPY) as file:
@@ -541,7 +541,8 @@ def _as_json(config: ModelConfig) -> str:
     return json.dumps(config.to_dict())
 
 
-def _dtype(asked: str | torch.dtype) -> torch.dtype:
+def float_dtype(asked: str | torch.dtype) -> torch.dtype:
+    """A dtype by its short name, or as it is; ValueError for one that weights cannot have."""
     dtype = DTYPES.get(asked) if isinstance(asked, str) else asked
     if dtype is None or not dtype.is_floating_point or dtype.itemsize < 2:
         raise ValueError(f"dtype = {asked!r} must be {', '.join(DTYPES)}, or torch's float64 or float16")
@@ -553,7 +554,8 @@ def _fields(config: Any) -> set[str]:
     return {field.name for field in dataclasses.fields(config)}
 
 
-def _device(asked: str | torch.device | None) -> torch.device:
+def here(asked: str | torch.device | None) -> torch.device:
+    """A device of this machine, the CPU by default; ValueError for a GPU that is not there."""
     device = torch.device("cpu" if asked is None else asked)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("no CUDA device is available here; load the model with device='cpu'")

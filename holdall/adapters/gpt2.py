@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from holdall.adapters.reading import Fields, ForeignError, Weights
+from holdall.adapters.reading import Fields, Weights
 from holdall.mixers.attention import AttentionConfig
 from holdall.model import ModelConfig
 
@@ -54,12 +54,8 @@ def _tensors(config: ModelConfig, weights: Weights, q_scales: list[float]) -> di
     }
     if not config.tied:
         tensors["head.weight"] = weights.take("lm_head.weight")
-    elif "lm_head.weight" in weights and not torch.equal(
-        weights.take("lm_head.weight"), tensors["embed.weight"]
-    ):
-        raise ForeignError(
-            f"{weights.where}: tie_word_embeddings is true, but lm_head.weight is not the embedding"
-        )
+    else:
+        weights.take_copy("lm_head.weight", tensors["embed.weight"], "tie_word_embeddings is true")
     names = {
         "ln_1": "norm", "attn.c_attn": "mixer.project.qkv", "attn.c_proj": "mixer.out_proj",
         "ln_2": "mlp_norm", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from holdall.adapters.reading import Fields, ForeignError, Weights
+from holdall.adapters.reading import Fields, Weights
 from holdall.contract import MixerConfig
 from holdall.mixers.attention import AttentionConfig
 from holdall.mixers.sliding_window import SlidingWindowConfig
@@ -187,12 +187,8 @@ def _tensors(
     }
     if not config.tied:
         tensors["head.weight"] = weights.take("lm_head.weight")
-    elif "lm_head.weight" in weights:
-        copy = weights.take("lm_head.weight")  # in files that keep both
-        if not torch.equal(copy, tensors["embed.weight"]):
-            raise ForeignError(
-                f"{weights.where}: tie_word_embeddings is true, but lm_head.weight is not the embedding"
-            )
+    else:
+        weights.take_copy("lm_head.weight", tensors["embed.weight"], "tie_word_embeddings is true")
     for depth in range(len(config.layers)):
         theirs, ours = f"model.layers.{depth}.", f"blocks.{depth}."
         weights.drop(f"{theirs}self_attn.rotary_emb.inv_freq")

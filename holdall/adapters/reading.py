@@ -7,7 +7,7 @@ end, so that nothing of a model is dropped in silence: it would load, and answer
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,10 @@ class Fields:
 
     def __contains__(self, name: str) -> bool:
         return name in self._given
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._given)
 
     def take(self, name: str, default: Any = REQUIRED) -> Any:
         """A field's value, as it is used by the model."""
@@ -110,6 +114,10 @@ class Weights:
     def __init__(self, sources: Mapping[str, Any], where: str) -> None:
         """`sources`: by name a tensor, or a function that reads it."""
         self.where, self._sources = where, dict(sources)
+        self.dtypes: set[torch.dtype] = set()
+        """Of the tensors that were taken."""
+        self.on_take: Callable[[str], object] = lambda name: None
+        """Called with the name of each tensor before it is taken."""
 
     @property
     def names(self) -> list[str]:
@@ -127,14 +135,26 @@ class Weights:
         return source if isinstance(source, Tensor) else source()
 
     def take(self, name: str) -> Tensor:
+        self.on_take(name)
         tensor = self.look(name)
+        self.dtypes.add(tensor.dtype)
         del self._sources[name]
         return tensor
+
+    def take_copy(self, name: str, of: Tensor, because: str) -> None:
+        """A tensor that may be there once more, and must then be equal."""
+        if name in self._sources and not torch.equal(self.take(name), of):
+            raise ForeignError(f"{self.where}: {because}, but {name} is another tensor")
 
     def drop(self, *names: str) -> None:
         """Weights that say nothing which others do not say: buffers, copies. They need not be there."""
         for name in names:
             self._sources.pop(name, None)
+
+    def change(self, name: str, change: Callable[[Tensor], Tensor]) -> None:
+        """Have a tensor be what a function makes of it when it is read."""
+        read = lambda source=self._sources[name]: source if isinstance(source, Tensor) else source()  # noqa: E731
+        self._sources[name] = lambda: change(read())
 
     def rename(self, change: Mapping[str, str], *, prefix: str = "") -> None:
         """Call weights otherwise: every name that begins with a key begins with its value; and without the

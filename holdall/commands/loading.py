@@ -36,9 +36,9 @@ class Loading:
             mixers.load(file)
 
     def model(self, run: str) -> LanguageModel:
-        """The model of a run folder, of a saved model's, or of those that are included."""
-        from holdall import language_model
+        """The model of a run folder, of a saved model's or another program's, or one that is included."""
+        from holdall.adapters import foreign
 
         device = resolve_device(self.device)
         dtype = self.precision or ("fp32" if device == "cpu" else "bf16")
-        return language_model.load(run, dtype=dtype, device=device, checkpoint=self.checkpoint)
+        return foreign.load_any(run, dtype=dtype, device=device, checkpoint=self.checkpoint)

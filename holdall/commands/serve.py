@@ -66,7 +66,8 @@ def serve(
             api_key=key,
             sessions=None if sessions is None else str(sessions),
         )
-        app = create_app(engine, model, config, folder=language_model.find_folder(run))
+        model_folder = None if Path(run).is_file() else language_model.find_folder(run)
+        app = create_app(engine, model, config, folder=model_folder)
         stats = engine.stats()
         console.print(f"{config.name} at {url(listener)} (OpenAI's API: {url(listener)}/v1)")
         console.print(

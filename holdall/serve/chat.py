@@ -12,12 +12,13 @@ and an answer ends where the model begins to write the user's next line. The spa
 that an answer begins with is not doubled when it comes back in a history: what was read of it is found again.
 
 A template comes with a model, from anywhere, so it runs in jinja2's sandbox. `bos_token` and `eos_token`
-become the tokenizer's end-of-document token, whatever users write: a message cannot contain it. Names of
-other special tokens are read as ordinary text.
+become the tokenizer's tokens that begin and end a document, whatever users write: a message cannot contain
+them. Names of other special tokens are read as ordinary text.
 """
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
@@ -81,15 +82,16 @@ class ChatTemplate:
 
         Raises TemplateError if the template refuses the messages.
         """
-        # no message can contain this: it is made after them
-        end = f"\ue000{secrets.token_hex(16)}\ue001"
+        # no message can contain these: they are made after them
+        mark = f"\ue000{secrets.token_hex(16)}"
+        begin, end = f"{mark}B\ue001", f"{mark}E\ue001"
         said: list[dict[str, Any]] = [
             {**message.model_dump(), "content": message.text} for message in messages
         ]
         try:
             text, length = [], 0
             for part in self._template.generate(
-                messages=said, add_generation_prompt=answer, bos_token=end, eos_token=end
+                messages=said, add_generation_prompt=answer, bos_token=begin, eos_token=end
             ):
                 length += len(part)
                 if length > LONGEST:
@@ -102,13 +104,14 @@ class ChatTemplate:
         whole = "".join(text)
         if not is_text(whole):
             raise TemplateError("messages have half of a surrogate pair, which is no character")
-        parts = whole.split(end)
-        encoded = self.tokenizer.encode_batch(parts)
+        special = {begin: self.tokenizer.begin, end: self.tokenizer.end}
+        parts = re.split(f"({begin}|{end})", whole)  # texts, and the marks between them
+        encoded = self.tokenizer.encode_batch(parts[::2])
         tokens = list(map(int, encoded[0]))
-        for ids in encoded[1:]:
-            tokens += [self.tokenizer.end, *map(int, ids)]
-        if begins and tokens[:1] != [self.tokenizer.end]:
-            tokens.insert(0, self.tokenizer.end)
+        for which, ids in zip(parts[1::2], encoded[1:], strict=True):
+            tokens += [special[which], *map(int, ids)]
+        if begins and tokens[:1] != [self.tokenizer.begin]:
+            tokens.insert(0, self.tokenizer.begin)
         return tokens
 
 

@@ -131,14 +131,15 @@ class Server:
         )
 
     def encoded(self, text: str, *, begins: bool) -> list[int]:
-        """The tokens of a text, the prompt; behind the end-of-document token if it begins a document.
+        """The tokens of a text, the prompt; behind the token that begins a document if it begins one.
 
-        Then the token's name at its beginning is that token, as lm-eval sends it, and there is no other.
+        Then the end-of-document token's name at its beginning is that token, as lm-eval sends it, and there
+        is no other.
         """
         if not is_text(text):
             raise ApiError(400, "prompt has half of a surrogate pair, which is no character", param="prompt")
         ids = self.tokenizer.encode_batch([text.removeprefix(self.end_word) if begins else text])[0].tolist()
-        return [self.tokenizer.end, *ids] if begins else ids
+        return [self.tokenizer.begin, *ids] if begins else ids
 
     def check_prompt(self, ids: Sequence[int], param: str) -> None:
         most, vocab = self.config.prompt_tokens, self.model.config.vocab

@@ -46,11 +46,16 @@ class Tokenizer(ABC):
         name: its name in listings and manifests.
         vocab: the number of ids, the end-of-text token included.
         end: the id of the end-of-text token.
+        begin: the id that a model reads before a document; here `end`, but some models have another.
     """
 
     name: str
     vocab: int
     end: int
+
+    @property
+    def begin(self) -> int:
+        return self.end
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -119,7 +124,7 @@ def from_manifest(described: Mapping[str, Any], folder: Path) -> Tokenizer:
     if described["kind"] == "bytes":
         return Bytes()
     path = folder / FILE
-    made = Filed(read_regular(path), described["name"], str(path))
+    made = _filed(read_regular(path), described["name"], path, described)
     if made.describe() != dict(described):
         raise TextError(f"{path} was altered: it is not the tokenizer that made these tokens")
     return made
@@ -141,12 +146,19 @@ def from_model_folder(folder: Path, described: Mapping[str, Any] | None, way_out
             altered = not _is_of_bytes(file)
         else:
             name = folder.absolute().name if described is None else str(described.get("name"))
-            made, altered = Filed(file, files.encodable(name), str(path)), False
+            made, altered = _filed(file, files.encodable(name), path, described or {}), False
         if altered or (described is not None and made.describe() != dict(described)):
             raise TextError(f"{path} was altered: it is not the tokenizer that the model was trained with")
     except TextError as error:
         raise TextError(f"{str(error).rstrip('.')}. {way_out}") from error
     return made
+
+
+def _filed(file: bytes, name: str, path: Path, described: Mapping[str, Any]) -> Filed:
+    """The tokenizer of a file, with the ends that its description names where they are not the usual."""
+    made = Filed(file, name, str(path))
+    ends = described.get("end", made.end), described.get("begin")
+    return made if ends == (made.end, None) else Filed(file, name, str(path), end=ends[0], begin=ends[1])
 
 
 def _is_of_bytes(file: bytes) -> bool:
@@ -230,7 +242,10 @@ class Filed(Tokenizer):
     TextError, possibly as late as on first use, if it is no such file or the library cannot use it.
     """
 
-    def __init__(self, file: bytes, name: str, path: str) -> None:
+    def __init__(
+        self, file: bytes, name: str, path: str, *, end: int | None = None, begin: int | None = None
+    ) -> None:
+        """`end` and `begin` are ids in the file; by default a token that is named so, and as `end`."""
         self._file, self.name, self._path = file, name, path
         try:
             self._parsed: dict[str, Any] = files.loads(file)
@@ -246,6 +261,17 @@ class Filed(Tokenizer):
         self._end_word = next((word for word in ENDS if word in known and word != unknown), "")
         self.end = known.get(self._end_word, self.vocab) if self._end_word else self.vocab
         self.vocab = max(self.vocab, self.end + 1)
+        words = {i: word for word, i in known.items()}
+        for what, given in (("end", end), ("begin", begin)):
+            if given is not None and (isinstance(given, bool) or given not in words):
+                raise TextError(f"{path} has no token with the id {given!r}, the {what} of a document")
+        if end is not None:
+            self._end_word, self.end = words[end], end
+        self._begin = self.end if begin is None else begin
+
+    @property
+    def begin(self) -> int:
+        return self._begin
 
     @property
     def file(self) -> bytes:
@@ -398,7 +424,8 @@ class Filed(Tokenizer):
 
     def describe(self) -> dict[str, Any]:
         digest = hashlib.sha256(self._file).hexdigest()
-        return {"kind": "file", "name": self.name, "vocab": self.vocab, "end": self.end, "sha256": digest}
+        about = {"kind": "file", "name": self.name, "vocab": self.vocab, "end": self.end, "sha256": digest}
+        return about if self.begin == self.end else {**about, "begin": self.begin}
 
 
 CUT = 1 << 18
