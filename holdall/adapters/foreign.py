@@ -188,6 +188,7 @@ def _load(
     asked = None if dtype is None else language_model.float_dtype(dtype)
     target = language_model.here(device)
     with opened(path) as source:
+        family_of(source.config_json, source.where)  # refused before anything is read
         count = len(source.weights.names)
         source.weights.on_take = lambda name: on_take(name, count - len(source.weights.names), count)
         made = source.tokenizer() if tokenizer is None else _tokenizer(
