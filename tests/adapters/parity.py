@@ -7,9 +7,13 @@ comparison is of equations and not of rounding.
 
 from __future__ import annotations
 
+import functools
+import warnings
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -20,6 +24,14 @@ from holdall.adapters.reading import weights_in
 from holdall.model import Model
 
 SINGLE, DOUBLE = torch.float32, torch.float64
+
+
+@functools.cache
+def transformers() -> ModuleType:
+    """The library, imported when a test first needs it; where it is not installed the test is skipped."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip("transformers", reason="transformers is not installed")
 
 
 class InDouble(TorchFunctionMode):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,6 @@ from holdall.mixers.attention import AttentionConfig
 from holdall.mixers.mamba import MambaConfig
 from holdall.mixers.mamba_2 import Mamba2Config
 from holdall.model import Model, ModelConfig, seeded
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 WIDTH, VOCAB = 16, 40
 SIZES = {"vocab_size": VOCAB, "hidden_size": WIDTH, "num_hidden_layers": 2, "state_size": 6}
@@ -54,9 +49,9 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def original(kind: str, **options: Any) -> Any:
     """A tiny one with random weights everywhere: initial zeros and ones would hide what is forgotten."""
-    config = getattr(transformers, f"{kind}Config")(**SIZES | options)
+    config = getattr(parity.transformers(), f"{kind}Config")(**SIZES | options)
     with seeded(0):
-        model = getattr(transformers, f"{kind}ForCausalLM")(config)
+        model = getattr(parity.transformers(), f"{kind}ForCausalLM")(config)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.3 * torch.randn(parameter.shape))
@@ -73,7 +68,7 @@ def test_it_is_what_it_was_there(case: str, tmp_path: Path) -> None:
 
 def config_json(kind: str, **fields: Any) -> dict[str, Any]:
     options = {"num_heads": 4, "head_dim": 8, "n_groups": 1} if kind == "Mamba2" else {}
-    return getattr(transformers, f"{kind}Config")(**SIZES | options).to_diff_dict() | fields
+    return getattr(parity.transformers(), f"{kind}Config")(**SIZES | options).to_diff_dict() | fields
 
 
 REFUSED = [
@@ -174,7 +169,9 @@ def test_transformers_opens_what_is_written(case: str, tied: bool, tmp_path: Pat
     fields, tensors = to_transformers(model)
     (tmp_path / "config.json").write_text(json.dumps(fields))
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
-    theirs: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    theirs: nn.Module = parity.transformers().AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32
+    )
     tokens_BT = torch.randint(VOCAB, (2, 19), generator=torch.Generator().manual_seed(0))
     got_BTV, _ = model(tokens_BT)
     want_BTV = theirs.eval()(tokens_BT, use_cache=False).logits

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,6 @@ from holdall.adapters import foreign
 from holdall.adapters.reading import ForeignError, Weights
 from holdall.model import seeded
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-
 SIZES = {
     "vocab_size": 40, "hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 3,
     "num_key_value_heads": 1, "intermediate_size": 40, "attention_window_size": 5,
@@ -26,9 +21,10 @@ SIZES = {
 
 def original(**options: Any) -> Any:
     """A tiny one with random weights everywhere: initial zeros and ones would hide what is forgotten."""
+    library = parity.transformers()
     with seeded(0):
-        config = transformers.RecurrentGemmaConfig(**SIZES | options)
-        model = transformers.RecurrentGemmaForCausalLM(config)
+        config = library.RecurrentGemmaConfig(**SIZES | options)
+        model = library.RecurrentGemmaForCausalLM(config)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.2 * torch.randn(parameter.shape))

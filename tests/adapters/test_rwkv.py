@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +13,14 @@ from holdall.adapters import foreign
 from holdall.adapters.reading import ForeignError, Weights
 from holdall.model import seeded
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-
 SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 3, "rescale_every": 0}
 
 
 def original(**options: Any) -> Any:
     """A tiny one with random weights everywhere: initial zeros and ones would hide what is forgotten."""
+    library = parity.transformers()
     with seeded(0):
-        model = transformers.RwkvForCausalLM(transformers.RwkvConfig(**SIZES | options))
+        model = library.RwkvForCausalLM(library.RwkvConfig(**SIZES | options))
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.2 * torch.randn(parameter.shape))

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import math
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from adapters import parity
 
 import holdall
 from holdall.adapters import foreign
 from holdall.engine import EngineConfig, Request, Sampling
 from holdall.model import seeded
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 SIZES: dict[str, dict[str, Any]] = {
     "Mamba": {"state_size": 4},
@@ -37,7 +33,9 @@ PROMPT, MORE = tuple(b"the state is the memory"), 8
 def test_a_converted_folder_scores_and_writes_as_the_original(kind: str, tmp_path: Path) -> None:
     sizes = {"vocab_size": 264, "hidden_size": 16, "num_hidden_layers": 2} | SIZES[kind]
     with seeded(0):
-        theirs = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**sizes))
+        theirs = getattr(parity.transformers(), f"{kind}ForCausalLM")(
+            getattr(parity.transformers(), f"{kind}Config")(**sizes)
+        )
         for parameter in theirs.parameters():
             parameter.add_(0.2 * torch.randn(parameter.shape))
     theirs.eval().save_pretrained(tmp_path / "theirs")
