@@ -200,3 +200,8 @@ def test_what_the_format_cannot_hold_is_refused_by_name(
 ) -> None:
     with pytest.raises(ForeignError, match=message):
         to_transformers(ours(*layers, **options))
+
+
+if __name__ == "__main__":  # PYTHONPATH=.:tests python -m adapters.test_mamba
+    for case, (kind, options) in OPTIONS.items():
+        parity.show_errors(case, original(kind, **options))

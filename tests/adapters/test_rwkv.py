@@ -62,3 +62,7 @@ def test_what_cannot_be_represented_is_refused_by_name(fields: dict[str, Any], m
     config_json = model.config.to_diff_dict() | fields
     with pytest.raises(ForeignError, match=message):
         foreign.read(config_json, Weights(dict(model.state_dict()), "weights"), "config.json")
+
+
+if __name__ == "__main__":  # PYTHONPATH=.:tests python -m adapters.test_rwkv
+    parity.show_errors("rwkv", original())
