@@ -186,12 +186,18 @@ class ReplayedLinearAttention(LinearAttention):
         if state is None and want_state and config.state_dtype != "fp32":
             state = self.init_state(len(x_BTD), dtype=x_BTD.dtype, device=x_BTD.device)
         q, k, v = (u.unflatten(-1, (config.heads, -1)) for u in self.qkv(x_BTD).split(self.sizes, dim=-1))
-        y_BTHV, after = replay_attention(
-            q, k, v, state, replay=config.replay, feature_map=self.feature_map,
-            normalise=config.normalise, eps=config.eps, chunk=config.chunk, inplace=inplace,
-            want_state=want_state, form=self.form,
-        )  # fmt: skip
+        y_BTHV, after = self._replay(x_BTD, q, k, v, state, inplace=inplace, want_state=want_state)
         return self.out_proj(y_BTHV.flatten(2)), after
+
+    def _replay(
+        self, x_BTD: Tensor, q: Tensor, k: Tensor, v: Tensor, state: Any, **how: Any
+    ) -> tuple[Tensor, Any]:
+        """What the heads give, (B, T, H, V), and the state after it; `how` is of the op, by name."""
+        config = self.config
+        return replay_attention(
+            q, k, v, state, replay=config.replay, feature_map=self.feature_map, normalise=config.normalise,
+            eps=config.eps, chunk=config.chunk, form=self.form, **how,
+        )  # fmt: skip
 
     def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None) -> State:
         config = self.config

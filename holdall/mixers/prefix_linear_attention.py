@@ -31,10 +31,11 @@ from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, register
 from holdall.ops.begun import all_begun
+from holdall.ops.linear import Linear
 from holdall.ops.linear_attention import FEATURE_MAPS, absorb, kernel_refusal, linear_attention
 from holdall.settings import NonNegativeFloat, PositiveInt
 
@@ -121,9 +122,9 @@ class PrefixLinearAttention(Mixer):
         self.prefix = config.prefix
         keys = config.heads * config.feature_dim
         self.sizes = [keys, keys, config.width]
-        self.qkv = nn.Linear(config.width, sum(self.sizes), bias=False)
-        self.prefix_kv = nn.Linear(config.width, keys + config.width, bias=False)
-        self.out_proj = nn.Linear(config.width, config.width, bias=False)
+        self.qkv = Linear(config.width, sum(self.sizes), bias=False)
+        self.prefix_kv = Linear(config.width, keys + config.width, bias=False)
+        self.out_proj = Linear(config.width, config.width, bias=False)
 
     def forward(
         self,

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from holdall.contract import MixerConfig, Paper, recurrent_dtype, register
 from holdall.mixers.linear_attention import LinearAttention, ReplayedLinearAttention
 from holdall.ops.linear_attention import FEATURE_MAPS, kernel_refusal, linear_attention
+from holdall.ops.replay import replay_attention
 from holdall.settings import NonNegativeFloat, PositiveInt, Range
 
 
@@ -76,7 +77,7 @@ class TaylorConfig(MixerConfig):
 
     decay: Annotated[float, Range(above=0, zero="no decay")] = 0.0
     """Forgetting, c: with each token head h of 0 .. H - 1 keeps a share 1 - 2^-(c + h) of its sum of
-    phi(k) v^T, but all of its normaliser; 0 for none. It has no kernel and no ring.
+    phi(k) v^T, but all of its normaliser; 0 for none. It has no kernel.
     """
     decay_proj: bool = False
     """Whether each head's output is multiplied by a projection of the token to one number per head."""
@@ -96,6 +97,7 @@ class TaylorConfig(MixerConfig):
         {"feature_dim": 3, "replay": 1},
         {"feature_dim": 4, "heads": 2, "chunk": 16, "replay": 4},
         {"feature_dim": 4, "heads": 2, "chunk": 16, "decay": 3.0, "decay_proj": True},
+        {"feature_dim": 3, "heads": 2, "chunk": 16, "decay": 1.5, "replay": 2},
     )
 
     def validate(self) -> None:
@@ -103,8 +105,8 @@ class TaylorConfig(MixerConfig):
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         if self.state_dtype == "fp16" and not self.replay:
             raise ValueError("state_dtype 'fp16' needs replay, 16 say: without it, take 'bf16' or 'fp32'")
-        if self.replay and (self.decay or self.decay_proj):
-            raise ValueError("replay has no decay and no decay_proj: take replay 0 with them")
+        if self.state_dtype == "fp16" and self.decay:
+            raise ValueError("state_dtype 'fp16' has no decay: take 'bf16' or 'fp32' with it")
 
     @property
     def has_kernel(self) -> bool:
@@ -119,44 +121,94 @@ class TaylorConfig(MixerConfig):
 
     def build(self) -> LinearAttention:
         if self.decay or self.decay_proj:
-            return DecayedTaylor(self)
+            return ReplayedDecayedTaylor(self) if self.replay else DecayedTaylor(self)
         return ReplayedLinearAttention(self) if self.replay else LinearAttention(self)
 
 
 class DecayedTaylor(LinearAttention):
-    """Sums that decay over a normaliser that does not, times a projection of the token."""
+    """Sums that decay over a normaliser that does not, times a projection of the token.
+
+    The normaliser phi(q) . z is a sum like the other, of ones instead of values.
+    """
 
     config: TaylorConfig
 
     def __init__(self, config: TaylorConfig) -> None:
         super().__init__(config)
-        self.decay_proj = nn.Linear(config.width, config.heads, bias=False) if config.decay_proj else None
+        self.decay_proj = decay_proj(config)
 
     def _attend(
         self, x_BTD: Tensor, q: Tensor, k: Tensor, v: Tensor, state: Any, **how: Any
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         config = self.config
-        if config.decay:
-            y_BTHV, s_BHFV, z_BHF = self._decayed(q, k, v, *(state or (None, None)), **how)
-        else:
+        if not config.decay:
             y_BTHV, s_BHFV, z_BHF = super()._attend(x_BTD, q, k, v, state, **how)
-        if self.decay_proj is not None:
-            y_BTHV = y_BTHV * self.decay_proj(x_BTD)[..., None]
-        return y_BTHV, s_BHFV, z_BHF
-
-    def _decayed(
-        self, q: Tensor, k: Tensor, v: Tensor, s_BHFV: Tensor | None, z_BHF: Tensor | None, **how: Any
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The quotient of two sums: of values, which decays, and of ones, which is phi(q) . z."""
-        config, wide = self.config, recurrent_dtype(v.dtype)
-        options: dict[str, Any] = {
-            "feature_map": self.feature_map, "chunk": config.chunk, "form": self.form, **how
-        }  # fmt: skip
-        head_H = torch.arange(config.heads, dtype=wide, device=v.device)
-        log_decay_BTH = torch.log1p(-(2.0 ** -(config.decay + head_H))).expand(v.shape[:3])
-        ones_BTH1 = v.new_ones(*v.shape[:3], 1, dtype=wide)
+            return scaled(y_BTHV, self.decay_proj, x_BTD), s_BHFV, z_BHF
+        s_BHFV, z_BHF = state or (None, None)
         z_BHF1 = None if z_BHF is None else z_BHF[..., None]
-        y_BTHV, s_BHFV, _ = linear_attention(q, k, v, s_BHFV, None, log_decay_BTH, **options)
-        norm_BTH1, z_BHF1, _ = linear_attention(q, k, ones_BTH1, z_BHF1, **options)
-        y_BTHV = (y_BTHV / (norm_BTH1 + config.eps)).to(v.dtype)
+        how |= {"feature_map": self.feature_map, "chunk": config.chunk, "form": self.form}
+        wide_BTHV = v.to(recurrent_dtype(v.dtype))  # the quotient may fit into fp16 where the sum does not
+        y_BTHV, s_BHFV, _ = linear_attention(q, k, wide_BTHV, s_BHFV, None, log_decay(config, v), **how)
+        norm_BTH1, z_BHF1, _ = linear_attention(q, k, ones(v), z_BHF1, **how)
+        y_BTHV = scaled((y_BTHV / (norm_BTH1 + config.eps)).to(v.dtype), self.decay_proj, x_BTD)
         return y_BTHV, s_BHFV, None if z_BHF1 is None else z_BHF1[..., 0]
+
+
+class ReplayedDecayedTaylor(ReplayedLinearAttention):
+    """`DecayedTaylor` with a ring of its last tokens. What decays and what are ones need not be carried."""
+
+    config: TaylorConfig
+
+    def __init__(self, config: TaylorConfig) -> None:
+        super().__init__(config)
+        self.decay_proj = decay_proj(config)
+
+    def _replay(
+        self, x_BTD: Tensor, q: Tensor, k: Tensor, v: Tensor, state: Any, **how: Any
+    ) -> tuple[Tensor, Any]:
+        config = self.config
+        if not config.decay:
+            y_BTHV, after = super()._replay(x_BTD, q, k, v, state, **how)
+            return scaled(y_BTHV, self.decay_proj, x_BTD), after
+        if state is None and how["want_state"]:
+            state = self.init_state(len(v), dtype=v.dtype, device=v.device)
+        of_values = of_ones = None
+        if state is not None:
+            none_BH0, ring_BSHV = state.z_BHF[..., :0], state.v_BSHV
+            log_decay_BSH1 = log_decay(config, ring_BSHV)[..., None].clone()  # which is written into
+            of_values = state._replace(z_BHF=none_BH0, log_decay_BSHX=log_decay_BSH1)
+            of_ones = state._replace(s_BHFV=state.z_BHF[..., None], z_BHF=none_BH0, v_BSHV=ones(ring_BSHV))
+        options: dict[str, Any] = {
+            "replay": config.replay, "feature_map": self.feature_map, "chunk": config.chunk, "form": self.form
+        }  # fmt: skip
+        # not in place, since the other one reads the same ring; what it writes there is the same
+        norm_BTH1, ones_after = replay_attention(
+            q, k, ones(v), of_ones, want_state=how["want_state"], **options
+        )
+        wide_BTHV = v.to(recurrent_dtype(v.dtype))
+        y_BTHV, after = replay_attention(q, k, wide_BTHV, of_values, log_decay(config, v), **how, **options)
+        y_BTHV = scaled((y_BTHV / (norm_BTH1 + config.eps)).to(v.dtype), self.decay_proj, x_BTD)
+        if after is None or ones_after is None:
+            return y_BTHV, None
+        return y_BTHV, after._replace(z_BHF=ones_after.s_BHFV[..., 0], log_decay_BSHX=state.log_decay_BSHX)
+
+
+def decay_proj(config: TaylorConfig) -> nn.Linear | None:
+    return nn.Linear(config.width, config.heads, bias=False) if config.decay_proj else None
+
+
+def scaled(y_BTHV: Tensor, projection: nn.Linear | None, x_BTD: Tensor) -> Tensor:
+    """Each head times what the projection makes of the token."""
+    return y_BTHV if projection is None else y_BTHV * projection(x_BTD)[..., None]
+
+
+def log_decay(config: TaylorConfig, like_BTHV: Tensor) -> Tensor:
+    """The same log decay of a head for every token, (B, T, H), as wide as sums are."""
+    wide = recurrent_dtype(like_BTHV.dtype)
+    head_H = torch.arange(config.heads, dtype=wide, device=like_BTHV.device)
+    return torch.log1p(-(2.0 ** -(config.decay + head_H))).expand(like_BTHV.shape[:3])
+
+
+def ones(like_BTHV: Tensor) -> Tensor:
+    """Values of one dimension, (B, T, H, 1), as wide as sums are."""
+    return like_BTHV.new_ones(*like_BTHV.shape[:3], 1, dtype=recurrent_dtype(like_BTHV.dtype))

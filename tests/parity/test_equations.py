@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdall.contract import Mixer
+from holdall.contract.forms import KernelError
 from holdall.mixers.attention import AttentionConfig
 from holdall.mixers.base_conv import BaseConvConfig
 from holdall.mixers.cosformer import CosformerConfig
@@ -190,6 +191,35 @@ def test_the_symmetric_half_gives_the_outputs_of_the_whole_outer_product(form: s
     y_BTD, state = mixer(x_BTD)
     laws.assert_close("y", y_BTD, linear(mixer.out_proj, joined(y_BHTV)))
     assert (whole_BHFV.shape[2], state.s_BHFV.shape[2]) == (273, 153)
+
+
+@pytest.mark.parametrize("replay", [0, 2])
+@FORMS
+@torch.no_grad()
+def test_taylors_decay_is_that_of_values_alone(form: str, replay: int) -> None:
+    """A = phi(q) . phi(k) gamma^(t - j) (W_d x_t) of all pairs, over the sum without the latter two."""
+    options = {"feature_dim": 4, "decay": 1.5, "decay_proj": True, "replay": replay}
+    mixer = built(TaylorConfig(width=WIDTH, heads=HEADS, chunk=8, form=form, **options))
+    x_BTD = laws.tokens(mixer, LENGTH)
+    q, k, v = (per_head(u) for u in linear(mixer.qkv, x_BTD).split([8, 8, WIDTH], dim=-1))
+    s_BHTS, t_T = q @ k.mT / 2, torch.arange(LENGTH, dtype=DOUBLE)
+    a_BHTS = (1 + s_BHTS + s_BHTS**2 / 2).tril()
+    keep_H11 = (1 - 2.0 ** -(1.5 + torch.arange(HEADS, dtype=DOUBLE)))[:, None, None]
+    decayed_BHTS = a_BHTS * keep_H11 ** (t_T[:, None] - t_T).clamp(min=0)
+    y_BHTV = decayed_BHTS @ v / (a_BHTS.sum(-1, keepdim=True) + 1e-12)
+    y_BHTV = y_BHTV * linear(mixer.decay_proj, x_BTD).mT[..., None]
+    want_BTD = linear(mixer.out_proj, joined(y_BHTV))
+    laws.assert_close("y", mixer(x_BTD)[0], want_BTD)
+    laws.assert_close("y by tokens", laws.read_in_pieces(mixer, x_BTD, [1] * LENGTH)[0], want_BTD)
+
+
+def test_what_taylors_decay_has_not_is_refused_by_name() -> None:
+    config = TaylorConfig(width=WIDTH, decay=3.0)
+    assert "decay = 3.0 forgets" in config.kernel_refusal(torch.device("cuda"), torch.bfloat16)
+    with pytest.raises(KernelError, match=r"decay = 3\.0 forgets"):
+        TaylorConfig(width=WIDTH, decay=3.0, form="kernel").build()
+    with pytest.raises(ValueError, match="state_dtype 'fp16' has no decay"):
+        TaylorConfig(width=WIDTH, decay=3.0, replay=16, state_dtype="fp16")
 
 
 @pytest.mark.claim("mixers/cosformer.py", "Weights", "in the official code M is")
