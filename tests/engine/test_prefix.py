@@ -14,6 +14,7 @@ from engine_checks import TOKENIZER, WIDTH, assert_same, build, definition, requ
 
 from holdall.analysis.recall import predict
 from holdall.engine.fast import Engine, EngineConfig
+from holdall.engine.graphs import Desk, DeskReader
 from holdall.engine.request import Request, Sampling
 from holdall.engine.session import CHUNK, Past, Reader, pieces, read
 from holdall.engine.store import StateStore
@@ -23,6 +24,7 @@ from holdall.mixers.linformer import LinformerConfig
 from holdall.mixers.prefix_linear_attention import PrefixLinearAttentionConfig
 from holdall.mixers.sliding_window import SlidingWindowConfig
 from holdall.model import Model
+from holdall.ops.kept import Unchanging
 from holdall.testing import laws
 from holdall.training.devices import LanguageModelLoss
 from holdall.training.language_models import PretrainConfig
@@ -80,6 +82,20 @@ def test_a_text_is_that_of_a_prompt_read_in_one_call(length: int) -> None:
         assert [token.id for piece in found[1, 0] for token in piece.tokens] == want
     session = read(model, prompt)
     laws.assert_close("logits", session.logits_V, model(torch.tensor([prompt]))[0][0, -1].float())
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_a_desk_reads_the_prefix_of_each_that_sits_at_it(length: int) -> None:
+    """There is always a state at a desk, so that it has to be told when a prefix comes."""
+    model = model_of()
+    desk = Desk(model, Unchanging())
+    for prompt in (prompt_of(length), prompt_of(length)[::-1]):
+        reader = DeskReader(desk, prompt, None, chunk=8)
+        while not reader.done:
+            reader.step()
+        got, want = reader.session(), read(model, prompt, chunk=8)
+        assert got.past == want.past
+        laws.assert_close("logits", got.logits_V, want.logits_V)
 
 
 def test_many_at_once_are_as_one_after_another() -> None:
