@@ -16,6 +16,7 @@ from holdall.contract import Mixer, forms
 from holdall.contract.rollback import LOST
 from holdall.kernels import gated_conv as kernel
 from holdall.mixers.base_conv import BaseConvConfig, ConvState
+from holdall.mixers.gated_short_conv import GatedShortConvConfig
 from holdall.ops import gated_conv as ops
 from holdall.testing import laws
 
@@ -389,14 +390,22 @@ def test_what_it_cannot_take_is_refused_with_the_reason(device: torch.device) ->
         BaseConvConfig(width=8, filter="long", form="kernel").build()
 
 
-# ---------------------------------------------------------------------------------------------- the mixer
+# --------------------------------------------------------------------------------------------- the mixers
 
 
-MIXERS = [{}, {"activation": "silu", "kernel": 4}, {"expand": 4}]
+# of BaseConv, and, where there is a bias, of the convolution between two gates, slices of one projection
+MIXERS = [
+    {},
+    {"activation": "silu", "kernel": 4},
+    {"expand": 4},
+    {"bias": False},
+    {"bias": True, "kernel": 4},
+]
 
 
 def mixer(device: torch.device, form: str, options: dict[str, Any], dtype: torch.dtype = SINGLE) -> Mixer:
-    return laws.build(BaseConvConfig(width=12, form=form, **options)).to(device, dtype)
+    config = GatedShortConvConfig if "bias" in options else BaseConvConfig
+    return laws.build(config(width=12, form=form, **options)).to(device, dtype)
 
 
 @pytest.mark.parametrize("options", MIXERS, ids=str)
