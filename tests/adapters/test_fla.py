@@ -117,6 +117,11 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window_siz
 
 @pytest.fixture(autouse=True)
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    by_definitions(monkeypatch)
+
+
+def by_definitions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the package compute by these definitions in place of its kernels."""
     from fla.layers import attn, delta_net, gated_deltanet, gla, multiscale_retention
     from fla.modules import FusedRMSNormGated, RMSNorm, RotaryEmbedding, ShortConvolution, mlp
 
