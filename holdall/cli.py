@@ -1,5 +1,5 @@
 """The command line: `holdall frontier`, `recipe`, `bits`, `report`, `zoo`, `laws`, `soundness`, `matrix`;
-`data`, `train`, `generate`, `chat`, `serve`, `convert`, `export`, `recall`, `suite`.
+`data`, `train`, `generate`, `chat`, `serve`, `eval`, `convert`, `export`, `recall`, `suite`.
 
 Heavy modules are imported only after the arguments have been parsed, so that help is instant.
 """
@@ -720,6 +720,35 @@ def export(
     from holdall.commands import export as shown
 
     return shown.export(run, out, precision, checkpoint, load)
+
+
+@command
+def eval(
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[RUN]")] = "based-mini",
+    *,
+    tasks: tuple[str, ...] = (),
+    examples: PositiveInt | None = None,
+    fewshot: NonNegativeInt | None = None,
+    batch: PositiveInt = 64,
+    include: Path | None = None,
+    out: Path | None = None,
+    loading: Annotated[Loading, tyro.conf.arg(name="")] = AS_IT_IS,
+) -> int:
+    """Score a language model on tasks of lm-eval.
+
+    Args:
+        run: A run folder of `holdall train` or the folder of a saved model; based-mini is included.
+        tasks: Names of tasks; `lm_eval ls tasks` lists them.
+        examples: The most examples of each task, for a first look.
+        fewshot: Examples with answers before each question; by default as each task has it.
+        batch: Rows that are read at once. Scores do not depend on it.
+        include: A folder of tasks of your own, as YAML files of lm-eval.
+        out: A file for all results, as JSON.
+        loading: The fields of Loading.
+    """
+    from holdall.commands import evals as shown
+
+    return shown.evaluate(run, tasks, examples, fewshot, batch, include, out, loading)
 
 
 def _command() -> str:

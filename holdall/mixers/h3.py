@@ -129,18 +129,16 @@ class H3(Mixer):
     ) -> tuple[Tensor, H3State | None]:
         dtype = recurrent_dtype(x_BTD.dtype)
         between = self.shift_kernel(dtype), self.shift_D, self.diagonal(dtype), self.D
-        before = state or (None, None)
-        how: dict[str, Any] = {"chunk": self.config.chunk, "want_state": want_state}
+        before: Any = state or (None, None)
+        how: dict[str, Any] = {"chunk": self.config.chunk, "want_state": want_state, "form": self.form}
         past_BPD: Tensor | None
         if is_plain(self.qkv) and is_plain(self.out_proj):
             y_BTD, past_BPD, h_BKVHN2 = h3(
                 x_BTD, self.qkv.weight, self.qkv.bias, *between, self.out_proj.weight, self.out_proj.bias,
-                *before, **how, form=self.form,
+                *before, **how,
             )  # fmt: skip
         else:
-            read_BTD, past_BPD, h_BKVHN2 = between_projections(
-                self.qkv(x_BTD), *between, *before, **how, form=self.form
-            )
+            read_BTD, past_BPD, h_BKVHN2 = between_projections(self.qkv(x_BTD), *between, *before, **how)
             y_BTD = self.out_proj(read_BTD)
         if past_BPD is None or h_BKVHN2 is None or not want_state:
             return y_BTD, None
