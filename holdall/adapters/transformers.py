@@ -238,7 +238,7 @@ class HoldallForCausalLM(PreTrainedModel, GenerationMixin):
             )
         h_BTD, states = self._hidden(input_ids, starts_B, past_key_values, use_cache)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits_BQV = self.model.logits(h_BTD[:, keep].to(self.model.norm.weight.device))
+        logits_BQV = self.model.logits(self._beside_head(h_BTD[:, keep]))
         loss = None
         if labels is not None:
             loss = self.loss_function(
@@ -269,7 +269,7 @@ class HoldallForCausalLM(PreTrainedModel, GenerationMixin):
             own = None if before is None else [select_rows(state, group) for state in before]
             after: list[State] | None
             if start == length:  # nothing of these rows was read yet
-                after = own or self.model.init_states(len(group))
+                after = own or self.model.init_states(len(group), device=tokens_BT.device)
                 h_GTD = self.model.norm.weight.new_zeros(len(group), 0, self.model.config.width)
             else:
                 h_GTD, after = read(tokens_BT[group, start:], own)
@@ -280,6 +280,17 @@ class HoldallForCausalLM(PreTrainedModel, GenerationMixin):
         if not want_states:
             return h_BTD, None
         return h_BTD, [select_rows(join_rows(of_layer), order) for of_layer in zip(*parts, strict=True)]
+
+    def _beside_head(self, h_BQD: Tensor) -> Tensor:
+        """What a tied head reads, on the device of the embedding, which need not be the last block's."""
+        device = self.model.embed.weight.device
+        if self.model.head is not None or device == h_BQD.device:
+            return h_BQD
+        if device.type == "meta":
+            raise ValueError(
+                "the embedding is the head too, so it cannot be offloaded: place model.embed on a device"
+            )
+        return h_BQD.to(device)
 
     def _run(self) -> Callable[..., Any] | None:
         """What calls a block: by itself, or again in the backward pass."""
