@@ -7,6 +7,7 @@
 # make readme     writes the README's list of rooms       make plant       proves that a mixer is one file
 # make zoo        every mixer on the quick task, its errors over great lengths, and docs/zoo.md
 # make dist       builds a wheel, installs it alone into a new environment and runs it there
+# make docs       the documentation site in site/, which opens without a server or a network
 # make bench      speed beside its ceiling; prints tables, writes results/
 PYTHON ?= python3
 VENV   ?= .venv
@@ -20,7 +21,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # kernels and what torch.compile reads run apart: shape checks wrap functions that these must read as they are
 # written, and Triton's interpreter is chosen for a whole process
 
-.PHONY: readme plant frontier frontier-seeds zoo quick test test-full test-portable check dist bench format clean
+.PHONY: readme plant frontier frontier-seeds zoo quick test test-full test-portable check docs dist bench format clean
 
 frontier: $(VENV)/installed
 	$(BIN)/holdall frontier quick
@@ -67,6 +68,10 @@ check: $(VENV)/installed-dev
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
+# what it warns of is an error: links and anchors that lead nowhere, names that are documented and not there
+docs: $(VENV)/installed-docs
+	$(BIN)/python -m mkdocs build --strict --quiet
+
 # what a user gets: no extras, no files but those in the wheel
 dist: $(VENV)/bin/python
 	rm -rf dist
@@ -94,5 +99,9 @@ $(VENV)/installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install -c constraints.txt -e ".[dev,text,serve,parity]"
 	@touch $@ $(VENV)/installed
 
+$(VENV)/installed-docs: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install -c constraints.txt -e ".[docs]"
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info site

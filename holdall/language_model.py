@@ -185,7 +185,8 @@ class LanguageModel:
         """The text that `generate` gives, piece by piece, with its tokens.
 
         Args:
-            text, session: as in `generate`.
+            text: as in `generate`.
+            session: as in `generate`.
             keep: whether the last piece has the session after it, to be continued or saved.
             options: the fields of `holdall.engine.Sampling`, with its defaults.
 

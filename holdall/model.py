@@ -391,7 +391,8 @@ class Model(nn.Module):
             tokens_BT: the next T tokens of each row.
             states: what an earlier call returned; None if nothing was read yet.
             at_BQ: positions within these T tokens; after the last mixer only they are computed.
-            inplace, want_states: as in `Mixer.forward`. States with room keep all their addresses.
+            inplace: as in `Mixer.forward`. States with room keep all their addresses.
+            want_states: as `want_state` there.
             run: what calls a block, with the block and its arguments: training may have its own way.
 
         Returns:

@@ -11,13 +11,15 @@ import children
 import pytest
 
 import holdall
-from holdall import processes, recipes, states
+from holdall import cli, processes, recipes, states
 from holdall.report import table
 from holdall.report.data import load
 from tools import readme
 
 ROOT = Path(__file__).parents[1]
-PAGES = [path for path in (ROOT, ROOT / "docs", ROOT / "results") for path in path.glob("*.md")]
+PAGES = [
+    path for path in (ROOT, ROOT / "docs", ROOT / "results", ROOT / "examples") for path in path.glob("*.md")
+]
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -135,6 +137,27 @@ def test_the_commands_that_the_pages_name_exist() -> None:
     for page in PAGES:
         for target in re.findall(r"(?:^|`)make ([a-z-]+)", page.read_text(), flags=re.M):
             assert target in targets, f"{page.name} names 'make {target}'"
+
+
+@pytest.mark.quick
+def test_the_flags_of_the_commands_that_the_pages_name_exist(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted: dict[str, set[str]] = {}
+    for page in PAGES:
+        for code in blocks(page, "") + re.findall(r"`(holdall [^`]+)`", page.read_text()):
+            for command, words in re.findall(r"\bholdall ([a-z]+)\b([^#\n]*)", code):
+                if not page.match("CHANGELOG.md"):
+                    wanted.setdefault(command, set()).update(re.findall(r"(?<= )--[a-z][a-z-]*", words))
+    assert {"laws", "zoo", "frontier", "report"} <= set(wanted)
+    for command, flags in wanted.items():
+        monkeypatch.setattr(sys, "argv", ["holdall", command, "--help"])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        shown = capsys.readouterr().out
+        assert not ended.value.code, f"there is no holdall {command}"
+        missing = {flag for flag in flags if not re.search(rf"{flag}\b", shown)}
+        assert not missing, f"holdall {command} has no {missing}"
 
 
 @pytest.mark.quick

@@ -67,7 +67,8 @@ def save_states(
         path: the file.
         model: the fingerprint of the model whose states these are; `load_states` refuses another model's.
         tokens_read: how many tokens each row has read; None takes the count of the first state that has one.
-        beside, about: tensors and texts that belong to the states; `read_states` gives them back.
+        beside: tensors that belong to the states; `read_states` gives them back.
+        about: texts that do, likewise.
     """
     states = [trim(state) for state in states]
     tensors = {
