@@ -53,7 +53,7 @@ def test_an_entry_has_file_equations_letters_and_source(name: str) -> None:
     assert formulas
     assert all(line in source and f"  {line}\n" in text for line in formulas)
     assert "\n  Letters: " in text
-    assert (entry.paper.arxiv or entry.paper.title) in entry.definition
+    assert entry.paper.arxiv in entry.definition
     assert not re.search(r"^ *(Weights|Deviations)\b", text, flags=re.MULTILINE)
 
 
