@@ -25,21 +25,23 @@ Yang, Wang, Zhang, Shen, Kim, "Parallelizing Linear Transformers with the Delta 
 Letters: q_t, k_t, v_t query, key and value of token t, beta_t the strength of a write, w_t the decay, S_t the
 state, S' the decayed one, a_t and b_t place and key of what is removed, y_t the output, u_t what is written,
 c_t its part that no other write of the chunk changes, G(t, s) the decay from token s to t. Of shapes: B row,
-T time, N chunks, C time within a chunk, H heads, K key dim, V value dim, R reads of a state.
+T time, N chunks, C time within a chunk, H heads, M heads of all rows, K key dim, V value dim, R reads of a
+state, X all columns of a system.
 """
 
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from holdall.contract.forms import kernel_of
-from holdall.ops.linear_attention import decay_between, per_key
-from holdall.ops.running import cumsum
+from holdall.ops.fading import Fading
+from holdall.ops.linear_attention import per_key
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:  # pytest checks the shapes; nothing else needs jaxtyping
     from jaxtyping import Float
@@ -103,8 +105,7 @@ def delta_rule(
         beta_BTH: how far the state moves towards the value: 0 not at all, 1 all the way, 2 as far beyond.
         s_BHKV: the incoming state, in the dtype to compute in, zeros if nothing was read yet.
         log_decay: log w_t <= 0, (B, T, H) or (B, T, H, K); None for no decay.
-        chunk: tokens per chunk. With a decay per key dimension, pairs within a chunk cost K times as
-            much memory, so such chunks are cut to 16 tokens. The kernel has a chunk length of its own.
+        chunk: tokens per chunk. The kernel has a chunk length of its own.
         inplace: the parallel form may write one token into the state. Not for training.
         form: "loop", "parallel" or "kernel".
 
@@ -118,11 +119,8 @@ def delta_rule(
         return delta_rule_loop(*tensors)
     if q_BTHK.shape[1] == 1:  # no chunk to speak of
         return _step_in_place(*tensors) if inplace else delta_rule_loop(*tensors)
-    dtype = s_BHKV.dtype
-    log_w, k_BTHK = _log_w(log_decay, q_BTHK, dtype), k_BTHK.to(dtype)
-    beta_BTH1 = beta_BTH[..., None].to(dtype)
-    corrected = (k_BTHK, -beta_BTH1 * log_w.exp() * k_BTHK, beta_BTH1 * v_BTHV)
-    y_BTHV, s_BHKV = _in_chunks(q_BTHK, corrected, None, s_BHKV, log_w, chunk)
+    inputs = _log_w(log_decay, q_BTHK, s_BHKV.dtype), q_BTHK, k_BTHK, v_BTHV, beta_BTH[..., None]
+    y_BTHV, s_BHKV = _in_chunks(_corrected, inputs, s_BHKV, chunk)
     return y_BTHV.to(v_BTHV.dtype), s_BHKV
 
 
@@ -194,10 +192,8 @@ def generalised_delta_rule(
         return generalised_delta_rule_loop(*tensors)
     if q_BTHK.shape[1] == 1:
         return _generalised_step_in_place(*tensors) if inplace else generalised_delta_rule_loop(*tensors)
-    dtype = s_BHKV.dtype
-    log_w, a_BTHK, b_BTHK = _log_w(log_decay, q_BTHK, dtype), a_BTHK.to(dtype), b_BTHK.to(dtype)
-    corrected, plain = (a_BTHK, b_BTHK, torch.zeros_like(v_BTHV)), (k_BTHK, v_BTHV)
-    y_BTHV, s_BHKV = _in_chunks(q_BTHK, corrected, plain, s_BHKV, log_w, chunk)
+    inputs = _log_w(log_decay, q_BTHK, s_BHKV.dtype), q_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK
+    y_BTHV, s_BHKV = _in_chunks(_generalised, inputs, s_BHKV, chunk)
     return y_BTHV.to(v_BTHV.dtype), s_BHKV
 
 
@@ -232,68 +228,104 @@ def _log_w(log_decay: Tensor | None, q_BTHK: Tensor, dtype: torch.dtype) -> Tens
     return per_key(log_decay).to(dtype)
 
 
+class _Chunks(NamedTuple):
+    """Chunks before any state is known, (N, M, C, .) each: u = u_CV + u_from_s S_0, and what that makes.
+
+    y_CV and gain_KV are what plain writes add to outputs and state, None without any.
+    """
+
+    u_CV: Tensor
+    u_from_s_CK: Tensor
+    y_from_s_CK: Tensor
+    y_from_u_CC: Tensor
+    keep_K1: Tensor
+    gain_from_u_KC: Tensor
+    y_CV: Tensor | None = None
+    gain_KV: Tensor | None = None
+
+
 def _in_chunks(
-    q_BTHK: Tensor,
-    corrected: tuple[Tensor, Tensor, Tensor],
-    plain: tuple[Tensor, Tensor] | None,
-    s_BHKV: Tensor,
-    log_w: Tensor,
-    chunk: int,
+    solve: Callable[..., _Chunks], inputs: tuple[Tensor, ...], s_BHKV: Tensor, chunk: int
 ) -> tuple[Tensor, Tensor]:
-    """Outputs and final state, where each token writes a (c + S^T b)^T, corrected being a, b and c, and then
-    k v^T, plain being k and v if there are such writes."""
-    if log_w.shape[-1] > 1:
-        chunk = min(chunk, 16)
-    inputs = [x.to(s_BHKV.dtype) for x in (q_BTHK, log_w, *corrected, *(plain or ()))]
-    ys = []
-    for now in zip(*(x.split(chunk * SIDE_BY_SIDE, dim=1) for x in inputs), strict=True):
+    """Outputs and final state, chunks being made of these inputs, (B, T, H, .) each."""
+    (rows, _, heads), ys, s_MKV = inputs[0].shape[:3], [], s_BHKV.flatten(0, 1)
+    inputs = tuple(x_BTHX.to(s_BHKV.dtype) for x_BTHX in inputs)
+    for now in zip(*(x_BTHX.split(chunk * SIDE_BY_SIDE, dim=1) for x_BTHX in inputs), strict=True):
         new = now[0].shape[1]
         size = min(chunk, new)
         # zeros behind the last token write nothing and forget nothing
-        padded = (F.pad(x, (0, 0, 0, 0, 0, -new % size)) for x in now)
-        y_BNHCV, s_BHKV = _side_by_side(s_BHKV, *(x.unflatten(1, (-1, size)).transpose(2, 3) for x in padded))
-        ys.append(y_BNHCV.transpose(2, 3).flatten(1, 2)[:, :new])
-    return ys[0] if len(ys) == 1 else torch.cat(ys, dim=1), s_BHKV
+        padded = (F.pad(x_BTHX, (0, 0, 0, 0, 0, -new % size)) for x_BTHX in now)
+        # what products read together lies together
+        chunks = (x.unflatten(1, (-1, size)).permute(1, 0, 3, 2, 4).flatten(1, 2) for x in padded)
+        y_NMCV, s_MKV = _one_by_one(solve(*chunks), s_MKV)
+        y_BNCHV = y_NMCV.unflatten(1, (rows, heads)).permute(1, 0, 3, 2, 4)
+        ys.append(y_BNCHV.flatten(1, 2)[:, :new])
+    return ys[0] if len(ys) == 1 else torch.cat(ys, dim=1), s_MKV.unflatten(0, (rows, heads))
 
 
-def _side_by_side(
-    s_BHKV: Tensor, q: Tensor, log_w: Tensor, a: Tensor, b: Tensor, c: Tensor, *plain: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Some chunks, (B, N, H, C, .) each; the system of each is solved before any state is known."""
-    between_CCK = decay_between(log_w)
-    since_CK = cumsum(log_w, -2).exp()
-    before_CK = F.pad(since_CK[..., :-1, :], (0, 0, 1, 0), value=1.0)
+def _corrected(log_w: Tensor, q: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> _Chunks:
+    """Of the delta rule, which reads the decayed state."""
+    fading = Fading(log_w)
+    ((from_k_CC, y_from_k_CC),) = _pairs(torch.stack((k, q), dim=-2), (k,), fading)
+    right_CX = beta * torch.cat((v, -k * fading.since_CK), dim=-1)
+    u_CV, u_from_s_CK = _solved(beta * from_k_CC, right_CX).split([v.shape[-1], k.shape[-1]], dim=-1)
+    return _Chunks(
+        u_CV, u_from_s_CK, q * fading.since_CK, y_from_k_CC, fading.since_CK[..., -1, :, None],
+        (k * fading.until_CK).mT,
+    )  # fmt: skip
+
+
+def _generalised(log_w: Tensor, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> _Chunks:
+    """Of the generalised rule, which reads the state before it decays."""
+    fading = Fading(log_w)
     # the state after a token has two readers: that token's query and the next token's b
     reads_CRK = torch.stack((F.pad(b[..., 1:, :], (0, 0, 0, 1)), q), dim=-2)
-    from_a_CC, y_from_a_CC = _pairs(reads_CRK, a, between_CCK)
-    y_CV, gain_KV = torch.zeros_like(c), None
-    if plain:
-        k, v = plain
-        from_k_CC, y_from_k_CC = _pairs(reads_CRK, k, between_CCK)
-        c, y_CV = c + _one_later(from_k_CC) @ v, y_from_k_CC @ v
-        gain_KV = (k * between_CCK[..., -1, :, :]).mT @ v
-    # of the matrix, only what lies below the diagonal is looked at; on it stand ones
-    u_CV, u_from_s_CK = torch.linalg.solve_triangular(
-        -_one_later(from_a_CC), torch.cat((c, b * before_CK), dim=-1), upper=False, unitriangular=True
-    ).split([c.shape[-1], b.shape[-1]], dim=-1)
-    a_end_KC, keep_K1 = (a * between_CCK[..., -1, :, :]).mT, since_CK[..., -1, :, None]
-    states, us = [], []
-    for i in range(q.shape[1]):
-        states.append(s_BHKV)
-        us.append(u_CV[:, i] + u_from_s_CK[:, i] @ s_BHKV)
-        s_BHKV = keep_K1[:, i] * s_BHKV + a_end_KC[:, i] @ us[-1]
-        s_BHKV = s_BHKV if gain_KV is None else s_BHKV + gain_KV[:, i]
-    y_CV = y_CV + (q * since_CK) @ torch.stack(states, dim=1) + y_from_a_CC @ torch.stack(us, dim=1)
-    return y_CV, s_BHKV
+    (from_a_CC, y_from_a_CC), (from_k_CC, y_from_k_CC) = _pairs(reads_CRK, (a, k), fading)
+    before_CK = F.pad(fading.since_CK[..., :-1, :], (0, 0, 1, 0), value=1.0)
+    right_CX = torch.cat((_one_later(from_k_CC) @ v, b * before_CK), dim=-1)
+    u_CV, u_from_s_CK = _solved(-_one_later(from_a_CC), right_CX).split([v.shape[-1], b.shape[-1]], dim=-1)
+    return _Chunks(
+        u_CV, u_from_s_CK, q * fading.since_CK, y_from_a_CC, fading.since_CK[..., -1, :, None],
+        (a * fading.until_CK).mT, y_from_k_CC @ v, (k * fading.until_CK).mT @ v,
+    )  # fmt: skip
 
 
-def _pairs(reads_CRK: Tensor, keys_CK: Tensor, between_CCK: Tensor) -> tuple[Tensor, ...]:
-    """read_t . G(t, s) key_s of all pairs, (..., C, C) for each of the R readers."""
-    if between_CCK.shape[-1] == 1:
-        pairs_RCC = torch.einsum("bnhtrk,bnhsk->bnhrts", reads_CRK, keys_CK) * between_CCK[..., None, :, :, 0]
+def _one_by_one(chunks: _Chunks, s_MKV: Tensor) -> tuple[Tensor, Tensor]:
+    """The state through all chunks, and their outputs."""
+    states, us, count = [], [], len(chunks.u_CV)
+    # unbind and not an index per chunk, whose gradient would be a tensor of zeros for all chunks, each
+    gains = [None] * count if chunks.gain_KV is None else chunks.gain_KV.unbind()
+    parts = chunks.u_CV, chunks.u_from_s_CK, chunks.keep_K1, chunks.gain_from_u_KC
+    for u_CV, u_from_s_CK, keep_K1, gain_from_u_KC, gain_KV in zip(
+        *(part.unbind() for part in parts), gains, strict=True
+    ):
+        states.append(s_MKV)
+        us.append(torch.baddbmm(u_CV, u_from_s_CK, s_MKV))
+        kept_MKV = keep_K1 * s_MKV if gain_KV is None else torch.addcmul(gain_KV, keep_K1, s_MKV)
+        s_MKV = torch.baddbmm(kept_MKV, gain_from_u_KC, us[-1])
+    y_CV = chunks.y_from_s_CK @ torch.stack(states) + chunks.y_from_u_CC @ torch.stack(us)
+    return y_CV if chunks.y_CV is None else y_CV + chunks.y_CV, s_MKV
+
+
+def _pairs(reads_CRK: Tensor, keys: tuple[Tensor, ...], fading: Fading) -> list[tuple[Tensor, ...]]:
+    """read_t . G(t, s) key_s of all pairs, (..., C, C) for each of the R readers, of each of the keys."""
+    if fading.since_CK.shape[-1] == 1:
+        between_CC = fading.between()[..., None, :]
+        pairs = [torch.einsum("...trk,...sk->...trs", reads_CRK, k_CK) * between_CC for k_CK in keys]
     else:
-        pairs_RCC = torch.einsum("bnhtsk,bnhsk,bnhtrk->bnhrts", between_CCK, keys_CK, reads_CRK)
-    return pairs_RCC.unbind(-3)
+        pairs = list(fading.pairs(reads_CRK, torch.stack(keys, dim=-2)).unbind(-2))
+    return [pairs_CRC.unbind(-2) for pairs_CRC in pairs]
+
+
+def _solved(system_CC: Tensor, right_CX: Tensor) -> Tensor:
+    """X of (1 + system) X = right, the system being what lies below the diagonal of the matrix.
+
+    By forward substitution: the inverse of a chunk whose keys are nearly the same has lost its digits. Taken
+    from the right, since LAPACK wants columns together, and would be given copies.
+    """
+    return torch.linalg.solve_triangular(
+        system_CC.mT, right_CX.mT, upper=True, left=False, unitriangular=True
+    ).mT
 
 
 def _one_later(pairs_CC: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from holdall.contract.forms import kernel_of
-from holdall.ops.running import cumsum
+from holdall.ops.fading import Fading
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:  # pytest checks the shapes; nothing else needs jaxtyping
     from jaxtyping import Float
@@ -213,8 +213,7 @@ def linear_attention(
             normalised). Sums are accumulated in at least fp32, where s is narrower too.
         log_decay: log a_t <= 0, (B, T, H) or, with the identity map, (B, T, H, K); None for no decay.
         normalise: divide by phi(q) . z + eps or, where a floor is given, by the larger of phi(q) . z and it.
-        chunk: tokens per chunk. With a decay per key dimension, pairs within a chunk cost C times as
-            much memory, so such chunks are cut to 16 tokens. Kernels have sizes of their own.
+        chunk: tokens per chunk. Kernels have sizes of their own.
         inplace: the incoming state may be overwritten.
         want_state: whether the state after the last token is needed.
         form: "loop", "parallel" or "kernel".
@@ -240,29 +239,27 @@ def linear_attention(
             q_BTHK, k_BTHK, v_BTHV, s_BHFV, z_BHF, log_decay, feature_map=feature_map, eps=eps, floor=floor
         )
     q_BHTK, k_BHTK, v_BHTV = (x.transpose(1, 2).to(dtype) for x in (q_BTHK, k_BTHK, v_BTHV))
-    if log_decay is not None and log_decay.ndim == 4:
-        chunk = min(chunk, 16)
     total = q_BHTK.shape[2]
     ys = []
     for start in range(0, total, chunk):
         now = slice(start, min(start + chunk, total))
         q, k, v = q_BHTK[:, :, now], k_BHTK[:, :, now], v_BHTV[:, :, now]
-        log_a_BHCF = None
+        fading = None
         if log_decay is not None:
-            log_a_BHCF = per_key(log_decay[:, now]).transpose(1, 2).to(dtype)
-        score_BHCC = _pairs_within(q, k, log_a_BHCF, feature_map)
+            fading = Fading(per_key(log_decay[:, now]).transpose(1, 2).to(dtype))
+        score_BHCC = _pairs_within(q, k, fading, feature_map)
         y = score_BHCC @ v
         norm = score_BHCC.sum(-1, keepdim=True) if normalise else None
         if s_BHFV is not None:
             q_BHCF = feature_map.features(q)
-            if log_a_BHCF is not None:
-                q_BHCF = q_BHCF * cumsum(log_a_BHCF, 2).exp()
+            if fading is not None:
+                q_BHCF = q_BHCF * fading.since_CK
             y = y + q_BHCF @ s_BHFV
             if norm is not None and z_BHF is not None:
                 norm = norm + q_BHCF @ z_BHF[..., None]
         ys.append(y if norm is None else y / _kept_off_zero(norm, eps, floor))
         if want_state or now.stop < total:
-            s_BHFV, z_BHF = _advance(s_BHFV, z_BHF, k, v, log_a_BHCF, feature_map, normalise, inplace)
+            s_BHFV, z_BHF = _advance(s_BHFV, z_BHF, k, v, fading, feature_map, normalise, inplace)
     y_BTHV = (ys[0] if len(ys) == 1 else torch.cat(ys, dim=2)).transpose(1, 2).to(v_BTHV.dtype)
     return (y_BTHV, s_BHFV, z_BHF) if want_state else (y_BTHV, None, None)
 
@@ -332,30 +329,15 @@ def per_key(log_decay: Tensor) -> Tensor:
     return log_decay[..., None] if log_decay.ndim == 3 else log_decay
 
 
-def _pairs_within(q: Tensor, k: Tensor, log_a_BHCF: Tensor | None, feature_map: FeatureMap) -> Tensor:
+def _pairs_within(q: Tensor, k: Tensor, fading: Fading | None, feature_map: FeatureMap) -> Tensor:
     """Decayed causal scores of all pairs of a chunk, (B, H, C, C)."""
-    if log_a_BHCF is None:
+    if fading is None:
         future_CC = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
         return feature_map.pairs(q, k).masked_fill(future_CC, 0.0)
-    decay_BHCCF = decay_between(log_a_BHCF)
-    if decay_BHCCF.shape[-1] == 1:
-        return feature_map.pairs(q, k) * decay_BHCCF[..., 0]
-    return torch.einsum(
-        "bhtk,bhsk,bhtsk->bhts", feature_map.features(q), feature_map.features(k), decay_BHCCF
-    )
-
-
-def decay_between(log_a_CF: Tensor) -> Tensor:
-    """The decay from token s to token t of all pairs, zero where s is later, (..., C, F) to (..., C, C, F).
-
-    It is the exponential of the sum of what lies between the two. It is no ratio of two exponentials, which
-    overflow once a chunk forgets more than the dtype can hold, and no difference of two sums from the chunk's
-    start either, which has lost its digits behind a token that forgot a lot.
-    """
-    size = log_a_CF.shape[-2]
-    future_CC1 = torch.ones(size, size, dtype=torch.bool, device=log_a_CF.device).triu(1)[..., None]
-    log_a_CCF = log_a_CF[..., :, None, :].masked_fill(~future_CC1.transpose(0, 1), 0.0)
-    return cumsum(log_a_CCF, -3).masked_fill(future_CC1, -torch.inf).exp()
+    if fading.since_CK.shape[-1] == 1:
+        return feature_map.pairs(q, k) * fading.between()
+    q, k = feature_map.features(q), feature_map.features(k)
+    return fading.pairs(q[..., None, :], k[..., None, :])[..., 0, 0, :]
 
 
 def _advance(
@@ -363,7 +345,7 @@ def _advance(
     z_BHF: Tensor | None,
     k: Tensor,
     v: Tensor,
-    log_a_BHCF: Tensor | None,
+    fading: Fading | None,
     feature_map: FeatureMap,
     normalise: bool,
     inplace: bool,
@@ -371,10 +353,9 @@ def _advance(
     """The state after a chunk."""
     k_BHCF = feature_map.features(k)
     keep_BHF = None
-    if log_a_BHCF is not None:
-        after_BHCF = cumsum(F.pad(log_a_BHCF[:, :, 1:], (0, 0, 0, 1)).flip(2), 2).flip(2)
-        k_BHCF = k_BHCF * after_BHCF.exp()
-        keep_BHF = log_a_BHCF.sum(2).exp()
+    if fading is not None:
+        k_BHCF = k_BHCF * fading.until_CK
+        keep_BHF = fading.since_CK[:, :, -1]
     gain_BHFV, gain_BHF = k_BHCF.mT @ v, k_BHCF.sum(2) if normalise else None
     if s_BHFV is None:
         return gain_BHFV, gain_BHF

@@ -533,7 +533,7 @@ def _together(state: ReplayState, tokens: _Tokens) -> _Since:
 def _decays(log_NX: Tensor) -> tuple[Tensor, Tensor]:
     """The decay over all tokens, (..., X), and from each of them to the last, (..., N, X).
 
-    Sums of what lies between, never differences of sums: see `linear_attention.decay_between`.
+    Sums of what lies between, never differences of sums: see holdall/ops/fading.py.
     """
     after_NX = cumsum(F.pad(log_NX[..., 1:, :], (0, 0, 0, 1)).flip(-2), -2).flip(-2)
     return (log_NX[..., 0, :] + after_NX[..., 0, :]).exp(), after_NX.exp()

@@ -16,6 +16,7 @@ from holdall.model import _SumAt
 from holdall.ops import attention
 from holdall.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_loop
 from holdall.ops.derivatives import once_differentiable
+from holdall.ops.fading import Fading
 from holdall.precision import _Copies
 from holdall.testing import laws
 
@@ -43,6 +44,13 @@ def sum_at(r: Tensor, x: Tensor) -> Tensor:
     return r[rows, AT] + x[rows, AT]
 
 
+def decays_between(log_w_CK: Tensor) -> Tensor:
+    """Of all pairs, (C, C, K), zero where the second is later."""
+    sums_CK = log_w_CK.cumsum(0)
+    later_CC1 = torch.ones(len(log_w_CK), len(log_w_CK)).tril()[..., None]
+    return (sums_CK[:, None] - sums_CK).exp() * later_CC1
+
+
 QKV = (2, 7, 2, 3)
 CASES: dict[str, tuple[tuple[tuple[int, ...], ...], Callable[..., Tensor], Callable[..., Tensor]]] = {
     "holdall.ops.attention._Blockwise": (
@@ -64,6 +72,13 @@ CASES: dict[str, tuple[tuple[tuple[int, ...], ...], Callable[..., Tensor], Calla
         ((2, 5, 3), (2, 5, 3)),
         lambda r, x: _SumAt.apply(r.sin(), x.exp(), AT).square(),
         lambda r, x: sum_at(r.sin(), x.exp()).square(),
+    ),
+    "holdall.ops.fading._Pairs": (
+        ((4, 2, 3), (4, 1, 3), (4, 3)),
+        lambda reads, keys, log_w: Fading(-log_w.exp()).pairs(reads, keys).square(),
+        lambda reads, keys, log_w: torch.einsum(
+            "trk,usk,tuk->trsu", reads, keys, decays_between(-log_w.exp())
+        ).square(),
     ),
     "holdall.precision._Copies": (
         ((2, 3), (4,)),
