@@ -4,21 +4,32 @@
 
 Modes are complex and come in conjugate pairs, of which one is kept: so the product of any two vectors is
 twice a real part, and a mode feels the others through one real number only. A step costs O(N). The fast form
-takes the step as the real matrix that it is, over all real and imaginary parts, and cuts time into short
-chunks: powers of the matrix by squaring, the kernel as a triangular matrix within a chunk, the state handed
-on.
+cuts time into short chunks: the kernel as a triangular matrix within a chunk, the state handed on as real and
+imaginary parts.
+
+Without that one number a step is diagonal, and its powers are those of e. So it is taken for what it is, a
+feedback: with M the step, u any vector and k(v, u)_j = v . e^j u, of which S shifts by a step,
+
+    f(u)_j = 2 Re(r . M^j u)                solves f(u) + S k(r, g) * f(u) = k(r, u), a triangular system
+    c . M^j u = k(c, u)_j - (S k(c, g) * f(u))_j                what Re(c . h) rings with
+    M^j u = e^j u - (S e^. g * f(u))_j      v M^j = v e^j - (S (v . M^. g) * r e^.)_j
+
+and no power of a matrix is ever multiplied with another.
 
 Letters: x_ti input i and y_t the output of token t, h_t the state, e the diagonal of a step, g and r its
-rank-one term, b_i and c input and output map. Of shapes: B row, T time, G chunks, J time within a chunk, I
-inputs per channel, D channels, N modes, R = 2N their parts, S time of one piece, M = B G, X = J I.
+rank-one term, b_i and c input and output map, v any vector of readers. Of shapes: B row, T time, G chunks, J
+time within a chunk, I inputs per channel, D channels, N modes, R = 2N their parts, S time of one piece,
+M = B G, X = J I, O outputs of the diagonal step.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from holdall.ops.ssm import as_complex
@@ -81,23 +92,29 @@ def dplr_ssm(
     transition: Transition,
     b_IDN: Complex[Tensor, "i d n"],
     c_DN: Complex[Tensor, "d n"],
-    h_BDN2: Float[Tensor, "b d n 2"],
+    h_BDN2: Float[Tensor, "b d n 2"] | None,
     *,
     chunk: int = CHUNK,
-) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b d n 2"]]:
+    want_state: bool = True,
+) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b d n 2"] | None]:
     """The same in chunks, O(T (C + N)) for each channel; a single token is one step of the loop, O(N).
 
-    `chunk` is a power of two. Powers are taken in fp64: every squaring doubles the error of the one before.
+    None is a state of zeros. Where no state comes in or is wanted, up to two chunks of tokens are one, for
+    which nothing but the kernel is computed. Tables are made in fp64.
     """
-    rows, total, dtype = *x_BTID.shape[:2], h_BDN2.dtype
-    if total == 1:
-        return dplr_ssm_loop(x_BTID, transition, b_IDN, c_DN, h_BDN2)
-    powers_DRR, after_DJIR, ahead_DJR = _tables(transition, b_IDN, c_DN, min(total, chunk))
-    kernel_DIJ = torch.einsum("djir,dr->dij", after_DJIR, ahead_DJR[:, 0]).to(dtype)
-    ring_DRJ = (ahead_DJR @ powers_DRR[0]).to(dtype).mT
-    after_DJIR, powers_DRR = after_DJIR.to(dtype), [power_DRR.to(dtype) for power_DRR in powers_DRR]
-
+    rows, total, _, channels = x_BTID.shape
+    dtype, alone = c_DN.real.dtype, h_BDN2 is None and not want_state and total <= 2 * chunk
+    if h_BDN2 is None and not alone:
+        h_BDN2 = c_DN.real.new_zeros(rows, channels, c_DN.shape[1], 2)
+    if total == 1 and h_BDN2 is not None:
+        y_BTD, h_BDN2 = dplr_ssm_loop(x_BTID, transition, b_IDN, c_DN, h_BDN2)
+        return y_BTD, h_BDN2 if want_state else None
     x_DBTI = x_BTID.to(dtype).permute(3, 0, 1, 2)
+    feedback = _Feedback(transition, b_IDN, c_DN, total if alone else min(total, chunk))
+    kernel_DIJ = feedback.kernel().to(dtype)
+    if alone or h_BDN2 is None:
+        return _as_tokens(_within(x_DBTI.flatten(2), kernel_DIJ), x_BTID.dtype), None
+    after_DJIR, ring_DRJ = feedback.after().to(dtype), feedback.ring().to(dtype).mT
     # a copy: products of matrices round differently where these do not lie as torch lays them, as from a file
     h_DRB = h_BDN2.flatten(2).permute(1, 2, 0).clone(memory_format=torch.contiguous_format)
     rest = total % chunk
@@ -107,42 +124,99 @@ def dplr_ssm(
             continue
         x_DMX = x_DBSI.unflatten(2, (-1, size)).flatten(1, 2).flatten(2)
         added_DMR = x_DMX @ after_DJIR[:, :size].flip(1).flatten(1, 2)
+        power_DRR = feedback.power(size).to(dtype)
         before = []
         for added_DBR in added_DMR.unflatten(1, (rows, -1)).unbind(2):
             before.append(h_DRB.mT)
-            for k, power_DRR in enumerate(powers_DRR):
-                if size >> k & 1:
-                    h_DRB = power_DRR @ h_DRB
-            h_DRB = h_DRB + added_DBR.mT
-        lag_JJ = torch.arange(size, device=x_BTID.device) - torch.arange(size, device=x_BTID.device)[:, None]
-        within_DJIJ = torch.where(lag_JJ >= 0, kernel_DIJ[..., lag_JJ.clamp(min=0)], 0).transpose(1, 2)
-        y_DMJ = x_DMX @ within_DJIJ.flatten(1, 2)
+            h_DRB = torch.baddbmm(added_DBR.mT, power_DRR, h_DRB)
+        y_DMJ = _within(x_DMX, kernel_DIJ[..., :size])
         y_DMJ = y_DMJ + torch.stack(before, dim=2).flatten(1, 2) @ ring_DRJ[..., :size]
         ys.append(y_DMJ.reshape(-1, rows, x_DBSI.shape[2]))
-    y_BTD = torch.cat(ys, dim=2).permute(1, 2, 0).to(x_BTID.dtype, memory_format=torch.contiguous_format)
-    return y_BTD, h_DRB.permute(2, 0, 1).contiguous().unflatten(2, (-1, 2))
+    y_BTD = _as_tokens(torch.cat(ys, dim=2), x_BTID.dtype)
+    return y_BTD, h_DRB.permute(2, 0, 1).contiguous().unflatten(2, (-1, 2)) if want_state else None
 
 
-def _tables(
-    transition: Transition, b_IDN: Tensor, c_DN: Tensor, length: int
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """With M the step as a matrix: M, M^2, M^4, ... up to the length, M^j b and c M^j below it; in fp64."""
-    transition = Transition(*(u.to(torch.complex128) for u in transition))
-    modes, device = c_DN.shape[-1], c_DN.device
-    basis_RN2 = torch.eye(2 * modes, dtype=torch.float64, device=device).unflatten(1, (modes, 2))
-    step_RDN = transition(as_complex(basis_RN2)[:, None])
-    powers_DRR = [_parts(step_RDN).permute(1, 2, 0)]
-    after_DJIR = _parts(b_IDN).transpose(0, 1)[:, None]
-    ahead_DJR = _parts(c_DN.conj())[:, None]
-    while (have := ahead_DJR.shape[1]) < length:
-        power_DRR = powers_DRR[-1]
-        more_DJIR = (after_DJIR.flatten(1, 2) @ power_DRR.mT).unflatten(1, (have, -1))
-        after_DJIR = torch.cat((after_DJIR, more_DJIR), dim=1)
-        ahead_DJR = torch.cat((ahead_DJR, ahead_DJR @ power_DRR), dim=1)
-        powers_DRR.append(power_DRR @ power_DRR)
-    return powers_DRR, after_DJIR, ahead_DJR
+def _within(x_DMX: Tensor, kernel_DIJ: Tensor) -> Tensor:
+    """Outputs of a chunk from its own inputs, (D, M, J)."""
+    return x_DMX @ _toeplitz(kernel_DIJ).permute(0, 3, 1, 2).flatten(1, 2)
+
+
+def _as_tokens(y_DBT: Tensor, dtype: torch.dtype) -> Tensor:
+    return y_DBT.permute(1, 2, 0).to(dtype, memory_format=torch.contiguous_format)
+
+
+class _Feedback:
+    """Powers M^j of the step for j up to a length, in fp64, of each channel."""
+
+    def __init__(self, transition: Transition, b_IDN: Tensor, c_DN: Tensor, length: int) -> None:
+        e_DN, g_DN, r_DN = (u_DN.to(torch.complex128) for u_DN in transition)
+        self.b_IDN, c_DN = b_IDN.to(torch.complex128), c_DN.to(torch.complex128)
+        self.g_DN = g_DN
+        e_DJN = torch.ones_like(e_DN)[:, None]
+        while e_DJN.shape[1] <= length:
+            e_DJN, e_DN = torch.cat((e_DJN, e_DJN * e_DN[:, None]), dim=1), e_DN * e_DN
+        self.e_DJN = e_DJN[:, : length + 1]
+        self.reads_ODN = torch.stack((c_DN, 2 * r_DN))
+        inputs_IDN = torch.cat((self.b_IDN, g_DN[None]))
+        # of c and r with each b and, last, g, as if there were no feedback
+        pairs_DROI = _parts((self.reads_ODN[:, None] * inputs_IDN).conj()).permute(2, 3, 0, 1)
+        from_c_DJI, from_r_DJI = (
+            (_parts(self.e_DJN[:, :length]) @ pairs_DROI.flatten(2)).unflatten(2, (2, -1)).unbind(2)
+        )
+        self.fed_back_DJI = torch.linalg.solve_triangular(
+            _later(from_r_DJI[..., -1]), from_r_DJI, upper=False, unitriangular=True
+        )
+        self.answers_DJI = from_c_DJI - _later(from_c_DJI[..., -1]) @ self.fed_back_DJI
+
+    def kernel(self) -> Tensor:
+        """c M^j b of each input, (D, I, J)."""
+        return self.answers_DJI[..., :-1].mT
+
+    @functools.cached_property
+    def turning_g(self) -> Tensor:
+        """e^j g, as parts."""
+        return _parts(self.e_DJN[:, :-1] * self.g_DN[:, None])
+
+    @functools.cached_property
+    def turning_r(self) -> Tensor:
+        """2 r e^j, as what parts of a state are multiplied with."""
+        return _parts((self.e_DJN[:, :-1] * self.reads_ODN[1][:, None]).conj())
+
+    def after(self) -> Tensor:
+        """M^j b, (D, J, I, R)."""
+        inputs = []
+        for b_DN, fed_back_DJ in zip(self.b_IDN, self.fed_back_DJI.unbind(-1), strict=False):
+            alone_DJR = _parts(self.e_DJN[:, :-1] * b_DN[:, None])
+            inputs.append(torch.baddbmm(alone_DJR, _later(fed_back_DJ), self.turning_g, alpha=-1))
+        return torch.stack(inputs, dim=2)
+
+    def ring(self) -> Tensor:
+        """c M^(j + 1), (D, J, R)."""
+        alone_DJR = _parts((self.e_DJN[:, 1:] * self.reads_ODN[0][:, None]).conj())
+        return torch.baddbmm(alone_DJR, _toeplitz(self.answers_DJI[..., -1]), self.turning_r, alpha=-1)
+
+    def power(self, count: int) -> Tensor:
+        """M^count, (D, R, R)."""
+        r_DJR, fed_back_DJ = self.turning_r[:, :count], self.fed_back_DJI[:, :count, -1]
+        r_DJR = torch.baddbmm(r_DJR, _later(fed_back_DJ), r_DJR, alpha=-1)
+        basis_RN = as_complex(
+            torch.eye(r_DJR.shape[2], dtype=r_DJR.dtype, device=r_DJR.device).unflatten(1, (-1, 2))
+        )
+        alone_DRR = _parts(basis_RN * self.e_DJN[:, count, None]).mT
+        return torch.baddbmm(alone_DRR, self.turning_g[:, :count].flip(1).mT, r_DJR, alpha=-1)
+
+
+def _toeplitz(series_XJ: Tensor) -> Tensor:
+    """series_(j - i) in row j and column i, zero above the diagonal, (X, J, J)."""
+    size = series_XJ.shape[-1]
+    return F.pad(series_XJ, (size - 1, 0)).unfold(-1, size, 1).flip(-1)
+
+
+def _later(series_XJ: Tensor) -> Tensor:
+    """`_toeplitz` a step later: series_(j - i - 1), zero on the diagonal too."""
+    return _toeplitz(F.pad(series_XJ[..., :-1], (1, 0)))
 
 
 def _parts(u_XN: Tensor) -> Tensor:
-    """Complex numbers as twice as many real ones, in fp64."""
-    return torch.view_as_real(u_XN.to(torch.complex128).resolve_conj()).flatten(-2)
+    """Complex numbers as twice as many real ones."""
+    return torch.view_as_real(u_XN.resolve_conj()).flatten(-2)

@@ -60,6 +60,27 @@ def test_chunks_equal_the_loop(length: int, chunk: int, inputs: int) -> None:
     assert h_BDN2.untyped_storage().nbytes() == h_BDN2.numel() * h_BDN2.element_size()
 
 
+@pytest.mark.parametrize("inputs", [1, 2])
+@pytest.mark.parametrize("length", [1, 7, 16, 17])
+def test_a_kernel_alone_equals_the_loop(length: int, inputs: int) -> None:
+    """Without a state before or after, up to two chunks are one; more of them are taken as ever."""
+    x_BTID, transition, b_IDN, c_DN, h_BDN2 = problem(length, inputs=inputs)
+    tensors = [x_BTID, *transition, b_IDN, c_DN]
+    results = []
+    for alone in (True, False):
+        x, e, g, r, b, c = leaves = [t.clone().requires_grad_() for t in tensors]
+        if alone:
+            y_BTD, after = dplr_ssm(x, Transition(e, g, r), b, c, None, chunk=8, want_state=False)
+            assert after is None
+        else:
+            y_BTD, _ = dplr_ssm_loop(x, Transition(e, g, r), b, c, torch.zeros_like(h_BDN2))
+        up_BTD = laws.draw(*y_BTD.shape, dtype=DOUBLE, seed=8)
+        grads = torch.autograd.grad(y_BTD, leaves, up_BTD, materialize_grads=True)
+        results.append([y_BTD, *grads])
+    for name, got, want in zip(("y", "x", "e", "g", "r", "b", "c"), *results, strict=True):
+        laws.assert_close(name, got, want)
+
+
 @pytest.mark.parametrize("length", [1, 5, 21])
 def test_gradients_equal_the_loops(length: int) -> None:
     x_BTID, transition, *rest = problem(length, inputs=2)
