@@ -52,7 +52,7 @@ class HeadsConfig(MixerConfig):
     """Share of each head's dimensions that rotary positions turn: 0 for none, 1 for all."""
     rotary_base: PositiveFloat = 10000.0
     """Base of the rotary frequencies."""
-    rotary_scaling: tuple[float, ...] = ()
+    rotary_scaling: tuple[PositiveFloat, ...] = ()
     """How they are lowered for longer contexts: () for not at all; (factor,) divides all by it; (factor, low,
     high, context) is Llama 3.1's, which divides those of pairs that turn less than `low` times within so many
     tokens and none that turn more than `high` times."""
