@@ -23,10 +23,14 @@ def subclasses(config: type[Config]) -> Iterator[type[Config]]:
         yield from subclasses(subclass)
 
 
+APART = ("holdall.kernels.", "holdall.adapters.lm_eval", "holdall.adapters.transformers")
+"""Which need Triton and other libraries, and have no configs."""
+
+
 def configs() -> dict[str, type[Config]]:
     """Every config of the package, by module and name."""
     for module in pkgutil.walk_packages(holdall.__path__, "holdall."):
-        if not module.name.startswith("holdall.kernels."):  # which need Triton, and have no configs
+        if not module.name.startswith(APART):
             importlib.import_module(module.name)
     return {
         f"{config.__module__}.{config.__qualname__}".removeprefix("holdall."): config

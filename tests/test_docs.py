@@ -181,6 +181,8 @@ EXTRAS = {
     "kernels": {"triton", "fla"},
     "laws": {"pytest"},
     "cluster": {"ray"},
+    "hub": {"transformers", "tokenizers"},
+    "eval": {"lm_eval"},
     "serve": {"fastapi", "uvicorn", "prometheus_client", "pydantic"},
 }
 """What each extra brings, as modules. Those of tests and development are not for users."""
