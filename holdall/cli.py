@@ -291,11 +291,15 @@ def matrix(
     load: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = (),
     out: Path = Path("runs/matrix"),
     dark: bool = False,
+    model: str | None = None,
+    layer: Annotated[tuple[NonNegativeInt, ...], tyro.conf.UseAppendAction] = (),
+    text: Path | None = None,
 ) -> int:
     """Draw the matrix that each mixer applies along the sequence, all mixers side by side.
 
-    Mixers are freshly initialised. If a mixer is linear in its values, its matrix is exact, and checked;
-    otherwise the norms of the whole mixer's Jacobian are drawn.
+    Mixers are freshly initialised; with --model they are the layers of a trained model that reads a text. If
+    a mixer is linear in its values, its matrix is exact, and checked; otherwise the norms of the whole
+    mixer's Jacobian are drawn.
 
     Args:
         names: mixers, each as NAME or NAME:option=value,option=value; by default all.
@@ -310,11 +314,28 @@ def matrix(
         load: a mixer file of your own, whose mixers are added.
         out: the folder for matrix.png, matrix.html, matrix.json and matrix.npz.
         dark: draw matrix.png on a dark background.
+        model: a trained model, in place of mixers: what `holdall generate` takes.
+        layer: a layer of the model, from 0 (repeatable); by default four, evenly spread.
+        text: a text file, whose first --length tokens the model reads.
     """
     from holdall.commands import matrix as shown
 
     return shown.matrix(
-        names, length, width, input, scale, heads, jacobian, seed, load, out, dark, command=_command()
+        names,
+        length,
+        width,
+        input,
+        scale,
+        heads,
+        jacobian,
+        seed,
+        load,
+        out,
+        dark,
+        model,
+        layer,
+        text,
+        command=_command(),
     )
 
 
@@ -610,6 +631,7 @@ def recall(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     load: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = (),
     dark: bool = False,
+    data: Path | None = None,
 ) -> int:
     """Measure recall on real text: perplexity by slice and, for two models, a page of passages.
 
@@ -617,7 +639,8 @@ def recall(
     text. Predictions are saved in the run folders. Stop it at any time; the same command resumes.
 
     Args:
-        runs: run folders of `holdall train`, all on one corpus; gaps are relative to the first.
+        runs: run folders of `holdall train`, all on one corpus, or with --data folders of saved models; gaps
+            are relative to the first.
         out: the folder for slices.json, recall.png, gaps.png, state.png and, for two runs, recall.html.
         checkpoint: the weights to score; by default the final model, else the best, else the last.
         rows: windows of the validation text to score, evenly spread; by default all.
@@ -629,6 +652,8 @@ def recall(
         device: where to run the models; auto takes a GPU if there is one.
         load: a mixer file of your own that a run was trained with.
         dark: draw on a dark background.
+        data: the corpus, a folder that `holdall data` made with their tokenizer, of models that were saved or
+            converted and name none.
     """
     from holdall.commands import recall as shown
 
@@ -645,6 +670,7 @@ def recall(
         device,
         load,
         dark,
+        data,
         command=_command(),
     )
 

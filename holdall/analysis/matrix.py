@@ -25,6 +25,7 @@ Letters: T output token, J input token, X all channels, D model width, S matrice
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import re
@@ -41,6 +42,7 @@ from torch import Tensor
 
 from holdall.analysis.gallery import MixingMatrix
 from holdall.contract import Mixer, MixerConfig
+from holdall.model import Model
 from holdall.tasks.mqar import MQAR
 
 INPUTS = ("random", "repeats", "constant")
@@ -112,6 +114,41 @@ def matrix_of(
         mixer = config.build().double()
         x_BTD, tokens_BT, _ = inputs(kind, length, config.width, scale=scale, seed=seed)
         return mixing_matrix(mixer, x_BTD, tokens_BT, label=label, shown=shown, jacobian=jacobian)
+
+
+def matrices_of_model(
+    model: Model, tokens_1T: Tensor, depths: Sequence[int], *, shown: int = 1, jacobian: bool = False
+) -> list[MixingMatrix]:
+    """The matrices of a trained model's layers for one text, each for what the layer reads of it.
+
+    Args:
+        tokens_1T: the text's ids.
+        depths: of the layers, from 0.
+        shown, jacobian: as in `mixing_matrix`.
+    """
+    inputs_BTD: dict[int, Tensor] = {}
+
+    def keep(depth: int) -> Callable[[Any, tuple[Any, ...]], None]:
+        def hook(mixer: Any, args: tuple[Any, ...]) -> None:
+            inputs_BTD[depth] = args[0].detach()
+
+        return hook
+
+    hooks = [model.mixers[depth].register_forward_pre_hook(keep(depth)) for depth in set(depths)]
+    try:
+        with torch.no_grad():
+            model.hidden(tokens_1T.to(model.device), want_states=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found = []
+    for depth in depths:
+        mixer = copy.deepcopy(model.mixers[depth]).cpu().double()
+        x_BTD, label = inputs_BTD[depth].cpu().double(), f"layer {depth}, {mixer.config.name}"
+        found.append(
+            mixing_matrix(mixer, x_BTD, tokens_1T.cpu(), label=label, shown=shown, jacobian=jacobian)
+        )
+    return found
 
 
 def mixing_matrix(

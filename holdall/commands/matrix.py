@@ -11,8 +11,9 @@ from rich import box
 from rich.table import Table
 
 from holdall import environment, mixers
+from holdall.adapters import foreign
 from holdall.analysis import gallery
-from holdall.analysis.matrix import inputs, matrix_of
+from holdall.analysis.matrix import inputs, matrices_of_model, matrix_of
 from holdall.commands import busy, console
 from holdall.report import matrix as matrices
 
@@ -29,6 +30,9 @@ def matrix(
     load: Sequence[Path],
     out: Path,
     dark: bool,
+    model: str | None,
+    layers: Sequence[int],
+    text: Path | None,
     *,
     command: str,
 ) -> int:
@@ -36,6 +40,13 @@ def matrix(
     specs = dict.fromkeys(names)
     for file in load:
         mixers.load(file)
+    if model is not None:
+        if names or text is None:
+            raise ValueError("--model draws the layers of a trained model for a text: give --text, no mixers")
+        result = _of_model(model, layers, text, length, heads, jacobian, command)
+        return _show(result, out, dark)
+    if layers or text is not None:
+        raise ValueError("--layer and --text are for the layers of a trained model: give --model")
     for spec in specs:  # check the user's input before computing anything
         mixers.configured(spec, width)
     settings: dict[str, Any] = {"length": length, "kind": input, "scale": scale, "seed": seed, "shown": heads}
@@ -65,14 +76,48 @@ def matrix(
         failures=failures,
         environment=environment.describe("cpu", torch.get_num_threads()),
     )
-    if computed:
+    return _show(result, out, dark)
+
+
+def _of_model(
+    name: str, layers: Sequence[int], path: Path, length: int, heads: int, jacobian: bool, command: str
+) -> gallery.Gallery:
+    """The matrices of a trained model's layers, four spread evenly by default, for a text's beginning."""
+    with busy(f"loading {name}"):
+        model = foreign.load_any(name)
+    count = len(model.config.layers)
+    depths = list(layers) or sorted({round(i * (count - 1) / 3) for i in range(4)})
+    if wrong := [depth for depth in depths if depth >= count]:
+        raise ValueError(f"there is no layer {wrong[0]}: {name} has layers 0 to {count - 1}")
+    ids = model.tokenizer.encode_batch([path.read_text("utf-8")])[0].tolist()
+    ids = [model.tokenizer.begin, *ids][:length]
+    if len(ids) < 4:
+        raise ValueError(f"{path} has {len(ids) - 1} tokens; a matrix needs at least 3")
+    with busy("computing matrices"):
+        found = matrices_of_model(
+            model.model, torch.tensor([ids]), depths, shown=heads, jacobian=jacobian
+        )  # fmt: skip
+    return gallery.Gallery(
+        command=command,
+        length=len(ids),
+        width=model.config.width,
+        input=f"the beginning of {path.name}, read by {name}",
+        tokens=tuple(model.tokenizer.pieces(ids)),
+        matrices=tuple(found),
+        failures={},
+        environment=environment.describe("cpu", torch.get_num_threads()),
+    )
+
+
+def _show(result: gallery.Gallery, out: Path, dark: bool) -> int:
+    if result.matrices:
         console.print(_matrix_table(result))
-    for label, reason in failures.items():
+    for label, reason in result.failures.items():
         console.print(f"{label} has no matrix: {reason}", soft_wrap=True)
     written = gallery.save(result, out)
-    for path in (*(matrices.write(out, out, dark=dark) if computed else []), *written):
+    for path in (*(matrices.write(out, out, dark=dark) if result.matrices else []), *written):
         console.print(f"  {path}", soft_wrap=True)
-    return 1 if failures else 0
+    return 1 if result.failures else 0
 
 
 def _matrix_table(result: gallery.Gallery) -> Table:

@@ -16,14 +16,19 @@ from rich.table import Table
 from rich.text import Text
 
 from holdall import files, language_model, mixers
+from holdall.adapters import foreign
 from holdall.analysis import recall as slices
 from holdall.commands import TELL_SECONDS, Words, console, resolve_device
 from holdall.files import RunError
 from holdall.language_model import Checkpoint, MissingError
 from holdall.model import Model
 from holdall.report import recall as recalls
+from holdall.text.corpus import open_corpus
 from holdall.text.tokenizers import Bytes
 from holdall.training.language_models import PretrainConfig, open_data
+
+SAVED_CONTEXT = 1024
+"""Tokens per window, by default, of a model that does not say what it was trained on."""
 
 
 def recall(
@@ -39,17 +44,21 @@ def recall(
     device: str,
     load: Sequence[Path],
     dark: bool,
+    data: Path | None,
     *,
     command: str,
 ) -> int:
-    """The command `holdall recall`; returns the exit status."""
+    """The command `holdall recall`; returns the exit status.
+
+    data: the corpus of models that were saved or converted, which name none.
+    """
     if not folders:
         raise ValueError("name at least one run: holdall recall RUN [RUN ...]")
     for file in load:
         mixers.load(file)
     device = resolve_device(device)
     try:
-        configs = [_config(folder) for folder in folders]
+        configs = [_config(folder, data) for folder in folders]
         _warn_of_bytes(configs[0])
         context = context or min(config.context_len for config in configs)
         scored = []
@@ -84,15 +93,29 @@ def _warn_of_bytes(config: PretrainConfig) -> None:
             )
 
 
-def _config(folder: Path) -> PretrainConfig:
+def _config(folder: Path, data: Path | None) -> PretrainConfig:
+    """The config of a run; of a saved model, with the corpus that is named for it."""
     path = folder / "config.json"
     if not path.exists():
         raise RunError(f"{folder} holds no run of a language model; `holdall train` makes one")
-    if "format" in files.read_json(path):
+    if foreign.is_foreign(folder):
         raise RunError(
-            f"{folder} is a saved model, without a corpus to score it on; name the run that it is of"
+            f"{folder} is a model of another program: `holdall convert {folder} --out FOLDER` first"
         )
-    return PretrainConfig.read(path)
+    config_json = files.read_json(path)
+    if "format" not in config_json:
+        return PretrainConfig.read(path)
+    if data is None:
+        raise RunError(
+            f"{folder} is a saved model, without a corpus to score it on; name the run that it is of, or "
+            f"with --data a corpus of its tokenizer: `holdall data TEXT --tokenizer {folder}`"
+        )
+    header = language_model.read_header(folder)
+    own, theirs = config_json.get("tokenizer"), open_corpus(data).tokenizer.describe()
+    if not isinstance(own, dict) or any(own.get(name) != theirs[name] for name in ("kind", "sha256")):
+        raise RunError(f"the corpus in {data} was made with another tokenizer than that of {folder}")
+    context = min(SAVED_CONTEXT, header.config.positions or SAVED_CONTEXT)
+    return PretrainConfig(model=header.config, data=str(data), context_len=context)
 
 
 def _labels(folders: Sequence[Path]) -> list[str]:
