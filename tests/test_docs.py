@@ -179,6 +179,7 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
 EXTRAS = {
     "text": {"lightning_fabric", "tokenizers", "zstandard"},
     "kernels": {"triton", "fla"},
+    "gguf": {"gguf", "tokenizers"},
     "laws": {"pytest"},
     "cluster": {"ray"},
     "hub": {"transformers", "tokenizers"},
