@@ -120,6 +120,11 @@ def test_groups_from_a_fresh_state(groups: int, dtype: torch.dtype, device: torc
     check(40, device, dtype, carried=False, groups=groups, state=5)
 
 
+def test_biases_of_the_projections(device: torch.device) -> None:
+    """The first projection is filled up, and its bias with it."""
+    check(20, device, bias=True)
+
+
 def test_gradients_of_the_state_alone_and_of_the_output_alone(device: torch.device) -> None:
     fast, other = (mixer_of(form, SINGLE, device) for form in ("kernel", "parallel"))
     x = laws.draw(2, 40, WIDTH, dtype=SINGLE).to(device)

@@ -222,18 +222,20 @@ def test_several_gradients_at_once(device: torch.device) -> None:
             torch.testing.assert_close(got[i], want)
 
 
-def mixers_of(device: torch.device) -> tuple[Any, Any]:
+def mixers_of(device: torch.device, **options: Any) -> tuple[Any, Any]:
     """The same weights in the kernel's form and in the plain one."""
     built = [
-        laws.build(holdall.describe("mamba").configure(width=8, state=2, form=form)).to(device)
+        laws.build(holdall.describe("mamba").configure(width=8, state=2, form=form, **options)).to(device)
         for form in ("kernel", "parallel")
     ]
     assert [mixer.form for mixer in built] == ["kernel", "parallel"]
     return built[0], built[1]
 
 
-def test_a_mixer_in_pieces_is_the_plain_one(device: torch.device) -> None:
-    fast, other = mixers_of(device)
+@pytest.mark.parametrize("options", [{}, {"inner_norm": True, "bias": True, "dt_rank": 3}], ids=str)
+def test_a_mixer_in_pieces_is_the_plain_one(options: dict[str, Any], device: torch.device) -> None:
+    """A norm of 3 ranks must not count the zeros that fill them up to 8."""
+    fast, other = mixers_of(device, **options)
     x = laws.draw(2, 9, 8, dtype=SINGLE).to(device)
     with torch.no_grad():
         want = laws.plainly(laws.outcome, other, x)
