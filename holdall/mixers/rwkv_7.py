@@ -38,7 +38,7 @@ from holdall.contract import Mixer, MixerConfig, Paper, recurrent_dtype, registe
 from holdall.mixers.rwkv_4 import depths, mix_start, ramp, shift
 from holdall.ops.delta_rule import CHUNK, generalised_delta_rule, kernel_refusal
 from holdall.ops.linear import is_plain
-from holdall.ops.rwkv_7 import beside, finish, prepare
+from holdall.ops.rwkv_7 import LEAST_LOG_DECAY, beside, finish, prepare
 from holdall.settings import NonNegativeInt, PositiveInt, Range
 
 
@@ -171,7 +171,7 @@ class RWKV7(Mixer):
         )
         o_BTHV, s_BHKV = generalised_delta_rule(
             r, k, v, a, removal, state.s_BHKV, log_w,
-            chunk=self.config.chunk, inplace=inplace, form=self.form,
+            least_log_decay=LEAST_LOG_DECAY, chunk=self.config.chunk, inplace=inplace, form=self.form,
         )  # fmt: skip
         eps = 1e-5 * o_BTHV.shape[-1]
         y_BTD = finish(

@@ -31,6 +31,8 @@ state, X all columns of a system.
 
 from __future__ import annotations
 
+import functools
+import math
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
@@ -175,6 +177,7 @@ def generalised_delta_rule(
     s_BHKV: Float[Tensor, "b h k v"],
     log_decay: Float[Tensor, "b t h"] | Float[Tensor, "b t h k"] | None = None,
     *,
+    least_log_decay: float = -math.inf,
     chunk: int = CHUNK,
     inplace: bool = False,
     form: str = "parallel",
@@ -182,6 +185,7 @@ def generalised_delta_rule(
     """Chunk by chunk, O(T (C (K + V) + K V)). Arguments and results are those of `delta_rule`, but:
 
     Args:
+        least_log_decay: what no log decay is below; a bound near zero saves the parallel form work.
         a_BTHK: where what the state holds under b is put; its negative share of b to remove that.
         b_BTHK: the key under which the state is read, before the decay.
     """
@@ -193,7 +197,8 @@ def generalised_delta_rule(
     if q_BTHK.shape[1] == 1:
         return _generalised_step_in_place(*tensors) if inplace else generalised_delta_rule_loop(*tensors)
     inputs = _log_w(log_decay, q_BTHK, s_BHKV.dtype), q_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK
-    y_BTHV, s_BHKV = _in_chunks(_generalised, inputs, s_BHKV, chunk)
+    solve = functools.partial(_generalised, least_log_decay=least_log_decay)
+    y_BTHV, s_BHKV = _in_chunks(solve, inputs, s_BHKV, chunk)
     return y_BTHV.to(v_BTHV.dtype), s_BHKV
 
 
@@ -275,9 +280,11 @@ def _corrected(log_w: Tensor, q: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> 
     )  # fmt: skip
 
 
-def _generalised(log_w: Tensor, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> _Chunks:
+def _generalised(
+    log_w: Tensor, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, *, least_log_decay: float
+) -> _Chunks:
     """Of the generalised rule, which reads the state before it decays."""
-    fading = Fading(log_w)
+    fading = Fading(log_w, least=least_log_decay)
     # the state after a token has two readers: that token's query and the next token's b
     reads_CRK = torch.stack((F.pad(b[..., 1:, :], (0, 0, 0, 1)), q), dim=-2)
     (from_a_CC, y_from_a_CC), (from_k_CC, y_from_k_CC) = _pairs(reads_CRK, (a, k), fading)

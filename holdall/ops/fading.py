@@ -11,12 +11,16 @@ Factors are products of at most C decays, each at most 1, made by doubling: no r
 overflows once a chunk forgets more than the dtype can hold, and no exponential of a difference of two sums,
 which has lost its digits behind a token that forgot a lot.
 
+Where a bound on decays says that a chunk keeps at least e^-16, none of this can happen: then the middle of
+the chunk serves all pairs, with factors of up to e^8, and one product has them.
+
 Letters: C time within a chunk, K key dims or one for all of them, R reads and S keys of a token; N blocks of
 H early and H late tokens, Q = H R, P = S H.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +28,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from holdall.ops.running import cumsum
+
 if TYPE_CHECKING or "jaxtyping" in sys.modules:  # pytest checks the shapes; nothing else needs jaxtyping
     from jaxtyping import Float
 
+MILD = 16.0
+"""What a chunk may forget at most, as a logarithm, for one product of all pairs."""
 FEW = 4
 """Up to so many terms, PyTorch takes longer for many small products than for adding up the terms."""
 
@@ -38,13 +46,20 @@ class Fading:
     until_CK: the decay over the tokens behind each.
     """
 
-    def __init__(self, log_w_CK: Float[Tensor, "*b c k"]) -> None:
-        """From the logarithms of the decays, at most 0."""
+    def __init__(self, log_w_CK: Float[Tensor, "*b c k"], *, least: float = -math.inf) -> None:
+        """From the logarithms of the decays, at most 0 and at least `least`."""
         self.size = log_w_CK.shape[-2]
-        since_CK = self._filled_up(log_w_CK, -2).exp()
-        until_CK = torch.ones_like(since_CK)
+        self.from_middle_CK: Tensor | None = None
+        """Logarithms of decays, of mild ones."""
         self.factors: list[Tensor] = []
         """Of blocks of 2, 4, ... tokens: from the early ones to the middle, from there to the late ones."""
+        if -least * self.size <= MILD:
+            sums_CK, middle = cumsum(log_w_CK, -2), self.size // 2
+            self.from_middle_CK = sums_CK - sums_CK[..., middle : middle + 1, :]
+            self.since_CK, self.until_CK = sums_CK.exp(), (sums_CK[..., -1:, :] - sums_CK).exp()
+            return
+        since_CK = self._filled_up(log_w_CK, -2).exp()
+        until_CK = torch.ones_like(since_CK)
         half = 1
         while half < since_CK.shape[-2]:
             (early_since, late_since), (early_until, late_until) = (
@@ -59,6 +74,9 @@ class Fading:
 
     def between(self) -> Float[Tensor, "*b c c"]:
         """G(t, s), zero where s is later, of decays that all key dimensions share."""
+        if self.from_middle_CK is not None:
+            log_CC = self.from_middle_CK - self.from_middle_CK.mT
+            return log_CC.masked_fill(self._later(log_CC.device), -math.inf).exp()
         blocks_NCC = torch.ones_like(self._filled_up(self.since_CK, -2))[..., None]
         for early_NH1, late_NH1 in zip(self.factors[::2], self.factors[1::2], strict=True):
             blocks_NCC = _joined(blocks_NCC, late_NH1 * early_NH1.mT, -2)
@@ -68,11 +86,21 @@ class Fading:
         self, reads_CRK: Float[Tensor, "*b c r k"], keys_CSK: Float[Tensor, "*b c s k"]
     ) -> Float[Tensor, "*b c r s c"]:
         """read_t . G(t, s) key_s of all pairs, zero where s is later; of each of R reads and S keys."""
+        if self.from_middle_CK is not None:
+            reads_CRK = reads_CRK * self.from_middle_CK.exp()[..., None, :]
+            keys_CSK = keys_CSK * (-self.from_middle_CK).exp()[..., None, :]
+            pairs = reads_CRK.flatten(-3, -2) @ _side_by_side(keys_CSK).mT
+            pairs_CRSC = pairs.unflatten(-2, reads_CRK.shape[-3:-1]).unflatten(-1, (-1, self.size))
+            return pairs_CRSC.masked_fill(self._later(pairs.device)[:, None, None], 0.0)
         reads_CRK, keys_CSK = (self._filled_up(x, -3) for x in (reads_CRK, keys_CSK))
         # the compiler makes the backward itself
-        pairs = _Pairs.forward if torch.compiler.is_compiling() else _Pairs.apply
-        pairs_CRSC = pairs(reads_CRK, keys_CSK, *self.factors)
+        run = _Pairs.forward if torch.compiler.is_compiling() else _Pairs.apply
+        pairs_CRSC = run(reads_CRK, keys_CSK, *self.factors)
         return pairs_CRSC[..., : self.size, :, :, : self.size]
+
+    def _later(self, device: torch.device) -> Tensor:
+        """Whether s is later than t, (C, C)."""
+        return torch.ones(self.size, self.size, dtype=torch.bool, device=device).triu(1)
 
     def _filled_up(self, x: Tensor, dim: int) -> Tensor:
         """With zeros to a power of two: they write nothing, and their logarithms of decays forget nothing."""

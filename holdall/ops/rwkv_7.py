@@ -28,6 +28,10 @@ if TYPE_CHECKING or "jaxtyping" in sys.modules:  # pytest checks the shapes; not
     from jaxtyping import Float
 
 
+LEAST_LOG_DECAY = -math.exp(-0.5)
+"""What log w is above."""
+
+
 def beside(
     x_BTD: Float[Tensor, "b t d"], last_BD: Float[Tensor, "b d"], *, form: str = "parallel"
 ) -> Float[Tensor, "b t 2*d"]:
@@ -69,7 +73,7 @@ def prepare(
     k = k * (1 + (a - 1) * k_a_D.to(dtype))
     r, w, k, v, a, kk = (u.unflatten(-1, (heads, -1)) for u in (r, w, k, v.to(dtype), a, kk))
     kk = F.normalize(kk, dim=-1)
-    return r, -math.exp(-0.5) * w.sigmoid(), k, v, -a * kk, kk
+    return r, LEAST_LOG_DECAY * w.sigmoid(), k, v, -a * kk, kk
 
 
 def finish(
