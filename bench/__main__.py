@@ -3,7 +3,7 @@
     python -m bench [NAME...] [--results FILE]
     python -m bench --last     the newest results there as Markdown, for results/bench.md; measures nothing
 
-generator, training, drafts, session and serving run on a CPU, kernels, sweep, lm and decode on a GPU; by
+generator, training, zoo, drafts, session and serving run on a CPU, kernels, sweep, lm and decode on a GPU; by
 default all that this machine can run. A part of the kernels is named kernels:taylor and so on.
 
 A speed of something wrong is worth nothing, so the tests of what is measured run first and a red one ends
@@ -34,6 +34,7 @@ from bench import (
     session,
     sweep,
     training,
+    zoo,
 )
 from holdall import environment, files
 
@@ -41,6 +42,7 @@ ROOT = Path(__file__).parents[1]
 BENCHES = {
     "generator": generator,
     "training": training,
+    "zoo": zoo,
     "kernels": kernels,
     "sweep": sweep,
     "lm": lm,
@@ -52,6 +54,7 @@ BENCHES = {
 GATES = {
     "generator": ["tests/tasks"],
     "training": ["tests/ops", "tests/tasks", "tests/training/test_populations.py"],
+    "zoo": ["tests/ops", "tests/mixers", "tests/training/test_populations.py"],
     "kernels": ["tests/kernels"],
     "sweep": ["tests/training/test_stacked.py", "tests/training/test_populations.py"],
     "lm": ["tests/training/test_language_models.py"],
