@@ -184,7 +184,6 @@ EXTRAS = {
     "cluster": {"ray"},
     "hub": {"transformers", "tokenizers"},
     "eval": {"lm_eval"},
-    "gguf": {"gguf", "tokenizers"},
     "serve": {"fastapi", "uvicorn", "prometheus_client", "pydantic"},
 }
 """What each extra brings, as modules. Those of tests and development are not for users."""
