@@ -185,6 +185,8 @@ EXTRAS = {
     "hub": {"transformers", "tokenizers"},
     "eval": {"lm_eval"},
     "serve": {"fastapi", "uvicorn", "prometheus_client", "pydantic"},
+    "hub": {"transformers"},
+    "eval": {"lm_eval"},
 }
 """What each extra brings, as modules. Those of tests and development are not for users."""
 

@@ -59,6 +59,9 @@ class MixerConfig(Config):
     name: ClassVar[str] = ""
     """The registered name; set by `register`."""
     forms: ClassVar[tuple[str, ...]] = ("loop", "parallel")
+    export_sizes: ClassVar[tuple[str, ...]] = ("rows",)
+    """Sizes that torch.export can leave open, with default options: "rows", and "tokens" where the parallel
+    form does not cut a text into chunks, whose number is fixed when it is traced."""
     variants: ClassVar[tuple[dict[str, Any], ...]] = ({},)
     """Options under which the laws are checked, each beside the defaults."""
 

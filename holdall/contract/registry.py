@@ -86,6 +86,8 @@ class Entry:
         notes = (inspect.getdoc(self.config) or "").partition("\n")[2].strip("\n")
         notes = "\n" + textwrap.indent(notes, "  ") if notes else ""
         docs = field_docs(self.config)
+        sizes = self.config.export_sizes
+        exported = f"any number of {' and '.join(sizes)}" if sizes else "rows and tokens as they are traced"
         options = ""
         for name, default in self.options.items():
             options += f"\n    {name} = {default!r}"
@@ -93,8 +95,16 @@ class Entry:
         file = f"  {self.file}\n" if self.file else ""
         definition = textwrap.indent(self.definition, "  ")
         return (
-            f"{self.name}: {self.summary}\n  {self.family}; {self.paper.title} ({source})\n{file}"
-            f"\n{definition}\n\n  state elements of one row after N tokens, at width D: {self.state}\n"
+            f"{self.name}: {self.summary}
+  {self.family}; {self.paper.title} ({source})
+{file}"
+            f"
+{definition}
+
+  state elements of one row after N tokens, at width D: {self.state}
+"
+            f"  torch.export: {exported}
+"
             f"  N tokens at once: {self.training}; one more: {self.inference}; "
             f"{'causal' if self.causal else 'not causal'}{notes}\n  options:{options}"
         )

@@ -130,7 +130,7 @@ def count_on(position: Any, new: int, limit: int, limited: str) -> Position:
     if total > limit:
         before = f", {total - new} of them read before" * (total > new)
         raise ValueError(f"{total} tokens{before}, but {limited}")
-    return Position(seen_B + new, seen_B.new_zeros(len(seen_B), total, 0))
+    return Position(seen_B + new, seen_B.new_zeros(seen_B.shape[0], total, 0))
 
 
 POSITION_FIELDS = fields_of(none_read(1, torch.device("meta")), True)

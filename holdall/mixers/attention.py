@@ -104,6 +104,7 @@ class AttentionConfig(HeadsConfig):
     for steps over a state with a capacity, which have a kernel.
     """
 
+    export_sizes = ("rows", "tokens")
     forms = ("loop", "blockwise", "parallel", "kernel")
     variants = (
         {},

@@ -96,6 +96,7 @@ class BaseConvConfig(MixerConfig):
     and can be rolled back as it is.
     """
 
+    export_sizes = ("rows", "tokens")
     forms = ("loop", "parallel", "kernel")
     variants = (
         {},

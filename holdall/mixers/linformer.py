@@ -77,6 +77,7 @@ class LinformerConfig(MixerConfig):
     """Whether values are mixed with the weights of the keys, F = E."""
 
     # as long as the longest of the laws
+    export_sizes = ("rows", "tokens")
     variants = (
         {"rank": 3, "heads": 2, "max_length": 100_000},
         {"rank": 2, "max_length": 100_000, "shared": True},

@@ -157,7 +157,7 @@ class Mamba2(Mixer):
         )  # fmt: skip
         if config.replay and (want_state or state is not None):
             if state is None:
-                state = self.init_state(len(x_BTD), dtype=x_BTD.dtype, device=x_BTD.device)
+                state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
             y_BTE, kept = mamba_2.replayed_mamba_2(
                 self.in_proj(x_BTD), *parameters, state, sizes, config.eps, replay=config.replay,
                 chunk=config.chunk, inplace=inplace, form=self.form,
@@ -165,7 +165,7 @@ class Mamba2(Mixer):
             return self.out_proj(y_BTE), kept if want_state else None
         conv_BPE = None if state is None else state.conv_BPE
         if conv_BPE is None:
-            conv_BPE = x_BTD.new_zeros(len(x_BTD), config.kernel - 1, config.conv_channels)
+            conv_BPE = x_BTD.new_zeros(x_BTD.shape[0], config.kernel - 1, config.conv_channels)
         if self.form == "kernel" and x_BTD.shape[1] > 1 and is_plain(self.in_proj):
             # filled up to where a GPU's matrix products are fast, which one token's are not
             weight_FD: Tensor = self.in_proj.weight

@@ -70,6 +70,7 @@ class SparseAttentionConfig(MixerConfig):
     chunk: PositiveInt = 64
     """Tokens per chunk, C."""
 
+    export_sizes = ()  # sorting, as it is traced, fixes both
     variants = ({"keys": 8, "heads": 2, "chunk": 32}, {"keys": 70, "chunk": 32})
 
     def validate(self) -> None:
@@ -177,7 +178,7 @@ def _add(kept: Kept, k_BTHK: Tensor, v_BTHV: Tensor, z_BT: Tensor) -> Kept:
 
 def _take(kept: Kept, slot_BS: Tensor) -> Kept:
     # by rows: the gradient adds whole tokens in a fixed order, that of take_along_dim each number by itself
-    row_B1 = torch.arange(len(slot_BS), device=slot_BS.device)[:, None]
+    row_B1 = torch.arange(slot_BS.shape[0], device=slot_BS.device)[:, None]
     return Kept(
         kept.k_BSHK[row_B1, slot_BS],
         kept.v_BSHV[row_B1, slot_BS],

@@ -91,7 +91,7 @@ def between_projections(
     form: str = "parallel",
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """What `h3` does between its projections, of whatever maps they are."""
-    rows, width, heads = len(qkv_BTE), qkv_BTE.shape[2] // 3, len(memory_skip_H)
+    rows, width, heads = qkv_BTE.shape[0], qkv_BTE.shape[2] // 3, len(memory_skip_H)
     head_dim, dtype = width // heads, shift_DL.dtype
     if past_BPD is None:
         past_BPD = qkv_BTE.new_zeros(rows, shift_DL.shape[1] - 1, width)

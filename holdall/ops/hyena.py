@@ -84,7 +84,7 @@ def between_projections(
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """What `hyena` does between its projections, of whatever maps they are."""
     if past is None:
-        rows, taps = len(u_BTU), short_weight_UW.shape[1]
+        rows, taps = u_BTU.shape[0], short_weight_UW.shape[1]
         past = u_BTU.new_zeros(rows, taps - 1, u_BTU.shape[2]), u_BTU.new_zeros(rows, 0, filter_LE.shape[1])
     short_BPU, long_BPE = past
     u_BTU, short_BPU = short_conv(u_BTU, short_weight_UW, short_bias_U, short_BPU, inplace=inplace, form=form)

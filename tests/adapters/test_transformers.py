@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_docs import blocks
 from torch import Tensor
 
 from holdall import cli, mixers
@@ -332,3 +333,14 @@ def test_the_command_writes_such_a_folder(tmp_path: Path, monkeypatch: pytest.Mo
         warnings.simplefilter("ignore")
         model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert (model.dtype, model.config.hidden_size) == (torch.bfloat16, 128)
+
+
+def test_the_page_s_code_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = Path(__file__).parents[2] / "docs" / "interop.md"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exec(compile("".join(blocks(page, "python")), page.name, "exec"), {})
+    assert "It is a truth" in capsys.readouterr().out
