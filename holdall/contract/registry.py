@@ -95,16 +95,9 @@ class Entry:
         file = f"  {self.file}\n" if self.file else ""
         definition = textwrap.indent(self.definition, "  ")
         return (
-            f"{self.name}: {self.summary}
-  {self.family}; {self.paper.title} ({source})
-{file}"
-            f"
-{definition}
-
-  state elements of one row after N tokens, at width D: {self.state}
-"
-            f"  torch.export: {exported}
-"
+            f"{self.name}: {self.summary}\n  {self.family}; {self.paper.title} ({source})\n{file}"
+            f"\n{definition}\n\n  state elements of one row after N tokens, at width D: {self.state}\n"
+            f"  torch.export: {exported}\n"
             f"  N tokens at once: {self.training}; one more: {self.inference}; "
             f"{'causal' if self.causal else 'not causal'}{notes}\n  options:{options}"
         )
