@@ -186,7 +186,6 @@ EXTRAS = {
     "eval": {"lm_eval"},
     "serve": {"fastapi", "uvicorn", "prometheus_client", "pydantic"},
     "hub": {"transformers"},
-    "eval": {"lm_eval"},
 }
 """What each extra brings, as modules. Those of tests and development are not for users."""
 
