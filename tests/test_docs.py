@@ -185,7 +185,6 @@ EXTRAS = {
     "hub": {"transformers", "tokenizers"},
     "eval": {"lm_eval"},
     "serve": {"fastapi", "uvicorn", "prometheus_client", "pydantic"},
-    "hub": {"transformers"},
 }
 """What each extra brings, as modules. Those of tests and development are not for users."""
 
