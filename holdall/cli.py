@@ -727,25 +727,29 @@ def export(
     *,
     out: Path,
     precision: Annotated[Literal["fp32", "bf16"] | None, tyro.conf.arg(aliases=["--dtype"])] = None,
+    layout: Literal["auto", "transformers", "holdall"] = "auto",
     checkpoint: Literal["model", "best", "last"] | None = None,
     load: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = (),
 ) -> int:
     """Write a language model as a folder that the transformers library opens.
 
-    In a program, `import holdall.adapters.transformers` first; then AutoModelForCausalLM and AutoTokenizer
-    read the folder, and so does every Holdall command.
+    Models of Mamba or Mamba-2 alone are written in the library's own layout. For others a program has to
+    `import holdall.adapters.transformers` first; then AutoModelForCausalLM and AutoTokenizer read the folder.
+    Every Holdall command reads either.
 
     Args:
         run: A run folder of `holdall train` or the folder of a saved model; based-mini is included.
         out: The folder, which is made.
         precision: What the weights are written in; as they are by default.
+        layout: The library's own (transformers), for models of Mamba or Mamba-2 alone; Holdall's for any;
+            auto takes the first where it can.
         checkpoint: The weights at the end of training (model), at the lowest validation loss (best) or at the
             last checkpoint (last); by default the first of these that is there.
         load: A mixer file of your own that the model was trained with.
     """
     from holdall.commands import export as shown
 
-    return shown.export(run, out, precision, checkpoint, load)
+    return shown.export(run, out, precision, layout, checkpoint, load)
 
 
 @command

@@ -287,7 +287,7 @@ def _tokenizer(path: Path, config_json: Mapping[str, Any], where: str) -> Tokeni
     """The tokenizer of a file, which begins and ends documents with the tokens that config.json names."""
     if path.is_dir():
         path /= TOKENIZER
-    if not path.exists() and str(path) not in tokenizers.PUBLISHED:
+    if not path.exists() and str(path) not in ("bytes", *tokenizers.PUBLISHED):
         raise RunError(
             f"{path.parent} has no {path.name}; name one: --tokenizer FILE, of the tokenizers library. "
             "The models of the Based and JRT papers have GPT-2's: --tokenizer gpt2, or the file "

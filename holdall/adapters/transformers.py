@@ -22,7 +22,7 @@ import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from holdall import checkpoints, files
 from holdall.adapters.exported import MODEL_TYPE, PREFIX
+from holdall.adapters.mamba import to_transformers
+from holdall.adapters.reading import ForeignError
 from holdall.contract import State, join_rows, map_state, select_rows
 from holdall.language_model import TOKENIZER, LanguageModel
 from holdall.model import Model, ModelConfig
@@ -334,28 +336,41 @@ def _starts(mask: Tensor | None, tokens_BT: Tensor) -> tuple[list[int], bool]:
 # ------------------------------------------------------------------------------------------- export
 
 
-def export(model: LanguageModel, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
-    """Write a folder that the transformers library opens, once holdall.adapters.transformers is imported.
+def export(
+    model: LanguageModel,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    layout: Literal["auto", "transformers", "holdall"] = "auto",
+) -> None:
+    """Write a folder that the transformers library opens.
 
     Args:
         folder: is made, or is there and empty.
         dtype: of the weights; as they are by default.
+        layout: "transformers" is the library's own, which every program knows, for models of Mamba or of
+            Mamba-2 alone; "holdall" opens once holdall.adapters.transformers is imported; "auto" takes the
+            first where it can.
 
-    Raises RunError if the folder holds anything.
+    Raises RunError if the folder holds anything, or the layout cannot hold the model.
     """
+    native = _native(model, layout)
     ends = _ends(model.tokenizer)
+    stored = dtype or model.model.embed.weight.dtype
+    config: Any
+    if native is None:
+        tensors = {f"{PREFIX}{name}": tensor for name, tensor in model.model.state_dict().items()}
+        config = HoldallConfig(
+            holdall=model.config.to_dict(), architectures=[HoldallForCausalLM.__name__], dtype=stored, **ends
+        )
+    else:
+        fields, tensors = native
+        kind = type(AutoConfig.for_model(fields["model_type"]))
+        config = kind(**fields | ends | {"dtype": stored})
     weights = {
-        f"{PREFIX}{name}": tensor.detach()
-        .to("cpu", dtype if tensor.is_floating_point() else None)
-        .contiguous()
-        for name, tensor in model.model.state_dict().items()
+        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
+        for name, tensor in tensors.items()
     }
-    config = HoldallConfig(
-        holdall=model.config.to_dict(),
-        architectures=[HoldallForCausalLM.__name__],
-        dtype=dtype or model.model.embed.weight.dtype,
-        **ends,
-    )
     with files.new_folder(Path(folder), "Choose another folder, or remove it first.") as made:
         checkpoints.write(made / "model.safetensors", weights, {"format": "pt"})
         config.save_pretrained(made)
@@ -365,35 +380,48 @@ def export(model: LanguageModel, folder: str | Path, *, dtype: torch.dtype | Non
         files.write_atomically(made / TOKENIZER, _begun(model.tokenizer, wrapped.backend_tokenizer))
 
 
+def _native(model: LanguageModel, layout: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """The model in the library's own layout; None for Holdall's."""
+    if layout == "holdall":
+        return None
+    try:
+        return to_transformers(model.model)
+    except ForeignError:
+        if layout == "transformers":
+            raise
+        return None
+
+
 def _ends(tokenizer: Tokenizer) -> dict[str, int]:
-    return dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.end)
+    end = tokenizer.end
+    return {"bos_token_id": tokenizer.begin, "eos_token_id": end, "pad_token_id": end}
 
 
 def tokenizer_of(model: LanguageModel) -> PreTrainedTokenizerFast:
     """The tokenizer as the transformers library has it, with the same ids.
 
-    A text begins behind the end of a document, as in training and in `LanguageModel.generate`; batches are
-    padded on the left. The name of a special token in a text is that token, as is usual there.
+    A text begins behind the token that begins a document, as in training and in `LanguageModel.generate`;
+    batches are padded on the left. The name of a special token in a text is that token, as is usual there.
     """
     from tokenizers import Tokenizer as Library
     from tokenizers import processors
 
     library, end = Library.from_str(model.tokenizer.to_json().decode()), model.tokenizer.end
-    word = library.id_to_token(end)
-    if word is None:
+    word, first = (library.id_to_token(one) for one in (end, model.tokenizer.begin))
+    if word is None or first is None:
         raise ValueError(
             f"the tokenizer {model.tokenizer.name} has no token for the end of a document, to which "
             f"Holdall gave the id {end}: add {END} with that id to its file"
         )
     own = [library.post_processor] if library.post_processor is not None else []
     begin = processors.TemplateProcessing(
-        single=f"{word} $A", pair=f"{word} $A {word} $B", special_tokens=[(word, end)]
+        single=f"{first} $A", pair=f"{first} $A {first} $B", special_tokens=[(first, model.tokenizer.begin)]
     )
     # of what files have here, only that of byte-level ones adds no tokens
     own = [processor for processor in own if isinstance(processor, processors.ByteLevel)]
     library.post_processor = processors.Sequence([*own, begin]) if own else begin
     return PreTrainedTokenizerFast(
-        tokenizer_object=library, bos_token=word, eos_token=word, pad_token=word, padding_side="left",
+        tokenizer_object=library, bos_token=first, eos_token=word, pad_token=word, padding_side="left",
         model_max_length=model.config.positions or ANY_LENGTH, clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from holdall import language_model, mixers
 from holdall.commands import console
@@ -11,7 +12,12 @@ from holdall.text.sources import needed
 
 
 def export(
-    run: str, out: Path, dtype: str | None, checkpoint: Checkpoint | None, load: tuple[Path, ...]
+    run: str,
+    out: Path,
+    dtype: str | None,
+    layout: Literal["auto", "transformers", "holdall"],
+    checkpoint: Checkpoint | None,
+    load: tuple[Path, ...],
 ) -> int:
     """Write a language model as a folder of the transformers library; returns the exit status."""
     for file in load:
@@ -20,6 +26,7 @@ def export(
     needed("transformers")
     from holdall.adapters import transformers
 
-    transformers.export(model, out, dtype=None if dtype is None else language_model.DTYPES[dtype])
+    narrow = None if dtype is None else language_model.DTYPES[dtype]
+    transformers.export(model, out, dtype=narrow, layout=layout)
     console.print(f"  {out}", soft_wrap=True)
     return 0

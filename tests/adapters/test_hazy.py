@@ -613,7 +613,7 @@ def test_a_folder_without_a_tokenizer_says_which_one_to_give(tmp_path: Path) -> 
 def test_a_folder_is_converted_and_loads_as_one_of_holdalls(tmp_path: Path) -> None:
     import holdall
 
-    original = tiny(PUBLISHED["based-360m"][0], vocab_size=256 + 1)
+    original = tiny(PUBLISHED["based-360m"][0], vocab_size=257, bos_token_id=256, eos_token_id=256)
     original.save_pretrained(tmp_path / "theirs")
     given = tmp_path / "tokenizer.json"
     given.write_bytes(Bytes().to_json())

@@ -12,8 +12,11 @@ from adapters import parity
 
 import holdall
 from holdall.adapters import foreign
+from holdall.adapters.reading import ForeignError
 from holdall.engine import EngineConfig, Request, Sampling
-from holdall.model import seeded
+from holdall.language_model import LanguageModel
+from holdall.model import ModelConfig, seeded
+from holdall.text.tokenizers import Bytes
 
 SIZES: dict[str, dict[str, Any]] = {
     "Mamba": {"state_size": 4},
@@ -56,3 +59,38 @@ def test_a_converted_folder_scores_and_writes_as_the_original(kind: str, tmp_pat
     log_prob_TV = theirs(torch.cat((first, ids), 1)[:, :-1], use_cache=False).logits.log_softmax(-1)[0]
     want = -log_prob_TV.gather(1, ids[0, :, None]).sum()
     assert math.isclose(score.nats, float(want), rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba-2"])
+@torch.no_grad()
+def test_models_of_mamba_alone_go_out_in_the_library_s_own_layout(name: str, tmp_path: Path) -> None:
+    """And the library opens it without Holdall; what it cannot hold is refused by name."""
+    library = parity.transformers()
+    from holdall.adapters import transformers as adapter
+
+    options = {"head_dim": 8} if name == "mamba-2" else {}
+    layer = holdall.describe(name).configure(width=16, state=4, **options)
+    sizes: dict[str, Any] = {"vocab": 264, "width": 16, "layers": (layer,) * 2, "norm": "rms"}
+    with seeded(0):
+        model = LanguageModel(ModelConfig(**sizes).build(), Bytes())
+    adapter.export(model, tmp_path / "own")
+    theirs = library.AutoModelForCausalLM.from_pretrained(tmp_path / "own")
+    assert type(theirs).__module__.startswith("transformers.models.mamba")
+    tokens_BT = torch.tensor([PROMPT])
+    got, want = theirs(tokens_BT, use_cache=False).logits, model.model(tokens_BT)[0]
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert theirs.config.eos_token_id == model.tokenizer.end
+    assert torch.equal(holdall.load(tmp_path / "own").model(tokens_BT)[0], want)
+
+    adapter.export(model, tmp_path / "ours", layout="holdall")
+    assert (tmp_path / "ours" / "config.json").read_text().count('"model_type": "holdall"') == 1
+    with seeded(0):
+        other = LanguageModel(
+            ModelConfig(
+                **sizes | {"layers": (layer, holdall.describe("taylor").configure(width=16))}
+            ).build(),
+            Bytes(),
+        )
+    with pytest.raises(ForeignError, match=r"layer 1 .taylor|a layer of taylor"):
+        adapter.export(other, tmp_path / "refused", layout="transformers")
+    assert not (tmp_path / "refused").exists()
