@@ -163,7 +163,7 @@ def test_a_mixers_config_tells_by_itself_which_mixer_it_is(name: str) -> None:
         assert plain["name"] == name
         assert MixerConfig.from_dict(plain) == config
         assert type(config).from_dict(plain) == config
-        assert config.options() == json.loads(json.dumps(options))
+        assert config.options() == json.loads(json.dumps(options))  # tuples are lists there
 
 
 def test_another_mixers_dictionary_is_refused() -> None:
