@@ -360,9 +360,10 @@ def _exact(call: Call, name: str, length: int) -> Exact | None:
         return None
     if not all(u.ndim > time and u.shape[time] == length for u in (value, output)):
         return None
+    wide = _for_all_heads(value, output, time)
     # time first, without dimensions of size one: v_TX and o_TX, X any number of dimensions
-    rest = [letter for letter, size in zip(letters, value.shape, strict=False) if size > 1 and letter != "T"]
-    channels = [size for dim, size in enumerate(value.shape) if size > 1 and dim != time]
+    rest = [letter for letter, size in zip(letters, wide.shape, strict=False) if size > 1 and letter != "T"]
+    channels = [size for dim, size in enumerate(wide.shape) if size > 1 and dim != time]
 
     def rows(u: Tensor) -> Tensor:
         u_TX = u.movedim(time, 0)
@@ -371,7 +372,7 @@ def _exact(call: Call, name: str, length: int) -> Exact | None:
     def respond(v: Tensor) -> Tensor:
         return rows(_first(call.function(**{**call.arguments, name: v})))
 
-    v_TX, o_TX = rows(value), rows(output)
+    v_TX, o_TX = rows(wide), rows(output)
     if v_TX.shape != o_TX.shape:
         return None
     shape = [length if dim == time else 1 for dim in range(value.ndim)]
@@ -393,6 +394,16 @@ def _exact(call: Call, name: str, length: int) -> Exact | None:
         matrix_TJX=matrix_TJX.reshape(length, length, -1),
         error=error,
     )
+
+
+def _for_all_heads(value: Tensor, output: Tensor, time: int) -> Tensor:
+    """The values, those that several heads share repeated for each."""
+    shapes = list(zip(value.shape, output.shape, strict=False))
+    unlike = [dim for dim, (own, theirs) in enumerate(shapes) if own != theirs]
+    if value.ndim != output.ndim or len(unlike) != 1 or time in unlike:
+        return value
+    own, theirs = shapes[unlike[0]]
+    return value if theirs % own else value.repeat_interleave(theirs // own, unlike[0])
 
 
 def _op_of(call: Call) -> str:

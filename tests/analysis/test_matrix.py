@@ -1,5 +1,6 @@
 """Mixing matrices: equal to hand-derived ones in fp64, of the right rank, and named for what they are."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -466,3 +467,28 @@ def test_command_line_reaches_it(tmp_path, monkeypatch):
     made = gallery.load(tmp_path)
     assert [each.values_STJ.shape for each in made.matrices] == [(2, 8, 8), (2, 8, 8)]
     assert made.command.startswith("holdall matrix retnet attention:heads=2")
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize("name", ["attention", "sliding-window"])
+def test_heads_that_share_values_have_the_matrices_of_heads_with_values_of_their_own(
+    name: str, kv_heads: int
+) -> None:
+    shared = holdall.describe(name).configure(width=16, heads=4, kv_heads=kv_heads, rotary=1.0)
+    alone = dataclasses.replace(shared, kv_heads=4)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        few, many = shared.build().double(), alone.build().double()
+    weights = few.state_dict()
+    for kind in ("weight", "bias"):
+        q, k, v = weights[f"project.qkv.{kind}"].split([16, 4 * kv_heads, 4 * kv_heads])
+        k, v = (
+            each.unflatten(0, (kv_heads, 4)).repeat_interleave(4 // kv_heads, 0).flatten(0, 1)
+            for each in (k, v)
+        )
+        weights[f"project.qkv.{kind}"] = torch.cat((q, k, v))
+    many.load_state_dict(weights)
+    x_BTD = torch.randn(1, 24, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    got, want = mixing_matrix(few, x_BTD, shown=4), mixing_matrix(many, x_BTD, shown=4)
+    assert (got.kind, got.unit, got.count) == ("exact", "head", 4)
+    np.testing.assert_allclose(got.values_STJ, want.values_STJ, rtol=0, atol=1e-6)
