@@ -332,10 +332,10 @@ def matrix(
         load,
         out,
         dark,
-        model,
-        layer,
-        text,
         command=_command(),
+        model=model,
+        layers=layer,
+        text=text,
     )
 
 
@@ -670,8 +670,8 @@ def recall(
         device,
         load,
         dark,
-        data,
         command=_command(),
+        data=data,
     )
 
 

@@ -30,11 +30,11 @@ def matrix(
     load: Sequence[Path],
     out: Path,
     dark: bool,
-    model: str | None,
-    layers: Sequence[int],
-    text: Path | None,
     *,
     command: str,
+    model: str | None = None,
+    layers: Sequence[int] = (),
+    text: Path | None = None,
 ) -> int:
     """The command `holdall matrix`; returns 1 if some mixer has no matrix, after computing all others."""
     specs = dict.fromkeys(names)

@@ -44,9 +44,9 @@ def recall(
     device: str,
     load: Sequence[Path],
     dark: bool,
-    data: Path | None,
     *,
     command: str,
+    data: Path | None = None,
 ) -> int:
     """The command `holdall recall`; returns the exit status.
 
