@@ -35,7 +35,7 @@ from holdall.contract.forms import plain
 from holdall.ops import delta_rule, replay, short_conv
 from holdall.ops.gated_rms_norm import norm_heads
 from holdall.ops.linear_attention import elu_plus_one
-from holdall.ops.recent import ConvReplayState, recent_conv
+from holdall.ops.recent import ConvReplayState, recent_conv, replay_behind_conv
 from holdall.ops.small_linear import widened
 from holdall.ops.unit_heads import unit_heads
 from holdall.settings import NonNegativeFloat, PositiveInt, Range
@@ -142,12 +142,10 @@ class DeltaNet(Mixer):
             beta_BTH = 2 * beta_BTH
         after: State | None
         if config.replay:
-            o_BTHV, kept = replay.replay_attention(
-                q, k, v, None if fresh and not want_state else replay.ReplayState(*state[:7]), None, beta_BTH,
-                replay=config.replay, chunk=config.chunk, inplace=inplace, want_state=want_state,
-                form=self.form,
+            o_BTHV, after = replay_behind_conv(
+                q, k, v, state, conv_BPE, None, beta_BTH, replay=config.replay, chunk=config.chunk,
+                fresh=fresh, inplace=inplace, want_state=want_state, form=self.form,
             )  # fmt: skip
-            after = None if kept is None else ConvReplayState(*kept, conv_BPE)
         else:
             o_BTHV, s_BHKV = delta_rule.delta_rule(
                 q, k, v, beta_BTH, state.s_BHKV, chunk=config.chunk, form=self.form, inplace=inplace

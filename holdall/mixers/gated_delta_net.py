@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from holdall.contract import Mixer, MixerConfig, Paper, State, recurrent_dtype, register
 from holdall.ops import delta_rule, hippo, replay, short_conv
 from holdall.ops.gated_rms_norm import norm_heads
-from holdall.ops.recent import ConvReplayState, recent_conv
+from holdall.ops.recent import ConvReplayState, recent_conv, replay_behind_conv
 from holdall.ops.small_linear import widened
 from holdall.ops.unit_heads import unit_heads
 from holdall.settings import NonNegativeFloat, NonNegativeInt, PositiveInt, Range
@@ -167,12 +167,10 @@ class GatedDeltaNet(Mixer):
         beta_BTH = beta_BTH.sigmoid() * (2 if config.negative_eigenvalues else 1)
         after: State | None
         if config.replay:
-            o_BTHV, kept = replay.replay_attention(
-                q, k, v, None if fresh and not want_state else replay.ReplayState(*state[:7]), log_w_BTH,
-                beta_BTH, replay=config.replay, chunk=config.chunk, inplace=inplace, want_state=want_state,
-                form=self.form,
+            o_BTHV, after = replay_behind_conv(
+                q, k, v, state, conv_BPE, log_w_BTH, beta_BTH, replay=config.replay, chunk=config.chunk,
+                fresh=fresh, inplace=inplace, want_state=want_state, form=self.form,
             )  # fmt: skip
-            after = None if kept is None else ConvReplayState(*kept, conv_BPE)
         else:
             o_BTHV, s_BHKV = delta_rule.delta_rule(
                 q, replay.of_each_head(k, config.states), v, beta_BTH, state.s_BHKV, log_w_BTH,

@@ -30,7 +30,7 @@ from holdall.contract import Mixer, MixerConfig, Paper, State, readout_dtype, re
 from holdall.contract.forms import plain
 from holdall.ops import linear_attention, replay
 from holdall.ops.gated_rms_norm import gated_rms_norm
-from holdall.ops.recent import ConvReplayState, recent_conv
+from holdall.ops.recent import ConvReplayState, recent_conv, replay_behind_conv
 from holdall.ops.small_linear import small
 from holdall.settings import NonNegativeFloat, PositiveFloat, PositiveInt, Range
 
@@ -147,10 +147,10 @@ class GLA(Mixer):
         config, fresh = self.config, state is None
         if state is None:
             state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
-        convs: list[Tensor] = []
+        conv_BPE: Tensor | None = None
         qkv_BTE, gate_BTE = self.qkvg(x_BTD).split([sum(self.sizes), config.values], dim=-1)
         if config.kernel:
-            qkv_BTE, *convs = recent_conv(
+            qkv_BTE, conv_BPE = recent_conv(
                 qkv_BTE, self.conv_weight_EW, None, state, silu=True, inplace=inplace, form=plain(self.form)
             )
         log_decay_BTE = self._log_decay(self.gate_down(x_BTD))
@@ -159,20 +159,21 @@ class GLA(Mixer):
             u.unflatten(-1, (config.heads, -1)) for u in (*qkv_BTE.split(self.sizes, dim=-1), log_decay_BTE)
         )
         q = q * q.shape[-1] ** -0.5
-        sums: Any
+        after: State | None = None
         if config.replay:
-            o_BTHV, sums = replay.replay_attention(
-                q, k, v, None if fresh and not want_state else replay.ReplayState(*state[:7]), log_decay_BTHK,
-                replay=config.replay, inplace=inplace, want_state=want_state, form=self.form,
+            o_BTHV, after = replay_behind_conv(
+                q, k, v, state, conv_BPE, log_decay_BTHK,
+                replay=config.replay, fresh=fresh, inplace=inplace, want_state=want_state, form=self.form,
             )  # fmt: skip
         else:
-            o_BTHV, *sums, _ = linear_attention.linear_attention(
+            o_BTHV, s_BHKV, _ = linear_attention.linear_attention(
                 q, k, v, None if fresh else state.s_BHKV, None, log_decay_BTHK,
                 inplace=inplace, want_state=want_state, form=self.form,
             )  # fmt: skip
+            if want_state and s_BHKV is not None:
+                after = GLAState(s_BHKV) if conv_BPE is None else GLAConvState(s_BHKV, conv_BPE)
         gate_BTHV = gate_BTE.unflatten(-1, (config.heads, -1))
         y_BTHV = gated_rms_norm(o_BTHV, gate_BTHV, self.norm_weight_V, config.eps, after=True, form=self.form)
-        after = self.state_type(*sums, *convs) if want_state else None
         return self.out_proj(y_BTHV.flatten(2).to(x_BTD.dtype)), after
 
     def _log_decay(self, low_BTR: Tensor) -> Tensor:

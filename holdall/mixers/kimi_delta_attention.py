@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from holdall.contract import Mixer, MixerConfig, Paper, State, recurrent_dtype, register
 from holdall.contract.forms import plain
 from holdall.ops import delta_rule, hippo, replay
-from holdall.ops.recent import ConvReplayState, recent_conv
+from holdall.ops.recent import ConvReplayState, recent_conv, replay_behind_conv
 from holdall.settings import NonNegativeFloat, NonNegativeInt, PositiveInt, Range
 
 
@@ -152,12 +152,10 @@ class KimiDeltaAttention(Mixer):
         q = q * config.key_dim**-0.5
         after: State | None
         if config.replay:
-            o_BTHV, kept = replay.replay_attention(
-                q, k, v, None if fresh and not want_state else replay.ReplayState(*state[:7]), log_w_BTHK,
-                beta_BTH, replay=config.replay, chunk=config.chunk, inplace=inplace, want_state=want_state,
-                form=self.form,
+            o_BTHV, after = replay_behind_conv(
+                q, k, v, state, conv_BPE, log_w_BTHK, beta_BTH, replay=config.replay, chunk=config.chunk,
+                fresh=fresh, inplace=inplace, want_state=want_state, form=self.form,
             )  # fmt: skip
-            after = None if kept is None else ConvReplayState(*kept, conv_BPE)
         else:
             o_BTHV, s_BHKV = delta_rule.delta_rule(
                 q, k, v, beta_BTH, state.s_BHKV, log_w_BTHK,

@@ -145,8 +145,8 @@ class RetNet(Mixer):
         after: State | None
         if config.replay:
             o_BTHV, after = replay.replay_attention(
-                q, k, v, None if fresh and not want_state else state, log_decay_BTH, replay=config.replay,
-                chunk=config.chunk, inplace=inplace, want_state=want_state, form=self.form,
+                q, k, v, state, log_decay_BTH, replay=config.replay, chunk=config.chunk,
+                fresh=fresh, inplace=inplace, want_state=want_state, form=self.form,
             )  # fmt: skip
         else:
             o_BTHV, s_BHKV, _ = linear_attention.linear_attention(

@@ -22,8 +22,8 @@ from torch import Tensor
 from holdall.contract.forms import kernel_of, plain
 from holdall.contract.mixer import readout_dtype
 from holdall.ops.linear_attention import linear_attention
-from holdall.ops.recent import ConvReplayState, recent_conv
-from holdall.ops.replay import ReplayState, of_each_head, replay_attention
+from holdall.ops.recent import ConvReplayState, recent_conv, replay_behind_conv
+from holdall.ops.replay import of_each_head
 from holdall.ops.short_conv import short_conv
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:  # pytest checks the shapes; nothing else needs jaxtyping
@@ -134,13 +134,12 @@ def replayed_mamba_2(
         xbc_BTC, conv_weight_CW, conv_bias_C, state, silu=True, inplace=inplace, form=plain(form)
     )
     q_BTHN, k_BTGN, v_BTHV, x_BTHV, log_decay_BTH = _scanned(xbc_BTC, dt_BTH, dt_bias_H, A_log_H, sizes)
-    y_BTHV, after = replay_attention(
-        q_BTHN, k_BTGN, v_BTHV.to(dtype), ReplayState(*state[:7]), log_decay_BTH,
+    y_BTHV, after = replay_behind_conv(
+        q_BTHN, k_BTGN, v_BTHV.to(dtype), state, conv_BPC, log_decay_BTH,
         replay=replay, chunk=chunk, inplace=inplace, form=form,
     )  # fmt: skip
-    assert after is not None
     y_BTE = _gated(y_BTHV, x_BTHV, z_BTE, D_H, norm_weight_E, sizes, eps)
-    return y_BTE.to(projected_BTF.dtype), ConvReplayState(*after, conv_BPC)
+    return y_BTE.to(projected_BTF.dtype), after
 
 
 def _scanned(

@@ -5,7 +5,7 @@ slot p mod P. The W - 1 inputs that the next token needs are looked up there; th
 it needs after L tokens were taken back. Which slots are filled is never asked: no token needs inputs from
 before the row's first but the zeros that a row starts with.
 
-Letters: B row, T new tokens, D channels, W taps, P slots, W - 1 + L.
+Letters: B row, T new tokens, D or E channels, W taps, P slots, W - 1 + L; those of holdall/ops/replay.py.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from holdall.contract.room import fill
+from holdall.ops.replay import ReplayState, replay_attention
 from holdall.ops.short_conv import short_conv
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:  # pytest checks the shapes; nothing else needs jaxtyping
@@ -34,6 +35,30 @@ class ConvReplayState(NamedTuple):
     seen_B: Tensor
     summed_B: Tensor
     conv_BPE: Tensor
+
+
+def replay_behind_conv(
+    q_BTHK: Float[Tensor, "b t h k"],
+    k_BTGK: Float[Tensor, "b t g k"],
+    v_BTHV: Float[Tensor, "b t h v"],
+    state: Any,
+    conv_BPE: Float[Tensor, "b p e"] | None,
+    log_decay: Float[Tensor, "b t h"] | Float[Tensor, "b t h k"] | None = None,
+    beta_BTH: Float[Tensor, "b t h"] | None = None,
+    **how: Any,
+) -> tuple[Float[Tensor, "b t h v"], Any]:
+    """`replay_attention`, with its options, of a state that has inputs of a convolution beside it.
+
+    Args:
+        state: a `ConvReplayState`, or a `ReplayState` where there is no convolution.
+        conv_BPE: what `recent_conv` gave for the next state; None without a convolution.
+    """
+    y_BTHV, after = replay_attention(
+        q_BTHK, k_BTGK, v_BTHV, ReplayState(*state[:7]), log_decay, beta_BTH, **how
+    )
+    if after is None or conv_BPE is None:
+        return y_BTHV, after
+    return y_BTHV, ConvReplayState(*after, conv_BPE)
 
 
 def recent_conv(

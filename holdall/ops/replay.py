@@ -255,6 +255,7 @@ def replay_attention(
     normalise: bool = False,
     eps: float = 1e-12,
     chunk: int = 128,
+    fresh: bool = False,
     inplace: bool = False,
     want_state: bool = True,
     form: str = "parallel",
@@ -271,6 +272,7 @@ def replay_attention(
         beta_BTH: as in `delta_rule`, which takes the identity map and does not normalise; None for a sum.
         replay: tokens between two writes of the sums, L.
         normalise: divide as in `linear_attention`.
+        fresh: whether the state has read nothing, and is given for its sizes alone.
         inplace: the incoming state may be overwritten.
         want_state: whether the state after the last token is needed.
         form: "loop", "parallel" or "kernel". The kernel reads one token without gradients; more of them take
@@ -292,7 +294,7 @@ def replay_attention(
         )  # fmt: skip
     tokens = _Tokens(q_BTHK, k_BTGK, v_BTHV, log_decay, beta_BTH)
     reader = _Reader(feature_map, normalise, eps, chunk, form)
-    if state is None and not want_state and form != "loop":
+    if (fresh or state is None) and not want_state and form != "loop":
         return reader.without_ring(tokens, None, None, want_state=False)[0], None
     full, after = in_full(given), None
     if form == "loop":
