@@ -24,7 +24,6 @@ M = B G, X = J I, O outputs of the diagonal step.
 
 from __future__ import annotations
 
-import functools
 import sys
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -114,7 +113,8 @@ def dplr_ssm(
     kernel_DIJ = feedback.kernel().to(dtype)
     if alone or h_BDN2 is None:
         return _as_tokens(_within(x_DBTI.flatten(2), kernel_DIJ), x_BTID.dtype), None
-    after_DJIR, ring_DRJ = feedback.after().to(dtype), feedback.ring().to(dtype).mT
+    g_DJR, r_DJR = feedback.turning()
+    after_DJIR, ring_DRJ = feedback.after(g_DJR).to(dtype), feedback.ring(r_DJR).to(dtype).mT
     # a copy: products of matrices round differently where these do not lie as torch lays them, as from a file
     h_DRB = h_BDN2.flatten(2).permute(1, 2, 0).clone(memory_format=torch.contiguous_format)
     rest = total % chunk
@@ -124,7 +124,7 @@ def dplr_ssm(
             continue
         x_DMX = x_DBSI.unflatten(2, (-1, size)).flatten(1, 2).flatten(2)
         added_DMR = x_DMX @ after_DJIR[:, :size].flip(1).flatten(1, 2)
-        power_DRR = feedback.power(size).to(dtype)
+        power_DRR = feedback.power(size, g_DJR, r_DJR).to(dtype)
         before = []
         for added_DBR in added_DMR.unflatten(1, (rows, -1)).unbind(2):
             before.append(h_DRB.mT)
@@ -172,38 +172,33 @@ class _Feedback:
         """c M^j b of each input, (D, I, J)."""
         return self.answers_DJI[..., :-1].mT
 
-    @functools.cached_property
-    def turning_g(self) -> Tensor:
-        """e^j g, as parts."""
-        return _parts(self.e_DJN[:, :-1] * self.g_DN[:, None])
+    def turning(self) -> tuple[Tensor, Tensor]:
+        """e^j g as parts, and 2 r e^j as what parts of a state are multiplied with, (D, J, R)."""
+        e_DJN, (_, r_DN) = self.e_DJN[:, :-1], self.reads_ODN
+        return _parts(e_DJN * self.g_DN[:, None]), _parts((e_DJN * r_DN[:, None]).conj())
 
-    @functools.cached_property
-    def turning_r(self) -> Tensor:
-        """2 r e^j, as what parts of a state are multiplied with."""
-        return _parts((self.e_DJN[:, :-1] * self.reads_ODN[1][:, None]).conj())
-
-    def after(self) -> Tensor:
+    def after(self, g_DJR: Tensor) -> Tensor:
         """M^j b, (D, J, I, R)."""
         inputs = []
         for b_DN, fed_back_DJ in zip(self.b_IDN, self.fed_back_DJI.unbind(-1), strict=False):
             alone_DJR = _parts(self.e_DJN[:, :-1] * b_DN[:, None])
-            inputs.append(torch.baddbmm(alone_DJR, _later(fed_back_DJ), self.turning_g, alpha=-1))
+            inputs.append(torch.baddbmm(alone_DJR, _later(fed_back_DJ), g_DJR, alpha=-1))
         return torch.stack(inputs, dim=2)
 
-    def ring(self) -> Tensor:
+    def ring(self, r_DJR: Tensor) -> Tensor:
         """c M^(j + 1), (D, J, R)."""
         alone_DJR = _parts((self.e_DJN[:, 1:] * self.reads_ODN[0][:, None]).conj())
-        return torch.baddbmm(alone_DJR, _toeplitz(self.answers_DJI[..., -1]), self.turning_r, alpha=-1)
+        return torch.baddbmm(alone_DJR, _toeplitz(self.answers_DJI[..., -1]), r_DJR, alpha=-1)
 
-    def power(self, count: int) -> Tensor:
+    def power(self, count: int, g_DJR: Tensor, r_DJR: Tensor) -> Tensor:
         """M^count, (D, R, R)."""
-        r_DJR, fed_back_DJ = self.turning_r[:, :count], self.fed_back_DJI[:, :count, -1]
+        r_DJR, fed_back_DJ = r_DJR[:, :count], self.fed_back_DJI[:, :count, -1]
         r_DJR = torch.baddbmm(r_DJR, _later(fed_back_DJ), r_DJR, alpha=-1)
         basis_RN = as_complex(
             torch.eye(r_DJR.shape[2], dtype=r_DJR.dtype, device=r_DJR.device).unflatten(1, (-1, 2))
         )
         alone_DRR = _parts(basis_RN * self.e_DJN[:, count, None]).mT
-        return torch.baddbmm(alone_DRR, self.turning_g[:, :count].flip(1).mT, r_DJR, alpha=-1)
+        return torch.baddbmm(alone_DRR, g_DJR[:, :count].flip(1).mT, r_DJR, alpha=-1)
 
 
 def _toeplitz(series_XJ: Tensor) -> Tensor:
