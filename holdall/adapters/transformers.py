@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -365,7 +366,8 @@ def export(
         )
     else:
         fields, tensors = native
-        kind = type(AutoConfig.for_model(fields["model_type"]))
+        # by its name: a package may have registered a class of its own for this kind of model, as fla does
+        kind = getattr(transformers, fields["architectures"][0]).config_class
         config = kind(**fields | ends | {"dtype": stored})
     weights = {
         name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
