@@ -188,7 +188,7 @@ def gate_and_output(config: HeadsConfig) -> tuple[Linear | None, Linear]:
     return gate, Linear(inner, config.width, bias=config.bias in (True, "out"))
 
 
-def gated(y_BTE: Tensor, x_BTD: Tensor, gate: Linear | None) -> Tensor:
+def gated(y_BTE: Tensor, x_BTD: Tensor, gate: nn.Module | None) -> Tensor:
     return y_BTE if gate is None else y_BTE * gate(x_BTD).sigmoid()
 
 

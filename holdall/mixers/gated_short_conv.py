@@ -3,6 +3,9 @@
     [b | c | x] = W_in u (+ bias)        z_t = sum_{i < W} w_i (b * x)_{t - W + 1 + i} (+ bias)
     y = W_out (c * z) (+ bias)
 
+Letters: u and y input and output, of token t in z_t; b and c what the two gates multiply by, x what they
+gate; z the convolution of W taps w_i; W_in and W_out learned maps; i a tap.
+
 Nothing else: no activation, so that y is of third degree in u. Liquid AI, "LFM2 Technical Report", 2025,
 arXiv 2511.23404. The state has the W - 1 last values of b * x.
 Weights map one to one onto Lfm2ShortConv of `transformers`: in_proj, out_proj, and conv.weight (D, 1, W) and

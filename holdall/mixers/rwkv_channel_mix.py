@@ -3,6 +3,9 @@
     z_t = m_z x_t + (1 - m_z) x_{t-1}   for each of z = k, r      the token shift; x_{-1} = 0
     y_t = sigmoid(W_r r_t) * W_v relu(W_k k_t)^2
 
+Letters: x_t and y_t input and output of token t; z either of k, which the MLP reads, and r, which its gate
+reads; m_z the share of the present token in it; W_* learned maps.
+
 Peng et al., "RWKV: Reinventing RNNs for the Transformer Era", 2023, arXiv 2305.13048. A model of RWKV has it
 after each time mixing, behind a norm and beside a residual of its own. Here it is a layer, since the token
 before is a state; it remembers nothing else. Without the gate it is RWKV-7's (arXiv 2503.14456). The

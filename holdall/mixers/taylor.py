@@ -6,7 +6,7 @@
 
 Letters: x_t and y_t input and output of token t; q, k, v queries, keys and values of a head; f dimensions of
 the first two; u either of them; phi their features; (x) the outer product; s a scaled product; S and z the
-state of a head; eps a small number; W_o a learned map.
+state of a head, h of H; c an option; eps a small number; W_o a learned map.
 
 Arora et al., "Simple linear attention language models balance the recall-throughput tradeoff", 2024, arXiv
 2402.18668. Two options are from the Based model of Arora et al., "Just read twice", 2024, arXiv 2407.05483,
@@ -197,7 +197,7 @@ def decay_proj(config: TaylorConfig) -> nn.Linear | None:
     return nn.Linear(config.width, config.heads, bias=False) if config.decay_proj else None
 
 
-def scaled(y_BTHV: Tensor, projection: nn.Linear | None, x_BTD: Tensor) -> Tensor:
+def scaled(y_BTHV: Tensor, projection: nn.Module | None, x_BTD: Tensor) -> Tensor:
     """Each head times what the projection makes of the token."""
     return y_BTHV if projection is None else y_BTHV * projection(x_BTD)[..., None]
 

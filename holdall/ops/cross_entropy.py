@@ -4,8 +4,8 @@
 
 or with logits that are bounded, z_nv = c tanh(h_n . e_v / c), as Gemma has them.
 
-Letters: h_n what the head reads for prediction n, e_v the head's row of token v. Of shapes: N predictions, D
-model width, V vocabulary, C predictions at once.
+Letters: h_n what the head reads for prediction n, e_v the head's row of token v, z_nv their logit, c its
+bound. Of shapes: N predictions, D model width, V vocabulary, C predictions at once.
 """
 
 from __future__ import annotations

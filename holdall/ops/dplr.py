@@ -17,7 +17,8 @@ feedback: with M the step, u any vector and k(v, u)_j = v . e^j u, of which S sh
 and no power of a matrix is ever multiplied with another.
 
 Letters: x_ti input i and y_t the output of token t, h_t the state, e the diagonal of a step, g and r its
-rank-one term, b_i and c input and output map, v any vector of readers. Of shapes: B row, T time, G chunks, J
+rank-one term, b_i and c input and output map, M the step, S a shift, u and v any vectors, j a power, f and k
+what u makes them. Of shapes: B row, T time, G chunks, J
 time within a chunk, I inputs per channel, D channels, N modes, R = 2N their parts, S time of one piece,
 M = B G, X = J I, O outputs of the diagonal step.
 """

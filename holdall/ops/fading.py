@@ -14,8 +14,9 @@ which has lost its digits behind a token that forgot a lot.
 Where a bound on decays says that a chunk keeps at least e^-16, none of this can happen: then the middle of
 the chunk serves all pairs, with factors of up to e^8, and one product has them.
 
-Letters: C time within a chunk, K key dims or one for all of them, R reads and S keys of a token; N blocks of
-H early and H late tokens, Q = H R, P = S H.
+Letters: t and s tokens, m the middle between them, w_t the decay of token t, G(t, s) that between two. Of
+shapes: C time within a chunk, K key dims or one for all of them, R reads and S keys of a token; N blocks of H
+early and H late tokens, Q = H R, P = S H.
 """
 
 from __future__ import annotations
