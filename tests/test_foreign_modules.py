@@ -169,7 +169,9 @@ def test_exported_with_the_sizes_that_it_says(name: str) -> None:
     for dim, size in enumerate(("rows", "tokens")):
         free = {"x_BTD": {dim: torch.export.Dim(size, min=2, max=64)}}
         if size not in mixers.entry(name).config.export_sizes:
-            with pytest.raises(Exception, match=r"[Cc]onstraint|[Ss]pecializ"):  # of several classes
+            with pytest.raises(
+                Exception, match=r"[Cc]onstraint|[Ss]pecializ|NaN comparison"
+            ):  # of several classes
                 export(dynamic_shapes=free)
             continue
         other_BTD = torch.randn(*SIZES[size], WIDTH, generator=torch.Generator().manual_seed(1))
