@@ -601,8 +601,8 @@ def convert(
 ) -> int:
     """Write a model of another program as a folder of Holdall's own; docs/checkpoints.md says which.
 
-    The other commands read such models as they are too. What of a model cannot be represented is refused by
-    the name of its field.
+    generate, chat, serve, eval, export and matrix read such models as they are, too. What of a model cannot
+    be represented is refused by the name of its field.
 
     Args:
         source: A folder as the transformers library writes it (config.json, weights, tokenizer.json), or a
@@ -735,7 +735,7 @@ def export(
 
     Models of Mamba or Mamba-2 alone are written in the library's own layout. For others a program has to
     `import holdall.adapters.transformers` first; then AutoModelForCausalLM and AutoTokenizer read the folder.
-    Every Holdall command reads either.
+    generate, chat, serve, eval, matrix and convert read either.
 
     Args:
         run: A run folder of `holdall train` or the folder of a saved model; based-mini is included.

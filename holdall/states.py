@@ -17,6 +17,7 @@ changes what it is given. For text there are the sessions of `holdall.load`, whi
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -230,10 +231,13 @@ def _owners(
 ) -> list[tuple[type, tuple[Field, ...], str, torch.device]]:
     """Of each layer the kind and fields of its state, its name, and where it is."""
     owners: list[tuple[type, tuple[Field, ...], str, torch.device]] = []
+    whole = owner if isinstance(owner, Model) else None
     for mixer in _mixers(owner):
-        weight = next(mixer.parameters(), torch.empty(0))
-        dtype = owner.block_dtype if isinstance(owner, Model) else weight.dtype
-        owners.append((mixer.state_type, mixer.state_fields(dtype), mixer.owner, weight.device))
+        # one without weights is where its model is
+        device = whole.device if whole is not None else torch.get_default_device()
+        tensor = next(itertools.chain(mixer.parameters(), mixer.buffers()), torch.empty(0, device=device))
+        dtype = whole.block_dtype if whole is not None else tensor.dtype
+        owners.append((mixer.state_type, mixer.state_fields(dtype), mixer.owner, tensor.device))
     if isinstance(owner, Model):
         with_positions = owner.position_embed is not None
     else:

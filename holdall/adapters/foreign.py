@@ -247,7 +247,8 @@ def read(
     family = family_of(config_json, where)
     try:
         config, tensors = family(fields, weights)
-    except (TypeError, ValueError) as error:  # fields of the wrong kind, or that a config refuses together
+    except (TypeError, ValueError, ArithmeticError, LookupError, RuntimeError) as error:
+        # fields of the wrong kind, that a config refuses together, or that do not fit the weights
         raise ForeignError(f"{where} cannot be represented: {error}") from error
     fields.finish()
     weights.finish()
@@ -308,6 +309,8 @@ def with_ends(made: Tokenizer, config_json: Mapping[str, Any], where: str) -> To
     ends: dict[str, int | None] = {}
     for ours, theirs in (("end", "eos_token_id"), ("begin", "bos_token_id")):
         value = config_json.get(theirs)
+        if value is None and isinstance(inner := config_json.get("text_config"), Mapping):
+            value = inner.get(theirs)  # of a model that sees pictures, too
         first = value[0] if isinstance(value, list) and value else value
         if first is not None and (not isinstance(first, int) or isinstance(first, bool)):
             raise ForeignError(f"{where}: {theirs} = {value!r} is no id of a token")

@@ -122,8 +122,11 @@ def _config(fields: Fields, weights: Weights) -> dict[str, Any]:
 
 def _scaling(fields: Fields, kind: str, weights: Weights, base: float, head_dim: int) -> dict[str, Any]:
     """The scaling of rotary frequencies: by the metadata, or Llama 3's by a tensor of what divides them."""
-    form = fields.only(f"{kind}.rope.scaling.type", "none", "linear")
     factor = float(fields.take(f"{kind}.rope.scaling.factor", 1.0))
+    # llama.cpp's default, where there is a factor
+    form = fields.only(
+        f"{kind}.rope.scaling.type", "none", "linear", default="linear" if factor != 1 else "none"
+    )
     fields.ignore(f"{kind}.rope.scaling.finetuned", f"{kind}.rope.scaling.original_context_length")
     if "rope_freqs.weight" not in weights:
         return {"rope_type": "linear", "factor": factor} if form == "linear" else {}

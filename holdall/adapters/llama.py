@@ -42,7 +42,7 @@ def llama(fields: Fields, weights: Weights) -> Read:
 
 
 def mistral(fields: Fields, weights: Weights) -> Read:
-    window = fields.take("sliding_window", None)
+    window = _window(fields)
     windows = None if window is None else [window] * fields.number("num_hidden_layers")
     return _read(fields, weights, bias=False, windows=windows)
 
@@ -89,9 +89,14 @@ def gemma(fields: Fields, weights: Weights) -> Read:
     return config, tensors | norms
 
 
+def _window(fields: Fields) -> int | None:
+    """The window's tokens, 4,096 where the config leaves them out; None where it says null."""
+    return None if fields.is_null("sliding_window") else fields.number("sliding_window", 4096)
+
+
 def _upper_windows(fields: Fields) -> list[int | None] | None:
     """The windows of Qwen's layers, which begin at a depth, or are listed."""
-    layers, window = fields.number("num_hidden_layers"), fields.take("sliding_window", None)
+    layers, window = fields.number("num_hidden_layers"), _window(fields)
     first = fields.number("max_window_layers", 28)
     if not fields.only("use_sliding_window", False, True) or window is None:
         _layer_types(fields, ["full_attention"] * layers)

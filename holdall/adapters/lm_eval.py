@@ -27,6 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from holdall import language_model, mixers
+from holdall.adapters.foreign import load_any
 from holdall.contract import State, join_rows, recurrent_dtype, select_rows
 from holdall.engine import EngineConfig, Request, Sampling
 from holdall.engine.request import NOT_FINITE
@@ -74,7 +75,7 @@ class HoldallLM(TemplateLM):
                 mixers.load(Path(load))
             device = device or ("cuda" if torch.cuda.is_available() else "cpu")
             dtype = dtype or ("fp32" if device == "cpu" else "bf16")
-            pretrained = language_model.load(pretrained, dtype=dtype, device=device, checkpoint=checkpoint)
+            pretrained = load_any(pretrained, dtype=dtype, device=device, checkpoint=checkpoint)
         self.model = pretrained
         given = str(batch_size)
         self.batch_size = int(given) if given.isdecimal() else 64
@@ -87,17 +88,22 @@ class HoldallLM(TemplateLM):
         return self.model.tokenizer.end
 
     @property
+    def prefix_token_id(self) -> int:
+        """What a document begins with, before which nothing is read."""
+        return self.model.tokenizer.begin
+
+    @property
     def max_length(self) -> int | None:
         """Tokens that the model can read; None where there is no limit."""
         return self.model.config.positions or None
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """The ids of a text, behind the end of the document before it unless that is not wanted."""
+        """The ids of a text, behind what a document begins with unless that is not wanted."""
         begins = add_special_tokens is not False
         if add_special_tokens is None:
             string = string.removeprefix(END)
         ids: list[int] = self.model.tokenizer.encode_batch([string])[0].tolist()
-        return [self.eot_token_id, *ids] if begins else ids
+        return [self.prefix_token_id, *ids] if begins else ids
 
     def tok_decode(self, tokens: Sequence[int]) -> str:
         return self.model.tokenizer.decode(tokens)
@@ -236,7 +242,10 @@ class HoldallLM(TemplateLM):
                 total = -self.model.score(text).nats
             else:
                 windows = get_rolling_token_windows(
-                    token_list=ids, prefix_token=self.eot_token_id, max_seq_len=self.max_length, context_len=1
+                    token_list=ids,
+                    prefix_token=self.prefix_token_id,
+                    max_seq_len=self.max_length,
+                    context_len=1,
                 )
                 asked = [(None, *make_disjoint_window(window)) for window in windows]
                 total = sum(score for score, _ in self._loglikelihood_tokens(asked, disable_tqdm=True))

@@ -7,6 +7,7 @@ end, so that nothing of a model is dropped in silence: it would load, and answer
 from __future__ import annotations
 
 import contextlib
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -44,12 +45,13 @@ class ForeignError(RunError):
 class Fields:
     """The fields of a config.json, each of which is to be taken.
 
-    A field whose value is null is as if it were not there.
+    A field whose value is null is as if it were not there, except to `is_null`.
     """
 
     def __init__(self, given: Mapping[str, Any], where: str) -> None:
         self.where = where
         self._given = {name: value for name, value in given.items() if value is not None}
+        self._null = {name for name, value in given.items() if value is None}
         self._taken: set[str] = set()
 
     def __contains__(self, name: str) -> bool:
@@ -65,6 +67,10 @@ class Fields:
         if name not in self._given and default is REQUIRED:
             raise ForeignError(f"{self.where} has no field {name!r}, which this kind of model needs")
         return self._given.get(name, default)
+
+    def is_null(self, name: str) -> bool:
+        """Whether a field is there and says null, where that is another thing than to be left out."""
+        return name in self._null
 
     def number(self, name: str, default: Any = REQUIRED) -> int:
         """A field that must be a whole number, not negative."""
@@ -218,11 +224,17 @@ def weights_in(folder: Path) -> Iterator[Weights]:
             return
     path = folder / "pytorch_model.bin"
     if not path.exists():
-        raise RunError(
-            f"{folder} has no weights: neither {parts[0]} nor pytorch_model.bin. Copy the whole folder"
-        )
+        missing = next(part for part in parts if not (folder / part).exists())
+        if (folder / "pytorch_model.bin.index.json").exists():
+            raise RunError(
+                f"{folder} has its weights in several files of pickles, which are not read; open it by the "
+                "transformers library and write it by save_pretrained, which makes safetensors"
+            )
+        raise RunError(f"{folder} has no {missing}, and no pytorch_model.bin. Copy the whole folder")
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # files of before PyTorch 1.6 are no archives, and cannot be mapped
+        archive = zipfile.is_zipfile(path)
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except Exception as error:  # whatever pickle says
         raise files.damaged(path, f"PyTorch cannot read it as tensors alone ({error})") from error
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):

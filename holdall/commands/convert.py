@@ -29,6 +29,8 @@ def convert(source: Path, out: Path, tokenizer: Path | None, dtype: Literal["fp3
             f"{source} is no model of another program: a folder with a config.json that has a model_type, or "
             "a GGUF file"
         )
+    if out.exists() and not out.is_dir():
+        raise RunError(f"{out} is a file: name a folder, which is made")
     if out.exists() and any(out.iterdir()):  # before minutes of reading
         raise RunError(f"{out} holds something already. Choose another folder, or remove it first.")
     with Progress(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from holdall import language_model, mixers
+from holdall.adapters.foreign import load_any
 from holdall.commands import console
 from holdall.language_model import Checkpoint, LanguageModel
 from holdall.text.sources import needed
@@ -22,7 +23,7 @@ def export(
     """Write a language model as a folder of the transformers library; returns the exit status."""
     for file in load:
         mixers.load(file)
-    model: LanguageModel = language_model.load(run, checkpoint=checkpoint)
+    model: LanguageModel = load_any(run, checkpoint=checkpoint)
     needed("transformers")
     from holdall.adapters import transformers
 

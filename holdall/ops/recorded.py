@@ -9,10 +9,10 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def no_graph_ends() -> Iterator[None]:
-    """Within, no other CUDA graph ends by the garbage collector: CUDA refuses that while one is recorded.
+    """Disables garbage collection while a CUDA graph is recorded: to destroy another one then is an error.
 
     A graph that nobody has any more, but for a cycle of references, lives until the collector comes; it comes
-    before, and not within.
+    before, and not within. Of the whole process: one thread at a time may record.
     """
     collects = gc.isenabled()
     gc.collect()

@@ -146,13 +146,13 @@ def in_order(jobs: Sequence[Job]) -> list[int]:
     """The order in which jobs are trained: the shortest, so that a first point is there soon; then one of
     each model, then another of each, and so on.
 
-    Of these the longest first, so that none is left alone at the end. After the first round the speed of
-    every model is known, and with it the remaining time.
+    Within a round the longest first, so that none is left alone at the end. After the first round the speed
+    of every model is known, and with it the remaining time.
     """
     rounds: Counter[str] = Counter()
     keys = []
     for job in jobs:
         keys.append((rounds[job.model], -job.operations))
         rounds[job.model] += 1
-    first, *others = sorted(range(len(jobs)), key=lambda index: (keys[index][0], -keys[index][1]))
-    return [first, *sorted(others, key=keys.__getitem__)]
+    shortest = sorted(range(len(jobs)), key=lambda index: (keys[index][0], -keys[index][1]))
+    return shortest[:1] + sorted(shortest[1:], key=keys.__getitem__)

@@ -86,7 +86,8 @@ def run_sweep(
     together = device != "cpu" if together is None else together
     watcher, ours = watcher or Watcher(), set[int]()
     jobs = planned(sweep, out, together=together)
-    wanted = [i for i in in_order(jobs) if not families or jobs[i].point.family in families]
+    chosen = [i for i, job in enumerate(jobs) if not families or job.point.family in families]
+    wanted = [chosen[place] for place in in_order([jobs[i] for i in chosen])]
 
     def progress(index: int, now: Progress) -> None:
         ours.add(index)

@@ -170,6 +170,15 @@ def test_it_is_the_original(transformers: ModuleType, name: str, tmp_path: Path)
     assert (got.config.layers[0].rotary_scaling != ()) == (name == "llama 3")  # type: ignore[attr-defined]
 
 
+@torch.no_grad()
+def test_a_factor_of_frequencies_is_linear_where_no_kind_is_named(
+    transformers: ModuleType, tmp_path: Path
+) -> None:
+    model = original(transformers, "llama")
+    got = holdall.load(write(model, tmp_path / "a.gguf", **{"llama.rope.scaling.factor": 4.0}))
+    assert got.config.layers[0].rotary_scaling == (4.0,)  # type: ignore[attr-defined]
+
+
 def test_quantised_tensors_are_the_numbers_they_stand_for(transformers: ModuleType, tmp_path: Path) -> None:
     model = original(transformers, "qwen2")
     types = {"attn_output": "Q8_0", "ffn_up": "F16", "ffn_gate": "BF16", "ffn_down": "Q4_1"}

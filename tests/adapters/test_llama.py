@@ -164,3 +164,15 @@ def test_a_head_that_should_be_the_embedding_and_is_not_is_refused(
     weights["lm_head.weight"] = weights["lm_head.weight"] + 1
     with pytest.raises(ForeignError, match="tie_word_embeddings is true, but lm_head"):
         foreign.read(original.config.to_diff_dict(), Weights(weights, "w"), "config.json")
+
+
+def test_a_window_that_is_left_out_is_the_library_s(transformers: ModuleType) -> None:
+    """Which is another thing than null, no window."""
+    original = made(transformers, "mistral")
+    fields = {**original.config.to_dict(), "sliding_window": None}
+    config, _ = foreign.read(fields, Weights(original.state_dict(), "w"), "config.json")
+    assert all(type(layer) is AttentionConfig for layer in config.layers)
+    del fields["sliding_window"]
+    config, _ = foreign.read(fields, Weights(original.state_dict(), "w"), "config.json")
+    want = type(original.config)().sliding_window
+    assert [layer.window for layer in config.layers] == [want, want]  # type: ignore[attr-defined]

@@ -69,6 +69,27 @@ def by_definition(made: LanguageModel, context: str, continuation: str) -> tuple
     return total, bool((log_prob_TV.argmax(-1) == next_T).all())
 
 
+class BegunByA(Bytes):
+    """A tokenizer whose documents begin with another token than the one that ends them."""
+
+    @property
+    def begin(self) -> int:
+        return ord("a")
+
+
+@torch.no_grad()
+def test_a_document_begins_with_its_own_token() -> None:
+    made = language_model("taylor")
+    other = HoldallLM(LanguageModel(made.model, BegunByA()))
+    ((got, _),) = other.loglikelihood(instances(("", " word")), disable_tqdm=True)
+    ids = [ord("a"), *b" word"]
+    log_prob_TV = made.model(torch.tensor([ids[:-1]]))[0][0].log_softmax(-1)
+    want = log_prob_TV.gather(1, torch.tensor(ids[1:])[:, None]).sum()
+    assert abs(got - float(want)) < 1e-10
+    (whole,) = other.loglikelihood_rolling(instances((" word",)), disable_tqdm=True)
+    assert abs(whole - float(want)) < 1e-10
+
+
 @pytest.mark.parametrize("options", [{}, {"positions": 128, "tied": False}], ids=["", "positions"])
 def test_scores_depend_on_no_batch(options: dict[str, Any]) -> None:
     made, asked = language_model(*HYBRID, **options), pairs()
