@@ -221,7 +221,24 @@ def _draw_legend(figure: Any, axes: Any, sweeps: Sequence[Sweep]) -> None:
         handles.append(Line2D([], [], linewidth=0, alpha=PALE, label="not trained here", **pale))
     if any(model.broken for model in models):
         handles.append(Line2D([], [], linewidth=0, label="breaks a law", **{**RING, "markersize": 8}))
-    count = -(-len(handles) // 6)  # even rows of at most six
+    renderer = figure.canvas.get_renderer()
+    for most in range(6, 0, -1):  # as many columns as there is room for
+        legend = _legend(figure, handles, sweeps, most)
+        if most == 1 or legend.get_window_extent(renderer).x1 <= figure.bbox.width:
+            break
+        legend.remove()
+    # the axes give way to as many rows as there are
+    bottom = legend.get_window_extent(renderer).y0 / figure.bbox.height
+    left, base, width, _ = axes.get_position().bounds
+    axes.set_position((left, base, width, bottom - 0.01 - base))
+
+
+def _legend(figure: Any, handles: list[Any], sweeps: Sequence[Sweep], most: int) -> Any:
+    """The legend in even rows of at most so many, and a row for which fill is which sweep."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    count = -(-len(handles) // most)
     columns = -(-len(handles) // count)
     rows = [handles[k * columns : (k + 1) * columns] for k in range(count)]
     if len(sweeps) > 1:
@@ -236,7 +253,7 @@ def _draw_legend(figure: Any, axes: Any, sweeps: Sequence[Sweep]) -> None:
     blank = Patch(alpha=0, label=" ")
     columns = max(map(len, rows))
     grid = [row + [blank] * (columns - len(row)) for row in rows]
-    legend = figure.legend(
+    return figure.legend(
         handles=[row[column] for column in range(columns) for row in grid],  # Matplotlib fills by column
         loc="upper left",
         bbox_to_anchor=(0.092, 0.995),
@@ -248,10 +265,6 @@ def _draw_legend(figure: Any, axes: Any, sweeps: Sequence[Sweep]) -> None:
         columnspacing=1.5,
         borderaxespad=0,
     )
-    # the axes give way to as many rows as there are
-    bottom = legend.get_window_extent(figure.canvas.get_renderer()).y0 / figure.bbox.height
-    left, base, width, _ = axes.get_position().bounds
-    axes.set_position((left, base, width, bottom - 0.01 - base))
 
 
 def _footer(sweeps: Sequence[Sweep]) -> list[str]:

@@ -321,3 +321,18 @@ def test_a_line_joins_one_mixers_models_and_never_several_mixers(make_sweep, lin
     # where a family is several mixers the legend's name says nothing of any one, not even of its namesake
     if not together:
         assert set(style.short_labels(sweeps).values()) == set(mixers)
+
+
+def test_the_legend_stays_within_the_picture(make_sweep, line):
+    """However long names are; six columns are the most."""
+    for name in (
+        "A",
+        "sliding window",
+        "a family whose name is long",
+        "a family with a name as long as a sentence",
+    ):
+        lines = [line(f"{name} {k}, size = 1", 2000 * (k + 1), 0.1 * k, width=64) for k in range(9)]
+        drawn = figure.draw(load([make_sweep(f"legend {len(name)}", lines)]))
+        (legend,) = drawn.legends
+        drawn.canvas.draw()  # which is when texts get their places
+        assert max(text.get_window_extent().x1 for text in legend.get_texts()) <= drawn.bbox.width, name
