@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from holdall.adapters.reading import Fields, Weights
+from holdall.adapters.reading import Fields, Weights, head_of
 from holdall.mixers.attention import AttentionConfig
 from holdall.model import ModelConfig
 
@@ -52,10 +52,9 @@ def _tensors(config: ModelConfig, weights: Weights, q_scales: list[float]) -> di
         "norm.weight": weights.take("ln_f.weight"),
         "norm.bias": weights.take("ln_f.bias"),
     }
-    if not config.tied:
-        tensors["head.weight"] = weights.take("lm_head.weight")
-    else:
-        weights.take_copy("lm_head.weight", tensors["embed.weight"], "tie_word_embeddings is true")
+    head_VD = head_of(weights, "lm_head.weight", tensors["embed.weight"], tied=config.tied)
+    if head_VD is not None:
+        tensors["head.weight"] = head_VD
     names = {
         "ln_1": "norm", "attn.c_attn": "mixer.project.qkv", "attn.c_proj": "mixer.out_proj",
         "ln_2": "mlp_norm", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",

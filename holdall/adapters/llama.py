@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from holdall.adapters.reading import Fields, Weights
+from holdall.adapters.parts import layer_kinds
+from holdall.adapters.reading import Fields, Weights, head_of
 from holdall.contract import MixerConfig
 from holdall.mixers.attention import AttentionConfig
 from holdall.mixers.sliding_window import SlidingWindowConfig
@@ -102,9 +103,7 @@ def _upper_windows(fields: Fields) -> list[int | None] | None:
         _layer_types(fields, ["full_attention"] * layers)
         return None
     kinds = ["sliding_attention" if depth >= first else "full_attention" for depth in range(layers)]
-    kinds = fields.take("layer_types", kinds)
-    if len(kinds) != layers or not set(kinds) <= {"sliding_attention", "full_attention"}:
-        raise fields.refused("layer_types", kinds, f"{layers} of 'full_attention' and 'sliding_attention'")
+    kinds = layer_kinds(fields, ("full_attention", "sliding_attention"), kinds)
     return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
@@ -190,10 +189,9 @@ def _tensors(
         "embed.weight": weights.take("model.embed_tokens.weight"),
         "norm.weight": weights.take("model.norm.weight"),
     }
-    if not config.tied:
-        tensors["head.weight"] = weights.take("lm_head.weight")
-    else:
-        weights.take_copy("lm_head.weight", tensors["embed.weight"], "tie_word_embeddings is true")
+    head_VD = head_of(weights, "lm_head.weight", tensors["embed.weight"], tied=config.tied)
+    if head_VD is not None:
+        tensors["head.weight"] = head_VD
     for depth in range(len(config.layers)):
         theirs, ours = f"model.layers.{depth}.", f"blocks.{depth}."
         weights.drop(f"{theirs}self_attn.rotary_emb.inv_freq")

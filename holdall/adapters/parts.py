@@ -1,4 +1,4 @@
-"""What several families have in common: the layer kinds of a hybrid, MLPs, heads, rotary positions.
+"""What several families have in common: the kinds of layers, MLPs, embeddings with heads.
 
 Letters: D width, I inner width of an MLP, V vocabulary.
 """

@@ -83,7 +83,7 @@ class Fields:
         """A field's value, which must be one of those that Holdall can represent; the first is the default's
         stand-in where none is given."""
         value = self.take(name, allowed[0] if default is REQUIRED else default)
-        # True == 1 in Python; a flag is no number
+        # in Python True equals 1, but a flag is not a number
         if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed):
             raise self.refused(name, value, " or ".join(map(repr, allowed)))
         return value
@@ -147,11 +147,6 @@ class Weights:
         del self._sources[name]
         return tensor
 
-    def take_copy(self, name: str, of: Tensor, because: str) -> None:
-        """A tensor that may be there once more, and must then be equal."""
-        if name in self._sources and not torch.equal(self.take(name), of):
-            raise ForeignError(f"{self.where}: {because}, but {name} is another tensor")
-
     def drop(self, *names: str) -> None:
         """Weights that say nothing which others do not say: buffers, copies. They need not be there."""
         for name in names:
@@ -192,8 +187,8 @@ def head_of(weights: Weights, name: str, embed_VD: Tensor, *, tied: bool) -> Ten
         return weights.take(name)
     if name in weights and not torch.equal(weights.take(name), embed_VD):
         raise ForeignError(
-            f"{weights.where}: tie_word_embeddings says that the head is the embedding, but {name} is "
-            "another tensor: say false there if it is the head, or leave it out"
+            f"{weights.where}: tie_word_embeddings is true, but {name} is another tensor than the embedding: "
+            "say false there if it is the head, or leave it out"
         )
     return None
 

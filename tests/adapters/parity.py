@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import tempfile
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from holdall import files
 from holdall.adapters import foreign
-from holdall.adapters.reading import weights_in
+from holdall.adapters.reading import ForeignError, Weights, weights_in
 from holdall.model import Model
 
 SINGLE, DOUBLE = torch.float32, torch.float64
@@ -77,6 +78,13 @@ def in_pieces(model: Model, tokens_BT: Tensor, sizes: list[int]) -> Tensor:
         logits_BTV, states = model(piece_BT, states)
         logits.append(logits_BTV)
     return torch.cat(logits, dim=1)
+
+
+def check_refused(original: Any, fields: Mapping[str, Any], message: str) -> None:
+    """Hold a model whose config has other fields to be refused in these words, as a regular expression."""
+    config_json = original.config.to_diff_dict() | dict(fields)
+    with pytest.raises(ForeignError, match=message):
+        foreign.read(config_json, Weights(dict(original.state_dict()), "weights"), "config.json")
 
 
 @torch.no_grad()

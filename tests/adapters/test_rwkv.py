@@ -9,8 +9,6 @@ import pytest
 import torch
 from adapters import parity
 
-from holdall.adapters import foreign
-from holdall.adapters.reading import ForeignError, Weights
 from holdall.model import seeded
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 3, "rescale_every": 0}
@@ -58,10 +56,7 @@ def test_it_is_what_was_trained_and_not_what_is_halved_for_fp16(tmp_path: Path) 
     ],
 )
 def test_what_cannot_be_represented_is_refused_by_name(fields: dict[str, Any], message: str) -> None:
-    model = original()
-    config_json = model.config.to_diff_dict() | fields
-    with pytest.raises(ForeignError, match=message):
-        foreign.read(config_json, Weights(dict(model.state_dict()), "weights"), "config.json")
+    parity.check_refused(original(), fields, message)
 
 
 if __name__ == "__main__":  # PYTHONPATH=.:tests python -m adapters.test_rwkv

@@ -4,7 +4,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,12 +18,7 @@ RIGHT = PAGE.partition("```python\n")[2].partition("```")[0]
 OUTPUT = "y_BTD = h_BTD.to(x_BTD.dtype) * F.silu(self.gate(x_BTD))"
 
 
-@pytest.fixture(autouse=True)
-def _registry_is_as_before() -> Iterator[None]:
-    before = dict(registry._registry)
-    yield
-    registry._registry.clear()
-    registry._registry.update(before)
+pytestmark = pytest.mark.usefixtures("registry_as_before")
 
 
 @pytest.fixture

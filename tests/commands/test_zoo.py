@@ -3,26 +3,20 @@
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from holdall import cli, commands, mixers
 from holdall.commands import zoo
-from holdall.contract import registry
 
 ROOT = Path(__file__).parents[2]
 LEAKY = (ROOT / "docs" / "add-a-mixer.md").read_text().partition("```python\n")[2].partition("```")[0]
 BYTES = {"float32": 4, "bfloat16": 2, "int64": 8}
 
 
-@pytest.fixture(autouse=True)
-def _registry_is_as_before() -> Iterator[None]:
-    before = dict(registry._registry)
-    yield
-    registry._registry.clear()
-    registry._registry.update(before)
+pytestmark = pytest.mark.usefixtures("registry_as_before")
 
 
 @pytest.fixture
