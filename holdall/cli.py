@@ -402,7 +402,7 @@ def train(
 
     Args:
         preset: based-mini (minutes on two cores), based-360m, based-1b, jrt-360m, jrt-1b,
-            attention-360m, attention-1b, mamba-360m, mamba-1b, or FAMILY-15m and FAMILY-40m for 17 families
+            attention-360m, attention-1b, mamba-360m, mamba-1b, or FAMILY-15m and FAMILY-40m for 18 families
             (docs/training.md).
         out: The run folder; runs/PRESET by default.
         pattern: Instead of a preset, mixers that take turns (repeatable), each as NAME or

@@ -134,7 +134,7 @@ def _patterned(
     kinds = [mixers.configured(each, width)[1] for each in pattern]
     layers = tuple(kinds[layer % len(kinds)] for layer in range(depth or max(len(kinds), 4)))
     return ModelConfig(
-        vocab=8 * math.ceil(vocab / 8),
+        vocab=presets.padded(vocab, layers),
         width=width,
         layers=layers,
         mlp=2 * width if mlp is None else mlp,

@@ -1,9 +1,9 @@
 """Seventeen small language models of equal size on one corpus: which tokens does each lose to attention?
 
 Zoology's question (Arora et al., 2023, arXiv 2312.04927, table 1), at a size that one GPU trains in hours.
-Every family of holdall/recipes/presets.py has 15 million parameters without embeddings and reads the same 105
-million tokens in the same order: 1,600 steps of 64 rows of 1,024. Of five families three learning rates are
-tried over 300 steps; the others have 2e-3.
+Every causal family of holdall/recipes/presets.py has 15 million parameters without embeddings and reads the
+same 105 million tokens in the same order: 1,600 steps of 64 rows of 1,024. Of five families three learning
+rates are tried over 300 steps; the others have 2e-3.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ parameters after 10 billion tokens of the Pile."""
 
 
 def suite() -> SuiteConfig:
-    """All families at 15 million parameters."""
+    """All causal families at 15 million parameters."""
     return SuiteConfig(
         recipe="lm-suite",
-        families=tuple(FAMILIES),
+        # a model with a prefix predicts only what follows it: half of the tokens
+        families=tuple(family for family in FAMILIES if family != "jrt"),
         size="15m",
         reference="attention",
         tried=("rwkv", "mamba", "hyena", "attention", "based"),

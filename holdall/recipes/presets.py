@@ -95,7 +95,10 @@ def _base_conv(width: int, depth: int, context_len: int) -> Layers:
 
 
 Family = Callable[[int, int, int], Layers]
-"""Width, depth and the longest context to layers; where the depth must be another the family chooses it."""
+"""Width, depth and the longest context to layers; where the depth must be another the family chooses it.
+
+jrt: Based's layers, of which those of linear attention read half of the context bidirectionally.
+"""
 
 FAMILIES: dict[str, Family] = {
     "attention": lambda w, depth, n: (_attention(w, w // 64),) * depth,
@@ -103,6 +106,9 @@ FAMILIES: dict[str, Family] = {
         (LinearAttentionConfig(width=w, heads=w // 64, feature_dim=64),) * depth
     ),
     "based": lambda w, depth, n: _based(w, depth, tuple(range(1, depth, 4)), heads=w // 64),
+    "jrt": lambda w, depth, n: _based(
+        w, depth, tuple(range(1, depth, 4)), heads=w // 64, prefix=max(1, n // 2)
+    ),
     "hyena": lambda w, depth, n: (HyenaConfig(width=w, max_length=n, hidden=64),) * depth,
     "h3": lambda w, depth, n: (H3Config(width=w),) * depth,
     "rwkv": lambda w, depth, n: _rwkv(w, depth),
@@ -130,6 +136,7 @@ MLPS: dict[str, tuple[int, int]] = {
     "attention": (1168, 1520),
     "linear-attention": (1168, 1520),
     "based": (1072, 1408),
+    "jrt": (1040, 1360),
     "hyena": (1120, 1488),
     "h3": (1056, 1408),
     "rwkv": (1024, 1344),
@@ -157,7 +164,8 @@ def preset(name: str, vocab: int, *, context_len: int = 2048) -> ModelConfig:
     """A named language model for a vocabulary, which is padded.
 
     Args:
-        context_len: the longest context that filters which are as long are made for.
+        context_len: the longest context that filters which are as long are made for, of which the prefix of
+            jrt-15m and jrt-40m is half.
 
     Raises KeyError for an unknown name, with the closest known one.
     """
@@ -172,7 +180,7 @@ def preset(name: str, vocab: int, *, context_len: int = 2048) -> ModelConfig:
         layers, multiple = FAMILIES[family](*SIZES[size], context_len), 8
         mlp = MLPS[family][list(SIZES).index(size)]
     return ModelConfig(
-        vocab=multiple * math.ceil(vocab / multiple),
+        vocab=padded(vocab, layers, multiple),
         width=layers[0].width,
         layers=layers,
         mlp=mlp,
@@ -181,12 +189,18 @@ def preset(name: str, vocab: int, *, context_len: int = 2048) -> ModelConfig:
     )
 
 
+def padded(vocab: int, layers: Layers, multiple: int = 8) -> int:
+    """A vocabulary padded to a multiple; with a prefix by one token at least, which masked ones become."""
+    spare = any(getattr(layer, "prefix", 0) for layer in layers)
+    return multiple * math.ceil((vocab + spare) / multiple)
+
+
 def training(name: str) -> dict[str, Any]:
     """How a named model is trained, as fields of PretrainConfig that differ from its defaults.
 
     The defaults are those of the models published with Based: 20,000 steps of 256 rows of 2,048 tokens.
     """
-    if name.startswith("jrt-"):
+    if name in ("jrt-360m", "jrt-1b"):
         return {"steps": 60_000, "warmup": 600} if name == "jrt-360m" else {"steps": 100_000, "warmup": 1000}
     if name == "based-mini":
         return {

@@ -73,7 +73,7 @@ def _permuted(place_B: np.ndarray, size: int, key_B: np.ndarray) -> np.ndarray:
     while walking.any():
         left, right, key = out_B[walking] >> half, out_B[walking] & mask, key_B[walking]
         for round_ in range(ROUNDS):
-            mixed = _mix(right ^ _mix(key + np.uint64(round_)))
+            mixed = mix(right ^ mix(key + np.uint64(round_)))
             left, right = right, left ^ (mixed >> (np.uint64(64) - half))
         out_B[walking] = left << half | right
         walking = out_B >= size
@@ -81,10 +81,10 @@ def _permuted(place_B: np.ndarray, size: int, key_B: np.ndarray) -> np.ndarray:
 
 
 def _key(seed: int, epoch_B: np.ndarray) -> np.ndarray:
-    return _mix(_mix(np.full_like(epoch_B, seed & 0xFFFF_FFFF_FFFF_FFFF)) ^ epoch_B)
+    return mix(mix(np.full_like(epoch_B, seed & 0xFFFF_FFFF_FFFF_FFFF)) ^ epoch_B)
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
+def mix(x: np.ndarray) -> np.ndarray:
     """Mixes 64 bits so that each output bit depends on all input bits: splitmix64 (Steele et al., 2014)."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

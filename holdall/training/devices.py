@@ -4,7 +4,7 @@
     devices   one needs nothing more. Of several, Lightning Fabric starts the processes and joins their
               gradients: DDP, or FSDP (PyTorch's `fully_shard`), which makes the copies itself, by blocks
 
-Letters: B rows, N = T + 1 tokens of a row, D width.
+Letters: B rows, N = T + 1 tokens of a row, M masked tokens, D width.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from holdall.contract import State
 from holdall.files import RunError
 from holdall.model import Model, head_loss
 from holdall.precision import run_block
+from holdall.training.masking import Masked, mask_token
 
 Fabric = Any
 """`OneProcess`, or lightning_fabric.Fabric, which is imported late: it is an optional dependency."""
@@ -92,7 +93,8 @@ def launcher(device: str = "cpu", devices: int = 1, strategy: Strategy = "auto",
 class LanguageModelLoss(nn.Module):
     """A model as the function that training differentiates: rows of tokens to the mean loss of the next one.
 
-    Where the first P tokens see each other (`Model.prefix`), all that is predicted comes after them.
+    Where the first P tokens see each other (`Model.prefix`), all next tokens that are predicted come after
+    them, and some of them may be masked, to be filled in (holdall/training/masking.py).
 
     With `dtype` each block runs on copies of its weights in it. `recompute` runs a block once more in the
     backward pass, from its input; the copies are made once more too.
@@ -106,14 +108,26 @@ class LanguageModelLoss(nn.Module):
         self.sharded = False
         """Whether FSDP makes the copies, and the blocks themselves run again."""
 
-    def forward(self, rows_BN: Tensor) -> Tensor:
-        h_BTD, _ = self.model.hidden(rows_BN[:, :-1], want_states=False, run=self._run)
+    def forward(self, rows_BN: Tensor, masked: Masked | None = None) -> Tensor:
+        """The mean loss of next tokens, in nats, a scalar; with masked tokens (2,), the second of which is
+        the mean loss of these times `masked.share`."""
+        tokens_BT, next_BT = rows_BN[:, :-1], rows_BN[:, 1:]
+        if masked is not None:
+            given_N, mask = tokens_BT.flatten(), mask_token(self.model.config)
+            token_M = given_N[masked.index_M]
+            tokens_BT = given_N.index_fill(0, masked.index_M, mask).view_as(tokens_BT)
+        h_BTD, _ = self.model.hidden(tokens_BT, want_states=False, run=self._run)
         h_BTD = h_BTD if self.dtype is None else h_BTD.to(self.dtype)
-        head_VD, soft_cap, next_BT = self.model.head_weight, self.model.config.soft_cap, rows_BN[:, 1:]
-        if self.first:
-            h_BTD, next_BT = h_BTD[:, self.first :], next_BT[:, self.first :]
-        mean, _ = head_loss(h_BTD.flatten(0, 1), head_VD, next_BT.flatten(), soft_cap)
-        return mean
+        ntp = self._mean_loss(h_BTD[:, self.first :].flatten(0, 1), next_BT[:, self.first :].flatten())
+        if masked is None:
+            return ntp
+        if not len(masked.index_M):
+            return torch.stack((ntp, torch.zeros_like(ntp)))
+        mlm = self._mean_loss(h_BTD.flatten(0, 1).index_select(0, masked.index_M), token_M)
+        return torch.stack((ntp, mlm * masked.share))
+
+    def _mean_loss(self, h_ND: Tensor, target_N: Tensor) -> Tensor:
+        return head_loss(h_ND, self.model.head_weight, target_N, self.model.config.soft_cap)[0]
 
     def _run(self, block: nn.Module, r: Tensor, state: None, **options: Any) -> tuple[Tensor, State | None]:
         if self.sharded:

@@ -2,7 +2,7 @@
 
     rows      windows of the training split in an order that is a function of (seed, step); of each step's
               rows every device takes its part, in passes of `micro_batch` rows whose gradients are summed
-    pass      holdall/training/devices.py
+    pass      holdall/training/devices.py; models with a prefix fill in masked tokens, too (masking.py)
     update    gradients clipped by their norm, AdamW with warm-up and a cosine
 
 Everything that decides a result is in the config; the state of a run is the step, the weights and AdamW's
@@ -15,7 +15,7 @@ however the first one ended: bit-exactly on the same device and number of device
     best.safetensors    weights at the lowest validation loss
     model.safetensors   weights at the end
 
-Letters: B rows, N = T + 1 tokens of a row, V vocabulary.
+Letters: B rows, N = T + 1 tokens of a row, M masked tokens, V vocabulary; S steps, L losses of each.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import dataclasses
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -53,6 +53,7 @@ from holdall.training.chassis import TRAIN_AGAIN, RunFolder, RunState, Stopped, 
 from holdall.training.compiled import compile_blocks
 from holdall.training.devices import Fabric, LanguageModelLoss, launcher, put, whole
 from holdall.training.flops import flops_per_token, memory_bytes, peak_flops
+from holdall.training.masking import Masked, Masking, check_mask_token
 from holdall.training.optimizer import MOMENTS, decayed, moments
 from holdall.training.options import PretrainOptions
 
@@ -69,12 +70,23 @@ class PretrainConfig(PretrainOptions, Config):
             raise ValueError(
                 f"the model has {self.model.positions} positions, context_len is {self.context_len}"
             )
-        prefix = max(getattr(layer, "prefix", 0) for layer in self.model.layers)
-        if prefix >= self.context_len:
+        if self.prefix >= self.context_len:
             raise ValueError(
-                f"the model's prefix of {prefix} tokens takes all of a row, context_len is "
+                f"the model's prefix of {self.prefix} tokens takes all of a row, context_len is "
                 f"{self.context_len}: nothing would be predicted"
             )
+
+    @property
+    def prefix(self) -> int:
+        """Tokens at a row's start that see each other, E; 0 for none."""
+        return max(getattr(layer, "prefix", 0) for layer in self.model.layers)
+
+    @property
+    def masking(self) -> Masking | None:
+        """What masks tokens of the prefix; None where that is not trained."""
+        if not (self.prefix and self.mlm_weight and self.mlm_share):
+            return None
+        return Masking(prefix=self.prefix, share=self.mlm_share, seed=self.seed, context_len=self.context_len)
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, from 0."""
@@ -189,6 +201,11 @@ def _checked(config: PretrainConfig, corpus: Corpus, world: int) -> PretrainConf
     """The config with its corpus' hash, or a RunError that says what does not fit."""
     if config.model.vocab < corpus.vocab:
         raise RunError(f"the model's vocab {config.model.vocab} is smaller than the corpus' {corpus.vocab}")
+    if config.masking is not None:
+        try:
+            check_mask_token(config.model, corpus.vocab)
+        except ValueError as error:
+            raise RunError(str(error)) from error
     for name, tokens in (("train", corpus.train), ("valid", corpus.valid)):
         if len(tokens) <= config.context_len:
             raise RunError(
@@ -246,8 +263,10 @@ class Pretrainer:
         self.step, self.seconds = 0, 0.0
         self.best: float | None = None
         self.valid_loss: float | None = None
+        self.masking = config.masking
         self.losses: list[Tensor] = []
-        """Loss and gradient norm of each step since the last report, on the device."""
+        """Of each step since the last report loss and gradient norm, and where tokens are masked the losses
+        of next and of masked tokens, on the device."""
         self.reported_at, self.tokens_per_s = time.monotonic(), 0.0
         peak = peak_flops(self.device)
         flops = flops_per_token(self.model, config.context_len)
@@ -331,16 +350,22 @@ class Pretrainer:
             self.reported_at = time.monotonic()
 
     def train_step(self) -> Tensor:
-        """One step; returns its loss and its gradient's norm, on the device."""
+        """One step; returns what `losses` has of it, on the device."""
         config = self.config
-        rows_BN = self.next_rows.result().to(self.device, non_blocking=True)
+        rows_BN, masked = self.next_rows.result()
         self.next_rows = self.reader.submit(self._rows, self.step + 1)
-        parts = rows_BN.split(config.micro_batch)
-        total = torch.zeros((), device=self.device)
-        for index, part in enumerate(parts):
+        parts = rows_BN.to(self.device, non_blocking=True).split(config.micro_batch)
+        total, of_kinds = torch.zeros((), device=self.device), []
+        for index, (part, of_part) in enumerate(zip(parts, masked, strict=True)):
             more = self.world > 1 and index + 1 < len(parts)
             with self.fabric.no_backward_sync(self.module, more) if more else contextlib.nullcontext():
-                loss = self.module(part) / len(parts)
+                if of_part is None:
+                    loss = self.module(part) / len(parts)
+                else:
+                    index_M = of_part.index_M.to(self.device, non_blocking=True)
+                    losses_2 = self.module(part, of_part._replace(index_M=index_M)) / len(parts)
+                    of_kinds.append(losses_2.detach())
+                    loss = losses_2[0] + config.mlm_weight * losses_2[1]
                 self.fabric.backward(loss)
             total += loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf)
@@ -349,17 +374,26 @@ class Pretrainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
-        loss_and_norm = torch.stack((total, whole(norm)))
-        self.losses.append(loss_and_norm)
-        return loss_and_norm
+        losses = torch.stack((total, whole(norm), *(torch.stack(of_kinds).sum(0) if of_kinds else ())))
+        self.losses.append(losses)
+        return losses
 
-    def _rows(self, step: int) -> Tensor:
-        """This process' part of a step's rows, (B, N); another thread reads it one step ahead."""
-        length, share = self.config.context_len + 1, self.config.batch // self.world
+    def _rows(self, step: int) -> tuple[Tensor, Sequence[Masked | None]]:
+        """This process' part of a step's rows, (B, N), and the masked tokens of each pass, None where none
+        are; another thread reads them one step ahead."""
+        config, length = self.config, self.config.context_len + 1
+        share = config.batch // self.world
         first = self.fabric.global_rank * share
-        starts = self.order.rows(step, self.config.batch)[first : first + share]
+        starts = self.order.rows(step, config.batch)[first : first + share]
         rows_BN = torch.from_numpy(np.stack([self.corpus.train[s : s + length] for s in starts.tolist()]))
-        return rows_BN.pin_memory() if self.device.type == "cuda" else rows_BN
+        pin = self.device.type == "cuda"
+        rows_BN = rows_BN.pin_memory() if pin else rows_BN
+        if self.masking is None:
+            return rows_BN, [None] * (share // config.micro_batch)
+        masked = self.masking.passes(step, config.batch, first, share, config.micro_batch)
+        if pin:
+            masked = [each._replace(index_M=each.index_M.pin_memory()) for each in masked]
+        return rows_BN, masked
 
     def _time_to_report(self) -> bool:
         """In several processes by the step alone, or they would not agree."""
@@ -371,13 +405,13 @@ class Pretrainer:
         """Fetch and log the losses since the last report; end the run if they are NaN or infinite."""
         if not self.losses:
             return
-        steps_S2 = self.fabric.all_reduce(torch.stack(self.losses), reduce_op="mean").tolist()
+        steps_SL = self.fabric.all_reduce(torch.stack(self.losses), reduce_op="mean").tolist()
         now, config = time.monotonic(), self.config
         self.seconds += now - self.reported_at
-        tokens = len(steps_S2) * config.batch * config.context_len
+        tokens = len(steps_SL) * config.batch * config.context_len
         self.tokens_per_s = tokens / (now - self.reported_at)
         self.reported_at, self.losses = now, []
-        for step, (loss, norm) in enumerate(steps_S2, self.step - len(steps_S2) + 1):
+        for step, (loss, norm, *of_kinds) in enumerate(steps_SL, self.step - len(steps_SL) + 1):
             if not math.isfinite(loss) or not math.isfinite(norm):
                 self._diverged(step, f"loss {loss:g}, gradient norm {norm:g}")
             self._log(
@@ -385,6 +419,7 @@ class Pretrainer:
                     "step": step,
                     "tokens": step * config.batch * config.context_len,
                     "loss": loss,
+                    **dict(zip(("ntp_loss", "mlm_loss"), of_kinds, strict=False)),
                     "learning_rate": config.rate(step - 1),
                     "grad_norm": norm,
                     "tokens_per_s": round(self.tokens_per_s),
@@ -393,7 +428,7 @@ class Pretrainer:
                 }
             )
         if self.fabric.is_global_zero:
-            loss = steps_S2[-1][0]
+            loss = steps_SL[-1][0]
             self.on_progress(
                 PretrainProgress(self.step, config.steps, loss, self.tokens_per_s, self.mfu, self.valid_loss)
             )

@@ -48,13 +48,19 @@ class PretrainOptions:
     clip: NonNegativeFloat = 1.0
     """Largest norm of a step's gradient, which is scaled down to it; 0 for any."""
     seed: Seed = 0
-    """Seed of the initial weights and of the order of the rows."""
+    """Seed of the initial weights, of the order of the rows and of masked tokens."""
     precision: Precision = "fp32"
     """What a pass computes in (docs/training.md). On a GPU the default of `holdall train` is bf16."""
     compile: bool = False
     """Compile each block by torch.compile. On a GPU `holdall train` does so by default."""
     recompute: bool = False
     """Keep only each block's input and run the block again in the backward pass: activation checkpointing."""
+    mlm_weight: NonNegativeFloat = 0.25
+    """Weight of the masked-token loss of models with a prefix beside the next-token loss of what follows it
+    (docs/training.md); 0 for none. Models without a prefix have none.
+    """
+    mlm_share: Share = 0.15
+    """Share of the prefix's tokens that are masked, each drawn by itself; 0 for none."""
     evaluate_every: PositiveInt = 1000
     """Steps between evaluations on the validation text."""
     evaluate_rows: PositiveInt = 256

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from holdall.model import ModelConfig
+from holdall.recipes import lm_suite
 from holdall.recipes.presets import FAMILIES, MLPS, SIZES, preset, presets, training
 from holdall.training.devices import LanguageModelLoss
 from holdall.training.language_models import PretrainConfig
@@ -90,11 +91,26 @@ def test_bases_layers_are_where_they_were() -> None:
 @pytest.mark.parametrize("size", SIZES)
 def test_small_models_of_all_families_have_equal_parameters(size: str) -> None:
     target = {"15m": 15.42e6, "40m": 40.67e6}[size]
-    assert len(FAMILIES) == len(MLPS) == 17
+    assert len(FAMILIES) == len(MLPS) == 18
     for family in FAMILIES:
         config = preset(f"{family}-{size}", 257)
         assert config.vocab == 264
         assert parameters(config, embedding=False) == pytest.approx(target, rel=0.035), family
+
+
+def test_jrt_is_based_with_half_of_the_context_as_prefix() -> None:
+    for context_len in (1024, 2048):
+        based, jrt = (preset(f"{name}-40m", 257, context_len=context_len).layers for name in ("based", "jrt"))
+        changed = [(one, other) for one, other in zip(based, jrt, strict=True) if one != other]
+        assert {one.name for one, _ in changed} == {"taylor"}
+        assert {other.prefix for _, other in changed} == {context_len // 2}
+
+
+def test_the_suite_is_of_the_seventeen_causal_families() -> None:
+    """Its results are published: a new family does not join it by itself."""
+    families = lm_suite.suite().families
+    assert len(families) == 17
+    assert set(FAMILIES) - set(families) == {"jrt"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -143,8 +159,10 @@ def test_each_family_is_compiled_whole_and_once_for_each_kind_of_layer(family: s
 
 
 def test_names_and_trainings_fit() -> None:
-    assert len(presets()) == len(set(presets())) == 8 + 2 * 17 + 1
+    assert len(presets()) == len(set(presets())) == 8 + 2 * 18 + 1
     with pytest.raises(KeyError, match="Did you mean 'based-360m'"):
         preset("based-350m", 257)
+    assert training("jrt-360m") == {"steps": 60_000, "warmup": 600}
+    assert training("jrt-15m") == training("based-15m")
     for name in presets():
         PretrainConfig(model=preset("based-mini", 257), **training(name))
