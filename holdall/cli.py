@@ -402,7 +402,7 @@ def train(
 
     Args:
         preset: based-mini (minutes on two cores), based-360m, based-1b, jrt-360m, jrt-1b,
-            attention-360m, attention-1b, mamba-360m, mamba-1b, or FAMILY-15m and FAMILY-40m for 18 families
+            attention-360m, attention-1b, mamba-360m, mamba-1b, or FAMILY-15m and FAMILY-40m for 19 families
             (docs/training.md).
         out: The run folder; runs/PRESET by default.
         pattern: Instead of a preset, mixers that take turns (repeatable), each as NAME or
@@ -694,7 +694,8 @@ def suite(
     resumes.
 
     Args:
-        recipe: lm-suite (17 families of 15 million parameters: hours on a GPU).
+        recipe: lm-suite (17 families of 15 million parameters: hours on a GPU), or jrt-15m or jrt-40m (six of
+            15 or 40 million for reading once and twice: minutes).
         data: the corpus, a folder that `holdall data` made.
         out: the folder that it leaves; runs/RECIPE by default.
         family: train only the models of this family now.

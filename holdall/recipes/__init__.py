@@ -5,6 +5,7 @@ its user change, and returns its sweeps; `holdall frontier NAME` runs them, and 
 of a file of your own. A suite recipe returns a suite of language models; `holdall suite NAME` runs it.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,6 +16,7 @@ from holdall.contract import did_you_mean
 from holdall.recipes import (
     based_figure2,
     bits,
+    jrt_suite,
     lm_suite,
     quick,
     synthetics,
@@ -108,7 +110,11 @@ def summary(name: str) -> str:
     return (inspect.getdoc(inspect.getmodule(SWEEPS[name])) or "").partition("\n")[0]
 
 
-SUITES = {"lm-suite": (lm_suite.suite, lm_suite.PUBLISHED)}
+SUITES: dict[str, tuple[Callable[[], SuiteConfig], dict[str, tuple[float, float, float]]]] = {
+    "lm-suite": (lm_suite.suite, lm_suite.PUBLISHED),
+    "jrt-15m": (functools.partial(jrt_suite.suite, "15m"), {}),
+    "jrt-40m": (functools.partial(jrt_suite.suite, "40m"), {}),
+}
 """Suites, and published figures to show beside theirs: by family, the perplexity of all tokens, of recall
 hits and of the others."""
 

@@ -23,6 +23,7 @@ from holdall.contract import MixerConfig, did_you_mean
 from holdall.mixers.attention import AttentionConfig
 from holdall.mixers.base_conv import BaseConvConfig
 from holdall.mixers.delta_net import DeltaNetConfig
+from holdall.mixers.gated_delta_net import GatedDeltaNetConfig
 from holdall.mixers.gla import GLAConfig
 from holdall.mixers.h3 import H3Config
 from holdall.mixers.hyena import HyenaConfig
@@ -117,6 +118,9 @@ FAMILIES: dict[str, Family] = {
     "mamba-2": lambda w, depth, n: (Mamba2Config(width=w),) * (2 * depth),
     "gla": lambda w, depth, n: (GLAConfig(width=w, heads=4),) * depth,
     "delta-net": lambda w, depth, n: (DeltaNetConfig(width=w, heads=w // 64),) * depth,
+    "gated-delta-net": lambda w, depth, n: (
+        (GatedDeltaNetConfig(width=w, heads=w // 128, value_heads=w // 128, head_dim=64),) * depth
+    ),
     "s4": lambda w, depth, n: (S4Config(width=w),) * depth,
     "base-conv": _base_conv,
     "griffin": lambda w, depth, n: patterns.griffin(w, repeats=math.ceil(depth / 3), heads=w // 64),
@@ -145,6 +149,7 @@ MLPS: dict[str, tuple[int, int]] = {
     "mamba-2": (0, 0),
     "gla": (1152, 1520),
     "delta-net": (1152, 1520),
+    "gated-delta-net": (1152, 1520),
     "s4": (1328, 1776),
     "base-conv": (1536, 2032),
     "griffin": (1104, 1712),
