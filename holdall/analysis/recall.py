@@ -25,13 +25,17 @@ The paper's table caps it at 100%; here it is not capped, and exceeds 100% if a 
 reference on other tokens. The paper's 82% is the mean over its four models of 125M. (Its shares follow from
 its perplexities if hits are 7.0% of the tokens, which its columns "all", "hits" and "other" also imply.)
 
-Letters: W windows, N predictions per window, X = N + 1 tokens per window, K top predictions, C predictions
-at once.
+A model that reads a prefix of E tokens in both directions has seen what it would predict there. It is scored
+on the tokens behind the prefix alone, x_E .. x_N, and compared with others on these: `Scores.behind`.
+
+Letters: W windows, N predictions per window, X tokens per window: N + 1, and with a prefix E + N, K top
+predictions, C predictions at once.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import time
@@ -196,22 +200,26 @@ LOGITS_AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 27}
 
 @torch.inference_mode()
 def predict(model: Model, windows_WX: np.ndarray) -> Predictions:
-    """Run a model over windows, on its own device and in its own dtypes, with fp32 logits."""
-    if model.prefix:
+    """Run a model over windows, on its own device and in its own dtypes, with fp32 logits.
+
+    Of one with a prefix, the predictions of the tokens behind it. Raises ValueError if there are none.
+    """
+    first = max(model.prefix - 1, 0)
+    count = windows_WX.shape[1] - 1 - first
+    if count < 1:
         raise ValueError(
-            f"the first {model.prefix} tokens of a row see each other in this model, so that none of them is "
-            "predicted: choose a causal one"
+            f"the model's prefix of {model.prefix} tokens takes all of a window of "
+            f"{windows_WX.shape[1] - 1}: none of its tokens is predicted; choose longer windows"
         )
     head_VD = model.head_weight.float()
     device, kind = head_VD.device, head_VD.device.type
-    count = windows_WX.shape[1] - 1
-    rows = max(1, TOKENS_AT_ONCE.get(kind, 1 << 12) // count)
+    rows = max(1, TOKENS_AT_ONCE.get(kind, 1 << 12) // (windows_WX.shape[1] - 1))
     block = max(1, LOGITS_AT_ONCE.get(kind, 1 << 22) // len(head_VD))
     parts: list[list[torch.Tensor]] = []
     for batch_BX in torch.from_numpy(np.asarray(windows_WX, np.int64)).split(rows):
         batch_BX = batch_BX.to(device)
         h_BND, _ = model.hidden(batch_BX[:, :-1], want_states=False)
-        h_ND, target_N = h_BND.flatten(0, 1), batch_BX[:, 1:].flatten()
+        h_ND, target_N = h_BND[:, first:].flatten(0, 1), batch_BX[:, first + 1 :].flatten()
         for h_CD, target_C in zip(h_ND.split(block), target_N.split(block), strict=True):
             logit_CV = capped(h_CD.float() @ head_VD.T, model.config.soft_cap)
             norm_C1 = logit_CV.logsumexp(-1, keepdim=True)
@@ -239,12 +247,27 @@ class Scores:
     start_W: np.ndarray
     """Index in the validation split of each window's first token."""
     tokens_WX: np.ndarray
-    """The windows."""
+    """The windows, the last N tokens of which are predicted."""
     distance_WN: np.ndarray
     """Distance of each prediction's bigram in tokens; 0 if it is not repeated."""
     count_WN: np.ndarray
     """Count of each prediction's bigram in the training split."""
     predictions: Predictions
+
+    @property
+    def first(self) -> int:
+        """Place in a window of the first token that is predicted: 1, or the length of a prefix."""
+        return self.tokens_WX.shape[1] - self.distance_WN.shape[1]
+
+    def behind(self, prefix: int) -> Scores:
+        """Those of the tokens behind a prefix, of so many tokens, of each window."""
+        drop = max(prefix - self.first, 0)
+        return dataclasses.replace(
+            self,
+            distance_WN=self.distance_WN[:, drop:],
+            count_WN=self.count_WN[:, drop:],
+            predictions=Predictions(*(part[:, drop:] for part in self.predictions)),
+        )
 
     @property
     def nll(self) -> np.ndarray:
@@ -265,6 +288,7 @@ def score(
     *,
     context_len: int,
     rows: int | None = None,
+    prefix: int = 0,
     save_seconds: float = 30.0,
     on_progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Scores:
@@ -277,6 +301,7 @@ def score(
         about: what identifies the model: its config and step. Part of the settings.
         model: builds the model, on its device and in its dtypes; only called if something must be computed.
         rows: number of windows, evenly spread; None for all.
+        prefix: the model's (`Model.prefix`), whose tokens are not scored.
     """
     start_W, tokens_WX = windows_of(corpus.valid, context_len, rows)
     settings = {
@@ -287,6 +312,7 @@ def score(
         "windows": len(start_W),
         "of_windows": (len(corpus.valid) - 1) // context_len,
         "train_tokens": len(corpus.train),
+        **({"prefix": prefix} if prefix else {}),
     }
     with contextlib.suppress(RunError):  # damaged: computed again
         saved = find(folder)
@@ -294,13 +320,14 @@ def score(
             return saved
     key = _key(settings)
     partial = folder / "recall.partial.npz"
+    first = max(prefix - 1, 0)
     arrays = {
         "start_W": start_W,
         "tokens_WX": tokens_WX,
-        "distance_WN": distances(tokens_WX, corpus.tokenizer.end),
-        "count_WN": look_up(tokens_WX, corpus.vocab, *training_counts(corpus)),
+        "distance_WN": distances(tokens_WX, corpus.tokenizer.end)[:, first:],
+        "count_WN": look_up(tokens_WX, corpus.vocab, *training_counts(corpus))[:, first:],
     }
-    predictions = _unfinished(partial, key, (len(start_W), context_len))
+    predictions = _unfinished(partial, key, (len(start_W), context_len - first))
     done = 0 if predictions is None else len(predictions.log_prob)
     runner = model()
     per_call = max(1, 4 * TOKENS_AT_ONCE.get(runner.device.type, 1 << 12) // context_len)
@@ -359,16 +386,16 @@ def find(folder: Path) -> Scores | None:
         return None
     if about.get("npz") not in (None, hashlib.sha256(files.read_bytes(arrays_path)).hexdigest()):
         raise files.damaged(arrays_path, "it does not match its hash", way_out)
-    if wrong := _misfit(arrays, about["windows"], about["context_len"]):
+    if wrong := _misfit(arrays, about["windows"], about["context_len"], about.get("prefix", 0)):
         raise files.damaged(arrays_path, wrong, way_out)
     predictions = Predictions(*(arrays.pop(name) for name in Predictions._fields))
     about = {name: value for name, value in about.items() if name not in ("npz", "slices")}
     return Scores(label=folder.name, about=about, predictions=predictions, **arrays)
 
 
-def _misfit(arrays: Mapping[str, np.ndarray], windows: int, context_len: int) -> str:
+def _misfit(arrays: Mapping[str, np.ndarray], windows: int, context_len: int, prefix: int) -> str:
     """What is wrong with the arrays of `windows` windows; empty if nothing is."""
-    per_token = (windows, context_len)
+    per_token = (windows, context_len - max(prefix - 1, 0))
     shapes = {
         "start_W": (windows,),
         "tokens_WX": (windows, context_len + 1),
@@ -496,12 +523,12 @@ def carried(run: Scores) -> Carried | None:
 
 
 def check_same(run: Scores, other: Scores) -> None:
-    """Raise RunError unless both scored the same windows of a corpus."""
+    """Raise RunError unless both scored the same tokens of the same windows of a corpus."""
     same = (np.array_equal(getattr(run, name), getattr(other, name)) for name in ("tokens_WX", "count_WN"))
     if not all(same):
         texts = (
             f"{scores.label} on {scores.about['windows']} windows of {scores.about['context_len']} tokens of "
-            f"corpus {scores.about['corpus'][:12]}"
+            f"corpus {scores.about['corpus'][:12]}, from token {scores.first}"
             for scores in (run, other)
         )
         raise RunError(f"{' and '.join(texts)}: only runs that read the same text can be compared")

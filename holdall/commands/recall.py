@@ -58,15 +58,22 @@ def recall(
         mixers.load(file)
     device = resolve_device(device)
     try:
-        configs = [_config(folder, data) for folder in folders]
+        configs, labels = [_config(folder, data) for folder in folders], _labels(folders)
         _warn_of_bytes(configs[0])
         context = context or min(config.context_len for config in configs)
+        prefix, longest = max((config.prefix, label) for config, label in zip(configs, labels, strict=True))
+        if prefix >= context:
+            raise RunError(
+                f"the prefix of {longest}, {prefix:,} tokens that it reads in both directions, takes all of "
+                f"a window of {context:,}, of which nothing would be scored: choose a larger --context"
+            )
         scored = []
         with _ScoreView(len(folders)) as view:
-            for folder, config, label in zip(folders, configs, _labels(folders), strict=True):
+            for folder, config, label in zip(folders, configs, labels, strict=True):
                 view.start(label)
                 found = _scores(folder, config, checkpoint, context, rows, device, view.progress)
-                scored.append(dataclasses.replace(found, label=label))
+                # all on the same tokens, which are those that every model predicts
+                scored.append(dataclasses.replace(found, label=label).behind(prefix))
         console.print(_table(scored, threshold))
         how: dict[str, Any] = {"threshold": threshold, "command": command}
         for path in recalls.write(scored, out, dark=dark, **how):
@@ -114,7 +121,9 @@ def _config(folder: Path, data: Path | None) -> PretrainConfig:
     own, theirs = config_json.get("tokenizer"), open_corpus(data).tokenizer.describe()
     if not isinstance(own, dict) or any(own.get(name) != theirs[name] for name in ("kind", "sha256")):
         raise RunError(f"the corpus in {data} was made with another tokenizer than that of {folder}")
-    context = min(SAVED_CONTEXT, header.config.positions or SAVED_CONTEXT)
+    prefix = max(getattr(layer, "prefix", 0) for layer in header.config.layers)
+    context = max(SAVED_CONTEXT, 2 * prefix)
+    context = min(context, header.config.positions or context)
     return PretrainConfig(model=header.config, data=str(data), context_len=context)
 
 
@@ -162,7 +171,8 @@ def _scores(
         "step": header.step,
         "precision": str(dtype).removeprefix("torch."),
     }
-    return slices.score(folder, about, corpus, model, context_len=context, rows=rows, on_progress=on_progress)
+    how = {"context_len": context, "rows": rows, "prefix": config.prefix}
+    return slices.score(folder, about, corpus, model, on_progress=on_progress, **how)
 
 
 def _has(kept: slices.Scores, context: int, rows: int | None) -> bool:
@@ -218,6 +228,11 @@ def _table(scored: Sequence[slices.Scores], threshold: int) -> Table:
         f"they are {of['hits']['share']:.1%} of {of['all']['tokens']:,} tokens, other repeated bigrams "
         f"{of['repeated']['share']:.1%}. Right: the most likely token is the true one."
     )
+    if first.first > 1:
+        text += (
+            f" Of each window only the tokens behind the first {first.first:,} are scored, of every run: a "
+            "model that reads these in both directions has seen them."
+        )
     if len(scored) > 1:
         text += (
             f" Gap: in log-perplexity to {first.label}{'; on hits: the part due to hits' if wide else ''}; "

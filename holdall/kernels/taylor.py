@@ -17,6 +17,10 @@ r_t dy_t and m_t = -r_t (dy_t . y_t), so that dp_tj = r_t dy_t . v_j + m_t, and 
 
     dS = sum_t phi(q_t) r_t dy_t^T,   dz = sum_t phi(q_t) m_t
 
+`absorb`, which reads a prefix without queries, takes the first two launches alone and stores no state but the
+last, from which `taylor_attention` then starts: a prompt whose first E of T tokens are read twice costs the
+products of 4 F V per token of E more than one that is read once.
+
 Features are computed where they are used: the factors x_i and x_j of 64 features are two products of x with
 one-hot matrices, exact, on the tensor cores, whose results are multiplied in registers.
 
@@ -245,9 +249,10 @@ def _sums(
 def _prefix(
     sums, weight, s_in, z_in, s_prefix, z_prefix, s_out, z_out, N, FIRST, COUNT,
     F: tl.constexpr, V: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-    HAS_IN: tl.constexpr, HAS_OUT: tl.constexpr, REVERSE: tl.constexpr,
+    HAS_IN: tl.constexpr, HAS_OUT: tl.constexpr, REVERSE: tl.constexpr, STORE: tl.constexpr,
 ):  # fmt: skip
-    """The state before each segment, in either direction of time; s and z are adjacent.
+    """The state before each segment, in either direction of time; s and z are adjacent. Without STORE only
+    the last one leaves the registers.
 
     The stored states are multiplied by the weights again, since the other kernels use unweighted features.
     """
@@ -262,9 +267,10 @@ def _prefix(
         held += tl.load(z_in + bh * F + at - F * V, mask=is_z, other=0.0)
     for step in range(N):
         n = N - 1 - step if REVERSE else step
-        given = held * weight
-        tl.store(s_prefix + (bh * N + n) * (F * V) + at, narrow(given, s_prefix.dtype.element_ty), mask=is_s)
-        tl.store(z_prefix + (bh * N + n) * F + at - F * V, given, mask=is_z)
+        if STORE:
+            given, s_n = held * weight, s_prefix + (bh * N + n) * (F * V) + at
+            tl.store(s_n, narrow(given, s_prefix.dtype.element_ty), mask=is_s)
+            tl.store(z_prefix + (bh * N + n) * F + at - F * V, given, mask=is_z)
         if (n >= FIRST) & (n < FIRST + COUNT):
             held += weight * tl.load(sums + (bh * N + n) * WIDTH + at, mask=is_s | is_z, other=0.0)
     if HAS_OUT:
@@ -525,10 +531,11 @@ class _Sizes:
 
     def prefix(
         self, sums: Tensor, s_in: Tensor | None, z_in: Tensor | None, first: int, count: int,
-        dtype: torch.dtype, *, want_out: bool, reverse: bool = False,
+        dtype: torch.dtype, *, want_out: bool, reverse: bool = False, store: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        """s and z before each segment, (B, H, N, F, V) and (B, H, N, F); and after the last, if requested."""
-        size = self.batch, self.heads, self.segments, self.features
+        """s and z before each segment, (B, H, N, F, V) and (B, H, N, F), unless N is 0 as they are not to be
+        stored; and after the last, if requested."""
+        size = self.batch, self.heads, self.segments if store else 0, self.features
         value = self.constants["V"]
         s_prefix = torch.empty(*size, value, dtype=dtype, device=sums.device)
         z_prefix = self.empty(size)
@@ -540,7 +547,7 @@ class _Sizes:
         _prefix[grid](
             sums, self.weight, s_in, z_in, s_prefix, z_prefix, s_out, z_out, self.segments, first, count,
             F=self.features, V=value, WIDTH=self.width, BLOCK=block,
-            HAS_IN=s_in is not None, HAS_OUT=want_out, REVERSE=reverse,
+            HAS_IN=s_in is not None, HAS_OUT=want_out, REVERSE=reverse, STORE=store,
         )  # fmt: skip
         return s_prefix, z_prefix, s_out, z_out
 
@@ -642,7 +649,8 @@ def _absorb(k: Tensor, v: Tensor, s: Tensor | None, z: Tensor | None) -> tuple[T
     sizes = _Sizes(k, v)
     s, z = (None, None) if s is None or z is None else (s.contiguous(), z.contiguous())
     sums = sizes.sums(k, v, None, None, 0, sizes.segments)
-    _, _, s_out, z_out = sizes.prefix(sums, s, z, 0, sizes.segments, v.dtype, want_out=True)
+    # no query asks for the states on the way
+    _, _, s_out, z_out = sizes.prefix(sums, s, z, 0, sizes.segments, v.dtype, want_out=True, store=False)
     return s_out, z_out
 
 

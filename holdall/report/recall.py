@@ -60,6 +60,7 @@ def write(
         "threshold": threshold,
         "reference": scored[0].label,
         **{name: scored[0].about[name] for name in shared},
+        "first": scored[0].first,
         "runs": lines,
     }
     with files.explained(out):
@@ -138,6 +139,7 @@ def render(
         threshold=f"{threshold:,}",
         train_tokens=f"{a.about['train_tokens']:,}",
         context_len=f"{a.about['context_len']:,}",
+        prefix=f"{a.first:,}" if a.first > 1 else "",
         curves={name: _curves(a, b, threshold, dark=name == "dark") for name in ("light", "dark")},
         command=command,
     )
@@ -184,8 +186,8 @@ def _passage(
 ) -> dict[str, Any]:
     """The last `length` tokens of window w: where a model has read the most."""
     window_X = a.tokens_WX[w]
-    first = max(1, len(window_X) - length)  # the token at 0 is read, not predicted
-    within = np.s_[w, first - 1 :]
+    first = max(a.first, len(window_X) - length)  # those before are read, not predicted
+    within = np.s_[w, first - a.first :]
     distance = a.distance_WN[within]
     slices = slice_of(distance, a.count_WN[within], threshold)
     fields = [pieces.of(window_X[first:]), slices, distance, np.minimum(a.count_WN[within], 2**31 - 1)]
@@ -241,7 +243,7 @@ def _summary(a: Scores, b: Scores, threshold: int) -> dict[str, Any]:
     lines, found = [table(run, threshold) for run in (a, b)], gap(b, a, threshold)
     summary: dict[str, Any] = {
         "perplexity": [perplexity_text(line["all"]["perplexity"]) for line in lines],
-        "tokens": f"{a.tokens_WX[:, 1:].size:,}",
+        "tokens": f"{a.distance_WN.size:,}",
         "hits": f"{lines[0]['hits']['share']:.1%}",
         "ahead": "",
         "share": "",

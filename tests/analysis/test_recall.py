@@ -36,6 +36,7 @@ from holdall.analysis.recall import (
 )
 from holdall.files import RunError
 from holdall.mixers.attention import AttentionConfig
+from holdall.mixers.prefix_linear_attention import PrefixLinearAttentionConfig
 from holdall.model import ModelConfig, seeded
 from holdall.recipes.lm_suite import PUBLISHED as AT_360
 
@@ -154,9 +155,14 @@ def test_counts_are_kept_under_the_hash_of_the_corpus(corpus, monkeypatch):
 # ------------------------------------------------------------------------------------------ what a model says
 
 
-def small_model(seed: int = 0, vocab: int = VOCAB):
+CAUSAL = AttentionConfig(width=8, rotary=1.0)
+PREFIX = 7
+TWICE = PrefixLinearAttentionConfig(width=8, feature_dim=4, prefix=PREFIX)
+
+
+def small_model(seed: int = 0, vocab: int = VOCAB, layer=CAUSAL):
     with seeded(seed):
-        model = ModelConfig(vocab=vocab, width=8, layers=(AttentionConfig(width=8, rotary=1.0),)).build()
+        model = ModelConfig(vocab=vocab, width=8, layers=(layer,)).build()
         for weight in model.parameters():
             torch.nn.init.normal_(weight, std=0.5)
     return model.eval()
@@ -195,6 +201,22 @@ def test_blocks_in_bf16_keep_the_head_in_fp32_and_no_number_is_never_right(corpu
 def test_small_vocabularies_have_fewer_than_five_to_choose_from():
     said = predict(small_model(vocab=3), np.array([[0, 1, 2, 0]]))
     assert said.top.shape == (1, 3, 3)
+
+
+def test_a_model_with_a_prefix_predicts_what_is_behind_it(corpus, monkeypatch):
+    """From the whole window in one call; a change of a token there changes its own prediction first."""
+    model, (_, windows_WX) = small_model(layer=TWICE), windows_of(corpus.valid, 20)
+    with torch.no_grad():
+        logs_WNV = model(torch.from_numpy(windows_WX[:, :-1]).long())[0].log_softmax(-1)
+    target_WN = torch.from_numpy(windows_WX[:, 1:]).long()
+    true_WN = logs_WNV.gather(2, target_WN[..., None])[..., 0]
+    for logits in (1 << 22, 30):
+        monkeypatch.setitem(recall.LOGITS_AT_ONCE, "cpu", logits)
+        said = predict(model, windows_WX)
+        assert said.log_prob == pytest.approx(true_WN[:, PREFIX - 1 :].numpy(), abs=1e-5)
+    with pytest.raises(ValueError, match="prefix of 7 tokens takes all of a window of 6"):
+        predict(model, windows_WX[:, :PREFIX])
+    assert predict(model, windows_WX[:, : PREFIX + 1]).log_prob.shape == (20, 1)
 
 
 # -------------------------------------------------------------------------------------------- run folders
@@ -265,6 +287,34 @@ def test_an_interrupted_call_goes_on_and_ends_the_same(corpus, tmp_path, monkeyp
     assert same(other, find(tmp_path / "run"))
 
 
+def test_models_are_compared_on_the_tokens_that_all_predict(corpus, tmp_path):
+    """Those behind the longest prefix: with the same context, slices and losses as among all tokens."""
+    causal = scored(corpus, tmp_path / "causal")
+    twice = scored(corpus, tmp_path / "twice", lambda: small_model(layer=TWICE), prefix=PREFIX)
+    assert (causal.first, twice.first) == (1, PREFIX)
+    assert same(twice, find(tmp_path / "twice"))
+    with pytest.raises(
+        RunError, match=r"from token 1 and twice .* from token 7: only runs that read the same"
+    ):
+        gap(causal, twice, 1250)
+    cut = causal.behind(PREFIX)
+    assert cut.tokens_WX.shape == (20, 21)
+    for before, after in zip(
+        (causal.distance_WN, causal.count_WN, causal.nll),
+        (cut.distance_WN, cut.count_WN, cut.nll),
+        strict=True,
+    ):
+        assert after.shape == (20, 14)
+        assert (after == before[:, 6:]).all()
+    assert (cut.distance_WN == twice.distance_WN).all()
+    assert cut.distance_WN.max() > 14  # recalled from the prefix
+    found = gap(twice, cut, 1250)
+    assert found.gap == pytest.approx(float((twice.nll - causal.nll[:, 6:]).mean()))
+    assert table(cut, 1250)["all"]["tokens"] == 280
+    assert same(causal.behind(0), causal)
+    assert same(cut.behind(PREFIX), cut)
+
+
 def test_what_is_no_result_is_none(tmp_path):
     assert find(tmp_path) is None
     (tmp_path / "recall.json").write_text("{")
@@ -272,6 +322,23 @@ def test_what_is_no_result_is_none(tmp_path):
     (tmp_path / "recall.json").write_text('{"format": "holdall-recall-0", "settings": "a"}')
     np.savez(tmp_path / "recall.npz", key="a")
     assert find(tmp_path) is None
+
+
+def test_an_interrupted_call_of_a_model_with_a_prefix_ends_the_same(corpus, tmp_path, monkeypatch):
+    monkeypatch.setitem(recall.TOKENS_AT_ONCE, "cpu", 20)
+    how = {"model": lambda: small_model(layer=TWICE), "prefix": PREFIX}
+    whole = scored(corpus, tmp_path / "whole", **how)
+
+    def stop_at_12(done, of):
+        if done == 12:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        scored(corpus, tmp_path / "run", save_seconds=0, on_progress=stop_at_12, **how)
+    seen = []
+    resumed = scored(corpus, tmp_path / "run", on_progress=lambda done, of: seen.append(done), **how)
+    assert seen == [12, 16, 20]
+    assert same(whole, resumed)
 
 
 def test_what_is_damaged_is_named_and_computed_again(corpus, tmp_path):

@@ -187,8 +187,13 @@ def test_training_predicts_what_comes_after_the_prefix() -> None:
     with pytest.raises(ValueError, match=f"prefix of {P} tokens takes all of a row"):
         PretrainConfig(model=model.config, context_len=P)
     PretrainConfig(model=model.config, context_len=P + 1)
-    with pytest.raises(ValueError, match=f"the first {P} tokens of a row see each other"):
-        predict(model, rows_BN.numpy())
+    with pytest.raises(ValueError, match=f"prefix of {P} tokens takes all of a window of {P - 1}"):
+        predict(model, rows_BN[:, :P].numpy())
+    found = predict(model, rows_BN.numpy())
+    log_p_BTV = logits_BTV.detach().log_softmax(-1)
+    torch.testing.assert_close(
+        torch.from_numpy(found.log_prob), log_p_BTV.gather(2, rows_BN[:, P:, None])[..., 0]
+    )
 
 
 def test_a_model_whose_every_call_is_bidirectional_is_refused_by_name() -> None:

@@ -147,12 +147,32 @@ def test_absorb(device, short_segments, state) -> None:
     assert_as_good_as_plain(taylor.absorb, functools.partial(absorb, feature_map=MAP), args)
 
 
-def test_a_prefix_without_direction_then_causal(device, short_segments) -> None:
+def test_absorb_is_the_state_of_the_whole_and_stores_no_other(device, short_segments, monkeypatch) -> None:
+    """To the bit: the same launches but for the outputs', and no states before the segments, which only
+    queries ask for."""
+    stored = []
+
+    def prefix(sizes, *args, real=taylor._Sizes.prefix, **options):
+        found = real(sizes, *args, **options)
+        stored.append([states.numel() for states in found[:2]])
+        return found
+
+    monkeypatch.setattr(taylor._Sizes, "prefix", prefix)
+    q, *args = inputs(300, 8, 16, device)
+    _, *want = taylor.taylor_attention(q, *args)
+    for got, state in zip(taylor.absorb(*args), want, strict=True):
+        assert torch.equal(got, state)
+    features = taylor.FEATURES(8)
+    assert stored == [[2 * 3 * features * 16, 2 * 3 * features], [0, 0]]
+
+
+@pytest.mark.parametrize("prefix", [70, 140])
+def test_a_prefix_without_direction_then_causal(device, short_segments, prefix) -> None:
     """Prefix linear attention: what was read without direction comes in as the state."""
 
     def prefix_then(read, attend):
         def both(q, k, v, **options):
-            return attend(q, k, v, *read(k[:, :70], v[:, :70], **options), **options)
+            return attend(q, k, v, *read(k[:, :prefix], v[:, :prefix], **options), **options)
 
         return both
 

@@ -21,6 +21,7 @@ from holdall.commands import recall as shown
 from holdall.files import RunError
 from holdall.mixers.attention import AttentionConfig
 from holdall.mixers.mamba import MambaConfig
+from holdall.mixers.prefix_linear_attention import PrefixLinearAttentionConfig
 from holdall.model import ModelConfig, seeded
 from holdall.report import recall_gaps, recall_state
 from holdall.report.recall import OUTCOMES, legible, outcomes, render, share_text
@@ -536,8 +537,8 @@ def runs_of(tmp_path):
     source.write_text("\n".join(map(json.dumps, lines)))
     corpus = write_corpus([source], tmp_path / "corpus", Bytes(), valid=0.3)
 
-    def make(name: str, seed: int, **more):
-        model = ModelConfig(vocab=260, width=8, layers=(AttentionConfig(width=8, rotary=1.0),))
+    def make(name: str, seed: int, layer=AttentionConfig(width=8, rotary=1.0), **more):  # noqa: B008
+        model = ModelConfig(vocab=260, width=8, layers=(layer,))
         config = PretrainConfig(
             model=model, data=str(corpus.folder), data_hash=corpus.content_hash, context_len=64, **more
         )
@@ -587,6 +588,30 @@ def test_command_compares_runs_from_their_folders(runs_of, tmp_path, monkeypatch
     assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["recall.png", "slices.json"]
     assert command(a, b, out=out, rows=10**6) == 0
     assert json.loads((a / "recall.json").read_text())["step"] == 7
+
+
+def test_a_run_that_reads_a_prefix_twice_is_compared_on_what_is_behind_it(runs_of, tmp_path, capsys):
+    layer = PrefixLinearAttentionConfig(width=8, feature_dim=4, prefix=32)
+    a, b, out = runs_of("a", 0), runs_of("b", 1, layer), tmp_path / "out"
+    assert command(a, b, out=out, length=20) == 0
+    found = json.loads((out / "slices.json").read_text())
+    windows = found["windows"]
+    assert (found["first"], found["context_len"]) == (32, 64)
+    assert [run["slices"]["all"]["tokens"] for run in found["runs"]] == [33 * windows] * 2
+    assert json.loads((a / "recall.json").read_text())["slices"]["all"]["tokens"] == 64 * windows
+    page = " ".join((out / "recall.html").read_text().split())
+    assert "only the tokens behind the first 32 are scored, of both models" in page
+    assert "only the tokens behind the first 32 are scored" in " ".join(capsys.readouterr().out.split())
+    # a passage longer than what is scored begins behind the prefix
+    assert command(a, b, out=out, length=512, passages=1) == 0
+    page = (out / "recall.html").read_text()
+    data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page)[1])
+    (passage,) = data["passages"]
+    assert passage["first"] == 32
+    assert command(b, out=out, context=32) == 2
+    assert "the prefix of b, 32 tokens" in " ".join(capsys.readouterr().err.split())
+    assert command(a, out=tmp_path / "alone") == 0
+    assert json.loads((tmp_path / "alone" / "slices.json").read_text())["first"] == 1
 
 
 @pytest.mark.parametrize("width", [80, 160])
