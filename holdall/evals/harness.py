@@ -1,0 +1,147 @@
+"""The suites' tasks in lm-eval: the documents of each, with their prompts, as its YAML file asks for them.
+
+The YAML files of `tasks/` name `dataset` as their `custom_dataset`. What it needs besides comes as `metadata`
+of lm-eval's TaskManager: the data folder, the window, and the model's tokenizer.
+
+    TaskManager(include_path=str(TASKS), include_defaults=False, metadata={"data": "evaldata", "window": 512})
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from holdall.evals import documents, needles, prompts, windows
+from holdall.evals.suites import Task, named
+from holdall.evals.windows import Codec
+from holdall.files import RunError
+
+TASKS = Path(__file__).with_name("tasks")
+"""The folder of the YAML files."""
+WINDOW = 1024
+"""Tokens of a window by default."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A document with its prompt, as the harness and the results folder have it."""
+
+    id: str
+    prompt: str
+    golds: tuple[str, ...]
+    window: tuple[int, int] | None
+    """The first of the document's tokens that the prompt shows, and the one after the last; None where
+    documents are not cut."""
+    truncated: bool
+    """Whether the document has more tokens than the window shows."""
+    tokens: int
+    """Tokens of the prompt."""
+
+
+def rows(
+    task: Task, codec: Codec, *, data: Path | None = None, window: int = WINDOW, seed: int = 0
+) -> Iterator[Row]:
+    """The documents of a task in their order, made one by one.
+
+    Args:
+        codec: the model's tokenizer, by which documents are cut.
+        data: the folder of files; tasks that draw their documents need none.
+        window: tokens that are shown of a document, and for its answer.
+        seed: of documents that are drawn.
+
+    Raises RunError, which says what is missing, if a task's file is not there or damaged.
+    """
+    if task.file is None:
+        for number, needle in enumerate(needles.needles(task.name, window, codec, seed=seed)):
+            tokens = len(codec.encode(needle.prompt))
+            yield Row(f"{number} depth {needle.depth}", needle.prompt, (needle.gold,), None, False, tokens)
+        return
+    path = None if data is None else documents.find(data, task)
+    if path is None:
+        raise RunError(documents.missing(data, task))
+    form = prompts.FORMS[task.of]
+    for question in documents.questions(task, path):
+        if not task.windowed:
+            text, place, truncated = question.context, None, False
+        elif (shown := windows.around(question, window, codec)) is not None:
+            text, place, truncated = shown.text, (shown.first, shown.end), shown.truncated
+        else:
+            continue  # the answer is longer than what the window shows behind its middle
+        prompt = prompts.prompt(form, text, question.asked, task.reads)
+        yield Row(question.id, prompt, question.golds, place, truncated, len(codec.encode(prompt)))
+
+
+def dataset(
+    *,
+    task: str,
+    tokenizer: Any = None,
+    data: str | Path | None = None,
+    window: int = WINDOW,
+    seed: int = 0,
+    limit: int | None = None,
+    **others: Any,
+) -> dict[str, Any]:
+    """The documents of a task for lm-eval, which passes what a YAML file and the TaskManager's metadata say.
+
+    Args:
+        tokenizer: a `Codec`, or the name of a tokenizer as `holdall data` takes it; without it that of the
+            model that `pretrained` names.
+        limit: the most documents, so that no others are made.
+        others: what else lm-eval knows of the task and the model.
+    """
+    import datasets
+
+    made = rows(
+        named(task),
+        _codec(tokenizer, others),
+        data=None if data is None else Path(data),
+        window=window,
+        seed=seed,
+    )
+    docs = [
+        {
+            "id": row.id,
+            "prompt": row.prompt,
+            "golds": list(row.golds),
+            "window": None if row.window is None else list(row.window),
+            "truncated": row.truncated,
+            "tokens": row.tokens,
+        }
+        for row in itertools.islice(made, limit)
+    ]
+    if not docs:
+        raise RunError(f"{task}: no document has an answer within a window of {window} tokens")
+    return {"test": datasets.Dataset.from_list(docs)}
+
+
+def _codec(tokenizer: Any, others: dict[str, Any]) -> Codec:
+    from holdall import language_model
+    from holdall.text import tokenizers
+
+    if tokenizer is None:
+        name = others.get("pretrained", language_model.DEFAULT)
+        return codec_of(language_model.load(name, device="cpu").tokenizer)
+    return codec_of(tokenizers.tokenizer(tokenizer)) if isinstance(tokenizer, str) else tokenizer
+
+
+@dataclass(frozen=True)
+class TokenizerCodec:
+    """A tokenizer of Holdall's as a `Codec`."""
+
+    tokenizer: Any
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer.encode_batch([text])[0].tolist()
+        return ids
+
+    def decode(self, ids: Any) -> str:
+        text: str = self.tokenizer.decode(ids)
+        return text
+
+
+def codec_of(tokenizer: Any) -> Codec:
+    """What windows need of a tokenizer of Holdall's."""
+    return TokenizerCodec(tokenizer)

@@ -1,0 +1,142 @@
+"""A needle in a haystack, after RULER (arXiv 2404.06654): a value to recall among sentences that do not matter.
+
+    A special magic number is hidden within the following text. Make sure to memorize it. I will quiz you about
+    the number afterwards.
+    The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.
+    One of the special magic numbers for quiet-harbor is: 4829137.
+    The grass is green. ...
+    What is the special magic number for quiet-harbor mentioned in the provided text? The special magic number
+    for quiet-harbor mentioned in the provided text is
+
+The texts are RULER's. A document is drawn from the seed, the task's name and its own number alone, so that it
+stays the same whatever else is drawn. The haystack is as large as the window allows, by the model's tokens,
+beside the answer's.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import random
+import re
+import uuid
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from holdall.evals.documents import read_rows
+from holdall.evals.windows import ANSWER_TOKENS, Codec
+from holdall.text import default
+
+NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+DEPTHS = tuple(round(100 * place / 39) for place in range(40))
+"""Percent of a haystack before the needle."""
+SENTENCE_ENDS = r"(?<=[.!?])\s+"
+DOCUMENTS = 200
+"""Documents of a task; RULER has 500."""
+ADJECTIVES = (
+    "amber ancient bitter brave bright calm candid clever cold curious damp dark dusty eager early empty fair "
+    "faint fierce final gentle glad golden grand hollow honest humble icy idle keen kind late lively lonely loyal "
+    "lucky mellow mild modest narrow neat noble odd pale patient plain polite proud quick quiet rapid rare ripe "
+    "rough round rusty salty sharp shy silent simple slow smooth sober soft steady still strange sturdy subtle "
+    "sunny tall tame tender tidy tiny vast vivid warm weary wild wise young"
+).split()
+NOUNS = (
+    "anchor apple arrow basket beacon bell blanket bridge bucket button candle canyon castle cellar chair "
+    "cherry circle clock cloud coast copper cottage cradle crystal desert drum engine feather fence fiddle field "
+    "forest fountain garden glacier hammer harbor helmet hill island jacket kettle kitchen ladder lantern "
+    "lemon library lighthouse marble market meadow mirror mountain needle ocean orchard oven paddle palace "
+    "paper pebble pencil piano pillow pond quarry ribbon river saddle sail shadow shell shovel signal spoon "
+    "stable statue table temple thread thunder ticket tower tunnel valley velvet village violin wagon whistle "
+    "willow window winter"
+).split()
+
+
+class Needle(NamedTuple):
+    """A document with a value in it, and its question."""
+
+    prompt: str
+    gold: str
+    depth: int
+    """Percent of the haystack before the needle."""
+
+
+class Kind(NamedTuple):
+    """What a task hides, and in what."""
+
+    haystack: str
+    """"noise" or "essay"."""
+    values: str
+    """"numbers" or "uuids"."""
+
+
+KINDS = {
+    "niah_single_1": Kind("noise", "numbers"),
+    "niah_single_2": Kind("essay", "numbers"),
+    "niah_single_3": Kind("essay", "uuids"),
+}
+
+
+def needles(
+    task: str, window: int, codec: Codec, *, seed: int = 0, count: int = DOCUMENTS
+) -> Iterator[Needle]:
+    """The documents of a task, each with its answer in at most `window` tokens.
+
+    Raises ValueError if a window has no room for the question.
+    """
+    kind = KINDS[task]
+    for number in range(count):
+        draw = random.Random(f"{seed} {task} {number}")
+        value = _value(kind.values, draw)
+        key = f"{draw.choice(ADJECTIVES)}-{draw.choice(NOUNS)}"
+        depth, begin = draw.choice(DEPTHS), draw.random()
+        made = functools.partial(_written, kind, key, value, depth, begin)
+        yield Needle(_largest(made, task, window, codec), value, depth)
+
+
+def _value(kind: str, draw: random.Random) -> str:
+    if kind == "uuids":
+        return str(uuid.UUID(int=draw.getrandbits(128), version=4))
+    return str(draw.randint(10**6, 10**7 - 1))
+
+
+def _largest(made: Callable[[int], str], task: str, window: int, codec: Codec) -> str:
+    """The prompt with the most units of haystack that leaves room for an answer in the window."""
+    room = window - ANSWER_TOKENS
+
+    def tokens(units: int) -> int:
+        return len(codec.encode(made(units)))
+
+    if (least := tokens(1)) > room:
+        raise ValueError(
+            f"{task}: a window of {window} tokens has no room for the question; give at least --window "
+            f"{least + ANSWER_TOKENS}"
+        )
+    # a unit has at least one token, and twice as many are tried until they are too many
+    most = 2
+    while tokens(most) <= room:
+        most *= 2
+    return made(bisect.bisect_right(range(most), room, lo=1, key=tokens) - 1)
+
+
+def _written(kind: Kind, key: str, value: str, depth: int, begin: float, units: int) -> str:
+    """A prompt with so many units of haystack: lines of noise, or words of the essay from a share of it on."""
+    if kind.haystack == "noise":
+        hay, between = [NOISE] * units, "\n"
+    else:
+        words = _essay()
+        start = int(begin * len(words))
+        hay = re.split(SENTENCE_ENDS, " ".join((words[start:] + words)[:units]))
+        between = " "
+    hay.insert(len(hay) * depth // 100, f"One of the special magic {kind.values} for {key} is: {value}.")
+    name = kind.values[:-1]
+    return (
+        f"A special magic {name} is hidden within the following text. Make sure to memorize it. I will quiz you "
+        f"about the {name} afterwards.\n{between.join(hay)}\nWhat is the special magic {name} for {key} mentioned "
+        f"in the provided text? The special magic {name} for {key} mentioned in the provided text is"
+    )
+
+
+@functools.cache
+def _essay() -> list[str]:
+    """The words of the bundled novel."""
+    return [word for _, row in read_rows(default.TEXT) for word in row["text"].split()]

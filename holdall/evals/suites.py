@@ -1,0 +1,158 @@
+"""The suites of `holdall eval --suite`: their tasks, which file each reads, what it stands for and how it differs.
+
+Absolute scores are those of the files named here, not those of the papers: what can be compared with a paper
+is the order of models and the gain from reading twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from holdall.contract.config import did_you_mean
+
+TRIVIAQA = "TriviaQA, the sixth set of the published suite, is left out: there is no file of it"
+"""What the recall suites lack."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A task of a suite; `tasks/` has a YAML file of the same name for the harness."""
+
+    name: str
+    """As in `results.jsonl`, and the `task` of its YAML file."""
+    file: str | None
+    """The file of its documents without endings: FILE.jsonl, .jsonl.gz or .jsonl.xz; None if they are drawn."""
+    form: str
+    """The fields of a line of its file, as an error and the documentation show them."""
+    stands_for: str
+    """The published set."""
+    differs: str
+    """How its documents and prompts differ from that set."""
+    metric: str = "contains"
+    """The metric that stands in tables, by the harness's name; others of the YAML file stand beside it."""
+    reads: int | None = None
+    """How often a prompt shows the document; None where that is no question."""
+    of: str = ""
+    """The task that asks about the same documents once, by which both are paired; the task itself by default."""
+    windowed: bool = True
+    """Whether documents are cut to the window."""
+
+    def __post_init__(self) -> None:
+        if not self.of:
+            object.__setattr__(self, "of", self.name)
+
+    def twice(self) -> Task:
+        """The task that shows the same documents twice."""
+        return dataclasses.replace(self, name=f"{self.name}_twice", reads=2, of=self.name)
+
+
+CLOZE = "questions in place of clozes, asked as 'Question: ...' and 'Answer:' on a line of its own"
+RECALL = (
+    Task(
+        name="fda",
+        file="fda510k",
+        form='{"id", "text", "attributes": {KEY: [VALUE, ...]}}',
+        stands_for="FDA of Based and Just read twice (1,102 documents)",
+        differs="other 510(k) summaries; two attributes of each document, in turn, whose values occur in it; any "
+        "value of an attribute that has several is right",
+        reads=1,
+    ),
+    Task(
+        name="swde",
+        file="swde_books",
+        form='{"id", "text", "attributes": {KEY: [VALUE, ...]}}',
+        stands_for="SWDE of Based and Just read twice (1,111 documents)",
+        differs="pages of one book shop, not of films and universities; two attributes of each page, in turn",
+        reads=1,
+    ),
+    Task(
+        name="squad",
+        file="squad",
+        form='{"id", "context", "question", "answers": [ANSWER, ...]}',
+        stands_for="SQuAD completion of Based and Just read twice (2,984 documents)",
+        differs=CLOZE,
+        reads=1,
+    ),
+    Task(
+        name="nq",
+        file="nq",
+        form='{"id", "context", "question", "answers": [ANSWER, ...]}',
+        stands_for="NQ of Just read twice (3,157 documents of 8,858 tokens)",
+        differs=f"the passage with the answer (about 500 characters), not the page; {CLOZE}",
+        reads=1,
+    ),
+    Task(
+        name="drop",
+        file="drop_contrast",
+        form='{"id", "context", "question", "answer": {"spans": [SPAN, ...], "number": NUMBER}}',
+        stands_for="DROP of Just read twice (2,084 documents)",
+        differs=f"the contrast set; spans and numbers that occur in the passage, no dates; {CLOZE}",
+        reads=1,
+    ),
+)
+"""Answers that stand in a document, which is shown once."""
+
+SUITES: dict[str, tuple[Task, ...]] = {
+    "recall": RECALL,
+    "recall-twice": tuple(task.twice() for task in RECALL),
+    "kv": (
+        Task(
+            name="kv",
+            file="kv_retrieval_75",
+            form='{"id", "ordered_kv_records": [[KEY, VALUE], ...], "key", "value"}',
+            stands_for="key-value retrieval of Lost in the middle, near RULER's niah_multikey_3",
+            differs="the published 75 pairs of UUIDs; shown whole, whatever the window",
+            windowed=False,
+        ),
+    ),
+    "needles": (
+        Task(
+            name="niah_single_1",
+            file=None,
+            form="",
+            stands_for="RULER's niah_single_1: a word and a number of seven digits in repeated sentences",
+            differs="words of our own lists; lengths are those of the window, not 4,096 and more",
+        ),
+        Task(
+            name="niah_single_2",
+            file=None,
+            form="",
+            stands_for="RULER's niah_single_2: a word and a number of seven digits in an essay",
+            differs='the bundled "Pride and Prejudice" in place of essays, which based-mini was trained on; whole '
+            "words of our own lists",
+        ),
+        Task(
+            name="niah_single_3",
+            file=None,
+            form="",
+            stands_for="RULER's niah_single_3: a word and a UUID in an essay",
+            differs='the bundled "Pride and Prejudice" in place of essays, which based-mini was trained on; whole '
+            "words of our own lists",
+        ),
+    ),
+}
+
+
+def tasks_of(suites: Sequence[str]) -> list[Task]:
+    """The tasks of suites, in their order. Raises ValueError about an unknown suite, with the closest one."""
+    tasks: dict[str, Task] = {}
+    for suite in suites:
+        if suite not in SUITES:
+            raise ValueError(f"there is no suite '{suite}'. {did_you_mean(suite, SUITES)}")
+        tasks |= {task.name: task for task in SUITES[suite]}
+    return list(tasks.values())
+
+
+def suite_of(task: str) -> str:
+    """The suite that has a task; empty if none has."""
+    return next((name for name, tasks in SUITES.items() if task in {one.name for one in tasks}), "")
+
+
+def named(name: str) -> Task:
+    """The task of a name. Raises ValueError about an unknown one, with the closest one."""
+    known = {task.name: task for task in tasks_of(list(SUITES))}
+    if name not in known:
+        raise ValueError(f"no suite has a task '{name}'. {did_you_mean(name, known)}")
+    return known[name]
