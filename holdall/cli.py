@@ -755,31 +755,52 @@ def export(
 
 @command
 def eval(
-    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[RUN]")] = "based-mini",
+    models: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL ...]")] = (
+        "based-mini",
+    ),
     *,
+    suite: tuple[str, ...] = (),
+    data: Path | None = None,
     tasks: tuple[str, ...] = (),
-    examples: PositiveInt | None = None,
+    window: PositiveInt = 1024,
+    limit: Annotated[PositiveInt | None, tyro.conf.arg(aliases=["--examples"])] = None,
     fewshot: NonNegativeInt | None = None,
+    seed: Seed = 0,
     batch: PositiveInt = 64,
     include: Path | None = None,
-    out: Path | None = None,
+    dry_run: bool = False,
+    out: Path = Path("runs/eval"),
     loading: Annotated[Loading, tyro.conf.arg(name="")] = AS_IT_IS,
 ) -> int:
-    """Score a language model on tasks of lm-eval.
+    """Score language models on what they recall from documents, and on tasks of lm-eval; with no arguments a
+    small included one on needles in haystacks, which need no files.
+
+    Stop it at any time; the same command resumes. More models, suites and tasks can be added to the folder
+    later.
 
     Args:
-        run: A run folder of `holdall train` or the folder of a saved model; based-mini is included.
-        tasks: Names of tasks; `lm_eval ls tasks` lists them.
-        examples: The most examples of each task, for a first look.
-        fewshot: Examples with answers before each question; by default as each task has it.
+        models: Run folders of `holdall train` or folders of saved models; based-mini is included.
+        suite: recall (answers in documents that are shown once), recall-twice (shown twice), kv, needles, or
+            single tasks of them; by default all whose files are there.
+        data: The folder of the suites' documents; --dry-run says which files it lacks, and their form.
+        tasks: Names of tasks of lm-eval; `lm_eval ls tasks` lists them.
+        window: Tokens of a document that are shown, around the answer, with 50 for the answer.
+        limit: The most documents of each task, for a first look.
+        fewshot: Examples with answers before each question; by default as each task of lm-eval has it.
+        seed: Of documents that are drawn, and of the bootstrap.
         batch: Rows that are read at once. Scores do not depend on it.
         include: A folder of tasks of your own, as YAML files of lm-eval.
-        out: A file for all results, as JSON.
+        dry_run: Ask nothing; print tasks, documents and tokens, and which files are missing.
+        out: The folder for scores and samples.
         loading: The fields of Loading.
     """
     from holdall.commands import evals as shown
+    from holdall.evals.folder import EvalConfig
 
-    return shown.evaluate(run, tasks, examples, fewshot, batch, include, out, loading)
+    config = EvalConfig(window=window, limit=limit, seed=seed, fewshot=fewshot)
+    return shown.evaluate(
+        models, suite, tasks, config, data, include, out, batch, dry_run, loading, command=_command()
+    )
 
 
 def _command() -> str:

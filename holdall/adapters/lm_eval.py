@@ -263,17 +263,17 @@ class HoldallLM(TemplateLM):
         longest = max(len(one.prompt) + one.sampling.max_tokens for one in asked)
         limit = longest if self.model.model.needs_room else None
         engine = self.model.engine(EngineConfig(rows=self.batch_size, max_context=limit))
-        written: dict[int, str] = {}  # by ticket, which count on
+        written: dict[int, str] = {}  # by ticket, which count from 1 in a new engine
         with tqdm(total=len(asked), desc="Generating", disable=disable_tqdm) as progress:
             for piece in engine.run(asked):
                 if piece.finish == "error":
                     raise ValueError(NOT_FINITE)
                 written[piece.ticket] = written.get(piece.ticket, "") + piece.text
                 progress.update(bool(piece.finish))
-        texts = [written[ticket] for ticket in sorted(written)]
-        for request, text in zip(requests, texts, strict=True):
-            self.cache_hook.add_partial("generate_until", request.args, text)
-        return texts
+                if piece.finish:  # handed in at once, so that a killed run has it
+                    request = requests[piece.ticket - 1]
+                    self.cache_hook.add_partial("generate_until", request.args, written[piece.ticket])
+        return [written[ticket] for ticket in sorted(written)]
 
     def _request(self, number: int, context: str, options: dict[str, Any]) -> Request:
         """What a task asks for, as the engine takes it; an unknown option is refused by name."""

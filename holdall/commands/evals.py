@@ -2,50 +2,214 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from holdall import files
-from holdall.commands import console
+from rich import box
+from rich.progress import BarColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from holdall.commands import TELL_SECONDS, Words, console
 from holdall.commands.loading import Loading
+from holdall.evals import documents, harness, suites
+from holdall.evals.folder import EvalConfig, Result, ResultsFolder
+from holdall.evals.run import Plan, Subject, subject
+from holdall.evals.run import evaluate as ask
+from holdall.files import RunError
+from holdall.report.style import bytes_text
 from holdall.text.sources import needed
 
 
 def evaluate(
-    run: str,
-    tasks: tuple[str, ...],
-    examples: int | None,
-    fewshot: int | None,
-    batch: int,
+    models: Sequence[str],
+    names: Sequence[str],
+    tasks: Sequence[str],
+    config: EvalConfig,
+    data: Path | None,
     include: Path | None,
-    out: Path | None,
+    out: Path,
+    batch: int,
+    dry_run: bool,
     loading: Loading,
+    *,
+    command: str,
 ) -> int:
-    """Score a language model on tasks of lm-eval and print their table; returns the exit status.
+    """Score language models on suites of Holdall's and tasks of lm-eval; returns the exit status.
 
     Args:
+        models: folders, files or names.
+        names: suites, or single tasks of them; with no tasks either, all suites whose files are there.
+        tasks: tasks of lm-eval.
+        data: the folder of the suites' files.
         include: a folder of tasks of your own, as YAML.
-        out: the file for all results, as JSON.
+        out: the results folder.
     """
-    if not tasks:
-        raise ValueError("name at least one task: --tasks hellaswag (`lm_eval ls tasks` lists them)")
-    needed("lm_eval")
+    if out.suffix == ".json" or out.is_file():
+        raise ValueError(f"--out {out} must be a folder: it gets samples and scores of all models")
+    if data is not None and not data.is_dir():
+        raise RunError(f"there is no folder {data}: --data names the folder of the suites' files")
+    chosen = suites.tasks_of(names or ([] if tasks else list(suites.SUITES)))
+    plan = Plan(config=config, tasks=tuple(chosen), others=tuple(tasks), data=data, include=include)
+    lacking = plan.missing()
+    if not names:
+        there = [task for task in chosen if task not in lacking]
+        plan = Plan(config=config, tasks=tuple(there), others=tuple(tasks), data=data, include=include)
+    elif lacking and not dry_run:
+        files = "\n  ".join(documents.missing(data, task) for task in _by_file(lacking))
+        raise RunError(f"files are missing; name the tasks whose files are there, or give them:\n  {files}")
     loading.load_mixers()
-    import lm_eval
-    from lm_eval.tasks import TaskManager
-    from lm_eval.utils import make_table
-
-    from holdall.adapters.lm_eval import HoldallLM
-
-    results: dict[str, Any] = lm_eval.simple_evaluate(
-        model=HoldallLM(loading.model(run), batch_size=batch), tasks=list(tasks), limit=examples,
-        num_fewshot=fewshot, task_manager=TaskManager(include_path=None if include is None else str(include)),
-        log_samples=False,
-    )  # fmt: skip
-    console.print(make_table(results), soft_wrap=True)
-    if out is not None:
-        files.write_json(
-            out, {name: results[name] for name in ("results", "versions", "n-shot", "n-samples")}
-        )
-        console.print(f"  {out}", soft_wrap=True)
+    if dry_run:
+        subjects = [subject(loading.model(name), _label(name), source=name) for name in models]
+        for one in subjects:
+            console.print(_planned(one, plan))
+        _say_missing(lacking, data)
+        return 0
+    needed("lm_eval")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    folder = ResultsFolder(out)
+    lines: list[Result] = []
+    try:
+        with _View() as view:
+            for name in models:
+                one = subject(loading.model(name), _label(name), source=name)
+                device = str(loading.device)
+                folder.claim(config, _suites(names, plan), plan.names(), command=command, device=device)
+                view.model(one.name)
+                lines += ask(
+                    one, plan, folder, batch=batch, on_task=view.task, on_answers=view.answers,
+                    on_result=view.result,
+                )  # fmt: skip
+    except KeyboardInterrupt:
+        console.print(f"Stopped. All answers so far are in {out}; the same command resumes.", soft_wrap=True)
+        return 130
+    console.print(_table(lines, folder, config.window))
+    console.print(f"  {out}", soft_wrap=True)
+    _say_missing([] if names else lacking, data)
     return 0
+
+
+def _label(name: str) -> str:
+    """A short name of a model: that of its folder."""
+    return Path(name).absolute().name or name
+
+
+def _suites(names: Sequence[str], plan: Plan) -> list[str]:
+    """The suites that tasks are of, in their order."""
+    return list(dict.fromkeys(suites.suite_of(task.name) for task in plan.tasks))
+
+
+def _by_file(tasks: Sequence[suites.Task]) -> list[suites.Task]:
+    """One task for each file."""
+    return list({task.file: task for task in reversed(tasks)}.values())[::-1]
+
+
+def _say_missing(lacking: Sequence[suites.Task], data: Path | None) -> None:
+    """Which files the tasks that were left out read, where they go and in what form."""
+    if not lacking:
+        return
+    console.print("Not asked, since their files are missing:", soft_wrap=True)
+    for task in _by_file(lacking):
+        also = [one.name for one in lacking if one.file == task.file and one is not task]
+        beside = f" ({', '.join(also)} too)" if also else ""
+        console.print(f"  {documents.missing(data, task)}{beside}", soft_wrap=True)
+        console.print(f"      stands for {task.stands_for}", soft_wrap=True)
+    if any(task.of == "squad" for task in lacking):
+        console.print(f"  {suites.TRIVIAQA}.", soft_wrap=True)
+
+
+# ------------------------------------------------------------------------------------------------- shown
+
+
+def _planned(one: Subject, plan: Plan) -> Table:
+    """What a model would be asked."""
+    table = Table(box=box.SIMPLE_HEAD, title=f"{one.name}: {one.tokenizer} tokens", title_justify="left")
+    table.add_column("task")
+    for head in ("documents", "cut to the window", "tokens each", "tokens"):
+        table.add_column(head, justify="right")
+    for task in plan.tasks:
+        if task in plan.missing():
+            table.add_row(task.name, "file missing", "", "", "")
+            continue
+        made = harness.rows(task, one.codec, data=plan.data, window=plan.config.window, seed=plan.config.seed)
+        rows = list(itertools.islice(made, plan.config.limit))
+        tokens = sum(row.tokens for row in rows)
+        cut = sum(row.truncated for row in rows)
+        each = tokens // max(len(rows), 1)
+        table.add_row(task.name, f"{len(rows):,}", f"{cut:,}", f"{each:,}", f"{tokens:,}")
+    for name in plan.others:
+        table.add_row(name, "as lm-eval has them", "", "", "")
+    return table
+
+
+def _table(lines: Sequence[Result], folder: ResultsFolder, window: int) -> Table:
+    """A row for each task and model: the score read once and twice, with intervals, beside the state."""
+    about = folder.models()
+    table = Table(box=box.SIMPLE_HEAD)
+    for head in ("task", "model"):
+        table.add_column(head)
+    for head in (f"state at {window:,}", "once, %", "twice, %", "documents", "cut"):
+        table.add_column(head, justify="right")
+    pairs: dict[tuple[str, str], dict[int, Result]] = {}
+    for line in sorted(lines, key=lambda line: list(dict.fromkeys(one.of for one in lines)).index(line.of)):
+        pairs.setdefault((line.of, line.model), {})[line.reads or 1] = line
+    for (task, model), by_reads in pairs.items():
+        state = about.get(model, {}).get("state_bytes", {}).get(str(window))
+        some = next(iter(by_reads.values()))
+        name = task if some.metric == "contains" else f"{task} ({some.metric})"
+        table.add_row(
+            name, model, "" if state is None else bytes_text(state), _score(by_reads.get(1)),
+            _score(by_reads.get(2)), f"{some.count:,}", f"{some.truncated:,}",
+        )  # fmt: skip
+    return table
+
+
+def _score(line: Result | None) -> str:
+    """A score in percent with its interval, empty if there is none; one that is no share as it is."""
+    if line is None:
+        return ""
+    if line.low is None or line.high is None:
+        return f"{line.value:.4g}"
+    return f"{100 * line.value:.1f} [{100 * line.low:.1f}, {100 * line.high:.1f}]"
+
+
+class _View:
+    """A progress bar of the task that is asked; if there is no terminal, a line now and then."""
+
+    def __init__(self) -> None:
+        self.bars = Progress(
+            Words("{task.description}"), BarColumn(), Words("{task.completed} of {task.total} answers"),
+            TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True,
+            disable=not console.is_terminal,
+        )  # fmt: skip
+        self.name, self.title, self.reported = "", "", time.monotonic()
+
+    def __enter__(self) -> _View:
+        self.bars.start()
+        self.bar = self.bars.add_task("", total=None)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bars.stop()
+
+    def model(self, name: str) -> None:
+        self.name = name
+
+    def task(self, name: str) -> None:
+        self.title = f"{self.name}, {name}"
+        self.bars.reset(self.bar, total=None, description=f"{self.title}: reading documents")
+
+    def answers(self, done: int, total: int) -> None:
+        self.bars.update(self.bar, description=self.title, completed=done, total=total)
+        if not console.is_terminal and time.monotonic() - self.reported > TELL_SECONDS:
+            self.reported = time.monotonic()
+            console.print(f"{self.title}: {done} of {total} answers", soft_wrap=True)
+
+    def result(self, line: Result) -> None:
+        """A line for each task that is finished, so that a long run can be followed."""
+        console.print(
+            f"{line.model}, {line.task}: {_score(line)} of {line.count:,} documents, {line.seconds:.0f} s",
+            soft_wrap=True,
+        )

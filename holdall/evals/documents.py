@@ -149,7 +149,7 @@ READERS: dict[str, tuple[Any, Callable[[int, Mapping[str, Any]], list[Question]]
     "squad": ({**TEXTS, "answers": [is_text]}, _answers),
     "nq": ({**TEXTS, "answers": [is_text]}, _answers),
     "drop": ({**TEXTS, "answer": {"spans": [is_text], "number": is_text}}, _spans),
-    "kv": (
+    "kv_retrieval": (
         {"id": is_text, "ordered_kv_records": [lambda pair: isinstance(pair, list) and len(pair) == 2],
          "key": is_text, "value": is_text},
         _pairs,

@@ -1,6 +1,6 @@
 """The results folder of `holdall eval`, from which tables and pages are made. It needs no lm-eval.
 
-    config.json             what all scores have in common: window, limit, seed, examples; suites, tasks so far
+    config.json             what all scores have in common: window, limit, seed, examples; its suites, tasks
     environment.json        versions, device, commit
     models/NAME.json        "name", "source", "kind", "parameters", "state_bytes" by tokens, "tokenizer"
     results.jsonl           a line for each model and task that is finished, see `Result`
@@ -61,6 +61,8 @@ class Result(Config):
     """The model's name, as in models/NAME.json."""
     task: str
     """The task's name."""
+    asked: str
+    """The name that was asked for: the task's, or that of a group or tag of lm-eval."""
     suite: str
     """The suite that has the task; empty for a task of lm-eval."""
     of: str
@@ -206,14 +208,13 @@ class ResultsFolder:
         return Answers(self._lines("answers", model, task))
 
     def finish(self, result: Result, samples: Iterable[Mapping[str, Any]]) -> None:
-        """Write what a model scored on a task, and remove the answers that it would have resumed from."""
+        """Write what a model scored on a task."""
         path = self._lines("samples", result.model, result.task)
         files.make_folder(path.parent)
         text = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
         files.write_atomically(path, text.encode(errors="backslashreplace"))
-        # last, since it says that the task is finished
+        # last, since it says that the samples are there
         files.append_line(self.path / "results.jsonl", result.to_dict())
-        self._lines("answers", result.model, result.task).unlink(missing_ok=True)
 
 
 def _file_name(task: str) -> str:
@@ -237,6 +238,10 @@ class Answers:
 
     def __len__(self) -> int:
         return len(self._by_request)
+
+    def remove(self) -> None:
+        """Remove the file: the task is finished."""
+        self.path.unlink(missing_ok=True)
 
     def get(self, kind: str, request: Sequence[Any]) -> Any:
         """The answer to a request of lm-eval; None if there is none."""

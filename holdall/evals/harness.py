@@ -74,6 +74,15 @@ def rows(
         yield Row(question.id, prompt, question.golds, place, truncated, len(codec.encode(prompt)))
 
 
+class Documents(list[dict[str, Any]]):
+    """What lm-eval asks of a split of a data set: documents by their places, and the names of their fields."""
+
+    @property
+    def features(self) -> dict[str, None]:
+        """The names of the fields, as keys."""
+        return dict.fromkeys(self[0]) if self else {}
+
+
 def dataset(
     *,
     task: str,
@@ -92,8 +101,6 @@ def dataset(
         limit: the most documents, so that no others are made.
         others: what else lm-eval knows of the task and the model.
     """
-    import datasets
-
     made = rows(
         named(task),
         _codec(tokenizer, others),
@@ -114,7 +121,7 @@ def dataset(
     ]
     if not docs:
         raise RunError(f"{task}: no document has an answer within a window of {window} tokens")
-    return {"test": datasets.Dataset.from_list(docs)}
+    return {"test": Documents(docs)}
 
 
 def _codec(tokenizer: Any, others: dict[str, Any]) -> Codec:

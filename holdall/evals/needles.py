@@ -1,7 +1,7 @@
-"""A needle in a haystack, after RULER (arXiv 2404.06654): a value to recall among sentences that do not matter.
+"""A needle in a haystack, after RULER (arXiv 2404.06654): a value to recall among sentences beside the point.
 
-    A special magic number is hidden within the following text. Make sure to memorize it. I will quiz you about
-    the number afterwards.
+    A special magic number is hidden within the following text. Make sure to memorize it. I will quiz you
+    about the number afterwards.
     The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.
     One of the special magic numbers for quiet-harbor is: 4829137.
     The grass is green. ...
@@ -31,24 +31,25 @@ NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. The
 DEPTHS = tuple(round(100 * place / 39) for place in range(40))
 """Percent of a haystack before the needle."""
 SENTENCE_ENDS = r"(?<=[.!?])\s+"
+SOME = 65
+"""Units of haystack from which the size of the whole is estimated."""
 DOCUMENTS = 200
 """Documents of a task; RULER has 500."""
-ADJECTIVES = (
-    "amber ancient bitter brave bright calm candid clever cold curious damp dark dusty eager early empty fair "
-    "faint fierce final gentle glad golden grand hollow honest humble icy idle keen kind late lively lonely loyal "
-    "lucky mellow mild modest narrow neat noble odd pale patient plain polite proud quick quiet rapid rare ripe "
-    "rough round rusty salty sharp shy silent simple slow smooth sober soft steady still strange sturdy subtle "
-    "sunny tall tame tender tidy tiny vast vivid warm weary wild wise young"
-).split()
-NOUNS = (
-    "anchor apple arrow basket beacon bell blanket bridge bucket button candle canyon castle cellar chair "
-    "cherry circle clock cloud coast copper cottage cradle crystal desert drum engine feather fence fiddle field "
-    "forest fountain garden glacier hammer harbor helmet hill island jacket kettle kitchen ladder lantern "
-    "lemon library lighthouse marble market meadow mirror mountain needle ocean orchard oven paddle palace "
-    "paper pebble pencil piano pillow pond quarry ribbon river saddle sail shadow shell shovel signal spoon "
-    "stable statue table temple thread thunder ticket tower tunnel valley velvet village violin wagon whistle "
-    "willow window winter"
-).split()
+ADJECTIVES = """
+amber ancient bitter brave bright calm candid clever cold curious damp dark dusty eager early empty fair
+faint fierce final gentle glad golden grand hollow honest humble icy idle keen kind late lively lonely loyal
+lucky mellow mild modest narrow neat noble odd pale patient plain polite proud quick quiet rapid rare ripe
+rough round rusty salty sharp shy silent simple slow smooth sober soft steady still strange sturdy subtle
+sunny tall tame tender tidy tiny vast vivid warm weary wild wise young
+""".split()  # noqa: SIM905 - a list of words is read as words
+NOUNS = """
+anchor apple arrow basket beacon bell blanket bridge bucket button candle canyon castle cellar chair cherry
+circle clock cloud coast copper cottage cradle crystal desert drum engine feather fence fiddle field forest
+fountain garden glacier hammer harbor helmet hill island jacket kettle kitchen ladder lantern lemon library
+lighthouse marble market meadow mirror mountain needle ocean orchard oven paddle palace paper pebble pencil
+piano pillow pond quarry ribbon river saddle sail shadow shell shovel signal spoon stable statue table
+temple thread thunder ticket tower tunnel valley velvet village violin wagon whistle willow window winter
+""".split()  # noqa: SIM905 - a list of words is read as words
 
 
 class Needle(NamedTuple):
@@ -111,15 +112,20 @@ def _largest(made: Callable[[int], str], task: str, window: int, codec: Codec) -
             f"{task}: a window of {window} tokens has no room for the question; give at least --window "
             f"{least + ANSWER_TOKENS}"
         )
-    # a unit has at least one token, and twice as many are tried until they are too many
-    most = 2
-    while tokens(most) <= room:
-        most *= 2
-    return made(bisect.bisect_right(range(most), room, lo=1, key=tokens) - 1)
+    # where a straight line through two sizes meets the limit, and from there on in both directions
+    per_unit = max((tokens(SOME) - least) / (SOME - 1), 0.01)
+    fits = 1 + int((room - least) / per_unit)
+    step = 1 + fits // 64
+    while fits > 1 and tokens(fits) > room:
+        fits, step = max(1, fits - step), 2 * step
+    beyond, step = fits + 1, 1 + fits // 64
+    while tokens(beyond) <= room:
+        fits, beyond, step = beyond, beyond + step, 2 * step
+    return made(bisect.bisect_right(range(beyond), room, lo=fits, key=tokens) - 1)
 
 
 def _written(kind: Kind, key: str, value: str, depth: int, begin: float, units: int) -> str:
-    """A prompt with so many units of haystack: lines of noise, or words of the essay from a share of it on."""
+    """A prompt with so many units of haystack: lines of noise, or words of an essay from a place."""
     if kind.haystack == "noise":
         hay, between = [NOISE] * units, "\n"
     else:
@@ -130,9 +136,9 @@ def _written(kind: Kind, key: str, value: str, depth: int, begin: float, units: 
     hay.insert(len(hay) * depth // 100, f"One of the special magic {kind.values} for {key} is: {value}.")
     name = kind.values[:-1]
     return (
-        f"A special magic {name} is hidden within the following text. Make sure to memorize it. I will quiz you "
-        f"about the {name} afterwards.\n{between.join(hay)}\nWhat is the special magic {name} for {key} mentioned "
-        f"in the provided text? The special magic {name} for {key} mentioned in the provided text is"
+        f"A special magic {name} is hidden within the following text. Make sure to memorize it. I will quiz "
+        f"you about the {name} afterwards.\n{between.join(hay)}\nWhat is the special magic {name} for {key} "
+        f"mentioned in the provided text? The special magic {name} for {key} mentioned in the provided text is"
     )
 
 

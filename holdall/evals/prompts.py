@@ -19,7 +19,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-FORMS = {"fda": "key", "swde": "key", "squad": "passage", "nq": "question", "drop": "question", "kv": "kv"}
+FORMS = {
+    "fda": "key",
+    "swde": "key",
+    "squad": "passage",
+    "nq": "question",
+    "drop": "question",
+    "kv_retrieval": "kv",
+}
 """The form of each task's prompts, by its name."""
 
 

@@ -1,4 +1,4 @@
-"""The suites of `holdall eval --suite`: their tasks, which file each reads, what it stands for and how it differs.
+"""The suites of `holdall eval --suite`: their tasks, the file of each, what it stands for and how it differs.
 
 Absolute scores are those of the files named here, not those of the papers: what can be compared with a paper
 is the order of models and the gain from reading twice.
@@ -23,7 +23,7 @@ class Task:
     name: str
     """As in `results.jsonl`, and the `task` of its YAML file."""
     file: str | None
-    """The file of its documents without endings: FILE.jsonl, .jsonl.gz or .jsonl.xz; None if they are drawn."""
+    """The file of its documents, without .jsonl, .jsonl.gz or .jsonl.xz; None if they are drawn."""
     form: str
     """The fields of a line of its file, as an error and the documentation show them."""
     stands_for: str
@@ -35,7 +35,7 @@ class Task:
     reads: int | None = None
     """How often a prompt shows the document; None where that is no question."""
     of: str = ""
-    """The task that asks about the same documents once, by which both are paired; the task itself by default."""
+    """The task that shows the same documents once, by which both are paired; by default the task itself."""
     windowed: bool = True
     """Whether documents are cut to the window."""
 
@@ -55,8 +55,8 @@ RECALL = (
         file="fda510k",
         form='{"id", "text", "attributes": {KEY: [VALUE, ...]}}',
         stands_for="FDA of Based and Just read twice (1,102 documents)",
-        differs="other 510(k) summaries; two attributes of each document, in turn, whose values occur in it; any "
-        "value of an attribute that has several is right",
+        differs="other 510(k) summaries; two attributes of each document, in turn, whose values occur in it; "
+        "any value of an attribute that has several is right",
         reads=1,
     ),
     Task(
@@ -99,7 +99,7 @@ SUITES: dict[str, tuple[Task, ...]] = {
     "recall-twice": tuple(task.twice() for task in RECALL),
     "kv": (
         Task(
-            name="kv",
+            name="kv_retrieval",
             file="kv_retrieval_75",
             form='{"id", "ordered_kv_records": [[KEY, VALUE], ...], "key", "value"}',
             stands_for="key-value retrieval of Lost in the middle, near RULER's niah_multikey_3",
@@ -120,29 +120,33 @@ SUITES: dict[str, tuple[Task, ...]] = {
             file=None,
             form="",
             stands_for="RULER's niah_single_2: a word and a number of seven digits in an essay",
-            differs='the bundled "Pride and Prejudice" in place of essays, which based-mini was trained on; whole '
-            "words of our own lists",
+            differs='the bundled "Pride and Prejudice" in place of essays, which based-mini '
+            "was trained on; words of our own lists",
         ),
         Task(
             name="niah_single_3",
             file=None,
             form="",
             stands_for="RULER's niah_single_3: a word and a UUID in an essay",
-            differs='the bundled "Pride and Prejudice" in place of essays, which based-mini was trained on; whole '
-            "words of our own lists",
+            differs='the bundled "Pride and Prejudice" in place of essays, which based-mini '
+            "was trained on; words of our own lists",
         ),
     ),
 }
 
 
-def tasks_of(suites: Sequence[str]) -> list[Task]:
-    """The tasks of suites, in their order. Raises ValueError about an unknown suite, with the closest one."""
-    tasks: dict[str, Task] = {}
-    for suite in suites:
-        if suite not in SUITES:
-            raise ValueError(f"there is no suite '{suite}'. {did_you_mean(suite, SUITES)}")
-        tasks |= {task.name: task for task in SUITES[suite]}
-    return list(tasks.values())
+def tasks_of(names: Sequence[str]) -> list[Task]:
+    """The tasks of suites, and tasks that are named themselves, each once and in their order.
+
+    Raises ValueError about an unknown name, with the closest one.
+    """
+    single = {task.name: task for tasks in SUITES.values() for task in tasks}
+    chosen: dict[str, Task] = {}
+    for name in names:
+        if name not in SUITES and name not in single:
+            raise ValueError(f"there is no suite or task '{name}'. {did_you_mean(name, [*SUITES, *single])}")
+        chosen |= {task.name: task for task in SUITES.get(name, (single.get(name),)) if task is not None}
+    return list(chosen.values())
 
 
 def suite_of(task: str) -> str:
@@ -154,5 +158,5 @@ def named(name: str) -> Task:
     """The task of a name. Raises ValueError about an unknown one, with the closest one."""
     known = {task.name: task for task in tasks_of(list(SUITES))}
     if name not in known:
-        raise ValueError(f"no suite has a task '{name}'. {did_you_mean(name, known)}")
+        raise ValueError(f"there is no task '{name}'. {did_you_mean(name, known)}")
     return known[name]

@@ -1,9 +1,9 @@
 """The part of a document that a prompt shows: so many of the model's tokens around the answer.
 
-As in "Just read twice" (arXiv 2407.05483), in its published code: of a window of N tokens, 50 are left for the
-answer. The other K = N - 50 are taken from the document: K/2 before the earliest place where an answer stands,
-or the name of the attribute that is asked for, and the rest after it. So the answer is in the window by
-construction, and a score says nothing of a whole long document.
+As in "Just read twice" (arXiv 2407.05483), in its published code: of a window of N tokens, 50 are left for
+the answer. The other K = N - 50 are taken from the document: K/2 before the earliest place where an answer
+stands, or the name of the attribute that is asked for, and the rest after it. So the answer is in the window
+by construction, and a score says nothing of a whole long document.
 
 One thing differs: where the name stands so far before the answer that the window would lack the answer, the
 window is taken around the answer.
