@@ -639,8 +639,8 @@ def recall(
     text. Predictions are saved in the run folders. Stop it at any time; the same command resumes.
 
     Args:
-        runs: run folders of `holdall train`, all on one corpus, or with --data folders of saved models; gaps
-            are relative to the first.
+        runs: run folders of `holdall train`, all on one corpus, or with --data folders of saved models or
+            of the transformers library; gaps are relative to the first.
         out: the folder for slices.json, recall.png, gaps.png, state.png and, for two runs, recall.html.
         checkpoint: the weights to score; by default the final model, else the best, else the last.
         rows: windows of the validation text to score, evenly spread; by default all.
@@ -652,8 +652,8 @@ def recall(
         device: where to run the models; auto takes a GPU if there is one.
         load: a mixer file of your own that a run was trained with.
         dark: draw on a dark background.
-        data: the corpus, a folder that `holdall data` made with their tokenizer, of models that were saved or
-            converted and name none.
+        data: the corpus, a folder that `holdall data` made with their tokenizer, of models that name none:
+            saved, converted, or of the transformers library.
     """
     from holdall.commands import recall as shown
 

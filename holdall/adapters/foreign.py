@@ -316,6 +316,6 @@ def with_ends(made: Tokenizer, config_json: Mapping[str, Any], where: str) -> To
             raise ForeignError(f"{where}: {theirs} = {value!r} is no id of a token")
         ends[ours] = first
     try:
-        return Filed(made.file, made.name, where, **ends)
+        return made.with_ends(**ends)
     except TextError as error:
         raise ForeignError(f"{where}: bos_token_id and eos_token_id must be tokens: {error}") from error

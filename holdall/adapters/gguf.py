@@ -112,12 +112,22 @@ def _config(fields: Fields, weights: Weights) -> dict[str, Any]:
         "vocab_size": fields.only(f"{kind}.vocab_size", vocab),
         "tie_word_embeddings": "output.weight" not in weights,
         "rope_parameters": {"rope_theta": base, **_scaling(fields, kind, weights, base, head_dim)},
-        "bos_token_id": fields.take("tokenizer.ggml.bos_token_id", None),
+        "bos_token_id": _begin(fields),
         "eos_token_id": fields.take("tokenizer.ggml.eos_token_id", None),
     }
     if kind == "llama":
         config_json["attention_bias"] = "blk.0.attn_output.bias" in weights
     return config_json
+
+
+def _begin(fields: Fields) -> int | None:
+    """The token that a document begins with; None for the one that ends it, which in training stood there.
+
+    A file whose `add_bos_token` is false says that its `bos_token_id` is put before no text.
+    """
+    begins = fields.only("tokenizer.ggml.add_bos_token", True, False)
+    named: int | None = fields.take("tokenizer.ggml.bos_token_id", None)
+    return named if begins else None
 
 
 def _scaling(fields: Fields, kind: str, weights: Weights, base: float, head_dim: int) -> dict[str, Any]:

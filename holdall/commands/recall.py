@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from holdall.analysis import recall as slices
 from holdall.commands import TELL_SECONDS, Words, console, resolve_device
 from holdall.files import RunError
 from holdall.language_model import Checkpoint, MissingError
-from holdall.model import Model
+from holdall.model import Model, ModelConfig
 from holdall.report import recall as recalls
 from holdall.text.corpus import open_corpus
 from holdall.text.tokenizers import Bytes
@@ -50,7 +51,7 @@ def recall(
 ) -> int:
     """The command `holdall recall`; returns the exit status.
 
-    data: the corpus of models that were saved or converted, which name none.
+    data: the corpus of models that name none: saved, converted, or of another program.
     """
     if not folders:
         raise ValueError("name at least one run: holdall recall RUN [RUN ...]")
@@ -58,7 +59,10 @@ def recall(
         mixers.load(file)
     device = resolve_device(device)
     try:
-        configs, labels = [_config(folder, data) for folder in folders], _labels(folders)
+        labels = _labels(folders)
+        asked = [_asked(folder, data, checkpoint, out / "models" / label)
+                 for folder, label in zip(folders, labels, strict=True)]  # fmt: skip
+        configs = [model.config for model in asked]
         _warn_of_bytes(configs[0])
         context = context or min(config.context_len for config in configs)
         prefix, longest = max((config.prefix, label) for config, label in zip(configs, labels, strict=True))
@@ -69,9 +73,9 @@ def recall(
             )
         scored = []
         with _ScoreView(len(folders)) as view:
-            for folder, config, label in zip(folders, configs, labels, strict=True):
+            for model, label in zip(asked, labels, strict=True):
                 view.start(label)
-                found = _scores(folder, config, checkpoint, context, rows, device, view.progress)
+                found = _scores(model, checkpoint, context, rows, device, view.progress)
                 # all on the same tokens, which are those that every model predicts
                 scored.append(dataclasses.replace(found, label=label).behind(prefix))
         console.print(_table(scored, threshold))
@@ -80,7 +84,7 @@ def recall(
             console.print(f"  {path}", soft_wrap=True)
         if len(scored) == 2:
             how |= {"passages": passages, "length": length, "licence": licence}
-            path = recalls.write_page(scored[0], scored[1], open_data(configs[0]), out, **how)
+            path = recalls.write_page(scored[0], scored[1], open_data(asked[0].config), out, **how)
             console.print(f"  {path}", soft_wrap=True)
     except KeyboardInterrupt:
         console.print("Stopped. Finished scores are in the run folders; the same command resumes from there.")
@@ -100,31 +104,70 @@ def _warn_of_bytes(config: PretrainConfig) -> None:
             )
 
 
-def _config(folder: Path, data: Path | None) -> PretrainConfig:
-    """The config of a run; of a saved model, with the corpus that is named for it."""
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """A model whose recall is asked for."""
+
+    folder: Path
+    config: PretrainConfig
+    """Of the run; of a saved or a foreign model, with the corpus that is named for it."""
+    kept: Path
+    """The folder for its predictions."""
+    fingerprint: str = ""
+    """Of another program's model, which has no step to be known by."""
+
+
+def _asked(folder: Path, data: Path | None, checkpoint: Checkpoint | None, beside: Path) -> _Asked:
+    """What a folder holds. Predictions of another program's model are kept in `beside`, not in its folder."""
     path = folder / "config.json"
-    if not path.exists():
-        raise RunError(f"{folder} holds no run of a language model; `holdall train` makes one")
+    if foreign.is_foreign(folder) and folder.is_dir():
+        if checkpoint is not None:
+            raise RunError(f"{folder} is a model of another program: it has no checkpoint {checkpoint!r}")
+        corpus = _named_corpus(folder, data, "a model of another program")
+        loaded = foreign.load(folder)
+        config = _on_corpus(folder, loaded.config, loaded.tokenizer.describe(), corpus)
+        return _Asked(folder=folder, config=config, kept=beside, fingerprint=loaded.fingerprint)
     if foreign.is_foreign(folder):
         raise RunError(
-            f"{folder} is a model of another program: `holdall convert {folder} --out FOLDER` first"
+            f"{folder} is a GGUF file: `holdall convert {folder} --out FOLDER` first, which writes the "
+            "tokenizer that a corpus is made with"
         )
+    if not path.exists():
+        raise RunError(f"{folder} holds no run of a language model; `holdall train` makes one")
     config_json = files.read_json(path)
     if "format" not in config_json:
-        return PretrainConfig.read(path)
+        return _Asked(folder=folder, config=PretrainConfig.read(path), kept=folder)
+    corpus = _named_corpus(folder, data, "a saved model")
+    header = language_model.read_header(folder)
+    config = _on_corpus(folder, header.config, config_json.get("tokenizer"), corpus)
+    return _Asked(folder=folder, config=config, kept=folder)
+
+
+def _named_corpus(folder: Path, data: Path | None, what: str) -> Path:
     if data is None:
         raise RunError(
-            f"{folder} is a saved model, without a corpus to score it on; name the run that it is of, or "
+            f"{folder} is {what}, without a corpus to score it on; name the run that it is of, or "
             f"with --data a corpus of its tokenizer: `holdall data TEXT --tokenizer {folder}`"
         )
-    header = language_model.read_header(folder)
-    own, theirs = config_json.get("tokenizer"), open_corpus(data).tokenizer.describe()
-    if not isinstance(own, dict) or any(own.get(name) != theirs[name] for name in ("kind", "sha256")):
+    return data
+
+
+def _on_corpus(folder: Path, model: ModelConfig, described: Any, data: Path) -> PretrainConfig:
+    """The config of a model that names no corpus, on this one, which must be of its tokenizer."""
+    theirs = open_corpus(data).tokenizer.describe()
+    if not isinstance(described, dict) or any(
+        described.get(name) != theirs[name] for name in ("kind", "sha256")
+    ):
         raise RunError(f"the corpus in {data} was made with another tokenizer than that of {folder}")
+<<<<<<< HEAD
     prefix = max(getattr(layer, "prefix", 0) for layer in header.config.layers)
     context = max(SAVED_CONTEXT, 2 * prefix)
     context = min(context, header.config.positions or context)
     return PretrainConfig(model=header.config, data=str(data), context_len=context)
+=======
+    context = min(SAVED_CONTEXT, model.positions or SAVED_CONTEXT)
+    return PretrainConfig(model=model, data=str(data), context_len=context)
+>>>>>>> 7d7dcce (recall reads folders of the transformers library; a GGUF file's add_bos_token is heeded; a damaged tokenizer is called by its own name)
 
 
 def _labels(folders: Sequence[Path]) -> list[str]:
@@ -140,39 +183,48 @@ def _labels(folders: Sequence[Path]) -> list[str]:
 
 
 def _scores(
-    folder: Path,
-    config: PretrainConfig,
+    asked: _Asked,
     checkpoint: Checkpoint | None,
     context: int,
     rows: int | None,
     device: str,
     on_progress: Callable[[int, int], None],
 ) -> slices.Scores:
-    """What a run says of the validation text: as its folder keeps it, or computed now."""
-    try:
-        header = language_model.read_header(folder, checkpoint)
-    except MissingError as error:  # copied here without its weights?
-        kept = slices.find(folder)
-        if kept is None or not _has(kept, context, rows):
-            raise RunError(
-                f"{error}, and there is no recall.json for --context {context}"
-                f"{f' --rows {rows}' if rows else ''}"
-            ) from error
-        return kept
-    corpus = open_data(config, folder / "config.json")
+    """What a model says of the validation text: as its folder keeps it, or computed now."""
+    folder, config = asked.folder, asked.config
     dtype = torch.bfloat16 if config.precision == "bf16" and device != "cpu" else torch.float32
-
-    def model() -> Model:
-        return language_model.load(folder, dtype=dtype, device=device, checkpoint=checkpoint).model
-
     about = {
         "config": {**config.to_dict(), "data": ""},
-        "checkpoint": header.path.stem,
-        "step": header.step,
         "precision": str(dtype).removeprefix("torch."),
     }
+<<<<<<< HEAD
     how = {"context_len": context, "rows": rows, "prefix": config.prefix}
     return slices.score(folder, about, corpus, model, on_progress=on_progress, **how)
+=======
+    if asked.fingerprint:
+        about |= {"checkpoint": "model", "step": 0, "fingerprint": asked.fingerprint}
+        files.make_folder(asked.kept)
+    else:
+        try:
+            header = language_model.read_header(folder, checkpoint)
+        except MissingError as error:  # copied here without its weights?
+            kept = slices.find(folder)
+            if kept is None or not _has(kept, context, rows):
+                raise RunError(
+                    f"{error}, and there is no recall.json for --context {context}"
+                    f"{f' --rows {rows}' if rows else ''}"
+                ) from error
+            return kept
+        about |= {"checkpoint": header.path.stem, "step": header.step}
+    corpus = open_data(config, folder / "config.json")
+
+    def model() -> Model:
+        return foreign.load_any(folder, dtype=dtype, device=device, checkpoint=checkpoint).model
+
+    return slices.score(
+        asked.kept, about, corpus, model, context_len=context, rows=rows, on_progress=on_progress
+    )
+>>>>>>> 7d7dcce (recall reads folders of the transformers library; a GGUF file's add_bos_token is heeded; a damaged tokenizer is called by its own name)
 
 
 def _has(kept: slices.Scores, context: int, rows: int | None) -> bool:

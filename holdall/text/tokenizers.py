@@ -280,6 +280,10 @@ class Filed(Tokenizer):
     def to_json(self) -> bytes:
         return self._file
 
+    def with_ends(self, *, end: int | None, begin: int | None) -> Filed:
+        """The same file with other ends of documents: ids in it, or None as when it is made."""
+        return Filed(self._file, self.name, self._path, end=end, begin=begin)
+
     @contextlib.contextmanager
     def _library(self, what: str) -> Iterator[None]:
         """Turn anything that the library raises, Rust panics included, into a TextError."""

@@ -135,6 +135,14 @@ def test_without_names_of_ends_the_tokenizer_s_own_is_taken(folder: Path) -> Non
     assert "begin" not in tokenizer.describe()
 
 
+def test_a_tokenizer_that_cannot_be_used_is_called_by_its_own_name(folder: Path) -> None:
+    file = folder / "tokenizer.json"
+    parsed = json.loads(file.read_text())
+    file.write_text(json.dumps({**parsed, "model": {**parsed["model"], "type": "Nonsense"}}))
+    with pytest.raises(TextError, match=rf"^{file} is not a file that the tokenizers library can use"):
+        holdall.load(folder).tokenizer.encode_batch(["the dog"])
+
+
 def test_a_tokenizer_is_given_or_asked_for(folder: Path, tmp_path: Path) -> None:
     other = tmp_path / "tokenizer.json"
     (folder / "tokenizer.json").rename(other)

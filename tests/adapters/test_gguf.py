@@ -224,6 +224,15 @@ def test_the_tokenizer_is_made_of_the_metadata(transformers: ModuleType, tmp_pat
     assert again.generate("the dog", max_tokens=5) == model.generate("the dog", max_tokens=5)
 
 
+@pytest.mark.parametrize(("said", "begin"), [(True, 1), (False, 0)])
+def test_a_token_that_is_put_before_no_text_begins_no_document(
+    transformers: ModuleType, said: bool, begin: int, tmp_path: Path
+) -> None:
+    changed = {"tokenizer.ggml.add_bos_token": said}
+    tokenizer = holdall.load(write(original(transformers, "llama"), tmp_path / "a.gguf", **changed)).tokenizer
+    assert (tokenizer.end, tokenizer.begin) == (0, begin)
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"llama.expert_count": 8}, "llama.expert_count = 8"),
     ({"llama.rope.dimension_count": 4}, "llama.rope.dimension_count = 4"),
@@ -237,6 +246,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"tokenizer.ggml.model": "llama"}, "tokenizer.ggml.model = 'llama' .* --tokenizer"),
     ({"tokenizer.ggml.pre": "tekken"}, "tokenizer.ggml.pre = 'tekken' .* --tokenizer"),
     ({"tokenizer.ggml.eos_token_id": 999}, "no token with the id 999"),
+    ({"tokenizer.ggml.add_bos_token": "no"}, "tokenizer.ggml.add_bos_token = 'no'"),
 ]
 
 
