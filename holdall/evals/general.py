@@ -12,13 +12,13 @@ the files have otherwise than lm-eval's own data sets is put right here, by one 
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from holdall.evals import documents, suites
+from holdall.evals import documents
+from holdall.evals.suites import Task
 from holdall.files import RunError
 from holdall.text.files import check, is_text
 
@@ -152,39 +152,16 @@ def pairs(doc: Doc) -> list[tuple[str, str]]:
     return [(doc["query"], f"{DELIMITER}{choice}") for choice in doc["choices"]]
 
 
-def rows(task: str, data: Path | None) -> Iterator[Doc]:
+def rows(task: Task, data: Path | None) -> Iterator[Doc]:
     """The documents of a task's file, with the numbers of their lines as `id`.
 
     Raises RunError, which says which file is missing or which line has another form.
     """
-    about = suites.named(task)
-    path = None if data is None else documents.find(data, about)
+    path = None if data is None else documents.find(data, task)
     if path is None:
-        raise RunError(documents.missing(data, about))
+        raise RunError(documents.missing(data, task))
     for number, row in documents.read_rows(path):
         try:
-            yield {"id": str(number), **document(task, row)}
+            yield {"id": str(number), **document(task.name, row)}
         except ValueError as error:
-            raise RunError(f"line {number} of {path}: {error}. {task} reads {about.form}") from error
-
-
-def dataset(
-    *, task: str, data: str | Path | None = None, limit: int | None = None, **others: Any
-) -> dict[str, Any]:
-    """The documents of a task for lm-eval, which passes what a YAML file and the TaskManager's metadata say.
-
-    Args:
-        data: the folder of files.
-        limit: the most documents, so that no others are made.
-        others: what else lm-eval knows of the task and the model.
-    """
-    import datasets
-    from datasets.fingerprint import generate_random_fingerprint
-    from datasets.table import InMemoryTable
-
-    docs = list(itertools.islice(rows(task, None if data is None else Path(data)), limit))
-    if not docs:
-        raise RunError(f"{task}: its file in {data} has no rows")
-    # `from_list` would make a fingerprint of the table, which datasets 5.2 cannot with pyarrow 26
-    table = InMemoryTable.from_pylist(docs)
-    return {"test": datasets.Dataset(table, fingerprint=generate_random_fingerprint())}
+            raise RunError(f"line {number} of {path}: {error}. {task.name} reads {task.form}") from error

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from holdall.evals import documents, needles, prompts, windows
+from holdall.evals import documents, general, needles, prompts, windows
 from holdall.evals.suites import Task, named
 from holdall.evals.windows import Codec
 from holdall.files import RunError
@@ -54,6 +54,12 @@ def rows(
 
     Raises RunError, which says what is missing, if a task's file is not there or damaged.
     """
+    if task.name in general.FORMS:
+        for doc in general.rows(task, data):
+            asked = general.pairs(doc)
+            prompt, gold = asked[doc.get("gold", 0)]
+            yield Row(doc["id"], prompt, (gold,), None, False, len(codec.encode(prompt)))
+        return
     if task.file is None:
         for number, needle in enumerate(needles.needles(task.name, window, codec, seed=seed)):
             tokens = len(codec.encode(needle.prompt))
@@ -101,10 +107,15 @@ def dataset(
         limit: the most documents, so that no others are made.
         others: what else lm-eval knows of the task and the model.
     """
+    about, folder = named(task), None if data is None else Path(data)
+    if task in general.FORMS:  # of which other fields are asked for
+        if not (choices := list(itertools.islice(general.rows(about, folder), limit))):
+            raise RunError(f"{task}: its file in {folder} has no rows")
+        return {"test": Documents(choices)}
     made = rows(
-        named(task),
+        about,
         _codec(tokenizer, others),
-        data=None if data is None else Path(data),
+        data=folder,
         window=window,
         seed=seed,
     )

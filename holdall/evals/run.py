@@ -51,6 +51,8 @@ class Subject:
     """Bytes of the state of one row after so many tokens; None if unknown."""
     fingerprint: str = ""
     """What identifies its weights, so that scores of others are never mixed in; empty if unknown."""
+    note: str = ""
+    """What a user should know of how it is run, as a sentence."""
 
     def about(self, window: int) -> dict[str, Any]:
         """What models/NAME.json says."""

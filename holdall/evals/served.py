@@ -7,13 +7,15 @@ are those of the same model in process, up to the digits of JSON and sums in ano
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
 import requests
+from lm_eval.models import api_models
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
@@ -143,6 +145,17 @@ class Server:
         return str(self._json("POST", "/detokenize", body)["prompt"])
 
 
+@contextlib.contextmanager
+def _bars(shown: bool) -> Iterator[None]:
+    """Progress bars of lm-eval's client, which it draws whether they are wanted or not."""
+    bar = api_models.tqdm
+    api_models.tqdm = functools.partial(bar, disable=not shown)
+    try:
+        yield
+    finally:
+        api_models.tqdm = bar
+
+
 class ServedLM(LocalCompletionsAPI):
     """A model of a server for lm-eval.
 
@@ -205,10 +218,19 @@ class ServedLM(LocalCompletionsAPI):
         except requests.RequestException as error:
             raise self.server.failed("/v1/completions", error) from error
 
-    def _loglikelihood_tokens(self, requests: Any, **options: Any) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(
+        self, requests: Any, disable_tqdm: bool = False, **options: Any
+    ) -> list[tuple[float, bool]]:
         if requests and not self._scores:
             self._check_scores()
-        return super()._loglikelihood_tokens(requests, **options)
+        with _bars(not disable_tqdm):
+            return super()._loglikelihood_tokens(requests, **options)
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+        if not requests:
+            return []
+        with _bars(not disable_tqdm):
+            return super().generate_until(requests)
 
     def _check_scores(self) -> None:
         """Raise RunError where the server does not say how probable a prompt's tokens are."""

@@ -184,11 +184,14 @@ def write(folder: Path, task: str, *rows: Any) -> Path:
 
 def test_rows_are_read_from_the_data_folder(tmp_path: Path) -> None:
     write(tmp_path, "piqa", CASES[4].row, {**CASES[4].row, "gold": 0})
-    assert [(doc["id"], doc["gold"]) for doc in general.rows("piqa", tmp_path)] == [("1", 1), ("2", 0)]
+    assert [(doc["id"], doc["gold"]) for doc in general.rows(suites.named("piqa"), tmp_path)] == [
+        ("1", 1),
+        ("2", 0),
+    ]
     with pytest.raises(RunError, match=r"piqa needs piqa\.jsonl .* in the folder that --data names"):
-        next(general.rows("piqa", None))
+        next(general.rows(suites.named("piqa"), None))
     with pytest.raises(RunError, match=r"copa needs copa\.jsonl"):
-        next(general.rows("copa", tmp_path))
+        next(general.rows(suites.named("copa"), tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -206,7 +209,7 @@ def test_a_row_of_another_form_is_refused(
 ) -> None:
     write(tmp_path, task, {**CASES[4].row, **changed})
     with pytest.raises(RunError, match=message):
-        list(general.rows(task, tmp_path))
+        list(general.rows(suites.named(task), tmp_path))
 
 
 # ------------------------------------------------------------------------------------------ lm-eval

@@ -21,12 +21,15 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 
-from holdall.evals.models import OpenModel, open_model
+from holdall.evals.models import open_model
+from holdall.evals.run import Subject
 from holdall.files import RunError
 
 WIDTH = 16
 GREEDY = {"until": ["e"], "max_gen_toks": 7, "do_sample": False}
 CONTEXTS = ["The cat", "It is a truth universally", "", "The cat sat "]
+TOKENS = ("100", "200", "512", "1024", "2048")
+"""Where states are counted, for a window of 100."""
 PAIRS = [(context, f" {word}") for context in CONTEXTS for word in ("sat", "on the mat", "é")]
 
 
@@ -43,28 +46,18 @@ def asked(*arguments: Any) -> list[Any]:
     return [SimpleNamespace(args=one) for one in arguments]
 
 
-def scores(model: OpenModel) -> list[tuple[float, bool]]:
-    return list(model.lm.loglikelihood(asked(*PAIRS), disable_tqdm=True))
+def scores(model: Subject, batch: int = 4) -> list[tuple[float, bool]]:
+    return list(model.make(batch).loglikelihood(asked(*PAIRS), disable_tqdm=True))
 
 
-def texts(model: OpenModel) -> list[str]:
-    contexts = filter(None, CONTEXTS)
-    return list(
-        model.lm.generate_until(asked(*((context, GREEDY) for context in contexts)), disable_tqdm=True)
-    )
+def texts(model: Subject, batch: int = 4) -> list[str]:
+    wanted = asked(*((context, GREEDY) for context in filter(None, CONTEXTS)))
+    return list(model.make(batch).generate_until(wanted, disable_tqdm=True))
 
 
-def rolling(model: OpenModel) -> list[float]:
-    return list(model.lm.loglikelihood_rolling(asked(("a whole text, é",), ("short",)), disable_tqdm=True))
-
-
-def assert_same(got: OpenModel, want: OpenModel, atol: float) -> None:
-    for (one, greedy), (other, likeliest) in zip(scores(got), scores(want), strict=True):
-        assert abs(one - other) < atol
-        assert greedy == likeliest
-    assert rolling(got) == pytest.approx(rolling(want), abs=atol)
-    assert texts(got) == texts(want)
-    assert len({round(score, 3) for score, _ in scores(got)}) == len(PAIRS)
+def rolling(model: Subject, batch: int = 4) -> list[float]:
+    wanted = asked(("a whole text, é",), ("short",))
+    return list(model.make(batch).loglikelihood_rolling(wanted, disable_tqdm=True))
 
 
 @pytest.fixture
@@ -75,12 +68,12 @@ def saved(tmp_path: Path) -> Path:
 
 def test_a_folder_of_our_own_and_what_is_known_of_it(saved: Path) -> None:
     model, want = open_model(str(saved)), made()
-    about = model.about()
+    about = model.about(window=100)
     assert json.loads(json.dumps(about)) == about
     assert (about["name"], about["kind"]) == ("mine", "holdall")
     assert about["source"] == str(saved)
     assert about["parameters"] == want.model.parameter_count()
-    assert about["state_bytes"] == {str(tokens): want.model.state_bytes(64) for tokens in (512, 1024, 2048)}
+    assert about["state_bytes"] == dict.fromkeys(TOKENS, want.model.state_bytes(64))
     assert about["fingerprint"] == want.fingerprint
     assert about["tokenizer"] == "bytes"
     ids = model.codec.encode("é!")
@@ -93,8 +86,10 @@ def test_a_folder_of_our_own_and_what_is_known_of_it(saved: Path) -> None:
 def test_states_that_grow_are_counted_as_far_as_the_model_reads(tmp_path: Path) -> None:
     want = made("attention", positions=600)
     want.save(tmp_path / "grows")
-    assert open_model(str(tmp_path / "grows")).about()["state_bytes"] == {
-        "512": want.model.state_bytes(512), "1024": None, "2048": None,
+    counted = open_model(str(tmp_path / "grows")).about(window=256)["state_bytes"]
+    assert counted == {
+        **{str(tokens): want.model.state_bytes(tokens) for tokens in (256, 512)},
+        "1024": None, "2048": None,
     }  # fmt: skip
     assert want.model.state_bytes(512) > want.model.state_bytes(256)
 
@@ -127,7 +122,7 @@ def llama(tmp_path: Path) -> Path:
 
 def test_a_folder_of_transformers_is_run_by_holdall_where_it_can_be(llama: Path) -> None:
     model = open_model(str(llama))
-    about = model.about()
+    about = model.about(window=100)
     assert (about["name"], about["kind"], model.note) == ("llama", "foreign", "")
     assert about["state_bytes"]["1024"] > about["state_bytes"]["512"] > 0
     assert len(scores(model)) == len(PAIRS)
@@ -141,15 +136,15 @@ def test_and_else_by_the_library(llama: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delitem(foreign.FAMILIES, "llama")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        other = open_model(str(llama), batch=2)
+        other = open_model(str(llama))
         assert other.kind == "transformers"
         assert "model_type = 'llama'" in other.note
-        about = other.about()
-        assert about["parameters"] == own.about()["parameters"]
+        about = other.about(window=100)
+        assert about["parameters"] == own.about(window=100)["parameters"]
         assert set(about["state_bytes"].values()) == {None}
         assert about["fingerprint"]
         plain = asked(("", " sat"), ("", " on the mat"))  # a context would begin a document in one alone
-        got, want = (model.lm.loglikelihood(plain, disable_tqdm=True) for model in (other, own))
+        got, want = (model.make(2).loglikelihood(plain, disable_tqdm=True) for model in (other, own))
     assert [score for score, _ in got] == pytest.approx([score for score, _ in want], abs=1e-4)
     monkeypatch.setattr("holdall.evals.models.needed", _without("accelerate"))
     with pytest.raises(RunError, match=r"model_type = 'llama'.*pip install transformers accelerate"):
@@ -189,7 +184,7 @@ def served() -> Iterator[tuple[str, LanguageModel]]:
 def test_addresses_of_a_server(served: tuple[str, LanguageModel], end: str) -> None:
     url, want = served
     model = open_model(url + end)
-    about = model.about()
+    about = model.about(window=100)
     assert (about["name"], about["kind"], about["source"]) == ("mini", "server", url + end)
     assert about["parameters"] == want.model.parameter_count()
     assert set(about["state_bytes"].values()) == {want.model.state_bytes(64)}
@@ -198,11 +193,18 @@ def test_addresses_of_a_server(served: tuple[str, LanguageModel], end: str) -> N
 
 @pytest.mark.parametrize("batch", [1, 5])
 def test_a_server_gives_the_scores_of_the_model(
-    served: tuple[str, LanguageModel], batch: int, tmp_path: Path
+    served: tuple[str, LanguageModel], batch: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     url, model = served
     model.save(tmp_path / "here")
-    assert_same(open_model(url, batch=batch), open_model(str(tmp_path / "here")), atol=1e-4)
+    got, want = open_model(url), open_model(str(tmp_path / "here"))
+    for (one, greedy), (other, likeliest) in zip(scores(got, batch), scores(want), strict=True):
+        assert abs(one - other) < 1e-4
+        assert greedy == likeliest
+    assert len({round(score, 3) for score, _ in scores(want)}) == len(PAIRS)
+    assert rolling(got, batch) == pytest.approx(rolling(want), abs=1e-4)
+    assert texts(got, batch) == texts(want)
+    assert "Requesting" not in capsys.readouterr().err  # no bar where none is wanted
 
 
 def test_what_is_wrong_with_a_server_is_said(
@@ -218,13 +220,15 @@ def test_what_is_wrong_with_a_server_is_said(
     with pytest.raises(RunError, match="answers 404"):
         open_model(f"{url}/elsewhere")
     model = open_model(url)
-    call = model.lm.model_call
+    from holdall.evals.served import ServedLM
 
-    def without_scores(*messages: Any, **options: Any) -> Any:
-        answer = call(*messages, **options)
+    call = ServedLM.model_call
+
+    def without_scores(self: ServedLM, *messages: Any, **options: Any) -> Any:
+        answer = call(self, *messages, **options)
         return {"choices": [{**choice, "logprobs": None} for choice in answer["choices"]]}
 
-    monkeypatch.setattr(model.lm, "model_call", without_scores)
+    monkeypatch.setattr(ServedLM, "model_call", without_scores)
     with pytest.raises(RunError, match="gives no log-probabilities of a prompt"):
         scores(model)
     assert all(texts(model))

@@ -26,6 +26,7 @@ import torch
 
 from holdall.adapters import foreign
 from holdall.evals import general
+from holdall.evals.suites import named
 from holdall.language_model import LanguageModel
 
 MODEL, DATA = (Path(os.environ.get(name, "")) for name in ("HOLDALL_SMOLLM2", "HOLDALL_EVAL_DATA"))
@@ -58,7 +59,7 @@ def scored(model: LanguageModel, read: Sequence[int], said: Sequence[int]) -> tu
 def test_last_words_of_lambada(smollm2: LanguageModel) -> None:
     encode = smollm2.tokenizer.encode_batch
     nats, right = 0.0, 0
-    for doc in islice(general.rows("lambada", DATA), ROWS):
+    for doc in islice(general.rows(named("lambada"), DATA), ROWS):
         ((context, word),) = general.pairs(doc)
         read, whole = (ids.tolist() for ids in encode([context, context + word]))
         assert whole[: len(read)] == read
