@@ -193,7 +193,7 @@ def _scores(
     """What a model says of the validation text: as its folder keeps it, or computed now."""
     folder, config = asked.folder, asked.config
     dtype = torch.bfloat16 if config.precision == "bf16" and device != "cpu" else torch.float32
-    about = {
+    about: dict[str, Any] = {
         "config": {**config.to_dict(), "data": ""},
         "precision": str(dtype).removeprefix("torch."),
     }
