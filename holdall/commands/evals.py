@@ -12,11 +12,12 @@ from rich import box
 from rich.progress import BarColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from holdall.commands import TELL_SECONDS, Words, console
+from holdall.commands import TELL_SECONDS, Words, console, resolve_device
 from holdall.commands.loading import Loading
 from holdall.evals import documents, harness, suites
 from holdall.evals.folder import EvalConfig, Result, ResultsFolder
-from holdall.evals.run import Plan, Subject, subject
+from holdall.evals.models import open_model
+from holdall.evals.run import Plan, Subject
 from holdall.evals.run import evaluate as ask
 from holdall.files import RunError
 from holdall.report.style import bytes_text
@@ -40,7 +41,7 @@ def evaluate(
     """Score language models on suites of Holdall's and tasks of lm-eval; returns the exit status.
 
     Args:
-        models: folders, files or names.
+        models: folders, files, names or addresses.
         names: suites, or single tasks of them; with no tasks either, all suites whose files are there.
         tasks: tasks of lm-eval.
         data: the folder of the suites' files.
@@ -62,7 +63,7 @@ def evaluate(
         raise RunError(f"files are missing; name the tasks whose files are there, or give them:\n  {files}")
     loading.load_mixers()
     if dry_run:
-        subjects = [subject(loading.model(name), _label(name), source=name) for name in models]
+        subjects = [_opened(name, loading) for name in models]
         for one in subjects:
             console.print(_planned(one, plan))
         _say_missing(lacking, data)
@@ -74,7 +75,7 @@ def evaluate(
     try:
         with _View() as view:
             for name in models:
-                one = subject(loading.model(name), _label(name), source=name)
+                one = _opened(name, loading)
                 device = str(loading.device)
                 folder.claim(config, _suites(names, plan), plan.names(), command=command, device=device)
                 view.model(one.name)
@@ -91,9 +92,14 @@ def evaluate(
     return 0
 
 
-def _label(name: str) -> str:
-    """A short name of a model: that of its folder."""
-    return Path(name).absolute().name or name
+def _opened(name: str, loading: Loading) -> Subject:
+    """A model to evaluate, and what is to be known of how it is run."""
+    one = open_model(
+        name, device=resolve_device(loading.device), dtype=loading.precision, checkpoint=loading.checkpoint
+    )
+    if one.note:
+        console.print(one.note, soft_wrap=True)
+    return one
 
 
 def _suites(names: Sequence[str], plan: Plan) -> list[str]:
