@@ -381,7 +381,9 @@ def _sample(given: Mapping[str, Any], metric: str, codec: Codec) -> dict[str, An
             str(after) if one_context else context + str(after) for context, after in requests
         ]
         about["logprobs"] = [float(answer[0]) for answer in answers]
-        about["gold"] = given["target"]
+        # the place of the right choice, also where lm-eval's target is the text that all contexts share
+        gold = doc.get("gold", 0 if len(requests) == 1 else None)
+        about["gold"] = gold if isinstance(gold, int) else given["target"]
         if not one_context:
             about["prompt"] = prompt = ""
     else:

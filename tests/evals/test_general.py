@@ -8,9 +8,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 from holdall.evals import general, suites
+from holdall.evals.folder import EvalConfig, ResultsFolder
+from holdall.evals.run import Plan, evaluate, subject
 from holdall.files import RunError
+from holdall.language_model import LanguageModel
+from holdall.mixers.taylor import TaylorConfig
+from holdall.model import ModelConfig, seeded
+from holdall.text.tokenizers import Bytes
 
 ENDINGS = ["pulls a fish out.", "sings [music] twice.", "paints the wall.", "drives off."]
 
@@ -292,3 +299,40 @@ def test_the_harness_asks_what_its_own_task_asks(task: str, tmp_path: Path) -> N
             assert got == want
             assert suites.named(task).metric in got
     assert ours.aggregation().keys() == theirs.aggregation().keys()
+
+
+@pytest.mark.usefixtures("_lm_eval")
+@pytest.mark.filterwarnings("ignore")
+def test_the_suite_is_run_and_its_samples_say_which_choice_is_right(tmp_path: Path) -> None:
+    tasks = suites.SUITES["general"]
+    for task in tasks:
+        write(tmp_path, task.name, *(case.row for case in CASES if case.task == task.name))
+    layers = (TaylorConfig(width=16),)
+    with seeded(0):
+        model = ModelConfig(vocab=264, width=16, layers=layers, mlp=24).build()
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    asked = subject(LanguageModel(model.eval(), Bytes()), "tiny")
+    config, folder = EvalConfig(), ResultsFolder(tmp_path / "out")
+    folder.claim(config, ["general"], list(general.FORMS), command="", device="cpu")
+    lines = evaluate(asked, Plan(config=config, tasks=tasks, data=tmp_path), folder)
+    assert [(line.task, line.metric, line.suite) for line in lines] == [
+        (task.name, task.metric, "general") for task in tasks
+    ]
+    for line in lines:
+        samples, cases = folder.samples("tiny", line.task), [case for case in CASES if case.task == line.task]
+        assert line.count == len(samples) == len(cases)
+        for sample, case in zip(samples, cases, strict=True):
+            assert sample["gold"] == (case.gold or 0)
+            scores = sample["logprobs"]
+            assert len(sample["choices"]) == len(scores) == len(case.pairs)
+            if case.gold is not None:
+                # of a character, where that is the metric: the space before a choice is none of it
+                lengths = [len(after) - 1 for _, after in case.pairs]
+                each = [a / b for a, b in zip(scores, lengths, strict=True)]
+                likeliest = max(
+                    range(len(scores)), key=(each if line.metric == "acc_norm" else scores).__getitem__
+                )
+                assert sample["right"] == (likeliest == case.gold)
+        assert line.value == pytest.approx(sum(sample["right"] for sample in samples) / len(samples))
+    assert next(line for line in lines if line.task == "lambada").others["perplexity"] > 1
