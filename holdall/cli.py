@@ -455,6 +455,7 @@ def generate(
     seed: Seed = 0,
     session: Path | None = None,
     save_session: Path | None = None,
+    jrt_padding: NonNegativeInt | None = None,
     loading: Annotated[Loading, tyro.conf.arg(name="")] = AS_IT_IS,
 ) -> int:
     """Print how a language model continues a text, as it comes; with no arguments a small included one.
@@ -475,6 +476,9 @@ def generate(
         seed: Of the draws.
         session: A file of --save-session, which the prompt and the new text continue.
         save_session: The file for what the model has read and written, to be resumed here or elsewhere.
+        jrt_padding: The token with which a prompt that is shorter than the prefix of a JRT-RNN is padded on
+            the left, as the published ones are run (220, a space of GPT-2's). By default none is: a shorter
+            prompt is all prefix.
         loading: The fields of Loading.
     """
     from holdall.commands import generate as shown
@@ -483,7 +487,7 @@ def generate(
         "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
         "repetition_penalty": repetition_penalty, "stop": stop, "seed": seed,
     }  # fmt: skip
-    return shown.generate(run, prompt, options, session, save_session, loading)
+    return shown.generate(run, prompt, options, session, save_session, loading, jrt_padding=jrt_padding)
 
 
 @command

@@ -368,6 +368,7 @@ def double_scores(mixer: Any) -> None:
 LINEAR, TAYLOR = {"feature_map": "elu1"}, {"feature_dim": 4, "chunk": 16}
 RING = {"feature_dim": 4, "replay": 4}
 SHORT = {"replay": 2}
+TWICE = "prefix-linear-attention"
 FP32, BF16 = torch.float32, torch.bfloat16
 
 FAULTS: list[tuple[str, str, Callable[[], Mixer]]] = [
@@ -380,6 +381,12 @@ FAULTS: list[tuple[str, str, Callable[[], Mixer]]] = [
     ("causal", "sees the next token", plant("attention", forward=output(sees_next_token))),
     ("causal", "sees all", plant("hyena", forward=output(lambda y, x: y + TINY * x.mean(1, keepdim=True)))),
     ("causal", "sees all in fp32", plant("hyena", FP32, forward=output(
+        lambda y, x: y + 0.001 * x.mean(1, keepdim=True)))),
+    ("prefix", "forgets a little", plant(TWICE, forward=before(each(lambda t: t * (1 - TINY))))),
+    ("prefix", "reads it again", plant(TWICE, forward=before(lambda s: s._replace(
+        seen_B=torch.zeros_like(s.seen_B))))),
+    ("prefix", "sees the next token", plant(TWICE, forward=output(sees_next_token))),
+    ("prefix", "sees all in fp32", plant(TWICE, FP32, forward=output(
         lambda y, x: y + 0.001 * x.mean(1, keepdim=True)))),
     ("rows", "averages rows", plant("mamba", forward=output(lambda y, x: y + TINY * x.mean(0)))),
     ("rows", "averages rows of the state", plant("linear-attention", forward=after(

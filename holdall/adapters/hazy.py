@@ -173,17 +173,20 @@ def read_padded(model: Model, tokens: Sequence[int], *, pad: int) -> Session:
 
     A prompt that is shorter than the prefix is padded on the left. Prefix linear attention has zeros for the
     padding's keys; convolutions and windows read it as text. One that is as long is read as by `read`.
+    `LanguageModel.generate` and the engine continue the session, as any other.
 
     Args:
         pad: the token, 50256 (the end of a document) in their generation, 220 (a space) in their evaluations.
 
-    Raises ValueError if the model has no prefix, or layers with different ones.
+    Raises ValueError if the model has no prefix, or layers with different ones, or if there are no tokens.
     """
     layers = [mixer for mixer in model.mixers if isinstance(mixer, PrefixLinearAttention)]
     if len({mixer.prefix for mixer in layers}) != 1:
         raise ValueError(
             "a prompt is padded for layers of prefix linear attention, which all have one prefix"
         )
+    if not len(tokens):
+        raise ValueError("there is nothing to pad: give at least one token")
     padding = max(model.prefix - len(tokens), 0)
 
     def add(mixer: nn.Module, args: tuple[Any, ...], how: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -193,7 +196,8 @@ def read_padded(model: Model, tokens: Sequence[int], *, pad: int) -> Session:
         if padding:  # then all is one call, the first
             for mixer in layers:
                 hooks.callback(mixer.register_forward_pre_hook(add, with_kwargs=True).remove)
-        return read(model, [pad] * padding + list(tokens))
+        session = read(model, [pad] * padding + list(tokens))
+    return session._replace(past=session.past.padded(padding))
 
 
 # ------------------------------------------------------------------------------------------------ the whole

@@ -138,7 +138,7 @@ class Mixer(nn.Module):
     """Whether `forward` also takes the tokens' ids, as the keyword argument `tokens_BT`."""
     prefix: int = 0
     """Tokens at a row's start that see each other, and so have to be read in one call; 0 where none does. A
-    mixer with such a prefix refuses the laws "causal" and "splits", but obeys them behind it.
+    mixer with such a prefix refuses the laws "causal" and "splits", but obeys them behind it: law "prefix".
     """
     fills_slots: bool = False
     """Whether `forward` takes a state with room as it is, and returns one.

@@ -23,7 +23,7 @@ import itertools
 import json
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,6 +74,10 @@ class Past:
             grid, tail = chained(grid, tail[:CHUNK]), tail[CHUNK:]
         recent = (*self.recent, *tokens)[-RECENT:]
         return Past(self.count + len(tokens), grid, tail, recent)
+
+    def padded(self, padding: int) -> Past:
+        """As if so many of the first tokens were padding, which is not what they are as text."""
+        return replace(self, grid=chained(self.grid, (-1, padding))) if padding else self
 
     @property
     def key(self) -> str:

@@ -498,6 +498,38 @@ def law_causal(mixer: Mixer, length: int = 65, firsts: Sequence[int] = (1, 2, 32
 
 
 @law(
+    "time",
+    "behind its prefix the mixer is not causal, or reads in pieces what it does not read at once",
+    "the prefix read again by a later call, its sums added at another time, a mask one token off",
+)
+@torch.no_grad()
+def law_prefix(mixer: Mixer, length: int = 65, firsts: Sequence[int] = (0, 1, 32, 64)) -> None:
+    """Behind a prefix that is read in one call, any split gives the whole and no output sees later tokens.
+
+    Of mixers that have a prefix; the others obey the laws of splits and of causality from their first token.
+    """
+    if not mixer.prefix:
+        return
+    prefix = mixer.prefix
+    x_BTD = tokens(mixer, prefix + length)
+    y_BTD, state = mixer(x_BTD)
+    rounding, whole = Rounding(mixer, x_BTD), named(y_BTD, state)
+    for rest in ((length,), (1,) * length, (2, length - 35, 33)):
+        for sizes in ((prefix, *rest), (prefix + rest[0], *rest[1:])):
+            pieces = named(*read_in_pieces(mixer, x_BTD, sizes))
+            rounding.check(f"behind a prefix of {prefix}, in {pieces_of(sizes)}, differs", pieces, whole)
+    for first in (prefix + after for after in firsts):
+        other_BTD = x_BTD.clone()
+        other_BTD[:, first:] = tokens(mixer, prefix + length, seed=1)[:, first:]
+        early_BTD = mixer(other_BTD)[0]
+        early_BTD[:, first:] = y_BTD[:, first:]
+        rounding.check(
+            f"before token {first}, behind a prefix of {prefix}, changes when later tokens do",
+            {"output": early_BTD}, {"output": y_BTD},
+        )  # fmt: skip
+
+
+@law(
     "rows",
     "rows of a batch see each other",
     "means and norms over the batch, reshapes that mix rows, a state that is indexed by the wrong dimension",

@@ -1,5 +1,6 @@
 """The command `holdall generate`, as typed: text to stdout as it comes, and nothing else."""
 
+import functools
 import io
 import os
 import subprocess
@@ -8,10 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import holdall
 from holdall import cli, language_model
 from holdall.engine import Piece, Usage
+from holdall.mixers.base_conv import BaseConvConfig
+from holdall.mixers.prefix_linear_attention import PrefixLinearAttentionConfig
+from holdall.mixers.sliding_window import SlidingWindowConfig
+from holdall.model import ModelConfig, seeded
+from holdall.text.tokenizers import Bytes
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
@@ -90,6 +97,46 @@ def test_text_comes_piece_by_piece_and_steers_no_terminal(monkeypatch: pytest.Mo
     monkeypatch.setattr(sys, "stdout", Terminal())
     assert run(monkeypatch) == 0
     assert seen[-1] == "Look: \x1b[2J\n\ttab"
+
+
+@torch.no_grad()
+def test_a_short_prompt_is_padded_as_the_published_models_read_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The text of one call over all tokens, again for each of them, in which the padding's keys are zero."""
+    twice = PrefixLinearAttentionConfig(width=16, heads=2, feature_dim=4, prefix=24)
+    layers = (BaseConvConfig(width=16), twice, SlidingWindowConfig(width=16, heads=2, window=5))
+    with seeded(3):
+        model = ModelConfig(vocab=264, width=16, layers=layers).build()
+        for weight in model.parameters():
+            torch.nn.init.normal_(weight, std=0.5)
+    language_model.LanguageModel(model, Bytes()).save(tmp_path / "mine")
+    options = ("--max-tokens", 12, "--temperature", 0, "--device", "cpu")
+    written = {}
+    for padding in (24 - len("Mr. Darcy"), 0):
+        ids = [32] * padding + list(b"Mr. Darcy")
+        model.mixers[1].forward = functools.partial(
+            type(model.mixers[1]).forward, model.mixers[1], padding=padding
+        )
+        for _ in range(12):
+            logits_V = model(torch.tensor([ids]))[0][0, -1, :257]
+            ids.append(int(logits_V.argmax()))
+        written[padding] = Bytes().decode(ids[padding + len("Mr. Darcy") :])
+    assert run(monkeypatch, tmp_path / "mine", "Mr. Darcy", *options, "--jrt-padding", 32) == 0
+    assert capsys.readouterr().out == written[15] != written[0]
+    saved = tmp_path / "session.safetensors"
+    first = ("--jrt-padding", 32, "--save-session", saved, "--max-tokens", 5)
+    assert run(monkeypatch, tmp_path / "mine", "Mr. Darcy", *options, *first) == 0
+    assert run(monkeypatch, tmp_path / "mine", *options, "--session", saved, "--max-tokens", 7) == 0
+    assert capsys.readouterr().out == written[15]
+    for words, says in (
+        ((tmp_path / "mine", "a", "--jrt-padding", 32, "--session", saved), "--session continues one"),
+        ((tmp_path / "mine", "a", "--jrt-padding", 264), "token 0 is 264, where the model's vocabulary"),
+        ((tmp_path / "mine", "--jrt-padding", 32), "nothing to pad: give at least one token"),
+        (("based-mini", "a", "--jrt-padding", 32), "padded for layers of prefix linear attention"),
+    ):
+        assert run(monkeypatch, *words) == 2
+        assert says in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from engine_checks import TOKENIZER, WIDTH, assert_same, build, definition, requests, texts
 
+from holdall.adapters import hazy
 from holdall.analysis.recall import predict
 from holdall.engine.fast import Engine, EngineConfig
 from holdall.engine.graphs import Desk, DeskReader
@@ -194,6 +195,28 @@ def test_training_predicts_what_comes_after_the_prefix() -> None:
     torch.testing.assert_close(
         torch.from_numpy(found.log_prob), log_p_BTV.gather(2, rows_BN[:, P:, None])[..., 0]
     )
+
+
+def test_padded_prompts_in_an_engine_are_as_one_after_another_and_no_texts_of_spaces() -> None:
+    """Read as the published models read a short prompt; the store takes none for the same tokens as text."""
+    layers = (*LAYERS[:3], LAYERS[1])
+    model, pad = build({"layers": layers}, torch.float64), 32
+    sessions = {length: hazy.read_padded(model, prompt_of(length), pad=pad) for length in LENGTHS}
+    asked = [Request(prompt=(), session=session, sampling=GREEDY) for session in sessions.values()]
+    assert_same(texts(Engine(model, TOKENIZER, EngineConfig(rows=4)).run(asked)), definition(model, asked))
+    store = StateStore(fingerprint="abc", model=model)
+    for length, session in sessions.items():
+        padding = max(P - length, 0)
+        tokens = [pad] * padding + list(prompt_of(length))
+        store.put(session)
+        found = store.longest(tokens)
+        assert (found is None) == bool(padding)
+        assert session.past.count == len(tokens)
+        plain = read(model, tokens)
+        assert (plain.past == session.past) == (not padding)
+        assert torch.allclose(plain.logits_V, session.logits_V, atol=1e-4) == (not padding)
+    with pytest.raises(ValueError, match="nothing to pad"):
+        hazy.read_padded(model, [], pad=pad)
 
 
 def test_a_model_whose_every_call_is_bidirectional_is_refused_by_name() -> None:

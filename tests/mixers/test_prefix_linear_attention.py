@@ -12,7 +12,7 @@ from holdall.contract import join_rows, map_state
 from holdall.mixers.linear_attention import LinearAttentionConfig
 from holdall.mixers.prefix_linear_attention import PrefixLinearAttention, PrefixLinearAttentionConfig
 from holdall.ops.begun import begun
-from holdall.ops.linear_attention import FEATURE_MAPS
+from holdall.ops.linear_attention import FEATURE_MAPS, absorb_loop
 from holdall.testing import laws
 
 E = 12
@@ -124,6 +124,25 @@ def test_rows_that_are_promised_to_have_begun_read_no_prefix(config: PrefixLinea
             laws.assert_bitwise(name, got[name], tensor)
         mixer(x_BTD)
     assert read == [1, 1, 1]
+
+
+@pytest.mark.parametrize("length", [5, E, 40])
+@pytest.mark.parametrize("feature_map", ["taylor", "elu1"])
+@both_forms
+@torch.no_grad()
+def test_the_whole_is_the_prefix_without_queries_and_then_the_row_causally(
+    config: PrefixLinearAttentionConfig, feature_map: str, length: int
+) -> None:
+    """How it is prefilled: the sums of the prefix are a state, from which the whole row is read causally."""
+    mixer = mixer_of(replace(config, feature_map=feature_map))
+    x_BTD = laws.tokens(mixer, length)
+    k, v = (u.unflatten(-1, (2, -1)) for u in mixer.prefix_kv(x_BTD[:, :E]).split([8, 16], dim=-1))
+    start = mixer.init_state(2, dtype=torch.float64)
+    sums = absorb_loop(k, v, *start[:2], feature_map=FEATURE_MAPS[feature_map])
+    with begun():  # the prefix is in the sums, and no row is to read it again
+        got = laws.named(*mixer(x_BTD, start._replace(s_BHFV=sums[0], z_BHF=sums[1])))
+    for name, tensor in laws.named(*mixer(x_BTD)).items():
+        laws.assert_close(name, got[name], tensor)
 
 
 @torch.no_grad()
