@@ -102,7 +102,7 @@ def measure(name: str, context: int, mode: str, *, small: bool) -> dict[str, Any
             times.append(statistics.median(taken))
     config, device = trainer.config, trainer.device
     pace, pace_waiting = (config.batch * config.context_len / taken for taken in times)
-    peak, flops = peak_flops(device), flops_per_token(trainer.model, config.context_len)
+    peak, flops = peak_flops(device), flops_per_token(trainer.model, config.context_len, config.predictions)
     return {
         "model": name,
         "parameters": trainer.model.parameter_count(),

@@ -47,6 +47,11 @@ def test_the_code_of_a_page_runs(page: str) -> None:
     exec(compile("".join(blocks(ROOT / "docs" / page, "python")), page, "exec"), {})
 
 
+def test_the_page_of_models_that_read_twice_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile("".join(blocks(ROOT / "docs" / "jrt.md", "python")), "jrt.md", "exec"), {})
+
+
 def test_the_page_of_states_prints_what_it_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

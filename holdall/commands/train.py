@@ -187,8 +187,14 @@ def _print_header(config: PretrainConfig, name: str, pattern: Sequence[str], fab
         f": {len(config.model.layers)} layers of width {config.model.width} on {where}, form "
         f"{' and '.join(forms)}, {config.precision}{', compiled' if config.compile else ''}; "
         f"{config.steps:,} steps of {config.batch} x {config.context_len:,} tokens, "
-        f"{tokens / 1e6:,.1f} million; in {out}"
+        f"{tokens / 1e6:,.1f} million; "
     )
+    if config.masking:
+        text += (
+            f"{config.mlm_share:.0%} of a prefix of {config.prefix:,} are masked, with a loss of weight "
+            f"{config.mlm_weight:g}; "
+        )
+    text += f"in {out}"
     console.print(Text.assemble((" ".join(pattern) or name, "bold"), text), soft_wrap=True)
 
 

@@ -18,8 +18,8 @@ r_t dy_t and m_t = -r_t (dy_t . y_t), so that dp_tj = r_t dy_t . v_j + m_t, and 
     dS = sum_t phi(q_t) r_t dy_t^T,   dz = sum_t phi(q_t) m_t
 
 `absorb`, which reads a prefix without queries, takes the first two launches alone and stores no state but the
-last, from which `taylor_attention` then starts: a prompt whose first E of T tokens are read twice costs the
-products of 4 F V per token of E more than one that is read once.
+last, from which `taylor_attention` then starts. So a prefix costs 2 F V operations of its state and 4 F K of
+its features more per token and head, and reads its keys and values, 2 (K + V) bytes, once.
 
 Features are computed where they are used: the factors x_i and x_j of 64 features are two products of x with
 one-hot matrices, exact, on the tensor cores, whose results are multiplied in registers.

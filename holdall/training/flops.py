@@ -7,6 +7,7 @@ import warnings
 import torch
 
 from holdall.mixers.attention import AttentionConfig
+from holdall.mixers.prefix_linear_attention import PrefixLinearAttentionConfig
 from holdall.mixers.sliding_window import SlidingWindowConfig
 from holdall.model import Model
 
@@ -45,7 +46,7 @@ def peak_flops(device: torch.device) -> float | None:
         return get_available_flops(device, torch.bfloat16)
 
 
-def flops_per_token(model: Model, context_len: int) -> float:
+def flops_per_token(model: Model, context_len: int, predictions: float | None = None) -> float:
     """Operations of training on one token: 6 per weight, and the products of softmax attention.
 
     Each weight takes part in one multiplication and one addition forward and two of each backward; an
@@ -53,16 +54,25 @@ def flops_per_token(model: Model, context_len: int) -> float:
     a window, the products of queries with keys and of weights with values are counted where the mask leaves
     them: 12 D per key seen. What other mixers compute beside their projections is not counted, nor what
     `recompute` repeats.
+
+    Args:
+        context_len: tokens of a row. The maps that read a prefix alone take part in its share of them.
+        predictions: of a row, on average, as the head takes part in no more; None for one at each token.
     """
     config, keys = model.config, 0.0
     looked_up = config.positions + (0 if config.tied else config.vocab)
-    weights = model.parameter_count() - looked_up * config.width
+    weights: float = model.parameter_count() - looked_up * config.width
+    if predictions is not None:
+        weights -= config.vocab * config.width * (1 - predictions / context_len)
     for layer in config.layers:
         if isinstance(layer, AttentionConfig):
             keys += (context_len + 1) / 2
         elif isinstance(layer, SlidingWindowConfig):
             window = min(layer.window, context_len)
             keys += window - window * (window - 1) / (2 * context_len)
+        elif isinstance(layer, PrefixLinearAttentionConfig):
+            of_prefix = layer.width * (layer.heads * layer.feature_dim + layer.width)
+            weights -= of_prefix * max(1 - layer.prefix / context_len, 0)
     return 6 * weights + 12 * config.width * keys
 
 

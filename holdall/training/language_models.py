@@ -88,6 +88,13 @@ class PretrainConfig(PretrainOptions, Config):
             return None
         return Masking(prefix=self.prefix, share=self.mlm_share, seed=self.seed, context_len=self.context_len)
 
+    @property
+    def predictions(self) -> float:
+        """Predictions of a row that carry a loss: of next tokens, and on average of masked ones."""
+        next_tokens = self.context_len - max(self.prefix - 1, 0)
+        masked = self.masking.share * (self.prefix - 1) if self.masking else 0.0
+        return next_tokens + masked
+
     def rate(self, step: int) -> float:
         """The learning rate of a step, from 0."""
         progress = max(0, step - self.warmup) / max(1, self.steps - self.warmup)
@@ -104,7 +111,7 @@ class PretrainProgress:
     steps: int
     """Steps of the whole run."""
     loss: float
-    """Training loss of the last step, in nats per token."""
+    """Training loss of the last step, in nats per token; where tokens are masked the weighted sum of both."""
     tokens_per_s: float
     """Tokens read per second, over all devices."""
     mfu: float | None
@@ -269,7 +276,7 @@ class Pretrainer:
         of next and of masked tokens, on the device."""
         self.reported_at, self.tokens_per_s = time.monotonic(), 0.0
         peak = peak_flops(self.device)
-        flops = flops_per_token(self.model, config.context_len)
+        flops = flops_per_token(self.model, config.context_len, config.predictions)
         self.share_per_token_per_s = None if peak is None else flops / (peak * self.world)
         self.reader = concurrent.futures.ThreadPoolExecutor(1)
         self._resume()

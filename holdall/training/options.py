@@ -57,7 +57,7 @@ class PretrainOptions:
     """Keep only each block's input and run the block again in the backward pass: activation checkpointing."""
     mlm_weight: NonNegativeFloat = 0.25
     """Weight of the masked-token loss of models with a prefix beside the next-token loss of what follows it
-    (docs/training.md); 0 for none. Models without a prefix have none.
+    (docs/jrt.md); 0 for none. Models without a prefix have none.
     """
     mlm_share: Share = 0.15
     """Share of the prefix's tokens that are masked, each drawn by itself; 0 for none."""

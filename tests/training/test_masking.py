@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from holdall import files
+from holdall.commands import train as shown
 from holdall.files import RunError
 from holdall.mixers.base_conv import BaseConvConfig
 from holdall.mixers.prefix_linear_attention import PrefixLinearAttentionConfig
@@ -30,6 +31,7 @@ from holdall.text.shards import write_corpus
 from holdall.text.tokenizers import Bytes
 from holdall.training import language_models as module
 from holdall.training.devices import LanguageModelLoss
+from holdall.training.flops import flops_per_token
 from holdall.training.language_models import PretrainConfig, Stopped, open_data, pretrain
 from holdall.training.masking import Masked, Masking, check_mask_token, mask_token
 from holdall.training.optimizer import decayed
@@ -282,6 +284,46 @@ def test_a_model_without_a_prefix_has_no_masks(corpus: Path, tmp_path: Path) -> 
     assert run.masking is None
     pretrain(run, tmp_path / "run")
     assert "ntp_loss" not in lines(tmp_path / "run")[0]
+
+
+def test_operations_are_those_of_pytorchs_counter(corpus: Path) -> None:
+    """The head's at what is predicted alone, and of the prefix' maps those on the prefix."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    run = config(corpus)
+    assert run.predictions == T - E + 1 + 0.15 * (E - 1)
+    assert config(corpus, mlm_weight=0.0).predictions == T - E + 1
+    assert dataclasses.replace(run, model=dataclasses.replace(MODEL, layers=LAYERS[:1])).predictions == T
+    layers = (PrefixLinearAttentionConfig(width=32, heads=2, feature_dim=4, prefix=8),)
+    model = ModelConfig(vocab=96, width=32, layers=layers, mlp=64, mlp_kind="swiglu", norm="rms").build()
+    model.mixers[0].forward = (
+        lambda x, state=None, **_: (  # the maps alone: the rest is not counted
+            model.mixers[0].out_proj(model.mixers[0].qkv(x)[..., :32])
+            + F.pad(model.mixers[0].prefix_kv(x[:, :8])[..., :32], (0, 0, 0, 12)),
+            None,
+        )
+    )
+    with FlopCounterMode(display=False) as counter:
+        h_BTD = model.hidden(torch.randint(96, (2, 20)), want_states=False)[0]
+        (h_BTD[:, 7:] @ model.head_weight.T).sum().backward()
+    norms = 6 * 32 * 3
+    assert counter.get_total_flops() / 40 == pytest.approx(flops_per_token(model, 20, 13) - norms, rel=1e-4)
+
+
+def test_the_header_says_what_is_masked(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, (weight, said) in enumerate(((0.25, True), (0.0, False))):
+        changes = {
+            "data": str(corpus), "context_len": 16, "batch": 2, "micro_batch": 2, "steps": 1,
+            "evaluate_rows": 2, "mlm_weight": weight,
+        }  # fmt: skip
+        shape = {"width": 16, "depth": 2, "mlp": None}
+        pattern = ["prefix-linear-attention:prefix=8,heads=2", "base-conv"]
+        out = tmp_path / f"run-{number}"
+        shown.train("based-mini", out, pattern, shape, changes, "cpu", 1, 1, "auto", (), (), True)
+        printed = " ".join(capsys.readouterr().out.split())
+        assert ("15% of a prefix of 8 are masked, with a loss of weight 0.25" in printed) == said
 
 
 # ------------------------------------------------------------------------------- resumed, and in other ways
