@@ -193,18 +193,21 @@ def report(
     *,
     out: Path | None = None,
     axis: Axis | None = None,
+    samples: PositiveInt | None = None,
 ) -> int:
     """Make figure, page and table of one or several sweeps again, from their folders alone.
 
     Args:
         folders: folders written by `holdall frontier`, several of which are drawn in one figure; or one
-            written by `holdall matrix`.
+            written by `holdall matrix` or `holdall eval`.
         out: the folder for figure and page; by default the first folder.
         axis: what the picture counts state in; by default what the first folder's picture does.
+        samples: of an evaluation, documents per task whose prompts and answers are on the page; by default
+            the first 200.
     """
     from holdall.commands import sweeps as shown
 
-    return shown.report(folders, out, axis)
+    return shown.report(folders, out, axis, samples)
 
 
 @command

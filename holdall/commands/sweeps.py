@@ -23,6 +23,7 @@ from holdall import report as reports
 from holdall.commands import OUT_OF_TIME, Words, busy, console, resolve_device
 from holdall.commands.laws import short_verdicts
 from holdall.report import data
+from holdall.report import evals as evaluations
 from holdall.report import matrix as matrices
 from holdall.report.style import PUBLISHED, bytes_text, marked
 from holdall.settings import Precision
@@ -356,7 +357,9 @@ def _percent(score: float | None) -> str:
     return "-" if score is None or math.isnan(score) else f"{score:.1%}"
 
 
-def report(folders: Sequence[Path], out: Path | None, axis: str | None = None) -> int:
+def report(
+    folders: Sequence[Path], out: Path | None, axis: str | None = None, samples: int | None = None
+) -> int:
     """The command `holdall report`."""
     if not folders:
         raise ValueError("name at least one folder: holdall report FOLDER [FOLDER ...]")
@@ -364,6 +367,13 @@ def report(folders: Sequence[Path], out: Path | None, axis: str | None = None) -
         if len(folders) > 1:
             raise ValueError("mixing matrices are drawn from one folder at a time")
         written = matrices.write(folders[0], out or folders[0])
+    elif any(evaluations.is_evaluation(folder) for folder in folders):
+        if len(folders) > 1:
+            raise ValueError(
+                "evaluations are shown from one folder at a time; `holdall eval MODEL MODEL --out FOLDER` "
+                "puts several models into one"
+            )
+        written = evaluations.write(folders[0], out, **({} if samples is None else {"samples": samples}))
     else:
         written = reports.write(folders, out or folders[0], axis)
     for path in written:

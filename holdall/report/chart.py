@@ -77,7 +77,7 @@ def traces(sweeps: Sequence[Sweep], marks: Marks) -> list[dict[str, Any]]:
             shared = {
                 "type": "scatter",
                 "legendgroup": family,
-                "name": _escape(family),
+                "name": escape(family),
                 "showlegend": family not in named,
                 "marker": {"color": look.colour, "symbol": look.symbol + suffix, "size": 10},
                 "line": {"color": look.colour, "width": 1.3, "dash": "dot" if place else "solid"},
@@ -199,11 +199,11 @@ def _remarks(model: Model) -> str:
     """What is to be known of a model beside its place."""
     remarks = [f"breaks {law}" for law in model.broken] + [f"refuses {law}" for law in model.refused]
     remarks += [f"published with Holdall, {model.published}"] if model.published else []
-    return "".join(f"<br>{_escape(remark)}" for remark in remarks)
+    return "".join(f"<br>{escape(remark)}" for remark in remarks)
 
 
 def _hover(axis: Axis, label: str, accuracy: float, state: int, more: str = "") -> str:
-    return f"<b>{_escape(label)}</b><br>{accuracy:.1%} from {style.state_text(axis, state)}{more}"
+    return f"<b>{escape(label)}</b><br>{accuracy:.1%} from {style.state_text(axis, state)}{more}"
 
 
 def layout(sweeps: Sequence[Sweep]) -> dict[str, Any]:
@@ -259,6 +259,6 @@ def _all_answers(sweeps: Sequence[Sweep]) -> float:
     return floor.state_for_all(sweeps[0].questions, sweeps[0].axis.bits)
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
     """For Plotly's mark-up, which knows tags and a few entities, but not those of quotes."""
     return html.escape(text, quote=False)

@@ -47,7 +47,7 @@ def draw(runs: Mapping[str, tuple[Carried, float]], context_len: int, *, dark: b
             axis.set_minor_locator(NullLocator())
         axes.set_xlabel(f"Numbers that are carried from token to token, after {context_len:,}")
         axes.set_ylabel("Perplexity on recall hits")
-        _write_labels(axes, {label: (state.elements, hits) for label, (state, hits) in runs.items()}, muted)
+        write_labels(axes, {label: (state.elements, hits) for label, (state, hits) in runs.items()}, muted)
         figure.legend(
             loc="upper left", bbox_to_anchor=(0.065, 0.995), ncol=2, frameon=False, fontsize=7.8,
             handletextpad=0.3, columnspacing=1.4, borderaxespad=0.2,
@@ -55,7 +55,7 @@ def draw(runs: Mapping[str, tuple[Carried, float]], context_len: int, *, dark: b
         return figure
 
 
-def _write_labels(axes: Any, places: dict[str, tuple[float, float]], muted: str) -> None:
+def write_labels(axes: Any, places: dict[str, tuple[float, float]], muted: str) -> None:
     """Right of each point, moved down from those above that are in the way, with a line to its point then."""
     to_share = axes.transAxes.inverted()
     shares = {label: to_share.transform(axes.transData.transform(place)) for label, place in places.items()}

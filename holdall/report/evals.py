@@ -1,0 +1,389 @@
+"""What `holdall eval` measured, as a page that opens offline, a picture and a table for README files.
+
+The page has the table of models by tasks, recall against state, and every right and wrong answer with the
+prompt that it was given, two models side by side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from holdall import files
+from holdall.report import evals_chart, evals_samples, shell, style, table
+from holdall.report.evals_data import (
+    Evaluation,
+    Interval,
+    Model,
+    Score,
+    Task,
+    differences,
+    is_evaluation,
+    load,
+    mean_interval,
+    task_text,
+)
+
+__all__ = ["is_evaluation", "render", "write"]
+
+NONE = "–"
+
+
+def write(folder: Path, out: Path | None = None, *, samples: int = evals_samples.SAMPLES) -> list[Path]:
+    """Write index.html, table.md and, where state and recall are known, recall.png; return their paths.
+
+    Cheap enough to call after every task, and a reader never sees half a file.
+
+    Args:
+        folder: what `holdall eval` wrote, whether it is complete or not.
+        out: the folder for all of them; by default the same.
+        samples: documents of each task whose prompts and answers are on the page.
+
+    Raises RunError, naming the file, if there is nothing to show yet or a file is damaged.
+    """
+    out = folder if out is None else out
+    evaluation = load(folder)
+    made = {
+        "index.html": render(evaluation, samples=samples).encode(),
+        "table.md": markdown(evaluation).encode(),
+    }
+    if models := evals_chart.drawn(evaluation):
+        made["recall.png"] = evals_chart.picture(evaluation, models, _command(evaluation))
+    files.make_folder(out)
+    for name, data in made.items():
+        files.write_atomically(out / name, data)
+    return [out / name for name in made]
+
+
+def render(evaluation: Evaluation, *, samples: int = evals_samples.SAMPLES) -> str:
+    """The page as text: nearly 5 MB of Plotly's own program, and what the samples take, compressed."""
+    from plotly.offline import get_plotlyjs
+
+    models = evals_chart.drawn(evaluation)
+    tasks = [evals_samples.pack(evaluation, task, samples) for task in evaluation.tasks]
+    tasks = [task for task in tasks if task["columns"]]
+    return shell.render(
+        "evals.html",
+        data={
+            "models": [_about(evaluation, model) for model in evaluation.models],
+            "tasks": tasks,
+            "chart": {
+                "traces": evals_chart.traces(models),
+                "layout": evals_chart.layout(evaluation, models) if models else {},
+            },
+        },
+        title=_title(evaluation),
+        models=len(evaluation.models),
+        lede=_lede(evaluation),
+        notes=evaluation.notes,
+        picture=_picture(evaluation) if models else "",
+        not_drawn=evals_chart.not_drawn(evaluation),
+        head=_head(evaluation),
+        rows=_rows(evaluation),
+        mean=evals_chart.mean_text(evaluation) if evaluation.compared else "",
+        window=evaluation.window,
+        shown=_shown(tasks),
+        has_samples=bool(tasks),
+        task_rows=_task_rows(evaluation),
+        model_rows=_model_rows(evaluation),
+        command=_command(evaluation),
+        environment=[(key, style.value_text(value)) for key, value in evaluation.environment.items()],
+        config=[
+            (key.replace("_", " "), style.value_text(value))
+            for key, value in evaluation.config.items()
+            if key != "command"
+        ],
+        plotly=get_plotlyjs(),
+    )
+
+
+def _command(evaluation: Evaluation) -> str:
+    return str(evaluation.config.get("command") or "")
+
+
+def _title(evaluation: Evaluation) -> str:
+    suites = list(dict.fromkeys(task.suite for task in evaluation.tasks if task.suite))
+    return ", ".join(suites) or evaluation.folder.resolve().name
+
+
+def _lede(evaluation: Evaluation) -> dict[str, str] | None:
+    """The best model, and what reading twice does to the mean of all."""
+    best = evaluation.models[0]
+    once, twice = (evaluation.mean(best, reads) for reads in (1, 2))
+    if once is None and twice is None:
+        return None
+    gains = [
+        (model.name, gain)
+        for model in evaluation.models
+        if (gain := differences(evaluation, model, evaluation.compared))
+    ]
+    most = max(gains, key=lambda each: each[1].value, default=None)
+    return {
+        "name": best.name,
+        "once": "" if once is None else f"{once:.1%}",
+        "twice": "" if twice is None else f"{twice:.1%}",
+        "gainer": most[0] if most else "",
+        "gain": f"{_signed(100 * most[1].value)} points" if most else "",
+        "interval": f"{_signed(100 * most[1].low)} to {_signed(100 * most[1].high)}" if most else "",
+    }
+
+
+def _picture(evaluation: Evaluation) -> str:
+    window = evaluation.window
+    return (
+        f"Recall, {evals_chart.mean_text(evaluation)}, against the bytes of state that a model carries. "
+        "An arrow leads from reading once to reading twice. "
+        f"Hollow marks are models whose state grows with what they read: {window:,} tokens once, "
+        f"{2 * window:,} twice."
+    )
+
+
+def _shown(tasks: Sequence[Mapping[str, Any]]) -> str:
+    """Which documents are on the page, if not all."""
+    cut = [task for task in tasks if task["shown"] < task["documents"]]
+    if not cut:
+        return ""
+    names = ", ".join(f"{task['shown']:,} of {task['documents']:,} of {task['name']}" for task in cut)
+    return (
+        f"On this page are the prompts and answers of the first documents: {names}. "
+        "All scores, and differences of two models, are over all documents. "
+        f"`holdall report FOLDER --samples {max(task['documents'] for task in cut)}` puts all of them here."
+    )
+
+
+def _about(evaluation: Evaluation, model: Model) -> dict[str, Any]:
+    look = style.look(evaluation.models.index(model))
+    sizes = {
+        str(tokens): style.bytes_text(count)
+        for reads in (1, 2)
+        if (count := model.state_bytes(tokens := evaluation.window * reads)) is not None
+    }
+    return {"name": model.name, "colour": look.colour, "glyph": look.glyph, "state": sizes}
+
+
+# ---------------------------------------------------------------------------------------------------- table
+
+
+def _columns(evaluation: Evaluation) -> list[tuple[Task, int]]:
+    return [(task, reads) for task in evaluation.tasks for reads in evaluation.readings(task)]
+
+
+def _means(evaluation: Evaluation) -> tuple[int, ...]:
+    """The readings that there is a mean of."""
+    return tuple(
+        reads
+        for reads in (1, 2)
+        if any(evaluation.mean(model, reads) is not None for model in evaluation.models)
+    )
+
+
+def _head(evaluation: Evaluation) -> dict[str, Any]:
+    """Both rows of the table's head: what spans columns, and the columns."""
+    means = _means(evaluation)
+    names = {1: "once", 2: "twice", 0: "score"}
+    spans = [(task.name, task.suite, len(evaluation.readings(task))) for task in evaluation.tasks]
+    below = [names[reads] for reads in means] + (["gain"] if means == (1, 2) else [])
+    return {
+        "mean": len(below),
+        "spans": spans,
+        "below": [*below, *(names[reads] for _, reads in _columns(evaluation))],
+    }
+
+
+def _rows(evaluation: Evaluation) -> list[dict[str, Any]]:
+    means, compared = _means(evaluation), evaluation.compared
+    best = {
+        place: _best(place[0], [model.scores.get(place) for model in evaluation.models])
+        for place in _columns(evaluation)
+    }
+    best_mean = {
+        n: max(filter(None, (evaluation.mean(m, n) for m in evaluation.models)), default=0.0) for n in means
+    }
+    rows = []
+    for index, model in enumerate(evaluation.models):
+        cells = []
+        for reads in means:
+            mean = evaluation.mean(model, reads)
+            interval = None if mean is None else mean_interval(model, compared, reads, mean)
+            cells.append(_cell(mean, interval, best=mean is not None and mean == best_mean[reads]))
+        if means == (1, 2):
+            gain = differences(evaluation, model, compared)
+            cells.append(_cell(gain and gain.value, gain, signed=True))
+        cells += [
+            _score_cell(model, place, model.scores.get(place), best=best[place])
+            for place in _columns(evaluation)
+        ]
+        rows.append(
+            {
+                "index": index,
+                "name": model.name,
+                "look": style.look(index),
+                "state": _state_text(evaluation, model),
+                "state_value": model.state_bytes(evaluation.window) or "",
+                "cells": cells,
+            }
+        )
+    return rows
+
+
+def _best(task: Task, scores: Sequence[Score | None]) -> float | None:
+    values = [score.value for score in scores if score]
+    return (min if task.lower_is_better else max)(values) if len(values) > 1 else None
+
+
+def _cell(
+    value: float | None, interval: Interval | None, *, best: bool = False, signed: bool = False
+) -> dict[str, Any]:
+    """A mean of shares; a dash where it is not known."""
+    if value is None:
+        return {
+            "text": NONE,
+            "interval": "",
+            "value": "",
+            "best": False,
+            "title": "not all of its tasks are scored",
+        }
+    write = _signed if signed else "{:.1f}".format
+    ends = f"{write(100 * interval.low)} to {write(100 * interval.high)}" if interval else ""
+    return {"text": write(100 * value), "interval": ends, "value": value, "best": best, "title": ""}
+
+
+def _score_cell(
+    model: Model, place: tuple[Task, int], score: Score | None, *, best: float | None
+) -> dict[str, Any]:
+    if score is None:
+        so_far = model.samples.get(place)
+        title = f"{len(so_far.right):,} documents so far" if so_far else "not evaluated"
+        text = "…" if so_far else NONE
+        return {"text": text, "interval": "", "value": "", "best": False, "title": title}
+    task = place[0]
+    line = score.line
+    about = [f"{score.count:,} documents"]
+    about += [] if score.truncated is None else [f"{score.truncated:,} cut to the window"]
+    about += [f"version {line['version']}"] if line.get("version") is not None else []
+    about += [f"prompts {line['prompt_hash']}"] if line.get("prompt_hash") else []
+    ends = ""
+    if not math.isnan(score.low):
+        ends = f"{_value_text(task, score.low)} to {_value_text(task, score.high)}"
+    return {
+        "text": _value_text(task, score.value),
+        "interval": ends,
+        "value": score.value,
+        "best": score.value == best,
+        "title": f"{task_text(*place)}: {', '.join(about)}",
+    }
+
+
+def _value_text(task: Task, value: float) -> str:
+    return f"{100 * value:.1f}" if task.is_share else f"{value:,.2f}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.1f}".replace("-", "−")
+
+
+def _state_text(evaluation: Evaluation, model: Model) -> str:
+    """Bytes of state after the window and, where that is another number, after two."""
+    sizes = [model.state_bytes(evaluation.window * reads) for reads in (1, 2)]
+    texts = dict.fromkeys(style.bytes_text(size) for size in sizes if size is not None)
+    return " / ".join(texts) or NONE
+
+
+def _task_rows(evaluation: Evaluation) -> list[list[str]]:
+    """What each task was: its version, and the hashes of its prompts with the models that were asked so."""
+    rows = []
+    for task, reads in _columns(evaluation):
+        scores = [(m.name, m.scores[task, reads]) for m in evaluation.models if (task, reads) in m.scores]
+        rows.append(
+            [
+                task_text(task, reads),
+                task.suite,
+                task.metric,
+                _distinct(f"{score.count:,}" for _, score in scores),
+                _distinct("" if s.truncated is None else f"{s.truncated:,}" for _, s in scores),
+                _distinct(str(score.line.get("version", "")) for _, score in scores),
+                _by_hash(scores),
+            ]
+        )
+    return rows
+
+
+def _by_hash(scores: Sequence[tuple[str, Score]]) -> str:
+    """The hashes of the prompts; of several, which models were asked with each."""
+    names: dict[str, list[str]] = {}
+    for name, score in scores:
+        names.setdefault(str(score.line.get("prompt_hash") or NONE), []).append(name)
+    if len(names) == 1:
+        return next(iter(names))[:12]
+    return "; ".join(f"{key[:12]} ({', '.join(those)})" for key, those in names.items())
+
+
+def _distinct(texts: Any) -> str:
+    """Different values, the commonest case being one."""
+    found = list(dict.fromkeys(texts))
+    return " | ".join(found[:4]) + (" | …" if len(found) > 4 else "")
+
+
+def _model_rows(evaluation: Evaluation) -> list[list[str]]:
+    rows = []
+    for model in evaluation.models:
+        about = model.about
+        parameters = about.get("parameters")
+        sizes = about.get("state_bytes", {})
+        rows.append(
+            [
+                model.name,
+                f"{parameters:,}" if isinstance(parameters, int) else "",
+                ", ".join(
+                    f"{style.bytes_text(size)} after {int(tokens):,}" for tokens, size in sizes.items()
+                ),
+                *(style.value_text(about.get(name) or "") for name in ("kind", "tokenizer", "source")),
+            ]
+        )
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------- Markdown
+
+
+def markdown(evaluation: Evaluation) -> str:
+    """The table for a README: a row per model, once and twice in one cell as "74.4 / 86.1"."""
+    means = _means(evaluation)
+    heads = ["model", "state", *(["mean", "gain"] if means == (1, 2) else ["mean"] if means else [])]
+    heads += [task.name for task in evaluation.tasks]
+    rows = []
+    for row in _rows(evaluation):
+        cells = iter(row["cells"])
+        texts = [row["name"], row["state"]]
+        if means:
+            texts.append(" / ".join(_bold(next(cells)) for _ in means))
+        if means == (1, 2):
+            gain = next(cells)
+            texts.append(f"{gain['text']} ({gain['interval']})" if gain["interval"] else gain["text"])
+        texts += [
+            " / ".join(_bold(next(cells)) for _ in evaluation.readings(task)) for task in evaluation.tasks
+        ]
+        rows.append(texts)
+    legend = [f"Per cent of right answers{_metrics_text(evaluation)}; the best of a column is bold."]
+    if (window := evaluation.window) > 0:
+        legend.append(
+            f"State: bytes per sequence after {window:,} tokens and, where it grows, after {2 * window:,}."
+        )
+    if means:
+        legend.append(f"Mean: {evals_chart.mean_text(evaluation).removeprefix('mean ')}.")
+    if means == (1, 2):
+        legend.append("Gain: twice less once, with the 95% interval of a paired bootstrap over documents.")
+    notes = "".join(f"\n{note}\n" for note in evaluation.notes)
+    return table.markdown(heads, rows) + "\n\n" + "\n".join(legend) + "\n" + notes
+
+
+def _metrics_text(evaluation: Evaluation) -> str:
+    metrics = sorted({task.metric for task in evaluation.tasks if task.is_share})
+    twice = any(evaluation.readings(task) == (1, 2) for task in evaluation.tasks)
+    return f" ({', '.join(metrics)})" + (", read once / read twice" if twice else "")
+
+
+def _bold(cell: Mapping[str, Any]) -> str:
+    return f"**{cell['text']}**" if cell["best"] else str(cell["text"])

@@ -1,0 +1,287 @@
+"""Recall against state: each model read once, and an arrow to where it is after reading twice.
+
+Across are the bytes that a model carries at the end of what it reads; of attention, whose cache grows, those
+after the window and, read twice, after two windows. Up is the mean over tasks of recall.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any
+
+from holdall.report import chart, recall_curves, recall_state, style
+from holdall.report.evals_data import Evaluation, Interval, mean_interval
+from holdall.report.paper import DPI
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """A model at one number of readings."""
+
+    reads: int
+    state: int
+    tokens: int
+    """How many were read when it had that state."""
+    mean: Interval
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """A model in the picture."""
+
+    name: str
+    index: int
+    """Its place in the table, which chooses its look."""
+    grows: bool
+    points: tuple[Point, ...]
+
+
+def drawn(evaluation: Evaluation) -> list[Drawn]:
+    """The models whose state and mean recall are known."""
+    found = []
+    for index, model in enumerate(evaluation.models):
+        points = []
+        for reads in (1, 2):
+            tokens = evaluation.window * reads
+            state, mean = model.state_bytes(tokens), evaluation.mean(model, reads)
+            if state and mean is not None:
+                interval = mean_interval(model, evaluation.compared, reads, mean)
+                points.append(
+                    Point(
+                        reads=reads, state=state, tokens=tokens,
+                        mean=interval or Interval(mean, math.nan, math.nan),
+                    )
+                )  # fmt: skip
+        if points:
+            found.append(Drawn(name=model.name, index=index, grows=model.grows, points=tuple(points)))
+    return found
+
+
+def not_drawn(evaluation: Evaluation) -> list[str]:
+    """Why models of the table are not in the picture, a sentence each."""
+    there = {model.index for model in drawn(evaluation)}
+    reasons = []
+    for index, model in enumerate(evaluation.models):
+        if index not in there and evaluation.compared:
+            lacks_mean = all(evaluation.mean(model, reads) is None for reads in (1, 2))
+            why = (
+                "lacks scores that the mean is taken over"
+                if lacks_mean
+                else "has no counted state at this window"
+            )
+            reasons.append(f"{model.name} is not in the picture: it {why}.")
+    return reasons
+
+
+def mean_text(evaluation: Evaluation) -> str:
+    """What the mean is taken over, in words."""
+    names = [task.name for task in evaluation.compared]
+    text = names[0] if len(names) == 1 else f"mean over {', '.join(names[:-1])} and {names[-1]}"
+    left = [task.name for task in evaluation.recall_tasks if task not in evaluation.compared]
+    return text + (f", which all models have so far (without {', '.join(left)})" if left else "")
+
+
+def _short_mean(evaluation: Evaluation) -> str:
+    compared = evaluation.compared
+    return f"mean over {len(compared)} tasks" if len(compared) > 1 else compared[0].name
+
+
+def axis_text(evaluation: Evaluation) -> str:
+    """What stands below the axis of states."""
+    window, last = evaluation.window, max(p.reads for model in drawn(evaluation) for p in model.points)
+    twice = f", read twice after {2 * window:,}" if last == 2 else ""
+    return f"State per sequence after {window:,} tokens{twice}"
+
+
+# -------------------------------------------------------------------------------------------- interactive
+
+
+def traces(models: Sequence[Drawn]) -> list[dict[str, Any]]:
+    """Plotly's traces: of each model its arrow, hidden and shown with it, and its points."""
+    found: list[dict[str, Any]] = []
+    for model in models:
+        look = style.look(model.index)
+        x, y = [p.state for p in model.points], [p.mean.value for p in model.points]
+        shared = {"type": "scatter", "legendgroup": f"model {model.index}"}
+        if len(model.points) == 2:
+            found.append(
+                {
+                    **shared,
+                    **chart.SILENT,
+                    "x": x,
+                    "y": y,
+                    "mode": "lines+markers",
+                    "line": {"color": look.colour, "width": 1.4},
+                    "marker": {
+                        "symbol": ["circle", "arrow"], "size": [0, 9], "angleref": "previous",
+                        "standoff": [0, 6], "color": look.colour,
+                    },
+                }
+            )  # fmt: skip
+        bars = [p.mean for p in model.points]
+        known = [not math.isnan(bar.low) for bar in bars]
+        found.append(
+            {
+                **shared,
+                **chart.HOVER,
+                "name": chart.escape(model.name),
+                "x": x,
+                "y": y,
+                "customdata": [[model.index, p.reads] for p in model.points],
+                "text": [_hover(model, p) for p in model.points],
+                "mode": "markers",
+                "marker": {
+                    "color": look.colour,
+                    "symbol": look.symbol + ("-open" if model.grows else ""),
+                    "size": [7 if p.reads == 1 and len(x) == 2 else 11 for p in model.points],
+                    "line": {"width": 1.6 if model.grows else 0, "color": look.colour},
+                },
+                "error_y": {
+                    "type": "data",
+                    "symmetric": False,
+                    "array": [bar.high - bar.value if k else 0 for bar, k in zip(bars, known, strict=True)],
+                    "arrayminus": [
+                        bar.value - bar.low if k else 0 for bar, k in zip(bars, known, strict=True)
+                    ],
+                    "visible": any(known),
+                    "thickness": 1,
+                    "width": 0,
+                },
+            }
+        )
+    return found
+
+
+def layout(evaluation: Evaluation, models: Sequence[Drawn]) -> dict[str, Any]:
+    """Plotly's layout, as that of the frontier."""
+    low, high = _range(models)
+    ticks = style.state_ticks(low, high, 8)
+    axis = {"linecolor": "--muted", "tickcolor": "--muted", "ticks": "outside", "zeroline": False}
+    return {
+        "uirevision": "the reader's own view",
+        "hovermode": "closest",
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "font": {"color": "--ink", "size": 12},
+        "hoverlabel": {"bgcolor": "--paper", "bordercolor": "--muted", "font": {"color": "--ink"}},
+        "margin": {"l": 58, "r": 16, "t": 10, "b": 48},
+        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "bgcolor": "rgba(0,0,0,0)"},
+        "xaxis": {
+            **axis,
+            "type": "log",
+            "range": [math.log10(low), math.log10(high)],
+            "tickvals": ticks,
+            "ticktext": [style.bytes_text(tick) for tick in ticks],
+            "tickangle": 0,
+            "showgrid": False,
+            "title": {"text": f"{axis_text(evaluation)} (log scale)"},
+        },
+        "yaxis": {
+            **axis,
+            "range": [0, _top(models)],
+            "tickformat": ".0%",
+            "gridcolor": "--line",
+            "title": {"text": f"Recall, {_short_mean(evaluation)}"},
+        },
+    }
+
+
+def _hover(model: Drawn, point: Point) -> str:
+    mean = point.mean
+    interval = "" if math.isnan(mean.low) else f" ({mean.low:.1%} to {mean.high:.1%})"
+    growing = ", growing with what is read" if model.grows else ""
+    return (
+        f"<b>{chart.escape(model.name)}</b>, read {'once' if point.reads == 1 else 'twice'}"
+        f"<br>{mean.value:.1%}{interval}"
+        f"<br>{style.bytes_text(point.state)} after {point.tokens:,} tokens{growing}"
+    )
+
+
+def _range(models: Sequence[Drawn]) -> tuple[float, float]:
+    states = [point.state for model in models for point in model.points]
+    return min(states) / 2, max(states) * 2
+
+
+def _top(models: Sequence[Drawn]) -> float:
+    highs = [v for m in models for p in m.points for v in (p.mean.value, p.mean.high) if not math.isnan(v)]
+    return min(1.06, max(highs) * 1.08 or 1.06)
+
+
+# ------------------------------------------------------------------------------------------------- figure
+
+
+def picture(evaluation: Evaluation, models: Sequence[Drawn], command: str, *, dark: bool = False) -> bytes:
+    """The same as PNG, for a README."""
+    file = BytesIO()
+    recall_curves.save_figure(draw(evaluation, models, dark=dark), file, command)
+    return file.getvalue()
+
+
+def draw(evaluation: Evaluation, models: Sequence[Drawn], *, dark: bool = False) -> Any:
+    """The same as a matplotlib Figure. Points have their model's name as gid."""
+    from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+
+    with recall_curves.looks(dark) as (ground, _, muted):
+        figure = style.blank((7.8, 4.6), dpi=DPI, ground=ground)
+        axes = figure.add_axes((0.075, 0.115, 0.915, 0.815))
+        low, high = _range(models)
+        axes.set_xscale("log")
+        axes.set_xlim(low, high * (high / low) ** 0.12)  # room for the last label
+        axes.set_ylim(0, _top(models))
+        for model in models:
+            _draw_model(axes, model, ground)
+        ticks = style.state_ticks(low, high, 8)
+        axes.xaxis.set_major_locator(FixedLocator(ticks))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(lambda value, _: style.bytes_text(value))
+        axes.yaxis.set_major_locator(MaxNLocator(6))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axes.grid(axis="y", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlabel(axis_text(evaluation))
+        axes.set_ylabel(f"Recall, {_short_mean(evaluation)}")
+        ends = {model.name: (model.points[-1].state, model.points[-1].mean.value) for model in models}
+        recall_state.write_labels(axes, ends, muted)
+        _legend(figure, models, muted, ground)
+        return figure
+
+
+def _draw_model(axes: Any, model: Drawn, ground: str) -> None:
+    look = style.look(model.index)
+    face = ground if model.grows else look.colour
+    ends = [(point.state, point.mean.value) for point in model.points]
+    if len(ends) == 2:
+        axes.annotate(
+            "", ends[1], ends[0],
+            arrowprops={"arrowstyle": "-|>", "color": look.colour, "linewidth": 1.1, "shrinkB": 4.5},
+        )  # fmt: skip
+    for point, (x, y) in zip(model.points, ends, strict=True):
+        if not math.isnan(point.mean.low):
+            axes.plot([x, x], [point.mean.low, point.mean.high], color=look.colour, linewidth=0.6, alpha=0.6)
+        axes.plot(
+            [x], [y], marker=look.marker, markersize=4 if point.reads == 1 and len(ends) == 2 else 6.5,
+            color=look.colour, markerfacecolor=face, markeredgewidth=1.1, linestyle="none", gid=model.name,
+        )  # fmt: skip
+
+
+def _legend(figure: Any, models: Sequence[Drawn], muted: str, ground: str) -> None:
+    """What the marks mean; models are named beside their points."""
+    from matplotlib.lines import Line2D
+
+    sizes = [("read once", 4), ("read twice", 6.5)] if any(len(m.points) == 2 for m in models) else []
+    marks = [(text, size, muted) for text, size in sizes]
+    marks += [("state grows with what is read", 6.5, ground)] if any(m.grows for m in models) else []
+    shared: dict[str, Any] = {"marker": "o", "linestyle": "none", "color": muted}
+    handles = [
+        Line2D([], [], markersize=size, markerfacecolor=face, label=text, **shared)
+        for text, size, face in marks
+    ]
+    if handles:
+        figure.legend(
+            handles=handles, loc="upper left", bbox_to_anchor=(0.065, 0.995), ncol=3, frameon=False,
+            fontsize=7.8, handletextpad=0.3, columnspacing=1.4, borderaxespad=0.2,
+        )  # fmt: skip

@@ -1,0 +1,392 @@
+"""The folder that `holdall eval` writes, read: who scored what, how surely, and what each model answered.
+
+    score     one line of results.jsonl: one model on one task
+    task      what the page has a column for: "fda" and "fda_twice" are two readings of one task
+    samples   a file per model and task, a line per document; read first for scores, then for what is shown
+
+A folder may be incomplete, while a run is under way or after it was stopped. What is not there is absent
+here, too, and never a zero.
+
+Letters: N documents, K scores of a document, U different rows of scores, D bootstrap draws.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from holdall import files
+from holdall.files import RunError
+
+DRAWS = 10_000
+"""Bootstrap draws: 250 lie beyond either end of a 95% interval."""
+TWICE = re.compile(r"[-_]twice$")
+WAY_OUT = "Give the `holdall eval` command again: it resumes."
+
+
+def is_evaluation(folder: Path) -> bool:
+    """Whether `holdall eval` wrote this folder."""
+    return (folder / "config.json").exists() and (
+        (folder / "models").is_dir() or (folder / "samples").is_dir()
+    )
+
+
+class Task(NamedTuple):
+    """A column of the table."""
+
+    name: str
+    """Without what says that it is read twice."""
+    metric: str
+    suite: str
+    """The suite that it was asked in, read once."""
+
+    @property
+    def lower_is_better(self) -> bool:
+        return any(word in self.metric for word in ("perplexity", "ppl", "bits"))
+
+    @property
+    def is_share(self) -> bool:
+        """Whether its values are shares, to be written in per cent."""
+        return not self.lower_is_better
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """One model on one task."""
+
+    value: float
+    low: float
+    """The ends of the 95% interval; NaN if none was computed."""
+    high: float
+    count: int
+    truncated: int | None
+    line: Mapping[str, Any]
+    """All of the line of results.jsonl."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A model, with its scores by task and number of readings (0 where the task knows no such thing)."""
+
+    name: str
+    key: str
+    """What its files are called."""
+    about: Mapping[str, Any]
+    """All of models/NAME.json; empty while it is not written."""
+    scores: Mapping[tuple[Task, int], Score]
+    samples: Mapping[tuple[Task, int], Samples]
+
+    def state_bytes(self, tokens: int) -> int | None:
+        """Bytes of state after so many tokens; None where they were not counted."""
+        count = self.about.get("state_bytes", {}).get(str(tokens))
+        return int(count) if isinstance(count, int | float) and math.isfinite(count) else None
+
+    @property
+    def grows(self) -> bool:
+        """Whether its state grows with what it reads, beyond every window here."""
+        known = self.about.get("state_bytes", {})
+        sizes = [known[tokens] for tokens in sorted(known, key=int)]
+        return len(sizes) > 1 and sizes[-1] > sizes[-2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """A model's answers to the documents of a task: their scores in memory, the rest in the file."""
+
+    path: Path
+    right: Mapping[str, float]
+    """The score by document, in the order of the file."""
+    places: Mapping[str, tuple[int, int]]
+    """The number of each document's line, and the byte at which it begins."""
+
+    def read(self, documents: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The lines of those documents that are there."""
+        with files.open_file(self.path, WAY_OUT) as file:
+            for document in documents:
+                if document in self.places:
+                    number, start = self.places[document]
+                    file.seek(start)
+                    yield document, _parsed(file.readline(), number, self.path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """All that the folder holds."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    models: tuple[Model, ...]
+    """The best first, in the mean over `compared`; then those that have none yet."""
+    tasks: tuple[Task, ...]
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def window(self) -> int:
+        """Tokens of a prompt that is read once; 0 if the folder does not say."""
+        return int(self.config.get("window") or 0)
+
+    def readings(self, task: Task) -> tuple[int, ...]:
+        """Which readings of a task any model has: (1, 2), or (0,) where a task knows no such thing."""
+        return tuple(
+            sorted({n for m in self.models for t, n in (*m.scores, *m.samples) if t == task}) or (0,)
+        )
+
+    @cached_property
+    def recall_tasks(self) -> tuple[Task, ...]:
+        """The tasks that recall is the mean of: those that are read once or twice."""
+        return tuple(task for task in self.tasks if set(self.readings(task)) & {1, 2})
+
+    @cached_property
+    def compared(self) -> tuple[Task, ...]:
+        """The tasks of `recall_tasks` that the models' means are taken over, the same for all.
+
+        All of them as soon as one model has them all in all readings, else what all models have so far.
+        """
+        asked = {task: self.readings(task) for task in self.recall_tasks}
+
+        def has(model: Model, task: Task) -> bool:
+            return all((task, n) in model.scores for n in asked[task])
+
+        if any(all(has(model, task) for task in asked) for model in self.models):
+            return self.recall_tasks
+        begun = [
+            model for model in self.models if any((t, n) in model.scores for t in asked for n in asked[t])
+        ]
+        return tuple(task for task in asked if begun and all(has(model, task) for model in begun))
+
+    def mean(self, model: Model, reads: int) -> float | None:
+        """The mean over `compared` of what the model scored; None unless it has them all."""
+        scores = [model.scores.get((task, reads)) for task in self.compared]
+        if not scores or any(score is None for score in scores):
+            return None
+        return math.fsum(score.value for score in scores if score) / len(scores)
+
+    def missing(self, model: Model) -> list[str]:
+        """What of the table the model has no score for."""
+        return [
+            task_text(task, n)
+            for task in self.tasks
+            for n in self.readings(task)
+            if (task, n) not in model.scores
+        ]
+
+
+def task_text(task: Task, reads: int) -> str:
+    """A task and how often it is read, in words."""
+    return task.name + {1: " once", 2: " twice"}.get(reads, "")
+
+
+# ---------------------------------------------------------------------------------------------- statistics
+
+
+class Interval(NamedTuple):
+    """A mean, and its 95% bootstrap interval over documents."""
+
+    value: float
+    low: float
+    high: float
+
+
+def differences(evaluation: Evaluation, model: Model, tasks: Sequence[Task]) -> Interval | None:
+    """Read twice less read once, mean over `tasks`: a paired bootstrap over the documents within each task.
+
+    Documents that only one reading has are left out. None unless all tasks have documents in both.
+    """
+    values, draws = [], []
+    for index, task in enumerate(tasks):
+        once, twice = (model.samples.get((task, n)) for n in (1, 2))
+        if not once or not twice or not (both := [d for d in once.right if d in twice.right]):
+            return None
+        gain_N = np.array([twice.right[d] - once.right[d] for d in both])
+        values.append(float(gain_N.mean()))
+        draws.append(bootstrap(gain_N[:, None], seed=index)[:, 0])
+    return _interval(math.fsum(values) / len(values), np.mean(draws, axis=0)) if values else None
+
+
+def mean_interval(model: Model, tasks: Sequence[Task], reads: int, value: float) -> Interval | None:
+    """The interval of a model's mean over `tasks`: a bootstrap over the documents within each task."""
+    draws = []
+    for index, task in enumerate(tasks):
+        samples = model.samples.get((task, reads))
+        if samples is None or not samples.right:
+            return None
+        draws.append(bootstrap(np.array(list(samples.right.values()))[:, None], seed=index)[:, 0])
+    return _interval(value, np.mean(draws, axis=0)) if draws else None
+
+
+def bootstrap(scores_NK: np.ndarray, *, seed: int, draws: int = DRAWS) -> np.ndarray:
+    """The means of `draws` samples of N documents with replacement, D by K.
+
+    Documents with the same scores are drawn as one kind: of N rows of zeros and ones this is exact, and takes
+    the time of two.
+    """
+    rows_UK, count_U = np.unique(scores_NK, axis=0, return_counts=True)
+    total = int(count_U.sum())
+    drawn_DU = np.random.default_rng(seed).multinomial(total, count_U / total, draws)
+    means: np.ndarray = drawn_DU @ rows_UK / total
+    return means
+
+
+def _interval(value: float, draws_D: np.ndarray) -> Interval:
+    low, high = np.quantile(draws_D, [0.025, 0.975])
+    return Interval(value, float(low), float(high))
+
+
+# ------------------------------------------------------------------------------------------------- reading
+
+
+def load(folder: Path) -> Evaluation:
+    """Read the folder that `holdall eval` wrote.
+
+    Raises RunError if it holds no results and no samples yet, or if a file is damaged, which it names.
+    """
+    if not is_evaluation(folder):
+        raise RunError(
+            f"{folder} is no folder of `holdall eval`, which has config.json, models/ and samples/"
+        )
+    config = files.read_json(folder / "config.json", WAY_OUT)
+    environment = {}
+    if (folder / "environment.json").exists():
+        environment = files.read_json(folder / "environment.json", WAY_OUT)
+    about = {path.stem: files.read_json(path, WAY_OUT) for path in sorted((folder / "models").glob("*.json"))}
+    names = {key: str(model.get("name", key)) for key, model in about.items()}
+    keys = {name: key for key, name in names.items()}
+    scores: dict[str, dict[tuple[Task, int], Score]] = {key: {} for key in about}
+    found: dict[str, tuple[Task, int]] = {}
+    for number, line in enumerate(files.read_lines(folder / "results.jsonl", WAY_OUT), 1):
+        try:
+            task, reads = _task_of(line)
+            key = keys.get(line["model"], str(line["model"]))
+            scores.setdefault(key, {})[task, reads] = _score_of(line)  # the last one counts
+            found.setdefault(str(line["task"]), (task, reads))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            where = f"line {number} of {folder / 'results.jsonl'}"
+            raise files.damaged(where, f"it is no result ({error!r})", "Remove that line.") from None
+    samples: dict[str, dict[tuple[Task, int], Samples]] = {}
+    for path in sorted((folder / "samples").glob("*/*.jsonl")):
+        read = _scan(path)
+        if read.right:
+            place = found.get(path.stem) or _guess(path.stem, config)
+            samples.setdefault(path.parent.name, {})[place] = read
+    if not any(scores.values()) and not samples:
+        raise RunError(f"{folder} holds no results yet; wait until the first documents are answered")
+    models = [
+        Model(
+            name=names.get(key, key),
+            key=key,
+            about=about.get(key, {}),
+            scores=scores.get(key, {}),
+            samples=samples.get(key, {}),
+        )
+        for key in sorted({*about, *scores, *samples})
+    ]
+    places = {place for model in models for place in (*model.scores, *model.samples)}
+    tasks = sorted({task for task, _ in places}, key=lambda task: (_rank(task, config), task))
+    evaluation = Evaluation(
+        folder=folder, config=config, environment=environment, models=tuple(models), tasks=tuple(tasks)
+    )
+    return _in_order(evaluation)
+
+
+def _in_order(evaluation: Evaluation) -> Evaluation:
+    """The same with the best model first, read twice where it was, and with notes on what is missing."""
+    last = max((n for task in evaluation.compared for n in evaluation.readings(task)), default=1)
+
+    def rank(model: Model) -> tuple[bool, float, str]:
+        mean = evaluation.mean(model, last)
+        return mean is None, -(mean or 0.0), model.name
+
+    planned = {str(name) for name in evaluation.config.get("tasks") or ()}
+    begun = {name for task in evaluation.tasks for name in (task.name, f"{task.name}_twice")}
+    cells = sum(len(evaluation.readings(task)) for task in evaluation.tasks) * len(evaluation.models)
+    there = sum(len(model.scores) for model in evaluation.models)
+    notes = []
+    if there < cells:
+        lacking = [
+            f"{model.name} ({', '.join(missing)})"
+            for model in evaluation.models
+            if (missing := evaluation.missing(model))
+        ]
+        notes.append(
+            f"{there} of {cells} scores are there: the evaluation is still running or was stopped. "
+            f"Missing: {'; '.join(lacking)}. {WAY_OUT}"
+        )
+    if planned - begun:
+        notes.append(f"Not begun yet: {', '.join(sorted(planned - begun))}. {WAY_OUT}")
+    return Evaluation(
+        folder=evaluation.folder,
+        config=evaluation.config,
+        environment=evaluation.environment,
+        models=tuple(sorted(evaluation.models, key=rank)),
+        tasks=evaluation.tasks,
+        notes=tuple(notes),
+    )
+
+
+def _task_of(line: Mapping[str, Any]) -> tuple[Task, int]:
+    name, suite = str(line["task"]), TWICE.sub("", str(line.get("suite") or ""))
+    return Task(TWICE.sub("", name), str(line["metric"]), suite), int(line.get("reads") or 0)
+
+
+def _guess(stem: str, config: Mapping[str, Any]) -> tuple[Task, int]:
+    """The task of a file of samples that no result speaks of yet."""
+    suite = config.get("suite")
+    return Task(TWICE.sub("", stem), "contains", suite if isinstance(suite, str) else ""), (
+        2 if TWICE.search(stem) else 1
+    )
+
+
+def _score_of(line: Mapping[str, Any]) -> Score:
+    value, low, high = (
+        math.nan if line.get(name) is None else float(line[name]) for name in ("value", "low", "high")
+    )
+    if math.isnan(value):
+        raise ValueError("it has no value")
+    truncated = line.get("truncated")
+    return Score(
+        value=value, low=low, high=high, count=int(line["count"]),
+        truncated=None if truncated is None else int(truncated), line=line,
+    )  # fmt: skip
+
+
+def _scan(path: Path) -> Samples:
+    """The score of each document and where its line is; without a last line that is not finished."""
+    right: dict[str, float] = {}
+    places: dict[str, tuple[int, int]] = {}
+    with files.open_file(path, WAY_OUT) as file:
+        start = 0
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                break
+            if line.strip():
+                content = _parsed(line, number, path)
+                document = str(content["doc"])
+                right[document], places[document] = float(content["right"]), (number, start)
+            start += len(line)
+    return Samples(path=path, right=right, places=places)
+
+
+def _parsed(line: bytes, number: int, path: Path) -> dict[str, Any]:
+    where = f"line {number} of {path}"
+    content: dict[str, Any] = files.parse_json(line, where, WAY_OUT, constants=True)
+    try:
+        content["doc"]
+        if not math.isfinite(float(content["right"])):
+            raise ValueError("its score is not finite")
+    except (KeyError, TypeError, ValueError) as error:
+        raise files.damaged(where, f"it is no answer ({error!r})", WAY_OUT) from None
+    return content
+
+
+def _rank(task: Task, config: Mapping[str, Any]) -> int:
+    """Where the config names a task; after all others if it does not."""
+    named = [TWICE.sub("", str(name)) for name in config.get("tasks") or ()]
+    return named.index(task.name) if task.name in named else len(named)
