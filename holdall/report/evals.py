@@ -6,6 +6,7 @@ prompt that it was given, two models side by side.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from holdall.report.evals_data import (
     Score,
     Task,
     differences,
+    file_name,
     is_evaluation,
     load,
     mean_interval,
@@ -34,7 +36,7 @@ NONE = "–"
 def write(folder: Path, out: Path | None = None, *, samples: int = evals_samples.SAMPLES) -> list[Path]:
     """Write index.html, table.md and, where state and recall are known, recall.png; return their paths.
 
-    Cheap enough to call after every task, and a reader never sees half a file.
+    A reader never sees half a file. Takes seconds, and half a minute per gigabyte of samples.
 
     Args:
         folder: what `holdall eval` wrote, whether it is complete or not.
@@ -185,9 +187,11 @@ def _head(evaluation: Evaluation) -> dict[str, Any]:
     names = {1: "once", 2: "twice", 0: "score"}
     spans = [(task.name, task.suite, len(evaluation.readings(task))) for task in evaluation.tasks]
     below = [names[reads] for reads in means] + (["gain"] if means == (1, 2) else [])
+    widths = [*([len(below)] if below else []), *(width for *_, width in spans)]
     return {
         "mean": len(below),
         "spans": spans,
+        "firsts": [0, *itertools.accumulate(widths[:-1])],
         "below": [*below, *(names[reads] for _, reads in _columns(evaluation))],
     }
 
@@ -254,9 +258,12 @@ def _score_cell(
     model: Model, place: tuple[Task, int], score: Score | None, *, best: float | None
 ) -> dict[str, Any]:
     if score is None:
-        so_far = model.samples.get(place)
-        title = f"{len(so_far.right):,} documents so far" if so_far else "not evaluated"
-        text = "…" if so_far else NONE
+        title, text = "not evaluated", NONE
+        task, reads = place
+        if so_far := model.samples.get(place):
+            title, text = f"{len(so_far.right):,} documents so far", "…"
+        elif answers := model.begun.get(file_name(task.name + ("_twice" if reads == 2 else ""))):
+            title, text = f"{answers:,} answers so far", "…"
         return {"text": text, "interval": "", "value": "", "best": False, "title": title}
     task = place[0]
     line = score.line

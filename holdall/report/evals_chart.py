@@ -16,6 +16,11 @@ from holdall.report import chart, recall_curves, recall_state, style
 from holdall.report.evals_data import Evaluation, Interval, mean_interval
 from holdall.report.paper import DPI
 
+MOST_NAMES = 6
+"""Tasks that a sentence names one by one."""
+MOST_LABELS = 9
+"""Models whose names have room beside their points in the figure; more are listed at its side."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
@@ -80,6 +85,8 @@ def mean_text(evaluation: Evaluation) -> str:
     """What the mean is taken over, in words."""
     names = [task.name for task in evaluation.compared]
     text = names[0] if len(names) == 1 else f"mean over {', '.join(names[:-1])} and {names[-1]}"
+    if len(names) > MOST_NAMES:
+        text = f"mean over {len(names)} tasks"
     left = [task.name for task in evaluation.recall_tasks if task not in evaluation.compared]
     return text + (f", which all models have so far (without {', '.join(left)})" if left else "")
 
@@ -226,10 +233,11 @@ def draw(evaluation: Evaluation, models: Sequence[Drawn], *, dark: bool = False)
 
     with recall_curves.looks(dark) as (ground, _, muted):
         figure = style.blank((7.8, 4.6), dpi=DPI, ground=ground)
-        axes = figure.add_axes((0.075, 0.115, 0.915, 0.815))
+        labelled = len(models) <= MOST_LABELS
+        axes = figure.add_axes((0.075, 0.115, 0.915 if labelled else 0.665, 0.815))
         low, high = _range(models)
         axes.set_xscale("log")
-        axes.set_xlim(low, high * (high / low) ** 0.12)  # room for the last label
+        axes.set_xlim(low, high * (high / low) ** (0.12 * labelled))  # room for the last label
         axes.set_ylim(0, _top(models))
         for model in models:
             _draw_model(axes, model, ground)
@@ -244,8 +252,11 @@ def draw(evaluation: Evaluation, models: Sequence[Drawn], *, dark: bool = False)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_xlabel(axis_text(evaluation))
         axes.set_ylabel(f"Recall, {_short_mean(evaluation)}")
-        ends = {model.name: (model.points[-1].state, model.points[-1].mean.value) for model in models}
-        recall_state.write_labels(axes, ends, muted)
+        if labelled:
+            ends = {m.name: (float(m.points[-1].state), m.points[-1].mean.value) for m in models}
+            recall_state.write_labels(axes, ends, muted)
+        else:
+            _list_models(figure, models, ground)
         _legend(figure, models, muted, ground)
         return figure
 
@@ -266,6 +277,24 @@ def _draw_model(axes: Any, model: Drawn, ground: str) -> None:
             [x], [y], marker=look.marker, markersize=4 if point.reads == 1 and len(ends) == 2 else 6.5,
             color=look.colour, markerfacecolor=face, markeredgewidth=1.1, linestyle="none", gid=model.name,
         )  # fmt: skip
+
+
+def _list_models(figure: Any, models: Sequence[Drawn], ground: str) -> None:
+    """The names at the side, the best on top."""
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D(
+            [], [], linestyle="none", marker=style.look(m.index).marker, color=style.look(m.index).colour,
+            markerfacecolor=ground if m.grows else style.look(m.index).colour, markersize=5.5,
+            label=recall_curves.cut(m.name),
+        )
+        for m in models
+    ]  # fmt: skip
+    figure.legend(
+        handles=handles, loc="upper left", bbox_to_anchor=(0.75, 0.94), frameon=False,
+        fontsize=min(7.8, 175 / len(models)), handletextpad=0.3, borderaxespad=0.2,
+    )  # fmt: skip
 
 
 def _legend(figure: Any, models: Sequence[Drawn], muted: str, ground: str) -> None:

@@ -33,8 +33,8 @@ WAY_OUT = "Give the `holdall eval` command again: it resumes."
 
 def is_evaluation(folder: Path) -> bool:
     """Whether `holdall eval` wrote this folder."""
-    return (folder / "config.json").exists() and (
-        (folder / "models").is_dir() or (folder / "samples").is_dir()
+    return (folder / "config.json").exists() and any(
+        (folder / name).is_dir() for name in ("models", "samples", "answers")
     )
 
 
@@ -82,6 +82,8 @@ class Model:
     """All of models/NAME.json; empty while it is not written."""
     scores: Mapping[tuple[Task, int], Score]
     samples: Mapping[tuple[Task, int], Samples]
+    begun: Mapping[str, int] = field(default_factory=dict)
+    """Answers of tasks that are not finished, by the name of the task's file."""
 
     def state_bytes(self, tokens: int) -> int | None:
         """Bytes of state after so many tokens; None where they were not counted."""
@@ -263,10 +265,10 @@ def load(folder: Path) -> Evaluation:
     found: dict[str, tuple[Task, int]] = {}
     for number, line in enumerate(files.read_lines(folder / "results.jsonl", WAY_OUT), 1):
         try:
-            task, reads = _task_of(line)
+            place = _place_of(line)
             key = keys.get(line["model"], str(line["model"]))
-            scores.setdefault(key, {})[task, reads] = _score_of(line)  # the last one counts
-            found.setdefault(str(line["task"]), (task, reads))
+            scores.setdefault(key, {})[place] = _score_of(line)  # the last one counts
+            found.setdefault(file_name(str(line["task"])), place)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             where = f"line {number} of {folder / 'results.jsonl'}"
             raise files.damaged(where, f"it is no result ({error!r})", "Remove that line.") from None
@@ -276,6 +278,9 @@ def load(folder: Path) -> Evaluation:
         if read.right:
             place = found.get(path.stem) or _guess(path.stem, config)
             samples.setdefault(path.parent.name, {})[place] = read
+    begun: dict[str, dict[str, int]] = {}
+    for path in sorted((folder / "answers").glob("*/*.jsonl")):
+        begun.setdefault(path.parent.name, {})[path.stem] = len(files.read_lines(path, WAY_OUT))
     if not any(scores.values()) and not samples:
         raise RunError(f"{folder} holds no results yet; wait until the first documents are answered")
     models = [
@@ -285,6 +290,7 @@ def load(folder: Path) -> Evaluation:
             about=about.get(key, {}),
             scores=scores.get(key, {}),
             samples=samples.get(key, {}),
+            begun=begun.get(key, {}),
         )
         for key in sorted({*about, *scores, *samples})
     ]
@@ -331,17 +337,23 @@ def _in_order(evaluation: Evaluation) -> Evaluation:
     )
 
 
-def _task_of(line: Mapping[str, Any]) -> tuple[Task, int]:
-    name, suite = str(line["task"]), TWICE.sub("", str(line.get("suite") or ""))
-    return Task(TWICE.sub("", name), str(line["metric"]), suite), int(line.get("reads") or 0)
+def _place_of(line: Mapping[str, Any]) -> tuple[Task, int]:
+    """The task and the number of readings of a result."""
+    name = str(line.get("of") or TWICE.sub("", str(line["task"])))
+    suite = TWICE.sub("", str(line.get("suite") or ""))
+    return Task(name, str(line["metric"]), suite), int(line.get("reads") or 0)
 
 
 def _guess(stem: str, config: Mapping[str, Any]) -> tuple[Task, int]:
-    """The task of a file of samples that no result speaks of yet."""
-    suite = config.get("suite")
-    return Task(TWICE.sub("", stem), "contains", suite if isinstance(suite, str) else ""), (
-        2 if TWICE.search(stem) else 1
-    )
+    """The same of a file of samples that no result speaks of yet."""
+    suites = config.get("suite") or [""]
+    suite = TWICE.sub("", str(suites[0] if isinstance(suites, list) else suites))
+    return Task(TWICE.sub("", stem), "contains", suite), 2 if TWICE.search(stem) else 1
+
+
+def file_name(task: str) -> str:
+    """What a task's files are called: names of tasks from elsewhere may have any characters."""
+    return re.sub(r"[^\w.+-]", lambda match: f"%{ord(match[0]):x}", task)
 
 
 def _score_of(line: Mapping[str, Any]) -> Score:
@@ -369,6 +381,8 @@ def _scan(path: Path) -> Samples:
             if line.strip():
                 content = _parsed(line, number, path)
                 document = str(content["doc"])
+                if document in right:  # several questions about one document, under its name alone
+                    document = f"{document} ({number})"
                 right[document], places[document] = float(content["right"]), (number, start)
             start += len(line)
     return Samples(path=path, right=right, places=places)

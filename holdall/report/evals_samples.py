@@ -55,7 +55,7 @@ def pack(evaluation: Evaluation, task: Task, samples: int = SAMPLES) -> dict[str
         "documents": len(documents),
         "shown": len(shown),
         "columns": [[index, reads, len(column.right)] for index, reads, column in columns],
-        "block": base64.b64encode(zlib.compress(data, 9)).decode(),
+        "block": base64.b64encode(zlib.compress(data)).decode(),
     }
 
 

@@ -33,7 +33,7 @@ class Writer:
     def __init__(self, folder: Path, *, window: int = 1024, **config: Any) -> None:
         self.folder, self.window = folder, window
         (folder / "models").mkdir(parents=True)
-        self.json("config.json", {"suite": "recall", "window": window, "seed": 0, **config})
+        self.json("config.json", {"suite": ["recall", "recall-twice"], "window": window, "seed": 0, **config})
         self.json("environment.json", {"holdall": "0.1.0", "device": "cpu, 2 threads"})
 
     def json(self, name: str, value: Any) -> None:
@@ -56,10 +56,11 @@ class Writer:
         half = 1.96 * (max(value * (1 - value), 0.0) / len(right)) ** 0.5
         twice = task.endswith("_twice")
         line = {
-            "model": model, "task": task, "suite": "recall-twice" if twice else "recall",
-            "reads": 2 if twice else 1, "metric": "contains", "value": value, "low": max(0.0, value - half),
-            "high": min(1.0, value + half), "count": len(right), "truncated": len(right) // 3, "version": 1,
-            "prompt_hash": task.encode().hex() * 4, "window": self.window, "seconds": 1.5, **more,
+            "model": model, "task": task, "of": task.removesuffix("_twice"), "reads": 2 if twice else 1,
+            "suite": "recall-twice" if twice else "recall", "metric": "contains", "value": value,
+            "low": max(0.0, value - half), "high": min(1.0, value + half), "others": {}, "count": len(right),
+            "truncated": len(right) // 3, "version": "1", "prompt_hash": task.encode().hex() * 4,
+            "window": self.window, "seconds": 1.5, **more,
         }  # fmt: skip
         with (self.folder / "results.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
