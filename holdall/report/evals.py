@@ -147,11 +147,15 @@ def _shown(tasks: Sequence[Mapping[str, Any]]) -> str:
     cut = [task for task in tasks if task["shown"] < task["documents"]]
     if not cut:
         return ""
-    names = ", ".join(f"{task['shown']:,} of {task['documents']:,} of {task['name']}" for task in cut)
+    most = max(task["documents"] for task in cut)
+    if len(cut) > evals_chart.MOST_NAMES:
+        what = f"{max(task['shown'] for task in cut):,} of up to {most:,} of each task"
+    else:
+        what = ", ".join(f"{task['shown']:,} of {task['documents']:,} of {task['name']}" for task in cut)
     return (
-        f"On this page are the prompts and answers of the first documents: {names}. "
+        f"On this page are the prompts and answers of the first documents: {what}. "
         "All scores, and differences of two models, are over all documents. "
-        f"`holdall report FOLDER --samples {max(task['documents'] for task in cut)}` puts all of them here."
+        f"`holdall report FOLDER --samples {most}` puts all of them here."
     )
 
 
@@ -343,13 +347,19 @@ def _model_rows(evaluation: Evaluation) -> list[list[str]]:
             [
                 model.name,
                 f"{parameters:,}" if isinstance(parameters, int) else "",
-                ", ".join(
-                    f"{style.bytes_text(size)} after {int(tokens):,}" for tokens, size in sizes.items()
-                ),
+                _sizes_text(sizes),
                 *(style.value_text(about.get(name) or "") for name in ("kind", "tokenizer", "source")),
             ]
         )
     return rows
+
+
+def _sizes_text(sizes: Mapping[str, int]) -> str:
+    """Bytes of state by tokens read; once if it is always the same."""
+    texts = [(style.bytes_text(size), int(tokens)) for tokens, size in sizes.items()]
+    if len({text for text, _ in texts}) == 1:
+        return texts[0][0]
+    return ", ".join(f"{text} after {tokens:,}" for text, tokens in texts)
 
 
 # ------------------------------------------------------------------------------------------------- Markdown

@@ -20,9 +20,9 @@ from holdall.report.evals_data import Evaluation, Samples, Task
 SAMPLES = 200
 """Documents of each task whose texts are on the page, unless a reader asks for more."""
 LONGEST = 24_000
-"""Letters of a prompt that are stored; of a longer one only parts."""
+"""Characters of a prompt that are stored; of a longer one only parts."""
 START, AROUND, END = 2_000, 3_000, 4_000
-"""Letters of these parts: at the start, on either side of the first answers, and at the end."""
+"""Characters of these parts: at the start, on either side of the first answers, and at the end."""
 
 
 def pack(evaluation: Evaluation, task: Task, samples: int = SAMPLES) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def fold(prompt: str, golds: Iterable[str]) -> str:
     parts, last = [], 0
     for start, end in sorted(keep):
         if start > last:
-            parts.append(f"\n[… {start - last:,} letters are not on this page …]\n")
+            parts.append(f"\n[… {start - last:,} characters are not on this page …]\n")
         parts.append(prompt[max(start, last) : end])
         last = max(last, end)
     return "".join(parts)

@@ -148,7 +148,7 @@ def test_of_a_long_prompt_what_is_near_answers_and_ends_is_kept():
     assert kept.startswith("w0 w1 ")
     assert kept.endswith("w19999 ")
     assert "the Gold is here" in kept
-    cut = [int(number.replace(",", "")) for number in re.findall(r"… ([\d,]+) letters", kept)]
+    cut = [int(number.replace(",", "")) for number in re.findall(r"… ([\d,]+) characters", kept)]
     notes = sum(map(len, re.findall(r"\n\[….*?…\]\n", kept)))
     assert len(kept) - notes + sum(cut) == len(prompt)
     assert evals_samples.fold("short", ["x"]) == "short"
@@ -362,6 +362,7 @@ def test_two_models_stand_side_by_side_with_their_difference(visit, folder):
     assert [head[:-2] for head in heads] == ["A attention, read once", "B mamba-2, read once"]
     assert page.locator("#document > h4").inner_text() == "Prompt, the same for both"
     assert page.locator(".prompt mark").all_inner_texts() == ["Answer0"]
+    assert "60 tokens read · tokens 1 to 60 of the document" in page.locator(".side").first.inner_text()
     lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     value = {line["model"]: line["value"] for line in lines if line["task"] == "fda"}
     said = page.locator("#said").inner_text()
