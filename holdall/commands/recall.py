@@ -159,15 +159,10 @@ def _on_corpus(folder: Path, model: ModelConfig, described: Any, data: Path) -> 
         described.get(name) != theirs[name] for name in ("kind", "sha256")
     ):
         raise RunError(f"the corpus in {data} was made with another tokenizer than that of {folder}")
-<<<<<<< HEAD
-    prefix = max(getattr(layer, "prefix", 0) for layer in header.config.layers)
+    prefix = max(getattr(layer, "prefix", 0) for layer in model.layers)
     context = max(SAVED_CONTEXT, 2 * prefix)
-    context = min(context, header.config.positions or context)
-    return PretrainConfig(model=header.config, data=str(data), context_len=context)
-=======
-    context = min(SAVED_CONTEXT, model.positions or SAVED_CONTEXT)
+    context = min(context, model.positions or context)
     return PretrainConfig(model=model, data=str(data), context_len=context)
->>>>>>> 7d7dcce (recall reads folders of the transformers library; a GGUF file's add_bos_token is heeded; a damaged tokenizer is called by its own name)
 
 
 def _labels(folders: Sequence[Path]) -> list[str]:
@@ -197,10 +192,6 @@ def _scores(
         "config": {**config.to_dict(), "data": ""},
         "precision": str(dtype).removeprefix("torch."),
     }
-<<<<<<< HEAD
-    how = {"context_len": context, "rows": rows, "prefix": config.prefix}
-    return slices.score(folder, about, corpus, model, on_progress=on_progress, **how)
-=======
     if asked.fingerprint:
         about |= {"checkpoint": "model", "step": 0, "fingerprint": asked.fingerprint}
         files.make_folder(asked.kept)
@@ -221,10 +212,8 @@ def _scores(
     def model() -> Model:
         return foreign.load_any(folder, dtype=dtype, device=device, checkpoint=checkpoint).model
 
-    return slices.score(
-        asked.kept, about, corpus, model, context_len=context, rows=rows, on_progress=on_progress
-    )
->>>>>>> 7d7dcce (recall reads folders of the transformers library; a GGUF file's add_bos_token is heeded; a damaged tokenizer is called by its own name)
+    how = {"context_len": context, "rows": rows, "prefix": config.prefix}
+    return slices.score(asked.kept, about, corpus, model, on_progress=on_progress, **how)
 
 
 def _has(kept: slices.Scores, context: int, rows: int | None) -> bool:

@@ -5,6 +5,7 @@ its user change, and returns its sweeps; `holdall frontier NAME` runs them, and 
 of a file of your own. A suite recipe returns a suite of language models; `holdall suite NAME` runs it.
 """
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterable
@@ -87,7 +88,7 @@ def call(make: Callable[..., Any], name: str, seeds: int = 1, **settings: Any) -
     made = (made,) if isinstance(made, SweepConfig) else tuple(made) if isinstance(made, Iterable) else ()
     if not made or not all(isinstance(sweep, SweepConfig) for sweep in made):
         raise ValueError(f"sweeps() of {name} must return SweepConfigs (holdall.sweeps)")
-    return made
+    return tuple(dataclasses.replace(sweep, takes_seeds="seeds" in takes(make)) for sweep in made)
 
 
 def is_file(name: str) -> bool:

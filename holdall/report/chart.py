@@ -30,40 +30,56 @@ class Marks:
         self._places: dict[int, int] = {}
 
     def model(self, model: Model) -> int:
-        return self._place(model, model, model.accuracy, model.best or model.runs)
+        return self._place(model, model, model.accuracy, model.best or model.runs, model.seeds)
 
     def run(self, model: Model, run: Run) -> int:
-        return self._place(run, model, run.accuracy, [run])
+        return self._place(run, model, run.accuracy, [run], 1)
 
     def rate(self, model: Model, rate: Rate) -> int:
         """Of a model at a learning rate: the model itself where the rate counts."""
         if rate.counts:
             return self.model(model)
         return (
-            self._place(rate, model, rate.accuracy, rate.runs)
+            self._place(rate, model, rate.accuracy, rate.runs, len(rate.runs))
             if len(rate.runs) > 1
             else self.run(model, rate.runs[0])
         )
 
-    def _place(self, owner: object, model: Model, accuracy: float, runs: Sequence[Run]) -> int:
+    def _place(self, owner: object, model: Model, accuracy: float, runs: Sequence[Run], seeds: int) -> int:
         if id(owner) not in self._places:
             drawn = model.state > 0 and not math.isnan(accuracy)
             x, y = (model.state, accuracy) if drawn else (None, None)
             self._places[id(owner)] = len(self.all)
-            self.all.append({"x": x, "y": y, "title": model.label, "detail": _detail(runs)})
+            self.all.append({"x": x, "y": y, "title": model.label, "detail": _detail(runs, seeds)})
         return self._places[id(owner)]
 
 
-def _detail(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    """Every key of the runs' lines; where seeds differ, their values side by side."""
+def _detail(runs: Sequence[Run], seeds: int) -> list[tuple[str, str]]:
+    """Every key of the runs' lines; where seeds differ, their values side by side.
+
+    seeds: how many were tried, those that diverged and have no run here among them.
+    """
     detail = []
-    if len(runs) > 1 and (found := [run.accuracy for run in runs if not run.diverged]):
-        mean = math.fsum(found) / len(found)
-        detail.append((f"{len(runs)} seeds", f"mean {mean:.2%}, from {min(found):.2%} to {max(found):.2%}"))
+    if seeds > 1:
+        detail.append((f"{seeds} seeds", _seeds_text([r.accuracy for r in runs if not r.diverged], seeds)))
     for key in dict.fromkeys(key for run in runs for key in run.line):
         values = dict.fromkeys(style.value_text(run.line.get(key)) for run in runs)
         detail.append((key.replace("_", " "), " | ".join(values)))
     return detail
+
+
+def _seeds_text(converged: Sequence[float], seeds: int) -> str:
+    """The mean of the seeds that converged, and how many did not."""
+    if not converged:
+        return "all diverged"
+    mean = math.fsum(converged) / len(converged)
+    extremes = f"from {min(converged):.2%} to {max(converged):.2%}"
+    if len(converged) == seeds:
+        return f"mean {mean:.2%}, {extremes}"
+    diverged = f"{seeds - len(converged)} diverged"
+    if len(converged) == 1:
+        return f"{diverged}; {mean:.2%} is that of the other"
+    return f"{diverged}; mean of the other {len(converged)} {mean:.2%}, {extremes}"
 
 
 def traces(sweeps: Sequence[Sweep], marks: Marks) -> list[dict[str, Any]]:

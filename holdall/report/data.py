@@ -238,6 +238,8 @@ class Sweep:
     name: str
     folder: Path
     command: str
+    more_seeds: bool
+    """Whether that command can add seeds to the folder."""
     context_len: int
     axis: Axis
     task: str
@@ -373,6 +375,12 @@ def _sweep(folder: Path, config: Mapping[str, Any], name: str, axis: Axis) -> Sw
     models = grouped(runs)
     notes += [f"{m.label} (width {m.width}) diverged at every learning rate." for m in models if not m.best]
     notes += [
+        f"{m.seeds - len(m.best)} of {m.seeds} seeds of {m.label} (width {m.width}) diverged at every "
+        "learning rate; its accuracy is that of the others."
+        for m in models
+        if 0 < len(m.best) < m.seeds
+    ]
+    notes += [
         f"{m.label} (width {m.width}) has no state: a log axis has no place for it."
         for m in models
         if m.best and not m.state_bytes
@@ -398,6 +406,7 @@ def _sweep(folder: Path, config: Mapping[str, Any], name: str, axis: Axis) -> Sw
         name=name,
         folder=folder,
         command=str(config.get("command", "")),
+        more_seeds=_more_seeds(config),
         context_len=context_len,
         axis=axis,
         task=str(config.get("task") or _task(config)),
@@ -407,6 +416,15 @@ def _sweep(folder: Path, config: Mapping[str, Any], name: str, axis: Axis) -> Sw
         models=models,
         notes=tuple(notes),
     )
+
+
+def _more_seeds(config: Mapping[str, Any]) -> bool:
+    """Whether the command of a sweep can add seeds to it; folders that do not say so can if their recipe is
+    one of Holdall's own, all of which have the flag."""
+    words = str(config.get("command", "")).split()
+    if words[:2] != ["holdall", "frontier"]:
+        return False
+    return bool(config.get("takes_seeds", not any(word.endswith(".py") for word in words[2:3])))
 
 
 def _task(config: Mapping[str, Any]) -> str:

@@ -112,6 +112,8 @@ def _curve(model: Model, marks: chart.Marks, rates: Sequence[float], *, dotted: 
         )
         says = f"{rate.accuracy:.1%}" if rate.converged else "diverged"
         says += f", {rate.low:.1%} to {rate.high:.1%}" if rate.high > rate.low else ""
+        if 0 < len(rate.converged) < len(rate.runs):
+            says += f" ({len(rate.runs) - len(rate.converged)} of {len(rate.runs)} seeds diverged)"
         points.append(
             {
                 "x": f"{x:.2f}",

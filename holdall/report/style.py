@@ -171,16 +171,16 @@ def spread_text(sweeps: Sequence[Sweep]) -> str:
     """What is known of the spread over seeds, and how to learn more of it."""
     counts = sorted({model.seeds for sweep in sweeps for model in sweep.models})
     if counts == [1]:
-        again = all(sweep.command.startswith("holdall frontier") for sweep in sweeps)
+        again = all(sweep.more_seeds for sweep in sweeps)
         return "1 seed: no spread known" + ("; --seeds 3 adds two." if again else ".")
+    # a seed that diverged everywhere has no accuracy, and no place in a mean
+    some = any(0 < len(model.best) < model.seeds for sweep in sweeps for model in sweep.models)
+    mean = "the mean of those that converged" if some else "their mean"
     if len(counts) == 1:
-        return f"{counts[0]} seeds: each point is their mean, its bar reaches from the lowest to the highest."
+        return f"{counts[0]} seeds: each point is {mean}, its bar reaches from the lowest to the highest."
     return (
-        f"{counts[0]} to {counts[-1]} seeds: a point is their mean, its bar reaches from the lowest to the "
-        "highest; of a model with one seed no spread is known."
-        if counts[0] == 1
-        else f"{counts[0]} to {counts[-1]} seeds: a point is their mean, its bar reaches from the lowest to "
-        "the highest."
+        f"{counts[0]} to {counts[-1]} seeds: a point is {mean}, its bar reaches from the lowest to the "
+        "highest" + ("; of a model with one seed no spread is known." if counts[0] == 1 else ".")
     )
 
 

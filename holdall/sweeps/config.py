@@ -41,6 +41,8 @@ class SweepConfig(Config):
     """The models, in the order of the results."""
     part: str = ""
     """Which of a recipe's sweeps this is, where it has several."""
+    takes_seeds: bool = False
+    """Whether the recipe's user can ask for more seeds, which reports then advise."""
 
     @property
     def data(self) -> DataConfig:

@@ -91,6 +91,7 @@ def _claim(out: Path, sweep: SweepConfig, command: str, device: str) -> None:
     about = {
         "recipe": recipe,
         "command": command,
+        "takes_seeds": sweep.takes_seeds,
         "context_len": sweep.context_len,
         "task": data.about,
         "difficulty": data.difficulty,

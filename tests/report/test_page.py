@@ -106,13 +106,15 @@ def test_points_of_the_strip_lead_to_the_rows_of_the_table(make_sweep, line):
         data_of(page),
         re.findall(r'<g data-mark="(\d+)"><title>(.*?)</title>(.*?)</g>', page, re.S),
     )
-    assert [title for _, title, _ in rates] == ["a at 0.001: 50.0%, 40.0% to 60.0%", "a at 0.01: 30.0%"]
+    assert [title for _, title, _ in rates] == [
+        "a at 0.001: 50.0%, 40.0% to 60.0%", "a at 0.01: 30.0% (1 of 2 seeds diverged)"
+    ]  # fmt: skip
     (best, _, _), (other, _, crossed) = rates
     assert best == "0"
     assert "×" in crossed
     details = [dict(content["marks"][int(mark)]["detail"]) for mark in (best, other)]
     assert details[0]["2 seeds"] == "mean 50.00%, from 40.00% to 60.00%"
-    assert details[1]["2 seeds"] == "mean 30.00%, from 30.00% to 30.00%"
+    assert details[1]["2 seeds"] == "1 diverged; 30.00% is that of the other"
     assert [detail["learning rate"] for detail in details] == ["0.001", "0.01"]
 
 

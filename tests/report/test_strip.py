@@ -1,8 +1,11 @@
 """The strip of learning rates under a frontier, and what pictures say of the spread over seeds."""
 
+import json
+import re
+
 import pytest
 
-from holdall.report import figure, strip, style
+from holdall.report import figure, page, strip, style, table
 from holdall.report.data import families, load
 from holdall.report.paper import PALE
 
@@ -125,6 +128,7 @@ def test_texts_lie_within_the_figure_and_apart(make_sweep, line, count):
     [
         ((1, 1), "holdall frontier quick", "1 seed: no spread known; --seeds 3 adds two."),
         ((1, 1), "holdall bits runs/quick", "1 seed: no spread known."),
+        ((1, 1), "holdall frontier my.py --out runs/a", "1 seed: no spread known."),
         ((3, 3), "holdall frontier quick", "3 seeds: each point is their mean, its bar reaches from"),
         ((2, 3), "holdall frontier quick", "2 to 3 seeds: a point is their mean, its bar reaches from"),
         ((1, 3), "holdall frontier quick", "1 to 3 seeds: a point is their mean, "),
@@ -141,6 +145,36 @@ def test_pictures_say_what_their_spread_is(make_sweep, line, seeds_of, command, 
     assert ("of a model with one seed no spread" in style.spread_text(sweeps)) == (seeds_of == (1, 3))
     (footer,) = (text.get_text() for text in figure.draw(sweeps).texts if text.get_gid() == "footer")
     assert footer == style.spread_text(sweeps)
+
+
+@pytest.mark.parametrize("takes_seeds", [True, False])
+def test_more_seeds_are_advised_where_the_recipe_takes_them(make_sweep, line, takes_seeds):
+    folder = make_sweep("s", [line("a", 64, 0.5)], command="holdall frontier my.py", takes_seeds=takes_seeds)
+    assert ("--seeds" in style.spread_text(load([folder]))) == takes_seeds
+
+
+def test_a_mean_says_that_a_seed_diverged(make_sweep, line):
+    lines = [
+        line("a", 1024, accuracy, seed=seed, learning_rate=rate)
+        for rate in (0.001, 0.01)
+        for seed, accuracy in enumerate((0.4, 0.6, None))
+    ]
+    lines += [line("b", 2048, None, seed=seed) for seed in range(2)]
+    lines += [line("c", 4096, accuracy, seed=seed) for seed, accuracy in enumerate((0.5, None))]
+    sweeps = load([make_sweep("s", lines)])
+    rendered = page.render(sweeps)
+    marks = json.loads(re.search(r'id="data">(.*?)</script>', rendered)[1])["marks"]
+    says = {mark["title"]: dict(map(tuple, mark["detail"])) for mark in reversed(marks)}  # models come first
+    assert says["a"]["3 seeds"] == "1 diverged; mean of the other 2 50.00%, from 40.00% to 60.00%"
+    assert says["b"]["2 seeds"] == "all diverged"
+    assert says["c"]["2 seeds"] == "1 diverged; 50.00% is that of the other"
+    assert "a at 0.001: 50.0%, 40.0% to 60.0% (1 of 3 seeds diverged)" in rendered
+    assert (
+        "1 of 3 seeds of a (width 64) diverged at every learning rate; its accuracy is that of the others."
+        in (rendered)
+    )
+    assert "a point is the mean of those that converged" in style.spread_text(sweeps)
+    assert "a point is the mean of those that converged" in table.render(sweeps)
 
 
 def test_a_seed_that_diverged_is_a_seed(make_sweep, line):
