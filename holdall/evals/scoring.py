@@ -26,3 +26,16 @@ def contains(output: str, golds: Iterable[str]) -> int:
 def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, int]:
     """The metric of a document of the recall suites, as the harness asks for it."""
     return {"contains": contains(results[0], doc["golds"])}
+
+
+def first_gold(doc: Mapping[str, Any]) -> str:
+    """The answer whose likelihood is asked for: the first of those that are right."""
+    gold: str = doc["golds"][0]
+    return gold
+
+
+def of_answer(doc: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, float]:
+    """The metrics of a document of the suites of answers: whether the answer is what a model would write, and
+    how far it is from that, in nats."""
+    log_likelihood, greedy = results[0]
+    return {"acc": float(greedy), "nats": -log_likelihood}

@@ -45,9 +45,14 @@ class Task:
 
     def twice(self) -> Task:
         """The task that shows the same documents twice."""
-        return dataclasses.replace(self, name=f"{self.name}_twice", reads=2, of=self.name)
+        return dataclasses.replace(self, name=f"{self.name}_twice", reads=2)
+
+    def likelihood(self) -> Task:
+        """The task that asks how likely the answer is to a model, where it would have to write it."""
+        return dataclasses.replace(self, name=f"{self.name}_answer", metric="acc", differs=LIKELIHOOD)
 
 
+LIKELIHOOD = "the same prompts; how likely the first right answer is, not whether a text holds it"
 CLOZE = "questions in place of clozes, asked as 'Question: ...' and 'Answer:' on a line of its own"
 RECALL = (
     Task(
@@ -185,6 +190,8 @@ GENERAL = (
 SUITES: dict[str, tuple[Task, ...]] = {
     "recall": RECALL,
     "recall-twice": tuple(task.twice() for task in RECALL),
+    "answers": tuple(task.likelihood() for task in RECALL),
+    "answers-twice": tuple(task.likelihood().twice() for task in RECALL),
     "general": GENERAL,
     "kv": (
         Task(

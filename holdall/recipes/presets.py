@@ -119,7 +119,7 @@ FAMILIES: dict[str, Family] = {
     "gla": lambda w, depth, n: (GLAConfig(width=w, heads=4),) * depth,
     "delta-net": lambda w, depth, n: (DeltaNetConfig(width=w, heads=w // 64),) * depth,
     "gated-delta-net": lambda w, depth, n: (
-        (GatedDeltaNetConfig(width=w, heads=w // 128, value_heads=w // 128, head_dim=64),) * depth
+        (GatedDeltaNetConfig(width=w, heads=w // 64, value_heads=w // 64, value_ratio=1),) * depth
     ),
     "s4": lambda w, depth, n: (S4Config(width=w),) * depth,
     "base-conv": _base_conv,
@@ -149,7 +149,7 @@ MLPS: dict[str, tuple[int, int]] = {
     "mamba-2": (0, 0),
     "gla": (1152, 1520),
     "delta-net": (1152, 1520),
-    "gated-delta-net": (1152, 1520),
+    "gated-delta-net": (1024, 1344),
     "s4": (1328, 1776),
     "base-conv": (1536, 2032),
     "griffin": (1104, 1712),
