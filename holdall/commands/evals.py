@@ -12,7 +12,7 @@ from rich import box
 from rich.progress import BarColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from holdall.commands import TELL_SECONDS, Words, console, resolve_device
+from holdall.commands import TELL_SECONDS, Words, busy, console, resolve_device
 from holdall.commands.loading import Loading
 from holdall.evals import documents, harness, suites
 from holdall.evals.folder import EvalConfig, Result, ResultsFolder
@@ -59,14 +59,17 @@ def evaluate(
         there = [task for task in chosen if task not in lacking]
         plan = Plan(config=config, tasks=tuple(there), others=tuple(tasks), data=data, include=include)
     elif lacking and not dry_run:
-        files = "\n  ".join(documents.missing(data, task) for task in _by_file(lacking))
-        raise RunError(f"files are missing; name the tasks whose files are there, or give them:\n  {files}")
+        _say_missing(lacking, data, "Files are missing:")
+        there = [task.name for task in chosen if task not in lacking]
+        also = f", or name the tasks whose files are there: --suite {' '.join(there)}" if there else ""
+        raise RunError(f"give the {len(_by_file(lacking))} files that are listed above{also}")
     loading.load_mixers()
     if dry_run:
-        subjects = [_opened(name, loading) for name in models]
-        for one in subjects:
-            console.print(_planned(one, plan))
-        _say_missing(lacking, data)
+        for name in models:
+            with busy(f"{name}: reading documents"):
+                planned = _planned(_opened(name, loading), plan)
+            console.print(planned)
+        _say_missing(lacking, data, "Files are missing:")
         return 0
     needed("lm_eval")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -88,7 +91,7 @@ def evaluate(
         return 130
     console.print(_table(lines, folder, config.window))
     console.print(f"  {out}", soft_wrap=True)
-    _say_missing([] if names else lacking, data)
+    _say_missing([] if names else lacking, data, "Not asked, since their files are missing:")
     return 0
 
 
@@ -112,11 +115,11 @@ def _by_file(tasks: Sequence[suites.Task]) -> list[suites.Task]:
     return list({task.file: task for task in reversed(tasks)}.values())[::-1]
 
 
-def _say_missing(lacking: Sequence[suites.Task], data: Path | None) -> None:
-    """Which files the tasks that were left out read, where they go and in what form."""
+def _say_missing(lacking: Sequence[suites.Task], data: Path | None, title: str) -> None:
+    """Which files tasks lack, where they go and in what form."""
     if not lacking:
         return
-    console.print("Not asked, since their files are missing:", soft_wrap=True)
+    console.print(title, soft_wrap=True)
     for task in _by_file(lacking):
         also = [one.name for one in lacking if one.file == task.file and one is not task]
         beside = f" ({', '.join(also)} too)" if also else ""
@@ -151,13 +154,14 @@ def _planned(one: Subject, plan: Plan) -> Table:
 
 
 def _table(lines: Sequence[Result], folder: ResultsFolder, window: int) -> Table:
-    """A row for each task and model: the score read once and twice, with intervals, beside the state."""
+    """A row for each task and model: the score read once and twice, with 95% intervals, beside the state that
+    is carried after the window's tokens."""
     about = folder.models()
-    table = Table(box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for head in ("task", "model"):
-        table.add_column(head)
-    for head in (f"state at {window:,}", "once, %", "twice, %", "documents", "cut"):
-        table.add_column(head, justify="right")
+        table.add_column(head, overflow="fold")
+    for head in ("state", "once, %", "twice, %", "docs"):
+        table.add_column(head, justify="right", no_wrap=True)
     pairs: dict[tuple[str, str], dict[int, Result]] = {}
     for line in sorted(lines, key=lambda line: list(dict.fromkeys(one.of for one in lines)).index(line.of)):
         pairs.setdefault((line.of, line.model), {})[line.reads or 1] = line
@@ -167,7 +171,7 @@ def _table(lines: Sequence[Result], folder: ResultsFolder, window: int) -> Table
         name = task if some.metric == "contains" else f"{task} ({some.metric})"
         table.add_row(
             name, model, "" if state is None else bytes_text(state), _score(by_reads.get(1)),
-            _score(by_reads.get(2)), f"{some.count:,}", f"{some.truncated:,}",
+            _score(by_reads.get(2)), f"{some.count:,}",
         )  # fmt: skip
     return table
 
@@ -178,7 +182,7 @@ def _score(line: Result | None) -> str:
         return ""
     if line.low is None or line.high is None:
         return f"{line.value:.4g}"
-    return f"{100 * line.value:.1f} [{100 * line.low:.1f}, {100 * line.high:.1f}]"
+    return f"{100 * line.value:.1f} [{100 * line.low:.1f},{100 * line.high:.1f}]"
 
 
 class _View:

@@ -81,7 +81,7 @@ def rows(
 
 
 class Documents(list[dict[str, Any]]):
-    """What lm-eval asks of a split of a data set: documents by their places, and the names of their fields."""
+    """A split of a data set as lm-eval asks it: documents by place, and the names of their fields."""
 
     @property
     def features(self) -> dict[str, None]:

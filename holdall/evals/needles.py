@@ -135,10 +135,10 @@ def _written(kind: Kind, key: str, value: str, depth: int, begin: float, units: 
         between = " "
     hay.insert(len(hay) * depth // 100, f"One of the special magic {kind.values} for {key} is: {value}.")
     name = kind.values[:-1]
+    asked = f"special magic {name} for {key} mentioned in the provided text"
     return (
         f"A special magic {name} is hidden within the following text. Make sure to memorize it. I will quiz "
-        f"you about the {name} afterwards.\n{between.join(hay)}\nWhat is the special magic {name} for {key} "
-        f"mentioned in the provided text? The special magic {name} for {key} mentioned in the provided text is"
+        f"you about the {name} afterwards.\n{between.join(hay)}\nWhat is the {asked}? The {asked} is"
     )
 
 

@@ -20,7 +20,7 @@ from holdall.evals.folder import Answers, EvalConfig, Result, ResultsFolder, pro
 from holdall.evals.harness import TASKS, codec_of
 from holdall.evals.statistics import bootstrap
 from holdall.evals.suites import Task
-from holdall.evals.windows import Codec
+from holdall.evals.windows import ANSWER_TOKENS, Codec
 from holdall.language_model import LanguageModel
 
 STATE_TOKENS = (512, 1024, 2048)
@@ -49,6 +49,8 @@ class Subject:
     """Trained weights; None if unknown."""
     state_bytes: Callable[[int], int | None] = field(default=lambda tokens: None, repr=False)
     """Bytes of the state of one row after so many tokens; None if unknown."""
+    positions: int | None = None
+    """The most tokens that it can read; None where there is no limit."""
     fingerprint: str = ""
     """What identifies its weights, so that scores of others are never mixed in; empty if unknown."""
     note: str = ""
@@ -89,6 +91,7 @@ def subject(model: LanguageModel, name: str, *, source: str = "", kind: str = "h
         make=make,
         parameters=model.model.parameter_count(),
         state_bytes=functools.cache(state_bytes),
+        positions=model.config.positions or None,
         fingerprint=model.fingerprint,
     )
 
@@ -123,12 +126,16 @@ class Plan:
 class Manager:
     """lm-eval's tasks for one model: the suites', made by its tokenizer, and lm-eval's own."""
 
-    def __init__(self, plan: Plan, codec: Codec) -> None:
-        self.plan, self.codec = plan, codec
+    def __init__(self, plan: Plan, asked: Subject) -> None:
+        self.plan, self.asked, self.codec = plan, asked, asked.codec
 
     def load(self, name: str) -> Any:
-        """What lm-eval knows a task, group or tag by, with its documents and requests built."""
-        manager = self._suites if name in {task.name for task in self.plan.tasks} else self._others
+        """What lm-eval knows a task, group or tag by, with its documents.
+
+        Raises ValueError if it has none of that name, or prompts of the suites are too long for the model.
+        """
+        own_suite = name in {task.name for task in self.plan.tasks}
+        manager = self._suites if own_suite else self._others
         if name not in manager.all_tasks:
             raise ValueError(f"lm-eval has no task '{name}': `lm_eval ls tasks` lists them")
         loaded = manager.load([name])
@@ -139,7 +146,20 @@ class Manager:
                 wanted = self.plan.config.fewshot
                 task.set_config(key="num_fewshot", value=(own or 0) if wanted is None else wanted)
             task.set_fewshot_seed(seed=FEWSHOT_SEED)
+            if own_suite:
+                self._check_room(task)
         return loaded
+
+    def _check_room(self, task: Any) -> None:
+        """A prompt that is cut at its beginning would lose what is asked for, without a word."""
+        positions = self.asked.positions
+        longest = max((doc.get("tokens", 0) for doc in task.eval_docs), default=0)
+        wanted = longest + ANSWER_TOKENS
+        if positions is not None and longest and wanted > positions:
+            raise ValueError(
+                f"{task.config.task} has prompts of {longest:,} tokens, with an answer {wanted:,}, and "
+                f"{self.asked.name} can read {positions:,}: give a smaller --window, or leave the task out"
+            )
 
     @functools.cached_property
     def _suites(self) -> Any:
@@ -258,7 +278,7 @@ def evaluate(
         ValueError: a prompt does not fit into the model, or lm-eval has no such task.
     """
     with folder.model(asked.about(plan.config.window)) as name:
-        manager = Manager(plan, asked.codec)
+        manager = Manager(plan, asked)
         model = functools.cache(lambda: asked.make(batch))
         lines: list[Result] = []
         for task in plan.names():

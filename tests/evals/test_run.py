@@ -1,0 +1,306 @@
+"""The runner: scores are lm-eval's own, depend on no batch and no order, and a killed run resumes.
+
+Tasks are local files, so that no network is asked.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import random
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from evals.rows import ROWS, written
+
+from holdall import cli, mixers
+from holdall.evals import harness, run, suites
+from holdall.evals.folder import EvalConfig, Result, ResultsFolder
+from holdall.evals.scoring import contains
+from holdall.evals.statistics import bootstrap
+from holdall.language_model import LanguageModel
+from holdall.model import ModelConfig, seeded
+from holdall.text.tokenizers import Bytes
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    from lm_eval.tasks import TaskManager
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # lm-eval's libraries warn of one another
+]
+WIDTH, LETTERS = 16, b"abcdef \n"
+CHOICES = """task: local_choice
+dataset_path: json
+custom_dataset: !function local.choices
+output_type: multiple_choice
+test_split: test
+doc_to_text: query
+doc_to_choice: choices
+doc_to_target: gold
+metric_list: [{metric: acc}, {metric: acc_norm}]
+metadata: {version: 3}
+"""
+FUNCTIONS = """from holdall.evals.harness import Documents
+
+def choices(**_):
+    return {"test": Documents(
+        {"query": "abc " * (n % 7) + str(n), "choices": [" a", f" {n}", "bb" * (n % 3 + 1)], "gold": n % 3}
+        for n in range(30)
+    )}
+"""
+
+
+def language_model(*names: str, dtype: torch.dtype = torch.float64, **options: Any) -> LanguageModel:
+    """One that writes the letters of the documents, and not always the same."""
+    layers = tuple(mixers.entry(name).configure(width=WIDTH) for name in names)
+    with seeded(0):
+        model = ModelConfig(vocab=264, width=WIDTH, layers=layers, mlp=24, tied=False, **options).build()
+        assert model.head is not None
+        model.head.weight.data.mul_(0.1)
+        model.head.weight.data[list(LETTERS)] = torch.randn(len(LETTERS), WIDTH)
+    for block in model.blocks:
+        for parameter in block.parameters():
+            parameter.data.mul_(4)
+    return LanguageModel(model.to(dtype).eval(), Bytes())
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A data folder, whose answers are short, so that a model without training is right at times."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    draw = random.Random(0)
+    rows = [
+        {
+            "id": f"{n}",
+            "context": " ".join("".join(draw.choices("abcdef", k=draw.randint(1, 9))) for _ in range(40))
+            + " aa.",
+            "question": f"What is number {n}?",
+            "answers": ["aa", "bb"],
+        }
+        for n in range(12)
+    ]
+    written(folder, "squad", rows, ".jsonl.xz")
+    written(folder, "fda", ROWS["fda"], ".jsonl.gz")
+    (folder / "local_choice.yaml").write_text(CHOICES)
+    (folder / "local.py").write_text(FUNCTIONS)
+    return folder
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the library's own tasks, which are thousands of files."""
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", functools.partial(TaskManager, include_defaults=False))
+
+
+def plan(data: Path, *names: str, others: tuple[str, ...] = (), **config: Any) -> run.Plan:
+    config = {"window": 200, **config}
+    return run.Plan(
+        config=EvalConfig(**config),
+        tasks=tuple(suites.tasks_of(names)),
+        others=others,
+        data=data,
+        include=data,
+    )
+
+
+def scored(
+    model: LanguageModel, wanted: run.Plan, out: Path, *, batch: int = 4, **how: Any
+) -> tuple[ResultsFolder, list[Result]]:
+    folder = ResultsFolder(out)
+    folder.claim(wanted.config, ["recall"], wanted.names(), command="", device="cpu")
+    return folder, run.evaluate(run.subject(model, "mine"), wanted, folder, batch=batch, **how)
+
+
+def test_scores_are_those_of_simple_evaluate(data: Path, tmp_path: Path, small: None) -> None:
+    made = language_model("taylor", "attention")
+    wanted = plan(data, "squad", "squad_twice", "fda", others=("local_choice",))
+    folder, lines = scored(made, wanted, tmp_path / "out")
+    from holdall.adapters.lm_eval import HoldallLM
+
+    passed = {"data": str(data), "window": 200, "tokenizer": harness.codec_of(made.tokenizer)}
+    paths = [str(harness.TASKS), str(data)]
+    theirs = lm_eval.simple_evaluate(
+        model=HoldallLM(made, batch_size=3),
+        tasks=[*wanted.names()],
+        task_manager=TaskManager(include_path=paths, include_defaults=False, metadata=passed),
+        bootstrap_iters=0,
+    )
+    assert [line.task for line in lines] == wanted.names()
+    for line in lines:
+        assert line.value == theirs["results"][line.task][f"{line.metric},none"], line.task
+        assert line.version == str(theirs["versions"][line.task])
+        samples = folder.samples("mine", line.task)
+        logged = theirs["samples"][line.task]
+        assert line.count == len(samples) == len(logged)
+        assert [one["right"] for one in samples] == [one[line.metric] for one in logged]
+        assert (line.low, line.high) == bootstrap([one["right"] for one in samples])
+        assert line.low is not None
+        assert line.high is not None
+        assert line.low <= line.value <= line.high
+    assert lines[-1].others == {"acc_norm": theirs["results"]["local_choice"]["acc_norm,none"]}
+    assert [line.metric for line in lines] == ["contains"] * 3 + ["acc"]
+    assert 0 < lines[0].value < 1  # not all alike, or the test would show little
+    assert lines[0].prompt_hash != lines[1].prompt_hash
+
+
+def test_the_samples_say_what_was_asked_and_answered(data: Path, tmp_path: Path, small: None) -> None:
+    made = language_model("taylor")
+    folder, lines = scored(made, plan(data, "squad", others=("local_choice",)), tmp_path / "out")
+    rows = list(harness.rows(suites.named("squad"), harness.codec_of(made.tokenizer), data=data, window=200))
+    samples = folder.samples("mine", "squad")
+    for row, sample in zip(rows, samples, strict=True):
+        assert (sample["doc"], sample["prompt"], sample["target"]) == (row.id, row.prompt, list(row.golds))
+        assert sample["window"] == list(row.window or ())
+        assert (sample["truncated"], sample["tokens"]) == (row.truncated, row.tokens)
+        assert sample["right"] == contains(sample["output"], row.golds)
+        one = made.generate(row.prompt, max_tokens=48, temperature=0, stop=("\n",))
+        assert sample["output"] == one
+    assert lines[0].truncated == sum(row.truncated for row in rows) > 0
+    assert {len(sample["output"]) for sample in samples} != {0}
+    chosen = folder.samples("mine", "local_choice")
+    assert chosen[5]["choices"] == [" " + choice for choice in (" a", " 5", "bbbbbb")]
+    assert chosen[5]["gold"] == 5 % 3
+    for sample in chosen:
+        likeliest = max(range(3), key=lambda place: sample["logprobs"][place])
+        assert sample["right"] == (likeliest == sample["gold"])
+
+
+def in_another_order(
+    self: run.Recorded, kind: str, requests: Sequence[Any], ask: Callable[..., list[Any]] = run.Recorded._ask
+) -> list[Any]:
+    """`Recorded._ask`, with requests that are shuffled before and answers that are put back after."""
+    places = random.Random(1).sample(range(len(requests)), len(requests))
+    given = dict(zip(places, ask(self, kind, [requests[place] for place in places]), strict=True))
+    return [given[place] for place in range(len(requests))]
+
+
+@pytest.mark.parametrize("names", [("taylor", "attention"), ("prefix-linear-attention", "sliding-window")])
+def test_no_score_depends_on_the_batch_or_the_order(
+    names: Sequence[str], data: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = language_model(*names)
+    folders = []
+    for batch, shuffled in ((1, False), (7, False), (64, False), (7, True)):
+        wanted = plan(data, "squad_twice", others=("local_choice",))
+        if shuffled:
+            monkeypatch.setattr(run.Recorded, "_ask", in_another_order)
+        folder, _ = scored(made, wanted, tmp_path / f"{batch} {shuffled}", batch=batch)
+        folders.append(folder)
+    first = folders[0]
+    for folder in folders[1:]:
+        for want, got in zip(
+            first.samples("mine", "squad_twice"), folder.samples("mine", "squad_twice"), strict=True
+        ):
+            assert got == want
+        for want, got in zip(
+            first.samples("mine", "local_choice"), folder.samples("mine", "local_choice"), strict=True
+        ):
+            assert got["logprobs"] == pytest.approx(want["logprobs"], abs=1e-10, rel=0)
+            assert got["right"] == want["right"]
+        for want_line, line in zip(first.results(), folder.results(), strict=True):
+            assert (line.value, line.low, line.high) == (want_line.value, want_line.low, want_line.high)
+            assert line.prompt_hash == want_line.prompt_hash
+
+
+class Killed(Exception):  # noqa: N818 - it stands for a signal
+    pass
+
+
+def test_a_killed_run_asks_only_what_was_not_answered(data: Path, tmp_path: Path, small: None) -> None:
+    made = language_model("taylor")
+    wanted = plan(data, "squad", "squad_twice", others=("local_choice",))
+    whole, _ = scored(made, wanted, tmp_path / "whole")
+
+    def until(task: str, answers: int) -> dict[str, Any]:
+        now = ""
+
+        def begin(name: str) -> None:
+            nonlocal now
+            now = name
+
+        def count(done: int, total: int) -> None:
+            if now == task and done == answers:
+                raise Killed
+
+        return {"on_task": begin, "on_answers": count}
+
+    for task, answers in (("squad", 5), ("squad_twice", 7), ("local_choice", 40)):
+        with pytest.raises(Killed):
+            scored(made, wanted, tmp_path / "out", **until(task, answers))
+        kept = (tmp_path / "out" / "answers" / "mine" / f"{task}.jsonl").read_text()
+        assert kept.count("\n") == answers
+    asked: list[int] = []
+    folder, lines = scored(made, wanted, tmp_path / "out", on_answers=lambda done, total: asked.append(done))
+    assert asked[0] == 40  # the first call says what is there already
+    assert lines == folder.results()
+    for line, other in zip(lines, whole.results(), strict=True):
+        assert Result.from_dict({**line.to_dict(), "seconds": other.seconds}) == other
+        assert folder.samples("mine", line.task) == whole.samples("mine", line.task)
+    assert not list((tmp_path / "out" / "answers" / "mine").glob("*.jsonl"))
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("what is finished was asked again")
+
+    again, _ = scored(made, wanted, tmp_path / "out", on_task=refuse)
+    assert again.results() == folder.results()
+
+
+def test_a_limit_takes_the_first_documents(data: Path, tmp_path: Path, small: None) -> None:
+    made = language_model("taylor")
+    whole, _ = scored(made, plan(data, "squad"), tmp_path / "whole")
+    few, lines = scored(made, plan(data, "squad", others=("local_choice",), limit=3), tmp_path / "few")
+    assert few.samples("mine", "squad") == whole.samples("mine", "squad")[:3]
+    assert [line.count for line in lines] == [3, 3]
+
+
+def test_prompts_that_the_model_cannot_read_are_refused(data: Path, tmp_path: Path, small: None) -> None:
+    made = language_model("attention", positions=300)
+    folder, lines = scored(made, plan(data, "squad"), tmp_path / "out")
+    assert lines
+    with pytest.raises(
+        ValueError, match=r"squad_twice has prompts of [\d,]+ tokens, .* mine can read 300: give a"
+    ):
+        scored(made, plan(data, "squad_twice"), tmp_path / "out")
+    about = folder.models()["mine"]
+    assert about["state_bytes"]["1024"] is None
+    assert about["state_bytes"]["200"] == made.model.state_bytes(200)
+
+
+def test_an_unknown_task_is_named(data: Path, tmp_path: Path, small: None) -> None:
+    with pytest.raises(ValueError, match="lm-eval has no task 'local_choise'"):
+        scored(language_model("taylor"), plan(data, others=("local_choise",)), tmp_path / "out")
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *words: str | Path) -> int:
+    monkeypatch.setattr(sys, "argv", ["holdall", "eval", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return int(ended.value.code or 0)
+
+
+def test_the_command(
+    data: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    folders = []
+    for number in (1, 2):
+        folders.append(tmp_path / f"m{number}")
+        language_model("taylor", *["attention"] * (number - 1), dtype=torch.float32).save(folders[-1])
+    words: list[str | Path] = ["--data", data, "--suite", "squad", "squad_twice", "niah_single_1"]
+    words += ["--limit", "2", "--window", "700", "--device", "cpu"]
+    assert command(monkeypatch, *folders, *words, "--out", tmp_path / "out") == 0
+    printed = capsys.readouterr().out
+    assert "m1, squad:" in printed
+    assert printed.count("niah_single_1") == 4
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["suite"] == ["recall", "recall-twice", "needles"]
+    assert len(ResultsFolder(tmp_path / "out").results()) == 6
+    assert command(monkeypatch, folders[0], *words, "--out", tmp_path / "out", "--limit", "3") == 2
+    assert "other settings (limit: 2 there, 3 here)" in capsys.readouterr().err
