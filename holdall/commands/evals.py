@@ -158,8 +158,8 @@ def _table(lines: Sequence[Result], folder: ResultsFolder, window: int) -> Table
     is carried after the window's tokens."""
     about = folder.models()
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for head in ("task", "model"):
-        table.add_column(head, overflow="fold")
+    table.add_column("task", no_wrap=True)
+    table.add_column("model", overflow="fold")
     for head in ("state", "once, %", "twice, %", "docs"):
         table.add_column(head, justify="right", no_wrap=True)
     pairs: dict[tuple[str, str], dict[int, Result]] = {}
