@@ -174,8 +174,8 @@ def bits(
 
     Args:
         folder: a folder written by `holdall frontier`, with the trained weights.
-        format: fp32, bf16, fp16, fp8, int8 or int4, or one with +stochastic or +feedback, as int4+feedback
-            (repeatable); by default all six, and int8 and int4 rounded in each way.
+        format: fp32, bf16, fp16, fp8, int8, int4, int2 or int1, or one with +stochastic or +feedback, as
+            int4+feedback (repeatable); by default the first six, and int8 and int4 rounded in each way.
         every: tokens that are read between one rounding of the state and the next.
         seed: of stochastic rounding.
         device: where to run; auto takes a GPU if there is one.
