@@ -20,7 +20,9 @@ from torch import Tensor
 
 from holdall.contract import Config, did_you_mean
 from holdall.settings import PositiveFloat, PositiveInt, Seed
+from holdall.tasks.information import Asked
 from holdall.tasks.mqar import MQAR
+from holdall.tasks.set_disjointness import Answer, Distribution, SetDisjointness
 from holdall.tasks.single_query import AssociativeRecall, InductionHeads, SingleQuery
 
 
@@ -48,6 +50,31 @@ class MQARSegment(Segment):
 
     pairs: PositiveInt
     """Key-value pairs of a row, each of which is asked for once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetSegment(Segment):
+    """Rows of set disjointness: their difficulty is the size of the set that is read first.
+
+    Its `length` is that of one read; `SetSegment.of(first, second, rows)` adds it up.
+    """
+
+    first: PositiveInt
+    """Tokens of the set that is read first."""
+    second: PositiveInt
+    """Tokens of the set that is read after it."""
+
+    @classmethod
+    def of(cls, first: int, second: int, rows: int) -> SetSegment:
+        """So many rows of sets of these sizes."""
+        return cls(length=first + second + 3, rows=rows, first=first, second=second)
+
+    def validate(self) -> None:
+        if self.length != (length := self.first + self.second + 3):
+            raise ValueError(
+                f"length {self.length} is not {length}, that of sets of {self.first} and {self.second} tokens "
+                "and three more: take SetSegment.of(first, second, rows)"
+            )
 
 
 @runtime_checkable
@@ -123,6 +150,13 @@ class DataConfig(Config):
     @abstractmethod
     def questions_per_row(self, segment: Segment) -> int:
         """How many questions a test row asks: what a state must answer for."""
+
+    def asked(self, segment: Segment) -> Asked:
+        """What a causal model's state must answer for, from which bounds on its bits follow.
+
+        By default distinct answers, one to each of a row's questions.
+        """
+        return Asked(self.questions_per_row(segment), self.task(segment).values)
 
     def trained_on(self, rows: Questions) -> Questions:
         """The questions that training rows are trained on: by default their own."""
@@ -264,6 +298,68 @@ class SingleQueryData(DataConfig):
             following_BN
         )
         return Questions(rows.tokens_BN, everywhere_BN.contiguous(), following_BN)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetDisjointnessData(DataConfig):
+    """Set disjointness: two sets, one after the other, and the token that both have."""
+
+    train: tuple[SetSegment, ...]
+    test: tuple[SetSegment, ...]
+    reads: PositiveInt = 1
+    """How often a row's whole input is read; 2 is "just read twice"."""
+    answer: Answer = "element"
+    """What is asked for: the common "element", or whether there is one, "yes-no"."""
+    distribution: Distribution = "random"
+    """Which sets there are: "random", as published, or "blocked" (holdall/tasks/set_disjointness.py)."""
+
+    kind = "set-disjointness"
+    difficulty = "tokens of the first set"
+
+    def validate(self) -> None:
+        super().validate()
+        if all(self.task(segment).values == 1 for segment in self.test):
+            raise ValueError("every test row has one token in its second set, which is the answer")
+        orders: dict[int, set[bool]] = {}
+        for segment in self.test:
+            orders.setdefault(segment.first, set()).add(segment.first < segment.second)
+        # accuracies are kept by the size of the first set, which must say which of both is the smaller one
+        for first, short in orders.items():
+            if len(short) > 1:
+                raise ValueError(
+                    f"a first set of {first} tokens is the smaller one in some test segments and the larger one "
+                    "in others, whose accuracies could not be told apart: change one of their sizes"
+                )
+
+    @property
+    def about(self) -> str:
+        asks = (
+            "name the token that is in both" if self.answer == "element" else "say whether a token is in both"
+        )
+        times = "" if self.reads == 1 else f", {self.reads} times over"
+        return f"set disjointness: a model reads one set of tokens and then another{times}. It must {asks}"
+
+    def tag(self, segment: SetSegment) -> int:  # type: ignore[override] # its segments are these
+        return segment.first
+
+    def task(self, segment: SetSegment) -> SetDisjointness:  # type: ignore[override]
+        return SetDisjointness(
+            vocab=self.vocab,
+            first=segment.first,
+            second=segment.second,
+            reads=self.reads,
+            answer=self.answer,
+            distribution=self.distribution,
+        )
+
+    def questions_per_row(self, segment: SetSegment) -> int:  # type: ignore[override]
+        return 1
+
+    def row_length(self, segment: SetSegment) -> int:  # type: ignore[override]
+        return self.task(segment).row_length
+
+    def asked(self, segment: SetSegment) -> Asked:  # type: ignore[override]
+        return self.task(segment).asked
 
 
 class TaskData:

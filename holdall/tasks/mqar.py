@@ -45,6 +45,7 @@ from torch import Tensor
 
 from holdall.contract import Config, did_you_mean
 from holdall.settings import PositiveFloat, PositiveInt
+from holdall.tasks.draws import check_whole, distinct, uniform
 
 NOTHING_ASKED = -100
 """Target of tokens that are not questions; PyTorch's cross-entropy ignores it by default."""
@@ -208,8 +209,8 @@ class MQAR(Config):
         Raises:
             TypeError, ValueError: rows or seed is not such a number.
         """
-        _check_whole("rows", rows, 1)
-        _check_whole("seed", seed, 0)
+        check_whole("rows", rows, 1)
+        check_whole("seed", seed, 0)
         batch = self._room_for(rows)
         # the block is part of what a seed means: other sizes give other rows. This one stays in cache
         block = max(1, (1 << 18) // self.length)
@@ -236,8 +237,8 @@ class MQAR(Config):
 
     def _draw(self, rng: np.random.Generator, rows: int, into: Batch) -> None:
         """Draw a whole block, and write as many of its rows as there is room for."""
-        keys_BK = 1 + _distinct(rng, rows, self.pairs, self.keys)
-        values_BK = self.vocab // 2 + _distinct(rng, rows, self.pairs, self.values)
+        keys_BK = 1 + distinct(rng, rows, self.pairs, self.keys)
+        values_BK = self.vocab // 2 + distinct(rng, rows, self.pairs, self.values)
         # the race: exponential clocks with rates w_g. The next to ring is g with probability w_g / (sum of
         # those still running), so the order in which the clocks ring is that of successive draws. The common
         # factor a of the weights a g**(a - 1) drops out. Where a power function rounds otherwise, two clocks
@@ -254,11 +255,11 @@ class MQAR(Config):
             return 0
         size = len(keys_BK), self.length - 2 * self.pairs
         if self.filler == "random":
-            return _uniform(rng, self.vocab, size)
+            return uniform(rng, self.vocab, size)
         # key-free: draw from 0 .. V-K-1, and let V-K+i stand in for key i. All keys are below V-K and the
         # stand-ins are values, so this maps one to one onto the tokens that are no key: exactly uniform
         spare = self.vocab - self.pairs
-        filler_BM = _uniform(rng, spare, size, vocab=self.vocab)
+        filler_BM = uniform(rng, spare, size, vocab=self.vocab)
         place_BM = _which_key(filler_BM, keys_BK)
         hit_BM = place_BM >= 0
         filler_BM[hit_BM] = spare + place_BM[hit_BM]
@@ -307,8 +308,8 @@ class MQAR(Config):
             NotPublishedError: filler "key-free".
             TypeError, ValueError: rows or seed is not such a number; filler "random" without a generator.
         """
-        _check_whole("rows", rows, 1)
-        _check_whole("seed", seed, 0)
+        check_whole("rows", rows, 1)
+        check_whole("seed", seed, 0)
         if self.filler == "key-free":
             raise NotPublishedError('filler "key-free" was never published: take "zero" or "random"')
         if self.filler == "random" and filler_rng is None:
@@ -335,47 +336,6 @@ class MQAR(Config):
         batch = self._room_for(rows)
         self._write(batch, keys_BK, values_BK, slots_BK, filler_BM)
         return batch
-
-
-def _check_whole(name: str, number: int, least: int) -> None:
-    if not isinstance(number, int) or isinstance(number, bool):
-        raise TypeError(f"{name} must be an int, got {number!r}")
-    if number < least:
-        raise ValueError(f"{name} {number} is less than {least}")
-
-
-def _uniform(
-    rng: np.random.Generator, count: int, size: int | tuple[int, int], vocab: int | None = None
-) -> np.ndarray:
-    """Uniform whole numbers below count; in 16 bits if the vocabulary fits (or count): less to move."""
-    return rng.integers(count, size=size, dtype=np.uint16 if (vocab or count) <= 1 << 16 else np.int64)
-
-
-def _distinct(rng: np.random.Generator, rows: int, draws: int, count: int) -> np.ndarray:
-    """(rows, draws) numbers below count, int64: each row uniform over all ordered choices without repetition.
-
-    Draws with repetition, then again what repeats an earlier draw of its row, until nothing does. That is
-    exactly uniform: which draws are made again depends only on which are equal, so renaming the numbers by a
-    permutation renames the result and leaves its probability as it was; and some permutation takes any choice
-    of distinct numbers to any other, so all are equally likely.
-    """
-    if 2 * draws > count:  # most numbers are taken, and drawing again would rarely hit a free one
-        return rng.permuted(np.tile(np.arange(count), (rows, 1)), axis=1)[:, :draws]
-    bits = draws.bit_length()
-    small: type[np.signedinteger] = np.int32 if count << bits < 1 << 31 else np.int64
-    drawn_BK = _uniform(rng, count, (rows, draws)).astype(small)
-    open_rows, draw_K = np.arange(rows), np.arange(draws, dtype=small)
-    while True:
-        # number and draw in one: sorted, equal numbers are neighbours and the earliest draw comes first
-        both = drawn_BK[open_rows] << bits | draw_K
-        both.sort(axis=1)
-        number = both >> bits
-        again = number[:, 1:] == number[:, :-1]
-        row, column = np.divmod(np.flatnonzero(again), max(1, draws - 1))
-        if not len(row):
-            return drawn_BK
-        drawn_BK[open_rows[row], both[row, column + 1] & ((1 << bits) - 1)] = _uniform(rng, count, len(row))
-        open_rows = open_rows[np.unique(row)]
 
 
 def _which_key(tokens_BM: np.ndarray, keys_BK: np.ndarray) -> np.ndarray:
