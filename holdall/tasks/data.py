@@ -72,8 +72,8 @@ class SetSegment(Segment):
     def validate(self) -> None:
         if self.length != (length := self.first + self.second + 3):
             raise ValueError(
-                f"length {self.length} is not {length}, that of sets of {self.first} and {self.second} tokens "
-                "and three more: take SetSegment.of(first, second, rows)"
+                f"length {self.length} is not {length}, that of sets of {self.first} and {self.second} "
+                "tokens and three more: take SetSegment.of(first, second, rows)"
             )
 
 
@@ -226,13 +226,22 @@ class MQARData(DataConfig):
     """The exponent of the power law of the gaps between a pair and its question; 1 is uniform."""
     filler: Literal["zero", "random", "key-free"] = "random"
     """What stands between the questions (holdall/tasks/mqar.py)."""
+    passes: PositiveInt = 1
+    """How often the pairs are read before anything is asked; each pass more makes a row longer by
+    two tokens a pair than its segment says.
+    """
 
     kind = "mqar"
     difficulty = "pairs"
 
     @property
     def about(self) -> str:
-        return ABOUT_MQAR
+        if self.passes == 1:
+            return ABOUT_MQAR
+        return f"{ABOUT_MQAR}. It reads the list {self.passes} times before it is asked anything"
+
+    def row_length(self, segment: MQARSegment) -> int:  # type: ignore[override]
+        return segment.length + 2 * segment.pairs * (self.passes - 1)
 
     def tag(self, segment: MQARSegment) -> int:  # type: ignore[override] # its segments are these
         return segment.pairs
@@ -240,10 +249,11 @@ class MQARData(DataConfig):
     def task(self, segment: MQARSegment) -> MQAR:  # type: ignore[override]
         return MQAR(
             vocab=self.vocab,
-            length=segment.length,
+            length=self.row_length(segment),
             pairs=segment.pairs,
             power=self.power,
             filler=self.filler,
+            passes=self.passes,
         )
 
     def questions_per_row(self, segment: MQARSegment) -> int:  # type: ignore[override]
@@ -327,8 +337,8 @@ class SetDisjointnessData(DataConfig):
         for first, short in orders.items():
             if len(short) > 1:
                 raise ValueError(
-                    f"a first set of {first} tokens is the smaller one in some test segments and the larger one "
-                    "in others, whose accuracies could not be told apart: change one of their sizes"
+                    f"a first set of {first} tokens is the smaller one in some test segments and not in "
+                    "others, whose accuracies could not be told apart: change one of their sizes"
                 )
 
     @property

@@ -24,8 +24,8 @@ and two distributions:
     random    A is uniform over the ordered choices of |A| elements. One of its tokens, uniform, is in B; the
               other tokens of B are uniform over those that A has not. This is the published distribution
     blocked   the elements are divided into consecutive blocks of |B| tokens. A has one token, uniform, of
-              each of its |A| blocks, in random order; B is one of these blocks, shuffled. For yes-no there are
-              2 |A| blocks, and A chooses one block of each two. B is any of the blocks
+              each of its |A| blocks, in random order; B is one of these blocks, shuffled. For yes-no there
+              are 2 |A| blocks, and A has a token of one block of each two. B is any of the blocks
 
 On blocked rows, B is an index and A what it points into: |A| independent symbols of an alphabet of |B| (of
 two for yes-no), any of which may be asked for, so that Fano's inequality bounds the state of every causal
@@ -35,7 +35,8 @@ sets. A and B together are then distributed as on random rows, and B is again an
 symbols. It takes m (|B| - 1) + |A| <= U elements, or m (2 |B| - 1) + |A| for yes-no; `symbols` is the largest
 such m.
 
-With `reads` = p, the whole input stands p times in the row, from "[" to "?", and the last "?" is the question.
+With `reads` = p, the whole input stands p times in the row, from "[" to "?", and the last "?" is the
+question.
 
 Source: Arora, Timalsina, Singhal, Spector, Eyuboglu, Zhao, Rao, Rudra, Ré, "Just read twice: closing the
 recall gap for recurrent language models", 2024, arXiv 2407.05483, section 3 and its published generator,
@@ -272,7 +273,7 @@ class SetDisjointness(Config):
             seed: 0 .. 2**32 - 1.
 
         Raises:
-            NotPublishedError: the answer "yes-no", the "blocked" distribution, or sets larger than the halves.
+            NotPublishedError: the answer "yes-no", the "blocked" distribution, or sets that are too large.
             TypeError, ValueError: rows or seed is not such a number.
         """
         check_whole("rows", rows, 1)
