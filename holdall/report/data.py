@@ -19,6 +19,7 @@ from typing import Any
 
 from holdall import files
 from holdall.files import RunError
+from holdall.tasks.information import Asked
 
 PAIRS = "pairs"
 """What every difficulty was called before tasks named their own."""
@@ -61,7 +62,11 @@ class Segment:
     values: int
     """The possible answers to a question."""
     questions: int
-    """Questions of a row."""
+    """Questions of a row: answers that a state must be able to give."""
+    distinct: bool = True
+    """Whether these answers are distinct; else they are independent of each other."""
+    sets: tuple[int, int] | None = None
+    """In set disjointness, the sizes of the set that is read first and of the other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,9 +260,9 @@ class Sweep:
         return self.context_len, sorted((s.length, s.difficulty, s.vocab) for s in self.segments)
 
     @property
-    def questions(self) -> list[tuple[int, int]]:
-        """(questions, values) of each segment: all that the information floor depends on."""
-        return [(s.questions, s.values) for s in self.segments]
+    def questions(self) -> list[Asked]:
+        """What each segment asks for: all that the information floor depends on."""
+        return [Asked(s.questions, s.values, s.distinct) for s in self.segments]
 
 
 def load_each(folders: Sequence[Path], axis: str | None = None) -> tuple[Sweep, ...]:
@@ -359,7 +364,9 @@ def _sweep(folder: Path, config: Mapping[str, Any], name: str, axis: Axis) -> Sw
                 **{
                     key: _whole(part, key, low=1)
                     for key in ("vocab", "length", "rows", "difficulty", "values", "questions")
-                }
+                },
+                distinct=part.get("distinct", True) is True,
+                sets=_sets(part),
             )
             for part in map(_with_defaults, config["test"])
         )
@@ -422,6 +429,13 @@ def _with_defaults(part: Mapping[str, Any]) -> dict[str, Any]:
     """A test segment with what the first sweeps, which were all of MQAR, did not write down."""
     pairs = {"questions": part["pairs"], "difficulty": part["pairs"]} if "pairs" in part else {}
     return {"values": part["vocab"] // 2, **pairs, **part}
+
+
+def _sets(part: Mapping[str, Any]) -> tuple[int, int] | None:
+    """The sizes of the two sets of a test segment that has some."""
+    if not {"first", "second"} <= part.keys():
+        return None
+    return _whole(part, "first", low=1), _whole(part, "second", low=1)
 
 
 def _runs(folder: Path, config: Mapping[str, Any], axis: Axis) -> tuple[list[Run], list[str]]:
