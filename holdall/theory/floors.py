@@ -257,6 +257,6 @@ def floors(setting: Setting) -> list[Floor]:
               unit="layers", of="BaseConv", bites=layers_floor_p_hot(setting.digits) > 1,
               why="inputs of these digits, not learned embeddings", source="Based, remark 3.3"),
         Floor(name=f"recall, any {width} numbers a token", value=any_code, unit="layers", of="BaseConv",
-              bites=any_code > 1, why="grows as log log N" if any_code > 1 else "one layer: the row is too short",
+              bites=any_code > 1, why="grows as log log N" if any_code > 1 else "rows are too short",
               source=f"{based} 3.4"),
     ]  # fmt: skip
