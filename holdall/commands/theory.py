@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated, Literal
 
 import tyro
 
 from holdall import flags
+from holdall.settings import PositiveInt, Seed
 
 app = tyro.extras.SubcommandApp()
 ABOUT = "Theorems that run: circuits as BaseConv, models built by hand, messages, and lower bounds."
@@ -33,3 +35,75 @@ def primitives(*, out: Path = Path("primitives.png"), dark: bool = False) -> int
     from holdall.commands import theory_circuits as shown
 
     return shown.primitives(out, dark)
+
+
+# -------------------------------------------------------------------------------------- models built by hand
+
+
+def _list(*, vocab: PositiveInt = 64, length: PositiveInt = 64) -> int:
+    """List the models built by hand: what each theorem says, and its layers, width and state.
+
+    Args:
+        vocab: tokens of the vocabulary for which they are built.
+        length: tokens of a row.
+    """
+    from holdall.commands import theory_by_hand as shown
+
+    return shown.show(vocab, length)
+
+
+app.command(flags.checked(_list), name="list")
+
+
+@command
+def mqar(
+    names: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
+    *,
+    vocab: PositiveInt = 256,
+    length: PositiveInt = 64,
+    pairs: PositiveInt = 8,
+    rows: PositiveInt = 64,
+    seed: Seed = 0,
+    precision: Literal["fp64", "fp32"] = "fp64",
+) -> int:
+    """Have models built by hand answer rows of MQAR: accuracy, width and state, without any training.
+
+    Args:
+        names: constructions (`holdall theory list`), each as NAME or NAME:option=value,option=value; by
+            default all that can be built for these rows.
+        vocab: tokens of the vocabulary.
+        length: tokens of a row.
+        pairs: key-value pairs of a row, each of which is asked for once.
+        rows: how many rows.
+        seed: of the rows.
+        precision: of weights and activations.
+    """
+    from holdall.commands import theory_by_hand as shown
+
+    return shown.mqar(names, vocab, length, pairs, rows, seed, precision)
+
+
+@command
+def frontier(folder: Annotated[Path, tyro.conf.Positional] = Path("runs/quick")) -> int:
+    """Put models built by hand on the picture of a sweep: what training leaves on the table.
+
+    They answer the sweep's own test rows. Stop it at any time; the same command resumes.
+
+    Args:
+        folder: a folder written by `holdall frontier`, of a recipe with MQAR.
+    """
+    from holdall.commands import theory_by_hand as shown
+
+    return shown.frontier(folder)
+
+
+@command
+def page(*, out: Path = Path("theory.html")) -> int:
+    """Write a page that steps through recall by hand, token by token: attention, a table, and shifts.
+
+    Args:
+        out: the page, which opens offline.
+    """
+    from holdall.commands import theory_by_hand as shown
+
+    return shown.page(out)

@@ -52,8 +52,6 @@ class ByHandConfig(Config):
 
     name: ClassVar[str]
     """Its name in the registry and on the command line."""
-    mixer: ClassVar[str]
-    """The registered mixer that does the recall."""
     claim: ClassVar[str]
     """The theorem, in a sentence or two."""
     sizes: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
@@ -63,6 +61,11 @@ class ByHandConfig(Config):
     def label(self) -> str:
         """What pictures and tables call it, with the options that differ among `sizes`."""
         return f"{self.name} by hand"
+
+    @property
+    def useful(self) -> bool:
+        """Whether its size is not beyond what rows of this kind can use."""
+        return True
 
     @abstractmethod
     def build(self, dtype: torch.dtype = torch.float64) -> HandBuilt:
@@ -83,16 +86,27 @@ class ByHandConfig(Config):
         """
         return torch.ones_like(rows.positions, dtype=torch.bool)
 
+    def remark(self, rows: Batch, right_BK: Tensor) -> str:
+        """What the theorem says of these rows beside what was answered, in a sentence."""
+        promised_BK = self.promised(rows)
+        if promised_BK is None:
+            return (
+                "the theorem says no more than that fewer pairs, or a larger state, make more answers right"
+            )
+        agree, count = int((promised_BK == right_BK).sum()), right_BK.numel()
+        share = float(promised_BK.double().mean())
+        return f"{agree:,} of {count:,} questions as the theorem says, which promises {share:.2%}"
+
 
 C = TypeVar("C", bound=type[ByHandConfig])
 _known: dict[str, type[ByHandConfig]] = {}
 
 
-def construction(name: str, *, mixer: str, claim: str) -> Callable[[C], C]:
+def construction(name: str, *, claim: str) -> Callable[[C], C]:
     """Register a construction's config under its name."""
 
     def register(config: C) -> C:
-        config.name, config.mixer, config.claim = name, mixer, claim
+        config.name, config.claim = name, claim
         _known[name] = config
         return config
 

@@ -35,6 +35,7 @@ from holdall.mixers.linear_attention import LinearAttentionConfig
 from holdall.mixers.sliding_window import SlidingWindowConfig
 from holdall.mixers.taylor import TaylorConfig
 from holdall.settings import NonNegativeInt, PositiveFloat, PositiveInt
+from holdall.tasks.mqar import Batch
 from holdall.theory.by_hand import (
     ByHandConfig,
     HandBuilt,
@@ -90,7 +91,6 @@ def _each(channels: slice) -> range:
 
 @construction(
     "attention",
-    mixer="attention",
     claim="One attention head answers every question of rows of any length at width 2 log2 V: the width does "
     "not grow with the row, its state does.",
 )
@@ -135,7 +135,6 @@ class AttentionByHand(ByHandConfig):
 
 @construction(
     "linear-attention",
-    mixer="linear-attention",
     claim="Linear attention with one-hot keys holds a table with a line per key: every answer is exact, from "
     "a state of V/2 log2 V numbers, whatever the length of the row and the number of pairs.",
 )
@@ -165,6 +164,10 @@ class LinearAttentionByHand(ByHandConfig):
     @property
     def label(self) -> str:
         return f"linear attention by hand, F = {self.resolved_lines}"
+
+    @property
+    def useful(self) -> bool:
+        return not self.lines or self.lines < self.vocab // 2
 
     @property
     def width(self) -> int:
@@ -215,7 +218,7 @@ class LinearAttentionByHand(ByHandConfig):
     def used_state(self, context_len: int) -> int:
         return self.resolved_lines * (bits_of(self.vocab) + 1)  # the table, and the last token's key
 
-    def promised(self, rows: Any) -> Tensor | None:
+    def promised(self, rows: Batch) -> Tensor | None:
         return super().promised(rows) if self.resolved_lines >= self.vocab // 2 else None
 
 
@@ -224,7 +227,6 @@ class LinearAttentionByHand(ByHandConfig):
 
 @construction(
     "taylor",
-    mixer="taylor",
     claim="Taylor features of random codes hold about f^2 dv / (6 ln V) pairs, from a state of f (f + 1) / 2 "
     "by dv numbers; at a quarter of that and f = 16, 95 of 100 answers are right.",
 )
@@ -285,5 +287,12 @@ class TaylorByHand(ByHandConfig):
         f = self.feature_dim
         return (1 + f + f * (f + 1) // 2) * self.value_dim + f  # the sums, and the last token's key
 
-    def promised(self, rows: Any) -> Tensor | None:
+    def promised(self, rows: Batch) -> Tensor | None:
         return None
+
+    def remark(self, rows: Batch, right_BK: Tensor) -> str:
+        pairs = rows.places.shape[1]
+        return (
+            f"K_max = f^2 dv / (6 ln V) = {self.most_pairs:,.0f} pairs, and {pairs:,} are "
+            f"{pairs / self.most_pairs:.2g} of that; at 1/4 and f = 16, 95% are right"
+        )

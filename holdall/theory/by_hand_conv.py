@@ -1,9 +1,9 @@
 """Recall by hand with gated convolutions: the width decides how far back they can look.
 
 A BaseConv layer filters each channel by itself, and multiplies it by a sum of channels *of the same token*
-(holdall/theory/primitives.py). To compare the current token with that of s tokens ago, the latter must first be
-brought here, into channels of its own: as many copies as there are distances. Each of S distances gets a copy
-of the key, shifted by s, and a copy of the value, shifted by s - 1:
+(holdall/theory/primitives.py). To compare the current token with that of s tokens ago, the latter must first
+be brought here, into channels of its own: as many copies as there are distances. Each of S distances gets a
+copy of the key, shifted by s, and a copy of the value, shifted by s - 1:
 
     shifts          e_s,i = sum_j key_s,i,j cur_i,j      digit i is equal      m_s = prod_i e_s,i
                     y = sum_s m_s value_s                                      layers 2 + ceil(log2 2p)
@@ -64,6 +64,10 @@ class BaseConvByHand(ByHandConfig):
         return self.shifts or self.length - 1
 
     @property
+    def useful(self) -> bool:
+        return self.resolved_shifts < self.length
+
+    @property
     def resolved_digits(self) -> int:
         """p."""
         return 1
@@ -96,7 +100,6 @@ class BaseConvByHand(ByHandConfig):
 
 @construction(
     "base-conv",
-    mixer="base-conv",
     claim="A gated convolution needs a copy of key and value for each distance: width k (1 + 2 S) for S "
     "distances, and a question is right if and only if its key is at most S tokens back.",
 )
@@ -110,7 +113,7 @@ class ShiftsByHand(BaseConvByHand):
     digits: NonNegativeInt = 0
     """p, the digits of a code, each one-hot; 1 is one-hot, 0 as many as the token has bits."""
 
-    sizes = tuple({"shifts": shifts} for shifts in (8, 16, 32, 64, 0))
+    sizes = tuple({"shifts": shifts} for shifts in (8, 16, 32, 64))
 
     @property
     def label(self) -> str:
@@ -152,7 +155,6 @@ class ShiftsByHand(BaseConvByHand):
 
 @construction(
     "base-conv-two-layers",
-    mixer="base-conv",
     claim="With one-hot codes two layers of gated convolution are enough, and wide: V (1 + 2 S) channels for "
     "S distances.",
 )
