@@ -22,8 +22,8 @@ from holdall.theory import by_hand
 
 COUNTS = ("layers", "width", "params", "non-zero", "state", "used")
 NOTES = (
-    "params: of embedding, layers and head. non-zero: weights of the layers. state: elements of a row's state, "
-    "counted; used: those that carry something."
+    "params: of embedding, layers and head. non-zero: weights of the layers. state: elements of a row's "
+    "state, counted; used: those that carry something."
 )
 
 
@@ -37,8 +37,8 @@ def show(vocab: int, length: int) -> int:
         try:
             report = construction(vocab=vocab, length=length).build().report()
             says = (
-                f"at vocab {vocab:,} and length {length:,}: {report.layers} layers of width {report.width:,}, "
-                f"{report.state_elements:,} elements of state, {report.used_state:,} used"
+                f"at vocab {vocab:,} and length {length:,}: {report.layers} layers of width "
+                f"{report.width:,}, {report.state_elements:,} elements of state, {report.used_state:,} used"
             )
         except ValueError as error:
             says = f"not at vocab {vocab:,} and length {length:,}: {error}"

@@ -128,7 +128,7 @@ def configured(wanted: str, width: int, defaults: Mapping[str, Any] | None = Non
 
 
 def options_of(wanted: str) -> tuple[str, dict[str, Any]]:
-    """The name and the options of "NAME" or "NAME:option=value,option=value"; ValueError for anything else."""
+    """The name and the options of "NAME" or "NAME:option=value,option=value"; ValueError for others."""
     name, _, text = wanted.partition(":")
     options = {}
     for part in filter(None, text.split(",")):

@@ -68,8 +68,8 @@ def _detail(runs: Sequence[Run]) -> list[tuple[str, str]]:
 
 def traces(sweeps: Sequence[Sweep], marks: Marks) -> list[dict[str, Any]]:
     """Plotly's traces from the back to the front. Those of models have meta "models", those of other
-    learning rates "other" (hidden at first), those built by hand "by hand"; the last is the ring around what is
-    selected."""
+    learning rates "other" (hidden at first), those built by hand "by hand"; the last is the ring around what
+    is selected."""
     found = [*_floor(sweeps), _steps(sweeps)]
     named: set[str] = set()  # a family is in the legend once, and its entry there hides it in every sweep
     for place, sweep in enumerate(sweeps):
@@ -87,7 +87,8 @@ def traces(sweeps: Sequence[Sweep], marks: Marks) -> list[dict[str, Any]]:
             models = _models(members, marks, shared, sweep.axis)
             found += models + _other_rates(members, marks, shared, sweep.axis)
             named |= {family} if models else set()
-            by_hand = _by_hand(sweep, marks, {**shared, "showlegend": family not in named}, family)
+            colour = style.by_hand_colour(sweeps, family) or "--ink"
+            by_hand = _by_hand(sweep, marks, {**shared, "showlegend": family not in named}, family, colour)
             found += by_hand
             named |= {family} if by_hand else set()
     if any(trace.get("meta") == BY_HAND for trace in found):
@@ -175,7 +176,9 @@ def _models(
     ]
 
 
-def _by_hand(sweep: Sweep, marks: Marks, shared: dict[str, Any], family: str) -> list[dict[str, Any]]:
+def _by_hand(
+    sweep: Sweep, marks: Marks, shared: dict[str, Any], family: str, colour: str
+) -> list[dict[str, Any]]:
     """A family's models that were built by hand: a trace for each construction, in marks of their own."""
     series: dict[Any, list[Model]] = {}
     for model in sweep.by_hand:
@@ -197,12 +200,12 @@ def _by_hand(sweep: Sweep, marks: Marks, shared: dict[str, Any], family: str) ->
                 ],
                 "mode": "lines+markers",
                 "marker": {
-                    "color": shared["marker"]["color"],
+                    "color": colour,
                     "symbol": style.BY_HAND[1],
                     "size": 12,
                     "line": {"width": 1.6},
                 },
-                "line": {"color": shared["marker"]["color"], "width": 1, "dash": "dot"},
+                "line": {"color": colour, "width": 1, "dash": "dot"},
             }
         )
         shared = {**shared, "showlegend": False}

@@ -256,8 +256,8 @@ class Sweep:
     models: tuple[Model, ...]
     notes: tuple[str, ...]
     by_hand: tuple[Model, ...] = ()
-    """Models that were built by hand and not trained (holdall/sweeps/by_hand.py): apart from `models`, so that
-    no frontier, spread or learning rate is theirs."""
+    """Models that were built by hand and not trained (holdall/sweeps/by_hand.py): apart from `models`, so
+    that no frontier, spread or learning rate is theirs."""
 
     @property
     def test(self) -> tuple[int, list[tuple[int, int, int]]]:

@@ -35,8 +35,8 @@ def save(sweeps: Sequence[Sweep], path: Path) -> None:
 def draw(sweeps: Sequence[Sweep]) -> Any:
     """The figure as a matplotlib Figure. Artists carry a gid that says what they are:
 
-    floor, pareto, chance, label, footer, family:<name> for the marks of a family's models, published:<name> for
-    those that were not trained here, and by hand:<name> for those that were not trained at all. The first
+    floor, pareto, chance, label, footer, family:<name> for the marks of a family's models, published:<name>
+    for those that were not trained here, and by hand:<name> for those that were not trained at all. The first
     axes are the frontier's; the others are those of the strip of learning rates (holdall/report/strip.py).
     """
     import matplotlib
@@ -161,8 +161,8 @@ def _draw_models(axes: Any, sweeps: Sequence[Sweep]) -> list[Any]:
 def _draw_by_hand(axes: Any, sweeps: Sequence[Sweep]) -> list[Any]:
     """What was built by hand, each family's by rising state: in its colour, in a mark of no family."""
     lines = []
-    for index, family in enumerate(families(sweeps)):
-        colour = style.look(index).colour
+    for family in families(sweeps):
+        colour = style.by_hand_colour(sweeps, family) or INK
         for members in _in_series(sweeps, family):
             (line,) = axes.plot(
                 [m.state for m in members], [m.accuracy for m in members], color=colour, linewidth=0.8,
@@ -232,7 +232,7 @@ def _draw_legend(figure: Any, axes: Any, sweeps: Sequence[Sweep]) -> None:
     handles: list[Any] = [
         Line2D([], [], linewidth=1.1, label=family, **marker(style.look(index), "full"))
         if family in drawn
-        else Line2D([], [], linestyle=(0, (1, 1.5)), label=family, **by_hand_marker(style.look(index).colour))
+        else Line2D([], [], linewidth=0.8, linestyle=(0, (1, 1.5)), label=family, **by_hand_marker(INK))
         for index, family in enumerate(families(sweeps))
         if family in drawn | by_hand
     ]
@@ -361,7 +361,7 @@ def _draw_labels(axes: Any, sweeps: Sequence[Sweep], lines: Sequence[Any]) -> No
             labels[model],
             transform=None,
             fontsize=6.8,
-            color=darker(style.look(families(sweeps).index(model.family)).colour),
+            color=darker(_colour_of(sweeps, model)),
             path_effects=halo,
             zorder=4,
             gid="label",
@@ -388,6 +388,12 @@ def _draw_labels(axes: Any, sweeps: Sequence[Sweep], lines: Sequence[Any]) -> No
         _, _, (x, y), box = min(options)
         text.set_position((x, y))
         taken.append(box)
+
+
+def _colour_of(sweeps: Sequence[Sweep], model: Model) -> str:
+    if model.by_hand:
+        return style.by_hand_colour(sweeps, model.family) or INK
+    return style.look(families(sweeps).index(model.family)).colour
 
 
 def _around(x: float, y: float, width: float, height: float, point: float) -> Iterable[tuple[float, float]]:

@@ -173,17 +173,18 @@ def _rows(sweeps: Sequence[Sweep], marks: chart.Marks) -> list[dict[str, Any]]:
             rows += [_row(sweeps, sweep, run, marks.run(model, run), other=True) for run in others]
         for model in sweep.by_hand:
             row = _row(sweeps, sweep, model.runs[0], marks.model(model), other=False)
-            rows.append({**row, "glyph": style.BY_HAND[2]})
+            colour = style.by_hand_colour(sweeps, model.family) or "var(--ink)"
+            rows.append({**row, "glyph": style.BY_HAND[2], "colour": colour})
     return rows
 
 
 def _row(sweeps: Sequence[Sweep], sweep: Sweep, run: Run, mark: int, *, other: bool) -> dict[str, Any]:
-    line = run.line
+    line, look = run.line, style.look(families(sweeps).index(run.family))
     return {
         "mark": mark,
         "other": other,
-        "look": (look := style.look(families(sweeps).index(run.family))),
         "glyph": look.glyph,
+        "colour": look.colour,
         "label": run.label,
         "sweep": sweep.name,
         "options": style.value_text(line["options"]) if line.get("options") else "",

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from holdall.report.data import Axis, Model, Sweep, is_series
+from holdall.report.data import Axis, Model, Sweep, families, is_series
 
 # Okabe and Ito's colours for the colour-blind, the light ones darkened to carry on white and on black.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#A8408F", "#D39200", "#4BA6E0", "#757575")
@@ -84,6 +84,12 @@ class Look:
 def look(index: int) -> Look:
     """The look of the family at `index`: colour and shape move together, so each is a key to itself."""
     return Look(COLOURS[index % len(COLOURS)], *SHAPES[index % len(SHAPES)])
+
+
+def by_hand_colour(sweeps: Sequence[Sweep], family: str) -> str:
+    """The colour of a family's models that were built by hand: its own; "" where none of it was trained."""
+    trained = {model.family for sweep in sweeps for model in sweep.models}
+    return look(families(sweeps).index(family)).colour if family in trained else ""
 
 
 def bytes_text(count: float | int) -> str:

@@ -55,11 +55,7 @@ def add(
         families = {_kind_of(point["train"]["model"]["layers"][-1]): point["family"] for point in points}
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise files.damaged(folder / "config.json", f"it holds no points ({error!r})") from None
-    if not isinstance(data, MQARData):
-        raise ValueError(
-            f"models built by hand answer MQAR, and the task of {folder} is {data.kind}; "
-            "holdall frontier quick has MQAR"
-        )
+    data = check_task(data)
     path, refused = folder / FILE, dict[str, str]()
     lines = {line["label"]: line for line in files.read_lines(path)}
     only_tests = [dataclasses.replace(segment, rows=1) for segment in data.train]
@@ -72,6 +68,13 @@ def add(
             files.write_atomically(path, text.encode())
         finished(lines[config.label])
     return refused
+
+
+def check_task(data: DataConfig) -> MQARData:
+    """The data of a sweep, if it is of MQAR; ValueError otherwise."""
+    if isinstance(data, MQARData):
+        return data
+    raise ValueError(f"models built by hand answer MQAR (holdall frontier quick), not the task {data.kind}")
 
 
 def configs(data: MQARData, refused: dict[str, str]) -> Iterator[ByHandConfig]:
