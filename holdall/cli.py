@@ -72,6 +72,7 @@ def frontier(
     weights: bool = True,
     on: Literal["here", "ray"] = "here",
     axis: Axis | None = None,
+    by_hand: bool = False,
 ) -> int:
     """Train the models of a recipe and plot their recall against their state size in bytes.
 
@@ -106,6 +107,7 @@ def frontier(
         on: here; or ray, on all machines of a Ray cluster that see the folder. Without Ray, any number of
             these commands share a folder.
         axis: what the picture counts state in; bytes by default.
+        by_hand: show models built by hand too, which need no training (`holdall theory list`); of MQAR.
     """
     from holdall.commands import sweeps as shown
 
@@ -130,6 +132,7 @@ def frontier(
         keep_weights=weights,
         on=on,
         axis=axis,
+        by_hand=by_hand,
     )
 
 

@@ -39,12 +39,87 @@ def primitives(*, out: Path = Path("primitives.png"), dark: bool = False) -> int
     return shown.primitives(out, dark)
 
 
+# -------------------------------------------------------------------------------------- models built by hand
+
+
+def _list(*, vocab: PositiveInt = 64, length: PositiveInt = 64) -> int:
+    """List the models built by hand: what each theorem says, and its layers, width and state.
+
+    Args:
+        vocab: tokens of the vocabulary for which they are built.
+        length: tokens of a row.
+    """
+    from holdall.commands import theory_by_hand as shown
+
+    return shown.show(vocab, length)
+
+
+app.command(flags.checked(_list), name="list")
+
+
+@command
+def mqar(
+    names: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
+    *,
+    vocab: PositiveInt = 256,
+    length: PositiveInt = 64,
+    pairs: PositiveInt = 8,
+    rows: PositiveInt = 64,
+    seed: Seed = 0,
+    precision: Literal["fp64", "fp32"] = "fp64",
+) -> int:
+    """Have models built by hand answer rows of MQAR: accuracy, width and state, without any training.
+
+    Args:
+        names: constructions (`holdall theory list`), each as NAME or NAME:option=value,option=value; by
+            default all that can be built for these rows.
+        vocab: tokens of the vocabulary.
+        length: tokens of a row.
+        pairs: key-value pairs of a row, each of which is asked for once.
+        rows: how many rows.
+        seed: of the rows.
+        precision: of weights and activations.
+    """
+    from holdall.commands import theory_by_hand as shown
+
+    return shown.mqar(names, vocab, length, pairs, rows, seed, precision)
+
+
+@command
+def frontier(folder: Annotated[Path, tyro.conf.Positional] = Path("runs/quick")) -> int:
+    """Put models built by hand on the picture of a sweep: what training leaves on the table.
+
+    They answer the sweep's own test rows. Stop it at any time; the same command resumes.
+
+    Args:
+        folder: a folder written by `holdall frontier`, of a recipe with MQAR.
+    """
+    from holdall.commands import theory_by_hand as shown
+
+    return shown.frontier(folder)
+
+
+@command
+def page(*, out: Path = Path("theory.html")) -> int:
+    """Write a page that steps through recall by hand, token by token: attention, a table, and shifts.
+
+    Args:
+        out: the page, which opens offline.
+    """
+    from holdall.commands import theory_by_hand as shown
+
+    return shown.page(out)
+
+
+# ------------------------------------------------------------------------------------- messages and floors
+
+
 @command
 def message(
     models: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL ...]")] = (
-        "attention",
-        "linear-attention",
-        "based-mini",
+        "by-hand:attention",
+        "by-hand:taylor",
+        "by-hand:linear-attention",
     ),
     *,
     pairs: PositiveInt = 8,
@@ -63,12 +138,13 @@ def message(
     key from. No model conveys more bits than it sends.
 
     Args:
-        models: folders written by `holdall frontier`, all of whose trained models are sent; registered
-            mixers, as NAME or NAME:option=value, in a model with random weights; or language models, as
-            `holdall generate` takes them.
+        models: folders written by `holdall frontier`, all of whose trained models are sent; models built by
+            hand (`holdall theory list`), as by-hand:NAME or by-hand:NAME:option=value; registered mixers, as
+            NAME or NAME:option=value, in a model with random weights, which says next to nothing; or language
+            models, as `holdall generate` takes them.
         pairs: key-value pairs of a row, each of which is asked for.
         vocab: tokens of the rows, half of them values; by default those that a model was trained on, 64 for
-            random weights.
+            models by hand and random weights.
         rows: fresh rows to send.
         format: fp32, bf16, fp16, fp8, int8, int4, int2 or int1, perhaps with +stochastic or +feedback
             (repeatable); by default fp32, bf16, int8, int4, int2 and int1.
@@ -116,11 +192,11 @@ def disjointness(
     models: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL ...]")] = (),
     *,
     first: PositiveInt = 4,
-    second: PositiveInt = 16,
+    second: PositiveInt = 64,
     reads: PositiveInt = 2,
     distribution: Literal["blocked", "random"] = "blocked",
     vocab: PositiveInt | None = None,
-    features: NonNegativeInt = 64,
+    features: NonNegativeInt = 48,
     rows: PositiveInt = 64,
     format: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
     seed: Seed = 0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from holdall.report import messages as picture
 from holdall.sweeps.bits import trained_model
 from holdall.tasks.set_disjointness import SetDisjointness
 from holdall.theory import exchanges
+from holdall.theory.by_hand import configured
 from holdall.theory.disjointness import ByHandConfig, hand_over
 from holdall.theory.floors import Setting
 from holdall.theory.floors import floors as floors_of
@@ -30,7 +32,9 @@ from holdall.theory.messages import Conveyed, converse, reader
 
 FORMATS = ("fp32", "bf16", "int8", "int4", "int2", "int1")
 VOCAB = 64
-"""Tokens of a model with random weights."""
+"""Tokens of a model by hand, or with random weights."""
+BY_HAND = "by-hand:"
+"""What the names of models by hand begin with, as there are mixers of the same names."""
 
 # ------------------------------------------------------------------------------------------------- models
 
@@ -46,23 +50,28 @@ class Sender(NamedTuple):
 
 
 def senders(
-    names: Sequence[str], loading: Loading, shape: tuple[int, int, int] | None = None
+    names: Sequence[str], loading: Loading, shape: tuple[int, int, int] | None = None, length: int = 0
 ) -> Iterator[Sender]:
     """The models that the user named, one by one.
 
     Args:
-        shape: vocabulary, width and depth of models with random weights; without it, none are made.
+        shape: vocabulary, width and depth of models with random weights, the first also of models by hand;
+            without it, none are made.
+        length: tokens of the rows that models by hand are built for.
     """
     loading.load_mixers()
     device = resolve_device(loading.device)
     for name in names:
         if (Path(name) / "results.jsonl").exists():
             yield from _of_sweep(Path(name), device)
+        elif shape is not None and name.startswith(BY_HAND):
+            config = configured(name.removeprefix(BY_HAND), vocab=shape[0], length=length)
+            yield Sender(config.label, config.build().to(device), shape[0], device)
         elif shape is not None and name.partition(":")[0] in holdall.names():
             vocab, width, depth = shape
-            label, config = mixers.configured(name, width)
+            label, layer = mixers.configured(name, width)
             with seeded(0):
-                model = ModelConfig(vocab=vocab, width=width, layers=(config,) * depth).build()
+                model = ModelConfig(vocab=vocab, width=width, layers=(layer,) * depth).build()
             yield Sender(f"{label}, random weights", model.eval().to(device), vocab, device)
         else:
             language_model = loading.model(name)
@@ -97,7 +106,7 @@ def message(
     found: dict[str, list[Conveyed]] = {}
     refused = {}
     with busy() as say:
-        for sender in senders(names, loading, (vocab or VOCAB, width, depth)):
+        for sender in senders(names, loading, (vocab or VOCAB, width, depth), 4 * pairs):
             tokens = min(vocab or sender.vocab, sender.vocab)
             if vocab is not None and vocab > sender.vocab:
                 raise ValueError(f"{sender.label} has {sender.vocab} tokens, fewer than --vocab {vocab}")
@@ -175,51 +184,50 @@ def disjointness(
         for p in range(1, reads + 1)
         for a, b in dict.fromkeys((sizes, sizes[::-1]))
     ]
-    table = Table(title=f"common element of two sets, {distribution}", title_justify="left", box=box.SIMPLE)
-    for head in ("model", "reads", "first", "second", "format", "messages", "bits of each", "accuracy",
-                 "proven bits", "bits conveyed", "at least (95%)", "efficiency"):  # fmt: skip
-        table.add_column(head, justify="left" if head == "model" else "right", overflow="fold")
     by_hand = f"by hand, {f'{features} random' if features else 'one-hot'} features"
     loaded = list(senders(names, loading))
+    tables = {}
     with busy() as say:
-        for task in tasks:
-            own = Sender(by_hand, ByHandConfig(task=task, features=features, seed=seed), 0, "cpu")
-            for sender in loaded or [own]:
-                model = sender.model.build() if sender is own else sender.model
-                for format in wanted:
-                    table.add_row(
-                        sender.label, *_turn_cells(model, task, format, rows, seed, sender.device, say)
-                    )
-    console.print(table)
+        for label in [sender.label for sender in loaded] or [by_hand]:
+            tables[label] = Table(
+                title=f"{label}: common element of two sets, {distribution}",
+                title_justify="left",
+                box=box.SIMPLE,
+            )
+            for head in ("reads", "first", "second", "format", "messages", "bits of each", "accuracy",
+                         "proven bits", "bits conveyed", "at least (95%)", "efficiency"):  # fmt: skip
+                tables[label].add_column(head, justify="right", overflow="fold")
+        for task, format in itertools.product(tasks, wanted):
+            own = ByHandConfig(task=task, features=features, seed=seed)
+            for sender in loaded or [Sender(by_hand, own.build(), vocab, "cpu")]:
+                tables[sender.label].add_row(*_turns(sender, task, format, rows, seed, say))
+    for table in tables.values():
+        console.print(table)
+    console.print(
+        "Proven: what this accuracy takes, by Fano's inequality, of the one answer from two reads on. Conveyed: "
+        "of one read of blocked sets, all of whose blocks are asked from one message.",
+        soft_wrap=True,
+    )
     if distribution == "random":
-        console.print(
-            "Random sets: proven bits are of the symbols that can be drawn apart, a part of the sets."
-        )
+        console.print("Of random sets, proven bits are of as many elements as can be drawn independently.")
     return 0
 
 
-def _turn_cells(
-    model: Any,
-    task: SetDisjointness,
-    format: Format,
-    rows: int,
-    seed: int,
-    device: str,
-    say: Callable[[str], None],
+def _turns(
+    sender: Sender, task: SetDisjointness, format: Format, rows: int, seed: int, say: Callable[[str], None]
 ) -> list[str]:
+    """A line of the table: the protocol of one task in one format."""
     watch = _told(say, f"{task.first} then {task.second} elements, {task.reads} reads", format)
-    turns = hand_over(model, task, format, rows=rows, seed=seed, device=device, watch=watch)
-    each = sorted(set(turns.message_bits))
-    conveyed = ["", "", f"{turns.efficiency:.4f}"]
-    if task.reads == 1 and task.distribution == "blocked":  # every block can be asked from one message
-        exchange = exchanges.disjointness(task, max(2, rows // task.first), seed, device)
-        one = converse(model, exchange, format, seed=seed)
+    turns = hand_over(sender.model, task, format, rows=rows, seed=seed, device=sender.device, watch=watch)
+    conveyed = ["", "", ""]
+    if task.reads == 1 and task.distribution == "blocked":
+        exchange = exchanges.disjointness(task, max(8, rows // task.first), seed, sender.device)
+        one = converse(sender.model, exchange, format, seed=seed)
         conveyed = [f"{one.conveyed_bits:,.1f}", f"{one.at_least_bits:,.1f}", f"{one.efficiency:.4f}"]
-    numbers = (task.reads, task.first, task.second)
+    each = dict.fromkeys((min(turns.message_bits), turns.largest))
     return [
-        *map(str, numbers), str(format), str(len(turns.message_bits)),
-        "–".join(f"{bits:,}" for bits in dict.fromkeys((each[0], each[-1]))),
-        f"{turns.accuracy:.1%}", f"{turns.proven_bits:,.1f}", *conveyed,
+        *map(str, (task.reads, task.first, task.second, format, len(turns.message_bits))),
+        "–".join(f"{bits:,}" for bits in each), f"{turns.accuracy:.1%}", f"{turns.proven_bits:,.1f}", *conveyed,
     ]  # fmt: skip
 
 
@@ -273,8 +281,8 @@ def _warn_above(label: str, conveyed: Sequence[Conveyed]) -> None:
     for each in conveyed:
         if each.at_least_bits > each.message_bits:
             console.print(
-                f"{label} conveyed more than it sent in {each.format}: the rows cannot be fresh, and its weights "
-                "know them. Give another --seed.",
+                f"{label} conveyed more than it sent in {each.format}: the rows cannot be fresh, and its "
+                "weights know them. Give another --seed.",
                 soft_wrap=True,
             )
 

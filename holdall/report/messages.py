@@ -52,7 +52,8 @@ def _draw(models: Mapping[str, Sequence[Conveyed]]) -> Any:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     axes.set_xlim(low, high)
-    axes.set_ylim(LEAST, top)
+    bottom = 2.0 ** math.floor(math.log2(min(max(point.at_least_bits, LEAST) for point in points)))
+    axes.set_ylim(bottom, top)
     ends = [low, high]
     axes.fill_between(ends, ends, [top] * 2, color=SHADE, linewidth=0, zorder=0.5, gid="impossible",
                       where=[True] * 2)  # fmt: skip

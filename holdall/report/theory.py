@@ -1,0 +1,4 @@
+from pathlib import Path
+
+
+def save(path: Path) -> None: ...
