@@ -33,6 +33,8 @@ from holdall.theory.messages import Conveyed, converse, reader
 FORMATS = ("fp32", "bf16", "int8", "int4", "int2", "int1")
 VOCAB = 64
 """Tokens of a model by hand, or with random weights."""
+CONVEYED = ("bits\nconveyed", "at least\n(95%)", "per bit\nsent")
+"""Heads of the columns of what was conveyed."""
 BY_HAND = "by-hand:"
 """What the names of models by hand begin with, as there are mixers of the same names."""
 
@@ -144,7 +146,7 @@ def index(
 ) -> int:
     """The command `holdall theory index`; returns the exit status."""
     wanted = [Format.parse(text) for text in formats or (("int1",) if one_hot else ("fp32",))]
-    table = _table("bits in linear attention", bits, "features", "format", "predicted")
+    table = _table("bits in linear attention", bits, "features", "format", "pre-\ndicted")
     exchange = exchanges.index(bits, rows, seed)
     found: dict[str, list[Conveyed]] = {}
     with busy() as say:
@@ -189,14 +191,9 @@ def disjointness(
     tables = {}
     with busy() as say:
         for label in [sender.label for sender in loaded] or [by_hand]:
-            tables[label] = Table(
-                title=f"{label}: common element of two sets, {distribution}",
-                title_justify="left",
-                box=box.SIMPLE,
-            )
-            for head in ("reads", "first", "second", "format", "messages", "bits of each", "accuracy",
-                         "proven bits", "bits conveyed", "at least (95%)", "efficiency"):  # fmt: skip
-                tables[label].add_column(head, justify="right", overflow="fold")
+            title = f"{label}: common element of two sets, {distribution}"
+            heads = ("reads", "first", "second", "format", "messages", "right", "bits\nproven", *CONVEYED)
+            tables[label] = _of_columns(title, heads)
         for task, format in itertools.product(tasks, wanted):
             own = ByHandConfig(task=task, features=features, seed=seed)
             for sender in loaded or [Sender(by_hand, own.build(), vocab, "cpu")]:
@@ -204,8 +201,8 @@ def disjointness(
     for table in tables.values():
         console.print(table)
     console.print(
-        "Proven: what this accuracy takes, by Fano's inequality, of the one answer from two reads on. Conveyed: "
-        "of one read of blocked sets, all of whose blocks are asked from one message.",
+        "Proven: what this accuracy takes by Fano's inequality, of the one answer from two reads on. "
+        "Conveyed: of one read of blocked sets, all of whose blocks are asked from one message.",
         soft_wrap=True,
     )
     if distribution == "random":
@@ -224,10 +221,10 @@ def _turns(
         exchange = exchanges.disjointness(task, max(8, rows // task.first), seed, sender.device)
         one = converse(sender.model, exchange, format, seed=seed)
         conveyed = [f"{one.conveyed_bits:,.1f}", f"{one.at_least_bits:,.1f}", f"{one.efficiency:.4f}"]
-    each = dict.fromkeys((min(turns.message_bits), turns.largest))
+    sent = "–".join(f"{bits:,}" for bits in dict.fromkeys((min(turns.message_bits), turns.largest)))
     return [
-        *map(str, (task.reads, task.first, task.second, format, len(turns.message_bits))),
-        "–".join(f"{bits:,}" for bits in each), f"{turns.accuracy:.1%}", f"{turns.proven_bits:,.1f}", *conveyed,
+        *map(str, (task.reads, task.first, task.second, format)), f"{len(turns.message_bits)} × {sent}",
+        f"{turns.accuracy:.1%}", f"{turns.proven_bits:,.1f}", *conveyed,
     ]  # fmt: skip
 
 
@@ -248,10 +245,15 @@ def floors(**setting: Any) -> int:
 
 
 def _table(title: str, entropy: float, *first: str) -> Table:
-    table = Table(title=f"{title}: {entropy:,.1f} bits to say", title_justify="left", box=box.SIMPLE)
-    heads = ("accuracy", "bits sent", "of elements", "bits conveyed", "at least (95%)", "efficiency")
-    for head in (*first, *heads):
-        table.add_column(head, justify="right", no_wrap=True)
+    heads = (*first, "right", "bits\nsent", "of\nelements", *CONVEYED)
+    return _of_columns(f"{title}: {entropy:,.1f} bits to say", heads)
+
+
+def _of_columns(title: str, heads: Sequence[str]) -> Table:
+    """A table of numbers, none of which is cut off in 80 columns."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 0, 0, 1), pad_edge=False)
+    for head in heads:
+        table.add_column(head, justify="right", no_wrap=head != "format", overflow="fold")
     return table
 
 

@@ -6,6 +6,7 @@ Matplotlib's types are `Any` here because it is imported only when a figure is d
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from holdall.report import style
 from holdall.report.paper import DPI, INK, MUTED, SHADE, marker, rc
 from holdall.theory.messages import Conveyed
 
-SIZE = (6.4, 4.4)
+SIZE = (7.4, 4.4)
+LABEL = 26
+"""Letters in a line of the legend."""
 LEAST = 0.25
 """Bits below which a message conveys nothing that could be drawn."""
 
@@ -45,14 +48,20 @@ def draw(models: Mapping[str, Sequence[Conveyed]]) -> Any:
 def _draw(models: Mapping[str, Sequence[Conveyed]]) -> Any:
     points = [point for found in models.values() for point in found]
     bits = [max(point.message_bits, 1) for point in points]
-    low, high = 2.0 ** math.floor(math.log2(min(bits)) - 1), 2.0 ** math.ceil(math.log2(max(bits)) + 0.5)
-    top = 2.0 ** math.ceil(math.log2(max(point.entropy_bits for point in points)) + 1)
+    entropy = max(point.entropy_bits for point in points)
+    # from where the diagonal can be seen on
+    low, high = (
+        2.0 ** math.floor(math.log2(min(*bits, entropy)) - 1),
+        2.0 ** math.ceil(math.log2(max(bits)) + 0.5),
+    )
+    top = 2.0 ** math.ceil(math.log2(entropy) + 1)
     figure = style.blank(SIZE, dpi=DPI)
-    axes = figure.add_axes((0.1, 0.125, 0.62, 0.82))
+    axes = figure.add_axes((0.09, 0.125, 0.6, 0.82))
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     axes.set_xlim(low, high)
-    bottom = 2.0 ** math.floor(math.log2(min(max(point.at_least_bits, LEAST) for point in points)))
+    lowest = min(max(point.at_least_bits, LEAST) for point in points)
+    bottom = min(low, 2.0 ** math.floor(math.log2(lowest)))
     axes.set_ylim(bottom, top)
     ends = [low, high]
     axes.fill_between(ends, ends, [top] * 2, color=SHADE, linewidth=0, zorder=0.5, gid="impossible",
@@ -83,5 +92,6 @@ def _draw_model(axes: Any, label: str, found: Sequence[Conveyed], look: style.Lo
     conveyed = [max(point.conveyed_bits, LEAST) for point in shown]
     for x, y, point in zip(sent, conveyed, shown, strict=True):
         axes.plot([x, x], [max(point.at_least_bits, LEAST), y], color=look.colour, linewidth=1.1, zorder=2.5)
-    axes.plot(sent, conveyed, label=label, gid=f"model:{label}", linewidth=1, linestyle="-", alpha=0.9,
-              zorder=3, **marker(look, "full"))  # fmt: skip
+    words = "\n".join(textwrap.wrap(label, LABEL))
+    axes.plot(sent, conveyed, label=words, gid=f"model:{label}", linewidth=1, alpha=0.9, zorder=3,
+              **{**marker(look, "full"), "linestyle": "-"})  # fmt: skip

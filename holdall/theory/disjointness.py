@@ -10,17 +10,19 @@ the second read on she knows something of B: then the smaller set decides (holda
 
 `ByHandConfig` builds a model that does it, of three of Holdall's linear attentions and one ReLU:
 
-    side_t   = number of "|" less number of "?" up to t                  1 in B, 0 in A
-    score_t  = c_t . sum_j keep_j c_j / |c|^2, without t itself          1 where t's token was kept, else 0
-    found_t  = sum_j relu(g_j + 2 score_j - 2 - 4 p keep_j)              the code of the token of both sets
+    side_t   = number of "|" less number of "?" up to t           1 in B, 0 in A
+    read_t   = number of "?" up to t                              0 in the first read
+    score_t  = c_t . sum_j keep_j c_j / |c|^2                     1 where t's token was kept, else crosstalk
+    found_t  = sum_j relu(g_j + 2 score_j - 2 - 8 own_j)          the code of the token of both sets
 
-where keep is 1 for the tokens of the set that is kept: the first one, or from two reads on the smaller one.
+where own is 1 in the set that is kept, the first one, or from two reads on the smaller one: side or 1 - side;
+and keep is own in the first read, and 0 after it.
 The second line is the construction of theorem 3.2 of Arora et al., "Just read twice", 2024, arXiv 2407.05483,
 with one-hot codes or random signs for the kernel; an MLP's threshold and a second linear attention follow.
 
 Letters: A and B the sets, p how often they are read; t and j tokens of the row, c_t the code of token t, g_t
 its code in the answer, two one-hot halves for each bit. Of shapes: B rows, N and T tokens, V vocabulary, F
-features, G elements of an answer's code, M messages.
+features, G elements of an answer's code.
 """
 
 from __future__ import annotations
@@ -162,7 +164,7 @@ class ByHandConfig(Config):
 
 
 class DisjointnessByHand(nn.Module):
-    """Three linear attentions, whose weights are set; states of 1, F + 1 and G elements, in fp32."""
+    """Three linear attentions, whose weights are set; states of 2, F + 1 and G elements, in fp32."""
 
     def __init__(self, config: ByHandConfig) -> None:
         super().__init__()
@@ -176,13 +178,13 @@ class DisjointnessByHand(nn.Module):
             code_VF = nn.functional.one_hot(number_V, features).float()
         bit_G = torch.arange(max(1, math.ceil(math.log2(task.elements))))
         bits_VG = (number_V[:, None] >> bit_G & 1).float()
-        side_V1 = torch.zeros(task.vocab, 1)
-        side_V1[DIVIDE], side_V1[ASK] = 1.0, -1.0
+        marks_V2 = torch.zeros(task.vocab, 2)
+        marks_V2[DIVIDE, 0], marks_V2[ASK] = 1.0, torch.tensor([-1.0, 1.0])
         self.code_VF = nn.Parameter(code_VF * is_element_V1)
         self.answer_VG = nn.Parameter(torch.cat((bits_VG, 1 - bits_VG), dim=1) * is_element_V1)
-        self.side_V1 = nn.Parameter(side_V1)
+        self.marks_V2 = nn.Parameter(marks_V2)
         self.layers = nn.ModuleList(
-            (_running_sum(1), _membership(code_VF), _running_sum(self.answer_VG.shape[1]))
+            (_running_sum(2), _membership(code_VF), _running_sum(self.answer_VG.shape[1]))
         )
         self.requires_grad_(False)
 
@@ -194,12 +196,13 @@ class DisjointnessByHand(nn.Module):
         """Logits of the common element, (B, T, V), and the states."""
         before: Sequence[State | None] = states or [None] * 3
         counted, looked_up, summed = self.layers
-        side_BT1, first = counted(self.side_V1[tokens_BT], before[0])
-        keep_BT1 = side_BT1 if self.config.keeps_second else 1 - side_BT1
+        counts_BT2, first = counted(self.marks_V2[tokens_BT], before[0])
+        side_BT1, read_BT1 = counts_BT2.split(1, dim=-1)
+        own_BT1 = side_BT1 if self.config.keeps_second else 1 - side_BT1
+        keep_BT1 = own_BT1 * torch.relu(1 - read_BT1)
         score_BTF, second = looked_up(torch.cat((self.code_VF[tokens_BT], keep_BT1), dim=-1), before[1])
-        score_BT1 = score_BTF[..., :1] - keep_BT1  # a token finds itself once it is kept
-        code_BTG, never = self.answer_VG[tokens_BT], 4 * self.config.task.reads  # as often as it can be kept
-        found_BTG, third = summed(torch.relu(code_BTG + 2 * score_BT1 - 2 - never * keep_BT1), before[2])
+        code_BTG, score_BT1 = self.answer_VG[tokens_BT], score_BTF[..., :1]
+        found_BTG, third = summed(torch.relu(code_BTG + 2 * score_BT1 - 2 - 8 * own_BT1), before[2])
         return 4 * found_BTG @ self.answer_VG.T, [first, second, third]
 
 

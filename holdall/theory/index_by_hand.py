@@ -78,10 +78,10 @@ class IndexConfig(Config):
     def build(self) -> Bare:
         """The model, in fp32: tokens 2 i and 2 i + 1 are a 0 and a 1 of bit i, logits 0 and 1 the answers."""
         code_NF = self.codes()
-        # more features than indices: as few heads as there are indices, with several features each
-        spread = self.features % self.bits == 0
-        token_ND = torch.eye(self.bits) if spread else code_NF
-        width = token_ND.shape[1]
+        # where there are more features than indices, a place for each index, and heads with several features
+        spread = self.features >= self.bits
+        width = self._least_width() if spread else self.features
+        token_ND = torch.eye(self.bits, width) if spread else code_NF
         config = LinearAttentionConfig(
             width=width, heads=width, feature_dim=self.features // width, feature_map="identity",
             normalise=False, bias=True, chunk=16,
@@ -92,7 +92,7 @@ class IndexConfig(Config):
             for weight in mixer.parameters():
                 weight.zero_()
             q_FD, k_FD, _ = mixer.qkv.weight.split(mixer.sizes)
-            k_FD.copy_(code_NF.T if spread else torch.eye(width))
+            k_FD[:, : self.bits] = code_NF.T if spread else torch.eye(width)
             q_FD.copy_(k_FD / code_NF[0].square().sum())
             mixer.qkv.bias.split(mixer.sizes)[2].fill_(1)
             mixer.out_proj.weight[0].fill_(1)
@@ -102,6 +102,10 @@ class IndexConfig(Config):
         sure = CERTAIN if self.one_hot else self.features / max(1, self.bits - 1)
         head_VD[:, 0] = torch.tensor([-sure, sure])
         return Bare(torch.stack((-token_ND, token_ND), dim=1).flatten(0, 1), [mixer], head_VD)
+
+    def _least_width(self) -> int:
+        """The smallest divisor of the features that has a place for each index: as many heads."""
+        return next(width for width in range(self.bits, self.features + 1) if self.features % width == 0)
 
 
 def normal_below(x: float) -> float:
