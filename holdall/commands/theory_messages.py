@@ -253,7 +253,7 @@ def _of_columns(title: str, heads: Sequence[str]) -> Table:
     """A table of numbers, none of which is cut off in 80 columns."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 0, 0, 1), pad_edge=False)
     for head in heads:
-        table.add_column(head, justify="right", no_wrap=head != "format", overflow="fold")
+        table.add_column(head, justify="right", no_wrap=head != "format", min_width=6, overflow="fold")
     return table
 
 
