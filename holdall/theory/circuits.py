@@ -178,7 +178,7 @@ class Symbol:
 
     __rmul__ = __mul__
 
-    def __pow__(self, power: int) -> Symbol:
+    def __pow__(self, power: Any) -> Symbol:
         """By repeated squaring: at most 2 log2(power) products."""
         if not isinstance(power, int) or isinstance(power, bool) or power < 0:
             raise TypeError(f"a power of {power!r}: circuits have powers 0, 1, 2, ...")
@@ -193,7 +193,7 @@ class Symbol:
             "on its values: write the choice as arithmetic, such as a + s * (b - a) for a bit s"
         )
 
-    __bool__ = __lt__ = __eq__ = __truediv__ = __rtruediv__ = __floordiv__ = __rfloordiv__ = _refuse  # type: ignore[assignment]
+    __bool__ = __lt__ = __eq__ = __truediv__ = __rtruediv__ = __floordiv__ = __rfloordiv__ = _refuse
     __mod__ = __rmod__ = __abs__ = __int__ = __float__ = __index__ = __and__ = __or__ = __xor__ = _refuse
 
     def __repr__(self) -> str:
@@ -263,7 +263,7 @@ class Circuit:
 
     @staticmethod
     def of(outputs: Any) -> Circuit:
-        """The circuit that computes these symbols: one, or nested sequences of them, which are flattened.
+        """The circuit that computes these symbols: one, or nested sequences or arrays of them, flattened.
 
         Raises TypeError if there is none among them: integers alone are no circuit.
         """
@@ -309,11 +309,11 @@ class Circuit:
         return min(0, self.low), max(0, self.high)
 
     def name(self, wire: int) -> str:
-        """x[t] or x[t][j] for an input, g5 for a gate."""
+        """`x[t]` or `x[t][j]` for an input, `g5` for a gate."""
         return input_name(self.n, self.d, wire)
 
     def describe(self, wire: int) -> str:
-        """A wire with what it computes, as "g5 = (x[0] + 1) (g4)"."""
+        """A wire with what it computes, as `g5 = (x[0] + 1) (g4)`."""
         if wire < self.n * self.d:
             return self.name(wire)
         forms = forms_of(self.gates[wire - self.n * self.d])
@@ -383,7 +383,7 @@ def forms_of(gate: Gate) -> tuple[Form, ...]:
 
 
 def input_name(n: int, d: int, wire: int) -> str:
-    """The name of a wire: x[t] or x[t][j] for an input, g5 for a gate."""
+    """The name of a wire: `x[t]` or `x[t][j]` for an input, `g5` for a gate."""
     if wire >= n * d:
         return f"g{wire - n * d}"
     return f"x[{wire}]" if d == 1 else f"x[{wire // d}][{wire % d}]"
@@ -420,6 +420,8 @@ def _all_within(value: Any, interval: Interval) -> bool:
 
 
 def _flattened(values: Any) -> Iterator[Any]:
+    if hasattr(values, "tolist"):  # a NumPy array of symbols
+        values = values.tolist()
     if isinstance(values, Sequence):
         for value in values:
             yield from _flattened(value)

@@ -408,7 +408,7 @@ def compile_formula(circuit: Circuit) -> Compiled:
     builder = _Builder(circuit, circuit.d + len(at))
     builder.gather(circuit, at)
     by_layer: dict[int, list[_Task]] = {}
-    bounds: dict[int, Interval] = dict.fromkeys(at.values(), circuit.range)
+    bounds: list[Interval] = [circuit.range] * builder.width
     for wire, gate in enumerate(circuit.gates, first):
         forms = [_substituted(form, values) for form in forms_of(gate)]
         if isinstance(gate, Named):

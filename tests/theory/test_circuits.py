@@ -139,6 +139,13 @@ def test_arrays_of_rows_are_evaluated_at_once() -> None:
     assert one == product.tolist()
 
 
+def test_numpy_multiplies_matrices_of_symbols() -> None:
+    circuit = Circuit.trace(lambda x: np.array(x) @ np.array([[1, 2], [0, -1]]) @ np.array(x), 2, 2)
+    x = np.array([[3, 1], [-2, 4]])
+    assert circuit.evaluate(x.tolist()) == (x @ np.array([[1, 2], [0, -1]]) @ x).flatten().tolist()
+    assert circuit.size == 8
+
+
 def test_wires_have_names() -> None:
     x = Circuit.inputs(2, 2)
     circuit = Circuit.of(-3 * x[0][1] * (x[1][0] - 1))
