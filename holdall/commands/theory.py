@@ -49,6 +49,7 @@ def circuit(
     rows: PositiveInt = 200,
     seed: Seed = 0,
     show: NonNegativeInt = 8,
+    out: Path | None = None,
 ) -> int:
     """Compile a Python function of integers into layers of BaseConv, run them, and compare with the function.
 
@@ -66,11 +67,12 @@ def circuit(
             once, in depth + 2; auto takes formula where it can.
         rows: random rows to compare.
         seed: of the rows.
-        show: products to print.
+        show: products and named forms to print.
+        out: a picture of what each layer does to each channel.
     """
     from holdall.commands import theory_circuits as shown
 
-    return shown.circuit(function, inputs, channels, low, high, compiler, rows, seed, show)
+    return shown.circuit(function, inputs, channels, low, high, compiler, rows, seed, show, out)
 
 
 @command

@@ -14,6 +14,7 @@ from holdall import mixers
 from holdall.commands import busy, console
 from holdall.contract import did_you_mean
 from holdall.files import RunError
+from holdall.report import circuits
 from holdall.report import primitives as picture
 from holdall.theory.circuits import Circuit
 from holdall.theory.compile import Compiled, compile_circuit, compile_formula, read_twice
@@ -28,8 +29,7 @@ def primitives(out: Path, dark: bool) -> int:
         layer = example.layer
         table.add_row(example.name, example.says, str(layer.nonzeros), str(layer.kernel))
     console.print(table)
-    command = " ".join(["holdall", *sys.argv[1:]])
-    console.print(f"  {picture.write(out, dark=dark, command=command)}", soft_wrap=True)
+    console.print(f"  {picture.write(out, dark=dark, command=_command())}", soft_wrap=True)
     return 0
 
 
@@ -43,6 +43,7 @@ def circuit(
     rows: int,
     seed: int,
     show: int,
+    out: Path | None,
 ) -> int:
     """The command `holdall theory circuit`; returns 1 if an output differs."""
     traced = _traced(function, inputs, channels, low, high)
@@ -54,7 +55,7 @@ def circuit(
     first = traced.n * traced.d
     for wire in range(first, first + min(show, len(traced.gates))):
         console.print(f"  {traced.describe(wire)}", soft_wrap=True)
-    if len(traced.gates) > show:
+    if len(traced.gates) > show > 0:
         console.print(f"  ... {len(traced.gates) - show} more (--show)")
     report, depth = compiled.report(), traced.depth
     promise = f"depth + 2 = {depth} + 2" if formula else f"2 depth + 3 = 2 x {depth} + 3"
@@ -74,6 +75,9 @@ def circuit(
     ):
         table.add_row(name, f"{value:,}", note)
     console.print(table)
+    if out is not None:
+        what = f"{function}, a {'formula' if formula else 'circuit'} as layers of BaseConv"
+        console.print(f"  {circuits.write(out, compiled, what, command=_command())}", soft_wrap=True)
     return 1 if error else 0
 
 
@@ -127,6 +131,10 @@ def sort(pairs: Sequence[int], rows: int, run: bool, seed: int) -> int:
                 )
     console.print(table)
     return 1 if failures else 0
+
+
+def _command() -> str:
+    return " ".join(["holdall", *sys.argv[1:]])
 
 
 def _layers(say: Callable[[str], None], compiled: Compiled, what: str = "") -> Callable[[int], Any]:

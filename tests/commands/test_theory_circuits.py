@@ -55,13 +55,14 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 
 
 def test_a_function_is_compiled_and_compared(run: Run) -> None:
-    code, out, _ = run("circuit", "my.py:cubic", "--inputs", 3, "--low", -5, "--rows", 30)
+    code, out, _ = run("circuit", "my.py:cubic", "--inputs", 3, "--low", -5, "--rows", 30, "--out", "c.png")
     assert code == 0
     assert "g0 = (x[0]) (x[1])" in out or "g0 = (x[2]) (x[2])" in out
     assert "products 3 of 3 x 1 inputs from -5 to 8" in out
     assert "layers 7 promised: 2 depth + 3 = 2 x 2 + 3 = 7" in out
     assert re.search(r"width (\d+) promised: 1 of the input \+ \d+ registers", out)
     assert "largest error 0 of 30 random rows" in out
+    assert Path("c.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_is_read_once_is_a_formula(run: Run) -> None:
