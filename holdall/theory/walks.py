@@ -25,7 +25,7 @@ from holdall.theory.by_hand import HandBuilt, Report, bits_of, configured, right
 VOCAB, LENGTH, PAIRS = 32, 24, 4
 SEED = 12
 """Of the row: its four questions are 4, 10, 12 and 18 tokens from their keys."""
-TRIALS = 256
+TRIALS = 96
 """Rows over which accuracies by number of distances are taken."""
 
 
