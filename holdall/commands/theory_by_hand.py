@@ -112,8 +112,8 @@ def add_to(folder: Path) -> None:
     """Evaluate the constructions on a sweep's test rows, into its folder, and print their table."""
     if not (folder / "config.json").exists():
         raise files.RunError(
-            f"{folder} is no sweep folder; name one made by holdall frontier, or make it with holdall frontier "
-            f"quick --by-hand --out {folder}"
+            f"{folder} is no sweep folder; name one made by holdall frontier, or make it with "
+            f"holdall frontier quick --by-hand --out {folder}"
         )
     table = Table(title="recall by hand, not trained", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("model", overflow="fold")
