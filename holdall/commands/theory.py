@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import tyro
 
 from holdall import flags
-from holdall.settings import PositiveInt, Seed
+from holdall.settings import NonNegativeInt, PositiveInt, Range, Seed
 
 app = tyro.extras.SubcommandApp()
 ABOUT = "Theorems that run: circuits as BaseConv, models built by hand, messages, and lower bounds."
@@ -35,6 +35,70 @@ def primitives(*, out: Path = Path("primitives.png"), dark: bool = False) -> int
     from holdall.commands import theory_circuits as shown
 
     return shown.primitives(out, dark)
+
+
+@command
+def circuit(
+    function: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE.py:FUNCTION")],
+    *,
+    inputs: PositiveInt,
+    channels: PositiveInt = 1,
+    low: Annotated[int, Range()] = -8,
+    high: Annotated[int, Range()] = 8,
+    compiler: Literal["auto", "circuit", "formula"] = "auto",
+    rows: PositiveInt = 200,
+    seed: Seed = 0,
+    show: NonNegativeInt = 8,
+    out: Path | None = None,
+) -> int:
+    """Compile a Python function of integers into layers of BaseConv, run them, and compare with the function.
+
+    The function takes a list of numbers (with --channels, a list of lists), and returns one or several. It
+    may add, subtract, multiply and raise to powers; loops are unrolled. The layers run in fp64, and every
+    output is compared with Python's integers; the exit status is 1 if one differs.
+
+    Args:
+        function: a Python file and a function in it, as my.py:f.
+        inputs: tokens that the function takes.
+        channels: numbers of a token.
+        low: the least value of an input.
+        high: the largest value of an input; bounds on all that is computed follow from these two.
+        compiler: circuit takes any function, in 2 depth + 3 layers; formula takes one that reads everything
+            once, in depth + 2; auto takes formula where it can.
+        rows: random rows to compare.
+        seed: of the rows.
+        show: products and named forms to print.
+        out: a picture of what each layer does to each channel.
+    """
+    from holdall.commands import theory_circuits as shown
+
+    return shown.circuit(function, inputs, channels, low, high, compiler, rows, seed, show, out)
+
+
+@command
+def sort(
+    *,
+    pairs: tuple[PositiveInt, ...] = (2, 4, 8),
+    rows: PositiveInt = 200,
+    run: bool = True,
+    seed: Seed = 0,
+) -> int:
+    """Compile associative recall, by sorting and by comparing all pairs; count products, layers and errors.
+
+    A row has as many questions as pairs, and keys and values of log2(2 pairs) bits. The circuits are
+    evaluated in integers; then they are compiled into layers of BaseConv, which run in fp64. The exit status
+    is 1 if an answer is wrong.
+
+    Args:
+        pairs: pairs of a row, one number or several.
+        rows: random rows to answer.
+        run: compile and run the circuits; without, they are only evaluated. By sorting, 16 pairs take
+            303 layers.
+        seed: of the rows.
+    """
+    from holdall.commands import theory_circuits as shown
+
+    return shown.sort(pairs, rows, run, seed)
 
 
 # -------------------------------------------------------------------------------------- models built by hand

@@ -82,7 +82,7 @@ def run_file(file: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise RunError(*_failure(file, error)) from error
+        raise RunError(*failure(file, error)) from error
     except BaseException:
         del sys.modules[name]
         raise
@@ -101,8 +101,8 @@ class _Source(importlib.machinery.SourceFileLoader):
         raise OSError("no bytecode")
 
 
-def _failure(file: Path, error: BaseException) -> tuple[str, str]:
-    """The error in a user's file, and the line of the file in which it occurred."""
+def failure(file: Path, error: BaseException) -> tuple[str, str]:
+    """The error in a user's file, and the line of the file in which it occurred: arguments of RunError."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.lineno and frame.filename == str(file)]
     if isinstance(error, SyntaxError) and error.filename == str(file) and error.lineno:

@@ -2,7 +2,7 @@
 
     x = Circuit.inputs(3)                              # three numbers
     circuit = Circuit.of(x[0] * x[1] + 3 * x[2] - 1)
-    circuit = Circuit.trace(lambda x: x[0] * x[1] + 3 * x[2] - 1, 3)      # the same
+    circuit = Circuit.trace(function, 3)               # the same, if a function computes that of three inputs
     circuit.evaluate([2, 5, 1])                        # [12]
 
 A circuit is in normal form: every gate is the product of two affine forms of earlier wires,
@@ -12,11 +12,11 @@ A circuit is in normal form: every gate is the product of two affine forms of ea
 so that additions are no gates, and cost no depth. Products by constants are folded, equal products are one
 gate, and what no output needs is dropped. An affine form may be given a wire of its own (`Symbol.within`).
 
-Every wire has bounds, by interval arithmetic from those of the inputs: `Circuit.bounds` refuses a circuit that
-could leave the integers that fp64 holds, and names the wire.
+Every wire has bounds, by interval arithmetic from those of the inputs: `Circuit.bounds` refuses a circuit
+that could leave the integers that fp64 holds, and names the wire.
 
-Letters: p a product; w_i earlier wires, inputs or products; a_i and b_i integer coefficients of its two forms,
-a_0 and b_0 their constants. A circuit has n inputs of d numbers each: a sequence of n tokens in d channels.
+Letters: x the inputs; p a product; w_i earlier wires, inputs or gates; a_i and b_i integer coefficients of
+its two forms, a_0 and b_0 their constants. A circuit has n inputs of d numbers: n tokens in d channels.
 """
 
 from __future__ import annotations
@@ -58,11 +58,9 @@ class Form(NamedTuple):
             low, high = low + min(ends), high + max(ends)
         return low, high
 
-    def size(self, bounds: Sequence[Interval]) -> int:
-        """The largest absolute value that any partial sum of the form can have, in any order."""
-        return abs(self.constant) + sum(
-            abs(weight) * largest(bounds[wire]) for wire, weight in self.weights.items()
-        )
+    def size(self, sizes: Sequence[int]) -> int:
+        """The largest absolute value that any partial sum can have, in any order, from those of its wires."""
+        return abs(self.constant) + sum(abs(weight) * sizes[wire] for wire, weight in self.weights.items())
 
 
 class Product(NamedTuple):
@@ -180,7 +178,7 @@ class Symbol:
 
     __rmul__ = __mul__
 
-    def __pow__(self, power: int) -> Symbol:
+    def __pow__(self, power: Any) -> Symbol:
         """By repeated squaring: at most 2 log2(power) products."""
         if not isinstance(power, int) or isinstance(power, bool) or power < 0:
             raise TypeError(f"a power of {power!r}: circuits have powers 0, 1, 2, ...")
@@ -191,11 +189,11 @@ class Symbol:
 
     def _refuse(self, *_: Any) -> Any:
         raise TypeError(
-            "a circuit computes the same gates for all inputs, so it cannot compare, divide, round or branch on "
-            "its values: write the choice as arithmetic, such as a + s * (b - a) for a bit s"
+            "a circuit computes the same gates for all inputs, so it cannot compare, divide, round or branch "
+            "on its values: write the choice as arithmetic, such as a + s * (b - a) for a bit s"
         )
 
-    __bool__ = __lt__ = __eq__ = __truediv__ = __rtruediv__ = __floordiv__ = __rfloordiv__ = _refuse  # type: ignore[assignment]
+    __bool__ = __lt__ = __eq__ = __truediv__ = __rtruediv__ = __floordiv__ = __rfloordiv__ = _refuse
     __mod__ = __rmod__ = __abs__ = __int__ = __float__ = __index__ = __and__ = __or__ = __xor__ = _refuse
 
     def __repr__(self) -> str:
@@ -204,7 +202,9 @@ class Symbol:
     def _form(self, other: Any) -> Form:
         if isinstance(other, Symbol):
             if other.tape is not self.tape:
-                raise ValueError("two symbols of different circuits cannot be combined: take all inputs at once")
+                raise ValueError(
+                    "two symbols of different circuits cannot be combined: take all inputs at once"
+                )
             return other.form
         if isinstance(other, bool) or not hasattr(other, "__index__"):
             raise TypeError(f"{other!r} is not an integer: circuits compute with integers")
@@ -263,7 +263,7 @@ class Circuit:
 
     @staticmethod
     def of(outputs: Any) -> Circuit:
-        """The circuit that computes these symbols: one, or nested sequences of them, which are flattened.
+        """The circuit that computes these symbols: one, or nested sequences or arrays of them, flattened.
 
         Raises TypeError if there is none among them: integers alone are no circuit.
         """
@@ -309,16 +309,18 @@ class Circuit:
         return min(0, self.low), max(0, self.high)
 
     def name(self, wire: int) -> str:
-        """x[t] or x[t][j] for an input, g5 for a gate."""
+        """`x[t]` or `x[t][j]` for an input, `g5` for a gate."""
         return input_name(self.n, self.d, wire)
 
     def describe(self, wire: int) -> str:
-        """A wire with what it computes, as "g5 = (x[0] + 1) (g4)"."""
+        """A wire with what it computes, as `g5 = (x[0] + 1) (g4)`."""
         if wire < self.n * self.d:
             return self.name(wire)
         forms = forms_of(self.gates[wire - self.n * self.d])
         written = [show(form, self.name) for form in forms]
-        return f"{self.name(wire)} = {' '.join(f'({form})' for form in written) if len(forms) > 1 else written[0]}"
+        if len(written) == 2:
+            written = [f"({form})" for form in written]
+        return f"{self.name(wire)} = {' '.join(written)}"
 
     def evaluate(self, values: Any) -> list[Any]:
         """The outputs for these inputs, in the arithmetic of Python's integers.
@@ -357,6 +359,7 @@ class Circuit:
         Raises ValueError if a product, or a partial sum of a form, could be larger than 2^53; names the wire.
         """
         bounds = [self.range] * (self.n * self.d)
+        sizes = [largest(self.range)] * (self.n * self.d)
         for gate in self.gates:
             if isinstance(gate, Named):
                 low, high = gate.form.interval(bounds)
@@ -364,11 +367,12 @@ class Circuit:
             else:
                 low, high = product_interval(gate.left.interval(bounds), gate.right.interval(bounds))
                 bounds.append((max(low, 0), high) if gate.left == gate.right else (low, high))
-            reached = [largest(bounds[-1]), *(form.size(bounds) for form in forms_of(gate))]
-            if max(reached) > LARGEST:
-                raise ValueError(too_large(self.describe(len(bounds) - 1), max(reached)))
+            reached = max(largest(bounds[-1]), *(form.size(sizes) for form in forms_of(gate)))
+            if reached > LARGEST:
+                raise ValueError(too_large(self.describe(len(bounds) - 1), reached))
+            sizes.append(largest(bounds[-1]))
         for place, form in enumerate(self.outputs):
-            if (size := form.size(bounds)) > LARGEST:
+            if (size := form.size(sizes)) > LARGEST:
                 raise ValueError(too_large(f"output {place}, {show(form, self.name)},", size))
         return bounds
 
@@ -379,7 +383,7 @@ def forms_of(gate: Gate) -> tuple[Form, ...]:
 
 
 def input_name(n: int, d: int, wire: int) -> str:
-    """The name of a wire: x[t] or x[t][j] for an input, g5 for a gate."""
+    """The name of a wire: `x[t]` or `x[t][j]` for an input, `g5` for a gate."""
     if wire >= n * d:
         return f"g{wire - n * d}"
     return f"x[{wire}]" if d == 1 else f"x[{wire // d}][{wire % d}]"
@@ -400,8 +404,8 @@ def show(form: Form, name: Callable[[int], str], most: int = 6) -> str:
 
 def too_large(wire: str, reached: int) -> str:
     return (
-        f"{wire} could reach {reached:.3g}, beyond 2^53, up to which fp64 holds every integer: narrow the inputs' "
-        "range (low, high), or promise a range that you know by .within(low, high)"
+        f"{wire} could reach {reached:.3g}, beyond 2^53, up to which fp64 holds every integer: narrow the "
+        "inputs' range (low, high), or promise a range that you know by .within(low, high)"
     )
 
 
@@ -416,6 +420,8 @@ def _all_within(value: Any, interval: Interval) -> bool:
 
 
 def _flattened(values: Any) -> Iterator[Any]:
+    if hasattr(values, "tolist"):  # a NumPy array of symbols
+        values = values.tolist()
     if isinstance(values, Sequence):
         for value in values:
             yield from _flattened(value)

@@ -19,8 +19,8 @@ registers are multiplied in place by B, and const(A) B can still be read from B'
 Either runs in fp64 without any rounding, since all values are integers below 2^53; what could be larger is
 refused when it is compiled.
 
-Letters: s products and D depth of the circuit; n inputs, tokens t, of d numbers; l the depth of a product; A and
-B forms. Of shapes: B rows, N tokens (n), D channels (d), O outputs.
+Letters: s products and D depth of the circuit; n inputs, tokens t, of d numbers; l the depth of a product; A
+and B forms. Of shapes: B rows, N tokens (n), D channels (d), O outputs.
 
 Source: Arora et al., "Zoology", 2023, arXiv 2312.04927, theorem 4.2: O~(s D) parameters and O~(D) layers. Its
 proof writes a matrix as a product of sparse ones, which is what O~ is for; here P is dense.
@@ -50,6 +50,10 @@ from holdall.theory.circuits import (
     too_large,
 )
 from holdall.theory.primitives import Layer, Stack
+
+GATHER = 2
+"""Layers that bring all inputs to the last token."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CompileReport:
@@ -86,13 +90,17 @@ class Compiled:
     layers_promised: int
     width_promised: int
 
-    def run(self, values: Tensor, progress: Callable[[int], None] | None = None) -> Tensor:
+    def run(
+        self, values: Tensor, progress: Callable[[int], None] | None = None, *, all_tokens: bool = False
+    ) -> Tensor:
         """The outputs for rows of inputs, (B, O), int64.
 
         Args:
             values: integers, (B, n, d), or for d = 1 also (B, n). ValueError if they are not within the range
                 of the circuit's inputs.
             progress: is called with the number of layers that are done.
+            all_tokens: whether layers from the third on run at all tokens; by default at the last alone, for
+                the same result, since their filters have a tap at lag 0 and no other.
         """
         circuit = self.circuit
         x_BND = values[..., None] if values.dim() == 2 and circuit.d == 1 else values
@@ -103,10 +111,17 @@ class Compiled:
         wrong = (x_BND < circuit.low) | (x_BND > circuit.high) | (x_BND != x_BND.round())
         if wrong.any():
             raise ValueError(
-                f"input {x_BND[wrong][0].item():g}: the circuit was compiled for integers from {circuit.low} to "
-                f"{circuit.high}"
+                f"input {x_BND[wrong][0].item():g}: the circuit was compiled for integers from "
+                f"{circuit.low} to {circuit.high}"
             )
-        last_BD = self.stack.run(x_BND, progress)[:, -1]
+        if all_tokens:
+            last_BD = self.stack.run(x_BND, progress)[:, -1]
+        else:
+            gathered_B1D = Stack(self.stack.layers[:GATHER]).run(x_BND)[:, -1:]
+            last_BD = gathered_B1D[:, 0]
+            if rest := self.stack.layers[GATHER:]:
+                later = None if progress is None else lambda done: progress(GATHER + done)
+                last_BD = Stack(rest).run(gathered_B1D, later)[:, 0]
         y_BO = torch.stack(
             [
                 sum((weight * last_BD[:, channel] for channel, weight in head.weights.items()),
@@ -199,8 +214,7 @@ class _Builder:
         """One more layer; all tasks read what was there before it."""
         layer, sizes = Layer(self.width), list(self.sizes)
         for channel, form, multiply, size, name in tasks:
-            read, had = sum(abs(a) * self.sizes[j] for j, a in form.weights.items()), self.sizes[channel]
-            read += abs(form.constant)
+            read, had = form.size(self.sizes), self.sizes[channel]
             # a layer computes x (form - 1) + x for a product, and (form - x) + x to overwrite x
             self._check(had * (read + 1) if multiply else read + had, name)
             if multiply:
@@ -381,16 +395,11 @@ def compile_formula(circuit: Circuit) -> Compiled:
     wire twice, and as `compile_circuit` for values that fp64 may not hold.
     """
     circuit.bounds()
-    reads = Counter(
-        wire
-        for forms in (*map(forms_of, circuit.gates), circuit.outputs)
-        for form in forms
-        for wire in form.weights
-    )
-    if twice := [wire for wire, count in reads.items() if count > 1]:
+    reads = _reads(circuit)
+    if twice := read_twice(circuit):
         raise ValueError(
-            f"{circuit.describe(min(twice))} is read {reads[min(twice)]} times; a formula reads every wire once: "
-            "use compile_circuit, which takes any circuit"
+            f"{circuit.describe(twice[0])} is read {reads[twice[0]]} times; a formula reads every wire "
+            "once: use compile_circuit, which takes any circuit"
         )
     first = circuit.n * circuit.d
     at = {wire: circuit.d + k for k, wire in enumerate(sorted(wire for wire in reads if wire < first))}
@@ -399,7 +408,7 @@ def compile_formula(circuit: Circuit) -> Compiled:
     builder = _Builder(circuit, circuit.d + len(at))
     builder.gather(circuit, at)
     by_layer: dict[int, list[_Task]] = {}
-    bounds: dict[int, Interval] = dict.fromkeys(at.values(), circuit.range)
+    bounds: list[Interval] = [circuit.range] * builder.width
     for wire, gate in enumerate(circuit.gates, first):
         forms = [_substituted(form, values) for form in forms_of(gate)]
         if isinstance(gate, Named):
@@ -427,6 +436,21 @@ def compile_formula(circuit: Circuit) -> Compiled:
         layers_promised=circuit.depth + 2,
         width_promised=circuit.d + sum(wire < first for wire in reads),
     )
+
+
+def _reads(circuit: Circuit) -> Counter[int]:
+    """How many forms read each wire, the outputs included."""
+    return Counter(
+        wire
+        for forms in (*map(forms_of, circuit.gates), circuit.outputs)
+        for form in forms
+        for wire in form.weights
+    )
+
+
+def read_twice(circuit: Circuit) -> list[int]:
+    """The wires that more than one form reads; a formula has none."""
+    return sorted(wire for wire, count in _reads(circuit).items() if count > 1)
 
 
 def _substituted(form: Form, values: Sequence[Form]) -> Form:
