@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich import box
@@ -16,6 +18,7 @@ from holdall import report as reports
 from holdall.commands import Words, console
 from holdall.report import theory as pages
 from holdall.report.style import bytes_text
+from holdall.settings import field_docs
 from holdall.sweeps import by_hand as points
 from holdall.tasks.mqar import MQAR
 from holdall.theory import by_hand
@@ -32,8 +35,6 @@ def show(vocab: int, length: int) -> int:
     for name, construction in by_hand.constructions().items():
         console.print(Text(name, "bold"))
         console.print(f"  {construction.claim}")
-        own = [f for f in construction.__dataclass_fields__ if f not in ("vocab", "length")]
-        console.print(f"  options: {', '.join(own) or 'none'}", style="dim")
         try:
             report = construction(vocab=vocab, length=length).build().report()
             says = (
@@ -43,6 +44,11 @@ def show(vocab: int, length: int) -> int:
         except ValueError as error:
             says = f"not at vocab {vocab:,} and length {length:,}: {error}"
         console.print(f"  {says}", style="dim")
+        docs = field_docs(construction)
+        for field in dataclasses.fields(construction):
+            if field.name not in ("vocab", "length"):
+                words = " ".join(docs[field.name].split())
+                console.print(f"    {field.name} = {field.default}: {words}", style="dim")
     console.print("holdall theory mqar NAME runs one; holdall theory page explains three of them.")
     return 0
 
@@ -104,13 +110,18 @@ def frontier(folder: Path) -> int:
 
 def add_to(folder: Path) -> None:
     """Evaluate the constructions on a sweep's test rows, into its folder, and print their table."""
+    if not (folder / "config.json").exists():
+        raise files.RunError(
+            f"{folder} is no sweep folder; name one made by holdall frontier, or make it with "
+            f"holdall frontier quick --by-hand --out {folder}"
+        )
     table = Table(title="recall by hand, not trained", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("model", overflow="fold")
     for column in ("width", "state", "recall"):
         table.add_column(column, justify="right", no_wrap=True)
     with _bars() as bars:
         at = bars.add_task("", total=None)
-        lines: list[dict] = []
+        lines: list[dict[str, Any]] = []
         refused = points.add(
             folder,
             lambda label, done, total: bars.update(at, description=label, completed=done, total=total),
