@@ -8,15 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from holdall import recipes, report
+from holdall import recipes
 from holdall.model import seeded
 from holdall.recipes import jrt_figure2, jrt_figure2_small
+from holdall.report import orders
 from holdall.report.data import load
 from holdall.sweeps import SweepConfig, run_sweep
 from holdall.sweeps.result import proven_bits
 from holdall.tasks.data import MQARData, SetDisjointnessData, SetSegment
 from holdall.tasks.information import Asked, index_bits
-from tests import children
+from holdall.training.populations import train
 
 
 def built(family: str, **changes: object):
@@ -136,29 +137,27 @@ def test_the_convolution_sees_nothing_later() -> None:
 # ----------------------------------------------------------------------------------------- a sweep, and flags
 
 
-def test_a_tiny_sweep_trains_both_kinds_and_draws_both_orders(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from holdall import processes
-
-    monkeypatch.setattr(processes, "context", children.context)
+def test_a_tiny_sweep_trains_both_kinds_and_draws_both_orders(tmp_path: Path) -> None:
     (sweep,) = recipes.sweeps("jrt-figure2-small", steps=6, rates=(0.01,))
     kinds = {point.family: point for point in sweep.points}
     sweep = SweepConfig(recipe=sweep.recipe, points=tuple(kinds.values()))
-    out = tmp_path / "out"
-    lines = run_sweep(sweep, out, workers=1)
+    for job in sweep.jobs(together=False):
+        train(job.point.train, tmp_path / "runs" / job.folder)
+    lines = run_sweep(sweep, tmp_path, workers=1, minutes=0)  # collects them
     firsts = {str(segment.first) for segment in sweep.data.test}
     assert [set(line["accuracy_by_difficulty"]) for line in lines] == [firsts] * 2
     # the counter of tokens read, an int64 in each of two layers, is all that tells their states apart
     causal, whole = (line["state_bytes"] for line in lines)
     assert whole == causal + 2 * 8
-    config = json.loads((out / "config.json").read_text())
+    config = json.loads((tmp_path / "config.json").read_text())
     for part, segment in zip(config["test"], sweep.data.test, strict=True):
         asked = sweep.data.asked(segment)
         assert (part["questions"], part["values"], part["distinct"]) == (*asked[:2], False)
-    (read,) = load([out])
+    (read,) = load([tmp_path])
     assert read.questions == [sweep.data.asked(segment) for segment in sweep.data.test]
-    assert "orders.png" in {path.name for path in report.write([out], out)}
+    assert orders.has_orders(read)
+    drawn = {line.get_gid() for axes in orders.draw(read).axes for line in axes.lines}
+    assert {f"family:{jrt_figure2.CAUSAL}", f"family:{jrt_figure2.WHOLE}", "floor"} <= drawn
 
 
 def test_bits_are_proven_by_the_easiest_of_the_segments_that_share_an_accuracy() -> None:
