@@ -11,21 +11,23 @@ from holdall.recipes.jrt_figure2 import both_orders, points
 from holdall.sweeps import SweepConfig
 from holdall.tasks.data import SetDisjointnessData
 
-VOCAB, STEPS, BATCH = 256, 2400, 32
-SIZES = ((16, 4), (32, 4), (32, 8))
+VOCAB, STEPS, BATCH = 68, 1500, 32
+SIZES = ((8, 2), (16, 2), (16, 4), (32, 4))
 """Width and feature dimension."""
-RATES = (0.004, 0.008)
-TRAIN = ((2, 8), (4, 16), (4, 64))
-TEST = ((4, 16), (4, 64))
+RATES = (0.008, 0.016)
+SETS = ((4, 16),)
 
 
 def data(steps: int = STEPS, *, vocab: int = VOCAB, passes: int = 1) -> SetDisjointnessData:
     """Rows for so many steps. Raises ValueError for fewer steps than one of each size and order."""
-    if steps < 2 * len(TRAIN):
-        raise ValueError(f"{steps} steps are fewer than one for each of {2 * len(TRAIN)} sizes of sets")
-    rows = BATCH * (steps // (2 * len(TRAIN)))
+    if steps < 2 * len(SETS):
+        raise ValueError(f"{steps} steps are fewer than one for each of {2 * len(SETS)} sizes of sets")
     return SetDisjointnessData(
-        vocab=vocab, reads=passes, train=both_orders(TRAIN, rows), test=both_orders(TEST, 300)
+        vocab=vocab,
+        reads=passes,
+        distribution="blocked",
+        train=both_orders(SETS, BATCH * (steps // (2 * len(SETS)))),
+        test=both_orders(SETS, 500),
     )
 
 
@@ -50,6 +52,6 @@ def sweeps(
         depth=depth,
         mlp=mlp,
         weight_decay=0.01,
-        evaluate_every=200,
+        evaluate_every=250,
     )
     return (SweepConfig(recipe="jrt-figure2-small", points=found),)
