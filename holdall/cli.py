@@ -56,9 +56,11 @@ def frontier(
     task: str | None = None,
     pairs: tuple[PositiveInt, ...] = (),
     length: tuple[PositiveInt, ...] = (),
+    passes: PositiveInt | None = None,
     vocab: PositiveInt | None = None,
     width: tuple[PositiveInt, ...] = (),
     depth: PositiveInt | None = None,
+    mlp: PositiveInt | None = None,
     steps: PositiveInt | None = None,
     rates: tuple[PositiveFloat, ...] = (),
     seeds: PositiveInt = 1,
@@ -88,9 +90,11 @@ def frontier(
         task: the recipe's task: mqar, induction-heads or associative-recall for quick.
         pairs: key-value pairs of the rows, one number or several.
         length: tokens of the rows, one number for all or one for each number of pairs.
+        passes: how often a row's pairs, or its two sets, are read before it is asked for them.
         vocab: tokens of the vocabulary.
         width: widths of the models.
         depth: layers of the models.
+        mlp: width of an MLP in each layer, as a multiple of the model's width.
         steps: training steps.
         rates: learning rates to try; the best counts.
         seeds: seeds per learning rate; more can be added to the same folder later.
@@ -112,8 +116,8 @@ def frontier(
     from holdall.commands import sweeps as shown
 
     settings = {
-        "task": task, "pairs": pairs, "length": length, "vocab": vocab, "width": width, "depth": depth,
-        "steps": steps, "rates": rates,
+        "task": task, "pairs": pairs, "length": length, "passes": passes, "vocab": vocab, "width": width,
+        "depth": depth, "mlp": mlp, "steps": steps, "rates": rates,
     }  # fmt: skip
     return shown.frontier(
         recipe,

@@ -322,9 +322,9 @@ class SetDisjointness(Config):
         first_BA, second_BB = self.sets(batch.tokens)
         meets_BA = (first_BA[:, :, None] == second_BB[:, None, :]).any(2)
         place_B1 = (self.row_length - self.input_length) + 1 + meets_BA.int().argmax(1, keepdim=True)
-        sizes = [torch.full_like(batch.answers, size) for size in (self.first, self.second)]
+        first_B1, second_B1 = (torch.full_like(batch.answers, size) for size in (self.first, self.second))
         distance_B1 = torch.where(meets_BA.any(1, keepdim=True), batch.positions - place_B1, -1)
-        return Tags(*sizes, (sizes[0] < sizes[1]).long(), distance_B1)
+        return Tags(first_B1, second_B1, (first_B1 < second_B1).long(), distance_B1)
 
 
 def drawing(batch: Batch, row: int = 0) -> str:
