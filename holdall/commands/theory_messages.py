@@ -33,7 +33,7 @@ from holdall.theory.messages import Conveyed, converse, reader
 FORMATS = ("fp32", "bf16", "int8", "int4", "int2", "int1")
 VOCAB = 64
 """Tokens of a model by hand, or with random weights."""
-CONVEYED = ("bits\nconveyed", "at least\n(95%)", "per bit\nsent")
+CONVEYED = ("bits\nconveyed", "at least\n(95%)", "per\nbit")
 """Heads of the columns of what was conveyed."""
 BY_HAND = "by-hand:"
 """What the names of models by hand begin with, as there are mixers of the same names."""
@@ -126,7 +126,7 @@ def message(
     for label, conveyed in found.items():
         table = _table(label, conveyed[0].entropy_bits, "format")
         for each in conveyed:
-            table.add_row(each.format, *_cells(each))
+            table.add_row(_folded(each.format), *_cells(each))
         console.print(table)
         _warn_above(label, conveyed)
     for label, why in refused.items():
@@ -158,7 +158,10 @@ def index(
                 found.setdefault(label, []).append(each)
                 predicted = config.predicted(str(format))
                 table.add_row(
-                    f"{count:,}", each.format, "" if predicted is None else f"{predicted:.2%}", *_cells(each)
+                    f"{count:,}",
+                    _folded(each.format),
+                    "" if predicted is None else f"{predicted:.2%}",
+                    *_cells(each),
                 )
     console.print(table)
     _write(found, out)
@@ -223,8 +226,8 @@ def _turns(
         conveyed = [f"{one.conveyed_bits:,.1f}", f"{one.at_least_bits:,.1f}", f"{one.efficiency:.4f}"]
     sent = "–".join(f"{bits:,}" for bits in dict.fromkeys((min(turns.message_bits), turns.largest)))
     return [
-        *map(str, (task.reads, task.first, task.second, format)), f"{len(turns.message_bits)} × {sent}",
-        f"{turns.accuracy:.1%}", f"{turns.proven_bits:,.1f}", *conveyed,
+        *map(str, (task.reads, task.first, task.second)), _folded(str(format)),
+        f"{len(turns.message_bits)} × {sent}", f"{turns.accuracy:.1%}", f"{turns.proven_bits:,.1f}", *conveyed,
     ]  # fmt: skip
 
 
@@ -251,9 +254,10 @@ def _table(title: str, entropy: float, *first: str) -> Table:
 
 def _of_columns(title: str, heads: Sequence[str]) -> Table:
     """A table of numbers, none of which is cut off in 80 columns."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 0, 0, 1), pad_edge=False)
+    apart = (0, 0, 0, int(console.width >= 90))
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=apart, pad_edge=False)
     for head in heads:
-        table.add_column(head, justify="right", no_wrap=head != "format", min_width=6, overflow="fold")
+        table.add_column(head, justify="right", no_wrap=True)
     return table
 
 
@@ -266,6 +270,11 @@ def _cells(found: Conveyed) -> list[str]:
         f"{found.at_least_bits:,.1f}",
         f"{found.efficiency:.4f}",
     ]
+
+
+def _folded(format: str) -> str:
+    """The name of a format on two lines where it is long."""
+    return format.replace("+", "\n+")
 
 
 def _told(say: Callable[[str], None], label: str, format: Format) -> Callable[[int, int], None]:

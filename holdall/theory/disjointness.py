@@ -95,7 +95,8 @@ def hand_over(
     """
     party, batch = reader(model, task.vocab), task.generate(rows, seed)
     generator = torch.Generator(torch.device(device or "cpu")).manual_seed(seed)
-    right, bits = 0, ()
+    right = 0
+    bits: list[int] = []
     for start in range(0, rows, rows_at_once):
         part = slice(start, start + rows_at_once)
         tokens_BN = batch.tokens[part].to(device)

@@ -94,7 +94,8 @@ class Bare(nn.Module):
 
     def forward(self, tokens_BT: Tensor, states: Sequence[State] | None = None) -> tuple[Tensor, list[State]]:
         x_BTD, after = self.embedding_VD[tokens_BT], []
-        for mixer, state in zip(self.mixers, states or [None] * len(self.layers), strict=True):
+        before: Sequence[State | None] = states or [None] * len(self.layers)
+        for mixer, state in zip(self.mixers, before, strict=True):
             ids = {"tokens_BT": tokens_BT} if mixer.reads_tokens else {}
             x_BTD, state = mixer(x_BTD, state, **ids)
             after.append(state)
@@ -182,7 +183,7 @@ def send(states: Sequence[State], format: Format, generator: torch.Generator | N
     sizes: dict[str, list[Any]] = {}
     elements = scales = others = 0
     for layer, state in enumerate(map(trim, states)):
-        parts = zip(type(state)._fields, pack(state, format, generator).tensors, strict=True)  # type: ignore[attr-defined]
+        parts = zip(type(state)._fields, pack(state, format, generator).tensors, strict=True)
         for field, part in parts:
             name = f"{layer}.{field}"
             if isinstance(part, Tensor):
@@ -225,7 +226,7 @@ def receive(data: bytes, model: Any) -> list[State]:
         found = {field.name: _unpacked(tensors, f"{layer}.{field.name}", format, sizes) for field in fields}
         if missing := [name for name, tensor in found.items() if tensor is None]:
             raise StateError(f"the message has no {', '.join(missing)} of layer {layer}, as {owner} needs")
-        state = kind(*found.values())
+        state: State = kind(*found.values())  # type: ignore[arg-type]
         if why := misfit(state, kind, fields, owner, layer=f" of layer {layer}"):
             raise StateError(f"the message is another model's: {why}")
         states.append(state if weights is None else map_state(state, lambda t: t.to(weights.device)))
