@@ -1,13 +1,11 @@
 """The command line: `holdall frontier`, `recipe`, `bits`, `report`, `zoo`, `laws`, `soundness`, `matrix`;
-`data`, `train`, `generate`, `chat`, `serve`, `eval`, `convert`, `export`, `recall`, `suite`.
+`data`, `train`, `generate`, `chat`, `serve`, `eval`, `convert`, `export`, `recall`, `suite`; `theory`.
 
 Heavy modules are imported only after the arguments have been parsed, so that help is instant.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -17,6 +15,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from holdall import flags
+from holdall.commands import theory
 from holdall.commands.loading import Loading
 from holdall.settings import (
     NonNegativeFloat,
@@ -35,13 +34,7 @@ Axis = Literal["bytes", "bits", "elements"]
 
 def command(function: Callable[..., int]) -> Callable[..., int]:
     """Register a command; its numbers must be in the ranges that its signature declares."""
-
-    @functools.wraps(function)
-    def checked(*args: Any, **options: Any) -> int:
-        flags.check(function, inspect.signature(function).bind(*args, **options).arguments)
-        return function(*args, **options)
-
-    return app.command(checked)
+    return app.command(flags.checked(function))
 
 
 TrainFlags = flags.flags_of(
@@ -779,6 +772,9 @@ def eval(
     from holdall.commands import evals as shown
 
     return shown.evaluate(run, tasks, examples, fewshot, batch, include, out, loading)
+
+
+app.command(theory.app, name="theory", help=theory.ABOUT)
 
 
 def _command() -> str:

@@ -9,8 +9,10 @@ Nothing here is heavy to import, so that help is instant.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import typing
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -30,6 +32,17 @@ Yes = Annotated[
     ),
 ]
 """A flag without a value; None where it is not given."""
+
+
+def checked(function: Callable[..., int]) -> Callable[..., int]:
+    """A command whose numbers must be in the ranges that its signature declares."""
+
+    @functools.wraps(function)
+    def command(*args: Any, **options: Any) -> int:
+        check(function, inspect.signature(function).bind(*args, **options).arguments)
+        return function(*args, **options)
+
+    return command
 
 
 def check(function: Any, arguments: Mapping[str, Any]) -> None:
