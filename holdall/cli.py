@@ -56,9 +56,11 @@ def frontier(
     task: str | None = None,
     pairs: tuple[PositiveInt, ...] = (),
     length: tuple[PositiveInt, ...] = (),
+    passes: PositiveInt | None = None,
     vocab: PositiveInt | None = None,
     width: tuple[PositiveInt, ...] = (),
     depth: PositiveInt | None = None,
+    mlp: PositiveInt | None = None,
     steps: PositiveInt | None = None,
     rates: tuple[PositiveFloat, ...] = (),
     seeds: PositiveInt = 1,
@@ -72,6 +74,7 @@ def frontier(
     weights: bool = True,
     on: Literal["here", "ray"] = "here",
     axis: Axis | None = None,
+    by_hand: bool = False,
 ) -> int:
     """Train the models of a recipe and plot their recall against their state size in bytes.
 
@@ -87,9 +90,11 @@ def frontier(
         task: the recipe's task: mqar, induction-heads or associative-recall for quick.
         pairs: key-value pairs of the rows, one number or several.
         length: tokens of the rows, one number for all or one for each number of pairs.
+        passes: how often a row's pairs, or its two sets, are read before it is asked for them.
         vocab: tokens of the vocabulary.
         width: widths of the models.
         depth: layers of the models.
+        mlp: width of an MLP in each layer, as a multiple of the model's width.
         steps: training steps.
         rates: learning rates to try; the best counts.
         seeds: seeds per learning rate; more can be added to the same folder later.
@@ -106,12 +111,13 @@ def frontier(
         on: here; or ray, on all machines of a Ray cluster that see the folder. Without Ray, any number of
             these commands share a folder.
         axis: what the picture counts state in; bytes by default.
+        by_hand: show models built by hand too, which need no training (`holdall theory list`); of MQAR.
     """
     from holdall.commands import sweeps as shown
 
     settings = {
-        "task": task, "pairs": pairs, "length": length, "vocab": vocab, "width": width, "depth": depth,
-        "steps": steps, "rates": rates,
+        "task": task, "pairs": pairs, "length": length, "passes": passes, "vocab": vocab, "width": width,
+        "depth": depth, "mlp": mlp, "steps": steps, "rates": rates,
     }  # fmt: skip
     return shown.frontier(
         recipe,
@@ -130,6 +136,7 @@ def frontier(
         keep_weights=weights,
         on=on,
         axis=axis,
+        by_hand=by_hand,
     )
 
 
@@ -167,8 +174,8 @@ def bits(
 
     Args:
         folder: a folder written by `holdall frontier`, with the trained weights.
-        format: fp32, bf16, fp16, fp8, int8 or int4, or one with +stochastic or +feedback, as int4+feedback
-            (repeatable); by default all six, and int8 and int4 rounded in each way.
+        format: fp32, bf16, fp16, fp8, int8, int4, int2 or int1, or one with +stochastic or +feedback, as
+            int4+feedback (repeatable); by default the first six, and int8 and int4 rounded in each way.
         every: tokens that are read between one rounding of the state and the next.
         seed: of stochastic rounding.
         device: where to run; auto takes a GPU if there is one.

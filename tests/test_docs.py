@@ -42,7 +42,7 @@ def test_the_readme_s_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     exec(compile("".join(blocks(ROOT / "README.md", "python")), "README.md", "exec"), {})
 
 
-@pytest.mark.parametrize("page", ["replay.md", "serving.md", "sweeps.md"])
+@pytest.mark.parametrize("page", ["replay.md", "serving.md", "sweeps.md", "theory.md"])
 def test_the_code_of_a_page_runs(page: str) -> None:
     exec(compile("".join(blocks(ROOT / "docs" / page, "python")), page, "exec"), {})
 

@@ -16,6 +16,7 @@ from holdall.report import table
 from holdall.report.data import load
 
 COPIED = ("config.json", "environment.json", "results.jsonl", "frontier.png")
+IF_THERE = ("orders.png",)  # of set disjointness alone
 TABLE = re.compile(r"^\| model \|.*?(?=\n\n)", flags=re.M | re.S)
 
 
@@ -30,7 +31,7 @@ def take(run: Path, result: Path) -> None:
         raise ValueError(f"{readme} has {len(found)} tables that begin with '| model |', not 1")
     shown, _ = table.render(load([run])).split("\n\n")
     report.write([run], run)
-    for name in COPIED:
+    for name in (*COPIED, *(name for name in IF_THERE if (run / name).exists())):
         shutil.copyfile(run / name, result / name)
     readme.write_text(TABLE.sub(lambda _: shown, page))
 

@@ -18,7 +18,10 @@ from holdall.report import data
 from holdall.report.style import state_text
 from holdall.sweeps.bits import lines_in_formats
 
-FORMATS = (*Format.all, "int8+stochastic", "int4+stochastic", "int8+feedback", "int4+feedback")
+FORMATS = (
+    *("fp32", "bf16", "fp16", "fp8", "int8", "int4"),
+    *("int8+stochastic", "int4+stochastic", "int8+feedback", "int4+feedback"),
+)
 """What is measured where the user names nothing."""
 KEPT = ("context_len", "task", "difficulty", "test")
 """What the folder says of the test, as the sweep's own does."""

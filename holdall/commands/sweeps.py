@@ -20,7 +20,7 @@ from rich.text import Text
 
 from holdall import mixers, recipes
 from holdall import report as reports
-from holdall.commands import OUT_OF_TIME, Words, busy, console, resolve_device
+from holdall.commands import OUT_OF_TIME, Words, busy, console, resolve_device, theory_by_hand
 from holdall.commands.laws import short_verdicts
 from holdall.report import data
 from holdall.report import matrix as matrices
@@ -40,6 +40,7 @@ from holdall.sweeps import (
     run_sweep,
     with_added,
 )
+from holdall.sweeps.by_hand import check_task
 from holdall.training.populations import Progress as TrainProgress
 
 
@@ -57,6 +58,7 @@ def frontier(
     command: str,
     minutes: float | None = None,
     axis: str | None = None,
+    by_hand: bool = False,
     **options: Any,
 ) -> int:
     """The command `holdall frontier`; returns the exit status. Options are those of `run_sweep`."""
@@ -68,6 +70,9 @@ def frontier(
     if precision is not None:
         sweeps = tuple(_in_precision(sweep, precision) for sweep in sweeps)
     sweeps = tuple(with_added(sweep, added) for sweep in sweeps)
+    if by_hand:
+        for sweep in sweeps:
+            check_task(sweep.data)
     device = resolve_device(device)
     if options.get("on") == "ray":
         options["workers"] = options.get("workers") or cluster.at_once(device)
@@ -82,7 +87,7 @@ def frontier(
     codes = []
     for sweep, folder in zip(sweeps, folders, strict=True):
         left = None if until is None else max(0.0, until - time.monotonic()) / 60
-        codes.append(_frontier(sweep, folder, axis=axis, minutes=left, **options))
+        codes.append(_frontier(sweep, folder, axis=axis, by_hand=by_hand, minutes=left, **options))
         if codes[-1] not in (0, OUT_OF_TIME):
             return codes[-1]
     if len(sweeps) > 1 and all((folder / "results.jsonl").stat().st_size for folder in folders):
@@ -104,7 +109,9 @@ def _spread(seeds: int, command: str, *, more: bool) -> str:
     return f"{said}; two more, and bars in the picture: {again} --seeds 3" if more else said
 
 
-def _frontier(sweep: SweepConfig, out: Path, *, device: str, axis: str | None, **options: Any) -> int:
+def _frontier(
+    sweep: SweepConfig, out: Path, *, device: str, axis: str | None, by_hand: bool, **options: Any
+) -> int:
     """One sweep of a recipe; returns the exit status."""
     view = _FrontierView(sweep, out, device, options.get("workers"), options.get("families", ()))
     watcher = Watcher(view.progress, view.finished, view.others)
@@ -112,6 +119,8 @@ def _frontier(sweep: SweepConfig, out: Path, *, device: str, axis: str | None, *
     try:
         with view:
             run_sweep(sweep, out, device=device, watcher=watcher, **options)
+        if by_hand:
+            theory_by_hand.add_to(out)
     except KeyboardInterrupt:
         console.print(f"Stopped. Everything so far is in {out}; the same command resumes it.", soft_wrap=True)
         return 130

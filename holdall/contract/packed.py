@@ -8,7 +8,8 @@ Every tensor of floating-point numbers is stored by rows of its last dimension:
 
     fp32, bf16, fp16    x rounded                              saturating where x is finite
     fp8                 s, and x / s rounded to e4m3           s the least power of two >= max|x| / 448
-    int8, int4          s, and x / s rounded to an integer     s the least power of two >= max|x| / 127, / 7
+    int8, int4, int2    s, and x / s rounded to an integer     s the least power of two >= max|x| / 127, 7, 1
+    int1                s, and the sign of x, to mean s or -s  s the power of two nearest to mean|x|
 
 s takes 8 bits, as in the Microscaling formats, and is that of one row of the last dimension: in s_BHKV of a
 head and key, in k_BSHK of a token and head, in z_BHF of a head, in h_BEN of a channel, in past_BPD of a
@@ -17,10 +18,15 @@ ids stay as they are. A power of two costs at most one bit of precision, and wha
 dtype that has the format's digits: packed again it is the same, so a cache is rounded once, however often it
 is carried.
 
+In int2 and int1 a scale is worth 4 or 8 elements. There it is shared by as many dimensions, from the last, as
+make up 32 elements; so in a cache with fewer per token, tokens share scales, and are rounded again when more
+come. int2 has the values -s, 0 and s; int1 has no zero, but of a row in which all are.
+
 How x / s is rounded:
 
     nearest        to the nearest value, half to even
     stochastic     up or down, so that the mean is right: a long sum does not lose what is smaller than a step
+                   (not int1)
     feedback       to the nearest, and the error is kept, to 1/16 of a step, in 4 more bits; unpacking adds
                    it, so it is there when the state is changed and rounded next (int8 and int4)
 
@@ -44,17 +50,23 @@ from torch import Tensor
 from holdall.contract.config import did_you_mean
 from holdall.contract.state import State
 
-FormatName = Literal["fp32", "bf16", "fp16", "fp8", "int8", "int4"]
+FormatName = Literal["fp32", "bf16", "fp16", "fp8", "int8", "int4", "int2", "int1"]
 Rounding = Literal["nearest", "stochastic", "feedback"]
 
 PLAIN = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Formats without scales."""
-LARGEST = {"fp8": 448, "int8": 127, "int4": 7}
+LARGEST = {"fp8": 448, "int8": 127, "int4": 7, "int2": 1, "int1": 1}
 """The largest stored value of formats with scales."""
+BITS_PER_CODE = {"int4": 4, "int2": 2, "int1": 1}
+"""Bits of an element in formats that put several into a byte."""
+BLOCK = 32
+"""Elements that share a scale, at least, in int2 and int1, as in the Microscaling formats."""
 REST_STEPS = 16
 """Steps of the kept error in one step of the format."""
 NOT_FINITE = -128
 """The exponent of a row with NaN or infinity in it, which is unpacked as NaN."""
+NOTHING = -127
+"""The exponent of a row of zeros in int1, which is unpacked as zeros."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +85,9 @@ class Format:
             raise ValueError(f"unknown format '{self.name}'. {did_you_mean(self.name, self.all)}")
         if self.rounding not in (known := get_args(Rounding)):
             raise ValueError(f"unknown rounding '{self.rounding}'. {did_you_mean(self.rounding, known)}")
-        if self.rounding == "feedback" and not self.name.startswith("int"):
+        if self.rounding == "stochastic" and self.name == "int1":
+            raise ValueError("int1 keeps the sign alone, which is not rounded: leave +stochastic out")
+        if self.rounding == "feedback" and self.name not in ("int8", "int4"):
             raise ValueError(f"error feedback is for int8 and int4, not for {self.name}")
 
     @classmethod
@@ -97,7 +111,7 @@ class PackedTensor:
     dtype: torch.dtype
     """Its dtype, which it gets back."""
     codes: Tensor
-    """The stored elements: (B, R, N), or (B, R, M) bytes with two elements in each."""
+    """The stored elements: (B, R, N), or (B, R, M) bytes with two, four or eight elements in each."""
     exponents_BR: Tensor | None = None
     """log2 of the scales, in int8."""
     rest_BRM: Tensor | None = None
@@ -112,13 +126,15 @@ class PackedTensor:
         """The tensor again, in its own dtype."""
         if self.exponents_BR is None:
             return self.codes.to(self.dtype).view(self.sizes)
-        length = _row_length(self.sizes)
+        length = _row_length(self.sizes, self.format)
         wide = torch.promote_types(self.dtype, torch.float32)
-        x_BRN = (_from_nibbles(self.codes, length) if self.format.name == "int4" else self.codes).to(wide)
+        bits = BITS_PER_CODE.get(self.format.name)
+        x_BRN = (_from_bytes(self.codes, length, bits) if bits else self.codes).to(wide)
         if self.rest_BRM is not None:
-            x_BRN += _from_nibbles(self.rest_BRM, length) / REST_STEPS
+            x_BRN += _from_bytes(self.rest_BRM, length) / REST_STEPS
         scale_BR = _power_of_two(self.exponents_BR).to(wide)
         scale_BR = scale_BR.masked_fill(self.exponents_BR == NOT_FINITE, math.nan)
+        scale_BR = scale_BR.masked_fill(self.exponents_BR == NOTHING, 0)
         return (x_BRN * scale_BR[..., None]).to(self.dtype).view(self.sizes)
 
 
@@ -152,7 +168,7 @@ def pack(state: State, format: Format, generator: torch.Generator | None = None)
 
 
 def _pack(x: Tensor, format: Format, generator: torch.Generator | None) -> PackedTensor:
-    wide_BRN = _rows(x).to(torch.promote_types(x.dtype, torch.float32))
+    wide_BRN = _rows(x, format).to(torch.promote_types(x.dtype, torch.float32))
     random = format.rounding == "stochastic"
     if format.name in PLAIN:
         # never wider than it was, as a cache is in bf16 beside activations in bf16
@@ -161,6 +177,10 @@ def _pack(x: Tensor, format: Format, generator: torch.Generator | None) -> Packe
         return PackedTensor(format, x.shape, x.dtype, codes)
     largest = LARGEST[format.name]
     most_BR = wide_BRN.abs().amax(-1) if wide_BRN.numel() else wide_BRN.new_zeros(wide_BRN.shape[:2])
+    if format.name == "int1":
+        return PackedTensor(
+            format, x.shape, x.dtype, _to_bytes(wide_BRN >= 0, 1), _mean_exponents(wide_BRN, most_BR)
+        )
     mantissa_BR, exponent_BR = torch.frexp(most_BR / largest)  # a mantissa of 1/2 is a power of two itself
     exponent_BR = (exponent_BR - (mantissa_BR == 0.5).int()).clamp(-126, 127)
     y_BRN = wide_BRN / _power_of_two(exponent_BR).to(wide_BRN.dtype)[..., None]
@@ -173,19 +193,34 @@ def _pack(x: Tensor, format: Format, generator: torch.Generator | None) -> Packe
     if format.rounding == "feedback":
         fine_BRN = (REST_STEPS * y_BRN).round()
         whole_BRN = ((fine_BRN + REST_STEPS // 2) / REST_STEPS).floor()
-        rest_BRM = _to_nibbles(fine_BRN - REST_STEPS * whole_BRN)
-    codes = _to_nibbles(whole_BRN) if format.name == "int4" else whole_BRN.to(torch.int8)
+        rest_BRM = _to_bytes(fine_BRN - REST_STEPS * whole_BRN)
+    bits = BITS_PER_CODE.get(format.name)
+    codes = _to_bytes(whole_BRN, bits) if bits else whole_BRN.to(torch.int8)
     return PackedTensor(format, x.shape, x.dtype, codes, exponents_BR, rest_BRM)
 
 
-def _row_length(sizes: torch.Size) -> int:
-    """Elements that share a scale: the last dimension's, with the one before it for complex numbers."""
-    return sizes[1:][-1 - (len(sizes) > 2 and sizes[-1] == 2) :].numel()
+def _mean_exponents(x_BRN: Tensor, most_BR: Tensor) -> Tensor:
+    """log2 of the powers of two nearest to mean|x|, by ratio: an error of at most sqrt(2)."""
+    mean_BR = x_BRN.double().abs().mean(-1) if x_BRN.numel() else most_BR
+    mantissa_BR, exponent_BR = torch.frexp(mean_BR)
+    exponent_BR = (exponent_BR - (mantissa_BR < math.sqrt(0.5)).int()).clamp(-126, 127)
+    exponent_BR = exponent_BR.masked_fill(most_BR == 0, NOTHING)
+    return exponent_BR.masked_fill(~most_BR.isfinite(), NOT_FINITE).to(torch.int8)
 
 
-def _rows(x: Tensor) -> Tensor:
+def _row_length(sizes: torch.Size, format: Format) -> int:
+    """Elements that share a scale: the last dimension's, with the one before it for complex numbers, and in
+    int2 and int1 with as many as make up a block."""
+    dims, joined = sizes[1:], 1 + (len(sizes) > 2 and sizes[-1] == 2)
+    if format.name in ("int2", "int1"):
+        while joined < len(dims) and dims[-joined:].numel() < BLOCK:
+            joined += 1
+    return dims[-joined:].numel()
+
+
+def _rows(x: Tensor, format: Format) -> Tensor:
     """(B, R, N): no two batch rows share a scale."""
-    length = _row_length(x.shape)
+    length = _row_length(x.shape, format)
     return x.reshape(x.shape[0], x.shape[1:].numel() // max(length, 1), length)
 
 
@@ -217,13 +252,26 @@ def _to_float(x: Tensor, dtype: torch.dtype, generator: torch.Generator | None, 
     return torch.where(x.isfinite(), x.clamp(about.min, about.max), x).to(dtype)
 
 
-def _to_nibbles(whole_BRN: Tensor) -> Tensor:
-    """Integers from -8 to 7, two in a byte; a row of an odd number is filled up with a zero."""
-    padded_BRN = torch.nn.functional.pad(whole_BRN.to(torch.int16), (0, whole_BRN.shape[-1] % 2)) & 15
-    return (padded_BRN[..., ::2] | padded_BRN[..., 1::2] << 4).to(torch.uint8)
+def _to_bytes(whole_BRN: Tensor, bits: int = 4) -> Tensor:
+    """Integers of a few bits, the first of a byte lowest; a row is filled up with zeros to whole bytes.
+
+    They are from -8 to 7 in 4 bits, -2 to 1 in 2 bits, and 0 or 1 in one.
+    """
+    per_byte = 8 // bits
+    padded_BRN = torch.nn.functional.pad(whole_BRN.to(torch.int16), (0, -whole_BRN.shape[-1] % per_byte))
+    codes = (padded_BRN & ((1 << bits) - 1)).view(
+        *padded_BRN.shape[:-1], padded_BRN.shape[-1] // per_byte, per_byte
+    )
+    return (codes << _shifts(bits, codes.device)).sum(-1).to(torch.uint8)
 
 
-def _from_nibbles(packed_BRM: Tensor, length: int) -> Tensor:
-    """The integers of `_to_nibbles`, of rows of this length."""
-    both_BRM2 = torch.stack((packed_BRM & 15, packed_BRM >> 4), dim=-1).to(torch.int8)
-    return ((both_BRM2 ^ 8) - 8).flatten(-2)[..., :length]
+def _from_bytes(packed_BRM: Tensor, length: int, bits: int = 4) -> Tensor:
+    """The integers of `_to_bytes`, of rows of this length; those of one bit as -1 and 1."""
+    codes = (packed_BRM[..., None].to(torch.int16) >> _shifts(bits, packed_BRM.device)) & ((1 << bits) - 1)
+    sign = 1 << bits >> 1
+    whole = 2 * codes - 1 if bits == 1 else (codes ^ sign) - sign
+    return whole.to(torch.int8).flatten(-2)[..., :length]
+
+
+def _shifts(bits: int, device: torch.device) -> Tensor:
+    return torch.arange(0, 8, bits, dtype=torch.int16, device=device)

@@ -82,7 +82,7 @@ def run_file(file: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise RunError(*_failure(file, error)) from error
+        raise RunError(*failure(file, error)) from error
     except BaseException:
         del sys.modules[name]
         raise
@@ -101,8 +101,8 @@ class _Source(importlib.machinery.SourceFileLoader):
         raise OSError("no bytecode")
 
 
-def _failure(file: Path, error: BaseException) -> tuple[str, str]:
-    """The error in a user's file, and the line of the file in which it occurred."""
+def failure(file: Path, error: BaseException) -> tuple[str, str]:
+    """The error in a user's file, and the line of the file in which it occurred: arguments of RunError."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.lineno and frame.filename == str(file)]
     if isinstance(error, SyntaxError) and error.filename == str(file) and error.lineno:
@@ -120,17 +120,23 @@ def configured(wanted: str, width: int, defaults: Mapping[str, Any] | None = Non
     defaults: values of options that are not given, as far as the mixer has them.
     Raises KeyError, TypeError or ValueError for an unknown mixer, an unknown option or a bad value.
     """
-    name, _, text = wanted.partition(":")
+    name, options = options_of(wanted)
     entry = lookup(name)
+    label = ", ".join([name, *(f"{option} = {value}" for option, value in options.items())])
+    known = {option: value for option, value in (defaults or {}).items() if option in entry.options}
+    return label, entry.configure(**{"width": width, **known, **options})
+
+
+def options_of(wanted: str) -> tuple[str, dict[str, Any]]:
+    """The name and the options of "NAME" or "NAME:option=value,option=value"; ValueError for others."""
+    name, _, text = wanted.partition(":")
     options = {}
     for part in filter(None, text.split(",")):
         option, equals, value = part.partition("=")
         if not equals:
             raise ValueError(f"'{wanted}': write options as option=value, joined by commas")
         options[option] = _parsed(value)
-    label = ", ".join([name, *(f"{option} = {value}" for option, value in options.items())])
-    known = {option: value for option, value in (defaults or {}).items() if option in entry.options}
-    return label, entry.configure(**{"width": width, **known, **options})
+    return name, options
 
 
 def _parsed(value: str) -> Any:

@@ -15,6 +15,8 @@ from holdall.contract import did_you_mean
 from holdall.recipes import (
     based_figure2,
     bits,
+    jrt_figure2,
+    jrt_figure2_small,
     lm_suite,
     quick,
     synthetics,
@@ -32,9 +34,11 @@ SWEEPS: dict[str, Callable[..., tuple[SweepConfig, ...]]] = {
     "synthetics": synthetics.sweeps,
     "zoology-figure2": zoology_figure2.sweeps,
     "based-figure2": based_figure2.sweeps,
+    "jrt-figure2-small": jrt_figure2_small.sweeps,
+    "jrt-figure2": jrt_figure2.sweeps,
 }
 
-SETTINGS = ("task", "pairs", "length", "vocab", "width", "depth", "steps", "rates")
+SETTINGS = ("task", "pairs", "length", "passes", "vocab", "width", "depth", "mlp", "steps", "rates")
 """What a recipe may let its user change beside the seeds: keyword arguments of its function, and flags of
 `holdall frontier`. Pairs, lengths, widths and rates are tuples."""
 

@@ -49,11 +49,13 @@ def data(
     length: Sequence[int] = (),
     vocab: int = VOCAB,
     steps: int = STEPS,
+    passes: int = 1,
 ) -> DataConfig:
     """Rows for so many steps: of MQAR with 4, 8 and 16 pairs, in 64, 64 and 96 tokens.
 
     length: one for all pairs or one for each, by default six tokens a pair and at least 64; of the other
-    tasks, which have no pairs, one for each part of the rows.
+    tasks, which have no pairs, one for each part of the rows. passes: how often MQAR's pairs are read before
+    the questions; each pass more makes rows longer by two tokens a pair.
     Raises ValueError for numbers that do not fit together.
     """
     if task == "mqar":
@@ -67,6 +69,7 @@ def data(
         return MQARData(
             vocab=vocab,
             filler="key-free",
+            passes=passes,
             train=tuple(
                 MQARSegment(length=n, pairs=k, rows=r) for (n, k), r in zip(sizes, rows, strict=True)
             ),
@@ -74,6 +77,8 @@ def data(
         )
     if pairs:
         raise ValueError(f"{task} has no pairs; its rows differ in length")
+    if passes != 1:
+        raise ValueError(f"{task} has no pairs to read in {passes} passes; mqar has")
     length = length or (64,)
     return SingleQueryData(
         task_name=task,
@@ -140,6 +145,7 @@ def sweeps(
     task: Task = "mqar",
     pairs: Sequence[int] = (),
     length: Sequence[int] = (),
+    passes: int = 1,
     vocab: int = VOCAB,
     width: Sequence[int] = (WIDTH,),
     depth: int = DEPTH,
@@ -147,7 +153,7 @@ def sweeps(
     rates: Sequence[float] = (),
 ) -> tuple[SweepConfig, ...]:
     """The dozen at each width."""
-    rows = data(task, pairs, length, vocab, steps)
+    rows = data(task, pairs, length, vocab, steps, passes)
     points = [
         point(*each, seeds, task=rows, depth=depth, rates=rates)
         for size in width

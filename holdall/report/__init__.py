@@ -11,7 +11,7 @@ from pathlib import Path
 
 from holdall import files
 from holdall.files import RunError
-from holdall.report import figure, page, table, widths
+from holdall.report import figure, orders, page, table, widths
 from holdall.report.data import Sweep, load, load_each
 from holdall.report.style import FILLS
 
@@ -22,8 +22,9 @@ def write(folders: Sequence[Path], out: Path, axis: str | None = None) -> list[P
     """Write frontier.png, frontier.html and table.md into `out`, from sweeps in `folders`; return the paths.
 
     Cheap enough to call after every trained model, and a reader never sees half a file. Several sweeps
-    share one picture if they took the same test: the first is filled, the others are open or marked. A folder
-    that holds the sweeps of a recipe's parts gets widths.png, as `write_widths` does.
+    share one picture if they took the same test: the first is filled, the others are open or marked. A sweep
+    on two sets in both orders gets orders.png as well (holdall/report/orders.py). A folder that holds the
+    sweeps of a recipe's parts gets widths.png, as `write_widths` does.
     axis: what state is counted in: bytes, bits or elements; by default what the first folder says.
 
     Raises RunError, naming the folder and the way out, where there is nothing to draw from.
@@ -36,6 +37,8 @@ def write(folders: Sequence[Path], out: Path, axis: str | None = None) -> list[P
         )
     sweeps = load(folders, axis)
     made = {"frontier.png": figure.save, "frontier.html": page.save, "table.md": table.save}
+    if len(sweeps) == 1 and orders.has_orders(sweeps[0]):
+        made["orders.png"] = lambda sweeps, path: orders.save(sweeps[0], path)
     return [_save(sweeps, save, out / name) for name, save in made.items()]
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from holdall.report import floor, style
-from holdall.report.data import Axis, Model, Rate, Run, Sweep, families, is_series, pareto
+from holdall.report.data import BY_HAND, Axis, Model, Rate, Run, Sweep, families, is_series, pareto
 
 CEILING = 1.06  # accuracy at the top edge, as in the figure
 HOVER = {"hovertemplate": "%{text}<extra></extra>"}
@@ -68,7 +68,8 @@ def _detail(runs: Sequence[Run]) -> list[tuple[str, str]]:
 
 def traces(sweeps: Sequence[Sweep], marks: Marks) -> list[dict[str, Any]]:
     """Plotly's traces from the back to the front. Those of models have meta "models", those of other
-    learning rates "other" (hidden at first); the last is the ring around what is selected."""
+    learning rates "other" (hidden at first), those built by hand "by hand"; the last is the ring around what
+    is selected."""
     found = [*_floor(sweeps), _steps(sweeps)]
     named: set[str] = set()  # a family is in the legend once, and its entry there hides it in every sweep
     for place, sweep in enumerate(sweeps):
@@ -86,6 +87,12 @@ def traces(sweeps: Sequence[Sweep], marks: Marks) -> list[dict[str, Any]]:
             models = _models(members, marks, shared, sweep.axis)
             found += models + _other_rates(members, marks, shared, sweep.axis)
             named |= {family} if models else set()
+            colour = style.by_hand_colour(sweeps, family) or "--ink"
+            by_hand = _by_hand(sweep, marks, {**shared, "showlegend": family not in named}, family, colour)
+            found += by_hand
+            named |= {family} if by_hand else set()
+    if any(trace.get("meta") == BY_HAND for trace in found):
+        found.append(_by_hand_key())
     ring = {"symbol": "circle-open", "size": 20, "color": "--ink", "line": {"width": 1.6}}
     return [*found, {**SILENT, "x": [], "y": [], "mode": "markers", "marker": ring}]
 
@@ -167,6 +174,54 @@ def _models(
             "error_y": spread,
         }
     ]
+
+
+def _by_hand(
+    sweep: Sweep, marks: Marks, shared: dict[str, Any], family: str, colour: str
+) -> list[dict[str, Any]]:
+    """A family's models that were built by hand: a trace for each construction, in marks of their own."""
+    series: dict[Any, list[Model]] = {}
+    for model in sweep.by_hand:
+        if model.family == family and model.drawn:
+            series.setdefault(model.runs[0].line.get("construction"), []).append(model)
+    found = []
+    for members in series.values():
+        drawn, axis = sorted(members, key=lambda m: (m.state, m.accuracy)), sweep.axis
+        found.append(
+            {
+                **shared,
+                **HOVER,
+                "meta": BY_HAND,
+                "x": [m.state for m in drawn],
+                "y": [m.accuracy for m in drawn],
+                "customdata": [marks.model(m) for m in drawn],
+                "text": [
+                    _hover(axis, m.label, m.accuracy, m.state, f"<br>{style.BY_HAND_TEXT}") for m in drawn
+                ],
+                "mode": "lines+markers",
+                "marker": {
+                    "color": colour,
+                    "symbol": style.BY_HAND[1],
+                    "size": 12,
+                    "line": {"width": 1.6},
+                },
+                "line": {"color": colour, "width": 1, "dash": "dot"},
+            }
+        )
+        shared = {**shared, "showlegend": False}
+    return found
+
+
+def _by_hand_key() -> dict[str, Any]:
+    """What their mark means, in the legend."""
+    return {
+        "type": "scatter",
+        "name": style.BY_HAND_TEXT,
+        "x": [None],
+        "y": [None],
+        "mode": "markers",
+        "marker": {"color": "--ink", "symbol": style.BY_HAND[1], "size": 12, "line": {"width": 1.6}},
+    }
 
 
 def _other_rates(

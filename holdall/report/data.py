@@ -19,7 +19,10 @@ from typing import Any
 
 from holdall import files
 from holdall.files import RunError
+from holdall.tasks.information import Asked
 
+BY_HAND, NOT_TRAINED = "by hand", 0.0
+"""What a line of a model built by hand says it is; and its learning rate."""
 PAIRS = "pairs"
 """What every difficulty was called before tasks named their own."""
 
@@ -61,7 +64,11 @@ class Segment:
     values: int
     """The possible answers to a question."""
     questions: int
-    """Questions of a row."""
+    """Questions of a row: answers that a state must be able to give."""
+    distinct: bool = True
+    """Whether these answers are distinct; else they are independent of each other."""
+    sets: tuple[int, int] | None = None
+    """In set disjointness, the sizes of the set that is read first and of the other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,6 +229,11 @@ class Model:
         return {str(name): str(says) for name, says in found.items()} if isinstance(found, Mapping) else {}
 
     @property
+    def by_hand(self) -> bool:
+        """Whether it was built by hand, and not trained."""
+        return self.runs[0].line.get("kind") == BY_HAND
+
+    @property
     def published(self) -> str:
         """Where it was trained if it was not here: hardware and commit of runs that come with Holdall."""
         source = self.runs[0].line.get("published")
@@ -248,6 +260,9 @@ class Sweep:
     environment: Mapping[str, Any]
     models: tuple[Model, ...]
     notes: tuple[str, ...]
+    by_hand: tuple[Model, ...] = ()
+    """Models that were built by hand and not trained (holdall/sweeps/by_hand.py): apart from `models`, so
+    that no frontier, spread or learning rate is theirs."""
 
     @property
     def test(self) -> tuple[int, list[tuple[int, int, int]]]:
@@ -255,9 +270,9 @@ class Sweep:
         return self.context_len, sorted((s.length, s.difficulty, s.vocab) for s in self.segments)
 
     @property
-    def questions(self) -> list[tuple[int, int]]:
-        """(questions, values) of each segment: all that the information floor depends on."""
-        return [(s.questions, s.values) for s in self.segments]
+    def questions(self) -> list[Asked]:
+        """What each segment asks for: all that the information floor depends on."""
+        return [Asked(s.questions, s.values, s.distinct) for s in self.segments]
 
 
 def load_each(folders: Sequence[Path], axis: str | None = None) -> tuple[Sweep, ...]:
@@ -318,7 +333,8 @@ def pareto(models: Iterable[Model]) -> list[Model]:
 
 def families(sweeps: Sequence[Sweep]) -> list[str]:
     """Every family in order of appearance, so that a sweep that still grows keeps its colours."""
-    return list(dict.fromkeys(model.family for sweep in sweeps for model in sweep.models))
+    trained = [model.family for sweep in sweeps for model in sweep.models]
+    return list(dict.fromkeys([*trained, *(model.family for sweep in sweeps for model in sweep.by_hand)]))
 
 
 def has_rates(sweeps: Sequence[Sweep]) -> bool:
@@ -359,7 +375,9 @@ def _sweep(folder: Path, config: Mapping[str, Any], name: str, axis: Axis) -> Sw
                 **{
                     key: _whole(part, key, low=1)
                     for key in ("vocab", "length", "rows", "difficulty", "values", "questions")
-                }
+                },
+                distinct=part.get("distinct", True) is True,
+                sets=_sets(part),
             )
             for part in map(_with_defaults, config["test"])
         )
@@ -393,6 +411,13 @@ def _sweep(folder: Path, config: Mapping[str, Any], name: str, axis: Axis) -> Sw
         for m in models
         if m.published
     ]
+    by_hand = grouped(_by_hand(folder, axis))
+    if by_hand:
+        many = f"{len(by_hand)} models are" if len(by_hand) > 1 else "1 model is"
+        notes += [
+            f"{many} built by hand and not trained, for comparison (`holdall theory list`): thin diamonds. "
+            "They have no part in the frontier."
+        ]
     has_environment = (folder / "environment.json").exists()
     return Sweep(
         name=name,
@@ -406,6 +431,7 @@ def _sweep(folder: Path, config: Mapping[str, Any], name: str, axis: Axis) -> Sw
         environment=files.read_json(folder / "environment.json", AGAIN) if has_environment else {},
         models=models,
         notes=tuple(notes),
+        by_hand=by_hand,
     )
 
 
@@ -422,6 +448,13 @@ def _with_defaults(part: Mapping[str, Any]) -> dict[str, Any]:
     """A test segment with what the first sweeps, which were all of MQAR, did not write down."""
     pairs = {"questions": part["pairs"], "difficulty": part["pairs"]} if "pairs" in part else {}
     return {"values": part["vocab"] // 2, **pairs, **part}
+
+
+def _sets(part: Mapping[str, Any]) -> tuple[int, int] | None:
+    """The sizes of the two sets of a test segment that has some."""
+    if not {"first", "second"} <= part.keys():
+        return None
+    return _whole(part, "first", low=1), _whole(part, "second", low=1)
 
 
 def _runs(folder: Path, config: Mapping[str, Any], axis: Axis) -> tuple[list[Run], list[str]]:
@@ -472,6 +505,16 @@ def _runs(folder: Path, config: Mapping[str, Any], axis: Axis) -> tuple[list[Run
         for model, reason in not_counted.items()
     ]
     return list(runs.values()), notes
+
+
+def _by_hand(folder: Path, axis: Axis) -> list[Run]:
+    """The models of by_hand.jsonl, if there is one."""
+    path = folder / "by_hand.jsonl"
+    try:
+        return [run_of(line, axis) for line in files.read_lines(path)]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        way_out = f"Delete it; `holdall theory frontier {folder}` writes it again."
+        raise files.damaged(path, f"it holds no results ({error!r})", way_out) from None
 
 
 class _NotCountedError(Exception):
@@ -535,7 +578,7 @@ def run_of(line: Mapping[str, Any], axis: Axis = AXES["bytes"]) -> Run:
         accuracy=_accuracy(line["accuracy"]),
         difficulty=str(line.get("difficulty", PAIRS)),
         by_difficulty={int(tag): _accuracy(value) for tag, value in (accuracies or {}).items()},
-        learning_rate=_rate(line["learning_rate"]),
+        learning_rate=NOT_TRAINED if line.get("kind") == BY_HAND else _rate(line["learning_rate"]),
         seed=_whole(line, "seed"),
         line=line,
     )

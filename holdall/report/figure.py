@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from holdall.report import floor, strip, style
-from holdall.report.data import Model, Sweep, families, is_series, pareto
-from holdall.report.paper import DPI, INK, MUTED, PALE, RING, SHADE, darker, marker, rc
+from holdall.report.data import BY_HAND, Model, Sweep, families, is_series, pareto
+from holdall.report.paper import DPI, INK, MUTED, PALE, RING, SHADE, by_hand_marker, darker, marker, rc
 
 SIZE = (7.0, 4.55)
 """Inches, without the strip of learning rates and a footer of more than a line."""
@@ -35,7 +35,8 @@ def save(sweeps: Sequence[Sweep], path: Path) -> None:
 def draw(sweeps: Sequence[Sweep]) -> Any:
     """The figure as a matplotlib Figure. Artists carry a gid that says what they are:
 
-    floor, pareto, chance, label, footer, and family:<name> for the line through a family's models. The first
+    floor, pareto, chance, label, footer, family:<name> for the marks of a family's models, published:<name>
+    for those that were not trained here, and by hand:<name> for those that were not trained at all. The first
     axes are the frontier's; the others are those of the strip of learning rates (holdall/report/strip.py).
     """
     import matplotlib
@@ -79,6 +80,7 @@ def _draw(sweeps: Sequence[Sweep]) -> Any:
     lines = [
         *_draw_floor(axes, questions, low, axis.bits),
         *_draw_models(axes, sweeps),
+        *_draw_by_hand(axes, sweeps),
         *_draw_pareto(axes, sweeps, high),
     ]
     _draw_legend(figure, axes, sweeps)
@@ -156,6 +158,33 @@ def _draw_models(axes: Any, sweeps: Sequence[Sweep]) -> list[Any]:
     return lines
 
 
+def _draw_by_hand(axes: Any, sweeps: Sequence[Sweep]) -> list[Any]:
+    """What was built by hand, each family's by rising state: in its colour, in a mark of no family."""
+    lines = []
+    for family in families(sweeps):
+        colour = style.by_hand_colour(sweeps, family) or INK
+        for members in _in_series(sweeps, family):
+            (line,) = axes.plot(
+                [m.state for m in members], [m.accuracy for m in members], color=colour, linewidth=0.8,
+                alpha=0.6, linestyle=(0, (1, 1.5)), zorder=2,
+            )  # fmt: skip
+            lines.append(line)
+            mark = by_hand_marker(colour)
+            axes.plot(*line.get_data(), linestyle="none", zorder=3.2, gid=f"{BY_HAND}:{family}", **mark)
+    return lines
+
+
+def _in_series(sweeps: Sequence[Sweep], family: str) -> list[list[Model]]:
+    """A family's models built by hand, by rising state, each construction by itself."""
+    series: dict[tuple[str, Any], list[Model]] = {}
+    for sweep in sweeps:
+        for model in sweep.by_hand:
+            if model.drawn and model.family == family:
+                key = (sweep.name, model.runs[0].line.get("construction"))
+                series.setdefault(key, []).append(model)
+    return [sorted(members, key=lambda m: (m.state, m.accuracy)) for members in series.values()]
+
+
 def _draw_pareto(axes: Any, sweeps: Sequence[Sweep], high: float) -> list[Any]:
     frontier = pareto(model for sweep in sweeps for model in sweep.models)
     if not frontier:
@@ -199,10 +228,13 @@ def _draw_legend(figure: Any, axes: Any, sweeps: Sequence[Sweep]) -> None:
     from matplotlib.patches import Patch
 
     drawn = {model.family for sweep in sweeps for model in sweep.models if model.drawn}
+    by_hand = {model.family for sweep in sweeps for model in sweep.by_hand if model.drawn}
     handles: list[Any] = [
         Line2D([], [], linewidth=1.1, label=family, **marker(style.look(index), "full"))
-        for index, family in enumerate(families(sweeps))
         if family in drawn
+        else Line2D([], [], linewidth=0.8, linestyle=(0, (1, 1.5)), label=family, **by_hand_marker(INK))
+        for index, family in enumerate(families(sweeps))
+        if family in drawn | by_hand
     ]
     handles.append(
         Line2D(
@@ -219,6 +251,9 @@ def _draw_legend(figure: Any, axes: Any, sweeps: Sequence[Sweep]) -> None:
     if any(model.published for model in models):
         pale = marker(style.Look(INK, *style.SHAPES[0]), "full")
         handles.append(Line2D([], [], linewidth=0, alpha=PALE, label="not trained here", **pale))
+    if by_hand:
+        open_mark = by_hand_marker(INK)
+        handles.append(Line2D([], [], linewidth=0, label=style.BY_HAND_TEXT, **open_mark))
     if any(model.broken for model in models):
         handles.append(Line2D([], [], linewidth=0, label="breaks a law", **{**RING, "markersize": 8}))
     renderer = figure.canvas.get_renderer()
@@ -307,7 +342,7 @@ def _draw_labels(axes: Any, sweeps: Sequence[Sweep], lines: Sequence[Any]) -> No
     ]
     places: dict[Model, tuple[float, float]] = {}
     for sweep in sweeps:
-        for model in (m for m in sweep.models if m.drawn):
+        for model in (m for m in (*sweep.models, *sweep.by_hand) if m.drawn):
             x, y = axes.transData.transform((model.state, model.accuracy)).tolist()
             _, bottom = axes.transData.transform((model.state, model.low)).tolist()
             _, top = axes.transData.transform((model.state, model.high)).tolist()
@@ -315,7 +350,7 @@ def _draw_labels(axes: Any, sweeps: Sequence[Sweep], lines: Sequence[Any]) -> No
             taken.append((x - 3.5 * point, bottom - 3.5 * point, x + 3.5 * point, top + 3.5 * point))
 
     # the frontier speaks first, then by state from left to right
-    frontier = set(pareto(places))
+    frontier = set(pareto(model for model in places if not model.by_hand))
     labels = style.short_labels(sweeps)
     for model in sorted(places, key=lambda m: (m not in frontier, m.state, -m.accuracy)):
         if not labels.get(model):
@@ -326,7 +361,7 @@ def _draw_labels(axes: Any, sweeps: Sequence[Sweep], lines: Sequence[Any]) -> No
             labels[model],
             transform=None,
             fontsize=6.8,
-            color=darker(style.look(families(sweeps).index(model.family)).colour),
+            color=darker(_colour_of(sweeps, model)),
             path_effects=halo,
             zorder=4,
             gid="label",
@@ -353,6 +388,12 @@ def _draw_labels(axes: Any, sweeps: Sequence[Sweep], lines: Sequence[Any]) -> No
         _, _, (x, y), box = min(options)
         text.set_position((x, y))
         taken.append(box)
+
+
+def _colour_of(sweeps: Sequence[Sweep], model: Model) -> str:
+    if model.by_hand:
+        return style.by_hand_colour(sweeps, model.family) or INK
+    return style.look(families(sweeps).index(model.family)).colour
 
 
 def _around(x: float, y: float, width: float, height: float, point: float) -> Iterable[tuple[float, float]]:

@@ -1,7 +1,8 @@
 """The information floor: how little state the answers themselves need, whatever the model.
 
-Questions are (questions of a row, possible answers) of each segment of a test; the mathematics is in
-holdall/tasks/information.py. State is in units that hold so many bits each, such as bytes of 8.
+Questions are what each segment of a test asks for: (questions of a row, possible answers), and whether these
+are distinct; the mathematics is in holdall/tasks/information.py. State is in units that hold so many bits
+each, such as bytes of 8.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from holdall.report.data import Model, pareto
-from holdall.tasks.information import answer_bits, mean_best_accuracy
+from holdall.tasks.information import Asked, answer_bits, mean_best_accuracy
 
-Questions = Sequence[tuple[int, int]]
+Questions = Sequence[tuple[int, int] | Asked]
 
 
 def accuracy_at(questions: Questions, state: float, bits: int = 8) -> float:
@@ -21,7 +22,7 @@ def accuracy_at(questions: Questions, state: float, bits: int = 8) -> float:
 
 def state_for_all(questions: Questions, bits: int = 8) -> float:
     """The smallest state that allows every answer of every segment to be right."""
-    return max(answer_bits(count, values) for count, values in questions) / bits
+    return max(answer_bits(*asked) for asked in questions) / bits
 
 
 def state_for(questions: Questions, accuracy: float, bits: int = 8) -> float:
@@ -44,7 +45,7 @@ def curve(questions: Questions, low: float, bits: int = 8) -> tuple[list[float],
 
 def guessing(questions: Questions) -> float:
     """The accuracy of a model that remembers nothing."""
-    return sum(1 / values for _, values in questions) / len(questions)
+    return sum(1 / asked[1] for asked in questions) / len(questions)
 
 
 def gap(questions: Questions, models: Iterable[Model], bits: int = 8) -> tuple[Model, float] | None:

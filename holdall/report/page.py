@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from holdall.report import chart, floor, shell, strip, style
-from holdall.report.data import Model, Run, Sweep, families, has_rates
+from holdall.report.data import BY_HAND, Model, Run, Sweep, families, has_rates
 
 
 def save(sweeps: Sequence[Sweep], path: Path) -> None:
@@ -171,15 +171,20 @@ def _rows(sweeps: Sequence[Sweep], marks: chart.Marks) -> list[dict[str, Any]]:
             others = [run for run in model.runs if run not in counts]
             rows += [_row(sweeps, sweep, run, marks.model(model), other=False) for run in counts]
             rows += [_row(sweeps, sweep, run, marks.run(model, run), other=True) for run in others]
+        for model in sweep.by_hand:
+            row = _row(sweeps, sweep, model.runs[0], marks.model(model), other=False)
+            colour = style.by_hand_colour(sweeps, model.family) or "var(--ink)"
+            rows.append({**row, "glyph": style.BY_HAND[2], "colour": colour})
     return rows
 
 
 def _row(sweeps: Sequence[Sweep], sweep: Sweep, run: Run, mark: int, *, other: bool) -> dict[str, Any]:
-    line = run.line
+    line, look = run.line, style.look(families(sweeps).index(run.family))
     return {
         "mark": mark,
         "other": other,
-        "look": style.look(families(sweeps).index(run.family)),
+        "glyph": look.glyph,
+        "colour": look.colour,
         "label": run.label,
         "sweep": sweep.name,
         "options": style.value_text(line["options"]) if line.get("options") else "",
@@ -191,8 +196,11 @@ def _row(sweeps: Sequence[Sweep], sweep: Sweep, run: Run, mark: int, *, other: b
             *(_share(run.by_difficulty.get(tag, math.nan), "") for tag in _tags(sweeps)),
             _number(line.get("recall_bits"), "{:,.1f}"),
             _number(line.get("recall_efficiency"), "{:.3%}"),
-            _number(run.learning_rate, "{:.4g}"),
-            _number(run.seed, "{}"),
+            *(
+                [Cell(BY_HAND), Cell()]
+                if line.get("kind") == BY_HAND
+                else [_number(run.learning_rate, "{:.4g}"), _number(run.seed, "{}")]
+            ),
             _number(line.get("steps"), "{:,.0f}"),
             _number(line.get("seconds"), "{:,.1f}"),
         ],
@@ -211,5 +219,5 @@ def _share(accuracy: float, missing: str) -> Cell:
 
 def _tags(sweeps: Sequence[Sweep]) -> list[int]:
     """The difficulties at which any model was tested."""
-    runs = (run for sweep in sweeps for model in sweep.models for run in model.runs)
+    runs = (run for sweep in sweeps for model in (*sweep.models, *sweep.by_hand) for run in model.runs)
     return sorted({tag for run in runs for tag in run.by_difficulty})

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from holdall.report.style import Look
+from holdall.report.style import BY_HAND, Look
 
 DPI = 200
 INK, MUTED, SHADE = "#222222", "#6b6b6b", "#eceae4"
@@ -56,6 +56,14 @@ def marker(look: Look, fill: str) -> dict[str, Any]:
         "markeredgecolor": edge,
         "markeredgewidth": 0.5 if fill == "full" else 1.2,
     }
+
+
+def by_hand_marker(colour: str) -> dict[str, Any]:
+    """Of a model that was built by hand: an open diamond, taller than any family's mark."""
+    return {
+        "marker": BY_HAND[0], "markersize": 7.5, "color": colour, "fillstyle": "full",
+        "markerfacecolor": "white", "markeredgecolor": colour, "markeredgewidth": 1.1,
+    }  # fmt: skip
 
 
 def darker(colour: str) -> tuple[float, ...]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from holdall.report.data import Axis, Model, Sweep, is_series
+from holdall.report.data import Axis, Model, Sweep, families, is_series
 
 # Okabe and Ito's colours for the colour-blind, the light ones darkened to carry on white and on black.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#A8408F", "#D39200", "#4BA6E0", "#757575")
@@ -30,6 +30,10 @@ SHAPES = (
     ("<", "triangle-left", "◀"),
     (">", "triangle-right", "▶"),
 )
+
+# What was built by hand, in its family's colour: the same shape for all, open, and no family's.
+BY_HAND = ("d", "diamond-tall-open", "◊")
+BY_HAND_TEXT = "by hand, not trained"
 
 # One fill for each sweep on the same picture: (Matplotlib, Plotly's suffix, the latter in words).
 FILLS = (
@@ -82,6 +86,12 @@ def look(index: int) -> Look:
     return Look(COLOURS[index % len(COLOURS)], *SHAPES[index % len(SHAPES)])
 
 
+def by_hand_colour(sweeps: Sequence[Sweep], family: str) -> str:
+    """The colour of a family's models that were built by hand: its own; "" where none of it was trained."""
+    trained = {model.family for sweep in sweeps for model in sweep.models}
+    return look(families(sweeps).index(family)).colour if family in trained else ""
+
+
 def bytes_text(count: float | int) -> str:
     """A number of bytes in binary units: state sizes are products of powers of two."""
     for unit in ("B", "KiB", "MiB", "GiB"):
@@ -116,7 +126,7 @@ def state_ticks(low: float, high: float, most: int = 10) -> list[float]:
 
 def state_range(sweeps: Sequence[Sweep], floor: float) -> tuple[float, float]:
     """The ends of the axis of states: from where the `floor` is low to beyond the largest state."""
-    drawn = [model.state for sweep in sweeps for model in sweep.models if model.drawn]
+    drawn = [model.state for sweep in sweeps for model in (*sweep.models, *sweep.by_hand) if model.drawn]
     powers = [round(math.log2(floor / 16)), *(math.ceil(math.log2(state)) - 2 for state in drawn)]
     return 2.0 ** min(powers), max([floor, *drawn]) * 2.5  # room for a label in any font
 
@@ -141,7 +151,7 @@ def short_labels(sweeps: Sequence[Sweep]) -> dict[Model, str]:
     seen: set[tuple[str, int]] = set()
     for sweep in sweeps:
         widths = Counter(label for label, _ in {(model.label, model.width) for model in sweep.models})
-        for model in sweep.models:
+        for model in (*sweep.models, *sweep.by_hand):
             label, start = model.label, f"{model.family},"
             parts = [label.removeprefix(start) if label.startswith(start) else label.partition(",")[2]]
             parts = [parts[0].strip()]
@@ -153,7 +163,7 @@ def short_labels(sweeps: Sequence[Sweep]) -> dict[Model, str]:
             parts += [f"breaks {law}" for law in model.broken] + [f"refuses {law}" for law in model.refused]
             if model.drawn and (model.label, model.width) not in seen:
                 labels[model] = ", ".join(part for part in parts if part)
-        seen |= {(model.label, model.width) for model in sweep.models}
+        seen |= {(model.label, model.width) for model in (*sweep.models, *sweep.by_hand)}
     return labels
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 
-from holdall.report.data import Model, Sweep, families
+from holdall.report.data import BY_HAND, Model, Sweep, families
 from holdall.report.style import PUBLISHED, bytes_text, marked, spread_text
 
 LEGEND = """State: bytes that one sequence carries after {context} tokens, all layers, counted. Recall: share
@@ -35,7 +35,8 @@ def render(sweeps: Sequence[Sweep]) -> str:
         [marked(model), *([sweep.name] if several else []), *_cells(model, tags)]
         for sweep in sweeps
         for family in families([sweep])
-        for model in sorted((m for m in sweep.models if m.family == family), key=lambda m: m.state_bytes)
+        for models in (sweep.models, sweep.by_hand)
+        for model in sorted((m for m in models if m.family == family), key=lambda m: m.state_bytes)
     ]
     seeds = any(len(model.best) > 1 for sweep in sweeps for model in sweep.models)
     legend = LEGEND.format(
@@ -47,6 +48,8 @@ def render(sweeps: Sequence[Sweep]) -> str:
     models = [model for sweep in sweeps for model in sweep.models]
     for source in dict.fromkeys(model.published for model in models if model.published):
         legend += f"†: {PUBLISHED}: {source}.\n"
+    if any(sweep.by_hand for sweep in sweeps):
+        legend += "by hand: weights set as a theorem says, not trained (`holdall theory list`).\n"
     if any(model.broken for model in models):
         legend += "✗: breaks this law of mixers (`holdall laws` says how).\n"
     return markdown(heads, rows, text=range(1 + several)) + "\n\n" + legend
@@ -76,7 +79,7 @@ def _cells(model: Model, tags: Sequence[int]) -> list[str]:
         *(f"{accuracies[tag]:.0%}" if tag in accuracies else "" for tag in tags),
         _mean(model, "recall_bits", "{:,.0f}"),
         _mean(model, "recall_efficiency", "{:.2%}"),
-        ", ".join(f"{rate:.2g}" for rate in model.learning_rates),
+        BY_HAND if model.by_hand else ", ".join(f"{rate:.2g}" for rate in model.learning_rates),
         _mean(model, "steps", "{:,.0f}"),
         _mean(model, "seconds", "{:,.0f}"),
     ]

@@ -18,6 +18,7 @@ from holdall import files
 from holdall.analysis.bits import accuracy, state_bits
 from holdall.contract import Format
 from holdall.files import RunError
+from holdall.model import Model
 from holdall.precision import compute_in, dtype_of
 from holdall.sweeps.result import proven_bits
 from holdall.tasks.data import DataConfig, TaskData
@@ -45,14 +46,7 @@ def lines_in_formats(
         RunError: the folder has no weights of the run, or damaged ones.
         ValueError: the model cannot read a row in pieces.
     """
-    run = files.inside(folder, str(line["run"]))
-    if not line.get("weights"):
-        raise RunError(f"{run} has no trained weights; `holdall frontier` keeps them without --no-weights")
-    way_out = "Restore it from a copy."
-    config = TrainConfig.checked(files.read_json(run / "config.json", way_out), run / "config.json", way_out)
-    model = trained(files.inside(run, str(line["weights"])), device)
-    if (dtype := dtype_of(config.precision)) is not None:
-        model = compute_in(dtype, model)
+    model, config = trained_model(folder, line, device)
     data, rows = config.data, _test_rows(config.data, torch.device(device))
     for format in formats:
         by_tag: dict[str, list[float]] = {}
@@ -74,6 +68,24 @@ def lines_in_formats(
             "recall_efficiency": proven / bits,
             "run": f"{line['run']} in {format}",
         }
+
+
+def trained_model(
+    folder: Path, line: Mapping[str, Any], device: torch.device | str = "cpu"
+) -> tuple[Model, TrainConfig]:
+    """The trained model of a line of the sweep in `folder`, in the precision of its training, and its config.
+
+    Raises RunError if the folder has no weights of the run, or damaged ones.
+    """
+    run = files.inside(folder, str(line["run"]))
+    if not line.get("weights"):
+        raise RunError(f"{run} has no trained weights; `holdall frontier` keeps them without --no-weights")
+    way_out = "Restore it from a copy."
+    config = TrainConfig.checked(files.read_json(run / "config.json", way_out), run / "config.json", way_out)
+    model = trained(files.inside(run, str(line["weights"])), device)
+    if (dtype := dtype_of(config.precision)) is not None:
+        model = compute_in(dtype, model)
+    return model, config
 
 
 @functools.lru_cache(maxsize=1)

@@ -15,7 +15,7 @@ from holdall.files import RunError
 from holdall.sweeps.config import Job, Point, SweepConfig
 from holdall.sweeps.published import Published, model_of
 from holdall.sweeps.result import result_line
-from holdall.tasks.data import DataConfig
+from holdall.tasks.data import DataConfig, Segment
 from holdall.training.populations import Progress, finished
 
 OTHER = "Restore it from a copy, or choose another folder with --out."
@@ -97,8 +97,7 @@ def _claim(out: Path, sweep: SweepConfig, command: str, device: str) -> None:
         "test": [
             {
                 "vocab": data.vocab,
-                "values": data.task(segment).values,
-                "questions": data.questions_per_row(segment),
+                **_asked(data, segment),
                 "difficulty": data.tag(segment),
                 **segment.to_dict(),
             }
@@ -107,6 +106,12 @@ def _claim(out: Path, sweep: SweepConfig, command: str, device: str) -> None:
     }
     files.write_json(out / "environment.json", environment.describe(device, 1))
     files.write_json(path, {**about, "points": [*points, *kept]})
+
+
+def _asked(data: DataConfig, segment: Segment) -> dict[str, Any]:
+    """What a report draws the information floor of a test segment from."""
+    questions, values, distinct = data.asked(segment)
+    return {"values": values, "questions": questions, **({} if distinct else {"distinct": False})}
 
 
 def _check(out: Path, held: Any, recipe: str, wanted: Any, sweep: SweepConfig) -> list[Any]:

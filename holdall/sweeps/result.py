@@ -53,17 +53,17 @@ def result_line(job: Job, sweep: SweepConfig, result: dict[str, Any]) -> dict[st
 def proven_bits(data: DataConfig, accuracies: Mapping[str, float]) -> float:
     """The least bits of state that these accuracies, by the task's tag of difficulty, need.
 
-    They are those of the hardest segment: a state that answers one segment need not answer all at once, so
-    bits of different segments do not add up.
+    They are those of the hardest difficulty: a state that answers one segment need not answer all at once, so
+    bits of different segments do not add up. Of segments of one difficulty, whose mean accuracy is known, one
+    at least reached that mean: the bits are those of the easiest.
     """
-    return max(
-        (
-            recall_bits(data.questions_per_row(segment), data.task(segment).values, accuracies[tag])
-            for segment in data.test
-            if (tag := str(data.tag(segment))) in accuracies
-        ),
-        default=0.0,
-    )
+    proven: dict[str, float] = {}
+    for segment in data.test:
+        if (tag := str(data.tag(segment))) in accuracies:
+            questions, values, distinct = data.asked(segment)
+            bits = recall_bits(questions, values, accuracies[tag], distinct)
+            proven[tag] = min(bits, proven.get(tag, bits))
+    return max(proven.values(), default=0.0)
 
 
 @torch.no_grad()

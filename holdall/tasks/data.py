@@ -20,7 +20,9 @@ from torch import Tensor
 
 from holdall.contract import Config, did_you_mean
 from holdall.settings import PositiveFloat, PositiveInt, Seed
+from holdall.tasks.information import Asked
 from holdall.tasks.mqar import MQAR
+from holdall.tasks.set_disjointness import Answer, Distribution, SetDisjointness
 from holdall.tasks.single_query import AssociativeRecall, InductionHeads, SingleQuery
 
 
@@ -48,6 +50,31 @@ class MQARSegment(Segment):
 
     pairs: PositiveInt
     """Key-value pairs of a row, each of which is asked for once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetSegment(Segment):
+    """Rows of set disjointness: their difficulty is the size of the set that is read first.
+
+    Its `length` is that of one read; `SetSegment.of(first, second, rows)` adds it up.
+    """
+
+    first: PositiveInt
+    """Tokens of the set that is read first."""
+    second: PositiveInt
+    """Tokens of the set that is read after it."""
+
+    @classmethod
+    def of(cls, first: int, second: int, rows: int) -> SetSegment:
+        """So many rows of sets of these sizes."""
+        return cls(length=first + second + 3, rows=rows, first=first, second=second)
+
+    def validate(self) -> None:
+        if self.length != (length := self.first + self.second + 3):
+            raise ValueError(
+                f"length {self.length} is not {length}, that of sets of {self.first} and {self.second} "
+                "tokens and three more: take SetSegment.of(first, second, rows)"
+            )
 
 
 @runtime_checkable
@@ -124,6 +151,13 @@ class DataConfig(Config):
     def questions_per_row(self, segment: Segment) -> int:
         """How many questions a test row asks: what a state must answer for."""
 
+    def asked(self, segment: Segment) -> Asked:
+        """What a causal model's state must answer for, from which bounds on its bits follow.
+
+        By default distinct answers, one to each of a row's questions.
+        """
+        return Asked(self.questions_per_row(segment), self.task(segment).values)
+
     def trained_on(self, rows: Questions) -> Questions:
         """The questions that training rows are trained on: by default their own."""
         return rows
@@ -192,13 +226,22 @@ class MQARData(DataConfig):
     """The exponent of the power law of the gaps between a pair and its question; 1 is uniform."""
     filler: Literal["zero", "random", "key-free"] = "random"
     """What stands between the questions (holdall/tasks/mqar.py)."""
+    passes: PositiveInt = 1
+    """How often the pairs are read before anything is asked; each pass more makes a row longer by
+    two tokens a pair than its segment says.
+    """
 
     kind = "mqar"
     difficulty = "pairs"
 
     @property
     def about(self) -> str:
-        return ABOUT_MQAR
+        if self.passes == 1:
+            return ABOUT_MQAR
+        return f"{ABOUT_MQAR}. It reads the list {self.passes} times before it is asked anything"
+
+    def row_length(self, segment: MQARSegment) -> int:  # type: ignore[override]
+        return segment.length + 2 * segment.pairs * (self.passes - 1)
 
     def tag(self, segment: MQARSegment) -> int:  # type: ignore[override] # its segments are these
         return segment.pairs
@@ -206,10 +249,11 @@ class MQARData(DataConfig):
     def task(self, segment: MQARSegment) -> MQAR:  # type: ignore[override]
         return MQAR(
             vocab=self.vocab,
-            length=segment.length,
+            length=self.row_length(segment),
             pairs=segment.pairs,
             power=self.power,
             filler=self.filler,
+            passes=self.passes,
         )
 
     def questions_per_row(self, segment: MQARSegment) -> int:  # type: ignore[override]
@@ -264,6 +308,68 @@ class SingleQueryData(DataConfig):
             following_BN
         )
         return Questions(rows.tokens_BN, everywhere_BN.contiguous(), following_BN)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetDisjointnessData(DataConfig):
+    """Set disjointness: two sets, one after the other, and the token that both have."""
+
+    train: tuple[SetSegment, ...]
+    test: tuple[SetSegment, ...]
+    reads: PositiveInt = 1
+    """How often a row's whole input is read; 2 is "just read twice"."""
+    answer: Answer = "element"
+    """What is asked for: the common "element", or whether there is one, "yes-no"."""
+    distribution: Distribution = "random"
+    """Which sets there are: "random", as published, or "blocked" (holdall/tasks/set_disjointness.py)."""
+
+    kind = "set-disjointness"
+    difficulty = "tokens of the first set"
+
+    def validate(self) -> None:
+        super().validate()
+        if all(self.task(segment).values == 1 for segment in self.test):
+            raise ValueError("every test row has one token in its second set, which is the answer")
+        orders: dict[int, set[bool]] = {}
+        for segment in self.test:
+            orders.setdefault(segment.first, set()).add(segment.first < segment.second)
+        # accuracies are kept by the size of the first set, which must say which of both is the smaller one
+        for first, short in orders.items():
+            if len(short) > 1:
+                raise ValueError(
+                    f"a first set of {first} tokens is the smaller one in some test segments and not in "
+                    "others, whose accuracies could not be told apart: change one of their sizes"
+                )
+
+    @property
+    def about(self) -> str:
+        asks = (
+            "name the token that is in both" if self.answer == "element" else "say whether a token is in both"
+        )
+        times = "" if self.reads == 1 else f", {self.reads} times over"
+        return f"set disjointness: a model reads one set of tokens and then another{times}. It must {asks}"
+
+    def tag(self, segment: SetSegment) -> int:  # type: ignore[override] # its segments are these
+        return segment.first
+
+    def task(self, segment: SetSegment) -> SetDisjointness:  # type: ignore[override]
+        return SetDisjointness(
+            vocab=self.vocab,
+            first=segment.first,
+            second=segment.second,
+            reads=self.reads,
+            answer=self.answer,
+            distribution=self.distribution,
+        )
+
+    def questions_per_row(self, segment: SetSegment) -> int:  # type: ignore[override]
+        return 1
+
+    def row_length(self, segment: SetSegment) -> int:  # type: ignore[override]
+        return self.task(segment).row_length
+
+    def asked(self, segment: SetSegment) -> Asked:  # type: ignore[override]
+        return self.task(segment).asked
 
 
 class TaskData:

@@ -13,6 +13,10 @@ h is the binary entropy. H = log2(V! / (V - K)!) exactly. K log2 V, the entropy 
 replacement, is larger, and would not give a lower bound (11.7 bits too high at K = 256, V = 4096, so that a
 perfect model could lie below it).
 
+Where the K symbols are independent of each other, and a question asks for one of them, H = K log2 V, and the
+rest is the same: this is the index problem, which set disjointness is on its blocked rows, and in part on all
+others (holdall/tasks/set_disjointness.py). `distinct` says which of both it is.
+
 Source: Fano's inequality, e.g. Cover and Thomas, Elements of Information Theory, 2nd ed., theorem 2.10.1.
 """
 
@@ -21,18 +25,35 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Asked(NamedTuple):
+    """What a state must answer for."""
+
+    questions: int
+    """K, the answers that may be asked for."""
+    values: int
+    """V, the values that each of them can have."""
+    distinct: bool = True
+    """Whether no two of a row's answers are equal; if not, they are independent of each other."""
 
 
 @functools.lru_cache(maxsize=None, typed=True)  # True is no 1 here, and is refused
-def answer_bits(questions: int, values: int) -> float:
-    """The entropy of a row's K answers in bits: log2(V! / (V - K)!).
+def answer_bits(questions: int, values: int, distinct: bool = True) -> float:
+    """The entropy of a row's K answers in bits: log2(V! / (V - K)!); K log2 V if they are not distinct.
 
     Raises:
-        TypeError: questions or values is not an int. ValueError: not 1 <= questions <= values.
+        TypeError: questions or values is not an int. ValueError: one of them is less than 1; or there are
+            more distinct answers than values.
     """
     for name, number in (("questions", questions), ("values", values)):
         if not isinstance(number, int) or isinstance(number, bool):
             raise TypeError(f"{name} must be an int, got {number!r}")
+    if not distinct and min(questions, values) >= 1:
+        return questions * math.log2(values)
+    if not distinct:
+        raise ValueError(f"{questions} questions for {values} values: both must be at least 1")
     if not 1 <= questions <= values:
         raise ValueError(
             f"{questions} questions cannot draw distinct values from {values}: needs 1 <= questions <= "
@@ -42,7 +63,7 @@ def answer_bits(questions: int, values: int) -> float:
     return math.fsum(math.log2(values - used) for used in range(questions))
 
 
-def recall_bits(questions: int, values: int, accuracy: int | float) -> float:
+def recall_bits(questions: int, values: int, accuracy: int | float, distinct: bool = True) -> float:
     """The least bits about a row's values that any answerer with this accuracy (or better) must hold.
 
     Zero up to accuracy 1 / values, which guessing reaches: Fano's bound alone would turn up again below
@@ -50,12 +71,12 @@ def recall_bits(questions: int, values: int, accuracy: int | float) -> float:
 
     Args:
         questions: K, the questions of a row. values: V, the possible values. accuracy: expected share
-            answered right, 0 to 1.
+            answered right, 0 to 1. distinct: as `answer_bits`.
 
     Raises:
         TypeError, ValueError: as `answer_bits`; ValueError also for an accuracy outside 0 to 1.
     """
-    total = answer_bits(questions, values)
+    total = answer_bits(questions, values, distinct)
     if not 0 <= accuracy <= 1:
         raise ValueError(f"accuracy {accuracy} is not between 0 and 1")
     if accuracy <= 1 / values:
@@ -63,7 +84,33 @@ def recall_bits(questions: int, values: int, accuracy: int | float) -> float:
     return max(0.0, total - questions * _doubt(values, accuracy))
 
 
-def best_accuracy(questions: int, values: int, bits: int | float) -> float:
+def index_bits(symbols: int, alphabet: int, accuracy: int | float) -> float:
+    """The least bits that tell any of so many independent symbols with this accuracy: the index problem.
+
+    n (log2 c - h(a) - (1 - a) log2(c - 1)) for n symbols of c letters; n (1 - h(a)) for bits. Raises as
+    `recall_bits`.
+    """
+    return recall_bits(symbols, alphabet, accuracy, distinct=False)
+
+
+def disjointness_bits(first: int, second: int, accuracy: int | float) -> float:
+    """The least bits of state with which a causal model names the common token of two sets, read once.
+
+    |A| (log2 |B| - h(a) - (1 - a) log2(|B| - 1)), for the blocked distribution
+    (holdall/tasks/set_disjointness.py): which of B's tokens A has is one of |A| symbols of an alphabet of
+    |B|.
+
+    Args:
+        first: |A|, tokens of the set that is read first. second: |B|, of the other one. accuracy: expected
+            share of rows answered right, 0 to 1.
+
+    Raises:
+        TypeError, ValueError: as `recall_bits`.
+    """
+    return index_bits(first, second, accuracy)
+
+
+def best_accuracy(questions: int, values: int, bits: int | float, distinct: bool = True) -> float:
     """The highest accuracy that any causal model with so many bits of state can have.
 
     The inverse of `recall_bits`, by bisection to full precision; 1.0 from `answer_bits` up. For 0 bits it is
@@ -72,32 +119,34 @@ def best_accuracy(questions: int, values: int, bits: int | float) -> float:
     Raises:
         TypeError, ValueError: as `answer_bits`; ValueError also for bits below 0.
     """
-    total = answer_bits(questions, values)
+    total = answer_bits(questions, values, distinct)
     if not bits >= 0:
         raise ValueError(f"bits {bits} must be at least 0")
     if bits >= total:
         return 1.0
     low, high = 1 / values, 1.0  # low is within reach, high is not, and the bound rises between them
     while low < (middle := (low + high) / 2) < high:
-        if recall_bits(questions, values, middle) <= bits:
+        if recall_bits(questions, values, middle, distinct) <= bits:
             low = middle
         else:
             high = middle
     return low
 
 
-def mean_best_accuracy(segments: Sequence[tuple[int, int]], bits: int | float) -> float:
+def mean_best_accuracy(segments: Sequence[tuple[int, int] | Asked], bits: int | float) -> float:
     """The upper bound of a mean accuracy over test segments: the mean of their best accuracies.
 
     Args:
-        segments: (questions, values) of each; every segment's rows pass through the same state.
+        segments: what is asked in each, the answers distinct unless it says otherwise; every segment's rows
+            pass through the same state.
 
     Raises:
         ValueError: no segments; else as `best_accuracy`.
     """
     if not segments:
         raise ValueError("give at least one segment, as (questions, values)")
-    return math.fsum(best_accuracy(questions, values, bits) for questions, values in segments) / len(segments)
+    asked = [Asked(*segment) for segment in segments]
+    return math.fsum(best_accuracy(k, v, bits, distinct) for k, v, distinct in asked) / len(segments)
 
 
 def _doubt(values: int, accuracy: int | float) -> float:

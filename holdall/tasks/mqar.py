@@ -6,7 +6,8 @@
     tokens   10  22   1  17   3  20   3   .   1   .   .   .   .   .  10   .   .   .   .   .   .   .   .   .
     targets   .   .   .   .   .   .  20   .  17   .   .   .   .   .  22   .   .   .   .   .   .   .   .   .
 
-Letters: B rows, N tokens of a row, K pairs (and so questions) of a row, M = N - 2K tokens after the pairs.
+Letters: B rows, N tokens of a row, K pairs (and so questions) of a row, p passes over the pairs, M = N - 2Kp
+tokens after the pairs.
 
 Of a vocabulary of V tokens, the keys are K distinct ones of 1 .. V//2 - 1 and the values K distinct ones of
 V//2 .. V - 1, both uniform. The M tokens after the pairs hold `space` = M // 2 slots of two tokens, and key i
@@ -22,6 +23,18 @@ question is its value. All other tokens after the pairs are filler:
     key-free   uniform over all tokens but the row's own keys. Each key is seen twice, once before its value
                and once as the question, so nothing is ambiguous. Values stay allowed as filler: no question
                asks for one, and where one follows a question, that key is not asked for again
+
+With `passes` = p, the pairs are read p times, one pass after the other, before anything is asked. `length`
+counts all passes: with 2K (p - 1) tokens more, a row is the same as with one pass, but for these tokens.
+
+    MQAR(vocab=32, length=30, pairs=3, passes=2, filler="zero").generate(1, seed=0), up to the first question:
+
+            key val key val key val key val key val key val ask
+    tokens   10  22   1  17   3  20  10  22   1  17   3  20   3
+
+This follows "Just read twice" (arXiv 2407.05483), which repeats the context: when a model reads the pairs
+again, it knows all keys. Questions come once, after the last pass, so that no number of passes lowers the
+bits that a state needs.
 
 Source: Arora, Eyuboglu, Timalsina, Johnson, Poli, Zou, Rudra, Ré, "Zoology: Measuring and Improving Recall in
 Efficient Language Models", 2023, arXiv 2312.04927. `MQAR.generate` draws from that distribution quickly;
@@ -45,6 +58,7 @@ from torch import Tensor
 
 from holdall.contract import Config, did_you_mean
 from holdall.settings import PositiveFloat, PositiveInt
+from holdall.tasks.draws import check_whole, distinct, uniform
 
 NOTHING_ASKED = -100
 """Target of tokens that are not questions; PyTorch's cross-entropy ignores it by default."""
@@ -63,7 +77,7 @@ class Tags(NamedTuple):
     """The difficulty of each question; int64, (B, K) each, in the order of `Batch.positions`."""
 
     distance: Tensor
-    """Tokens from the key in its pair to the question."""
+    """Tokens from the key in its pair, where it was last read, to the question."""
     place: Tensor
     """Which pair of the row is asked for: 0 is the first, which most others may have overwritten since."""
     pairs: Tensor
@@ -85,9 +99,18 @@ class Batch(_Columns):
         positions (B, K)   where the questions are, in reading order
         places (B, K)      which pair each of them asks for, counted from 0
 
+    `passes` is how often the pairs are read.
+
     `answers`, `targets` and `tags` follow from these. They are computed on demand and cached: dense targets
     are as large as the tokens, and not needed if outputs are gathered at `positions`.
     """
+
+    passes: int = 1
+
+    def __new__(cls, tokens: Tensor, positions: Tensor, places: Tensor, passes: int = 1) -> Batch:
+        batch = super().__new__(cls, tokens, positions, places)
+        batch.passes = passes
+        return batch
 
     @functools.cached_property
     def answers(self) -> Tensor:
@@ -103,11 +126,13 @@ class Batch(_Columns):
     def tags(self) -> Tags:
         """The difficulty of each question."""
         pairs = self.places.new_tensor(self.places.shape[1]).expand_as(self.places)
-        return Tags(self.positions - 2 * self.places, self.places, pairs, self._repeats())
+        last = 2 * self.places.shape[1] * (self.passes - 1)  # where the last pass begins
+        return Tags(self.positions - last - 2 * self.places, self.places, pairs, self._repeats())
 
     def select(self, rows: slice | Tensor) -> Batch:
         """The batch of these rows."""
-        return Batch(*(column[rows] for column in self))
+        tokens, positions, places = (column[rows] for column in self)
+        return Batch(tokens, positions, places, self.passes)
 
     def content_hash(self) -> str:
         """The sha256 of tokens and targets, their dtype and shape, in hex; the same on every machine."""
@@ -121,9 +146,10 @@ class Batch(_Columns):
 
     def _repeats(self) -> Tensor:
         """How often filler shows each question's key before it, (B, K)."""
-        (rows, pairs), start = self.places.shape, 2 * self.places.shape[1]
+        (rows, pairs), context = self.places.shape, 2 * self.places.shape[1]
+        start = context * self.passes
         tokens_BN, positions_BK, places_BK = (column.cpu().numpy() for column in self)
-        place_BM = _which_key(tokens_BN[:, start:], tokens_BN[:, 0:start:2])
+        place_BM = _which_key(tokens_BN[:, start:], tokens_BN[:, 0:context:2])
         asked_BK = np.empty_like(positions_BK)  # the position of the question for each pair
         np.put_along_axis(asked_BK, places_BK, positions_BK, axis=1)
         row, column = np.nonzero(place_BM >= 0)
@@ -153,15 +179,19 @@ class MQAR(Config):
     """The exponent of the power law of gaps; 1 is uniform."""
     filler: str = "random"
     """What stands where nothing is asked: "zero", "random" or "key-free"."""
+    passes: PositiveInt = 1
+    """How often the pairs are read, one pass after the other, before anything is asked, p."""
 
     def validate(self) -> None:
         if self.filler not in FILLERS:
             raise ValueError(f"unknown filler '{self.filler}'. {did_you_mean(self.filler, FILLERS)}")
-        if 4 * self.pairs > self.length:
+        each = 2 * self.passes + 2
+        if each * self.pairs > self.length:
+            takes = "2 tokens" if self.passes == 1 else f"2 tokens in each of {self.passes} passes"
             raise ValueError(
-                f"{self.pairs} pairs do not fit into length {self.length}: a pair takes 2 tokens and its "
-                f"question a slot of 2, so 4 * pairs = {4 * self.pairs} <= length must hold. Lower pairs to "
-                f"{self.length // 4} or raise length to {4 * self.pairs}"
+                f"{self.pairs} pairs do not fit into length {self.length}: a pair takes {takes} and its "
+                f"question a slot of 2, so {each} * pairs = {each * self.pairs} <= length must hold. Lower "
+                f"pairs to {self.length // each} or raise length to {each * self.pairs}"
             )
         if self.keys < self.pairs:
             raise ValueError(
@@ -187,7 +217,12 @@ class MQAR(Config):
     @property
     def space(self) -> int:
         """The number of slots in which questions can come."""
-        return (self.length - 2 * self.pairs) // 2
+        return (self.length - self.context) // 2
+
+    @property
+    def context(self) -> int:
+        """Tokens of all passes over the pairs, before the first slot."""
+        return 2 * self.pairs * self.passes
 
     @property
     def questions_per_row(self) -> int:
@@ -208,11 +243,11 @@ class MQAR(Config):
         Raises:
             TypeError, ValueError: rows or seed is not such a number.
         """
-        _check_whole("rows", rows, 1)
-        _check_whole("seed", seed, 0)
+        check_whole("rows", rows, 1)
+        check_whole("seed", seed, 0)
         batch = self._room_for(rows)
         # the block is part of what a seed means: other sizes give other rows. This one stays in cache
-        block = max(1, (1 << 18) // self.length)
+        block = max(1, (1 << 18) // (self.length - self.context + 2 * self.pairs))
         starts = range(0, rows, block)
 
         def fill(start: int) -> None:
@@ -232,12 +267,13 @@ class MQAR(Config):
     def _room_for(self, rows: int) -> Batch:
         # NumPy asks Linux for huge pages where PyTorch does not: first touching them is eight times quicker
         shapes = (rows, self.length), (rows, self.pairs), (rows, self.pairs)
-        return Batch(*(torch.from_numpy(np.empty(shape, np.int64)) for shape in shapes))
+        tokens, positions, places = (torch.from_numpy(np.empty(shape, np.int64)) for shape in shapes)
+        return Batch(tokens, positions, places, self.passes)
 
     def _draw(self, rng: np.random.Generator, rows: int, into: Batch) -> None:
         """Draw a whole block, and write as many of its rows as there is room for."""
-        keys_BK = 1 + _distinct(rng, rows, self.pairs, self.keys)
-        values_BK = self.vocab // 2 + _distinct(rng, rows, self.pairs, self.values)
+        keys_BK = 1 + distinct(rng, rows, self.pairs, self.keys)
+        values_BK = self.vocab // 2 + distinct(rng, rows, self.pairs, self.values)
         # the race: exponential clocks with rates w_g. The next to ring is g with probability w_g / (sum of
         # those still running), so the order in which the clocks ring is that of successive draws. The common
         # factor a of the weights a g**(a - 1) drops out. Where a power function rounds otherwise, two clocks
@@ -252,13 +288,13 @@ class MQAR(Config):
     def _draw_filler(self, rng: np.random.Generator, keys_BK: np.ndarray) -> np.ndarray | int:
         if self.filler == "zero":
             return 0
-        size = len(keys_BK), self.length - 2 * self.pairs
+        size = len(keys_BK), self.length - self.context
         if self.filler == "random":
-            return _uniform(rng, self.vocab, size)
+            return uniform(rng, self.vocab, size)
         # key-free: draw from 0 .. V-K-1, and let V-K+i stand in for key i. All keys are below V-K and the
         # stand-ins are values, so this maps one to one onto the tokens that are no key: exactly uniform
         spare = self.vocab - self.pairs
-        filler_BM = _uniform(rng, spare, size, vocab=self.vocab)
+        filler_BM = uniform(rng, spare, size, vocab=self.vocab)
         place_BM = _which_key(filler_BM, keys_BK)
         hit_BM = place_BM >= 0
         filler_BM[hit_BM] = spare + place_BM[hit_BM]
@@ -274,10 +310,10 @@ class MQAR(Config):
     ) -> None:
         """Lay out as many rows as there is room for."""
         tokens_BN, positions_BK, places_BK = (column.numpy() for column in into)
-        rows, start = len(tokens_BN), 2 * self.pairs
+        rows, start = len(tokens_BN), self.context
         keys_BK, slots_BK = keys_BK[:rows], slots_BK[:rows]
-        tokens_BN[:, 0:start:2] = keys_BK
-        tokens_BN[:, 1:start:2] = values_BK[:rows]
+        tokens_BN[:, 0:start:2] = np.tile(keys_BK, (1, self.passes))
+        tokens_BN[:, 1:start:2] = np.tile(values_BK[:rows], (1, self.passes))
         tokens_BN[:, start:] = filler_BM if isinstance(filler_BM, int) else filler_BM[:rows]
         np.put_along_axis(tokens_BN, start + 2 * slots_BK, keys_BK, axis=1)
         # slot and pair in one number: a plain sort is several times quicker than sorting one by the other
@@ -296,7 +332,8 @@ class MQAR(Config):
 
         It takes NumPy's legacy generator, and of it the keys of all rows, then all values, then all gaps.
         Each draw shuffles half the vocabulary, which is slow. Its filler comes from another generator, which
-        the caller passes: there, PyTorch's global one in whatever state it happens to be.
+        the caller passes: there, PyTorch's global one in whatever state it happens to be. There is a number
+        of passes there too, with which it raises an error for any but one; here it does what it says.
 
         Args:
             rows: B, at least 1.
@@ -307,8 +344,8 @@ class MQAR(Config):
             NotPublishedError: filler "key-free".
             TypeError, ValueError: rows or seed is not such a number; filler "random" without a generator.
         """
-        _check_whole("rows", rows, 1)
-        _check_whole("seed", seed, 0)
+        check_whole("rows", rows, 1)
+        check_whole("seed", seed, 0)
         if self.filler == "key-free":
             raise NotPublishedError('filler "key-free" was never published: take "zero" or "random"')
         if self.filler == "random" and filler_rng is None:
@@ -331,51 +368,10 @@ class MQAR(Config):
         if self.filler == "random":
             # drawn for whole rows, and used only where nothing else stands
             filler_BN = torch.randint(self.vocab, (rows, self.length), generator=filler_rng)
-            filler_BM = filler_BN[:, 2 * self.pairs :].numpy()
+            filler_BM = filler_BN[:, self.context :].numpy()
         batch = self._room_for(rows)
         self._write(batch, keys_BK, values_BK, slots_BK, filler_BM)
         return batch
-
-
-def _check_whole(name: str, number: int, least: int) -> None:
-    if not isinstance(number, int) or isinstance(number, bool):
-        raise TypeError(f"{name} must be an int, got {number!r}")
-    if number < least:
-        raise ValueError(f"{name} {number} is less than {least}")
-
-
-def _uniform(
-    rng: np.random.Generator, count: int, size: int | tuple[int, int], vocab: int | None = None
-) -> np.ndarray:
-    """Uniform whole numbers below count; in 16 bits if the vocabulary fits (or count): less to move."""
-    return rng.integers(count, size=size, dtype=np.uint16 if (vocab or count) <= 1 << 16 else np.int64)
-
-
-def _distinct(rng: np.random.Generator, rows: int, draws: int, count: int) -> np.ndarray:
-    """(rows, draws) numbers below count, int64: each row uniform over all ordered choices without repetition.
-
-    Draws with repetition, then again what repeats an earlier draw of its row, until nothing does. That is
-    exactly uniform: which draws are made again depends only on which are equal, so renaming the numbers by a
-    permutation renames the result and leaves its probability as it was; and some permutation takes any choice
-    of distinct numbers to any other, so all are equally likely.
-    """
-    if 2 * draws > count:  # most numbers are taken, and drawing again would rarely hit a free one
-        return rng.permuted(np.tile(np.arange(count), (rows, 1)), axis=1)[:, :draws]
-    bits = draws.bit_length()
-    small: type[np.signedinteger] = np.int32 if count << bits < 1 << 31 else np.int64
-    drawn_BK = _uniform(rng, count, (rows, draws)).astype(small)
-    open_rows, draw_K = np.arange(rows), np.arange(draws, dtype=small)
-    while True:
-        # number and draw in one: sorted, equal numbers are neighbours and the earliest draw comes first
-        both = drawn_BK[open_rows] << bits | draw_K
-        both.sort(axis=1)
-        number = both >> bits
-        again = number[:, 1:] == number[:, :-1]
-        row, column = np.divmod(np.flatnonzero(again), max(1, draws - 1))
-        if not len(row):
-            return drawn_BK
-        drawn_BK[open_rows[row], both[row, column + 1] & ((1 << bits) - 1)] = _uniform(rng, count, len(row))
-        open_rows = open_rows[np.unique(row)]
 
 
 def _which_key(tokens_BM: np.ndarray, keys_BK: np.ndarray) -> np.ndarray:
@@ -401,7 +397,7 @@ def _which_key(tokens_BM: np.ndarray, keys_BK: np.ndarray) -> np.ndarray:
 def drawing(batch: Batch, row: int = 0) -> str:
     """One row as three lines of text: what each token is, the tokens, the targets; "." for nothing."""
     tokens, targets = batch.tokens[row].tolist(), batch.targets[row].tolist()
-    context = 2 * batch.places.shape[1]
+    context = 2 * batch.places.shape[1] * batch.passes
     roles = ["key", "val"] * (context // 2) + ["."] * (len(tokens) - context)
     for position in batch.positions[row].tolist():
         roles[position] = "ask"

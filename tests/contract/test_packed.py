@@ -15,11 +15,13 @@ from holdall.contract import Format, bytes_per_row, pack
 NEAREST = [Format(name) for name in Format.all]
 FORMATS = [
     *NEAREST,
-    *(Format(name, "stochastic") for name in Format.all),
+    *(Format(name, "stochastic") for name in Format.all if name != "int1"),
     Format("int8", "feedback"),
     Format("int4", "feedback"),
 ]
-BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "fp8": 8, "int8": 8, "int4": 4}
+BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "fp8": 8, "int8": 8, "int4": 4, "int2": 2, "int1": 1}
+SHARED = ("int2", "int1")
+"""Formats in which several rows of the last dimension share a scale."""
 
 
 class Some(NamedTuple):
@@ -56,8 +58,9 @@ SIZES = given(st.integers(0, 10**6), st.integers(1, 3), VALUES, st.sampled_from(
 
 def steps(format: Format, x: Tensor) -> Tensor:
     """The distance of the format's values around each x, from the format's definition."""
-    if format.name in ("int8", "int4"):
-        most = x.abs().amax(-1, keepdim=True) / {"int8": 127, "int4": 7}[format.name]
+    if format.name.startswith("int"):
+        rows = (-2, -1) if format.name in SHARED else -1
+        most = x.abs().amax(rows, keepdim=True) / {"int8": 127, "int4": 7, "int2": 1}[format.name]
         step = torch.where(most > 0, 2.0 ** torch.log2(most).ceil(), 0).expand_as(x)
         return step / 16 if format.rounding == "feedback" else step
     digits, lowest = {"fp32": (24, -126), "bf16": (8, -126), "fp16": (11, -14), "fp8": (4, -6)}[format.name]
@@ -69,7 +72,7 @@ def steps(format: Format, x: Tensor) -> Tensor:
     return scale * 2.0 ** (exponent + 1 - digits)
 
 
-@pytest.mark.parametrize("format", FORMATS, ids=str)
+@pytest.mark.parametrize("format", [format for format in FORMATS if format.name != "int1"], ids=str)
 @settings(max_examples=25, deadline=None)
 @SIZES
 def test_an_element_moves_by_half_a_step_at_most_and_stays_when_packed_again(
@@ -100,11 +103,49 @@ def test_bits_are_those_of_the_tensors_that_are_kept(
     tensors = kept.tensors[0].kept  # type: ignore[union-attr]
     stored = sum(len(tensor.contiguous().view(torch.uint8).flatten()) for tensor in tensors)
     assert kept.bits_per_row == 8 * stored / 3 + 64  # the counter is as it was
+    if format.name in SHARED:  # so few elements have one scale, and whole bytes
+        assert kept.bits_per_row == 8 * math.ceil(BITS[format.name] * heads * values / 8) + 8 + 64
+        return
     odd = values % 2 * 4  # half a byte is filled up
     each = BITS[format.name] * values + (odd if format.name == "int4" else 0)
     each += 8 * (format.name in ("fp8", "int8", "int4"))
     each += (4 * values + odd) * (format.rounding == "feedback")
     assert kept.bits_per_row == heads * each + 64
+
+
+@settings(max_examples=50, deadline=None)
+@SIZES
+def test_one_bit_keeps_the_sign_and_a_size_within_the_root_of_two_of_the_mean(
+    seed: int, heads: int, values: int, spread: float
+) -> None:
+    x = drawn(seed, heads, values, spread)
+    kept = pack(some(x), Format("int1"))
+    after: Any = kept.unpack()
+    for before, back in zip(x, after.x_BHV, strict=True):
+        mean = before.double().abs().mean()
+        if mean == 0:
+            assert not back.any()
+            continue
+        assert torch.equal(back > 0, before >= 0)
+        (size,) = back.abs().unique().tolist()
+        assert math.frexp(size)[0] == 0.5
+        assert 0.5**0.5 <= size / mean <= 2**0.5
+    again = pack(after, Format("int1")).unpack()
+    assert torch.equal(again[0], after.x_BHV)
+
+
+def test_blocks_of_few_bits_have_32_elements_and_never_two_batch_rows() -> None:
+    sizes_and_scales = [((2, 64), 1), ((2, 3, 64), 3), ((2, 8, 4), 1), ((2, 5, 8, 4), 5), ((2, 3, 40, 2), 3)]
+    for sizes, scales in [*sizes_and_scales, ((2,), 1), ((2, 0, 3), 0), ((2, 100, 1, 1), 1)]:
+        for name in SHARED:
+            tensor: Any = pack(Only(torch.randn(sizes)), Format(name)).tensors[0]
+            assert tensor.exponents_BR.numel() == 2 * scales, (name, sizes)
+            assert tensor.unpack().shape == sizes
+    x = torch.tensor([[3.0, -1.0, 0.0, 2.0, -3.0], [1e-3, 0, 0, 0, -1e-3]])
+    assert pack(Only(x), Format("int2")).unpack()[0][0].tolist() == [4.0, 0.0, 0.0, 0.0, -4.0]
+    assert pack(Only(x), Format("int1")).unpack()[0][0].tolist() == [2.0, -2.0, 2.0, 2.0, -2.0]
+    tensor = pack(Only(x), Format("int1")).tensors[0]
+    assert tensor.codes[0].tolist() == [[0b01101]]
 
 
 def test_scales_belong_to_a_head_and_key_and_never_to_two_batch_rows() -> None:
@@ -129,7 +170,7 @@ def test_a_row_of_another_size_changes_no_other() -> None:
     for format in NEAREST:
         one, other = (pack(some(each), format).unpack()[0] for each in (x, larger))
         same = torch.ones(3, 3, dtype=torch.bool)
-        same[1, 2] = False
+        same[1, slice(None) if format.name in SHARED else 2] = False
         assert torch.equal(one[same], other[same])
 
 
@@ -174,6 +215,9 @@ def test_nan_and_infinity_are_not_hidden(format: Format) -> None:
     if format.name in ("fp32", "bf16", "fp16"):
         assert torch.equal(after[0, 0].isnan(), x[0, 0].isnan())
         assert torch.equal(after[0, 1], x[0, 1])
+    elif format.name in SHARED:
+        assert after.isnan().all()
+        return
     else:
         assert after[0, :2].isnan().all()
     assert torch.equal(after[0, 2], x[0, 2])
@@ -209,6 +253,8 @@ def test_formats_are_parsed_and_others_refused() -> None:
         ("int7", "unknown format 'int7'"),
         ("int8+feedbak", "Did you mean 'feedback'"),
         ("fp8+feedback", "is for int8 and int4"),
+        ("int2+feedback", "is for int8 and int4"),
+        ("int1+stochastic", "leave .stochastic out"),
     ):
         with pytest.raises(ValueError, match=why):
             Format.parse(text)

@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from holdall.tasks.information import answer_bits, best_accuracy, mean_best_accuracy, recall_bits
+from holdall.tasks.information import (
+    Asked,
+    answer_bits,
+    best_accuracy,
+    disjointness_bits,
+    index_bits,
+    mean_best_accuracy,
+    recall_bits,
+)
 
 
 def test_answer_bits_count_the_ordered_choices():
@@ -92,6 +100,58 @@ def test_the_mean_over_segments():
     assert best_accuracy(256, 4096, 200) < best_accuracy(64, 4096, 200) < 1
 
 
+# ------------------------------------------------------------------------------------- independent symbols
+
+
+def test_bits_of_independent_symbols_by_hand():
+    assert answer_bits(5, 4, False) == 10  # more symbols than letters
+    assert index_bits(5, 4, 1.0) == 10
+    assert index_bits(100, 2, 0.75) == pytest.approx(100 * (1 - (2 - 0.75 * math.log2(3))), rel=1e-13)
+    assert index_bits(100, 2, 0.5) == index_bits(7, 1, 1.0) == 0
+    # more than that of distinct answers
+    assert recall_bits(3, 5, 1.0) < index_bits(3, 5, 1.0) == 3 * math.log2(5)
+
+
+def test_bits_of_two_sets_by_hand():
+    assert disjointness_bits(16, 768, 1.0) == pytest.approx(153.4, abs=0.05)
+    assert disjointness_bits(768, 16, 1.0) == 3072
+    # |A| (log2 |B| - h(.9) - .1 log2(|B| - 1))
+    h = -0.9 * math.log2(0.9) - 0.1 * math.log2(0.1)
+    assert disjointness_bits(768, 16, 0.9) == pytest.approx(768 * (4 - h - 0.1 * math.log2(15)), rel=1e-13)
+    assert disjointness_bits(16, 768, 0.9) == pytest.approx(130.5, abs=0.05)
+    assert disjointness_bits(768, 16, 0.9) == pytest.approx(2411.8, abs=0.05)
+
+
+@pytest.mark.parametrize(("symbols", "letters"), [(1, 2), (2, 2), (1, 5), (3, 2)])
+def test_no_memory_of_independent_symbols_beats_the_bound(symbols, letters):
+    rows = list(itertools.product(range(letters), repeat=symbols))
+    for states in range(1, 4):
+        for memory in itertools.product(range(states), repeat=len(rows)):
+            right = 0
+            for state in set(memory):
+                held = [row for row, own in zip(rows, memory, strict=True) if own == state]
+                right += sum(max(map(answers.count, answers)) for answers in zip(*held, strict=True))
+            reached = right / (len(rows) * symbols)
+            assert index_bits(symbols, letters, reached) <= math.log2(states) + 1e-12
+            assert reached <= best_accuracy(symbols, letters, math.log2(states), False) + 1e-12
+
+
+@settings(max_examples=50)
+@given(st.integers(1, 900), st.integers(2, 900), st.floats(0, 1))
+def test_best_accuracy_of_independent_symbols_is_the_inverse(symbols, letters, share):
+    bits = share * answer_bits(symbols, letters, False)
+    accuracy = best_accuracy(symbols, letters, bits, False)
+    assert index_bits(symbols, letters, accuracy) <= bits
+    if accuracy < 1:
+        assert index_bits(symbols, letters, math.nextafter(accuracy, 2)) > bits
+
+
+def test_the_mean_over_segments_of_both_kinds():
+    segments = [(4, 4096), Asked(64, 16, distinct=False)]
+    expected = (best_accuracy(4, 4096, 40) + best_accuracy(64, 16, 40, False)) / 2
+    assert mean_best_accuracy(segments, 40) == pytest.approx(expected, rel=1e-15)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "says"),
     [
@@ -109,6 +169,8 @@ def test_the_mean_over_segments():
         (lambda: best_accuracy(5, 4, 1.0), ValueError, "5 questions"),
         (lambda: mean_best_accuracy([], 1.0), ValueError, "at least one segment"),
         (lambda: answer_bits(True, 4), TypeError, "questions"),
+        (lambda: index_bits(0, 4, 0.5), ValueError, "0 questions for 4 values: both must be"),
+        (lambda: disjointness_bits(4, 4, 2), ValueError, "accuracy 2"),
     ],
 )
 def test_what_makes_no_sense_is_refused(call, error, says):

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import holdall.tasks.mqar
+from holdall.tasks.data import DataConfig, MQARData, MQARSegment
 from holdall.tasks.mqar import FILLERS, MQAR, Batch, NotPublishedError, drawing
 
 
@@ -285,6 +286,67 @@ def test_filler_is_uniform_over_what_it_may_be(filler):
         if filler == "random" and share[token]:
             expected[token, True] = share[token] * each
     assert_fits(drawn, expected)
+
+
+# --------------------------------------------------------------------------------------------------- passes
+
+
+@pytest.mark.parametrize("filler", FILLERS)
+@pytest.mark.parametrize("passes", [2, 3])
+def test_more_passes_show_the_pairs_again_and_change_nothing_else(filler, passes):
+    once = MQAR(vocab=64, length=41, pairs=4, filler=filler)
+    more = MQAR(vocab=64, length=41 + 8 * (passes - 1), pairs=4, filler=filler, passes=passes)
+    # more rows than one block has
+    few, many = once.generate(8000, 5), more.generate(8000, 5)
+    assert torch.equal(many.tokens, torch.cat((few.tokens[:, :8].repeat(1, passes - 1), few.tokens), dim=1))
+    assert torch.equal(many.positions, few.positions + 8 * (passes - 1))
+    assert torch.equal(many.answers, few.answers)
+    # a question is as far from its pair in the last pass as it was from the only one
+    for name, one, other in zip(few.tags._fields, few.tags, many.tags, strict=True):
+        assert torch.equal(one, other), name
+    assert many.select(slice(3, 5)).passes == passes
+    assert torch.equal(many.select(slice(3, 5)).tags.distance, many.tags.distance[3:5])
+    assert MQARData.from_dict({**DATA.to_dict(), "passes": passes}).build().test[0].tokens_BN.shape[1] == (
+        24 + 6 * (passes - 1)
+    )
+
+
+DATA = MQARData(
+    vocab=32,
+    train=(MQARSegment(length=24, pairs=3, rows=8),),
+    test=(MQARSegment(length=24, pairs=3, rows=8),),
+)
+
+
+def test_data_of_several_passes_says_so_and_data_of_before_is_read():
+    assert "2 times" in MQARData.from_dict({**DATA.to_dict(), "passes": 2}).about
+    before = {name: value for name, value in DATA.to_dict().items() if name != "passes"}
+    assert DataConfig.from_dict(before) == DATA
+    assert DATA.row_length(DATA.test[0]) == DATA.longest == 24
+
+
+def test_a_row_in_two_passes_is_drawn_and_asked_as_the_module_shows_it():
+    task = MQAR(vocab=32, length=30, pairs=3, passes=2, filler="zero")
+    lines = drawing(task.generate(1)).splitlines()[:2]
+    for line in lines:
+        assert line[: 8 + 4 * 13].rstrip() in (holdall.tasks.mqar.__doc__ or "")
+
+
+def test_pairs_that_do_not_fit_so_often_are_refused():
+    with pytest.raises(
+        ValueError, match=r"2 tokens in each of 3 passes .* Lower pairs to 2 or raise length to 32"
+    ):
+        MQAR(length=16, pairs=4, passes=3)
+    assert MQAR(length=32, pairs=4, passes=3).space == 4
+
+
+def test_published_rows_of_two_passes_are_what_the_published_generator_means():
+    """It refuses more than one pass (a shape that does not fit); its draws would be those of one pass."""
+    once = MQAR(vocab=64, length=32, pairs=4, filler="zero").generate_published(5, seed=2)
+    twice = MQAR(vocab=64, length=40, pairs=4, filler="zero", passes=2).generate_published(5, seed=2)
+    assert torch.equal(twice.tokens[:, 8:], once.tokens)
+    assert torch.equal(twice.tokens[:, :8], once.tokens[:, :8])
+    assert torch.equal(twice.targets[:, 8:], once.targets)
 
 
 # ---------------------------------------------------------------------------------------------- as published

@@ -35,6 +35,10 @@ REFERENCE = {
     "holdall.recipes": ("sweeps",),
     "holdall.sweeps": (...,),
     "holdall.report": (...,),
+    "holdall.theory.circuits": ("Circuit", "Symbol"),
+    "holdall.theory.compile": ("compile_circuit", "compile_formula", "Compiled", "CompileReport"),
+    "holdall.theory.primitives": ("Layer", "Stack", "StackReport"),
+    "holdall.theory.sorting": ("Recall", "all_pairs", "by_sorting"),
     "holdall.testing.laws": ("Case", "cases", "Law", "LAWS", "Verdict", "judge"),
     "holdall.settings": ("Range",),
 }

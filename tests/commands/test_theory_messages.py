@@ -1,0 +1,170 @@
+"""`holdall theory message`, `index`, `disjointness` and `floors`: what a user types, sees and is refused."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import children
+import pytest
+
+from holdall import cli, processes
+from holdall.commands import theory_messages
+from holdall.mixers.attention import AttentionConfig
+from holdall.recipes import quick
+from holdall.report import messages as picture
+from holdall.sweeps.sweep import SweepConfig, run_sweep
+from holdall.tasks.data import MQARData, MQARSegment
+from holdall.theory.messages import Conveyed
+
+
+@pytest.fixture
+def typed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Types a command, and gives its exit status and what it printed."""
+
+    def call(line: str, width: int = 200) -> tuple[int, str]:
+        monkeypatch.setattr(theory_messages.console, "width", width)
+        monkeypatch.setattr(sys, "argv", ["holdall", "theory", *line.split()])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        printed = capsys.readouterr()
+        return int(ended.value.code or 0), " ".join((printed.out + printed.err).split())
+
+    return call
+
+
+def test_bits_in_linear_attention_are_beside_their_prediction(typed, tmp_path: Path) -> None:
+    status, said = typed(
+        f"index --bits 65 --features 17 65 --format int1 --format fp32 --out {tmp_path}/index.png"
+    )
+    assert status == 0
+    assert "bits in linear attention: 65.0 bits to say" in said
+    assert "17 fp32 69.69% " in said  # Phi(sqrt(17 / 64))
+    assert (tmp_path / "index.png").stat().st_size > 10_000
+    found = json.loads((tmp_path / "index.json").read_text())
+    assert found["command"].startswith("holdall theory index --bits 65")
+    assert {len(points) for points in found["messages"].values()} == {2}
+    status, said = typed("index --bits 40 --one-hot")
+    assert "40 int1 100.00% 100.00% 48 40 40.0 40.0 0.8333" in said
+
+
+def test_every_kind_of_model_can_be_sent(typed, tmp_path: Path) -> None:
+    line = "message by-hand:attention linear-attention:feature_dim=4 linformer --width 16 --depth 1 --rows 3"
+    status, said = typed(f"{line} --pairs 3 --format int8 --out {tmp_path}/messages.png")
+    assert status == 0
+    assert "attention by hand: 14.9 bits to say" in said
+    assert "int8 100.00%" in said
+    assert "linear-attention, feature_dim = 4, random weights: 14.9 bits to say" in said
+    assert "linformer, random weights is left out: layer 0, linformer of width 16" in said
+    found = json.loads((tmp_path / "messages.json").read_text())["messages"]
+    assert all(each["conveyed_bits"] <= each["message_bits"] for points in found.values() for each in points)
+    assert (tmp_path / "messages.png").stat().st_size > 10_000
+
+
+def test_a_language_model_can_be_sent(typed) -> None:
+    status, said = typed("message based-mini --pairs 3 --rows 2 --format int4")
+    assert status == 0
+    assert "based-mini: 21.1 bits to say" in said  # of bytes
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished sweep of one small model."""
+    folder = tmp_path_factory.mktemp("sweep") / "out"
+    segment = MQARSegment(length=16, pairs=2, rows=64)
+    task = MQARData(vocab=32, train=(segment,), test=(segment,))
+    point = quick.point("attention", "attention", AttentionConfig(width=8))
+    model = dataclasses.replace(point.train.model, vocab=32)
+    train = dataclasses.replace(
+        point.train, model=model, data=task, learning_rates=(0.01,), batch=16, epochs=1
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "context", children.context)
+        config = SweepConfig(recipe="tiny", points=(dataclasses.replace(point, train=train),))
+        run_sweep(config, folder, command="holdall frontier tiny", workers=1)
+    return folder
+
+
+def test_the_trained_models_of_a_sweep_are_sent_in_their_own_tokens(typed, sweep: Path) -> None:
+    status, said = typed(f"message {sweep} --pairs 4 --rows 3 --format fp32")
+    assert status == 0
+    assert ": 15.4 bits to say" in said  # 4 of 16 values
+    status, said = typed(f"message {sweep} --vocab 64")
+    assert status == 2
+    assert "has 32 tokens, fewer than --vocab 64" in said
+
+
+def test_sets_are_compared_in_turns(typed) -> None:
+    status, said = typed("disjointness --first 2 --second 8 --features 0 --rows 8 --format int2")
+    assert status == 0
+    assert "by hand, one-hot features: common element of two sets, blocked" in said
+    for turns in ("1 2 8 int2 1 ×", "1 8 2 int2 1 ×", "2 2 8 int2 3 ×", "2 8 2 int2 3 ×"):
+        assert turns in said
+    assert said.count("100.0%") == 4
+    status, said = typed(
+        "disjointness --distribution random --rows 2 --first 3 --second 3 --reads 1 --format fp32"
+    )
+    assert status == 0
+    assert said.count("1 3 3 fp32 1 ×") == 1
+
+
+def test_floors_are_listed_with_what_they_are_worth(typed) -> None:
+    status, said = typed("floors --vocab 8192 --length 1024 --pairs 64")
+    assert status == 0
+    assert "recall of 64 pairs 767.3 bits of state any causal model yes" in said
+    assert "recall, tokens as bits 5 layers BaseConv yes" in said
+    assert "0 layers BaseConv no rows are too short" in said
+    status, said = typed("floors --pairs 600")
+    assert status == 2
+    assert "pairs do not fit into length 1024" in said
+
+
+def test_no_number_is_cut_off_in_80_columns(typed) -> None:
+    for line in (
+        "index --bits 65 --features 9999 --rows 1 --format int8+feedback",
+        "message attention --pairs 3 --rows 1",
+        "disjointness --first 2 --second 8 --rows 2 --format int4",
+        "floors --vocab 50257 --length 100000 --pairs 20000",
+    ):
+        status, said = typed(line, 80)
+        assert status == 0
+        assert "…" not in said, line
+
+
+def test_what_was_mistyped_is_refused_by_name(typed) -> None:
+    for line, why in (
+        ("message attentoin", "attentoin"),
+        ("message by-hand:taylr", "Did you mean 'taylor'"),
+        ("message attention --format int3", "unknown format 'int3'"),
+        ("message attention --pairs 40", "raise vocab to 82"),
+        ("index --one-hot --format int1+stochastic", "leave +stochastic out"),
+    ):
+        status, said = typed(line)
+        assert status == 2, said
+        assert why in said
+
+
+def point(sent: int, conveyed: float) -> Conveyed:
+    return Conveyed(
+        format="fp32", rows=3, entropy_bits=50.0, message_bits=sent, element_bits=sent, accuracy=0.5,
+        fano_bits=conveyed, probability_bits=0.0, conveyed_bits=conveyed, at_least_bits=conveyed / 2,
+    )  # fmt: skip
+
+
+def test_the_picture_has_each_model_below_the_diagonal() -> None:
+    figure = picture.draw(
+        {"a model of a very long name indeed": [point(64, 10), point(32, 5)], "b": [point(9, 0)]}
+    )
+    (axes,) = figure.axes
+    lines = {line.get_gid(): line for line in axes.lines}
+    assert list(lines["model:a model of a very long name indeed"].get_xdata()) == [32, 64]
+    assert list(lines["model:b"].get_ydata()) == [picture.LEAST]
+    (impossible,) = [patch for patch in axes.collections if patch.get_gid() == "impossible"]
+    low = axes.get_xlim()[0]
+    assert low <= 9
+    assert axes.get_ylim()[0] <= low  # so that the diagonal is there
+    assert impossible.get_paths()
+    renderer = figure.canvas.get_renderer()
+    assert axes.get_legend().get_window_extent(renderer).x1 <= figure.bbox.x1
+    with pytest.raises(ValueError, match="no message to draw"):
+        picture.draw({})
