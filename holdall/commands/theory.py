@@ -322,3 +322,33 @@ def floors(
         vocab=vocab, length=length, pairs=pairs, accuracy=accuracy, digits=digits, width=width, first=first,
         second=second, reads=reads,
     )  # fmt: skip
+
+
+@command
+def complexity(
+    names: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[MIXER ...]")] = (),
+    *,
+    lengths: tuple[PositiveInt, ...] = (),
+    width: PositiveInt = 32,
+    device: Literal["auto", "cpu", "cuda"] = "cpu",
+    time: bool = True,
+    out: Path = Path("runs/complexity"),
+) -> int:
+    """Measure what every mixer costs as contexts grow, and fit exponents beside what is promised.
+
+    Counts the operations, the longest chain of them and the memory of reading N tokens, with and without
+    gradients, and of one more token; measures seconds; and shows softmax attention whole and in blocks. Stop
+    it at any time; the same command resumes.
+
+    Args:
+        names: registered mixers, or "attention, whole", "attention, in blocks" and "attention, PyTorch's"; by
+            default all.
+        lengths: numbers of tokens, each as many times the one before; 1024, 4096 and 16384 by default.
+        width: width of the mixers.
+        device: a CPU counts; on a GPU memory and seconds are measured, and kernels run, in bf16.
+        time: measure seconds too, which say something only on an idle machine.
+        out: the folder for the measurements, the table and the picture.
+    """
+    from holdall.commands import theory_complexity as shown
+
+    return shown.complexity(names, lengths, width, device, time, out)

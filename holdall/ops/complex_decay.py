@@ -71,30 +71,32 @@ def complex_decay(
     Returns:
         y_BTHV in the dtype of v, and the next state in at least fp32, or None where not asked for.
     """
-    dtype, total = torch.promote_types(v_BTHV.dtype, torch.float32), q_BTHK.shape[1]
+    dtype = torch.promote_types(v_BTHV.dtype, torch.float32)
+    # split, not sliced: the gradient of a slice is as long as all of it, which chunk by chunk is quadratic
+    inputs = (q_BTHK, k_BTHK, v_BTHV, log_decay_BTH, turn_BTH2)
+    chunks = list(zip(*(x.split(chunk, dim=1) for x in inputs), strict=True))
     ys = []
-    for start in range(0, total, chunk):
-        now = slice(start, min(start + chunk, total))
-        re_BTH, im_BTH = _products(turn_BTH2[:, now])
-        square_BTH = re_BTH.square() + im_BTH.square()
+    for number, (q_BCHK, k_BCHK, v_BCHV, log_decay_BCH, turn_BCH2) in enumerate(chunks, 1):
+        re_BCH, im_BCH = _products(turn_BCH2)
+        square_BCH = re_BCH.square() + im_BCH.square()
         q, k = (
             torch.cat([u * part[..., None].to(dtype) for part in (re, im)], dim=-1)
             for u, re, im in (
-                (q_BTHK[:, now], re_BTH, im_BTH),
-                (k_BTHK[:, now], re_BTH / square_BTH, im_BTH / square_BTH),
+                (q_BCHK, re_BCH, im_BCH),
+                (k_BCHK, re_BCH / square_BCH, im_BCH / square_BCH),
             )
         )
         along = None
         if s_BHKV2 is not None:
             along = torch.cat((s_BHKV2[..., 0], -s_BHKV2[..., 1]), dim=2)
         y_BTHV, along, _ = linear_attention(
-            q, k, v_BTHV[:, now].to(dtype), along, None, log_decay_BTH[:, now],
-            chunk=chunk, want_state=want_state or now.stop < total,
+            q, k, v_BCHV.to(dtype), along, None, log_decay_BCH,
+            chunk=chunk, want_state=want_state or number < len(chunks),
         )  # fmt: skip
         ys.append(y_BTHV)
         if along is not None:
             re_BHKV, minus_im_BHKV = along.chunk(2, dim=2)
-            re, im = (u[:, -1, :, None, None].to(dtype) for u in (re_BTH, im_BTH))
+            re, im = (u[:, -1, :, None, None].to(dtype) for u in (re_BCH, im_BCH))
             back = re * re_BHKV + im * minus_im_BHKV, im * re_BHKV - re * minus_im_BHKV
             s_BHKV2 = torch.stack(back, dim=-1)
     return torch.cat(ys, dim=1).to(v_BTHV.dtype), s_BHKV2 if want_state else None

@@ -239,14 +239,14 @@ def linear_attention(
             q_BTHK, k_BTHK, v_BTHV, s_BHFV, z_BHF, log_decay, feature_map=feature_map, eps=eps, floor=floor
         )
     q_BHTK, k_BHTK, v_BHTV = (x.transpose(1, 2).to(dtype) for x in (q_BTHK, k_BTHK, v_BTHV))
-    total = q_BHTK.shape[2]
+    # split, not sliced: the gradient of a slice is as long as all of it, which chunk by chunk is quadratic
+    chunks = list(zip(*(x.split(chunk, dim=2) for x in (q_BHTK, k_BHTK, v_BHTV)), strict=True))
+    decays = [None] * len(chunks) if log_decay is None else log_decay.split(chunk, dim=1)
     ys = []
-    for start in range(0, total, chunk):
-        now = slice(start, min(start + chunk, total))
-        q, k, v = q_BHTK[:, :, now], k_BHTK[:, :, now], v_BHTV[:, :, now]
+    for number, ((q, k, v), decay) in enumerate(zip(chunks, decays, strict=True), 1):
         fading = None
-        if log_decay is not None:
-            fading = Fading(per_key(log_decay[:, now]).transpose(1, 2).to(dtype))
+        if decay is not None:
+            fading = Fading(per_key(decay).transpose(1, 2).to(dtype))
         score_BHCC = _pairs_within(q, k, fading, feature_map)
         y = score_BHCC @ v
         norm = score_BHCC.sum(-1, keepdim=True) if normalise else None
@@ -258,7 +258,7 @@ def linear_attention(
             if norm is not None and z_BHF is not None:
                 norm = norm + q_BHCF @ z_BHF[..., None]
         ys.append(y if norm is None else y / _kept_off_zero(norm, eps, floor))
-        if want_state or now.stop < total:
+        if want_state or number < len(chunks):
             s_BHFV, z_BHF = _advance(s_BHFV, z_BHF, k, v, fading, feature_map, normalise, inplace)
     y_BTHV = (ys[0] if len(ys) == 1 else torch.cat(ys, dim=2)).transpose(1, 2).to(v_BTHV.dtype)
     return (y_BTHV, s_BHFV, z_BHF) if want_state else (y_BTHV, None, None)
