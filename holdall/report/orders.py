@@ -38,6 +38,10 @@ class Order(NamedTuple):
         """What the information floor of these segments depends on."""
         return [Asked(s.questions, s.values, s.distinct) for s in self.segments]
 
+    def state_for_all(self, bits: int) -> float:
+        """The state from which on the floor allows every answer; 0 where sets of one token are the answer."""
+        return floor.state_for_all(self.questions, bits)
+
     def accuracy(self, run: Run) -> float:
         """A run's mean over these segments; NaN where it diverged, or was not tested on one of them."""
         # accuracies are kept by difficulty, each the mean of its segments: as often as there are such
@@ -91,8 +95,8 @@ def _draw(sweep: Sweep) -> Any:
     figure = style.blank(SIZE, dpi=DPI, ground="white")
     panels = figure.subplots(1, 3)
     figure.subplots_adjust(left=0.085, right=0.99, bottom=0.235, top=0.79, wspace=0.27)
-    full = max(floor.state_for_all(order.questions, sweep.axis.bits) for order in (short, long))
-    low, high = style.state_range([sweep], full)
+    full = [order.state_for_all(sweep.axis.bits) for order in (short, long)]
+    low, high = style.state_range([sweep], min(filter(None, full)))  # both floors, down to where they are low
     for axes in panels:
         axes.set_xscale("log", base=2)
         axes.set_xlim(low, high)
@@ -141,10 +145,11 @@ def _sizes(order: Order) -> str:
 
 def _draw_floor(axes: Any, order: Order, other: Order | None, low: float, bits: int) -> None:
     """Shade what no causal model can do in this order; a dashed line for the other order."""
-    state, best = floor.curve(order.questions, low, bits)
-    axes.fill_between(state, best, CEILING, color=SHADE, linewidth=0, zorder=0.5)
-    axes.plot(state, best, color=MUTED, linewidth=1, zorder=1.5, gid="floor")
-    if other is not None:
+    if order.state_for_all(bits):
+        state, best = floor.curve(order.questions, low, bits)
+        axes.fill_between(state, best, CEILING, color=SHADE, linewidth=0, zorder=0.5)
+        axes.plot(state, best, color=MUTED, linewidth=1, zorder=1.5, gid="floor")
+    if other is not None and other.state_for_all(bits):
         state, best = floor.curve(other.questions, low, bits)
         axes.plot(
             state, best, color=MUTED, linewidth=0.9, linestyle=(0, (4, 2)), zorder=1.5, gid="other floor"

@@ -1,5 +1,6 @@
 """Set disjointness by the order of its sets: which segments a panel is of, its points, and its floors."""
 
+import json
 import math
 
 import pytest
@@ -84,6 +85,20 @@ def test_each_panel_has_the_floor_of_its_order_and_the_second_that_of_the_first_
     ((other, _),) = floors(second, "other floor")
     assert other[-1] == pytest.approx(18 / 8)
     assert best[len(best) // 2] < 1
+    for axes in (first, second):  # the smaller floor, too, is in sight
+        assert axes.get_xlim()[0] < 18 / 8 / 8
+
+
+def test_sets_of_one_token_that_is_the_answer_have_no_floor(sets, make_sweep, line):
+    config = json.loads((sets / "config.json").read_text())
+    alone = {**config["test"][2], "values": 1, "second": 1, "length": 20}
+    config["test"] = [*config["test"][:2], alone]
+    lines = [line("x", 64, 0.9, accuracy_by_difficulty={"4": 0.9, "16": 0.9})]
+    (sweep,) = load([make_sweep("alone", lines, **config)])
+    first, second, _ = orders.draw(sweep).axes
+    assert [bool([line for line in axes.lines if line.get_gid() == "floor"]) for axes in (first, second)] == [
+        True, False
+    ]  # fmt: skip
 
 
 def test_a_model_that_diverged_or_was_not_tested_everywhere_has_no_point(sets, make_sweep, line):
@@ -93,10 +108,7 @@ def test_a_model_that_diverged_or_was_not_tested_everywhere_has_no_point(sets, m
     assert short.best(model) == pytest.approx((0.5, 0.4))
     partly = {"4": 0.9, "16": 0.9}
     runs = [line("x", 64, 0.9, accuracy_by_difficulty=partly), line("y", 64, None)]
-    config = sets / "config.json"
-    import json
-
-    (partial,) = load([make_sweep("partial", runs, **json.loads(config.read_text()))])
+    (partial,) = load([make_sweep("partial", runs, **json.loads((sets / "config.json").read_text()))])
     x, y = partial.models
     assert short.best(x) == (0.9, 0.9)
     assert long.best(x) is None
