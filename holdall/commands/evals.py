@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 import time
@@ -64,6 +65,7 @@ def evaluate(
         also = f", or name the tasks whose files are there: --suite {' '.join(there)}" if there else ""
         raise RunError(f"give the {len(_by_file(lacking))} files that are listed above{also}")
     loading.load_mixers()
+    loading = dataclasses.replace(loading, device=resolve_device(loading.device))
     if dry_run:
         for name in models:
             with busy(f"{name}: reading documents"):

@@ -21,8 +21,11 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from holdall import environment, files, settings
 from holdall.contract import Config
@@ -116,7 +119,17 @@ class ResultsFolder:
     def claim(
         self, config: EvalConfig, suites: Sequence[str], tasks: Sequence[str], *, command: str, device: str
     ) -> None:
-        """Write what the folder holds, beside what it held. Raises RunError if that is scored otherwise."""
+        """Write what the folder holds, beside what it held.
+
+        Args:
+            config: what all scores have in common.
+            suites: names of suites that are added.
+            tasks: names of their tasks, and of lm-eval's.
+            command: what was typed.
+            device: where models run.
+
+        Raises RunError if the folder holds scores with other settings, or something else.
+        """
         path = self.path / "config.json"
         with files.locked(self.path):
             held = self._config()
@@ -132,7 +145,10 @@ class ResultsFolder:
                 "command": command,
             }
             if held is None:
-                files.write_json(self.path / "environment.json", environment.describe(device, 1))
+                about = environment.describe(device, torch.get_num_threads())
+                with contextlib.suppress(metadata.PackageNotFoundError):
+                    about["lm-eval"] = metadata.version("lm-eval")
+                files.write_json(self.path / "environment.json", about)
             if held != merged:
                 files.write_json(path, merged)
 
