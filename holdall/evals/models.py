@@ -120,6 +120,7 @@ def _by_transformers(
         codec=LmCodec(lm),
         fingerprint=checkpoints.fingerprint(config_json, checkpoints.checksums(weights)),
         make=make,
+        positions=lm.max_length,
         note=f"{path} is run by the transformers library, and its state is not counted: {reason}",
     )
 
@@ -127,7 +128,7 @@ def _by_transformers(
 def _served(source: str) -> Subject:
     for package in ("lm_eval", "aiohttp", "tenacity"):  # the last two are of lm-eval's extra `api`
         needed(package)
-    from holdall.evals.served import ServedLM, Server
+    from holdall.evals.served import NO_LIMIT, ServedLM, Server
 
     server = Server(source)
     facts = server.facts
@@ -139,5 +140,6 @@ def _served(source: str) -> Subject:
         tokenizer=server.tokenizer_name,
         codec=LmCodec(ServedLM(server)),
         make=lambda batch: ServedLM(server, batch_size=batch),
+        positions=None if server.limit == NO_LIMIT else server.limit,
         state_bytes=lambda tokens: facts.get("state_bytes") if facts.get("recurrent") else None,
     )
