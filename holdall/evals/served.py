@@ -131,8 +131,8 @@ class Server:
     @functools.cached_property
     def begin(self) -> int:
         """The token that a document begins with; the one that ends it where texts get none."""
-        ids = self.encode("", True)
-        return ids[0] if ids else self.end
+        plain, begun = self.encode("a", False), self.encode("a", True)
+        return begun[0] if begun[1:] == plain else self.end
 
     def _encode(self, text: str, begins: bool) -> tuple[int, ...]:
         """The ids of a text; behind what a document begins with, if it begins one."""
