@@ -212,8 +212,10 @@ def _scores(
     def model() -> Model:
         return foreign.load_any(folder, dtype=dtype, device=device, checkpoint=checkpoint).model
 
-    how = {"context_len": context, "rows": rows, "prefix": config.prefix}
-    return slices.score(asked.kept, about, corpus, model, on_progress=on_progress, **how)
+    return slices.score(
+        asked.kept, about, corpus, model, context_len=context, rows=rows, prefix=config.prefix,
+        on_progress=on_progress,
+    )  # fmt: skip
 
 
 def _has(kept: slices.Scores, context: int, rows: int | None) -> bool:
