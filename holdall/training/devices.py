@@ -110,7 +110,7 @@ class LanguageModelLoss(nn.Module):
 
     def forward(self, rows_BN: Tensor, masked: Masked | None = None) -> Tensor:
         """The mean loss of next tokens, in nats, a scalar; with masked tokens (2,), the second of which is
-        the mean loss of these times `masked.share`."""
+        the mean loss of these times `masked.weight`."""
         tokens_BT, next_BT = rows_BN[:, :-1], rows_BN[:, 1:]
         if masked is not None:
             given_N, mask = tokens_BT.flatten(), mask_token(self.model.config)
@@ -124,7 +124,7 @@ class LanguageModelLoss(nn.Module):
         if not len(masked.index_M):
             return torch.stack((ntp, torch.zeros_like(ntp)))
         mlm = self._mean_loss(h_BTD.flatten(0, 1).index_select(0, masked.index_M), token_M)
-        return torch.stack((ntp, mlm * masked.share))
+        return torch.stack((ntp, mlm * masked.weight))
 
     def _mean_loss(self, h_ND: Tensor, target_N: Tensor) -> Tensor:
         return head_loss(h_ND, self.model.head_weight, target_N, self.model.config.soft_cap)[0]

@@ -46,8 +46,8 @@ class Masked(NamedTuple):
 
     index_M: Tensor
     """Their places among all that the pass reads, row * context_len + position, int64."""
-    share: float
-    """How many they are, as a multiple of what passes of this step have on average: 0 if there are none."""
+    weight: float
+    """Of their mean loss in that of the step: how many they are, as a multiple of the average pass's."""
 
 
 @dataclass(frozen=True, kw_only=True)

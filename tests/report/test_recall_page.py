@@ -19,6 +19,7 @@ from holdall.analysis.recall import Predictions, Scores
 from holdall.commands import guarded
 from holdall.commands import recall as shown
 from holdall.files import RunError
+from holdall.language_model import LanguageModel
 from holdall.mixers.attention import AttentionConfig
 from holdall.mixers.mamba import MambaConfig
 from holdall.mixers.prefix_linear_attention import PrefixLinearAttentionConfig
@@ -612,6 +613,17 @@ def test_a_run_that_reads_a_prefix_twice_is_compared_on_what_is_behind_it(runs_o
     assert "the prefix of b, 32 tokens" in " ".join(capsys.readouterr().err.split())
     assert command(a, out=tmp_path / "alone") == 0
     assert json.loads((tmp_path / "alone" / "slices.json").read_text())["first"] == 1
+
+
+@pytest.mark.parametrize(("prefix", "context"), [(0, 1024), (300, 1024), (700, 1400)])
+def test_windows_of_a_saved_model_are_longer_than_its_prefix(runs_of, tmp_path, prefix, context):
+    runs_of("a", 0)  # and its corpus
+    layer = AttentionConfig(width=8)
+    if prefix:
+        layer = PrefixLinearAttentionConfig(width=8, feature_dim=2, prefix=prefix)
+    model = ModelConfig(vocab=264, width=8, layers=(layer,)).build()
+    LanguageModel(model, Bytes()).save(tmp_path / "saved")
+    assert shown._config(tmp_path / "saved", tmp_path / "corpus").context_len == context
 
 
 @pytest.mark.parametrize("width", [80, 160])

@@ -132,7 +132,7 @@ def test_passes_are_the_rows_of_a_step_in_parts(world: int) -> None:
     for rank in range(world):
         count = 8 // world
         for number, masked in enumerate(masking.passes(3, 8, rank * count, count, 2)):
-            shares += masked.share
+            shares += masked.weight
             first = rank * count + 2 * number
             places += [(first + place // T, place % T) for place in masked.index_M.tolist()]
     assert places == list(zip(*map(list, whole_BE.nonzero()), strict=True))
@@ -142,7 +142,7 @@ def test_passes_are_the_rows_of_a_step_in_parts(world: int) -> None:
 @pytest.mark.parametrize(("share", "prefix"), [(1e-9, E), (0.5, 1)])
 def test_a_step_may_have_no_masked_token(share: float, prefix: int) -> None:
     passes = Masking(prefix=prefix, share=share, seed=1, context_len=T).passes(0, 8, 0, 8, 4)
-    assert [(len(masked.index_M), masked.share) for masked in passes] == [(0, 0.0)] * 2
+    assert [(len(masked.index_M), masked.weight) for masked in passes] == [(0, 0.0)] * 2
 
 
 def test_the_mask_token_is_the_last_row_of_the_padded_vocabulary() -> None:
