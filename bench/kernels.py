@@ -18,6 +18,7 @@ from bench import gpu
 MODULES = (
     "taylor",
     "taylor_step",
+    "read_twice",
     "gated_conv",
     "window_attention",
     "attention_step",

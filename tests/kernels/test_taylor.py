@@ -12,6 +12,7 @@ from kernel_checks import times_compiled
 from torch import Tensor
 
 import holdall
+from bench import read_twice
 from holdall.contract import forms
 from holdall.kernels import taylor
 from holdall.kernels.taylor_step import taylor_step
@@ -164,6 +165,17 @@ def test_absorb_is_the_state_of_the_whole_and_stores_no_other(device, short_segm
         assert torch.equal(got, state)
     features = taylor.FEATURES(8)
     assert stored == [[2 * 3 * features * 16, 2 * 3 * features], [0, 0]]
+
+
+def test_what_is_timed_as_reading_twice_is_prefix_linear_attention(device, short_segments) -> None:
+    """Of bench/read_twice.py, whose other ways are only slower or of another model."""
+
+    def theirs(q, k, v, prefix_k, prefix_v, feature_map=MAP):
+        return plain(q, k, v, *absorb(prefix_k, prefix_v, None, None, feature_map=feature_map), feature_map)
+
+    sizes = (140, 16), (140, 16), (140, 64), (70, 16), (70, 64)
+    args = [read_twice.drawn(*size, 1, device.type)[:, :, :1] for size in sizes]
+    assert_as_good_as_plain(read_twice.read_twice, theirs, args)
 
 
 @pytest.mark.parametrize("prefix", [70, 140])
