@@ -80,7 +80,7 @@ def render(evaluation: Evaluation, *, samples: int = evals_samples.SAMPLES) -> s
         models=len(evaluation.models),
         lede=_lede(evaluation),
         notes=evaluation.notes,
-        picture=_picture(evaluation) if models else "",
+        picture=_picture(evaluation, models) if models else "",
         not_drawn=evals_chart.not_drawn(evaluation),
         head=_head(evaluation),
         rows=_rows(evaluation),
@@ -114,14 +114,14 @@ def _lede(evaluation: Evaluation) -> dict[str, str] | None:
     """The best model, and what reading twice does to the mean of all."""
     best = evaluation.models[0]
     once, twice = (evaluation.mean(best, reads) for reads in (1, 2))
-    if once is None and twice is None:
+    if not once and not twice:
         return None
     gains = [
         (model.name, gain)
         for model in evaluation.models
         if (gain := differences(evaluation, model, evaluation.compared))
     ]
-    most = max(gains, key=lambda each: each[1].value, default=None)
+    most = max((each for each in gains if each[1].value > 0), key=lambda each: each[1].value, default=None)
     return {
         "name": best.name,
         "once": "" if once is None else f"{once:.1%}",
@@ -132,14 +132,21 @@ def _lede(evaluation: Evaluation) -> dict[str, str] | None:
     }
 
 
-def _picture(evaluation: Evaluation) -> str:
+def _picture(evaluation: Evaluation, models: Sequence[evals_chart.Drawn]) -> str:
+    """What the picture shows."""
     window = evaluation.window
-    return (
+    text = (
         f"Recall, {evals_chart.mean_text(evaluation)}, against the bytes of state that a model carries. "
-        "An arrow leads from reading once to reading twice. "
-        f"Hollow marks are models whose state grows with what they read: {window:,} tokens once, "
-        f"{2 * window:,} twice."
+        "An arrow leads from reading once to reading twice."
     )
+    if any(model.grows for model in models):
+        text += (
+            f" Hollow marks are models whose state grows with what they read: {window:,} tokens once, "
+            f"{2 * window:,} twice."
+        )
+    if any(model.shift != 1 for model in models):
+        text += " Models with the same state are drawn side by side."
+    return text
 
 
 def _shown(tasks: Sequence[Mapping[str, Any]]) -> str:
@@ -202,12 +209,16 @@ def _head(evaluation: Evaluation) -> dict[str, Any]:
 
 def _rows(evaluation: Evaluation) -> list[dict[str, Any]]:
     means, compared = _means(evaluation), evaluation.compared
-    best = {
-        place: _best(place[0], [model.scores.get(place) for model in evaluation.models])
+    scores = {
+        place: [m.scores[place].value for m in evaluation.models if place in m.scores]
         for place in _columns(evaluation)
     }
+    best = {place: _best(values, lower=place[0].lower_is_better) for place, values in scores.items()}
     best_mean = {
-        n: max(filter(None, (evaluation.mean(m, n) for m in evaluation.models)), default=0.0) for n in means
+        reads: _best(
+            [mean for model in evaluation.models if (mean := evaluation.mean(model, reads)) is not None]
+        )
+        for reads in means
     }
     rows = []
     for index, model in enumerate(evaluation.models):
@@ -236,9 +247,9 @@ def _rows(evaluation: Evaluation) -> list[dict[str, Any]]:
     return rows
 
 
-def _best(task: Task, scores: Sequence[Score | None]) -> float | None:
-    values = [score.value for score in scores if score]
-    return (min if task.lower_is_better else max)(values) if len(values) > 1 else None
+def _best(values: Sequence[float], *, lower: bool = False) -> float | None:
+    """The best of a column; None if none is better than another."""
+    return (min if lower else max)(values) if len(set(values)) > 1 else None
 
 
 def _cell(
@@ -342,21 +353,20 @@ def _model_rows(evaluation: Evaluation) -> list[list[str]]:
     for model in evaluation.models:
         about = model.about
         parameters = about.get("parameters")
-        sizes = about.get("state_bytes", {})
         rows.append(
             [
                 model.name,
                 f"{parameters:,}" if isinstance(parameters, int) else "",
-                _sizes_text(sizes),
+                _sizes_text(model.sizes),
                 *(style.value_text(about.get(name) or "") for name in ("kind", "tokenizer", "source")),
             ]
         )
     return rows
 
 
-def _sizes_text(sizes: Mapping[str, int]) -> str:
+def _sizes_text(sizes: Mapping[int, int]) -> str:
     """Bytes of state by tokens read; once if it is always the same."""
-    texts = [(style.bytes_text(size), int(tokens)) for tokens, size in sizes.items()]
+    texts = [(style.bytes_text(size), tokens) for tokens, size in sizes.items()]
     if len({text for text, _ in texts}) == 1:
         return texts[0][0]
     return ", ".join(f"{text} after {tokens:,}" for text, tokens in texts)

@@ -6,6 +6,7 @@ after the window and, read twice, after two windows. Up is the mean over tasks o
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from holdall.report import chart, recall_curves, recall_state, style
 from holdall.report.evals_data import Evaluation, Interval, mean_interval
 from holdall.report.paper import DPI
 
+APART = 0.012
+"""Share of the axis between models with the same state, which would cover one another."""
 MOST_NAMES = 6
 """Tasks that a sentence names one by one."""
 MOST_LABELS = 9
@@ -42,6 +45,13 @@ class Drawn:
     """Its place in the table, which chooses its look."""
     grows: bool
     points: tuple[Point, ...]
+    shift: float = 1.0
+    """By which its states are multiplied in the picture: 1 unless others have the same."""
+
+    @property
+    def places(self) -> list[tuple[float, float]]:
+        """Where its points are drawn."""
+        return [(point.state * self.shift, point.mean.value) for point in self.points]
 
 
 def drawn(evaluation: Evaluation) -> list[Drawn]:
@@ -62,7 +72,24 @@ def drawn(evaluation: Evaluation) -> list[Drawn]:
                 )  # fmt: skip
         if points:
             found.append(Drawn(name=model.name, index=index, grows=model.grows, points=tuple(points)))
-    return found
+    return _side_by_side(found)
+
+
+def _side_by_side(models: Sequence[Drawn]) -> list[Drawn]:
+    """The same with models of equal state moved apart."""
+    if not models:
+        return []
+    low, high = _range(models)
+    step = (high / low) ** APART
+    groups: dict[tuple[int, ...], list[Drawn]] = {}
+    for model in models:
+        groups.setdefault(tuple(sorted({point.state for point in model.points})), []).append(model)
+    shifts = {
+        model.index: step ** (place - (len(group) - 1) / 2)
+        for group in groups.values()
+        for place, model in enumerate(group)
+    }
+    return [dataclasses.replace(model, shift=shifts[model.index]) for model in models]
 
 
 def not_drawn(evaluation: Evaluation) -> list[str]:
@@ -111,7 +138,7 @@ def traces(models: Sequence[Drawn]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for model in models:
         look = style.look(model.index)
-        x, y = [p.state for p in model.points], [p.mean.value for p in model.points]
+        x, y = map(list, zip(*model.places, strict=True))
         shared = {"type": "scatter", "legendgroup": f"model {model.index}"}
         if len(model.points) == 2:
             found.append(
@@ -253,8 +280,7 @@ def draw(evaluation: Evaluation, models: Sequence[Drawn], *, dark: bool = False)
         axes.set_xlabel(axis_text(evaluation))
         axes.set_ylabel(f"Recall, {_short_mean(evaluation)}")
         if labelled:
-            ends = {m.name: (float(m.points[-1].state), m.points[-1].mean.value) for m in models}
-            recall_state.write_labels(axes, ends, muted)
+            recall_state.write_labels(axes, {m.name: m.places[-1] for m in models}, muted)
         else:
             _list_models(figure, models, ground)
         _legend(figure, models, muted, ground)
@@ -264,7 +290,7 @@ def draw(evaluation: Evaluation, models: Sequence[Drawn], *, dark: bool = False)
 def _draw_model(axes: Any, model: Drawn, ground: str) -> None:
     look = style.look(model.index)
     face = ground if model.grows else look.colour
-    ends = [(point.state, point.mean.value) for point in model.points]
+    ends = model.places
     if len(ends) == 2:
         axes.annotate(
             "", ends[1], ends[0],

@@ -85,16 +85,21 @@ class Model:
     begun: Mapping[str, int] = field(default_factory=dict)
     """Answers of tasks that are not finished, by the name of the task's file."""
 
+    @cached_property
+    def sizes(self) -> dict[int, int]:
+        """Bytes of state by tokens read, where they were counted; from few tokens to many."""
+        known = self.about.get("state_bytes")
+        counted = known.items() if isinstance(known, Mapping) else ()
+        return dict(sorted((int(t), count) for t, count in counted if isinstance(count, int)))
+
     def state_bytes(self, tokens: int) -> int | None:
         """Bytes of state after so many tokens; None where they were not counted."""
-        count = self.about.get("state_bytes", {}).get(str(tokens))
-        return int(count) if isinstance(count, int | float) and math.isfinite(count) else None
+        return self.sizes.get(tokens)
 
     @property
     def grows(self) -> bool:
         """Whether its state grows with what it reads, beyond every window here."""
-        known = self.about.get("state_bytes", {})
-        sizes = [known[tokens] for tokens in sorted(known, key=int)]
+        sizes = list(self.sizes.values())
         return len(sizes) > 1 and sizes[-1] > sizes[-2]
 
 
@@ -104,7 +109,8 @@ class Samples:
 
     path: Path
     right: Mapping[str, float]
-    """The score by document, in the order of the file."""
+    """The score by document, in the order of the file; without those whose metric is no number of theirs, as
+    perplexity is not."""
     places: Mapping[str, tuple[int, int]]
     """The number of each document's line, and the byte at which it begins."""
 
@@ -374,17 +380,18 @@ def _scan(path: Path) -> Samples:
     right: dict[str, float] = {}
     places: dict[str, tuple[int, int]] = {}
     with files.open_file(path, WAY_OUT) as file:
-        start = 0
+        end = 0
         for number, line in enumerate(file, 1):
+            start, end = end, end + len(line)
             if not line.endswith(b"\n"):
                 break
-            if line.strip():
-                content = _parsed(line, number, path)
-                document = str(content["doc"])
-                if document in right:  # several questions about one document, under its name alone
-                    document = f"{document} ({number})"
-                right[document], places[document] = float(content["right"]), (number, start)
-            start += len(line)
+            content = _parsed(line, number, path) if line.strip() else {}
+            if not isinstance(score := content.get("right"), int | float):
+                continue
+            document = str(content["doc"])
+            if document in right:  # several questions about one document, under its name alone
+                document = f"{document} ({number})"
+            right[document], places[document] = float(score), (number, start)
     return Samples(path=path, right=right, places=places)
 
 
@@ -393,9 +400,9 @@ def _parsed(line: bytes, number: int, path: Path) -> dict[str, Any]:
     content: dict[str, Any] = files.parse_json(line, where, WAY_OUT, constants=True)
     try:
         content["doc"]
-        if not math.isfinite(float(content["right"])):
+        if isinstance(score := content["right"], int | float) and not math.isfinite(score):
             raise ValueError("its score is not finite")
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, ValueError) as error:
         raise files.damaged(where, f"it is no answer ({error!r})", WAY_OUT) from None
     return content
 

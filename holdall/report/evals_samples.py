@@ -87,7 +87,7 @@ def _cells(
         if isinstance(answer.get("choices"), list):
             cell["choices"] = [str(choice) for choice in answer["choices"]]
             cell["logprobs"] = [_finite(value) for value in answer.get("logprobs") or ()]
-            cell["gold"] = answer.get("gold")
+            cell["gold"] = _gold(answer)
         cells.append(cell)
     return cells
 
@@ -110,9 +110,19 @@ def _about(answer: dict[str, Any]) -> dict[str, Any]:
 def _golds(answer: dict[str, Any]) -> list[str]:
     """The answers that count as right, as text."""
     target = answer.get("target")
-    if target is None and isinstance(answer.get("choices"), list) and isinstance(answer.get("gold"), int):
-        target = answer["choices"][answer["gold"]]
+    if (place := _gold(answer)) is not None:
+        target = str(answer["choices"][place]).strip()
     return [str(gold) for gold in (target if isinstance(target, list) else [target]) if gold is not None]
+
+
+def _gold(answer: dict[str, Any]) -> int | None:
+    """Which of the choices is right, if there are some and it is said by its place or its text."""
+    choices, gold = answer.get("choices"), answer.get("gold")
+    if not isinstance(choices, list):
+        return None
+    if isinstance(gold, str):
+        gold = next((k for k, choice in enumerate(choices) if str(choice).strip() == gold.strip()), None)
+    return gold if isinstance(gold, int) and 0 <= gold < len(choices) else None
 
 
 def _finite(value: Any) -> float | None:

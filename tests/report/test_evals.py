@@ -95,6 +95,19 @@ def test_table_has_every_score_with_its_interval_and_marks_the_best(folder):
     assert not re.search(r"\{\{\w+\}\}", page.replace(re.search(r"<script>.*?</script>", page, re.S)[0], ""))
 
 
+def test_nothing_is_best_where_all_are_equal(tmp_path):
+    writer = Writer(tmp_path / "eval")
+    for name in "ab":
+        writer.model(name, (5, 5, 5))
+        for task in ("fda", "fda_twice"):
+            writer.task(name, task, answers(0, twice=task != "fda"))
+    page = evals.render(load(tmp_path / "eval"))
+    assert cells_of(page)["a"][:3] == [("0.0", "0.0 to 0.0"), ("0.0", "0.0 to 0.0"), ("+0.0", "+0.0 to +0.0")]
+    assert 'class="best' not in page
+    assert "recalls most" not in page
+    assert "gives" not in page.partition("</header>")[0]
+
+
 def test_table_for_readmes(folder):
     evals.write(folder)
     text = (folder / "table.md").read_text()
@@ -215,6 +228,47 @@ def test_other_tasks_stand_beside_recall_and_not_in_its_mean(tmp_path):
     assert cell["gold"] == 0
 
 
+def test_answers_without_a_number_of_their_own_have_a_score_and_no_samples(tmp_path):
+    writer = Writer(tmp_path / "eval")
+    lines = [
+        {"doc": i, "prompt": "x", "target": "x", "logprobs": [-3.5], "right": [-3.5, 2]} for i in range(3)
+    ]
+    writer.samples("a", "wikitext", lines)
+    writer.result("a", "wikitext", [1], metric="word_perplexity", reads=None, value=31.5, low=None, high=None)
+    page = evals.render(load(tmp_path / "eval"))
+    assert cells_of(page)["a"] == [("31.50", "")]
+    assert data_of(page)["tasks"] == []
+    assert "Right and wrong answers" not in page
+
+
+@pytest.mark.parametrize("gold", [1, " no"])
+def test_the_right_choice_is_named_by_its_text(tmp_path, gold):
+    writer = Writer(tmp_path / "eval")
+    line = {
+        "doc": 0,
+        "prompt": "",
+        "target": gold,
+        "choices": [" yes", " no"],
+        "logprobs": [-1, -2],
+        "gold": gold,
+    }
+    writer.task("a", "boolq", [{**line, "right": 0}], metric="acc", reads=None)
+    block = block_of(data_of(evals.render(load(tmp_path / "eval")))["tasks"][0])
+    assert block["documents"] == [["0", ["no"]]]
+    assert block["cells"][0][0]["gold"] == 1
+
+
+def test_states_that_were_not_counted_are_absent(tmp_path):
+    writer = Writer(tmp_path / "eval")
+    writer.json("models/a.json", {"name": "a", "state_bytes": {"512": 10, "1024": 20, "2048": None}})
+    for task in ("fda", "fda_twice"):
+        writer.task("a", task, answers(0.5, twice=task != "fda"))
+    evaluation = load(tmp_path / "eval")
+    assert evaluation.models[0].grows
+    assert [[p.reads for p in model.points] for model in evals_chart.drawn(evaluation)] == [[1]]
+    assert "10 B after 512, 20 B after 1,024</td>" in evals.render(evaluation)
+
+
 def test_a_folder_without_states_has_no_picture(tmp_path):
     writer = Writer(tmp_path / "eval", window=0)
     writer.json("models/a.json", {"name": "a"})
@@ -283,6 +337,20 @@ def test_figure_has_a_point_for_each_reading(folder):
     drawn = [trace for trace in evals_chart.traces(models) if trace.get("name") == "attention"]
     assert drawn[0]["x"] == [12 << 20, 24 << 20]
     assert drawn[0]["marker"]["symbol"].endswith("-open")
+
+
+def test_models_of_equal_state_are_drawn_side_by_side(tmp_path):
+    writer = Writer(tmp_path / "eval")
+    for name, state in (("a", 4096), ("b", 4096), ("c", 1 << 20)):
+        writer.model(name, (state,) * 3)
+        writer.task(name, "fda", answers(0.5))
+    evaluation = load(tmp_path / "eval")
+    places = {model.name: model.places[0][0] for model in evals_chart.drawn(evaluation)}
+    assert places["c"] == 1 << 20
+    assert sorted([places["a"], places["b"]]) != [4096, 4096]
+    assert places["a"] * places["b"] == pytest.approx(4096**2)
+    assert max(places["a"], places["b"]) < 1.2 * 4096
+    assert "drawn side by side" in evals.render(evaluation)
 
 
 def test_names_of_many_models_are_listed_beside_the_figure(tmp_path):
