@@ -23,7 +23,12 @@ def subclasses(config: type[Config]) -> Iterator[type[Config]]:
         yield from subclasses(subclass)
 
 
-APART = ("holdall.kernels.", "holdall.adapters.lm_eval", "holdall.adapters.transformers", "holdall.evals.served")
+APART = (
+    "holdall.kernels.",
+    "holdall.adapters.lm_eval",
+    "holdall.adapters.transformers",
+    "holdall.evals.served",
+)
 """Which need Triton and other libraries, and have no configs."""
 
 

@@ -21,6 +21,7 @@ from holdall.evals.models import open_model
 from holdall.evals.run import Plan, Subject
 from holdall.evals.run import evaluate as ask
 from holdall.files import RunError
+from holdall.report import evals as pages
 from holdall.report.style import bytes_text
 from holdall.text.sources import needed
 
@@ -92,7 +93,8 @@ def evaluate(
         console.print(f"Stopped. All answers so far are in {out}; the same command resumes.", soft_wrap=True)
         return 130
     console.print(_table(lines, folder, config.window))
-    console.print(f"  {out}", soft_wrap=True)
+    for path in pages.write(out):
+        console.print(f"  {path}", soft_wrap=True)
     _say_missing([] if names else lacking, data, "Not asked, since their files are missing:")
     return 0
 

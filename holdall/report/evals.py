@@ -25,7 +25,6 @@ from holdall.report.evals_data import (
     is_evaluation,
     load,
     mean_interval,
-    task_text,
 )
 
 __all__ = ["is_evaluation", "render", "write"]
@@ -51,8 +50,9 @@ def write(folder: Path, out: Path | None = None, *, samples: int = evals_samples
         "index.html": render(evaluation, samples=samples).encode(),
         "table.md": markdown(evaluation).encode(),
     }
-    if models := evals_chart.drawn(evaluation):
-        made["recall.png"] = evals_chart.picture(evaluation, models, _command(evaluation))
+    if charts := _charts(evaluation):
+        suite, models = charts[0]
+        made["recall.png"] = evals_chart.picture(evaluation, suite, models, _command(evaluation))
     files.make_folder(out)
     for name, data in made.items():
         files.write_atomically(out / name, data)
@@ -63,7 +63,7 @@ def render(evaluation: Evaluation, *, samples: int = evals_samples.SAMPLES) -> s
     """The page as text: nearly 5 MB of Plotly's own program, and what the samples take, compressed."""
     from plotly.offline import get_plotlyjs
 
-    models = evals_chart.drawn(evaluation)
+    charts = _charts(evaluation)
     tasks = [evals_samples.pack(evaluation, task, samples) for task in evaluation.tasks]
     tasks = [task for task in tasks if task["columns"]]
     return shell.render(
@@ -71,24 +71,28 @@ def render(evaluation: Evaluation, *, samples: int = evals_samples.SAMPLES) -> s
         data={
             "models": [_about(evaluation, model) for model in evaluation.models],
             "tasks": tasks,
-            "chart": {
-                "traces": evals_chart.traces(models),
-                "layout": evals_chart.layout(evaluation, models) if models else {},
-            },
+            "charts": [
+                {
+                    "suite": suite,
+                    "traces": evals_chart.traces(models),
+                    "layout": evals_chart.layout(evaluation, suite, models),
+                    "text": _picture(evaluation, suite, models),
+                }
+                for suite, models in charts
+            ],
         },
         title=_title(evaluation),
         models=len(evaluation.models),
         lede=_lede(evaluation),
         notes=evaluation.notes,
-        picture=_picture(evaluation, models) if models else "",
-        not_drawn=evals_chart.not_drawn(evaluation),
+        charts=[suite for suite, _ in charts],
         head=_head(evaluation),
         rows=_rows(evaluation),
-        mean=evals_chart.mean_text(evaluation) if evaluation.compared else "",
         window=evaluation.window,
         shown=_shown(tasks),
         has_samples=bool(tasks),
         task_rows=_task_rows(evaluation),
+        other_rows=_other_rows(evaluation),
         model_rows=_model_rows(evaluation),
         command=_command(evaluation),
         environment=[(key, style.value_text(value)) for key, value in evaluation.environment.items()],
@@ -99,6 +103,12 @@ def render(evaluation: Evaluation, *, samples: int = evals_samples.SAMPLES) -> s
         ],
         plotly=get_plotlyjs(),
     )
+
+
+def _charts(evaluation: Evaluation) -> list[tuple[str, list[evals_chart.Drawn]]]:
+    """A picture per suite of which a mean and states are known."""
+    found = [(suite, evals_chart.drawn(evaluation, suite)) for suite in evaluation.suites]
+    return [(suite, models) for suite, models in found if models]
 
 
 def _command(evaluation: Evaluation) -> str:
@@ -112,18 +122,19 @@ def _title(evaluation: Evaluation) -> str:
 
 def _lede(evaluation: Evaluation) -> dict[str, str] | None:
     """The best model, and what reading twice does to the mean of all."""
-    best = evaluation.models[0]
-    once, twice = (evaluation.mean(best, reads) for reads in (1, 2))
+    best, suite = evaluation.models[0], next(iter(evaluation.suites), "")
+    once, twice = (evaluation.mean(best, reads, suite) for reads in (1, 2))
     if not once and not twice:
         return None
     gains = [
         (model.name, gain)
         for model in evaluation.models
-        if (gain := differences(evaluation, model, evaluation.compared))
+        if (gain := differences(model, evaluation.compared(suite)))
     ]
     most = max((each for each in gains if each[1].value > 0), key=lambda each: each[1].value, default=None)
     return {
         "name": best.name,
+        "mean": evals_chart.mean_text(evaluation, suite),
         "once": "" if once is None else f"{once:.1%}",
         "twice": "" if twice is None else f"{twice:.1%}",
         "gainer": most[0] if most else "",
@@ -132,11 +143,12 @@ def _lede(evaluation: Evaluation) -> dict[str, str] | None:
     }
 
 
-def _picture(evaluation: Evaluation, models: Sequence[evals_chart.Drawn]) -> str:
+def _picture(evaluation: Evaluation, suite: str, models: Sequence[evals_chart.Drawn]) -> str:
     """What the picture shows."""
     window = evaluation.window
     text = (
-        f"Recall, {evals_chart.mean_text(evaluation)}, against the bytes of state that a model carries. "
+        f"{evals_chart.what(evaluation, suite)} ({evals_chart.mean_text(evaluation, suite)}) against the "
+        "bytes of state that a model carries. "
         "An arrow leads from reading once to reading twice."
     )
     if any(model.grows for model in models):
@@ -146,7 +158,7 @@ def _picture(evaluation: Evaluation, models: Sequence[evals_chart.Drawn]) -> str
         )
     if any(model.shift != 1 for model in models):
         text += " Models with the same state are drawn side by side."
-    return text
+    return " ".join([text, *evals_chart.not_drawn(evaluation, suite)])
 
 
 def _shown(tasks: Sequence[Mapping[str, Any]]) -> str:
@@ -183,67 +195,75 @@ def _columns(evaluation: Evaluation) -> list[tuple[Task, int]]:
     return [(task, reads) for task in evaluation.tasks for reads in evaluation.readings(task)]
 
 
-def _means(evaluation: Evaluation) -> tuple[int, ...]:
-    """The readings that there is a mean of."""
-    return tuple(
-        reads
-        for reads in (1, 2)
-        if any(evaluation.mean(model, reads) is not None for model in evaluation.models)
-    )
+def _means(evaluation: Evaluation) -> dict[str, tuple[int, ...]]:
+    """The readings that there is a mean of, by suite."""
+    means = {
+        suite: tuple(
+            reads
+            for reads in (1, 2)
+            if any(evaluation.mean(model, reads, suite) is not None for model in evaluation.models)
+        )
+        for suite in evaluation.suites
+    }
+    return {suite: readings for suite, readings in means.items() if readings}
 
 
 def _head(evaluation: Evaluation) -> dict[str, Any]:
     """Both rows of the table's head: what spans columns, and the columns."""
     means = _means(evaluation)
     names = {1: "once", 2: "twice", 0: "score"}
-    spans = [(task.name, task.suite, len(evaluation.readings(task))) for task in evaluation.tasks]
-    below = [names[reads] for reads in means] + (["gain"] if means == (1, 2) else [])
-    widths = [*([len(below)] if below else []), *(width for *_, width in spans)]
+    spans = [("Mean", suite, len(readings) + (readings == (1, 2))) for suite, readings in means.items()]
+    spans += [(task.name, task.suite, len(evaluation.readings(task))) for task in evaluation.tasks]
+    below = []
+    for readings in means.values():
+        below += [*(names[reads] for reads in readings), *(["gain"] if readings == (1, 2) else [])]
     return {
-        "mean": len(below),
         "spans": spans,
-        "firsts": [0, *itertools.accumulate(widths[:-1])],
+        "firsts": [0, *itertools.accumulate(width for *_, width in spans[:-1])],
         "below": [*below, *(names[reads] for _, reads in _columns(evaluation))],
     }
 
 
 def _rows(evaluation: Evaluation) -> list[dict[str, Any]]:
-    means, compared = _means(evaluation), evaluation.compared
-    scores = {
-        place: [m.scores[place].value for m in evaluation.models if place in m.scores]
-        for place in _columns(evaluation)
+    best = {}
+    for task, reads in _columns(evaluation):
+        values = [m.scores[task, reads].value for m in evaluation.models if (task, reads) in m.scores]
+        best[task, reads] = _best(values, lower=task.lower_is_better)
+    means = {
+        suite: _mean_cells(evaluation, suite, readings) for suite, readings in _means(evaluation).items()
     }
-    best = {place: _best(values, lower=place[0].lower_is_better) for place, values in scores.items()}
-    best_mean = {
-        reads: _best(
-            [mean for model in evaluation.models if (mean := evaluation.mean(model, reads)) is not None]
-        )
-        for reads in means
-    }
-    rows = []
+    return [
+        {
+            "index": index,
+            "name": model.name,
+            "look": style.look(index),
+            "state": _state_text(evaluation, model),
+            "state_value": model.state_bytes(evaluation.window) or "",
+            "means": {suite: cells[index] for suite, cells in means.items()},
+            "scores": {
+                place: _score_cell(evaluation, model, place, best=best[place])
+                for place in _columns(evaluation)
+            },
+        }
+        for index, model in enumerate(evaluation.models)
+    ]
+
+
+def _mean_cells(evaluation: Evaluation, suite: str, readings: Sequence[int]) -> list[list[dict[str, Any]]]:
+    """Of each model its means over a suite and, where there are both readings, the gain."""
+    compared, rows = evaluation.compared(suite), []
+    means = {n: [evaluation.mean(model, n, suite) for model in evaluation.models] for n in readings}
+    best = {n: _best([mean for mean in means[n] if mean is not None]) for n in readings}
     for index, model in enumerate(evaluation.models):
         cells = []
-        for reads in means:
-            mean = evaluation.mean(model, reads)
+        for reads in readings:
+            mean = means[reads][index]
             interval = None if mean is None else mean_interval(model, compared, reads, mean)
-            cells.append(_cell(mean, interval, best=mean is not None and mean == best_mean[reads]))
-        if means == (1, 2):
-            gain = differences(evaluation, model, compared)
+            cells.append(_cell(mean, interval, best=mean is not None and mean == best[reads]))
+        if readings == (1, 2):
+            gain = differences(model, compared)
             cells.append(_cell(gain and gain.value, gain, signed=True))
-        cells += [
-            _score_cell(model, place, model.scores.get(place), best=best[place])
-            for place in _columns(evaluation)
-        ]
-        rows.append(
-            {
-                "index": index,
-                "name": model.name,
-                "look": style.look(index),
-                "state": _state_text(evaluation, model),
-                "state_value": model.state_bytes(evaluation.window) or "",
-                "cells": cells,
-            }
-        )
+        rows.append(cells)
     return rows
 
 
@@ -270,8 +290,9 @@ def _cell(
 
 
 def _score_cell(
-    model: Model, place: tuple[Task, int], score: Score | None, *, best: float | None
+    evaluation: Evaluation, model: Model, place: tuple[Task, int], *, best: float | None
 ) -> dict[str, Any]:
+    score = model.scores.get(place)
     if score is None:
         title, text = "not evaluated", NONE
         task, reads = place
@@ -294,7 +315,7 @@ def _score_cell(
         "interval": ends,
         "value": score.value,
         "best": score.value == best,
-        "title": f"{task_text(*place)}: {', '.join(about)}",
+        "title": f"{evaluation.text(*place)}: {', '.join(about)}",
     }
 
 
@@ -320,7 +341,7 @@ def _task_rows(evaluation: Evaluation) -> list[list[str]]:
         scores = [(m.name, m.scores[task, reads]) for m in evaluation.models if (task, reads) in m.scores]
         rows.append(
             [
-                task_text(task, reads),
+                evaluation.text(task, reads),
                 task.suite,
                 task.metric,
                 _distinct(f"{score.count:,}" for _, score in scores),
@@ -329,6 +350,21 @@ def _task_rows(evaluation: Evaluation) -> list[list[str]]:
                 _by_hash(scores),
             ]
         )
+    return rows
+
+
+def _other_rows(evaluation: Evaluation) -> list[list[str]]:
+    """The other metrics of tasks, a row for each and a column for each model."""
+    rows = []
+    for task, reads in _columns(evaluation):
+        others = [
+            score.line.get("others") if (score := model.scores.get((task, reads))) else None
+            for model in evaluation.models
+        ]
+        found = [other if isinstance(other, Mapping) else {} for other in others]
+        for metric in dict.fromkeys(name for other in found for name in other):
+            values = [f"{other[metric]:.4g}" if metric in other else NONE for other in found]
+            rows.append([evaluation.text(task, reads), str(metric), *values])
     return rows
 
 
@@ -378,19 +414,24 @@ def _sizes_text(sizes: Mapping[int, int]) -> str:
 def markdown(evaluation: Evaluation) -> str:
     """The table for a README: a row per model, once and twice in one cell as "74.4 / 86.1"."""
     means = _means(evaluation)
-    heads = ["model", "state", *(["mean", "gain"] if means == (1, 2) else ["mean"] if means else [])]
-    heads += [task.name for task in evaluation.tasks]
+    heads = ["model", "state"]
+    for suite, readings in means.items():
+        heads += [f"mean of {suite}", *(["gain"] if readings == (1, 2) else [])]
+    names = [task.name for task in evaluation.tasks]
+    heads += [f"{t.name} ({t.suite})" if names.count(t.name) > 1 else t.name for t in evaluation.tasks]
     rows = []
     for row in _rows(evaluation):
-        cells = iter(row["cells"])
         texts = [row["name"], row["state"]]
-        if means:
-            texts.append(" / ".join(_bold(next(cells)) for _ in means))
-        if means == (1, 2):
-            gain = next(cells)
-            texts.append(f"{gain['text']} ({gain['interval']})" if gain["interval"] else gain["text"])
+        for suite, readings in means.items():
+            cells = row["means"][suite]
+            texts.append(" / ".join(_bold(cell) for cell in cells[: len(readings)]))
+            texts += [
+                f"{c['text']} ({c['interval']})" if c["interval"] else c["text"]
+                for c in cells[len(readings) :]
+            ]
         texts += [
-            " / ".join(_bold(next(cells)) for _ in evaluation.readings(task)) for task in evaluation.tasks
+            " / ".join(_bold(row["scores"][task, reads]) for reads in evaluation.readings(task))
+            for task in evaluation.tasks
         ]
         rows.append(texts)
     legend = [f"Per cent of right answers{_metrics_text(evaluation)}; the best of a column is bold."]
@@ -398,9 +439,8 @@ def markdown(evaluation: Evaluation) -> str:
         legend.append(
             f"State: bytes per sequence after {window:,} tokens and, where it grows, after {2 * window:,}."
         )
-    if means:
-        legend.append(f"Mean: {evals_chart.mean_text(evaluation).removeprefix('mean ')}.")
-    if means == (1, 2):
+    legend += [f"Mean of {suite}: {evals_chart.mean_text(evaluation, suite)}." for suite in means]
+    if (1, 2) in means.values():
         legend.append("Gain: twice less once, with the 95% interval of a paired bootstrap over documents.")
     notes = "".join(f"\n{note}\n" for note in evaluation.notes)
     return table.markdown(heads, rows) + "\n\n" + "\n".join(legend) + "\n" + notes

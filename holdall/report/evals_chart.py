@@ -54,16 +54,16 @@ class Drawn:
         return [(point.state * self.shift, point.mean.value) for point in self.points]
 
 
-def drawn(evaluation: Evaluation) -> list[Drawn]:
-    """The models whose state and mean recall are known."""
+def drawn(evaluation: Evaluation, suite: str) -> list[Drawn]:
+    """The models whose state and mean over a suite are known."""
     found = []
     for index, model in enumerate(evaluation.models):
         points = []
         for reads in (1, 2):
             tokens = evaluation.window * reads
-            state, mean = model.state_bytes(tokens), evaluation.mean(model, reads)
+            state, mean = model.state_bytes(tokens), evaluation.mean(model, reads, suite)
             if state and mean is not None:
-                interval = mean_interval(model, evaluation.compared, reads, mean)
+                interval = mean_interval(model, evaluation.compared(suite), reads, mean)
                 points.append(
                     Point(
                         reads=reads, state=state, tokens=tokens,
@@ -92,13 +92,13 @@ def _side_by_side(models: Sequence[Drawn]) -> list[Drawn]:
     return [dataclasses.replace(model, shift=shifts[model.index]) for model in models]
 
 
-def not_drawn(evaluation: Evaluation) -> list[str]:
+def not_drawn(evaluation: Evaluation, suite: str) -> list[str]:
     """Why models of the table are not in the picture, a sentence each."""
-    there = {model.index for model in drawn(evaluation)}
+    there = {model.index for model in drawn(evaluation, suite)}
     reasons = []
     for index, model in enumerate(evaluation.models):
-        if index not in there and evaluation.compared:
-            lacks_mean = all(evaluation.mean(model, reads) is None for reads in (1, 2))
+        if index not in there and evaluation.compared(suite):
+            lacks_mean = all(evaluation.mean(model, reads, suite) is None for reads in (1, 2))
             why = (
                 "lacks scores that the mean is taken over"
                 if lacks_mean
@@ -108,24 +108,32 @@ def not_drawn(evaluation: Evaluation) -> list[str]:
     return reasons
 
 
-def mean_text(evaluation: Evaluation) -> str:
+def mean_text(evaluation: Evaluation, suite: str) -> str:
     """What the mean is taken over, in words."""
-    names = [task.name for task in evaluation.compared]
+    names = [task.name for task in evaluation.compared(suite)]
     text = names[0] if len(names) == 1 else f"mean over {', '.join(names[:-1])} and {names[-1]}"
     if len(names) > MOST_NAMES:
         text = f"mean over {len(names)} tasks"
-    left = [task.name for task in evaluation.recall_tasks if task not in evaluation.compared]
+    left = [task.name for task in evaluation.recall_tasks(suite) if task.name not in names]
     return text + (f", which all models have so far (without {', '.join(left)})" if left else "")
 
 
-def _short_mean(evaluation: Evaluation) -> str:
-    compared = evaluation.compared
-    return f"mean over {len(compared)} tasks" if len(compared) > 1 else compared[0].name
+def what(evaluation: Evaluation, suite: str) -> str:
+    """What the mean of a suite is of."""
+    contains = evaluation.compared(suite)[0].metric == "contains"
+    return "Recall" if contains else "Answers that are the likeliest text"
 
 
-def axis_text(evaluation: Evaluation) -> str:
+def _title(evaluation: Evaluation, suite: str) -> str:
+    """What stands beside the axis of recall."""
+    compared = evaluation.compared(suite)
+    over = f"mean over {len(compared)} tasks" if len(compared) > 1 else compared[0].name
+    return f"{what(evaluation, suite)}, {over}"
+
+
+def axis_text(evaluation: Evaluation, models: Sequence[Drawn]) -> str:
     """What stands below the axis of states."""
-    window, last = evaluation.window, max(p.reads for model in drawn(evaluation) for p in model.points)
+    window, last = evaluation.window, max(p.reads for model in models for p in model.points)
     twice = f", read twice after {2 * window:,}" if last == 2 else ""
     return f"State per sequence after {window:,} tokens{twice}"
 
@@ -189,13 +197,13 @@ def traces(models: Sequence[Drawn]) -> list[dict[str, Any]]:
     return found
 
 
-def layout(evaluation: Evaluation, models: Sequence[Drawn]) -> dict[str, Any]:
+def layout(evaluation: Evaluation, suite: str, models: Sequence[Drawn]) -> dict[str, Any]:
     """Plotly's layout, as that of the frontier."""
     low, high = _range(models)
     ticks = style.state_ticks(low, high, 8)
     axis = {"linecolor": "--muted", "tickcolor": "--muted", "ticks": "outside", "zeroline": False}
     return {
-        "uirevision": "the reader's own view",
+        "uirevision": suite,  # the reader's own view of it
         "hovermode": "closest",
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
@@ -211,14 +219,14 @@ def layout(evaluation: Evaluation, models: Sequence[Drawn]) -> dict[str, Any]:
             "ticktext": [style.bytes_text(tick) for tick in ticks],
             "tickangle": 0,
             "showgrid": False,
-            "title": {"text": f"{axis_text(evaluation)} (log scale)"},
+            "title": {"text": f"{axis_text(evaluation, models)} (log scale)"},
         },
         "yaxis": {
             **axis,
             "range": [0, _top(models)],
             "tickformat": ".0%",
             "gridcolor": "--line",
-            "title": {"text": f"Recall, {_short_mean(evaluation)}"},
+            "title": {"text": _title(evaluation, suite)},
         },
     }
 
@@ -247,14 +255,16 @@ def _top(models: Sequence[Drawn]) -> float:
 # ------------------------------------------------------------------------------------------------- figure
 
 
-def picture(evaluation: Evaluation, models: Sequence[Drawn], command: str, *, dark: bool = False) -> bytes:
+def picture(
+    evaluation: Evaluation, suite: str, models: Sequence[Drawn], command: str, *, dark: bool = False
+) -> bytes:
     """The same as PNG, for a README."""
     file = BytesIO()
-    recall_curves.save_figure(draw(evaluation, models, dark=dark), file, command)
+    recall_curves.save_figure(draw(evaluation, suite, models, dark=dark), file, command)
     return file.getvalue()
 
 
-def draw(evaluation: Evaluation, models: Sequence[Drawn], *, dark: bool = False) -> Any:
+def draw(evaluation: Evaluation, suite: str, models: Sequence[Drawn], *, dark: bool = False) -> Any:
     """The same as a matplotlib Figure. Points have their model's name as gid."""
     from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
@@ -277,8 +287,8 @@ def draw(evaluation: Evaluation, models: Sequence[Drawn], *, dark: bool = False)
         axes.grid(axis="y", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.set_xlabel(axis_text(evaluation))
-        axes.set_ylabel(f"Recall, {_short_mean(evaluation)}")
+        axes.set_xlabel(axis_text(evaluation, models))
+        axes.set_ylabel(_title(evaluation, suite))
         if labelled:
             recall_state.write_labels(axes, {m.name: m.places[-1] for m in models}, muted)
         else:

@@ -132,7 +132,7 @@ class Evaluation:
     config: Mapping[str, Any]
     environment: Mapping[str, Any]
     models: tuple[Model, ...]
-    """The best first, in the mean over `compared`; then those that have none yet."""
+    """The best first, in the mean over the first of `suites`; then those that have none yet."""
     tasks: tuple[Task, ...]
     notes: tuple[str, ...] = field(default=())
 
@@ -143,53 +143,72 @@ class Evaluation:
 
     def readings(self, task: Task) -> tuple[int, ...]:
         """Which readings of a task any model has: (1, 2), or (0,) where a task knows no such thing."""
-        return tuple(
-            sorted({n for m in self.models for t, n in (*m.scores, *m.samples) if t == task}) or (0,)
-        )
+        return self._readings[task]
 
     @cached_property
-    def recall_tasks(self) -> tuple[Task, ...]:
-        """The tasks that recall is the mean of: those that are read once or twice."""
-        return tuple(task for task in self.tasks if set(self.readings(task)) & {1, 2})
+    def _readings(self) -> dict[Task, tuple[int, ...]]:
+        places = {place for model in self.models for place in (*model.scores, *model.samples)}
+        return {task: tuple(sorted(n for other, n in places if other == task)) for task in self.tasks}
 
     @cached_property
-    def compared(self) -> tuple[Task, ...]:
-        """The tasks of `recall_tasks` that the models' means are taken over, the same for all.
+    def suites(self) -> tuple[str, ...]:
+        """The suites that recall is a mean of: those whose tasks are read once or twice. The one that says
+        most comes first: where no model writes a right answer, that of how likely answers are."""
+        found = dict.fromkeys(task.suite for task in self.tasks if set(self.readings(task)) & {1, 2})
+
+        def says_nothing(suite: str) -> bool:
+            return not any(self.mean(model, reads, suite) for model in self.models for reads in (1, 2))
+
+        return tuple(sorted(found, key=says_nothing))
+
+    def recall_tasks(self, suite: str) -> tuple[Task, ...]:
+        """The tasks of a suite that are read once or twice."""
+        return tuple(t for t in self.tasks if t.suite == suite and set(self.readings(t)) & {1, 2})
+
+    def compared(self, suite: str) -> tuple[Task, ...]:
+        """The tasks of a suite that the models' means are taken over, the same for all.
 
         All of them as soon as one model has them all in all readings, else what all models have so far.
         """
-        asked = {task: self.readings(task) for task in self.recall_tasks}
+        return self._compared.get(suite, ())
 
+    @cached_property
+    def _compared(self) -> dict[str, tuple[Task, ...]]:
+        suites = {task.suite for task in self.tasks}
+        return {
+            suite: self._shared({t: self.readings(t) for t in self.recall_tasks(suite)}) for suite in suites
+        }
+
+    def _shared(self, asked: Mapping[Task, Sequence[int]]) -> tuple[Task, ...]:
         def has(model: Model, task: Task) -> bool:
             return all((task, n) in model.scores for n in asked[task])
 
         if any(all(has(model, task) for task in asked) for model in self.models):
-            return self.recall_tasks
-        begun = [
-            model for model in self.models if any((t, n) in model.scores for t in asked for n in asked[t])
-        ]
+            return tuple(asked)
+        begun = [m for m in self.models if any((t, n) in m.scores for t in asked for n in asked[t])]
         return tuple(task for task in asked if begun and all(has(model, task) for model in begun))
 
-    def mean(self, model: Model, reads: int) -> float | None:
+    def mean(self, model: Model, reads: int, suite: str) -> float | None:
         """The mean over `compared` of what the model scored; None unless it has them all."""
-        scores = [model.scores.get((task, reads)) for task in self.compared]
+        scores = [model.scores.get((task, reads)) for task in self.compared(suite)]
         if not scores or any(score is None for score in scores):
             return None
         return math.fsum(score.value for score in scores if score) / len(scores)
 
+    def text(self, task: Task, reads: int) -> str:
+        """A task and how often it is read, in words; with its suite where another has a task of its name."""
+        shared = any(other.name == task.name and other != task for other in self.tasks)
+        name = f"{task.name} ({task.suite})" if shared else task.name
+        return name + {1: " once", 2: " twice"}.get(reads, "")
+
     def missing(self, model: Model) -> list[str]:
         """What of the table the model has no score for."""
         return [
-            task_text(task, n)
+            self.text(task, n)
             for task in self.tasks
             for n in self.readings(task)
             if (task, n) not in model.scores
         ]
-
-
-def task_text(task: Task, reads: int) -> str:
-    """A task and how often it is read, in words."""
-    return task.name + {1: " once", 2: " twice"}.get(reads, "")
 
 
 # ---------------------------------------------------------------------------------------------- statistics
@@ -203,7 +222,7 @@ class Interval(NamedTuple):
     high: float
 
 
-def differences(evaluation: Evaluation, model: Model, tasks: Sequence[Task]) -> Interval | None:
+def differences(model: Model, tasks: Sequence[Task]) -> Interval | None:
     """Read twice less read once, mean over `tasks`: a paired bootstrap over the documents within each task.
 
     Documents that only one reading has are left out. None unless all tasks have documents in both.
@@ -310,14 +329,17 @@ def load(folder: Path) -> Evaluation:
 
 def _in_order(evaluation: Evaluation) -> Evaluation:
     """The same with the best model first, read twice where it was, and with notes on what is missing."""
-    last = max((n for task in evaluation.compared for n in evaluation.readings(task)), default=1)
+    first = evaluation.suites[0] if evaluation.suites else ""
+    compared = evaluation.compared(first)
+    last = max((n for task in compared for n in evaluation.readings(task)), default=1)
 
     def rank(model: Model) -> tuple[bool, float, str]:
-        mean = evaluation.mean(model, last)
+        mean = evaluation.mean(model, last, first)
         return mean is None, -(mean or 0.0), model.name
 
     planned = {str(name) for name in evaluation.config.get("tasks") or ()}
-    begun = {name for task in evaluation.tasks for name in (task.name, f"{task.name}_twice")}
+    begun = {str(score.line["task"]) for model in evaluation.models for score in model.scores.values()}
+    begun |= {samples.path.stem for model in evaluation.models for samples in model.samples.values()}
     cells = sum(len(evaluation.readings(task)) for task in evaluation.tasks) * len(evaluation.models)
     there = sum(len(model.scores) for model in evaluation.models)
     notes = []

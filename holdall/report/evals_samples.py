@@ -50,7 +50,7 @@ def pack(evaluation: Evaluation, task: Task, samples: int = SAMPLES) -> dict[str
     }
     data = json.dumps(block, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
     return {
-        "name": task.name,
+        "name": evaluation.text(task, 0),
         "metric": task.metric,
         "documents": len(documents),
         "shown": len(shown),

@@ -62,13 +62,13 @@ def test_difference_is_paired_over_the_documents_of_both(tmp_path):
     writer.task("a", "fda", once)
     writer.task("a", "fda_twice", twice[:150])
     evaluation = load(tmp_path / "eval")
-    gain = differences(evaluation, evaluation.models[0], evaluation.compared)
+    gain = differences(evaluation.models[0], evaluation.compared("recall"))
     gain_N = np.array([twice[i]["right"] - once[i]["right"] for i in range(150)])
     assert gain.value == pytest.approx(gain_N.mean())
     error = gain_N.std() / 150**0.5
     assert error < 0.02  # of unpaired answers it were 0.06
     assert gain.high - gain.low == pytest.approx(2 * 1.96 * error, rel=0.15)
-    once_interval = mean_interval(evaluation.models[0], evaluation.compared, 1, 0.5)
+    once_interval = mean_interval(evaluation.models[0], evaluation.compared("recall"), 1, 0.5)
     assert once_interval.high - once_interval.low > 0.12
 
 
@@ -111,7 +111,7 @@ def test_nothing_is_best_where_all_are_equal(tmp_path):
 def test_table_for_readmes(folder):
     evals.write(folder)
     text = (folder / "table.md").read_text()
-    assert text.splitlines()[0] == "| model | state | mean | gain | fda | swde |"
+    assert text.splitlines()[0] == "| model | state | mean of recall | gain | fda | swde |"
     rows = [line.split(" | ") for line in text.splitlines()[2:5]]
     assert {row[0].strip("| ") for row in rows} == {"attention", "based", "mamba-2"}
     states = {row[0].strip("| "): row[1] for row in rows}
@@ -187,9 +187,9 @@ def test_what_is_missing_is_no_zero(tmp_path):
     assert "Missing: b (swde once, swde twice)" in page
     assert "Not begun yet: nq, nq_twice" in page
     # the mean is over all tasks, which only one has
-    assert [task.name for task in evaluation.compared] == ["fda", "swde"]
+    assert [task.name for task in evaluation.compared("recall")] == ["fda", "swde"]
     assert cells_of(page)["b"][:3] == [("–", "")] * 3
-    assert [model.name for model in evals_chart.drawn(evaluation)] == ["a"]
+    assert [model.name for model in evals_chart.drawn(evaluation, "recall")] == ["a"]
     assert "b is not in the picture: it lacks scores that the mean is taken over." in page
     assert "nq" not in evals.markdown(evaluation).splitlines()[0]
 
@@ -202,8 +202,10 @@ def test_mean_of_a_running_evaluation_is_over_what_all_have(tmp_path):
             writer.task(name, task, answers(0.6, twice=task.endswith("twice")))
     writer.task("b", "swde_twice", answers(0.7, twice=True))
     evaluation = load(tmp_path / "eval")
-    assert [task.name for task in evaluation.compared] == ["fda"]
-    assert evals_chart.mean_text(evaluation) == "fda, which all models have so far (without nq, swde)"
+    assert [task.name for task in evaluation.compared("recall")] == ["fda"]
+    assert (
+        evals_chart.mean_text(evaluation, "recall") == "fda, which all models have so far (without nq, swde)"
+    )
 
 
 def test_other_tasks_stand_beside_recall_and_not_in_its_mean(tmp_path):
@@ -216,7 +218,7 @@ def test_other_tasks_stand_beside_recall_and_not_in_its_mean(tmp_path):
     writer.result("based", "lambada", [0.0], suite="general", reads=None, metric="perplexity", value=12.345)
     writer.result("mamba-2", "lambada", [0.0], suite="general", reads=None, metric="perplexity", value=9.0)
     evaluation = load(tmp_path / "eval")
-    assert [task.name for task in evaluation.recall_tasks] == ["fda", "swde"]
+    assert [task.name for task in evaluation.recall_tasks("recall")] == ["fda", "swde"]
     page = evals.render(evaluation)
     # the columns are fda, swde, lambada and piqa
     assert [text for text, _ in cells_of(page)["based"][-2:]] == ["12.35", "100.0"]
@@ -265,8 +267,49 @@ def test_states_that_were_not_counted_are_absent(tmp_path):
         writer.task("a", task, answers(0.5, twice=task != "fda"))
     evaluation = load(tmp_path / "eval")
     assert evaluation.models[0].grows
-    assert [[p.reads for p in model.points] for model in evals_chart.drawn(evaluation)] == [[1]]
+    assert [[p.reads for p in model.points] for model in evals_chart.drawn(evaluation, "recall")] == [[1]]
     assert "10 B after 512, 20 B after 1,024</td>" in evals.render(evaluation)
+
+
+def two_suites(folder):
+    """The same tasks asked in two ways, of models that write no right answer."""
+    writer = Writer(folder)
+    for name, state, chance in (("a", 4096, 0.4), ("b", 8192, 0.7)):
+        writer.model(name, (state,) * 3)
+        for task in ("fda", "swde"):
+            for twice in ("", "_twice"):
+                writer.task(name, task + twice, answers(0, twice=bool(twice)))
+                more = {"of": task, "metric": "acc", "suite": f"answers{twice.replace('_', '-')}"}
+                lines = answers(chance, twice=bool(twice), seed=len(task + twice))
+                writer.task(name, f"{task}_answer{twice}", lines, **more, others={"nats": 2.5})
+    return load(folder)
+
+
+def test_each_suite_has_its_mean_and_its_picture(tmp_path):
+    evaluation = two_suites(tmp_path / "eval")
+    assert evaluation.suites == ("answers", "recall")  # the one that says more is first
+    assert [len(evaluation.compared(suite)) for suite in evaluation.suites] == [2, 2]
+    assert evaluation.models[0].name == "b"
+    page = evals.render(evaluation)
+    row = [text for text, _ in cells_of(page)["a"]]
+    assert row[3:6] == ["0.0", "0.0", "+0.0"]
+    assert row[0] != "0.0"
+    assert len(row) == 6 + 8
+    charts = data_of(page)["charts"]
+    assert [chart["suite"] for chart in charts] == ["answers", "recall"]
+    assert charts[0]["text"].startswith(
+        "Answers that are the likeliest text (mean over fda and swde) against"
+    )
+    assert charts[0]["layout"]["yaxis"]["title"]["text"] != charts[1]["layout"]["yaxis"]["title"]["text"]
+    assert {task["name"] for task in data_of(page)["tasks"]} == {
+        "fda (recall)", "swde (recall)", "fda (answers)", "swde (answers)"
+    }  # fmt: skip
+    assert re.search(
+        r"<th scope=\"row\">fda \(answers\) once</th><td>nats</td><td>2.5</td><td>2.5</td>", page
+    )
+    head = evals.markdown(evaluation).splitlines()[0]
+    assert "mean of answers | gain | mean of recall | gain |" in head
+    assert "fda (answers)" in head
 
 
 def test_a_folder_without_states_has_no_picture(tmp_path):
@@ -325,8 +368,8 @@ def test_report_command_writes_the_page_again(folder, tmp_path, capsys):
 
 def test_figure_has_a_point_for_each_reading(folder):
     evaluation = load(folder)
-    models = evals_chart.drawn(evaluation)
-    figure = evals_chart.draw(evaluation, models)
+    models = evals_chart.drawn(evaluation, "recall")
+    figure = evals_chart.draw(evaluation, "recall", models)
     points = [line for line in figure.axes[0].lines if line.get_gid()]
     at = {(line.get_gid(), line.get_xdata()[0]) for line in points}
     assert {("attention", 12 << 20), ("attention", 24 << 20), ("based", 1300 << 10)} <= at
@@ -345,7 +388,7 @@ def test_models_of_equal_state_are_drawn_side_by_side(tmp_path):
         writer.model(name, (state,) * 3)
         writer.task(name, "fda", answers(0.5))
     evaluation = load(tmp_path / "eval")
-    places = {model.name: model.places[0][0] for model in evals_chart.drawn(evaluation)}
+    places = {model.name: model.places[0][0] for model in evals_chart.drawn(evaluation, "recall")}
     assert places["c"] == 1 << 20
     assert sorted([places["a"], places["b"]]) != [4096, 4096]
     assert places["a"] * places["b"] == pytest.approx(4096**2)
@@ -359,7 +402,7 @@ def test_names_of_many_models_are_listed_beside_the_figure(tmp_path):
         writer.model(f"m{index}", (index + 1,) * 3)
         writer.result(f"m{index}", "fda", [1, 0])
     evaluation = load(tmp_path / "eval")
-    figure = evals_chart.draw(evaluation, evals_chart.drawn(evaluation))
+    figure = evals_chart.draw(evaluation, "recall", evals_chart.drawn(evaluation, "recall"))
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [m.name for m in evaluation.models]
     assert not [text for text in figure.axes[0].texts if text.get_gid()]
 
@@ -560,6 +603,19 @@ def test_a_point_opens_its_model_once_beside_twice(visit, folder):
         "() => document.querySelector('#a option:checked').textContent == 'based, read once'"
     )
     assert page.locator("#b option:checked").inner_text() == "based, read twice"
+
+
+@pytest.mark.browser
+def test_the_suite_of_the_picture_is_chosen(visit, tmp_path):
+    two_suites(tmp_path / "eval")
+    page = visit(tmp_path / "eval")
+    page.wait_for_selector("#chart .legend .traces")
+    shown = "() => [chart.layout.yaxis.title.text, find('#caption').textContent.split(' ')[0]]"
+    assert page.evaluate(shown) == ["Answers that are the likeliest text, mean over 2 tasks", "Answers"]
+    page.locator("#suite").select_option(label="recall")
+    assert page.evaluate(shown) == ["Recall, mean over 2 tasks", "Recall"]
+    page.get_by_text("Other metrics").click()
+    assert "nats" in page.locator("#others").inner_text()
 
 
 @pytest.mark.browser
