@@ -225,9 +225,10 @@ def _turns(
         one = converse(sender.model, exchange, format, seed=seed)
         conveyed = [f"{one.conveyed_bits:,.1f}", f"{one.at_least_bits:,.1f}", f"{one.efficiency:.4f}"]
     sent = "–".join(f"{bits:,}" for bits in dict.fromkeys((min(turns.message_bits), turns.largest)))
+    messages = f"{len(turns.message_bits)} × {sent}"
     return [
         *map(str, (task.reads, task.first, task.second)), _folded(str(format)),
-        f"{len(turns.message_bits)} × {sent}", f"{turns.accuracy:.1%}", f"{turns.proven_bits:,.1f}", *conveyed,
+        messages, f"{turns.accuracy:.1%}", f"{turns.proven_bits:,.1f}", *conveyed,
     ]  # fmt: skip
 
 

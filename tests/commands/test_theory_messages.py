@@ -126,9 +126,9 @@ def numbers_in(text: str) -> list[str]:
 
 def test_no_number_is_cut_off_in_80_columns(typed) -> None:
     for line in (
-        "index --bits 65 --features 9999 --rows 1 --format int8+feedback",
+        "index --bits 17 --features 10000 --rows 1 --format int8+feedback",
         "message attention --pairs 3 --rows 1",
-        "disjointness --first 2 --second 8 --rows 2 --format int4",
+        "disjointness --first 2 --second 8 --rows 2 --reads 1 --format int4",
         "floors --vocab 50257 --length 100000 --pairs 20000",
     ):
         (status, said), (_, wide) = typed(line, 80), typed(line)
