@@ -90,6 +90,14 @@ def test_the_trained_models_of_a_sweep_are_sent_in_their_own_tokens(typed, sweep
     status, said = typed(f"message {sweep} --pairs 4 --rows 3 --format fp32")
     assert status == 0
     assert ": 15.4 bits to say" in said  # 4 of 16 values
+    status, said = typed(f"message {sweep} {sweep} --pairs 2 --rows 2 --format fp32")
+    assert f"d = 8 ({sweep}): " in said  # not one of them in place of the other
+    status, said = typed(f"disjointness {sweep} --first 2 --second 8 --rows 4 --reads 1 --format int4")
+    assert status == 0
+    assert "attention, d = 8: common element" in said
+    status, said = typed(f"disjointness {sweep} --vocab 40")
+    assert status == 2
+    assert "has 32 tokens, fewer than --vocab 40" in said
     status, said = typed(f"message {sweep} --vocab 64")
     assert status == 2
     assert "has 32 tokens, fewer than --vocab 64" in said
