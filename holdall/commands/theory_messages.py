@@ -63,21 +63,33 @@ def senders(
     """
     loading.load_mixers()
     device = resolve_device(loading.device)
+    labels: set[str] = set()
     for name in names:
-        if (Path(name) / "results.jsonl").exists():
-            yield from _of_sweep(Path(name), device)
-        elif shape is not None and name.startswith(BY_HAND):
-            config = configured(name.removeprefix(BY_HAND), vocab=shape[0], length=length)
-            yield Sender(config.label, config.build().to(device), shape[0], device)
-        elif shape is not None and name.partition(":")[0] in holdall.names():
-            vocab, width, depth = shape
-            label, layer = mixers.configured(name, width)
-            with seeded(0):
-                model = ModelConfig(vocab=vocab, width=width, layers=(layer,) * depth).build()
-            yield Sender(f"{label}, random weights", model.eval().to(device), vocab, device)
-        else:
-            language_model = loading.model(name)
-            yield Sender(Path(name).name, language_model, language_model.config.vocab, device)
+        for sender in _named(name, loading, device, shape, length):
+            while sender.label in labels:  # of several folders, say
+                sender = sender._replace(label=f"{sender.label} ({name})")
+            labels.add(sender.label)
+            yield sender
+
+
+def _named(
+    name: str, loading: Loading, device: str, shape: tuple[int, int, int] | None, length: int
+) -> Iterator[Sender]:
+    """The models of one name."""
+    if (Path(name) / "results.jsonl").exists():
+        yield from _of_sweep(Path(name), device)
+    elif shape is not None and name.startswith(BY_HAND):
+        config = configured(name.removeprefix(BY_HAND), vocab=shape[0], length=length)
+        yield Sender(config.label, config.build().to(device), shape[0], device)
+    elif shape is not None and name.partition(":")[0] in holdall.names():
+        vocab, width, depth = shape
+        label, layer = mixers.configured(name, width)
+        with seeded(0):
+            model = ModelConfig(vocab=vocab, width=width, layers=(layer,) * depth).build()
+        yield Sender(f"{label}, random weights", model.eval().to(device), vocab, device)
+    else:
+        language_model = loading.model(name)
+        yield Sender(Path(name).name, language_model, language_model.config.vocab, device)
 
 
 def _of_sweep(folder: Path, device: str) -> Iterator[Sender]:
@@ -182,15 +194,19 @@ def disjointness(
 ) -> int:
     """The command `holdall theory disjointness`; returns the exit status."""
     wanted = [Format.parse(text) for text in formats or ("fp32", "int4")]
+    loaded = list(senders(names, loading))
     fewest = sizes[0] * sizes[1] + 4
-    vocab = vocab or (fewest if distribution == "blocked" else max(1024, fewest))
+    own = fewest if distribution == "blocked" else max(1024, fewest)
+    vocab = vocab or min((sender.vocab for sender in loaded), default=own)
+    for sender in loaded:
+        if sender.vocab < vocab:
+            raise ValueError(f"{sender.label} has {sender.vocab} tokens, fewer than --vocab {vocab}")
     tasks = [
         SetDisjointness(vocab=vocab, first=a, second=b, reads=p, distribution=distribution)
         for p in range(1, reads + 1)
         for a, b in dict.fromkeys((sizes, sizes[::-1]))
     ]
     by_hand = f"by hand, {f'{features} random' if features else 'one-hot'} features"
-    loaded = list(senders(names, loading))
     tables = {}
     with busy() as say:
         for label in [sender.label for sender in loaded] or [by_hand]:
@@ -198,8 +214,7 @@ def disjointness(
             heads = ("reads", "first", "second", "format", "messages", "right", "bits\nproven", *CONVEYED)
             tables[label] = _of_columns(title, heads)
         for task, format in itertools.product(tasks, wanted):
-            own = ByHandConfig(task=task, features=features, seed=seed)
-            for sender in loaded or [Sender(by_hand, own.build(), vocab, "cpu")]:
+            for sender in loaded or [_by_hand(by_hand, task, features, seed)]:
                 tables[sender.label].add_row(*_turns(sender, task, format, rows, seed, say))
     for table in tables.values():
         console.print(table)
@@ -211,6 +226,11 @@ def disjointness(
     if distribution == "random":
         console.print("Of random sets, proven bits are of as many elements as can be drawn independently.")
     return 0
+
+
+def _by_hand(label: str, task: SetDisjointness, features: int, seed: int) -> Sender:
+    model = ByHandConfig(task=task, features=features, seed=seed).build()
+    return Sender(label, model, task.vocab, "cpu")
 
 
 def _turns(
@@ -225,9 +245,10 @@ def _turns(
         one = converse(sender.model, exchange, format, seed=seed)
         conveyed = [f"{one.conveyed_bits:,.1f}", f"{one.at_least_bits:,.1f}", f"{one.efficiency:.4f}"]
     sent = "–".join(f"{bits:,}" for bits in dict.fromkeys((min(turns.message_bits), turns.largest)))
+    messages = f"{len(turns.message_bits)} × {sent}"
     return [
         *map(str, (task.reads, task.first, task.second)), _folded(str(format)),
-        f"{len(turns.message_bits)} × {sent}", f"{turns.accuracy:.1%}", f"{turns.proven_bits:,.1f}", *conveyed,
+        messages, f"{turns.accuracy:.1%}", f"{turns.proven_bits:,.1f}", *conveyed,
     ]  # fmt: skip
 
 

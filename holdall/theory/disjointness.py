@@ -17,7 +17,7 @@ the second read on she knows something of B: then the smaller set decides (holda
 
 where own is 1 in the set that is kept, the first one, or from two reads on the smaller one: side or 1 - side;
 and keep is own in the first read, and 0 after it.
-The second line is the construction of theorem 3.2 of Arora et al., "Just read twice", 2024, arXiv 2407.05483,
+The third line is the construction of theorem 3.2 of Arora et al., "Just read twice", 2024, arXiv 2407.05483,
 with one-hot codes or random signs for the kernel; an MLP's threshold and a second linear attention follow.
 
 Letters: A and B the sets, p how often they are read; t and j tokens of the row, c_t the code of token t, g_t

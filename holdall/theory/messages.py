@@ -28,7 +28,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError
@@ -62,6 +62,7 @@ ELEMENTS_AT_ONCE = 1 << 23
 # --------------------------------------------------------------------------------------- who sends and reads
 
 
+@runtime_checkable
 class Reader(Protocol):
     """What can send and receive: `Model` is one."""
 

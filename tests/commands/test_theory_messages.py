@@ -90,6 +90,14 @@ def test_the_trained_models_of_a_sweep_are_sent_in_their_own_tokens(typed, sweep
     status, said = typed(f"message {sweep} --pairs 4 --rows 3 --format fp32")
     assert status == 0
     assert ": 15.4 bits to say" in said  # 4 of 16 values
+    status, said = typed(f"message {sweep} {sweep} --pairs 2 --rows 2 --format fp32")
+    assert f"d = 8 ({sweep}): " in said  # not one of them in place of the other
+    status, said = typed(f"disjointness {sweep} --first 2 --second 8 --rows 4 --reads 1 --format int4")
+    assert status == 0
+    assert "attention, d = 8: common element" in said
+    status, said = typed(f"disjointness {sweep} --vocab 40")
+    assert status == 2
+    assert "has 32 tokens, fewer than --vocab 40" in said
     status, said = typed(f"message {sweep} --vocab 64")
     assert status == 2
     assert "has 32 tokens, fewer than --vocab 64" in said
@@ -126,9 +134,9 @@ def numbers_in(text: str) -> list[str]:
 
 def test_no_number_is_cut_off_in_80_columns(typed) -> None:
     for line in (
-        "index --bits 65 --features 9999 --rows 1 --format int8+feedback",
+        "index --bits 17 --features 10000 --rows 1 --format int8+feedback",
         "message attention --pairs 3 --rows 1",
-        "disjointness --first 2 --second 8 --rows 2 --format int4",
+        "disjointness --first 2 --second 8 --rows 2 --reads 1 --format int4",
         "floors --vocab 50257 --length 100000 --pairs 20000",
     ):
         (status, said), (_, wide) = typed(line, 80), typed(line)

@@ -84,6 +84,14 @@ def test_the_rows_that_are_asked_are_rows_of_the_task() -> None:
         )
 
 
+def test_the_next_reader_has_what_the_format_left() -> None:
+    """int1 has no zero, so a table of one-hot lines says that everything is in the set."""
+    task = SetDisjointness(**SHORT_FIRST, **BLOCKED)
+    model = ByHandConfig(task=task).build()
+    assert hand_over(model, task, Format("int2"), rows=40).accuracy == 1
+    assert hand_over(model, task, Format("int1"), rows=40).accuracy < 0.5
+
+
 class Forgetful(torch.nn.Module):
     """A model whose states never reach the one who answers: it expects the first element of B."""
 
