@@ -1,8 +1,8 @@
 """A small version of figure 2 of "Just read twice", minutes on two cores: the order of two sets, by state.
 
 Sets of 4 and 16 tokens in both orders, of 64 elements, on blocked rows (holdall/tasks/set_disjointness.py):
-there the bound on the state is sharp, 16 bits with the short set first and 32 with the long one, and few steps
-are enough to learn the task. Both kinds of models of jrt_figure2.py, which has the published size, in four
+there the bound on the state is sharp, 16 bits with the short set first and 32 with the long one, and few
+steps are enough to learn the task. Both kinds of models of jrt_figure2.py, which has the published size, in four
 small sizes of state.
 
 It shows the causal half of the figure: the short set first is answered better, by less the larger the state.
