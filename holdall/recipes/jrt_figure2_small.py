@@ -2,8 +2,8 @@
 
 Sets of 4 and 16 tokens in both orders, of 64 elements, on blocked rows (holdall/tasks/set_disjointness.py):
 there the bound on the state is sharp, 16 bits with the short set first and 32 with the long one, and few
-steps are enough to learn the task. Both kinds of models of jrt_figure2.py, which has the published size, in four
-small sizes of state.
+steps are enough to learn the task. Both kinds of models of jrt_figure2.py, which has the published size, in
+four small sizes of state.
 
 It shows the causal half of the figure: the short set first is answered better, by less the larger the state.
 It does not show that reading all first helps. One token of the second set names the whole block, so that the
