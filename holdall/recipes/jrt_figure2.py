@@ -2,9 +2,9 @@
 
 Arora et al., 2024, arXiv 2407.05483, section 3 and its published configs: four layers, a short convolution
 and Taylor linear attention twice, of five widths and four feature dimensions, once causal and once not, which
-then reads the whole input at every token. Trained on sets of 4 to 256 tokens in both orders, tested on up to 768. In the
-paper the causal models answer clearly better with the short set first, by less the larger their state is; the
-others beat them with the long set first at every size, and hardly depend on the order.
+then reads the whole input at every token. Trained on sets of 4 to 256 tokens in both orders, tested on up to
+768. In the paper the causal models answer clearly better with the short set first, by less the larger their
+state is; the others beat them with the long set first at every size, and hardly depend on the order.
 
     holdall frontier jrt-figure2 --dry-run
     holdall frontier jrt-figure2 --width 48 96 --steps 6000 --rates 0.001 0.003      a piece of it
