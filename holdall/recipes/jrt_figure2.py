@@ -7,7 +7,7 @@ then reads the whole input at every token. Trained on sets of 4 to 256 tokens in
 state is; the others beat them with the long set first at every size, and hardly depend on the order.
 
     holdall frontier jrt-figure2 --dry-run
-    holdall frontier jrt-figure2 --width 48 96 --steps 6000 --rates 0.001 0.003      a piece of it
+    holdall frontier jrt-figure2 --width 64 --steps 30000 --rates 0.0005 0.001 0.002      a piece of it
 
 Twelve sizes of 20,000 rows in 48 epochs are 90,000 steps of 128 rows; `--steps` takes fewer, whose learning
 rate moves at every step. `--passes 2` reads each row's whole input twice: then causal models have seen both
