@@ -94,7 +94,7 @@ def _draw(sweep: Sweep) -> Any:
     short, long = orders(sweep)
     figure = style.blank(SIZE, dpi=DPI, ground="white")
     panels = figure.subplots(1, 3)
-    figure.subplots_adjust(left=0.085, right=0.99, bottom=0.235, top=0.79, wspace=0.27)
+    figure.subplots_adjust(left=0.085, right=0.99, bottom=0.235, top=0.79, wspace=0.3)
     full = [order.state_for_all(sweep.axis.bits) for order in (short, long)]
     low, high = style.state_range([sweep], min(filter(None, full)))  # both floors, down to where they are low
     for axes in panels:
@@ -103,7 +103,7 @@ def _draw(sweep: Sweep) -> Any:
         axes.xaxis.set_major_locator(FixedLocator(style.state_ticks(low, high, most=5)))
         axes.xaxis.set_major_formatter(lambda value, _: style.state_text(sweep.axis, value))
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
         axes.grid(axis="y", color="#e4e4e4", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)

@@ -202,7 +202,9 @@ def test_only_what_was_trained_the_same_way_is_shown(publish: Path) -> None:
     assert shown(tiny()) == [None, None]
 
 
-@pytest.mark.parametrize("name", ["quick", "zoo", "zoology-small", "synthetics", "based-figure2"])
+@pytest.mark.parametrize(
+    "name", ["quick", "zoo", "zoology-small", "synthetics", "jrt-figure2-small", "based-figure2"]
+)
 def test_a_recipe_comes_with_runs_of_all_its_models(name: str) -> None:
     for sweep in recipes.sweeps(name):
         come_with = Published(sweep)
