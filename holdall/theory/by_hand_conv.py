@@ -91,7 +91,7 @@ class BaseConvByHand(ByHandConfig):
                 f"at most {most}" + (", or more digits" if self.resolved_digits < bits_of(self.vocab) else "")
             )
 
-    def promised(self, rows: Batch) -> Tensor | None:  # type: ignore[override]
+    def promised(self, rows: Batch) -> Tensor | None:
         return rows.tags.distance <= self.resolved_shifts
 
     def _copies(self) -> Copies:
