@@ -408,7 +408,7 @@ def _sweep(folder: Path, config: Mapping[str, Any], name: str, axis: Axis) -> Sw
     if by_hand:
         many = f"{len(by_hand)} models are" if len(by_hand) > 1 else "1 model is"
         notes += [
-            f"{many} built by hand and not trained, for comparison (`holdall theory list`): thin diamonds. "
+            f"{many} built by hand and not trained, for comparison (holdall theory list): thin diamonds. "
             "They have no part in the frontier."
         ]
     has_environment = (folder / "environment.json").exists()
