@@ -332,6 +332,16 @@ def families(sweeps: Sequence[Sweep]) -> list[str]:
     return list(dict.fromkeys([*trained, *(model.family for sweep in sweeps for model in sweep.by_hand)]))
 
 
+def by_construction(sweep: Sweep, family: str) -> list[list[Model]]:
+    """A family's models that were built by hand and have a place on the picture, each construction's by rising
+    state."""
+    series: dict[Any, list[Model]] = {}
+    for model in sweep.by_hand:
+        if model.drawn and model.family == family:
+            series.setdefault(model.runs[0].line.get("construction"), []).append(model)
+    return [sorted(models, key=lambda m: (m.state, m.accuracy)) for models in series.values()]
+
+
 def has_rates(sweeps: Sequence[Sweep]) -> bool:
     """Whether any model on the picture was trained at several learning rates."""
     return any(len(model.by_rate) > 1 for sweep in sweeps for model in sweep.models if model.drawn)

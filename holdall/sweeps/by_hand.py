@@ -24,6 +24,7 @@ from holdall.theory.by_hand import ByHandConfig, HandBuilt, constructions, right
 FILE = "by_hand.jsonl"
 """Beside results.jsonl."""
 KIND = "by hand"
+"""As holdall/report/data.py reads it, without PyTorch."""
 MOST_OPERATIONS = 2e13
 """Of one model on all test rows: minutes on a few cores."""
 
@@ -69,7 +70,7 @@ def add(
             if (operations := _operations(model, rows)) > MOST_OPERATIONS:
                 refused[config.label] = (
                     f"its dense layers of width {model.report().width:,} would take {operations:.0e} "
-                    f"operations on these rows, more than {MOST_OPERATIONS:.0e}; take fewer or shorter test rows"
+                    f"operations on these rows, more than {MOST_OPERATIONS:.0e}; take fewer or shorter rows"
                 )
                 continue
             lines[config.label] = _line(config, model, data, rows, families, watch)

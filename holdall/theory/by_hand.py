@@ -37,6 +37,8 @@ from holdall.settings import PositiveInt
 from holdall.tasks.data import Questions, Rows
 from holdall.tasks.mqar import Batch
 
+WIDEST = 4096
+"""Largest width that a construction builds: beyond it, its dense maps would take gigabytes."""
 VALUES_AT_ONCE = 1 << 24
 """Activations of one layer that `right` holds at once, which bounds its memory."""
 

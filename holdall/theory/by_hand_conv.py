@@ -31,8 +31,7 @@ from torch import Tensor
 
 from holdall.settings import NonNegativeInt
 from holdall.tasks.mqar import Batch
-from holdall.theory.by_hand import ByHandConfig, HandBuilt, base_of, bits_of, construction, p_hot
-from holdall.theory.by_hand_attention import WIDEST
+from holdall.theory.by_hand import WIDEST, ByHandConfig, HandBuilt, base_of, bits_of, construction, p_hot
 from holdall.theory.primitives import Layer
 
 
