@@ -83,11 +83,15 @@ class Compiled:
     """A circuit, and a stack of BaseConv that computes it."""
 
     circuit: Circuit
+    """What is computed, with a wire for each form that has a register."""
     stack: Stack
+    """The layers."""
     heads: tuple[Form, ...]
     """Where each output is read, at the last token: an affine form of channels."""
     layers_promised: int
+    """Layers by the compiler's formula."""
     width_promised: int
+    """Channels by the compiler's formula."""
 
     def run(
         self, values: Tensor, progress: Callable[[int], None] | None = None, *, all_tokens: bool = False
@@ -128,7 +132,10 @@ class Compiled:
                 for head in self.heads
             ], dim=1,
         )  # fmt: skip
-        return y_BO.long() if torch.equal(y_BO, y_BO.round()) else self._inexact(y_BO)
+        if not torch.equal(y_BO, y_BO.round()):
+            fractions = y_BO[y_BO != y_BO.round()]
+            raise ArithmeticError(f"a compiled circuit computed a fraction, {fractions[0].item()}")
+        return y_BO.long()
 
     def draw(self, rows: int, seed: int = 0) -> Tensor:
         """Random inputs within the circuit's range, (B, n, d), int64."""
@@ -164,9 +171,6 @@ class Compiled:
             parameters=size.parameters,
             kernel=size.kernel,
         )
-
-    def _inexact(self, y_BO: Tensor) -> Tensor:
-        raise ArithmeticError(f"the stack computed fractions: {y_BO[y_BO != y_BO.round()][:3].tolist()}")
 
 
 # ----------------------------------------------------------------------------------------------- layers
@@ -265,7 +269,7 @@ def compile_circuit(circuit: Circuit, *, registers: bool = True) -> Compiled:
                 form=_moved(form, at),
                 multiply=number % 2 == 0,
                 # the first form of a product has bounds of its own until it is multiplied
-                size=largest(form.interval(bounds) if wire in schedule.halves(number) else bounds[wire]),
+                size=largest(form.interval(bounds) if schedule.is_half(wire, number) else bounds[wire]),
                 name=circuit.describe(wire),
             )
             for wire, form in schedule.steps[number]

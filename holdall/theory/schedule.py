@@ -66,24 +66,24 @@ class Schedule:
         self.first, self.out = circuit.n * circuit.d, 2 * circuit.depth + 3
         self.steps: dict[int, list[tuple[int, Form]]] = {layer: [] for layer in range(3, self.out + 1)}
         self._last_read: dict[int, int] = {}
-        for wire, gate in enumerate(circuit.gates, self.first):
-            if isinstance(gate, Product):
-                layer = self.written(wire)
-                # of the two orders, the one that reads less: the second form can read more registers
-                orders = [
-                    (self.expanded(one, layer), self.expanded(other, layer + 1))
-                    for one, other in ((gate.left, gate.right), (gate.right, gate.left))
-                ]
-                one, other = min(orders, key=lambda forms: sum(len(form.weights) for form in forms))
-                self._step(layer, wire, one)
-                self._step(layer + 1, wire, other)
         for place, form in enumerate(circuit.outputs):
             self._step(self.out, place, self.expanded(form, self.out))
-        # from the last to the first, since what a named form reads may be named too
+        # from the last to the first: a gate that nothing reads, once forms are expanded, is not computed
         for wire in range(self.first + len(circuit.gates) - 1, self.first - 1, -1):
-            gate = circuit.gates[wire - self.first]
-            if isinstance(gate, Named) and wire in self._last_read:
-                self._step(self.written(wire), wire, self.expanded(gate.form, self.written(wire)))
+            if wire not in self._last_read:
+                continue
+            gate, layer = circuit.gates[wire - self.first], self.written(wire)
+            if isinstance(gate, Named):
+                self._step(layer, wire, self.expanded(gate.form, layer))
+                continue
+            # of the two orders, the one that reads less: the second form can read more registers
+            orders = [
+                (self.expanded(one, layer), self.expanded(other, layer + 1))
+                for one, other in ((gate.left, gate.right), (gate.right, gate.left))
+            ]
+            one, other = min(orders, key=lambda forms: sum(len(form.weights) for form in forms))
+            self._step(layer, wire, one)
+            self._step(layer + 1, wire, other)
         self.lives = {wire: (self.written(wire), last) for wire, last in sorted(self._last_read.items())}
 
     def written(self, wire: int) -> int:
@@ -93,9 +93,9 @@ class Schedule:
         depth = self.circuit.depths[wire]
         return 2 * depth + (3 if isinstance(self.circuit.gates[wire - self.first], Named) else 1)
 
-    def halves(self, layer: int) -> set[int]:
-        """The products whose first form this layer writes, to be multiplied in the next."""
-        return {wire for wire, _ in self.steps[layer + 1]} if layer % 2 and layer + 1 < self.out else set()
+    def is_half(self, wire: int, layer: int) -> bool:
+        """Whether the layer writes the first form of a product, to be multiplied by the next layer."""
+        return layer % 2 == 1 and isinstance(self.circuit.gates[wire - self.first], Product)
 
     def expanded(self, form: Form, layer: int) -> Form:
         """The form, with named forms that are in no register when the layer reads replaced by their wires."""

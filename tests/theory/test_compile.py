@@ -168,6 +168,15 @@ def test_sharing_changes_no_product_and_no_value() -> None:
             assert shared.evaluate(row) == circuit.evaluate(row)
 
 
+@pytest.mark.parametrize("registers", [True, False])
+def test_a_product_that_cancels_once_forms_are_expanded(registers: bool) -> None:
+    x = Circuit.inputs(3)
+    product = x[0] * x[1]
+    named = (product + x[2]).within(-100, 100)
+    compiled = compile_circuit(Circuit.of([named - product, (named - product) * x[0]]), registers=registers)
+    checked(compiled, 2)
+
+
 def test_a_long_chain_of_named_forms_is_no_recursion() -> None:
     def chained(x: list):
         total = x[0]
