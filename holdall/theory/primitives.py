@@ -31,7 +31,6 @@ the same at every position: `constant` replaces the others. P is a dense matrix.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -357,8 +356,3 @@ def examples() -> list[Example]:
         ("constant", "y[t] = t², of ones", Layer(2).constant(0, lambda t: t * t, 6), ones_TD, squares_T),
     ]  # fmt: skip
     return [Example(name=n, says=s, layer=layer, x_TD=x, y_T=y) for n, s, layer, x, y in made]
-
-
-def fields_of(report: StackReport) -> dict[str, int]:
-    """A report as a dictionary, in the order of its fields."""
-    return dataclasses.asdict(report)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -70,6 +72,26 @@ def test_sorting_runs_as_layers_of_base_conv(
         compiled = compile_circuit(circuit, registers=registers)
         assert (len(compiled.stack.layers), compiled.stack.width) == (layers, wide)
         assert torch.equal(compiled.run(x_BND), answers_BM)
+
+
+@pytest.mark.full
+def test_sixteen_pairs_compile_to_the_widths_of_the_page() -> None:
+    recall = recall_of(16, 5)
+    sizes = [compile_circuit(make(recall)).report() for make in (by_sorting, all_pairs)]
+    assert [(size.layers, size.width) for size in sizes] == [(303, 741), (13, 1_525)]
+
+
+def test_the_page_has_these_numbers() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "theory.md").read_text()
+    rows = [
+        re.split(r" *\| *", line)[1:-1] for line in page.splitlines() if re.match(r"\| \d+ \| \d \|", line)
+    ]
+    found = [[int(cell.replace(",", "") or 0) for cell in row] for row in rows]
+    table = [getattr(row, "values", row) for row in TABLE]
+    assert [(row[0], row[1], (row[2], row[3]), (row[6], row[7])) for row in found] == table
+    compiled = [(row[3], row[4], row[7], row[8]) for row in found if row[4]]
+    assert all((by == 2 * sort + 3) and (also == 2 * pairs + 3) for sort, by, pairs, also in compiled)
+    assert [row[5] for row in found[:3]] == [36, 115, 300]  # as in the tests above
 
 
 @pytest.mark.parametrize(("pairs", "bits", "layers"), [(2, 2, 9), (4, 3, 11), (8, 4, 11)])
