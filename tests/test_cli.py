@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import re
 import subprocess
 import sys
@@ -110,6 +111,8 @@ def test_what_a_user_can_mend_is_one_line(run: Run, words: str, says: str, tmp_p
         "chat",
         "serve",
         "recall",
+        "theory.circuit",
+        "theory.sort",
     ],
 )
 def test_every_number_of_a_command_declares_its_range(name: str) -> None:
@@ -119,7 +122,7 @@ def test_every_number_of_a_command_declares_its_range(name: str) -> None:
             return any(isinstance(each, Range) for each in args)
         return kind not in (int, float) and all(declares(arg) for arg in args if origin is not Literal)
 
-    for owner in (getattr(cli, name), Loading, *([cli.TrainFlags] if name == "train" else [])):
+    for owner in (operator.attrgetter(name)(cli), Loading, *([cli.TrainFlags] if name == "train" else [])):
         for option, kind in typing.get_type_hints(owner, include_extras=True).items():
             assert option == "return" or declares(kind), f"{name} --{option} has no range"
 

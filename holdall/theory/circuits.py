@@ -147,6 +147,8 @@ class Symbol:
         the promise. It must hold for all inputs in their range, and for zeros in place of any. A form of many
         wires that is read often is cheaper on a wire of its own, which costs no product and no depth.
         """
+        if not (isinstance(low, int) and isinstance(high, int) and low <= high):
+            raise ValueError(f"within {low!r} and {high!r}: give two integers, low <= high")
         return Symbol(self.tape, self.tape.named(self.form, (low, high)))
 
     def __add__(self, other: Any) -> Symbol:
@@ -356,7 +358,8 @@ class Circuit:
 
         0 counts as a value of every input, since a compiled circuit runs at all positions of its row.
 
-        Raises ValueError if a product, or a partial sum of a form, could be larger than 2^53; names the wire.
+        Raises ValueError if a product, or a partial sum of a form, could be larger than 2^53, or if a promise
+        cannot hold; names the wire.
         """
         bounds = [self.range] * (self.n * self.d)
         sizes = [largest(self.range)] * (self.n * self.d)
@@ -364,6 +367,11 @@ class Circuit:
             if isinstance(gate, Named):
                 low, high = gate.form.interval(bounds)
                 bounds.append((max(low, gate.within[0]), min(high, gate.within[1])))
+                if bounds[-1][0] > bounds[-1][1]:
+                    raise ValueError(
+                        f"{self.describe(len(bounds) - 1)} is from {low} to {high}, and was promised to be "
+                        f"within {gate.within[0]} and {gate.within[1]}"
+                    )
             else:
                 low, high = product_interval(gate.left.interval(bounds), gate.right.interval(bounds))
                 bounds.append((max(low, 0), high) if gate.left == gate.right else (low, high))

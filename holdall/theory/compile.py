@@ -28,7 +28,6 @@ proof writes a matrix as a product of sparse ones, which is what O~ is for; here
 
 from __future__ import annotations
 
-import heapq
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,13 +42,13 @@ from holdall.theory.circuits import (
     Form,
     Interval,
     Named,
-    Product,
     forms_of,
     largest,
     product_interval,
     too_large,
 )
 from holdall.theory.primitives import Layer, Stack
+from holdall.theory.schedule import Schedule, with_shared_forms
 
 GATHER = 2
 """Layers that bring all inputs to the last token."""
@@ -84,11 +83,15 @@ class Compiled:
     """A circuit, and a stack of BaseConv that computes it."""
 
     circuit: Circuit
+    """What is computed, with a wire for each form that has a register."""
     stack: Stack
+    """The layers."""
     heads: tuple[Form, ...]
     """Where each output is read, at the last token: an affine form of channels."""
     layers_promised: int
+    """Layers by the compiler's formula."""
     width_promised: int
+    """Channels by the compiler's formula."""
 
     def run(
         self, values: Tensor, progress: Callable[[int], None] | None = None, *, all_tokens: bool = False
@@ -129,7 +132,10 @@ class Compiled:
                 for head in self.heads
             ], dim=1,
         )  # fmt: skip
-        return y_BO.long() if torch.equal(y_BO, y_BO.round()) else self._inexact(y_BO)
+        if not torch.equal(y_BO, y_BO.round()):
+            fractions = y_BO[y_BO != y_BO.round()]
+            raise ArithmeticError(f"a compiled circuit computed a fraction, {fractions[0].item()}")
+        return y_BO.long()
 
     def draw(self, rows: int, seed: int = 0) -> Tensor:
         """Random inputs within the circuit's range, (B, n, d), int64."""
@@ -165,9 +171,6 @@ class Compiled:
             parameters=size.parameters,
             kernel=size.kernel,
         )
-
-    def _inexact(self, y_BO: Tensor) -> Tensor:
-        raise ArithmeticError(f"the stack computed fractions: {y_BO[y_BO != y_BO.round()][:3].tolist()}")
 
 
 # ----------------------------------------------------------------------------------------------- layers
@@ -243,11 +246,16 @@ def compile_circuit(circuit: Circuit, *, registers: bool = True) -> Compiled:
 
     Args:
         circuit: refused (ValueError, naming the wire) if a value could leave the integers that fp64 holds.
-        registers: whether forms with a wire of their own (`Symbol.within`) get a register of their own,
-            written beside the products of the next depth. Without, whatever reads them reads their wires
-            instead: that keeps more registers in use, and takes more weights.
+        registers: whether affine forms get registers of their own, those of `Symbol.within` and those of four
+            or more wires that are read twice or more. They are written beside the products of the next
+            depth. Without, whatever reads them reads their wires instead, which takes more weights and as a
+            rule keeps more registers in use.
     """
-    schedule, bounds = Schedule(circuit, registers), circuit.bounds()
+    bounds = circuit.bounds()
+    if registers:
+        circuit = with_shared_forms(circuit)
+        bounds = circuit.bounds()
+    schedule = Schedule(circuit, registers)
     outputs = len(circuit.outputs)
     registers_of, used = schedule.allocate()
     width = max(circuit.d + used, outputs)
@@ -261,7 +269,7 @@ def compile_circuit(circuit: Circuit, *, registers: bool = True) -> Compiled:
                 form=_moved(form, at),
                 multiply=number % 2 == 0,
                 # the first form of a product has bounds of its own until it is multiplied
-                size=largest(form.interval(bounds) if wire in schedule.halves(number) else bounds[wire]),
+                size=largest(form.interval(bounds) if schedule.is_half(wire, number) else bounds[wire]),
                 name=circuit.describe(wire),
             )
             for wire, form in schedule.steps[number]
@@ -277,112 +285,6 @@ def compile_circuit(circuit: Circuit, *, registers: bool = True) -> Compiled:
         layers_promised=2 * circuit.depth + 3,
         width_promised=max(circuit.d + schedule.most_live, outputs),
     )
-
-
-class Schedule:
-    """Which layer computes what, and from when to when a wire needs a register.
-
-    Attributes:
-        out: the last layer, which writes the outputs.
-        steps: of each layer from the third, what it writes, or in even layers multiplies, as pairs of a wire
-            (or in the last layer an output's place) and a form of wires that are in registers then.
-        lives: of each wire that has a register, the layer that writes it and the last one that reads it.
-    """
-
-    def __init__(self, circuit: Circuit, registers: bool = True) -> None:
-        self.circuit, self.registers = circuit, registers
-        self.first, self.out = circuit.n * circuit.d, 2 * circuit.depth + 3
-        self.steps: dict[int, list[tuple[int, Form]]] = {layer: [] for layer in range(3, self.out + 1)}
-        self._last_read: dict[int, int] = {}
-        for wire, gate in enumerate(circuit.gates, self.first):
-            if isinstance(gate, Product):
-                layer = self.written(wire)
-                # of the two orders, the one that reads less: the second form can read more registers
-                orders = [
-                    (self.expanded(one, layer), self.expanded(other, layer + 1))
-                    for one, other in ((gate.left, gate.right), (gate.right, gate.left))
-                ]
-                one, other = min(orders, key=lambda forms: sum(len(form.weights) for form in forms))
-                self._step(layer, wire, one)
-                self._step(layer + 1, wire, other)
-        for place, form in enumerate(circuit.outputs):
-            self._step(self.out, place, self.expanded(form, self.out))
-        # from the last to the first, since what a named form reads may be named too
-        for wire in range(self.first + len(circuit.gates) - 1, self.first - 1, -1):
-            gate = circuit.gates[wire - self.first]
-            if isinstance(gate, Named) and wire in self._last_read:
-                self._step(self.written(wire), wire, self.expanded(gate.form, self.written(wire)))
-        self.lives = {wire: (self.written(wire), last) for wire, last in sorted(self._last_read.items())}
-
-    def written(self, wire: int) -> int:
-        """The layer that writes a wire's register: its first form, if it is a product."""
-        if wire < self.first:
-            return 1
-        depth = self.circuit.depths[wire]
-        return 2 * depth + (3 if isinstance(self.circuit.gates[wire - self.first], Named) else 1)
-
-    def halves(self, layer: int) -> set[int]:
-        """The products whose first form this layer writes, to be multiplied in the next."""
-        return {wire for wire, _ in self.steps[layer + 1]} if layer % 2 and layer + 1 < self.out else set()
-
-    def expanded(self, form: Form, layer: int) -> Form:
-        """The form, with named forms that are in no register when the layer reads replaced by their wires."""
-        weights, constant = dict(form.weights), form.constant
-        waiting = [-wire for wire in weights if self._is_open(wire, layer)]
-        heapq.heapify(waiting)
-        while waiting:  # the latest first, so that all that reads a wire is replaced before it
-            wire = -heapq.heappop(waiting)
-            factor, gate = weights.pop(wire), self.circuit.gates[wire - self.first]
-            assert isinstance(gate, Named)
-            constant += factor * gate.form.constant
-            for part, weight in gate.form.weights.items():
-                if part not in weights and self._is_open(part, layer):
-                    heapq.heappush(waiting, -part)
-                weights[part] = weights.get(part, 0) + factor * weight
-        return Form({wire: weight for wire, weight in weights.items() if weight}, constant)
-
-    def _is_open(self, wire: int, layer: int) -> bool:
-        if wire < self.first or isinstance(self.circuit.gates[wire - self.first], Product):
-            return False
-        return not self.registers or self.written(wire) >= layer
-
-    def _step(self, layer: int, wire: int, form: Form) -> None:
-        self.steps[layer].append((wire, form))
-        for read in form.weights:
-            self._last_read[read] = max(layer, self._last_read.get(read, 0))
-
-    @property
-    def most_live(self) -> int:
-        """The most registers in use at a time: a layer reads before it writes."""
-        changes: Counter[int] = Counter()
-        for written, last_read in self.lives.values():
-            changes[written] += 1
-            changes[last_read] -= 1
-        live = most = 0
-        for layer in sorted(changes):
-            live += changes[layer]
-            most = max(most, live)
-        return most
-
-    def allocate(self) -> tuple[dict[int, int], int]:
-        """A register for each wire, the lowest that is free; and how many there are."""
-        begins: dict[int, list[int]] = {}
-        ends: dict[int, list[int]] = {}
-        for wire, (written, last_read) in self.lives.items():
-            begins.setdefault(written, []).append(wire)
-            ends.setdefault(last_read, []).append(wire)
-        place: dict[int, int] = {}
-        free: list[int] = []
-        used = 0
-        for layer in range(1, self.out + 1):
-            for wire in ends.get(layer, []):
-                heapq.heappush(free, place[wire])
-            for wire in begins.get(layer, []):
-                if not free:
-                    heapq.heappush(free, used)
-                    used += 1
-                place[wire] = heapq.heappop(free)
-        return place, used
 
 
 # --------------------------------------------------------------------------------------------- formulas

@@ -31,7 +31,6 @@ the same at every position: `constant` replaces the others. P is a dense matrix.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -260,7 +259,7 @@ class Stack:
         return self.layers[0].width
 
     def run(self, x_BTD: Tensor, progress: Callable[[int], None] | None = None) -> Tensor:
-        """The outputs of the last layer, (B, T, D) in fp64.
+        """The outputs of the last layer, (B, T, D) in fp64, on the inputs' device.
 
         The mixers are built one by one, so that one layer's dense weights are in memory at a time.
 
@@ -278,7 +277,7 @@ class Stack:
                 if layer.kernel in built:
                     layer.write(built[layer.kernel])
                 else:
-                    built = {layer.kernel: layer.build()}
+                    built = {layer.kernel: layer.build().to(y_BTD.device)}
                 y_BTD, _ = built[layer.kernel](y_BTD, want_state=False)
                 if progress is not None:
                     progress(done)
@@ -308,7 +307,8 @@ def _fill(matrix: Tensor, entries: Iterable[tuple[int, int, float]]) -> None:
     """Write the entries (row, column, value) into a matrix of zeros, all at once."""
     if entries := list(entries):
         rows, columns, values = zip(*entries, strict=True)
-        matrix[torch.tensor(rows), torch.tensor(columns)] = torch.tensor(values, dtype=matrix.dtype)
+        at = (torch.tensor(rows, device=matrix.device), torch.tensor(columns, device=matrix.device))
+        matrix[at] = torch.tensor(values, dtype=matrix.dtype, device=matrix.device)
 
 
 # ----------------------------------------------------------------------------------------------- examples
@@ -356,8 +356,3 @@ def examples() -> list[Example]:
         ("constant", "y[t] = t², of ones", Layer(2).constant(0, lambda t: t * t, 6), ones_TD, squares_T),
     ]  # fmt: skip
     return [Example(name=n, says=s, layer=layer, x_TD=x, y_T=y) for n, s, layer, x, y in made]
-
-
-def fields_of(report: StackReport) -> dict[str, int]:
-    """A report as a dictionary, in the order of its fields."""
-    return dataclasses.asdict(report)

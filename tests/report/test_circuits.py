@@ -10,7 +10,8 @@ import random_circuits
 from holdall.report import circuits
 from holdall.report.circuits import KEPT, MULTIPLIED, SHIFTED, UNUSED, WRITTEN, uses
 from holdall.theory.circuits import Circuit
-from holdall.theory.compile import Schedule, compile_circuit, compile_formula
+from holdall.theory.compile import compile_circuit, compile_formula
+from holdall.theory.schedule import Schedule
 
 
 def test_what_each_layer_does_to_each_channel() -> None:

@@ -120,6 +120,10 @@ def test_a_promise_bounds_what_intervals_cannot() -> None:
     assert circuit.evaluate([1, 0, 1]) == [1]
     assert circuit.depth == circuit.size == 60
     x = Circuit.inputs(2, low=0, high=1)
+    with pytest.raises(
+        ValueError, match=r"g0 = x\[0\] \+ 5 is from 5 to 6, and was promised to be within 0 and 1"
+    ):
+        Circuit.of((x[0] + 5).within(0, 1)).bounds()
     broken = Circuit.of((x[0] + x[1]).within(0, 1) * x[0])
     assert broken.evaluate([1, 0]) == [1]
     with pytest.raises(
@@ -172,6 +176,7 @@ def test_wires_have_names() -> None:
         (lambda x: [x[0], Circuit.inputs(1)[0]], ValueError, "outputs of different circuits"),
         (lambda x: 3, TypeError, r"the outputs \[3\] are no symbols"),
         (lambda x: None, TypeError, r"the outputs \[None\] are no symbols"),
+        (lambda x: x[0].within(2, 1), ValueError, "within 2 and 1: give two integers, low <= high"),
         (lambda x: (x[0] * 0 + 3).within(0, 2), ValueError, "the constant 3 is not within 0 and 2"),
     ],
 )

@@ -12,8 +12,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from holdall.theory import compile as compiling
-from holdall.theory.circuits import Circuit, Named
-from holdall.theory.compile import Compiled, Schedule, compile_circuit, compile_formula, read_twice
+from holdall.theory.circuits import Circuit, Named, Product
+from holdall.theory.compile import Compiled, compile_circuit, compile_formula, read_twice
+from holdall.theory.schedule import Schedule, with_shared_forms
 
 
 def checked(compiled: Compiled, seed: int, rows: int = 6) -> None:
@@ -126,6 +127,54 @@ def test_a_named_form_is_written_once_and_read_from_its_register() -> None:
     for compiled in (apart, inline):
         checked(compiled, 3)
     assert apart.stack.width <= inline.stack.width
+
+
+def test_a_form_of_many_wires_that_is_read_often_gets_a_register() -> None:
+    def against_the_total(x: list) -> list:
+        total = sum(x)
+        return [x[0] * value * (total + k) for k, value in enumerate(x)]
+
+    circuit = Circuit.trace(against_the_total, 10, low=-3, high=3)
+    shared = with_shared_forms(circuit)
+    (named,) = [gate for gate in shared.gates if isinstance(gate, Named)]
+    assert (named.form.weights, named.within) == (dict.fromkeys(range(10), 1), (-30, 30))
+    assert (shared.size, shared.depth) == (circuit.size, circuit.depth)
+    apart, inline = compile_circuit(circuit), compile_circuit(circuit, registers=False)
+    for compiled in (apart, inline):
+        checked(compiled, 5)
+    assert apart.report().nonzeros < inline.report().nonzeros - 40  # readers read one wire and not ten
+
+
+def bounds_of_products(circuit: Circuit) -> list[tuple[int, int]]:
+    first = circuit.n * circuit.d
+    bounds = circuit.bounds()
+    return [bounds[first + g] for g, gate in enumerate(circuit.gates) if isinstance(gate, Product)]
+
+
+def test_sharing_changes_no_product_and_no_value() -> None:
+    for seed in range(60):
+        circuit = random_circuits.circuit(seed)
+        try:
+            circuit.bounds()
+            shared = with_shared_forms(circuit, least=2)
+        except ValueError:  # some grow too large
+            continue
+        assert (shared.size, shared.depth) == (circuit.size, circuit.depth)
+        assert bounds_of_products(circuit) == bounds_of_products(shared)
+        zeros: list = [0] * circuit.n if circuit.d == 1 else [[0] * circuit.d] * circuit.n
+        ends = [[circuit.high if i % 2 else circuit.low for i in range(circuit.d)] for _ in range(circuit.n)]
+        values: list = ends if circuit.d > 1 else [token[0] for token in ends]
+        for row in [values, *([zeros] if circuit.low <= 0 <= circuit.high else [])]:
+            assert shared.evaluate(row) == circuit.evaluate(row)
+
+
+@pytest.mark.parametrize("registers", [True, False])
+def test_a_product_that_cancels_once_forms_are_expanded(registers: bool) -> None:
+    x = Circuit.inputs(3)
+    product = x[0] * x[1]
+    named = (product + x[2]).within(-100, 100)
+    compiled = compile_circuit(Circuit.of([named - product, (named - product) * x[0]]), registers=registers)
+    checked(compiled, 2)
 
 
 def test_a_long_chain_of_named_forms_is_no_recursion() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -70,6 +72,26 @@ def test_sorting_runs_as_layers_of_base_conv(
         compiled = compile_circuit(circuit, registers=registers)
         assert (len(compiled.stack.layers), compiled.stack.width) == (layers, wide)
         assert torch.equal(compiled.run(x_BND), answers_BM)
+
+
+@pytest.mark.full
+def test_sixteen_pairs_compile_to_the_widths_of_the_page() -> None:
+    recall = recall_of(16, 5)
+    sizes = [compile_circuit(make(recall)).report() for make in (by_sorting, all_pairs)]
+    assert [(size.layers, size.width) for size in sizes] == [(303, 741), (13, 1_525)]
+
+
+def test_the_page_has_these_numbers() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "theory.md").read_text()
+    rows = [
+        re.split(r" *\| *", line)[1:-1] for line in page.splitlines() if re.match(r"\| \d+ \| \d \|", line)
+    ]
+    found = [[int(cell.replace(",", "") or 0) for cell in row] for row in rows]
+    table = [getattr(row, "values", row) for row in TABLE]
+    assert [(row[0], row[1], (row[2], row[3]), (row[6], row[7])) for row in found] == table
+    compiled = [(row[3], row[4], row[7], row[8]) for row in found if row[4]]
+    assert all((by == 2 * sort + 3) and (also == 2 * pairs + 3) for sort, by, pairs, also in compiled)
+    assert [row[5] for row in found[:3]] == [36, 115, 300]  # as in the tests above
 
 
 @pytest.mark.parametrize(("pairs", "bits", "layers"), [(2, 2, 9), (4, 3, 11), (8, 4, 11)])
@@ -161,9 +183,11 @@ def test_the_scan_carries_the_last_value_that_starts_a_segment(count: int) -> No
         lambda x: segmented_scan(x[:count], [[v * f] for f, v in zip(x[:count], x[count:], strict=True)]),
         2 * count, low=0, high=1,
     )  # fmt: skip
-    for values in itertools.product((0, 1), repeat=2 * count):
+    rows = np.array(list(itertools.product((0, 1), repeat=2 * count)))
+    found = np.stack([np.broadcast_to(y, len(rows)) for y in circuit.evaluate(list(rows.T))], axis=1)
+    for values, row in zip(rows.tolist(), found.tolist(), strict=True):
         carried, wanted = 0, []
         for start, value in zip(values[:count], values[count:], strict=True):
             carried = value if start else carried
             wanted.append(carried)
-        assert circuit.evaluate(values) == wanted
+        assert row == wanted
