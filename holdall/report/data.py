@@ -333,7 +333,7 @@ def families(sweeps: Sequence[Sweep]) -> list[str]:
 
 
 def by_construction(sweep: Sweep, family: str) -> list[list[Model]]:
-    """A family's models built by hand that have a place on the picture: each construction's, by rising state."""
+    """A family's models built by hand, those with a place on the picture: each construction's, by state."""
     series: dict[Any, list[Model]] = {}
     for model in sweep.by_hand:
         if model.drawn and model.family == family:
