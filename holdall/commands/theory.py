@@ -118,7 +118,7 @@ def _list(*, vocab: PositiveInt = 64, length: PositiveInt = 64) -> int:
     return shown.show(vocab, length)
 
 
-app.command(flags.checked(_list), name="list")
+app.command(name="list")(flags.checked(_list))
 
 
 @command

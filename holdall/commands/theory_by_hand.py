@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from rich import box
-from rich.progress import BarColumn, Progress, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -76,15 +76,17 @@ def mqar(
     remarks = []
     with _bars() as bars:
         for name, config in wanted.items():
-            task_id = bars.add_task(name, total=rows)
+            at = bars.add_task(name, total=rows)
+
+            def done(count: int, _: int, at: TaskID = at) -> None:
+                bars.update(at, completed=count)
+
             model = config.build(getattr(torch, precision.replace("fp", "float")))
-            right_BK = by_hand.right(
-                model, batch, lambda done, _, at=task_id: bars.update(at, completed=done)
-            )
-            bars.remove_task(task_id)
+            right_BK = by_hand.right(model, batch, done)
+            bars.remove_task(at)
             report, accuracy = model.report(), float(right_BK.double().mean())
-            counts = (report.layers, report.width, report.parameters, report.non_zeros)
-            counts += (report.state_elements, report.used_state)
+            counts = [report.layers, report.width, report.parameters, report.non_zeros]
+            counts += [report.state_elements, report.used_state]
             table.add_row(name, *(f"{count:,}" for count in counts), Text(f"{accuracy:.2%}", "bold"))
             remarks.append(f"{name}: {config.remark(batch, right_BK)}")
     console.print(table)

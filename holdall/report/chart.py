@@ -12,7 +12,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from holdall.report import floor, style
-from holdall.report.data import BY_HAND, Axis, Model, Rate, Run, Sweep, families, is_series, pareto
+from holdall.report.data import (
+    BY_HAND,
+    Axis,
+    Model,
+    Rate,
+    Run,
+    Sweep,
+    by_construction,
+    families,
+    is_series,
+    pareto,
+)
 
 CEILING = 1.06  # accuracy at the top edge, as in the figure
 HOVER = {"hovertemplate": "%{text}<extra></extra>"}
@@ -196,13 +207,8 @@ def _by_hand(
     sweep: Sweep, marks: Marks, shared: dict[str, Any], family: str, colour: str
 ) -> list[dict[str, Any]]:
     """A family's models that were built by hand: a trace for each construction, in marks of their own."""
-    series: dict[Any, list[Model]] = {}
-    for model in sweep.by_hand:
-        if model.family == family and model.drawn:
-            series.setdefault(model.runs[0].line.get("construction"), []).append(model)
-    found = []
-    for members in series.values():
-        drawn, axis = sorted(members, key=lambda m: (m.state, m.accuracy)), sweep.axis
+    found, axis = [], sweep.axis
+    for drawn in by_construction(sweep, family):
         found.append(
             {
                 **shared,

@@ -339,6 +339,15 @@ def families(sweeps: Sequence[Sweep]) -> list[str]:
     return list(dict.fromkeys([*trained, *(model.family for sweep in sweeps for model in sweep.by_hand)]))
 
 
+def by_construction(sweep: Sweep, family: str) -> list[list[Model]]:
+    """A family's models built by hand, those with a place on the picture: each construction's, by state."""
+    series: dict[Any, list[Model]] = {}
+    for model in sweep.by_hand:
+        if model.drawn and model.family == family:
+            series.setdefault(model.runs[0].line.get("construction"), []).append(model)
+    return [sorted(models, key=lambda m: (m.state, m.accuracy)) for models in series.values()]
+
+
 def has_rates(sweeps: Sequence[Sweep]) -> bool:
     """Whether any model on the picture was trained at several learning rates."""
     return any(len(model.by_rate) > 1 for sweep in sweeps for model in sweep.models if model.drawn)
@@ -423,7 +432,7 @@ def _sweep(folder: Path, config: Mapping[str, Any], name: str, axis: Axis) -> Sw
     if by_hand:
         many = f"{len(by_hand)} models are" if len(by_hand) > 1 else "1 model is"
         notes += [
-            f"{many} built by hand and not trained, for comparison (`holdall theory list`): thin diamonds. "
+            f"{many} built by hand and not trained, for comparison (holdall theory list): thin diamonds. "
             "They have no part in the frontier."
         ]
     has_environment = (folder / "environment.json").exists()

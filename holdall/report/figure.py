@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from holdall.report import floor, strip, style
-from holdall.report.data import BY_HAND, Model, Sweep, families, is_series, pareto
+from holdall.report.data import BY_HAND, Model, Sweep, by_construction, families, is_series, pareto
 from holdall.report.paper import DPI, INK, MUTED, PALE, RING, SHADE, by_hand_marker, darker, marker, rc
 
 SIZE = (7.0, 4.55)
@@ -163,7 +163,7 @@ def _draw_by_hand(axes: Any, sweeps: Sequence[Sweep]) -> list[Any]:
     lines = []
     for family in families(sweeps):
         colour = style.by_hand_colour(sweeps, family) or INK
-        for members in _in_series(sweeps, family):
+        for members in (each for sweep in sweeps for each in by_construction(sweep, family)):
             (line,) = axes.plot(
                 [m.state for m in members], [m.accuracy for m in members], color=colour, linewidth=0.8,
                 alpha=0.6, linestyle=(0, (1, 1.5)), zorder=2,
@@ -172,17 +172,6 @@ def _draw_by_hand(axes: Any, sweeps: Sequence[Sweep]) -> list[Any]:
             mark = by_hand_marker(colour)
             axes.plot(*line.get_data(), linestyle="none", zorder=3.2, gid=f"{BY_HAND}:{family}", **mark)
     return lines
-
-
-def _in_series(sweeps: Sequence[Sweep], family: str) -> list[list[Model]]:
-    """A family's models built by hand, by rising state, each construction by itself."""
-    series: dict[tuple[str, Any], list[Model]] = {}
-    for sweep in sweeps:
-        for model in sweep.by_hand:
-            if model.drawn and model.family == family:
-                key = (sweep.name, model.runs[0].line.get("construction"))
-                series.setdefault(key, []).append(model)
-    return [sorted(members, key=lambda m: (m.state, m.accuracy)) for members in series.values()]
 
 
 def _draw_pareto(axes: Any, sweeps: Sequence[Sweep], high: float) -> list[Any]:

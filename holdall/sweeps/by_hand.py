@@ -24,6 +24,9 @@ from holdall.theory.by_hand import ByHandConfig, HandBuilt, constructions, right
 FILE = "by_hand.jsonl"
 """Beside results.jsonl."""
 KIND = "by hand"
+"""As holdall/report/data.py reads it, without PyTorch."""
+MOST_OPERATIONS = 2e13
+"""Of one model on all test rows: minutes on a few cores."""
 
 
 def add(
@@ -63,7 +66,14 @@ def add(
     rows = TaskData(dataclasses.replace(data, train=tuple(only_tests)))
     for config in configs(data, refused):
         if config.label not in lines:
-            lines[config.label] = _line(config, data, rows, families, watch)
+            model = config.build(torch.float32)
+            if (operations := _operations(model, rows)) > MOST_OPERATIONS:
+                refused[config.label] = (
+                    f"its dense layers of width {model.report().width:,} would take {operations:.0e} "
+                    f"operations on these rows, more than {MOST_OPERATIONS:.0e}; take fewer or shorter rows"
+                )
+                continue
+            lines[config.label] = _line(config, model, data, rows, families, watch)
             text = "".join(json.dumps(line) + "\n" for line in lines.values())
             files.write_atomically(path, text.encode())
         finished(lines[config.label])
@@ -99,13 +109,13 @@ def configs(data: MQARData, refused: dict[str, str]) -> Iterator[ByHandConfig]:
 
 def _line(
     config: ByHandConfig,
+    model: HandBuilt,
     data: MQARData,
     rows: TaskData,
     families: Mapping[tuple[str, str], str],
     watch: Callable[[str, int, int], None],
 ) -> dict[str, Any]:
     """The line of a construction: the keys of results.jsonl, without those of a training."""
-    model, context_len = config.build(torch.float32), config.length
     total, before = sum(len(part.tokens_BN) for part in rows.test), 0
     scores, by_tag = [], dict[str, list[float]]()
     for segment, part in zip(data.test, rows.test, strict=True):
@@ -120,7 +130,8 @@ def _line(
         before += len(right_BK)
     accuracies = {tag: sum(each) / len(each) for tag, each in by_tag.items()}
     mixer = model.layers[-1].config
-    bits, state_bytes, report = proven_bits(data, accuracies), _bytes(model, context_len), model.report()
+    context_len, report = config.length, model.report()
+    bits, state_bytes = proven_bits(data, accuracies), _bytes(model, context_len)
     return {
         "label": config.label,
         "family": families.get(_kind_of(mixer.to_dict()), mixer.name.replace("-", " ")),
@@ -153,6 +164,12 @@ def _line(
 def _kind_of(layer: Mapping[str, Any]) -> tuple[str, str]:
     """Which trained models a construction is shown with, from a layer's config: mixer and feature map."""
     return layer["name"], layer.get("feature_map", "")
+
+
+def _operations(model: HandBuilt, rows: TaskData) -> float:
+    """Multiplications and additions of the layers' dense maps on all test rows, roughly."""
+    weights = sum(weight.numel() for weight in model.layers.parameters())
+    return 2.0 * weights * sum(part.tokens_BN.numel() for part in rows.test)
 
 
 @torch.no_grad()

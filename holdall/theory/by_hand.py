@@ -37,6 +37,8 @@ from holdall.settings import PositiveInt
 from holdall.tasks.data import Questions, Rows
 from holdall.tasks.mqar import Batch
 
+WIDEST = 4096
+"""Largest width that a construction builds: beyond it, its dense maps would take gigabytes."""
 VALUES_AT_ONCE = 1 << 24
 """Activations of one layer that `right` holds at once, which bounds its memory."""
 
@@ -163,7 +165,7 @@ class HandBuilt(nn.Module):
         super().__init__()
         self.config = config
         self.embedding_VD = nn.Parameter(embedding_VD)
-        self.layers = nn.ModuleList(layers)
+        self.layers: Any = nn.ModuleList(layers)  # of mixers, which a ModuleList does not say
         self.head_VD = nn.Parameter(head_VD)
         self.to(embedding_VD.dtype).requires_grad_(False)
 
@@ -191,7 +193,7 @@ class HandBuilt(nn.Module):
 
     def state_elements(self, context_len: int) -> int:
         """Elements of one row's state after so many tokens, all layers."""
-        return sum(layer.state_elements(context_len) for layer in self.layers)  # type: ignore[operator]
+        return sum(layer.state_elements(context_len) for layer in self.layers)
 
     def report(self) -> Report:
         """What the model is made of, and its state after a row of the length that it was built for."""

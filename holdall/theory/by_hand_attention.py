@@ -37,6 +37,7 @@ from holdall.mixers.taylor import TaylorConfig
 from holdall.settings import NonNegativeInt, PositiveFloat, PositiveInt
 from holdall.tasks.mqar import Batch
 from holdall.theory.by_hand import (
+    WIDEST,
     ByHandConfig,
     HandBuilt,
     bits_of,
@@ -45,9 +46,6 @@ from holdall.theory.by_hand import (
     random_signs,
     signs,
 )
-
-WIDEST = 4096
-"""Width from which a construction refuses to be built: its dense maps would take gigabytes."""
 
 
 def previous_by_convolution(width: int, channels: slice) -> Any:

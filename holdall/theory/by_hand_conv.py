@@ -31,8 +31,7 @@ from torch import Tensor
 
 from holdall.settings import NonNegativeInt
 from holdall.tasks.mqar import Batch
-from holdall.theory.by_hand import ByHandConfig, HandBuilt, base_of, bits_of, construction, p_hot
-from holdall.theory.by_hand_attention import WIDEST
+from holdall.theory.by_hand import WIDEST, ByHandConfig, HandBuilt, base_of, bits_of, construction, p_hot
 from holdall.theory.primitives import Layer
 
 
@@ -91,7 +90,7 @@ class BaseConvByHand(ByHandConfig):
                 f"at most {most}" + (", or more digits" if self.resolved_digits < bits_of(self.vocab) else "")
             )
 
-    def promised(self, rows: Batch) -> Tensor | None:  # type: ignore[override]
+    def promised(self, rows: Batch) -> Tensor | None:
         return rows.tags.distance <= self.resolved_shifts
 
     def _copies(self) -> Copies:

@@ -19,8 +19,11 @@ import torch
 from torch import Tensor
 
 from holdall.analysis.matrix import exact_matrices
+from holdall.contract import Mixer
 from holdall.tasks.mqar import MQAR, Batch
-from holdall.theory.by_hand import HandBuilt, Report, bits_of, configured, right
+from holdall.theory.by_hand import HandBuilt, Report, bits_of, right
+from holdall.theory.by_hand_attention import AttentionByHand, LinearAttentionByHand
+from holdall.theory.by_hand_conv import ShiftsByHand
 
 VOCAB, LENGTH, PAIRS = 32, 24, 4
 SEED = 12
@@ -94,7 +97,7 @@ ASKED = (
 @torch.no_grad()
 def attention(rows: Batch) -> Walk:
     """The previous token, then one attention head."""
-    model = configured("attention", vocab=VOCAB, length=LENGTH).build()
+    model = AttentionByHand(vocab=VOCAB, length=LENGTH).build()
     before, recall = model.layers
     code = bits_of(VOCAB)
     between = list(model.between(rows.tokens))
@@ -150,17 +153,16 @@ def attention(rows: Batch) -> Walk:
 @torch.no_grad()
 def linear_attention(rows: Batch) -> Walk:
     """A window of two tokens, then a table with a line per key."""
-    model = configured("linear-attention", vocab=VOCAB, length=LENGTH).build()
+    config = LinearAttentionByHand(vocab=VOCAB, length=LENGTH)
+    model, lines, code = config.build(), config.resolved_lines, bits_of(VOCAB)
     before, recall = model.layers
     between = list(model.between(rows.tokens))
-    lines, code, config = model.config.resolved_lines, bits_of(VOCAB), recall.config
     heads_TJ = exact_matrices(before, between[0])[-1].matrix_TJX.real
     lookups_TJ = exact_matrices(recall, between[1])[-1].matrix_TJX.real.sum(-1)
     tables, states = [], None
     for t in range(LENGTH):
         _, states = model(rows.tokens[:, t : t + 1], states)
-        s_LF = states[1].s_BHFV[0].reshape(config.heads * config.feature_dim, -1)
-        tables.append(s_LF[:lines])
+        tables.append(states[1].s_BHFV[0].flatten(0, 1)[:lines])  # heads hold the lines one after another
     steps = (
         Step(title="The row", says=ASKED),
         Step(
@@ -225,9 +227,9 @@ def linear_attention(rows: Batch) -> Walk:
 @torch.no_grad()
 def convolution(rows: Batch) -> Walk:
     """Copies shifted by each distance, compared and multiplied."""
-    model = configured("base-conv", vocab=VOCAB, length=LENGTH).build()
+    config = ShiftsByHand(vocab=VOCAB, length=LENGTH)
+    model, code, most, digits = config.build(), config.code, config.resolved_shifts, config.resolved_digits
     between = list(model.between(rows.tokens))
-    code, most, digits = model.config.code, model.config.resolved_shifts, model.config.resolved_digits
     keys = slice(code, code * (1 + most))
     # of each distance and digit, whether it is equal; and of each distance, whether all are
     equal_TSP = between[2][0][:, keys].unflatten(1, (most, digits, -1)).sum(-1)
@@ -237,7 +239,7 @@ def convolution(rows: Batch) -> Walk:
         TRIALS, seed=0
     )
     by_shifts = [
-        configured(f"base-conv:shifts={shifts}", vocab=VOCAB, length=LENGTH).build(torch.float32)
+        ShiftsByHand(vocab=VOCAB, length=LENGTH, shifts=shifts).build(torch.float32)
         for shifts in range(1, most + 1)
     ]
     steps = (
@@ -352,9 +354,9 @@ def _walk(model: HandBuilt, rows: Batch, between: list[Tensor], *, title: str, *
     )
 
 
-def _response(layer: torch.nn.Module, channel: int, length: int) -> Tensor:
+def _response(layer: Mixer, channel: int, length: int) -> Tensor:
     """What a channel of a layer makes of a 1 at each token of that channel, (T, J)."""
-    x_JTD = torch.zeros(length, length, layer.config.width, dtype=torch.float64)  # type: ignore[union-attr]
+    x_JTD = torch.zeros(length, length, layer.config.width, dtype=torch.float64)
     x_JTD[:, :, channel] = torch.eye(length, dtype=torch.float64)
     return layer(x_JTD, want_state=False)[0][:, :, channel].T
 

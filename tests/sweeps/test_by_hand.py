@@ -115,6 +115,18 @@ def test_what_does_not_fit_is_left_out_with_its_reason() -> None:
     assert "lower vocab" in why
 
 
+def test_what_would_take_hours_is_left_out_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(by_hand, "MOST_OPERATIONS", 2e8)
+    refused = by_hand.add(write_sweep(tmp_path))
+    labels = {line["label"] for line in files.read_lines(tmp_path / by_hand.FILE)}
+    assert labels
+    assert "BaseConv by hand, S = 16" in refused
+    assert not labels & set(refused)
+    assert "dense layers of width 330 would take" in refused["BaseConv by hand, S = 16"]
+
+
 def test_another_task_is_refused(tmp_path: Path) -> None:
     write_sweep(tmp_path, quick.data("induction-heads", length=(16,), steps=2))
     with pytest.raises(ValueError, match=r"answer MQAR .* not the task single-query"):

@@ -35,6 +35,7 @@ REFERENCE = {
     "holdall.recipes": ("sweeps",),
     "holdall.sweeps": (...,),
     "holdall.report": (...,),
+    "holdall.theory.by_hand": ("constructions", "configured", "right", "ByHandConfig", "HandBuilt", "Report"),
     "holdall.theory.circuits": ("Circuit", "Symbol"),
     "holdall.theory.compile": ("compile_circuit", "compile_formula", "Compiled", "CompileReport"),
     "holdall.theory.primitives": ("Layer", "Stack", "StackReport"),
