@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.progress import BarColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
@@ -62,11 +63,12 @@ def evaluate(
         plan = Plan(config=config, tasks=tuple(there), others=tuple(tasks), data=data, include=include)
     elif lacking and not dry_run:
         _say_missing(lacking, data, "Files are missing:")
-        there = [task.name for task in chosen if task not in lacking]
-        also = f", or name the tasks whose files are there: --suite {' '.join(there)}" if there else ""
+        others = " ".join(task.name for task in chosen if task not in lacking)
+        also = f", or name the tasks whose files are there: --suite {others}" if others else ""
         raise RunError(f"give the {len(_by_file(lacking))} files that are listed above{also}")
     loading.load_mixers()
-    loading = dataclasses.replace(loading, device=resolve_device(loading.device))
+    device: Any = resolve_device(loading.device)
+    loading = dataclasses.replace(loading, device=device)
     if dry_run:
         for name in models:
             with busy(f"{name}: reading documents"):

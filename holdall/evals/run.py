@@ -309,7 +309,7 @@ def _one(
     config = manager.plan.config
     with _without_bars():
         given: Any = evaluator.evaluate(
-            lm=Recorded(model, answers, on_answers),  # type: ignore[arg-type]
+            lm=Recorded(model, answers, on_answers),
             task_dict=manager.load(asked),
             limit=config.limit,
             bootstrap_iters=0,

@@ -85,7 +85,7 @@ def data(tmp_path: Path) -> Path:
             "question": f"What is number {n}?",
             "answers": ["aa", "bb"],
         }
-        for n in range(12)
+        for n in range(8)
     ]
     written(folder, "squad", rows, ".jsonl.xz")
     written(folder, "fda", ROWS["fda"], ".jsonl.gz")
