@@ -97,6 +97,8 @@ def evaluate(
     console.print(_table(lines, folder, config.window))
     for path in pages.write(out):
         console.print(f"  {path}", soft_wrap=True)
+    if names and data is None:
+        console.print("Further suites read files: `holdall eval --dry-run` lists them.", soft_wrap=True)
     _say_missing([] if names else lacking, data, "Not asked, since their files are missing:")
     return 0
 

@@ -2,7 +2,8 @@
 
     config.json             what all scores have in common: window, limit, seed, examples; its suites, tasks
     environment.json        versions, device, commit
-    models/NAME.json        "name", "source", "kind", "parameters", "state_bytes" by tokens, "tokenizer"
+    models/NAME.json        "name", "source", "kind", "parameters", "state_bytes" by tokens, "tokenizer",
+                            "precision", "fingerprint" (of the weights)
     results.jsonl           a line for each model and task that is finished, see `Result`
     samples/NAME/TASK.jsonl a line for each document of a finished task:
                             "doc", "prompt", "target", "right" (a score), "window" ([first token, end] of the
@@ -29,6 +30,7 @@ import torch
 
 from holdall import environment, files, settings
 from holdall.contract import Config
+from holdall.evals.windows import ANSWER_TOKENS, WINDOW
 from holdall.files import RunError
 from holdall.settings import NonNegativeInt, PositiveInt, Seed
 
@@ -39,7 +41,7 @@ OTHER = "Choose another folder with --out."
 class EvalConfig(Config):
     """What all scores of a results folder have in common."""
 
-    window: PositiveInt = 1024
+    window: PositiveInt = WINDOW
     """Tokens of a document that are shown, with 50 for the answer; by the model's own tokenizer."""
     limit: PositiveInt | None = None
     """The most documents of each task; None for all."""
@@ -50,9 +52,10 @@ class EvalConfig(Config):
 
     def validate(self) -> None:
         """A window must show something beside the answer."""
-        if self.window < 100:
+        if self.window < 2 * ANSWER_TOKENS:
             raise ValueError(
-                f"window = {self.window} must be at least 100: 50 of its tokens are for the answer"
+                f"window = {self.window} must be at least {2 * ANSWER_TOKENS}: {ANSWER_TOKENS} of its tokens "
+                "are for the answer"
             )
 
 
@@ -184,17 +187,18 @@ class ResultsFolder:
     def model(self, about: Mapping[str, Any]) -> Iterator[str]:
         """The name of a model in the folder, whose files are this process's meanwhile.
 
-        about: what models/NAME.json says: at least "name", "source" and "fingerprint". A name that another
-        source has gets a number.
+        about: what models/NAME.json says: at least "name" and "source". A name that another source has gets
+        a number.
 
-        Raises RunError if the weights at that source are others than those that were scored before, InUse
+        Raises RunError if the weights at that source, or what they compute in, are others than before, InUse
         if another process scores that model.
         """
         with files.locked(self.path):
             name, held = self._named(about)
-            if held is not None and held.get("fingerprint") != about.get("fingerprint"):
+            same = ("fingerprint", "precision")
+            if held is not None and any(held.get(what) != about.get(what) for what in same):
                 raise RunError(
-                    f"{self.path} holds scores of {about['source']} with other weights; remove "
+                    f"{self.path} holds scores of {about['source']} with other weights or precision; remove "
                     f"{self.path / 'models' / (name + '.json')} and samples/{name} with its lines of "
                     "results.jsonl, or choose another folder with --out"
                 )

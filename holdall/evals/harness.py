@@ -16,13 +16,11 @@ from typing import Any
 
 from holdall.evals import documents, general, needles, prompts, windows
 from holdall.evals.suites import Task, named
-from holdall.evals.windows import Codec
+from holdall.evals.windows import WINDOW, Codec
 from holdall.files import RunError
 
 TASKS = Path(__file__).with_name("tasks")
 """The folder of the YAML files."""
-WINDOW = 1024
-"""Tokens of a window by default."""
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,8 @@ class Subject:
     """Bytes of the state of one row after so many tokens; None if unknown."""
     positions: int | None = None
     """The most tokens that it can read; None where there is no limit."""
+    precision: str = ""
+    """What it computes in, such as "float32"; empty if unknown."""
     fingerprint: str = ""
     """What identifies its weights, so that scores of others are never mixed in; empty if unknown."""
     note: str = ""
@@ -66,6 +68,7 @@ class Subject:
             "parameters": self.parameters,
             "state_bytes": {str(tokens): self.state_bytes(tokens) for tokens in measured},
             "tokenizer": self.tokenizer,
+            "precision": self.precision,
             "fingerprint": self.fingerprint,
         }
 
@@ -92,6 +95,7 @@ def subject(model: LanguageModel, name: str, *, source: str = "", kind: str = "h
         parameters=model.model.parameter_count(),
         state_bytes=functools.cache(state_bytes),
         positions=model.config.positions or None,
+        precision=str(model.model.block_dtype).removeprefix("torch."),
         fingerprint=model.fingerprint,
     )
 

@@ -19,6 +19,8 @@ from typing import NamedTuple, Protocol
 from holdall.evals.documents import Question
 from holdall.evals.scoring import occurs, place_of
 
+WINDOW = 1024
+"""Tokens of a window by default."""
 ANSWER_TOKENS = 50
 """Tokens of a window that are left for the answer."""
 REPLACEMENT = "\ufffd"

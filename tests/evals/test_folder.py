@@ -78,8 +78,9 @@ def test_other_weights_are_not_mixed_in(tmp_path: Path) -> None:
     folder = claim(tmp_path)
     with folder.model(ABOUT):
         pass
-    with pytest.raises(RunError, match=r"scores of runs/mine with other weights; remove .*mine.json"):
-        folder.model({**ABOUT, "fingerprint": "b"}).__enter__()
+    for other in ({"fingerprint": "b"}, {"precision": "bfloat16"}):
+        with pytest.raises(RunError, match=r"runs/mine with other weights or precision; remove .*mine.json"):
+            folder.model({**ABOUT, **other}).__enter__()
 
 
 def test_a_model_is_scored_by_one_process_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ Tasks are local files, so that no network is asked.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import random
 import sys
@@ -272,6 +273,15 @@ def test_prompts_that_the_model_cannot_read_are_refused(data: Path, tmp_path: Pa
     about = folder.models()["mine"]
     assert about["state_bytes"]["1024"] is None
     assert about["state_bytes"]["200"] == made.model.state_bytes(200)
+
+
+def test_the_yaml_files_work_without_the_runner(data: Path) -> None:
+    """As lm-eval's own command loads them: the tokenizer is that of the model it names."""
+    passed = {"pretrained": "based-mini", "data": str(data), "window": 200, "limit": 2}
+    manager = TaskManager(include_path=str(harness.TASKS), include_defaults=False, metadata=passed)
+    (task,) = manager.load(["squad"])["tasks"].values()
+    rows = harness.rows(suites.named("squad"), harness.codec_of(Bytes()), data=data, window=200)
+    assert [doc["prompt"] for doc in task.eval_docs] == [row.prompt for row in itertools.islice(rows, 2)]
 
 
 def test_an_unknown_task_is_named(data: Path, tmp_path: Path, small: None) -> None:
