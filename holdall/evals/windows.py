@@ -14,7 +14,7 @@ Letters: N and K numbers of tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from holdall.evals.documents import Question
 from holdall.evals.scoring import occurs, place_of
@@ -26,6 +26,7 @@ ANSWER_TOKENS = 50
 REPLACEMENT = "\ufffd"
 
 
+@runtime_checkable
 class Codec(Protocol):
     """What is needed of a tokenizer."""
 
