@@ -121,6 +121,7 @@ def _by_transformers(
         fingerprint=checkpoints.fingerprint(config_json, checkpoints.checksums(weights)),
         make=make,
         positions=lm.max_length,
+        precision=str(dtype).removeprefix("torch."),
         note=f"{path} is run by the transformers library, and its state is not counted: {reason}",
     )
 

@@ -101,7 +101,7 @@ class Server:
             return RunError(f"{where} wants a key: set OPENAI_API_KEY")
         if response.status_code == 404 and path.startswith("/token"):
             return RunError(
-                f"{self.url} has no {path}, which tells a text's tokens; `holdall serve` and vLLM have it"
+                f"{self.url} has no {path}, which tokenizes texts; `holdall serve` and vLLM have it"
                 + (" (vLLM with --enable-tokenizer-info-endpoint)" if path == "/tokenizer_info" else "")
             )
         return RunError(f"{where} answers {response.status_code}: {response.text[:300]}")
