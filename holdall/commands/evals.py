@@ -165,10 +165,11 @@ def _table(lines: Sequence[Result], folder: ResultsFolder, window: int) -> Table
     """A row for each task and model: the score read once and twice, with 95% intervals, beside the state that
     is carried after the window's tokens."""
     about = folder.models()
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    twice = any(line.reads == 2 for line in lines)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     table.add_column("task", no_wrap=True)
-    table.add_column("model", overflow="fold")
-    for head in ("state", "once, %", "twice, %", "docs"):
+    table.add_column("model", overflow="fold", min_width=10)
+    for head in ("state", "once, %" if twice else "score, %", *(["twice, %"] if twice else []), "docs"):
         table.add_column(head, justify="right", no_wrap=True)
     pairs: dict[tuple[str, str], dict[int, Result]] = {}
     for line in sorted(lines, key=lambda line: list(dict.fromkeys(one.of for one in lines)).index(line.of)):
@@ -177,10 +178,9 @@ def _table(lines: Sequence[Result], folder: ResultsFolder, window: int) -> Table
         state = about.get(model, {}).get("state_bytes", {}).get(str(window))
         some = next(iter(by_reads.values()))
         name = task if some.metric == "contains" else f"{task} ({some.metric})"
-        table.add_row(
-            name, model, "" if state is None else bytes_text(state), _score(by_reads.get(1)),
-            _score(by_reads.get(2)), f"{some.count:,}",
-        )  # fmt: skip
+        scores = [_score(by_reads.get(reads)) for reads in ((1, 2) if twice else (1,))]
+        size = "" if state is None else bytes_text(state)
+        table.add_row(name, model, size, *scores, f"{some.count:,}")
     return table
 
 

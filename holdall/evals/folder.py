@@ -196,7 +196,7 @@ class ResultsFolder:
         with files.locked(self.path):
             name, held = self._named(about)
             same = ("fingerprint", "precision")
-            if held is not None and any(held.get(what) != about.get(what) for what in same):
+            if held is not None and any(held.get(what, about.get(what)) != about.get(what) for what in same):
                 raise RunError(
                     f"{self.path} holds scores of {about['source']} with other weights or precision; remove "
                     f"{self.path / 'models' / (name + '.json')} and samples/{name} with its lines of "

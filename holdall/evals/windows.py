@@ -26,7 +26,7 @@ ANSWER_TOKENS = 50
 REPLACEMENT = "\ufffd"
 
 
-@runtime_checkable
+@runtime_checkable  # for shape checks at test time
 class Codec(Protocol):
     """What is needed of a tokenizer."""
 

@@ -31,7 +31,7 @@ def result(model: str = "mine", task: str = "fda", **other: Any) -> Result:
     return Result(**(fields | other))
 
 
-ABOUT = {"name": "mine", "source": "runs/mine", "fingerprint": "a"}
+ABOUT = {"name": "mine", "source": "runs/mine", "fingerprint": "a", "precision": "float32"}
 
 
 def test_suites_are_added_and_other_settings_refused(tmp_path: Path) -> None:
@@ -81,6 +81,10 @@ def test_other_weights_are_not_mixed_in(tmp_path: Path) -> None:
     for other in ({"fingerprint": "b"}, {"precision": "bfloat16"}):
         with pytest.raises(RunError, match=r"runs/mine with other weights or precision; remove .*mine.json"):
             folder.model({**ABOUT, **other}).__enter__()
+    # of a folder that does not say, nothing is assumed
+    files.write_json(tmp_path / "models" / "mine.json", {"name": "mine", "source": "runs/mine"})
+    with folder.model({**ABOUT, "precision": "bfloat16"}) as name:
+        assert name == "mine"
 
 
 def test_a_model_is_scored_by_one_process_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
