@@ -288,12 +288,14 @@ def load(folder: Path) -> Evaluation:
     keys = {name: key for key, name in names.items()}
     scores: dict[str, dict[tuple[Task, int], Score]] = {key: {} for key in about}
     found: dict[str, tuple[Task, int]] = {}
+    named: dict[str, str] = {}
     for number, line in enumerate(files.read_lines(folder / "results.jsonl", WAY_OUT), 1):
         try:
             place = _place_of(line)
             key = keys.get(line["model"], str(line["model"]))
             scores.setdefault(key, {})[place] = _score_of(line)  # the last one counts
-            found.setdefault(file_name(str(line["task"])), place)
+            found.setdefault(stem := file_name(str(line["task"])), place)
+            named.setdefault(stem, str(line["task"]))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             where = f"line {number} of {folder / 'results.jsonl'}"
             raise files.damaged(where, f"it is no result ({error!r})", "Remove that line.") from None
@@ -320,7 +322,11 @@ def load(folder: Path) -> Evaluation:
         for key in sorted({*about, *scores, *samples})
     ]
     places = {place for model in models for place in (*model.scores, *model.samples)}
-    tasks = sorted({task for task, _ in places}, key=lambda task: (_rank(task, config), task))
+    order = {str(name): index for index, name in enumerate(config.get("tasks") or ())}
+    first: dict[Task, int] = {}  # where the config first names a task; those it does not name come last
+    for stem, (task, _) in found.items():
+        first[task] = min(first.get(task, len(order)), order.get(named[stem], len(order)))
+    tasks = sorted({task for task, _ in places}, key=lambda task: (first.get(task, len(order)), task))
     evaluation = Evaluation(
         folder=folder, config=config, environment=environment, models=tuple(models), tasks=tuple(tasks)
     )
@@ -427,9 +433,3 @@ def _parsed(line: bytes, number: int, path: Path) -> dict[str, Any]:
     except (KeyError, ValueError) as error:
         raise files.damaged(where, f"it is no answer ({error!r})", WAY_OUT) from None
     return content
-
-
-def _rank(task: Task, config: Mapping[str, Any]) -> int:
-    """Where the config names a task; after all others if it does not."""
-    named = [TWICE.sub("", str(name)) for name in config.get("tasks") or ()]
-    return named.index(task.name) if task.name in named else len(named)

@@ -285,6 +285,20 @@ def two_suites(folder):
     return load(folder)
 
 
+def test_tasks_stand_in_the_order_of_the_config(tmp_path):
+    writer = Writer(tmp_path / "eval", tasks=["swde", "swde_twice", "fda", "swde_answer"])
+    for task, more in (
+        ("fda", {}),
+        ("swde_twice", {}),
+        ("zoo", {}),
+        ("swde_answer", {"of": "swde", "suite": "answers", "metric": "acc"}),
+        ("swde", {}),
+    ):
+        writer.result("a", task, [1, 0], **more)
+    tasks = [(task.name, task.suite) for task in load(tmp_path / "eval").tasks]
+    assert tasks == [("swde", "recall"), ("fda", "recall"), ("swde", "answers"), ("zoo", "recall")]
+
+
 def test_each_suite_has_its_mean_and_its_picture(tmp_path):
     evaluation = two_suites(tmp_path / "eval")
     assert evaluation.suites == ("answers", "recall")  # the one that says more is first
