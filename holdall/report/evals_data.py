@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -285,20 +285,8 @@ def load(folder: Path) -> Evaluation:
         environment = files.read_json(folder / "environment.json", WAY_OUT)
     about = {path.stem: files.read_json(path, WAY_OUT) for path in sorted((folder / "models").glob("*.json"))}
     names = {key: str(model.get("name", key)) for key, model in about.items()}
-    keys = {name: key for key, name in names.items()}
-    scores: dict[str, dict[tuple[Task, int], Score]] = {key: {} for key in about}
-    found: dict[str, tuple[Task, int]] = {}
-    named: dict[str, str] = {}
-    for number, line in enumerate(files.read_lines(folder / "results.jsonl", WAY_OUT), 1):
-        try:
-            place = _place_of(line)
-            key = keys.get(line["model"], str(line["model"]))
-            scores.setdefault(key, {})[place] = _score_of(line)  # the last one counts
-            found.setdefault(stem := file_name(str(line["task"])), place)
-            named.setdefault(stem, str(line["task"]))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            where = f"line {number} of {folder / 'results.jsonl'}"
-            raise files.damaged(where, f"it is no result ({error!r})", "Remove that line.") from None
+    scores, asked = _results(folder / "results.jsonl", {name: key for key, name in names.items()})
+    found = {file_name(task): place for task, place in asked.items()}
     samples: dict[str, dict[tuple[Task, int], Samples]] = {}
     for path in sorted((folder / "samples").glob("*/*.jsonl")):
         read = _scan(path)
@@ -322,15 +310,43 @@ def load(folder: Path) -> Evaluation:
         for key in sorted({*about, *scores, *samples})
     ]
     places = {place for model in models for place in (*model.scores, *model.samples)}
-    order = {str(name): index for index, name in enumerate(config.get("tasks") or ())}
-    first: dict[Task, int] = {}  # where the config first names a task; those it does not name come last
-    for stem, (task, _) in found.items():
-        first[task] = min(first.get(task, len(order)), order.get(named[stem], len(order)))
-    tasks = sorted({task for task, _ in places}, key=lambda task: (first.get(task, len(order)), task))
+    tasks = _ordered({task for task, _ in places}, asked, config)
     evaluation = Evaluation(
-        folder=folder, config=config, environment=environment, models=tuple(models), tasks=tuple(tasks)
+        folder=folder, config=config, environment=environment, models=tuple(models), tasks=tasks
     )
     return _in_order(evaluation)
+
+
+def _results(
+    path: Path, keys: Mapping[str, str]
+) -> tuple[dict[str, dict[tuple[Task, int], Score]], dict[str, tuple[Task, int]]]:
+    """The scores of each model, and what each of the folder's own names of tasks stands for.
+
+    keys: what models' files are called, by the name of the model.
+    """
+    scores: dict[str, dict[tuple[Task, int], Score]] = {}
+    asked: dict[str, tuple[Task, int]] = {}
+    for number, line in enumerate(files.read_lines(path, WAY_OUT), 1):
+        try:
+            place = _place_of(line)
+            key = keys.get(line["model"], str(line["model"]))
+            scores.setdefault(key, {})[place] = _score_of(line)  # the last one counts
+            asked.setdefault(str(line["task"]), place)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            where = f"line {number} of {path}"
+            raise files.damaged(where, f"it is no result ({error!r})", "Remove that line.") from None
+    return scores, asked
+
+
+def _ordered(
+    tasks: Iterable[Task], asked: Mapping[str, tuple[Task, int]], config: Mapping[str, Any]
+) -> tuple[Task, ...]:
+    """Tasks by where the config first names them; those that it does not name come last."""
+    order = {str(name): index for index, name in enumerate(config.get("tasks") or ())}
+    first: dict[Task, int] = {}
+    for name, (task, _) in asked.items():
+        first[task] = min(first.get(task, len(order)), order.get(name, len(order)))
+    return tuple(sorted(tasks, key=lambda task: (first.get(task, len(order)), task)))
 
 
 def _in_order(evaluation: Evaluation) -> Evaluation:
