@@ -117,7 +117,7 @@ def measure(name: str, length: int, *, width: int = WIDTH, device: str = "cpu", 
 def _measured(
     cost: Cost, whole: Callable[[], Tensor], step: Callable[[], Any] | None, device: str, timed: bool
 ) -> Cost:
-    found: dict[str, float] = {}
+    found: dict[str, Any] = {}
     if device == "cuda":
         with torch.no_grad():
             found["peak_bytes"] = _peak(whole)
