@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from holdall.evals import documents, suites
-from holdall.evals.folder import Answers, EvalConfig, Result, ResultsFolder, prompt_hash
+from holdall.evals.folder import OTHER, Answers, EvalConfig, Result, ResultsFolder, prompt_hash
 from holdall.evals.harness import TASKS, codec_of
 from holdall.evals.statistics import bootstrap
 from holdall.evals.suites import Task
 from holdall.evals.windows import ANSWER_TOKENS, Codec
+from holdall.files import RunError
 from holdall.language_model import LanguageModel
 
 STATE_TOKENS = (512, 1024, 2048)
@@ -113,6 +114,13 @@ class Plan:
     """The folder of the suites' files."""
     include: Path | None = None
     """A folder of further tasks, as YAML files of lm-eval."""
+
+    def __post_init__(self) -> None:
+        if both := sorted({task.name for task in self.tasks} & set(self.others)):
+            raise ValueError(
+                f"{both[0]} is a task of a suite and of lm-eval, and their documents differ: ask the two in "
+                "folders of their own"
+            )
 
     def missing(self) -> list[Task]:
         """The tasks whose files are not there."""
@@ -288,6 +296,9 @@ def evaluate(
         for task in plan.names():
             answers = folder.answers(name, task)
             done = [line for line in folder.results() if line.model == name and line.asked == task]
+            if done and bool(done[0].suite) != (task not in plan.others):
+                whose = f"the suite {done[0].suite}" if done[0].suite else "lm-eval"
+                raise RunError(f"{folder.path} holds {task} of {whose}, with other documents. {OTHER}")
             if not done or answers.path.exists():
                 on_task(task)
                 done = _one(task, name, manager, model(), folder, answers, on_answers)

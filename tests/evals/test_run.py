@@ -24,6 +24,7 @@ from holdall.evals import harness, run, suites
 from holdall.evals.folder import EvalConfig, Result, ResultsFolder
 from holdall.evals.scoring import contains
 from holdall.evals.statistics import bootstrap
+from holdall.files import RunError
 from holdall.language_model import LanguageModel
 from holdall.model import ModelConfig, seeded
 from holdall.text.tokenizers import Bytes
@@ -282,6 +283,17 @@ def test_the_yaml_files_work_without_the_runner(data: Path) -> None:
     (task,) = manager.load(["squad"])["tasks"].values()
     rows = harness.rows(suites.named("squad"), harness.codec_of(Bytes()), data=data, window=200)
     assert [doc["prompt"] for doc in task.eval_docs] == [row.prompt for row in itertools.islice(rows, 2)]
+
+
+def test_one_name_in_a_suite_and_in_lm_eval_is_refused(data: Path, tmp_path: Path, small: None) -> None:
+    with pytest.raises(ValueError, match="squad is a task of a suite and of lm-eval"):
+        plan(data, "squad", others=("squad",))
+    made = language_model("taylor")
+    scored(made, plan(data, "squad", limit=1), tmp_path / "out")
+    with pytest.raises(
+        RunError, match=r"holds squad of the suite recall, with other documents\. Choose another"
+    ):
+        scored(made, plan(data, others=("squad",), limit=1), tmp_path / "out")
 
 
 def test_an_unknown_task_is_named(data: Path, tmp_path: Path, small: None) -> None:
