@@ -623,7 +623,8 @@ def test_windows_of_a_saved_model_are_longer_than_its_prefix(runs_of, tmp_path, 
         layer = PrefixLinearAttentionConfig(width=8, feature_dim=2, prefix=prefix)
     model = ModelConfig(vocab=264, width=8, layers=(layer,)).build()
     LanguageModel(model, Bytes()).save(tmp_path / "saved")
-    assert shown._config(tmp_path / "saved", tmp_path / "corpus").context_len == context
+    asked = shown._asked(tmp_path / "saved", tmp_path / "corpus", None, tmp_path)
+    assert asked.config.context_len == context
 
 
 @pytest.mark.parametrize("width", [80, 160])
