@@ -128,7 +128,7 @@ def _floor(sweeps: Sequence[Sweep]) -> list[dict[str, Any]]:
     low, _ = style.state_range(sweeps, _all_answers(sweeps))
     state, best = floor.curve(sweeps[0].questions, low, sweeps[0].axis.bits)
     texts = [
-        f"{style.state_text(sweeps[0].axis, count)}: no model can exceed {accuracy:.1%}"
+        f"{style.state_text(sweeps[0].axis, count)}: no causal model can exceed {accuracy:.1%}"
         for count, accuracy in zip(state, best, strict=True)
     ]
     shade = {
@@ -143,7 +143,7 @@ def _floor(sweeps: Sequence[Sweep]) -> list[dict[str, Any]]:
     line = {
         **HOVER,
         "type": "scatter",
-        "name": "information floor",
+        "name": "information floor" if style.all_causal(sweeps) else "information floor of causal models",
         "x": state,
         "y": best,
         "text": texts,
@@ -288,8 +288,9 @@ def layout(sweeps: Sequence[Sweep]) -> dict[str, Any]:
     low, high = style.state_range(sweeps, _all_answers(sweeps))
     ticks = style.state_ticks(low, high)
     axis = {"linecolor": "--muted", "tickcolor": "--muted", "ticks": "outside", "zeroline": False}
+    whom = "Impossible:" if style.all_causal(sweeps) else "Impossible<br>for causal<br>models:"
     impossible = {
-        "text": "<i>Impossible:<br>fewer bits<br>than the<br>answers need</i>",
+        "text": f"<i>{whom}<br>fewer bits<br>than the<br>answers need</i>",
         "font": {"size": 11, "color": "--muted"},
         "xref": "paper",
         "yref": "paper",

@@ -25,6 +25,9 @@ BY_HAND, NOT_TRAINED = "by hand", 0.0
 """What a line of a model built by hand says it is; and its learning rate."""
 PAIRS = "pairs"
 """What every difficulty was called before tasks named their own."""
+NOT_CAUSAL = frozenset({"linformer", "prefix-linear-attention"})
+"""Mixers whose tokens see later ones; a line that does not say whether its model is causal is judged by them.
+"""
 
 
 @dataclass(frozen=True)
@@ -229,6 +232,14 @@ class Model:
         return {str(name): str(says) for name, says in found.items()} if isinstance(found, Mapping) else {}
 
     @property
+    def causal(self) -> bool:
+        """Whether no token sees a later one, without which the information floor does not hold for it."""
+        line = self.runs[0].line
+        names = line.get("layers") or [line.get("mixer")]
+        guess = "causal" not in self.refused and NOT_CAUSAL.isdisjoint(map(str, names))
+        return bool(line.get("causal", guess))
+
+    @property
     def by_hand(self) -> bool:
         """Whether it was built by hand, and not trained."""
         return self.runs[0].line.get("kind") == BY_HAND
@@ -423,6 +434,10 @@ def _sweep(folder: Path, config: Mapping[str, Any], name: str, axis: Axis) -> Sw
         for m in models
         for law, says in m.refused.items()
     ]
+    if free := dict.fromkeys(m.family for m in models if m.drawn and not m.causal):
+        notes.append(
+            f"The information floor holds for causal models alone; these are not causal: {', '.join(free)}."
+        )
     notes += [
         f"{m.label} (width {m.width}) was not trained here: published with Holdall, {m.published}."
         for m in models

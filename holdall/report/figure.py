@@ -78,7 +78,7 @@ def _draw(sweeps: Sequence[Sweep]) -> Any:
     axes.spines[["top", "right"]].set_visible(False)
 
     lines = [
-        *_draw_floor(axes, questions, low, axis.bits),
+        *_draw_floor(axes, questions, low, axis.bits, style.all_causal(sweeps)),
         *_draw_models(axes, sweeps),
         *_draw_by_hand(axes, sweeps),
         *_draw_pareto(axes, sweeps, high),
@@ -91,13 +91,17 @@ def _draw(sweeps: Sequence[Sweep]) -> Any:
     return figure
 
 
-def _draw_floor(axes: Any, questions: floor.Questions, low: float, bits: int) -> list[Any]:
-    """Shade what no causal model can do, and draw guessing where it can be told from zero."""
+def _draw_floor(axes: Any, questions: floor.Questions, low: float, bits: int, all_causal: bool) -> list[Any]:
+    """Shade what no causal model can do, and draw guessing where it can be told from zero.
+
+    all_causal: whether the text need not say for which models that is.
+    """
     state, best = floor.curve(questions, low, bits)
     axes.fill_between(state, best, CEILING, color=SHADE, linewidth=0, zorder=0.5)
     (line,) = axes.plot(state, best, color=MUTED, linewidth=1, zorder=1.5, gid="floor")
     muted = {"color": MUTED, "fontsize": 7.5, "style": "italic", "gid": "floor label"}
-    text = "Impossible:\nfewer bits than\nthe answers need"
+    text = "Impossible:" if all_causal else "Impossible for\ncausal models:"
+    text += "\nfewer bits than\nthe answers need"
     axes.text(0.012, 0.975, text, transform=axes.transAxes, va="top", **muted)
     chance = floor.guessing(questions)
     if chance < 0.02:
@@ -235,7 +239,8 @@ def _draw_legend(figure: Any, axes: Any, sweeps: Sequence[Sweep]) -> None:
             label=f"best for its {sweeps[0].axis.unit}",
         )
     )
-    handles.append(Patch(facecolor=SHADE, edgecolor=MUTED, linewidth=0.8, label="below the floor"))
+    below = "below the floor" if style.all_causal(sweeps) else "below the floor of causal models"
+    handles.append(Patch(facecolor=SHADE, edgecolor=MUTED, linewidth=0.8, label=below))
     models = [model for sweep in sweeps for model in sweep.models if model.drawn]
     if any(model.published for model in models):
         pale = marker(style.Look(INK, *style.SHAPES[0]), "full")

@@ -51,10 +51,10 @@ def guessing(questions: Questions) -> float:
 def gap(questions: Questions, models: Iterable[Model], bits: int = 8) -> tuple[Model, float] | None:
     """How far models are from the floor: a model and its state size over the bits that its answers need.
 
-    The model is the smallest on the frontier with at least 90 % of the best accuracy reached. None where
-    nothing is drawn or guessing does as well.
+    The model is the smallest on the frontier of causal models, for which alone the floor holds, with at least
+    90 % of the best accuracy reached. None where none is drawn or guessing does as well.
     """
-    frontier = pareto(models)
+    frontier = pareto(model for model in models if model.causal)
     if not frontier:
         return None
     model = next(m for m in frontier if m.accuracy >= 0.9 * frontier[-1].accuracy)

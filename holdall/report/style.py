@@ -124,6 +124,11 @@ def state_ticks(low: float, high: float, most: int = 10) -> list[float]:
     return [2.0 ** (step * k) for k in range(first, last + 1)]
 
 
+def all_causal(sweeps: Sequence[Sweep]) -> bool:
+    """Whether the information floor holds for every model that is drawn."""
+    return all(model.causal for sweep in sweeps for model in sweep.models if model.drawn)
+
+
 def state_range(sweeps: Sequence[Sweep], floor: float) -> tuple[float, float]:
     """The ends of the axis of states: from where the `floor` is low to beyond the largest state."""
     drawn = [model.state for sweep in sweeps for model in (*sweep.models, *sweep.by_hand) if model.drawn]

@@ -50,6 +50,8 @@ def render(sweeps: Sequence[Sweep]) -> str:
         legend += f"†: {PUBLISHED}: {source}.\n"
     if any(sweep.by_hand for sweep in sweeps):
         legend += "by hand: weights set as a theorem says, not trained (`holdall theory list`).\n"
+    if free := dict.fromkeys(model.family for model in models if not model.causal):
+        legend += f"Not causal, so that bits recalled need not be in their state: {', '.join(free)}.\n"
     if any(model.broken for model in models):
         legend += "✗: breaks this law of mixers (`holdall laws` says how).\n"
     return markdown(heads, rows, text=range(1 + several)) + "\n\n" + legend

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from holdall import mixers
 from holdall.contract import bytes_per_row, elements_per_row
 from holdall.model import ModelConfig, seeded
 from holdall.sweeps.config import Job, SweepConfig
@@ -28,6 +29,7 @@ def result_line(job: Job, sweep: SweepConfig, result: dict[str, Any]) -> dict[st
         "options": mixer.options(),
         "width": model.width,
         "layers": [layer.name for layer in model.layers],
+        "causal": all(mixers.entry(layer.name).causal for layer in model.layers),
         "form": result["forms"][-1],
         "precision": job.point.train.precision,
         "parameters": parameters,

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from holdall import files, report
+from holdall import files, mixers, report
 from holdall.files import RunError
 from holdall.mixers.attention import AttentionConfig
 from holdall.mixers.linear_attention import LinearAttentionConfig
 from holdall.recipes import quick
-from holdall.report import chart, figure, style
-from holdall.report.data import families, load, pareto
+from holdall.report import chart, figure, floor, style
+from holdall.report.data import NOT_CAUSAL, families, load, pareto
+from holdall.report.table import render
 from holdall.sweeps.config import Point
 from holdall.sweeps.result import measure
 from holdall.tasks.information import answer_bits, best_accuracy
@@ -336,3 +337,36 @@ def test_the_legend_stays_within_the_picture(make_sweep, line):
         (legend,) = drawn.legends
         drawn.canvas.draw()  # which is when texts get their places
         assert max(text.get_window_extent().x1 for text in legend.get_texts()) <= drawn.bbox.width, name
+
+
+def test_the_floor_says_for_which_models_it_holds(make_sweep, line):
+    causal = line("a", 1024, 0.9)
+    free = line("b", 512, 0.95, layers=["base-conv", "prefix-linear-attention"])
+    for lines, all_causal in (
+        ([causal], True),
+        ([causal, free], False),
+        ([causal, {**free, "causal": True}], True),
+    ):
+        sweeps = load([make_sweep("s", lines)])
+        drawn = figure.draw(sweeps)
+        texts = [text.get_text() for text in drawn.legends[0].get_texts()]
+        assert ("below the floor" in texts) == all_causal
+        assert ("below the floor of causal models" in texts) != all_causal
+        (label,) = [text.get_text() for text in drawn.axes[0].texts if text.get_gid() == "floor label"]
+        assert ("for\ncausal models" in label) != all_causal
+        (name,) = [
+            each["name"]
+            for each in chart.traces(sweeps, chart.Marks())
+            if "information" in each.get("name", "")
+        ]
+        assert name.endswith("of causal models") != all_causal
+        found = floor.gap(sweeps[0].questions, sweeps[0].models)
+        assert found is not None
+        assert found[0].label == ("b" if len(lines) == 2 and all_causal else "a")
+        notes = [note for note in sweeps[0].notes if "not causal" in note]
+        assert [note.endswith("not causal: b.") for note in notes] == [True] * (not all_causal)
+        assert ("Not causal" in render(sweeps)) != all_causal
+
+
+def test_old_lines_are_judged_by_the_mixers_that_are_not_causal():
+    assert {name for name in mixers.names() if not mixers.entry(name).causal} == NOT_CAUSAL
