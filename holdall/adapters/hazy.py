@@ -178,12 +178,20 @@ def read_padded(model: Model, tokens: Sequence[int], *, pad: int) -> Session:
     Args:
         pad: the token, 50256 (the end of a document) in their generation, 220 (a space) in their evaluations.
 
-    Raises ValueError if the model has no prefix, or layers with different ones, or if there are no tokens.
+    Raises ValueError if the model has no prefix, or layers with different ones, if `pad` is no token of its
+    vocabulary, or if there are no tokens.
     """
     layers = [mixer for mixer in model.mixers if isinstance(mixer, PrefixLinearAttention)]
-    if len({mixer.prefix for mixer in layers}) != 1:
+    prefixes = sorted({mixer.prefix for mixer in layers})
+    if len(prefixes) != 1:
+        has = f"layers with prefixes of {', '.join(map(str, prefixes))}" if prefixes else "none"
         raise ValueError(
-            "a prompt is padded for layers of prefix linear attention, which all have one prefix"
+            "a prompt is padded to the one prefix of all layers of prefix linear attention; "
+            f"this model has {has}"
+        )
+    if not 0 <= pad < model.config.vocab:
+        raise ValueError(
+            f"the padding token is {pad}, where the model's vocabulary is 0 to {model.config.vocab - 1}"
         )
     if not len(tokens):
         raise ValueError("there is nothing to pad: give at least one token")

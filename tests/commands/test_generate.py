@@ -131,9 +131,12 @@ def test_a_short_prompt_is_padded_as_the_published_models_read_it(
     assert capsys.readouterr().out == written[15]
     for words, says in (
         ((tmp_path / "mine", "a", "--jrt-padding", 32, "--session", saved), "--session continues one"),
-        ((tmp_path / "mine", "a", "--jrt-padding", 264), "token 0 is 264, where the model's vocabulary"),
+        (
+            (tmp_path / "mine", "a", "--jrt-padding", 264),
+            "the padding token is 264, where the model's vocabulary",
+        ),
         ((tmp_path / "mine", "--jrt-padding", 32), "nothing to pad: give at least one token"),
-        (("based-mini", "a", "--jrt-padding", 32), "padded for layers of prefix linear attention"),
+        (("based-mini", "a", "--jrt-padding", 32), "prefix linear attention; this model has none"),
     ):
         assert run(monkeypatch, *words) == 2
         assert says in capsys.readouterr().err

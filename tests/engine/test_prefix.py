@@ -215,6 +215,11 @@ def test_padded_prompts_in_an_engine_are_as_one_after_another_and_no_texts_of_sp
         plain = read(model, tokens)
         assert (plain.past == session.past) == (not padding)
         assert torch.allclose(plain.logits_V, session.logits_V, atol=1e-4) == (not padding)
+    with pytest.raises(ValueError, match=rf"padding token is -1, .* 0 to {model.config.vocab - 1}$"):
+        hazy.read_padded(model, [1], pad=-1)
+    two = dataclasses.replace(LAYERS[1], prefix=P + 4)
+    with pytest.raises(ValueError, match=rf"this model has layers with prefixes of {P}, {P + 4}$"):
+        hazy.read_padded(build({"layers": (*LAYERS[:3], two)}), [1], pad=pad)
     with pytest.raises(ValueError, match="nothing to pad"):
         hazy.read_padded(model, [], pad=pad)
 
