@@ -136,3 +136,21 @@ def test_texts_lie_within_the_figure_and_apart(sets):
         assert drawn.bbox.y0 <= box.y0 < box.y1 <= drawn.bbox.y1
     for k, box in enumerate(boxes):
         assert not any(box.overlaps(other) for other in boxes[:k])
+
+
+def test_small_differences_have_ticks_that_differ(make_sweep, line):
+    lines = [
+        line("a", state, 0.5, accuracy_by_difficulty={"4": 0.5 + more, "16": 0.5})
+        for state, more in ((1024, 0.012), (8192, -0.006))
+    ]
+    test = [
+        {
+            "vocab": 256, "length": 23, "rows": 300, "difficulty": first, "values": second,
+            "questions": first, "distinct": False, "first": first, "second": second,
+        }
+        for first, second in ((4, 16), (16, 4))
+    ]  # fmt: skip
+    drawn = orders.draw(load([make_sweep("near", lines, test=test)])[0])
+    drawn.draw_without_rendering()
+    ticks = [tick.get_text() for tick in drawn.axes[2].get_yticklabels()]
+    assert len(set(ticks)) == len(ticks)
