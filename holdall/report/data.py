@@ -235,7 +235,7 @@ class Model:
     def causal(self) -> bool:
         """Whether no token sees a later one, without which the information floor does not hold for it."""
         line = self.runs[0].line
-        names = line.get("layers") or [line.get("mixer")]
+        names = line.get("mixer"), *(line.get("layers") or ())
         guess = "causal" not in self.refused and NOT_CAUSAL.isdisjoint(map(str, names))
         return bool(line.get("causal", guess))
 
