@@ -117,8 +117,10 @@ def _draw(sweep: Sweep) -> Any:
             _draw_family(axes, sweep, family, style.look(index), order)
     panels[0].set_ylabel("Accuracy")
     panels[2].set_title("Short set first\nminus long set first", fontsize=8, color=INK)
-    # as many decimals as its range needs: with none, small differences are "0 %" at several ticks
-    panels[2].yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+    # the digits that a tick has: without decimals, small differences are "0 %" at several of them
+    panels[2].yaxis.set_major_formatter(
+        lambda value, _: f"{100 * value:.3g} %".replace("-", "\N{MINUS SIGN}")
+    )
     panels[2].axhline(0, color=MUTED, linewidth=0.8, gid="zero")
     for index, family in enumerate(names):
         _draw_difference(panels[2], sweep, family, style.look(index), short, long)
