@@ -1,8 +1,8 @@
 """A formula's letters are explained where it stands, in a paragraph "Letters: ..." of the same docstring.
 
 Every mixer's, one by one: names of one letter, Greek ones and those in the registry's formulas of state and
-costs, where N is tokens and D the width and an option's docstring may name its own letter. Of holdall/ops,
-which name their shapes' letters too, every file with a formula.
+costs, where N is tokens and D the width and an option's docstring may name its own letter. Of holdall/ops
+and holdall/theory, which name their shapes' letters too, every file with a formula.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from holdall.settings import field_docs
 PACKAGE = Path(holdall.__file__).parent
 MODULES = [
     path
-    for room in ("mixers", "ops")
+    for room in ("mixers", "ops", "theory")
     for path in sorted((PACKAGE / room).glob("*.py"))
     if path.name != "__init__.py"
 ]

@@ -12,8 +12,8 @@ the future is left out). Dao et al., "FlashAttention: fast and memory-efficient 
 IO-awareness", 2022, arXiv 2205.14135; the running maximum is Milakov and Gimelshein's, 2018, arXiv
 1805.02867. This file is for counting and measuring; mixers call PyTorch's own, `fused`.
 
-Letters: q, k, v queries, keys and values; y outputs; s scores of a block; w its weights; m, l, a running
-maximum, sum of weights and sum of weighted values; c what older sums are scaled by; e Euler's number; B row,
+Letters: q, k, v queries, keys and values; y outputs; s scores of a block; w its weights; a, l, m running
+sums of weighted values and of weights, and maximum; c what older sums are scaled by; e Euler's number; B row,
 H head, N tokens, d (D in names) dimensions of a head.
 """
 

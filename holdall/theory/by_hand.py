@@ -12,8 +12,9 @@ norms, residuals and MLPs of the backbone, since a norm would round what is mean
 Two kinds of code stand for a token, each a row of D numbers or fewer:
 
     signs    the bits of its number as +1 and -1; `random_signs` draws them instead
-    p-hot    its number in base c^(1/p), each of the p digits one-hot (Arora et al., "Just read twice", 2024,
-             arXiv 2407.05483, definition G.10); p = 1 is one-hot
+    p-hot    its number in base c^(1/p), each of the p digits one-hot; p = 1 is one-hot
+
+p-hot codes are those of Arora et al., "Just read twice", 2024, arXiv 2407.05483, definition G.10.
 
 Letters: B rows, T tokens, N tokens of a row, K questions of a row, D width, V vocabulary, c the tokens that a
 code tells apart, p its digits.

@@ -17,9 +17,10 @@ This is the argument by which Arora et al., "Just read twice", 2024, arXiv 2407.
 arXiv 2312.04927, bound the state of recurrent models from below, run on a model. It says nothing of a row
 that the weights have been trained on, which they may know by heart: rows have to be fresh.
 
-Letters: b bits of the message, X the answers, X_i one of K, H their entropy, V the values that each may have,
-p_i what the receiver expects of X_i, a its accuracy, h the binary entropy. Of shapes: B rows, N tokens of the
-context, Q questions of a row, T tokens of a question, V values, R rows that are asked at once, D width.
+Letters: b bits of the message, X the answers, X_i one of K, H their entropy, I the mutual information, V the
+values that each may have, p_i what the receiver expects of X_i, E the mean over rows, a its accuracy, h the
+binary entropy. Of shapes: B rows, N tokens of the context, Q questions of a row, T tokens of a question, V
+values, R rows that are asked at once, D width.
 """
 
 from __future__ import annotations
