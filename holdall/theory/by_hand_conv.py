@@ -85,9 +85,11 @@ class BaseConvByHand(ByHandConfig):
             raise ValueError(f"length {self.length} leaves nothing to look back at: take at least 2")
         if self.width > WIDEST:
             most = (WIDEST // self.code - 1) // 2
+            ways = [f"shifts, at most {most}"] * (most > 0)
+            ways += ["more digits"] * (hasattr(self, "digits") and self.resolved_digits < bits_of(self.vocab))
             raise ValueError(
-                f"{self.resolved_shifts} distances need width {self.width}, more than {WIDEST}: give shifts, "
-                f"at most {most}" + (", or more digits" if self.resolved_digits < bits_of(self.vocab) else "")
+                f"{self.resolved_shifts} distances need width {self.width}, more than {WIDEST}: lower vocab"
+                + (f", or give {', or '.join(ways)}" if ways else "")
             )
 
     def promised(self, rows: Batch) -> Tensor | None:
