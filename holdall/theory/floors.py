@@ -5,16 +5,16 @@
     states in b bits     2^(b n) contexts at most are told apart    n elements (pigeonhole)
     layers, bits         log2(2 log2 c)                             BaseConv, tokens as their bits
     layers, p-hot        log2(2p), rounded down                     BaseConv, p one-hot digits
-    layers, any code     least L with M(d, 2^L) 2^L log2(2 N^(a+2)) >= N (1 - h(2/3))     BaseConv, d numbers
+    layers, any code     least L with M(d, 2^L) 2^L log2(2 N^(a+2)) >= K (1 - h(2/3))     BaseConv, d numbers
 
 The bounds on layers are of gated convolutions whose filters do not depend on the input. L layers of BaseConv
 compute polynomials of degree 2^L at most. Recall contains the comparison of two codes, of degree 2p for p
-digits; and it contains the index problem, in which what a sender of N bits leaves open is a polynomial in the
+digits; and it contains the index problem, in which what a sender of K bits leaves open is a polynomial in the
 d numbers of the question, with M coefficients. Attention is no such polynomial, and needs no such depth.
 
 Floors that follow from information alone are in holdall/tasks/information.py, and are named here again.
 
-Letters: K questions of V values each, a accuracy, h the binary entropy; S bits of the largest state, p reads
+Letters: K questions of V values each, accuracy a, h the binary entropy; S bits of the largest state, p reads
 or digits, m the size of the smaller set, C a binomial coefficient; b bits of each of n elements; c tokens of
 the vocabulary, L layers, d numbers of a token's code, M the monomials of a degree at most, in d variables, N
 the tokens of a row. In the last line of the formulas, a is the number of times log2 N bits that a parameter
@@ -132,26 +132,30 @@ def layers_floor_p_hot(digits: int) -> int:
     return (2 * digits).bit_length() - 1
 
 
-def layers_floor_any(length: int, width: int, exponent: float = 1.0) -> int:
+def layers_floor_any(length: int, width: int, exponent: float = 1.0, *, pairs: int | None = None) -> int:
     """The fewest layers of BaseConv that answer one question of associative recall, whatever the code is.
 
-    The least L with M(d, 2^L) 2^L log2(2 N^(a + 2)) >= N (1 - h(2/3)), where M(d, e) = C(d + e, e). It hardly
-    bites: with d = log2 N, rounded up, it is 0 at N = 1000, 1 at 10,000, 2 at a million and 3 at a thousand
-    million, since it grows as log log N. Wider codes make it smaller.
+    The least L with M(d, 2^L) 2^L log2(2 N^(a + 2)) >= K (1 - h(2/3)), where M(d, e) = C(d + e, e). It hardly
+    bites: with d = log2 N, rounded up, and rows full of pairs it is 0 at N = 10,000, 1 at 100,000, 2 at a
+    million and 3 at a thousand million, since it grows as log log N. Wider codes make it smaller.
 
     Args:
         length: N, tokens of a row. width: d, the numbers that a token is given as. exponent: a; a parameter
-            has a log2 N bits.
+            has a log2 N bits. pairs: K, of a key and a value of one bit at least; by default as many as fit
+            into a row with a question, (N - 1) / 2.
 
     Source: "Based", theorem 3.4, with the counting of its proof ("Just read twice", appendix G.6) in place
     of its asymptotic form, and for answers that are right in two of three cases. Raises ValueError for a
-    length or width below 1, or an exponent below 0.
+    length or width below 1, an exponent below 0, or pairs that do not fit.
     """
     if length < 1 or width < 1 or exponent < 0:
         raise ValueError(
             f"length {length}, width {width} and exponent {exponent} must be at least 1, 1 and 0"
         )
-    needed = length * (1 - _binary_entropy(2 / 3))
+    most = (length - 1) // 2
+    if pairs is not None and not 0 <= pairs <= most:
+        raise ValueError(f"{pairs} pairs and a question do not fit into {length} tokens: at most {most} do")
+    needed = (most if pairs is None else pairs) * (1 - _binary_entropy(2 / 3))
     layers = 0
     while True:
         degree = 2**layers
@@ -226,7 +230,7 @@ def floors(setting: Setting) -> list[Floor]:
     values = c - c // 2
     recall = recall_bits(setting.pairs, values, accuracy)
     width = setting.width or math.ceil(math.log2(c))
-    any_code = layers_floor_any(setting.length, width)
+    any_code = layers_floor_any(setting.length, width, pairs=setting.pairs)
     first, second, reads = setting.first, setting.second, setting.reads
     at = f" at accuracy {accuracy:g}" * (accuracy < 1)
     fano, based = "Fano's inequality", "Based, theorem"
@@ -253,13 +257,14 @@ def floors(setting: Setting) -> list[Floor]:
         Floor(name=f"the same with errors, {reads} reads", value=disjointness_order(first, second, reads),
               unit="bits of state, times a constant", of="any recurrent", bites=False,
               why="the constant is not known", source="Just read twice, 3.1"),
-        Floor(name="recall, tokens as bits", value=layers_floor_binary(c), unit="layers", of="BaseConv",
+        Floor(name="recall, tokens as bits", value=layers_floor_binary(c), unit="layers",
+              of="BaseConv, no error",
               bites=layers_floor_binary(c) > 1, why="inputs of log2 c bits, not learned embeddings",
               source=f"{based} 3.2"),
         Floor(name=f"recall, {setting.digits} one-hot digits", value=layers_floor_p_hot(setting.digits),
-              unit="layers", of="BaseConv", bites=layers_floor_p_hot(setting.digits) > 1,
+              unit="layers", of="BaseConv, no error", bites=layers_floor_p_hot(setting.digits) > 1,
               why="inputs of these digits, not learned embeddings", source="Based, remark 3.3"),
-        Floor(name=f"recall, any {width} numbers a token", value=any_code, unit="layers", of="BaseConv",
-              bites=any_code > 1, why="grows as log log N" if any_code > 1 else "rows are too short",
-              source=f"{based} 3.4"),
+        Floor(name=f"recall, any {width} numbers a token", value=any_code, unit="layers",
+              of="BaseConv, 2 of 3 right", bites=any_code > 1,
+              why="grows as log log N" if any_code > 1 else "too few pairs", source=f"{based} 3.4"),
     ]  # fmt: skip

@@ -121,8 +121,8 @@ def test_floors_are_listed_with_what_they_are_worth(typed) -> None:
     status, said = typed("floors --vocab 8192 --length 1024 --pairs 64")
     assert status == 0
     assert "recall of 64 pairs 767.3 bits of state any causal model yes" in said
-    assert "recall, tokens as bits 5 layers BaseConv yes" in said
-    assert "0 layers BaseConv no rows are too short" in said
+    assert "recall, tokens as bits 5 layers BaseConv, no error yes" in said
+    assert "0 layers BaseConv, 2 of 3 right no too few pairs" in said
     status, said = typed("floors --pairs 600")
     assert status == 2
     assert "pairs do not fit into length 1024" in said

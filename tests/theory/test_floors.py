@@ -29,9 +29,22 @@ def test_floors_of_layers_are_those_of_the_theorems() -> None:
 
 
 def test_the_floor_of_any_code_has_no_teeth() -> None:
-    lengths = (10**3, 10**4, 10**6, 10**9)
+    lengths = (10**4, 10**5, 10**6, 10**9)
     assert [layers_floor_any(n, math.ceil(math.log2(n))) for n in lengths] == [0, 1, 2, 3]
     assert layers_floor_any(10**9, 1000) < 3  # a wider code takes fewer
+
+
+def test_the_floor_of_any_code_is_of_the_pairs_of_a_row() -> None:
+    assert layers_floor_any(10**6, 20) == layers_floor_any(10**6, 20, pairs=499_999) == 2
+    assert layers_floor_any(10**6, 20, pairs=64) == 0  # a state of 64 bits holds them
+    with pytest.raises(ValueError, match="500000 pairs and a question do not fit into 1000000 tokens"):
+        layers_floor_any(10**6, 20, pairs=500_000)
+    few, many = (
+        next(floor for floor in floors(setting) if floor.name.startswith("recall, any"))
+        for setting in (Setting(length=10**6), Setting(vocab=2**19, length=10**6, pairs=2 * 10**5))
+    )
+    assert (few.value, few.why) == (0, "too few pairs")
+    assert many.value == 1
 
 
 def test_the_floor_of_any_code_is_its_inequality() -> None:
@@ -42,7 +55,7 @@ def test_the_floor_of_any_code_is_its_inequality() -> None:
 
     for length, width in itertools.product((50, 2000, 10**5), (1, 2, 3)):
         layers = layers_floor_any(length, width, 0.5)
-        needed = length * (1 - (math.log2(3) - 2 / 3))
+        needed = (length - 1) // 2 * (1 - (math.log2(3) - 2 / 3))  # the pairs that fit before a question
 
         def sent(layers: int, length: int = length, width: int = width) -> float:
             return monomials(width, 2**layers) * 2**layers * math.log2(2 * length**2.5)
