@@ -116,6 +116,7 @@ def message(
     loading: Loading,
 ) -> int:
     """The command `holdall theory message`; returns the exit status."""
+    _check_picture(out)
     wanted = [Format.parse(text) for text in formats or FORMATS]
     found: dict[str, list[Conveyed]] = {}
     refused = {}
@@ -157,6 +158,7 @@ def index(
     out: Path | None,
 ) -> int:
     """The command `holdall theory index`; returns the exit status."""
+    _check_picture(out)
     wanted = [Format.parse(text) for text in formats or (("int1",) if one_hot else ("fp32",))]
     table = _table("bits in linear attention", bits, "features", "format", "pre-\ndicted")
     exchange = exchanges.index(bits, rows, seed)
@@ -317,6 +319,12 @@ def _warn_above(label: str, conveyed: Sequence[Conveyed]) -> None:
                 "weights know them. Give another --seed.",
                 soft_wrap=True,
             )
+
+
+def _check_picture(out: Path | None) -> None:
+    """Refuse a picture whose name is that of the numbers beside it."""
+    if out is not None and out.with_suffix(".json") == out:
+        raise ValueError(f"{out} is where the numbers go: name the picture another way, such as .png")
 
 
 def _write(found: dict[str, list[Conveyed]], out: Path | None) -> None:

@@ -153,6 +153,8 @@ def test_what_was_mistyped_is_refused_by_name(typed) -> None:
         ("message attention --format int3", "unknown format 'int3'"),
         ("message attention --pairs 40", "raise vocab to 82"),
         ("index --one-hot --format int1+stochastic", "leave +stochastic out"),
+        ("index --out bits.json", "bits.json is where the numbers go: name the picture another way"),
+        ("message --out bits.json", "bits.json is where the numbers go: name the picture another way"),
     ):
         status, said = typed(line)
         assert status == 2, said
