@@ -12,7 +12,7 @@ from holdall.mixers.linear_attention import LinearAttentionConfig
 from holdall.model import Model, ModelConfig, seeded
 from holdall.tasks.information import Asked
 from holdall.testing.laws import Case, Rounding, cases, named, tokens
-from holdall.theory import exchanges
+from holdall.theory import by_hand, exchanges
 from holdall.theory.index_by_hand import IndexConfig, normal_below
 from holdall.theory.messages import (
     Bare,
@@ -299,3 +299,20 @@ def test_bounds_of_confidence_hold_as_often_as_they_say() -> None:
 def test_the_normal_distribution_is_that_of_the_tables() -> None:
     assert normal_below(1.0) == pytest.approx(0.841345, abs=1e-6)
     assert normal_below(-1.96) == pytest.approx(0.024998, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [
+        ("attention", "int1"),
+        ("linear-attention", "int1"),
+        ("base-conv", "int2"),
+        ("base-conv-two-layers", "int2"),
+    ],
+)
+def test_codes_of_signs_need_one_bit_an_element_and_zeros_and_ones_two(name: str, format: str) -> None:
+    model = by_hand.configured(name, vocab=16, length=12).build()
+    exchange = exchanges.recall(16, 3, 4)
+    assert converse(model, exchange, Format(format)).accuracy == 1
+    if format == "int2":
+        assert converse(model, exchange, Format("int1")).accuracy < 0.5
