@@ -90,7 +90,7 @@ def walks_of(rows: Batch) -> tuple[Walk, ...]:
 
 ASKED = (
     "A row shows pairs of a key (a letter) and its value (a number). Later it shows some keys again, among "
-    "other tokens: at each, the model must answer with the value that stood behind that key."
+    "other tokens: at each, the model must answer with the value that followed that key."
 )
 
 
@@ -121,8 +121,8 @@ def attention(rows: Batch) -> Walk:
         Step(
             title="Layer 2: look for the same token",
             says="Each token compares its own code with the second code of every token before it, all at "
-            "once and at any distance. At a question one earlier token matches: the value that stood "
-            "behind this key. The comparison is one product of two codes, whatever the distance, so it"
+            "once and at any distance. At a question one earlier token matches: the value that "
+            "followed this key. The comparison is one product of two codes, whatever the distance, so it"
             " takes no channels of its own.",
             layer=1,
             grid_TJ=exact_matrices(recall, between[1])[-1].matrix_TJX[..., 0].real,
@@ -219,7 +219,7 @@ def linear_attention(rows: Batch) -> Walk:
             ("value", 2 * lines, 2 * lines + code),
         ),
         steps=steps,
-        width_says="V + log₂ V: the same for any length of the row",
+        width_says="V + log₂ V, rounded up to whole heads: the same for any length of the row",
         table_TLF=torch.stack(tables),
     )
 
@@ -279,11 +279,11 @@ def convolution(rows: Batch) -> Walk:
         ),
         Step(
             title=f"Layer {len(model.layers)}: take the value",
-            says="Each match multiplies the copy of the token that stood behind it. All others are "
+            says="Each match multiplies the copy of the token that followed it. All others are "
             "multiplied by 0.",
             layer=len(model.layers),
             grid_TJ=_by_distance(match_TS),
-            grid_says="the value behind which token is taken",
+            grid_says="which token's follower, the value, is taken",
             linked=True,
         ),
         Step(
