@@ -23,6 +23,7 @@ from holdall.evals.run import Plan, Subject
 from holdall.evals.run import evaluate as ask
 from holdall.files import RunError
 from holdall.report import evals as pages
+from holdall.report.evals_data import is_share
 from holdall.report.style import bytes_text
 from holdall.text.sources import needed
 
@@ -93,14 +94,20 @@ def evaluate(
                 )  # fmt: skip
     except KeyboardInterrupt:
         console.print(f"Stopped. All answers so far are in {out}; the same command resumes.", soft_wrap=True)
+        if folder.results():  # what is finished can be looked at
+            _write_pages(out)
         return 130
     console.print(_table(lines, folder, config.window))
-    for path in pages.write(out):
-        console.print(f"  {path}", soft_wrap=True)
+    _write_pages(out)
     if names and data is None:
         console.print("Further suites read files: `holdall eval --dry-run` lists them.", soft_wrap=True)
     _say_missing([] if names else lacking, data, "Not asked, since their files are missing:")
     return 0
+
+
+def _write_pages(out: Path) -> None:
+    for path in pages.write(out):
+        console.print(f"  {path}", soft_wrap=True)
 
 
 def _opened(name: str, loading: Loading) -> Subject:
@@ -169,12 +176,17 @@ def _table(lines: Sequence[Result], folder: ResultsFolder, window: int) -> Table
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     table.add_column("task", no_wrap=True)
     table.add_column("model", overflow="fold", min_width=10)
-    for head in ("state", "once, %" if twice else "score, %", *(["twice, %"] if twice else []), "docs"):
+    in_nats = {line.metric == "nats" for line in lines}
+    unit = "nats" if in_nats == {True} else "% or nats" if True in in_nats else "%"
+    heads = [f"{name}, {unit}" for name in (("once", "twice") if twice else ("score",))]
+    for head in ("state", *heads, "docs"):
         table.add_column(head, justify="right", no_wrap=True)
-    pairs: dict[tuple[str, str], dict[int, Result]] = {}
-    for line in sorted(lines, key=lambda line: list(dict.fromkeys(one.of for one in lines)).index(line.of)):
-        pairs.setdefault((line.of, line.model), {})[line.reads or 1] = line
-    for (task, model), by_reads in pairs.items():
+    # one file is asked in two ways, as recall and as answers, whose metrics differ
+    pairs: dict[tuple[str, str, str], dict[int, Result]] = {}
+    order = list(dict.fromkeys((one.metric, one.of) for one in lines))
+    for line in sorted(lines, key=lambda line: order.index((line.metric, line.of))):
+        pairs.setdefault((line.of, line.metric, line.model), {})[line.reads or 1] = line
+    for (task, _, model), by_reads in pairs.items():
         state = about.get(model, {}).get("state_bytes", {}).get(str(window))
         some = next(iter(by_reads.values()))
         name = task if some.metric == "contains" else f"{task} ({some.metric})"
@@ -185,11 +197,15 @@ def _table(lines: Sequence[Result], folder: ResultsFolder, window: int) -> Table
 
 
 def _score(line: Result | None) -> str:
-    """A score in percent with its interval, empty if there is none; one that is no share as it is."""
+    """A score in percent with its interval, empty if there is none; one that is no share, or no mean over
+    documents, as it is."""
     if line is None:
         return ""
     if line.low is None or line.high is None:
         return f"{line.value:.4g}"
+    if not is_share(line.metric):
+        digits = 2 if line.high < 10 else 1
+        return f"{line.value:.{digits}f} [{line.low:.{digits}f},{line.high:.{digits}f}]"
     return f"{100 * line.value:.1f} [{100 * line.low:.1f},{100 * line.high:.1f}]"
 
 

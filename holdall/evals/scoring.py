@@ -29,13 +29,15 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str,
 
 
 def first_gold(doc: Mapping[str, Any]) -> str:
-    """The answer whose likelihood is asked for: the first of those that are right."""
-    gold: str = doc["golds"][0]
-    return gold
+    """The text whose likelihood is asked for: the first of the right answers, behind a space.
+
+    Prompts end in a colon, and of a log-likelihood lm-eval puts no `target_delimiter` before the target.
+    """
+    return f" {doc['golds'][0]}"
 
 
 def of_answer(doc: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, float]:
-    """The metrics of a document of the suites of answers: whether the answer is what a model would write, and
-    how far it is from that, in nats."""
+    """The metrics of a document of the suites of answers: minus the log-likelihood of the answer, in nats,
+    and whether greedy generation would write it."""
     log_likelihood, greedy = results[0]
-    return {"acc": float(greedy), "nats": -log_likelihood}
+    return {"nats": -log_likelihood, "acc": float(greedy)}

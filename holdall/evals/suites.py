@@ -48,11 +48,12 @@ class Task:
         return dataclasses.replace(self, name=f"{self.name}_twice", reads=2)
 
     def likelihood(self) -> Task:
-        """The task that asks how likely the answer is to a model, where it would have to write it."""
-        return dataclasses.replace(self, name=f"{self.name}_answer", metric="acc", differs=LIKELIHOOD)
+        """The task that asks how likely the answer is to a model, in place of having it write one."""
+        return dataclasses.replace(self, name=f"{self.name}_answer", metric="nats", differs=LIKELIHOOD)
 
 
 LIKELIHOOD = "the same prompts; how likely the first right answer is, not whether a text holds it"
+"""How the tasks of answers differ from those of recall."""
 CLOZE = "questions in place of clozes, asked as 'Question: ...' and 'Answer:' on a line of its own"
 RECALL = (
     Task(

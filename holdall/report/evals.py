@@ -74,7 +74,7 @@ def render(evaluation: Evaluation, *, samples: int = evals_samples.SAMPLES) -> s
             "charts": [
                 {
                     "suite": suite,
-                    "traces": evals_chart.traces(models),
+                    "traces": evals_chart.traces(models, share=evaluation.is_share(suite)),
                     "layout": evals_chart.layout(evaluation, suite, models),
                     "text": _picture(evaluation, suite, models),
                 }
@@ -89,6 +89,7 @@ def render(evaluation: Evaluation, *, samples: int = evals_samples.SAMPLES) -> s
         head=_head(evaluation),
         rows=_rows(evaluation),
         window=evaluation.window,
+        units=_units(evaluation),
         shown=_shown(tasks),
         has_samples=bool(tasks),
         task_rows=_task_rows(evaluation),
@@ -124,6 +125,7 @@ def _lede(evaluation: Evaluation) -> dict[str, str] | None:
     """The best model, and what reading twice does to the mean of all."""
     best, suite = evaluation.models[0], next(iter(evaluation.suites), "")
     once, twice = (evaluation.mean(best, reads, suite) for reads in (1, 2))
+    share = evaluation.is_share(suite)
     if not once and not twice:
         return None
     gains = [
@@ -135,20 +137,22 @@ def _lede(evaluation: Evaluation) -> dict[str, str] | None:
     return {
         "name": best.name,
         "mean": evals_chart.mean_text(evaluation, suite),
-        "once": "" if once is None else f"{once:.1%}",
-        "twice": "" if twice is None else f"{twice:.1%}",
+        "is_share": "1" if share else "",
+        "once": "" if once is None else f"{_number(once, share)}{'%' if share else ' nats'}",
+        "twice": "" if twice is None else f"{_number(twice, share)}{'%' if share else ' nats'}",
         "gainer": most[0] if most else "",
-        "gain": f"{_signed(100 * most[1].value)} points" if most else "",
-        "interval": f"{_signed(100 * most[1].low)} to {_signed(100 * most[1].high)}" if most else "",
+        "gain": f"{_signed(most[1].value, share)} {'points' if share else 'nats'}" if most else "",
+        "interval": f"{_signed(most[1].low, share)} to {_signed(most[1].high, share)}" if most else "",
     }
 
 
 def _picture(evaluation: Evaluation, suite: str, models: Sequence[evals_chart.Drawn]) -> str:
     """What the picture shows."""
     window = evaluation.window
+    better = "" if evaluation.is_share(suite) else ", lower is better,"
     text = (
-        f"{evals_chart.what(evaluation, suite)} ({evals_chart.mean_text(evaluation, suite)}) against the "
-        "bytes of state that a model carries. "
+        f"{evals_chart.what(evaluation, suite)} ({evals_chart.mean_text(evaluation, suite)}){better} against "
+        "the bytes of state that a model carries. "
         "An arrow leads from reading once to reading twice."
     )
     if any(model.grows for model in models):
@@ -253,16 +257,17 @@ def _mean_cells(evaluation: Evaluation, suite: str, readings: Sequence[int]) -> 
     """Of each model its means over a suite and, where there are both readings, the gain."""
     compared, rows = evaluation.compared(suite), []
     means = {n: [evaluation.mean(model, n, suite) for model in evaluation.models] for n in readings}
-    best = {n: _best([mean for mean in means[n] if mean is not None]) for n in readings}
+    share = evaluation.is_share(suite)
+    best = {n: _best([mean for mean in means[n] if mean is not None], lower=not share) for n in readings}
     for index, model in enumerate(evaluation.models):
         cells = []
         for reads in readings:
             mean = means[reads][index]
             interval = None if mean is None else mean_interval(model, compared, reads, mean)
-            cells.append(_cell(mean, interval, best=mean is not None and mean == best[reads]))
+            cells.append(_cell(mean, interval, share=share, best=mean is not None and mean == best[reads]))
         if readings == (1, 2):
             gain = differences(model, compared)
-            cells.append(_cell(gain and gain.value, gain, signed=True))
+            cells.append(_cell(gain and gain.value, gain, share=share, signed=True))
         rows.append(cells)
     return rows
 
@@ -273,9 +278,9 @@ def _best(values: Sequence[float], *, lower: bool = False) -> float | None:
 
 
 def _cell(
-    value: float | None, interval: Interval | None, *, best: bool = False, signed: bool = False
+    value: float | None, interval: Interval | None, *, share: bool, best: bool = False, signed: bool = False
 ) -> dict[str, Any]:
-    """A mean of shares; a dash where it is not known."""
+    """A mean; a dash where it is not known."""
     if value is None:
         return {
             "text": NONE,
@@ -284,9 +289,9 @@ def _cell(
             "best": False,
             "title": "not all of its tasks are scored",
         }
-    write = _signed if signed else "{:.1f}".format
-    ends = f"{write(100 * interval.low)} to {write(100 * interval.high)}" if interval else ""
-    return {"text": write(100 * value), "interval": ends, "value": value, "best": best, "title": ""}
+    write = _signed if signed else _number
+    ends = f"{write(interval.low, share)} to {write(interval.high, share)}" if interval else ""
+    return {"text": write(value, share), "interval": ends, "value": value, "best": best, "title": ""}
 
 
 def _score_cell(
@@ -309,9 +314,9 @@ def _score_cell(
     about += [f"prompts {line['prompt_hash']}"] if line.get("prompt_hash") else []
     ends = ""
     if not math.isnan(score.low):
-        ends = f"{_value_text(task, score.low)} to {_value_text(task, score.high)}"
+        ends = f"{_number(score.low, task.is_share)} to {_number(score.high, task.is_share)}"
     return {
-        "text": _value_text(task, score.value),
+        "text": _number(score.value, task.is_share),
         "interval": ends,
         "value": score.value,
         "best": score.value == best,
@@ -319,12 +324,26 @@ def _score_cell(
     }
 
 
-def _value_text(task: Task, value: float) -> str:
-    return f"{100 * value:.1f}" if task.is_share else f"{value:,.2f}"
+def _number(value: float, share: bool) -> str:
+    """A value: of a share its per cent."""
+    return f"{100 * value:.1f}" if share else f"{value:,.2f}"
 
 
-def _signed(value: float) -> str:
-    return f"{value:+.1f}".replace("-", "−")
+def _signed(value: float, share: bool) -> str:
+    return (f"{100 * value:+.1f}" if share else f"{value:+,.2f}").replace("-", "−")
+
+
+def _units(evaluation: Evaluation) -> str:
+    """What the table's numbers are, as sentences."""
+    shares = sorted({task.metric for task in evaluation.tasks if task.is_share})
+    nats = list(dict.fromkeys(task.suite for task in evaluation.tasks if task.metric == "nats"))
+    texts = [f"Per cent of right answers ({', '.join(shares)})."] if shares else []
+    if nats:
+        texts.append(
+            f"Of {' and '.join(nats)}: nats, minus the log-likelihood of the first right answer per "
+            "document, lower is better."
+        )
+    return " ".join(texts)
 
 
 def _state_text(evaluation: Evaluation, model: Model) -> str:
@@ -418,7 +437,12 @@ def markdown(evaluation: Evaluation) -> str:
     for suite, readings in means.items():
         heads += [f"mean of {suite}", *(["gain"] if readings == (1, 2) else [])]
     names = [task.name for task in evaluation.tasks]
-    heads += [f"{t.name} ({t.suite})" if names.count(t.name) > 1 else t.name for t in evaluation.tasks]
+    heads += [
+        f"{task.name} ({task.suite})"
+        if task.suite and (names.count(task.name) > 1 or task.lower_is_better)
+        else task.name
+        for task in evaluation.tasks
+    ]
     rows = []
     for row in _rows(evaluation):
         texts = [row["name"], row["state"]]
@@ -434,22 +458,32 @@ def markdown(evaluation: Evaluation) -> str:
             for task in evaluation.tasks
         ]
         rows.append(texts)
-    legend = [f"Per cent of right answers{_metrics_text(evaluation)}; the best of a column is bold."]
+    twice = any(evaluation.readings(task) == (1, 2) for task in evaluation.tasks)
+    legend = [
+        f"{_units(evaluation)} {'Read once / read twice; the' if twice else 'The'} best is bold.".strip()
+    ]
     if (window := evaluation.window) > 0:
         legend.append(
             f"State: bytes per sequence after {window:,} tokens and, where it grows, after {2 * window:,}."
         )
     legend += [f"Mean of {suite}: {evals_chart.mean_text(evaluation, suite)}." for suite in means]
     if (1, 2) in means.values():
-        legend.append("Gain: twice less once, with the 95% interval of a paired bootstrap over documents.")
+        legend.append(
+            f"{_gain_text(evaluation)}, with the 95% interval of a paired bootstrap over documents."
+        )
     notes = "".join(f"\n{note}\n" for note in evaluation.notes)
     return table.markdown(heads, rows) + "\n\n" + "\n".join(legend) + "\n" + notes
 
 
-def _metrics_text(evaluation: Evaluation) -> str:
-    metrics = sorted({task.metric for task in evaluation.tasks if task.is_share})
-    twice = any(evaluation.readings(task) == (1, 2) for task in evaluation.tasks)
-    return f" ({', '.join(metrics)})" + (", read once / read twice" if twice else "")
+def _gain_text(evaluation: Evaluation) -> str:
+    """What a gain is, so that more is better."""
+    kinds = {evaluation.is_share(suite) for suite in _means(evaluation)}
+    texts = {
+        frozenset({True}): "twice less once",
+        frozenset({False}): "once less twice",
+        frozenset({True, False}): "twice less once, of nats once less twice",
+    }
+    return f"Gain: {texts[frozenset(kinds)]}"
 
 
 def _bold(cell: Mapping[str, Any]) -> str:

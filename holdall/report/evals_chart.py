@@ -120,15 +120,16 @@ def mean_text(evaluation: Evaluation, suite: str) -> str:
 
 def what(evaluation: Evaluation, suite: str) -> str:
     """What the mean of a suite is of."""
-    contains = evaluation.compared(suite)[0].metric == "contains"
-    return "Recall" if contains else "Answers that are the likeliest text"
+    metric = evaluation.compared(suite)[0].metric
+    others = {"nats": "Nats per right answer", "acc": "Answers that are the likeliest text"}
+    return "Recall" if metric == "contains" else others.get(metric, metric)
 
 
 def _title(evaluation: Evaluation, suite: str) -> str:
     """What stands beside the axis of recall."""
     compared = evaluation.compared(suite)
     over = f"mean over {len(compared)} tasks" if len(compared) > 1 else compared[0].name
-    return f"{what(evaluation, suite)}, {over}"
+    return f"{what(evaluation, suite)}, {over}" + ("" if evaluation.is_share(suite) else " (lower is better)")
 
 
 def axis_text(evaluation: Evaluation, models: Sequence[Drawn]) -> str:
@@ -141,8 +142,11 @@ def axis_text(evaluation: Evaluation, models: Sequence[Drawn]) -> str:
 # -------------------------------------------------------------------------------------------- interactive
 
 
-def traces(models: Sequence[Drawn]) -> list[dict[str, Any]]:
-    """Plotly's traces: of each model its arrow, hidden and shown with it, and its points."""
+def traces(models: Sequence[Drawn], *, share: bool = True) -> list[dict[str, Any]]:
+    """Plotly's traces: of each model its arrow, hidden and shown with it, and its points.
+
+    share: whether means are shares, to be written in per cent.
+    """
     found: list[dict[str, Any]] = []
     for model in models:
         look = style.look(model.index)
@@ -173,7 +177,7 @@ def traces(models: Sequence[Drawn]) -> list[dict[str, Any]]:
                 "x": x,
                 "y": y,
                 "customdata": [[model.index, p.reads] for p in model.points],
-                "text": [_hover(model, p) for p in model.points],
+                "text": [_hover(model, p, share) for p in model.points],
                 "mode": "markers",
                 "marker": {
                     "color": look.colour,
@@ -200,6 +204,7 @@ def traces(models: Sequence[Drawn]) -> list[dict[str, Any]]:
 def layout(evaluation: Evaluation, suite: str, models: Sequence[Drawn]) -> dict[str, Any]:
     """Plotly's layout, as that of the frontier."""
     low, high = _range(models)
+    share = evaluation.is_share(suite)
     ticks = style.state_ticks(low, high, 8)
     axis = {"linecolor": "--muted", "tickcolor": "--muted", "ticks": "outside", "zeroline": False}
     return {
@@ -223,21 +228,22 @@ def layout(evaluation: Evaluation, suite: str, models: Sequence[Drawn]) -> dict[
         },
         "yaxis": {
             **axis,
-            "range": [0, _top(models)],
-            "tickformat": ".0%",
+            "range": _ends(models, share),
+            "tickformat": ".0%" if share else ".4~g",
             "gridcolor": "--line",
             "title": {"text": _title(evaluation, suite)},
         },
     }
 
 
-def _hover(model: Drawn, point: Point) -> str:
-    mean = point.mean
-    interval = "" if math.isnan(mean.low) else f" ({mean.low:.1%} to {mean.high:.1%})"
+def _hover(model: Drawn, point: Point, share: bool) -> str:
+    mean, write = point.mean, ("{:.1%}" if share else "{:.2f}").format
+    interval = "" if math.isnan(mean.low) else f" ({write(mean.low)} to {write(mean.high)})"
+    unit = "" if share else " nats"
     growing = ", growing with what is read" if model.grows else ""
     return (
         f"<b>{chart.escape(model.name)}</b>, read {'once' if point.reads == 1 else 'twice'}"
-        f"<br>{mean.value:.1%}{interval}"
+        f"<br>{write(mean.value)}{unit}{interval}"
         f"<br>{style.bytes_text(point.state)} after {point.tokens:,} tokens{growing}"
     )
 
@@ -247,9 +253,13 @@ def _range(models: Sequence[Drawn]) -> tuple[float, float]:
     return min(states) / 2, max(states) * 2
 
 
-def _top(models: Sequence[Drawn]) -> float:
-    highs = [v for m in models for p in m.points for v in (p.mean.value, p.mean.high) if not math.isnan(v)]
-    return min(1.06, max(highs) * 1.08 or 1.06)
+def _ends(models: Sequence[Drawn], share: bool) -> tuple[float, float]:
+    """The ends of the axis of means: shares begin at zero, and others near the least."""
+    ends = [v for m in models for p in m.points for v in p.mean if not math.isnan(v)]
+    if share:
+        return 0.0, min(1.06, max(ends) * 1.08 or 1.06)
+    room = 0.08 * (max(ends) - min(ends)) or 1.0
+    return max(0.0, min(ends) - room), max(ends) + room
 
 
 # ------------------------------------------------------------------------------------------------- figure
@@ -268,6 +278,7 @@ def draw(evaluation: Evaluation, suite: str, models: Sequence[Drawn], *, dark: b
     """The same as a matplotlib Figure. Points have their model's name as gid."""
     from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
+    share = evaluation.is_share(suite)
     with recall_curves.looks(dark) as (ground, _, muted):
         figure = style.blank((7.8, 4.6), dpi=DPI, ground=ground)
         labelled = len(models) <= MOST_LABELS
@@ -275,7 +286,7 @@ def draw(evaluation: Evaluation, suite: str, models: Sequence[Drawn], *, dark: b
         low, high = _range(models)
         axes.set_xscale("log")
         axes.set_xlim(low, high * (high / low) ** (0.12 * labelled))  # room for the last label
-        axes.set_ylim(0, _top(models))
+        axes.set_ylim(*_ends(models, share))
         for model in models:
             _draw_model(axes, model, ground)
         ticks = style.state_ticks(low, high, 8)
@@ -283,7 +294,7 @@ def draw(evaluation: Evaluation, suite: str, models: Sequence[Drawn], *, dark: b
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(lambda value, _: style.bytes_text(value))
         axes.yaxis.set_major_locator(MaxNLocator(6))
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}" if share else f"{value:.4g}")
         axes.grid(axis="y", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)

@@ -38,6 +38,11 @@ def is_evaluation(folder: Path) -> bool:
     )
 
 
+def is_share(metric: str) -> bool:
+    """Whether a metric's values are shares, to be written in per cent; of all others lower is better."""
+    return not any(word in metric for word in ("perplexity", "ppl", "bits", "nats"))
+
+
 class Task(NamedTuple):
     """A column of the table."""
 
@@ -49,12 +54,12 @@ class Task(NamedTuple):
 
     @property
     def lower_is_better(self) -> bool:
-        return any(word in self.metric for word in ("perplexity", "ppl", "bits"))
+        return not is_share(self.metric)
 
     @property
     def is_share(self) -> bool:
         """Whether its values are shares, to be written in per cent."""
-        return not self.lower_is_better
+        return is_share(self.metric)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +200,10 @@ class Evaluation:
             return None
         return math.fsum(score.value for score in scores if score) / len(scores)
 
+    def is_share(self, suite: str) -> bool:
+        """Whether a suite's means are of shares, to be written in per cent; of all others lower is better."""
+        return all(task.is_share for task in self.compared(suite))
+
     def text(self, task: Task, reads: int) -> str:
         """A task and how often it is read, in words; with its suite where another has a task of its name."""
         shared = any(other.name == task.name and other != task for other in self.tasks)
@@ -223,7 +232,8 @@ class Interval(NamedTuple):
 
 
 def differences(model: Model, tasks: Sequence[Task]) -> Interval | None:
-    """Read twice less read once, mean over `tasks`: a paired bootstrap over the documents within each task.
+    """What reading twice gains, mean over `tasks`: read twice less read once; once less twice of a metric of
+    which lower is better. A paired bootstrap over the documents within each task.
 
     Documents that only one reading has are left out. None unless all tasks have documents in both.
     """
@@ -232,7 +242,8 @@ def differences(model: Model, tasks: Sequence[Task]) -> Interval | None:
         once, twice = (model.samples.get((task, n)) for n in (1, 2))
         if not once or not twice or not (both := [d for d in once.right if d in twice.right]):
             return None
-        gain_N = np.array([twice.right[d] - once.right[d] for d in both])
+        sign = -1 if task.lower_is_better else 1
+        gain_N = sign * np.array([twice.right[d] - once.right[d] for d in both])
         values.append(float(gain_N.mean()))
         draws.append(bootstrap(gain_N[:, None], seed=index)[:, 0])
     return _interval(math.fsum(values) / len(values), np.mean(draws, axis=0)) if values else None
@@ -357,7 +368,7 @@ def _in_order(evaluation: Evaluation) -> Evaluation:
 
     def rank(model: Model) -> tuple[bool, float, str]:
         mean = evaluation.mean(model, last, first)
-        return mean is None, -(mean or 0.0), model.name
+        return mean is None, (-1 if evaluation.is_share(first) else 1) * (mean or 0.0), model.name
 
     planned = {str(name) for name in evaluation.config.get("tasks") or ()}
     begun = {str(score.line["task"]) for model in evaluation.models for score in model.scores.values()}

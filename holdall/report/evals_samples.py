@@ -52,6 +52,7 @@ def pack(evaluation: Evaluation, task: Task, samples: int = SAMPLES) -> dict[str
     return {
         "name": evaluation.text(task, 0),
         "metric": task.metric,
+        "lower": task.lower_is_better,
         "documents": len(documents),
         "shown": len(shown),
         "columns": [[index, reads, len(column.right)] for index, reads, column in columns],

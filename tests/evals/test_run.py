@@ -175,6 +175,77 @@ def test_the_samples_say_what_was_asked_and_answered(data: Path, tmp_path: Path,
         assert sample["right"] == (likeliest == sample["gold"])
 
 
+def test_answers_are_scored_by_their_own_log_likelihood(data: Path, tmp_path: Path, small: None) -> None:
+    made = language_model("taylor", "attention")
+    names = ("squad_answer", "squad_answer_twice", "fda_answer")
+    folder, lines = scored(made, plan(data, *names, limit=4), tmp_path / "out")
+    from holdall.adapters.lm_eval import HoldallLM
+
+    lm = HoldallLM(made)
+    shown = [("squad", 1), ("squad", 2), ("fda", 1)]
+    for line, (of, reads) in zip(lines, shown, strict=True):
+        assert (line.metric, line.of, line.reads) == ("nats", of, reads)
+        wanted = []
+        for sample in folder.samples("mine", line.task):
+            (answer,) = sample["choices"]
+            assert answer.startswith(" ")  # as a model would write it behind a colon
+            assert answer == sample["target"]
+            asked = lm.tok_encode(sample["prompt"]), lm.tok_encode(answer, add_special_tokens=False)
+            ((log_likelihood, _),) = lm._loglikelihood_tokens([(None, *asked)], disable_tqdm=True)
+            behind = made.score(sample["prompt"] + answer).log_prob_T[-len(answer) :]
+            assert -sample["right"] == pytest.approx(log_likelihood, abs=1e-10, rel=0)
+            assert -sample["right"] == pytest.approx(float(behind.sum()), abs=1e-10, rel=0)
+            wanted.append(sample["right"])
+        assert line.value == pytest.approx(sum(wanted) / len(wanted), rel=1e-12)
+        assert line.low is not None
+        assert line.high is not None
+        assert line.low < line.value < line.high
+        assert set(line.others) == {"acc"}
+        prompts = [one["prompt"] for one in folder.samples("mine", line.task)]
+        name = of if reads == 1 else f"{of}_twice"
+        rows = harness.rows(suites.named(name), harness.codec_of(made.tokenizer), data=data, window=200)
+        assert prompts == [row.prompt for row in itertools.islice(rows, 4)]
+    assert {sample["target"] for sample in folder.samples("mine", "squad_answer")} == {" aa"}  # the first
+
+
+def test_the_table_has_recall_and_answers_of_one_file(
+    data: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    language_model("taylor", dtype=torch.float32).save(tmp_path / "m1")
+    words: list[str | Path] = ["--data", data, "--suite", "squad", "squad_twice", "squad_answer"]
+    words += ["--limit", "2", "--window", "200", "--device", "cpu", "--out", tmp_path / "out"]
+    assert command(monkeypatch, tmp_path / "m1", *words) == 0
+    table = capsys.readouterr().out.partition("once, % or nats")[2]
+    nats = next(line for line in ResultsFolder(tmp_path / "out").results() if line.metric == "nats")
+    (recall,) = (line for line in table.splitlines() if line.split()[:2] == ["squad", "m1"])
+    (answers,) = (line for line in table.splitlines() if line.startswith("squad (nats)"))
+    assert recall.count("[") == 2  # once and twice
+    assert nats.high is not None
+    assert nats.high >= 10
+    assert f"{nats.value:.1f} [{nats.low:.1f},{nats.high:.1f}]" in answers
+
+
+def test_a_stopped_command_writes_the_page_of_what_is_finished(
+    data: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    language_model("taylor", dtype=torch.float32).save(tmp_path / "m1")
+    words: list[str | Path] = ["--data", data, "--limit", "2", "--window", "200", "--device", "cpu"]
+    finish, stop_at = ResultsFolder.finish, 0
+
+    def stopped(self: ResultsFolder, result: Result, samples: Any) -> None:
+        if len(self.results()) == stop_at:
+            raise KeyboardInterrupt
+        finish(self, result, samples)
+
+    monkeypatch.setattr(ResultsFolder, "finish", stopped)
+    for stop_at in (0, 1):
+        out = tmp_path / f"out{stop_at}"
+        assert command(monkeypatch, tmp_path / "m1", *words, "--suite", "squad", "fda", "--out", out) == 130
+        assert "the same command resumes" in capsys.readouterr().out
+        assert (out / "index.html").exists() == (stop_at == 1)  # there is nothing to show before that
+    assert "Not begun yet: fda" in (out / "index.html").read_text()
+
+
 def in_another_order(
     self: run.Recorded, kind: str, requests: Sequence[Any], ask: Callable[..., list[Any]] = run.Recorded._ask
 ) -> list[Any]:

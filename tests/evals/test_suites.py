@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from holdall.evals import harness, needles, prompts, suites
-from holdall.evals.scoring import contains
+from holdall.evals.scoring import contains, of_answer
 
 TASKS = suites.tasks_of(list(suites.SUITES))
 
@@ -32,6 +32,17 @@ def test_recall_twice_shows_the_documents_of_recall() -> None:
         (task.name, task.file, 2) for task in once
     ]
     assert {task.reads for task in once} == {1}
+
+
+def test_answers_show_the_documents_of_recall() -> None:
+    for name, reads in (("answers", 1), ("answers-twice", 2)):
+        of = [(task.of, task.file, task.reads, task.metric) for task in suites.SUITES[name]]
+        assert of == [(task.name, task.file, reads, "nats") for task in suites.SUITES["recall"]]
+
+
+def test_the_score_of_an_answer() -> None:
+    assert of_answer({}, [(-2.5, True)]) == {"nats": 2.5, "acc": 1.0}
+    assert of_answer({}, [(-0.25, False)]) == {"nats": 0.25, "acc": 0.0}
 
 
 def test_every_task_of_documents_has_a_form_and_every_needle_a_kind() -> None:

@@ -326,6 +326,44 @@ def test_each_suite_has_its_mean_and_its_picture(tmp_path):
     assert "fda (answers)" in head
 
 
+def test_of_nats_lower_is_better(tmp_path):
+    writer = Writer(tmp_path / "eval", suite=["answers", "answers-twice"])
+    nats = {"a": ([2.0, 4.0, 6.0], [2.5, 4.5, 6.5]), "b": ([3.0, 5.0, 9.0], [2.0, 3.0, 8.0])}
+    for name, readings in nats.items():
+        writer.model(name, (4096,) * 3)
+        for twice, values in zip(("", "_twice"), readings, strict=True):
+            lines = [{**line, "right": v} for line, v in zip(answers(0, documents=3), values, strict=True)]
+            writer.samples(name, f"fda_answer{twice}", lines)
+            more = {"of": "fda", "metric": "nats", "suite": f"answers{twice.replace('_', '-')}", "low": 1.5}
+            writer.result(name, f"fda_answer{twice}", values, **more, high=9.25, others={"acc": 0.0})
+    evaluation = load(tmp_path / "eval")
+    assert [model.name for model in evaluation.models] == ["b", "a"]  # by the mean read twice: 4.33 and 4.5
+    gains = [differences(model, evaluation.compared("answers")) for model in evaluation.models]
+    assert [gain.value for gain in gains] == pytest.approx([4 / 3, -0.5])  # more is better, here too
+    page = evals.render(evaluation)
+    cells = cells_of(page)
+    assert [text for text, _ in cells["a"]] == ["4.00", "4.50", "−0.50", "4.00", "4.50"]
+    assert [text for text, _ in cells["b"]] == ["5.67", "4.33", "+1.33", "5.67", "4.33"]
+    assert "1.50 to 9.25" in page
+    assert page.count('class="best') == 4  # of the mean and of the task, once and twice
+    assert "Right answers are likeliest to <strong>b</strong>: 5.67 nats each read once, 4.33 nats" in page
+    assert "Reading twice gives <strong>b</strong> the most, +1.33 nats" in page
+    (chart,) = data_of(page)["charts"]
+    low, high = chart["layout"]["yaxis"]["range"]
+    assert 0 < low < 2.5
+    assert 8 < high < 10
+    assert "%" not in chart["layout"]["yaxis"]["tickformat"]
+    assert chart["layout"]["yaxis"]["title"]["text"] == "Nats per right answer, fda (lower is better)"
+    assert "5.67 nats" in str(chart["traces"])
+    assert [task["lower"] for task in data_of(page)["tasks"]] == [True]
+    text = evals.markdown(evaluation)
+    assert "5.67 / **4.33**" in text
+    assert "**4.00** / 4.50" in text
+    assert "Per cent" not in text
+    assert "minus the log-likelihood of the first right answer" in text
+    assert "Gain: once less twice" in text
+
+
 def test_a_folder_without_states_has_no_picture(tmp_path):
     writer = Writer(tmp_path / "eval", window=0)
     writer.json("models/a.json", {"name": "a"})
