@@ -21,6 +21,7 @@ from holdall.evals.folder import EvalConfig, Result, ResultsFolder
 from holdall.evals.models import open_model
 from holdall.evals.run import Plan, Subject
 from holdall.evals.run import evaluate as ask
+from holdall.evals.windows import Remembered
 from holdall.files import RunError
 from holdall.report import evals as pages
 from holdall.report.evals_data import is_share
@@ -153,11 +154,12 @@ def _planned(one: Subject, plan: Plan) -> Table:
     table.add_column("task")
     for head in ("documents", "cut to the window", "tokens each", "tokens"):
         table.add_column(head, justify="right")
+    codec = Remembered(one.codec)
     for task in plan.tasks:
         if task in plan.missing():
             table.add_row(task.name, "file missing", "", "", "")
             continue
-        made = harness.rows(task, one.codec, data=plan.data, window=plan.config.window, seed=plan.config.seed)
+        made = harness.rows(task, codec, data=plan.data, window=plan.config.window, seed=plan.config.seed)
         rows = list(itertools.islice(made, plan.config.limit))
         tokens = sum(row.tokens for row in rows)
         cut = sum(row.truncated for row in rows)

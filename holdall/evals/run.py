@@ -18,9 +18,10 @@ from typing import Any
 from holdall.evals import documents, suites
 from holdall.evals.folder import OTHER, Answers, EvalConfig, Result, ResultsFolder, prompt_hash
 from holdall.evals.harness import TASKS, codec_of
+from holdall.evals.scoring import first_gold
 from holdall.evals.statistics import bootstrap
 from holdall.evals.suites import Task
-from holdall.evals.windows import ANSWER_TOKENS, Codec
+from holdall.evals.windows import ANSWER_TOKENS, Codec, Remembered
 from holdall.files import RunError
 from holdall.language_model import LanguageModel
 
@@ -139,7 +140,7 @@ class Manager:
     """lm-eval's tasks for one model: the suites', made by its tokenizer, and lm-eval's own."""
 
     def __init__(self, plan: Plan, asked: Subject) -> None:
-        self.plan, self.asked, self.codec = plan, asked, asked.codec
+        self.plan, self.asked, self.codec = plan, asked, Remembered(asked.codec)
 
     def load(self, name: str) -> Any:
         """What lm-eval knows a task, group or tag by, with its documents.
@@ -165,9 +166,16 @@ class Manager:
     def _check_room(self, task: Any) -> None:
         """A prompt that is cut at its beginning would lose what is asked for, without a word."""
         positions = self.asked.positions
-        longest = max((doc.get("tokens", 0) for doc in task.eval_docs), default=0)
-        wanted = longest + ANSWER_TOKENS
-        if positions is not None and longest and wanted > positions:
+        if positions is None:
+            return
+        longest, wanted = 0, 0
+        for doc in task.eval_docs:
+            answer = ANSWER_TOKENS
+            if task.OUTPUT_TYPE == "loglikelihood" and "golds" in doc:  # it is read, whatever its length
+                answer = max(answer, len(self.codec.encode(first_gold(doc))))
+            longest = max(longest, doc.get("tokens", 0))
+            wanted = max(wanted, doc.get("tokens", 0) + answer)
+        if longest and wanted > positions:
             raise ValueError(
                 f"{task.config.task} has prompts of {longest:,} tokens, with an answer {wanted:,}, and "
                 f"{self.asked.name} can read {positions:,}: give a smaller --window, or leave the task out"

@@ -13,8 +13,11 @@ Letters: N and K numbers of tokens.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
 
 from holdall.evals.documents import Question
 from holdall.evals.scoring import occurs, place_of
@@ -49,16 +52,58 @@ class Cut(NamedTuple):
     """Whether the document has more."""
 
 
+class Remembered:
+    """A tokenizer that encodes a document once, for all questions and tasks that show it.
+
+    Documents can be a hundred times as long as a window, so that encoding them is most of preparing a task.
+    What is kept is two bytes per token of the documents, or four if the vocabulary needs them.
+
+    Args:
+        codec: the tokenizer.
+    """
+
+    def __init__(self, codec: Codec) -> None:
+        self._codec = codec
+        self._ids: dict[bytes, np.ndarray] = {}
+        self._before: dict[tuple[bytes, int], int] = {}
+
+    def encode(self, text: str, /) -> Sequence[int]:
+        """The ids of a text, which are not kept."""
+        return self._codec.encode(text)
+
+    def decode(self, ids: Sequence[int], /) -> str:
+        """The text of ids."""
+        return self._codec.decode(ids)
+
+    def document(self, context: str) -> np.ndarray:
+        """The ids of a document."""
+        if (key := _key(context)) not in self._ids:
+            ids = self._codec.encode(context)
+            self._ids[key] = np.array(ids, dtype=np.uint16 if max(ids, default=0) < 1 << 16 else np.uint32)
+        return self._ids[key]
+
+    def tokens_before(self, context: str, place: int) -> int:
+        """How many ids a document has before a character's place, by those of the text before it."""
+        if (key := (_key(context), place)) not in self._before:
+            self._before[key] = len(self._codec.encode(context[:place]))
+        return self._before[key]
+
+
+def _key(context: str) -> bytes:
+    return hashlib.sha256(context.encode(errors="surrogatepass")).digest()
+
+
 def cut(context: str, place: int, keep: int, codec: Codec) -> Cut:
     """At most `keep` tokens of a document: half of them before a character's place, the rest from there on.
 
     A character whose bytes are divided between tokens at an edge is left out.
     """
-    ids = codec.encode(context)
-    at = len(codec.encode(context[:place]))
+    remembered = codec if isinstance(codec, Remembered) else Remembered(codec)
+    ids = remembered.document(context)
+    at = remembered.tokens_before(context, place)
     first = max(0, at - keep // 2)
     end = min(len(ids), first + keep)
-    text = codec.decode(ids[first:end]) if end - first < len(ids) else context
+    text = codec.decode(ids[first:end].tolist()) if end - first < len(ids) else context
     if first > 0:
         text = text.lstrip(REPLACEMENT)
     if end < len(ids):

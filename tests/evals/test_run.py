@@ -5,6 +5,7 @@ Tasks are local files, so that no network is asked.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -20,7 +21,7 @@ import torch
 from evals.rows import ROWS, written
 
 from holdall import cli, mixers
-from holdall.evals import harness, run, suites
+from holdall.evals import documents, harness, run, suites
 from holdall.evals.folder import EvalConfig, Result, ResultsFolder
 from holdall.evals.scoring import contains
 from holdall.evals.statistics import bootstrap
@@ -345,6 +346,40 @@ def test_prompts_that_the_model_cannot_read_are_refused(data: Path, tmp_path: Pa
     about = folder.models()["mine"]
     assert about["state_bytes"]["1024"] is None
     assert about["state_bytes"]["200"] == made.model.state_bytes(200)
+
+
+def test_tasks_of_the_same_documents_encode_them_once(data: Path, small: None) -> None:
+    encoded: list[str] = []
+
+    class Counted:
+        def encode(self, text: str) -> list[int]:
+            encoded.append(text)
+            return list(text.encode())
+
+        def decode(self, ids: Sequence[int]) -> str:
+            return bytes(ids).decode(errors="replace")
+
+    asked = dataclasses.replace(run.subject(language_model("taylor"), "mine"), codec=Counted())
+    wanted = plan(data, "squad", "squad_twice", "squad_answer")
+    manager = run.Manager(wanted, asked)
+    for name in wanted.names():
+        manager.load(name)
+    contexts = [row["context"] for _, row in documents.read_rows(data / "squad.jsonl.xz")]
+    assert [encoded.count(context) for context in contexts] == [1] * len(contexts)
+
+
+def test_an_answer_that_the_model_has_no_room_for_is_refused(data: Path, tmp_path: Path, small: None) -> None:
+    row = {"id": "1", "context": "x " * 40 + "long" * 20, "question": "?", "answers": ["long" * 20]}
+    written(data, "squad", [row], ".jsonl")
+    wanted = plan(data, "squad_answer", window=300)
+    (shown,) = harness.rows(suites.named("squad_answer"), harness.codec_of(Bytes()), data=data, window=300)
+    for positions, fits in ((shown.tokens + 80, False), (shown.tokens + 81, True)):
+        made = language_model("attention", positions=positions)
+        if fits:
+            assert scored(made, wanted, tmp_path / "fits")[1][0].count == 1
+        else:
+            with pytest.raises(ValueError, match="squad_answer has prompts of"):
+                scored(made, wanted, tmp_path / "out")
 
 
 def test_the_yaml_files_work_without_the_runner(data: Path) -> None:

@@ -42,6 +42,47 @@ def document(count: int, answer: int, *, key: int | None = None) -> str:
     return " ".join(words)
 
 
+class Counted(Words):
+    """The same, which keeps what it encoded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoded: list[str] = []
+
+    def encode(self, text: str) -> list[int]:
+        self.encoded.append(text)
+        return super().encode(text)
+
+
+def test_a_document_is_encoded_once_and_its_windows_are_the_same() -> None:
+    text, counted = document(200, 150, key=40), Counted()
+    asked = [Question("", text, asked, ("answer",), is_key=True) for asked in ("key", "w100", "key")]
+    plain = [windows.around(question, 100, Words()) for question in asked]
+    remembered = windows.Remembered(counted)
+    assert [windows.around(question, 100, remembered) for question in asked] == plain
+    assert len({shown.first for shown in plain if shown}) == 1 + (plain[0] != plain[1])
+    assert counted.encoded.count(text) == 1
+    assert len(counted.encoded) == len(set(counted.encoded))  # of what stands before a place, too
+    other = document(200, 10)
+    shown = windows.around(Question("", other, "", ("answer",)), 100, remembered)
+    assert shown == windows.around(Question("", other, "", ("answer",)), 100, Words())
+
+
+def test_ids_beyond_two_bytes_are_kept() -> None:
+    text = "".join(map(chr, range(0x10000, 0x10100))) + "answer"
+
+    class Characters:
+        def encode(self, text: str) -> list[int]:
+            return [ord(one) for one in text]
+
+        def decode(self, ids: list[int]) -> str:
+            return "".join(map(chr, ids))
+
+    shown = windows.around(Question("", text, "", ("answer",)), 100, Characters())
+    assert shown is not None
+    assert shown.text == text[231:281]
+
+
 @pytest.mark.parametrize(
     ("answer", "first", "end"),
     # 50 of 100 tokens are shown, 25 of them before the answer
