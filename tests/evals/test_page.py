@@ -28,3 +28,9 @@ def test_its_table_is_that_of_the_suites(suite: str) -> None:
             form = re.search(rf"\| [^|]*`{task.file}.jsonl`[^|]* \| `(.*)` \|\n", PAGE)
             assert form is not None
             assert form[1] == task.form
+
+
+def test_every_suite_has_its_name_in_the_documentation() -> None:
+    general = (Path(__file__).parents[2] / "docs" / "general-tasks.md").read_text()
+    for suite in suites.SUITES:
+        assert f"`{suite}`" in PAGE or f"--suite {suite}" in general, suite
