@@ -182,7 +182,13 @@ def _claim(out: Path, config: SuiteConfig, command: str) -> None:
     path, plain = out / "config.json", config.to_dict()
     if not path.exists():
         files.write_json(path, {"command": command, "suite": plain})
-    elif different := settings.differ(files.read_json(path, OTHER).get("suite"), plain):
+        return
+    held = files.read_json(path, OTHER).get("suite")
+    if held is None:  # a preset may have the name of a suite, and then the same folder by default
+        raise RunError(
+            f"{out} holds no suite but something else, a single run say; choose another folder with --out"
+        )
+    if different := settings.differ(held, plain):
         raise RunError(f"{out} holds another suite ({different}); choose another folder with --out")
 
 

@@ -226,6 +226,18 @@ def test_the_table_has_recall_and_answers_of_one_file(
     assert f"{nats.value:.1f} [{nats.low:.1f},{nats.high:.1f}]" in answers
 
 
+@pytest.mark.parametrize("name", ["nosuch", "nosuch.gguf"])
+def test_a_model_that_is_not_there_is_refused_before_the_first_is_asked(
+    name: str, data: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    language_model("taylor", dtype=torch.float32).save(tmp_path / "m1")
+    words: list[str | Path] = ["--data", data, "--suite", "squad", "--limit", "1", "--window", "200"]
+    words += ["--device", "cpu", "--out", tmp_path / "out"]
+    assert command(monkeypatch, tmp_path / "m1", tmp_path / name, *words) == 2
+    assert f"{name}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_stopped_command_writes_the_page_of_what_is_finished(
     data: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
