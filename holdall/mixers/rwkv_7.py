@@ -214,7 +214,7 @@ class RWKV7(Mixer):
         return self.value(torch.lerp(x_BTD, shift(x_BTD, last_BD), self.mix_ZD[3]))
 
     def _mapped(self, x_BTD: Tensor, last_BD: Tensor) -> tuple[Tensor, ...]:
-        """r, k' and v side by side, the low ranks of decay, removal and gate, and perhaps of the value residual."""
+        """r, k' and v side by side, the low ranks of decay, removal and gate, and of a value residual."""
         before_BTD = shift(x_BTD, last_BD)
         r, w, k, v, a, g = torch.lerp(x_BTD, before_BTD, self.mix_ZD[:, None, None]).unbind(0)
         rkv = torch.cat((self.receptance(r), self.key(k), self.value(v)), dim=-1)
