@@ -37,7 +37,7 @@ def errors(original: Any, length: int = 23) -> tuple[float, float]:
 
 def main() -> None:
     warnings.simplefilter("ignore")
-    from adapters import test_fla, test_lfm2, test_olmo_hybrid, test_qwen, test_rwkv7
+    from adapters import test_fla, test_lfm2, test_olmo_hybrid, test_qwen
     from adapters.originals import in_plain_torch, randomised
     from transformers.models import lfm2, olmo_hybrid, qwen3_5, qwen3_next
 
@@ -51,13 +51,11 @@ def main() -> None:
         "delta_net": lambda: test_fla.original("DeltaNet"),
         "gated_deltanet": lambda: test_fla.original("GatedDeltaNet", head_dim=16),
         "retnet": lambda: test_fla.original("RetNet"),
-        "rwkv7": test_rwkv7.original,
     }
     with pytest.MonkeyPatch.context() as patch:
         for module in (lfm2, olmo_hybrid, qwen3_5, qwen3_next):
             in_plain_torch(patch, getattr(module, f"modeling_{module.__name__.rpartition('.')[2]}"))
         test_fla.by_definitions(patch)
-        test_rwkv7.by_definitions(patch)
         for name, make in made.items():
             print(f"{name:15} fp32 {{:.1e}}  fp64 {{:.1e}}".format(*errors(make())), flush=True)
 

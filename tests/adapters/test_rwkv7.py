@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from adapters.originals import randomised, refusal
-from adapters.parity import check, converted
+from adapters.parity import check, converted, show_errors
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -215,3 +215,9 @@ def test_layers_of_softmax_attention_fail_in_the_package_too(monkeypatch: pytest
     model = original(attn={"layers": [1], "num_heads": 2})
     with pytest.raises(ValueError, match="not enough values to unpack"):
         model(torch.zeros(1, 3, dtype=torch.long), use_cache=False)
+
+
+if __name__ == "__main__":  # PYTHONPATH=.:tests python -m adapters.test_rwkv7
+    with pytest.MonkeyPatch.context() as patch:
+        by_definitions(patch)
+        show_errors("rwkv7", original())
