@@ -37,10 +37,9 @@ def rwkv(fields: Fields, weights: Weights) -> tuple[ModelConfig, dict[str, Tenso
     weights.rename({}, prefix="rwkv.")
     read_VD = weights.take("embeddings.weight")
     head_VD = head_of(weights, "head.weight", read_VD, tied=fields.only("tie_word_embeddings", False, True))
+    ln_weight_D, ln_bias_D = (weights.take(f"blocks.0.pre_ln.{name}") for name in ("weight", "bias"))
     tensors = {
-        "embed.weight": normalised(
-            read_VD, *(weights.take(f"blocks.0.pre_ln.{name}") for name in ("weight", "bias")), eps
-        ),
+        "embed.weight": normalised(read_VD, ln_weight_D, ln_bias_D, eps),
         "head.weight": read_VD if head_VD is None else head_VD,
         "norm.weight": weights.take("ln_out.weight"),
         "norm.bias": weights.take("ln_out.bias"),
