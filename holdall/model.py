@@ -233,22 +233,31 @@ class Block(nn.Module):
         inplace: bool = False,
         want_state: bool = True,
         defer: bool = False,
-    ) -> tuple[Tensor | Sum, State | None]:
+        shared_BTD: Tensor | None = None,
+        want_shared: bool = False,
+    ) -> tuple[Any, ...]:
         """The residual stream after the layer, at all positions or those asked for, and the mixer's state.
 
         Args:
+            shared_BTD: what an earlier layer of the mixer's class shares with it.
+            want_shared: whether a third result is what this layer shares with later ones (`Mixer.shared`).
             defer: the stream is given away, and the layer's last sum left to the norm that reads it next.
         """
-        ids = {"tokens_BT": tokens_BT} if self.mixer.reads_tokens else {}
+        more: dict[str, Any] = {"tokens_BT": tokens_BT} if self.mixer.reads_tokens else {}
+        if self.mixer.reads_shared:
+            more["shared_BTD"] = shared_BTD
         r, h = self._read(self.norm, r, defer)
-        x, state = self.mixer(h, state, inplace=inplace, want_state=want_state, **ids)
+        # before the mixer, which may write into the state
+        shared = (self.mixer.shared(h, state),) if want_shared else ()
+        x, state = self.mixer(h, state, inplace=inplace, want_state=want_state, **more)
         x = self.norm(x) if self.norms_after else x
         after = Sum(r, x) if at_BQ is None else _SumAt.apply(r, x, at_BQ)
         if self.mlp is not None and self.mlp_norm is not None:
             r, h = self._read(self.mlp_norm, after, defer)
             x = self.mlp(h)
             after = Sum(r, self.mlp_norm(x) if self.norms_after else x)
-        return after if defer or isinstance(after, Tensor) else after.r + after.x, state
+        r = after if defer or isinstance(after, Tensor) else after.r + after.x
+        return r, state, *shared
 
     def _read(self, norm: Norm, r: Tensor | Sum, defer: bool) -> tuple[Tensor, Tensor]:
         """The residual stream, its last sum taken, and what mixer or MLP read: its norm, or it as it is."""
@@ -307,6 +316,8 @@ class Model(nn.Module):
         )
         self.norm = (LayerNorm if config.norm == "layer" else RMSNorm)(config.width, eps=config.eps)
         self.head = None if config.tied else nn.Linear(config.width, config.vocab, bias=False)
+        self.shared_from = _first_of_class(self.mixers)
+        """By depth of each layer that reads what an earlier one shares, the depth of that one."""
         self._narrow = Kept()
         self._init_weights()
 
@@ -383,7 +394,7 @@ class Model(nn.Module):
         at_BQ: Tensor | None = None,
         inplace: bool = False,
         want_states: bool = True,
-        run: Callable[..., tuple[Tensor, State | None]] | None = None,
+        run: Callable[..., tuple[Any, ...]] | None = None,
     ) -> tuple[Tensor, list[State] | None]:
         """What the head reads, after the last norm, at all positions or those asked for.
 
@@ -413,22 +424,34 @@ class Model(nn.Module):
         # each sum of the stream is one kernel with the norm behind it, also from a block to the next
         defer = {"defer": True} if run is None and forms.fused(embedded_BTD) else {}
         run = run or nn.Module.__call__
+        shared: dict[int, Tensor] = {}
         for depth, block in enumerate(self.blocks):
             before = None if states is None else states[depth]
             at = at_BQ if depth == len(self.blocks) - 1 else None
             try:
-                r, state = run(
+                r, state, *gives = run(
                     block, r, before, tokens_BT=tokens_BT, at_BQ=at,
-                    inplace=inplace, want_state=want_states, **defer,
+                    inplace=inplace, want_state=want_states, **defer, **self._sharing(depth, shared),
                 )  # fmt: skip
             except StateError as error:
                 raise StateError(f"layer {depth}: {error}") from None
+            if gives:
+                (shared[depth],) = gives
             if want_states:
                 assert state is not None
                 after.append(state)
         if position is not None:
             after.append(position if states is None or not inplace else write_state(states[-1], position))
         return self.norm.read(r, inplace=True)[1], after if want_states else None
+
+    def _sharing(self, depth: int, shared: dict[int, Tensor]) -> dict[str, Any]:
+        """What a block is told of what layers share: nothing, in most models."""
+        if not self.shared_from:
+            return {}
+        how: dict[str, Any] = {"want_shared": True} if depth in self.shared_from.values() else {}
+        if depth in self.shared_from:
+            how["shared_BTD"] = shared[self.shared_from[depth]]
+        return how
 
     def _embed_positions(self, start: Any, new: int) -> tuple[Tensor, State]:
         """The learned positions of the next tokens, and the count of tokens read after them."""
@@ -585,6 +608,13 @@ class Model(nn.Module):
     def parameter_count(self) -> int:
         """Trained weights; a tied head is counted once, as the embedding."""
         return sum(p.numel() for p in self.parameters())
+
+
+def _first_of_class(mixers: Sequence[Mixer]) -> dict[int, int]:
+    """By depth of each mixer that reads what an earlier one of its class shares, the depth of the first."""
+    kinds = [type(mixer) for mixer in mixers]
+    readers = [depth for depth, mixer in enumerate(mixers) if mixer.reads_shared]
+    return {depth: first for depth in readers if (first := kinds.index(kinds[depth])) < depth}
 
 
 def head_loss(

@@ -1,7 +1,7 @@
 """The language models of flash-linear-attention: gla, delta_net, gated_deltanet and retnet.
 
 Its layouts are one block around different layers: RMS norms, SwiGLU, and perhaps softmax attention in the
-layers that `attn` names. rwkv7 is refused: its layers read the first layer's values.
+layers that `attn` names. Its rwkv7 has another block: see holdall/adapters/rwkv7.py.
 
 Letters: D width, E channels of a projection, H heads, K key dim, V value dim, W taps.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from holdall.adapters.llama import attention_weights
 from holdall.adapters.parts import block, ends, gated_mlp
-from holdall.adapters.reading import Fields, ForeignError, Weights
+from holdall.adapters.reading import Fields, Weights
 from holdall.contract import MixerConfig
 from holdall.mixers.attention import AttentionConfig
 from holdall.mixers.delta_net import DeltaNetConfig
@@ -148,14 +148,6 @@ def retnet(fields: Fields, weights: Weights) -> Read:
         }
 
     return _model(fields, weights, config, layer)
-
-
-def rwkv7(fields: Fields, weights: Weights) -> Read:
-    raise ForeignError(
-        f"{fields.where}: model_type = 'rwkv7' cannot be represented: from the second layer on, values are "
-        "mixed with the first layer's, and the MLPs read the token before; a mixer of Holdall's sees its own "
-        "layer alone. The equations of one layer are the mixer rwkv-7"
-    )
 
 
 def _model(fields: Fields, weights: Weights, config: MixerConfig, layer: Layer) -> Read:

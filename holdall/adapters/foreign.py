@@ -59,7 +59,7 @@ FAMILIES: dict[str, str] = {
     "recurrent_gemma": "recurrent_gemma.recurrent_gemma",
     "retnet": "fla.retnet",
     "rwkv": "rwkv.rwkv",
-    "rwkv7": "fla.rwkv7",
+    "rwkv7": "rwkv7.rwkv7",
     "smollm3": "llama.smollm3",
 }
 """The function that reads a kind of model, as "file.function" in this room, by what `kind_of` gives."""

@@ -6,6 +6,7 @@ Letters: D width, I inner width of an MLP, V vocabulary.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from holdall.adapters.reading import Fields, Weights
@@ -52,6 +53,12 @@ def block(
     own |= {f"mixer.{name}": tensor for name, tensor in mixer.items()}
     own |= {f"mlp.{name}": tensor for name, tensor in mlp.items()}
     return {f"blocks.{depth}.{name}": tensor for name, tensor in own.items()}
+
+
+def normalised(embed_VD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
+    """An embedding after a layer norm, in at least fp32."""
+    dtype = torch.promote_types(embed_VD.dtype, torch.float32)
+    return F.layer_norm(embed_VD.to(dtype), weight_D.shape, weight_D.to(dtype), bias_D.to(dtype), eps)
 
 
 def shifted(weight: Tensor, offset: float) -> Tensor:

@@ -9,9 +9,9 @@ A block there is two layers here, a time mixing and a channel mixing. Peng et al
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from holdall.adapters.parts import normalised
 from holdall.adapters.reading import Fields, Weights, head_of
 from holdall.contract import MixerConfig
 from holdall.mixers.rwkv_4 import RWKV4Config
@@ -37,8 +37,9 @@ def rwkv(fields: Fields, weights: Weights) -> tuple[ModelConfig, dict[str, Tenso
     weights.rename({}, prefix="rwkv.")
     read_VD = weights.take("embeddings.weight")
     head_VD = head_of(weights, "head.weight", read_VD, tied=fields.only("tie_word_embeddings", False, True))
+    ln_weight_D, ln_bias_D = (weights.take(f"blocks.0.pre_ln.{name}") for name in ("weight", "bias"))
     tensors = {
-        "embed.weight": _norm(weights, "blocks.0.pre_ln", read_VD, eps),
+        "embed.weight": normalised(read_VD, ln_weight_D, ln_bias_D, eps),
         "head.weight": read_VD if head_VD is None else head_VD,
         "norm.weight": weights.take("ln_out.weight"),
         "norm.bias": weights.take("ln_out.bias"),
@@ -68,10 +69,3 @@ def rwkv(fields: Fields, weights: Weights) -> tuple[ModelConfig, dict[str, Tenso
         vocab=fields.number("vocab_size"), width=width, layers=tuple(layers), eps=eps, tied=False
     )
     return config, tensors
-
-
-def _norm(weights: Weights, name: str, embed_VD: Tensor, eps: float) -> Tensor:
-    """The embedding after a layer norm, in at least fp32."""
-    dtype = torch.promote_types(embed_VD.dtype, torch.float32)
-    weight_D, bias_D = (weights.take(f"{name}.{part}").to(dtype) for part in ("weight", "bias"))
-    return F.layer_norm(embed_VD.to(dtype), weight_D.shape, weight_D, bias_D, eps)

@@ -299,9 +299,16 @@ class HoldallForCausalLM(PreTrainedModel, GenerationMixin):
         """What calls a block: by itself, or again in the backward pass."""
         if not (self.gradient_checkpointing and self.training):
             return None
-        return lambda block, r, state, **options: self._gradient_checkpointing_func(
-            functools.partial(block, **options), r, state
-        )
+
+        def run(block: nn.Module, r: Tensor, state: State | None, **options: Any) -> Any:
+            shared_BTD = options.pop("shared_BTD", None)  # has a gradient, so it must be an argument
+
+            def again(r: Tensor, state: State | None, shared_BTD: Tensor | None) -> Any:
+                return block(r, state, shared_BTD=shared_BTD, **options)
+
+            return self._gradient_checkpointing_func(again, r, state, shared_BTD)
+
+        return run
 
     def _choose_forms(self) -> None:
         """Loading puts weights into modules without a word to them; forms depend on device and dtype."""

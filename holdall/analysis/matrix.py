@@ -127,14 +127,19 @@ def matrices_of_model(
         shown, jacobian: as in `mixing_matrix`.
     """
     inputs_BTD: dict[int, Tensor] = {}
+    shared_BTD: dict[int, Tensor] = {}
 
-    def keep(depth: int) -> Callable[[Any, tuple[Any, ...]], None]:
-        def hook(mixer: Any, args: tuple[Any, ...]) -> None:
+    def keep(depth: int) -> Callable[..., None]:
+        def hook(mixer: Any, args: tuple[Any, ...], how: dict[str, Any]) -> None:
             inputs_BTD[depth] = args[0].detach()
+            if (shared := how.get("shared_BTD")) is not None:
+                shared_BTD[depth] = shared.detach().cpu().double()
 
         return hook
 
-    hooks = [model.mixers[depth].register_forward_pre_hook(keep(depth)) for depth in set(depths)]
+    hooks = [
+        model.mixers[depth].register_forward_pre_hook(keep(depth), with_kwargs=True) for depth in set(depths)
+    ]
     try:
         with torch.no_grad():
             model.hidden(tokens_1T.to(model.device), want_states=False)
@@ -144,11 +149,23 @@ def matrices_of_model(
     found = []
     for depth in depths:
         mixer = copy.deepcopy(model.mixers[depth]).cpu().double()
+        if depth in shared_BTD:
+            _share(mixer, shared_BTD[depth])
         x_BTD, label = inputs_BTD[depth].cpu().double(), f"layer {depth}, {mixer.config.name}"
         found.append(
             mixing_matrix(mixer, x_BTD, tokens_1T.cpu(), label=label, shown=shown, jacobian=jacobian)
         )
     return found
+
+
+def _share(mixer: Mixer, shared_1TD: Tensor) -> None:
+    """Have a mixer read what an earlier layer shares of the text: the same in all rows, and held fixed."""
+    forward: Any = mixer.forward
+
+    def with_shared(x_BTD: Tensor, *args: Any, **how: Any) -> Any:
+        return forward(x_BTD, *args, shared_BTD=shared_1TD.expand(len(x_BTD), -1, -1), **how)
+
+    mixer.forward = with_shared  # type: ignore[method-assign]
 
 
 def mixing_matrix(

@@ -136,6 +136,10 @@ class Mixer(nn.Module):
     """Whether the published initialisation is the mixer's own; otherwise the model's is used."""
     reads_tokens: ClassVar[bool] = False
     """Whether `forward` also takes the tokens' ids, as the keyword argument `tokens_BT`."""
+    reads_shared: bool = False
+    """Whether `forward` also takes what a model's first layer of this class shares of the same tokens (see
+    `shared`), as the keyword argument `shared_BTD`; None where this is that layer, or stands alone.
+    """
     prefix: int = 0
     """Tokens at a row's start that see each other, and so have to be read in one call; 0 where none does. A
     mixer with such a prefix refuses the laws "causal" and "splits", but obeys them behind it: law "prefix".
@@ -156,12 +160,14 @@ class Mixer(nn.Module):
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Every mixer's `forward`, a user's own included, is called through the one check at the border; and
-        every mixer's `init_state` takes a capacity."""
+        every mixer's `init_state` takes a capacity; `shared` is called through that check too."""
         super().__init_subclass__(**options)
         if "forward" in vars(cls):
             cls.forward = _checked(vars(cls)["forward"])  # type: ignore[method-assign]
         if "init_state" in vars(cls):
             cls.init_state = _with_capacity(vars(cls)["init_state"])  # type: ignore[method-assign]
+        if "shared" in vars(cls):
+            cls.shared = _checked_shared(vars(cls)["shared"])  # type: ignore[method-assign]
 
     def __init__(self, config: MixerConfig) -> None:
         super().__init__()
@@ -199,6 +205,14 @@ class Mixer(nn.Module):
         Returns:
             y_BTD in the dtype of x, and the state after the last token.
         """
+
+    def shared(self, x_BTD: Tensor, state: Any = None) -> Tensor:
+        """What later layers of this class read of this one, if they say `reads_shared`: (B, T, D).
+
+        A model asks its first layer of the class before it calls it, with the same arguments. Each token's
+        depends on that token and the state alone, so it is made again in every call and kept in no state.
+        """
+        raise NotImplementedError(f"{self.owner} says reads_shared, but has no method `shared`")
 
     @abstractmethod
     def init_state(self, batch: int, *args: Any, **how: Any) -> State:
@@ -289,14 +303,10 @@ def _checked(forward: Callable[..., tuple[Tensor, Any]]) -> Callable[..., tuple[
 
     @functools.wraps(forward)
     def checked(self: Mixer, x_BTD: Tensor, state: Any = None, **how: Any) -> tuple[Tensor, Any]:
-        _check_border(self, x_BTD, state, how.get("tokens_BT") if how else None)
+        _check_border(self, x_BTD, state, how)
         if type(state) is tuple:
             state = self.state_type(*state)
-        run = forward
-        if torch._C._is_any_autocast_enabled():  # whose device need not be this one, but which costs nothing
-            device = x_BTD.device.type
-            if device != "meta" and torch.is_autocast_enabled(device):
-                run = functools.partial(_beside_autocast, run)
+        run = _under_autocast(forward, x_BTD)
         if x_BTD.shape[0] == 0:
             run = functools.partial(_no_rows, run)
         if state is None:
@@ -311,7 +321,35 @@ def _checked(forward: Callable[..., tuple[Tensor, Any]]) -> Callable[..., tuple[
     return checked
 
 
-def _check_border(mixer: Mixer, x_BTD: Tensor, state: Any, tokens_BT: Tensor | None) -> None:
+def _checked_shared(shared: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A mixer's `shared` behind its border."""
+
+    @functools.wraps(shared)
+    def checked(self: Mixer, x_BTD: Tensor, state: Any = None) -> Tensor:
+        _check_border(self, x_BTD, state, {})
+        if type(state) is tuple:
+            state = self.state_type(*state)
+
+        def run(mixer: Mixer, x_BTD: Tensor, state: Any) -> tuple[Tensor, None]:
+            return shared(mixer, x_BTD, state), None
+
+        return _under_autocast(run, x_BTD)(self, x_BTD, state)[0]
+
+    return checked
+
+
+def _under_autocast(
+    forward: Callable[..., tuple[Tensor, Any]], x_BTD: Tensor
+) -> Callable[..., tuple[Tensor, Any]]:
+    """What computes as autocast asks, where it is on."""
+    if torch._C._is_any_autocast_enabled():  # whose device need not be this one, but which costs nothing
+        device = x_BTD.device.type
+        if device != "meta" and torch.is_autocast_enabled(device):
+            return functools.partial(_beside_autocast, forward)
+    return forward
+
+
+def _check_border(mixer: Mixer, x_BTD: Tensor, state: Any, how: Mapping[str, Any]) -> None:
     """Refuse with ValueError what a mixer would otherwise broadcast, or fail on somewhere inside."""
     shape = x_BTD.shape
     if len(shape) != 3 or shape[2] != mixer.config.width:
@@ -319,9 +357,11 @@ def _check_border(mixer: Mixer, x_BTD: Tensor, state: Any, tokens_BT: Tensor | N
         raise ValueError(f"x_BTD has shape {tuple(shape)}, where {needs}")
     if shape[1] == 0:
         raise ValueError(f"{mixer.config.name} needs at least one token, and x_BTD has shape {tuple(shape)}")
-    if tokens_BT is not None and tokens_BT.shape != shape[:2]:
-        needs = f"{mixer.config.name} needs {tuple(shape[:2])}, as x_BTD"
-        raise ValueError(f"tokens_BT has shape {tuple(tokens_BT.shape)}, where {needs}")
+    for name, dims in (("tokens_BT", 2), ("shared_BTD", 3)) if how else ():
+        found = how.get(name)
+        if found is not None and found.shape != shape[:dims]:
+            needs = f"{mixer.config.name} needs {tuple(shape[:dims])}, as x_BTD"
+            raise ValueError(f"{name} has shape {tuple(found.shape)}, where {needs}")
     if state is None:
         return
     rows, device, fields = shape[0], x_BTD.device, mixer.state_fields(x_BTD.dtype)

@@ -154,6 +154,7 @@ def prepare(
     k_k_D: Float[Tensor, "d"],
     k_a_D: Float[Tensor, "d"],
     heads: int,
+    key_eps: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """r, log w, k, v, -a kk and kk, each (B, T, H, K), log w in fp32 and the others in the dtype of r.
 
@@ -165,7 +166,7 @@ def prepare(
     (rows, length, _), channels = rkv_BTE.shape, w_BTD.shape[2]
     weights_4D = torch.stack((w0_D, a0_D, k_k_D, k_a_D))
     found = _prepare(
-        *(u.reshape(1, rows * length, -1) for u in (rkv_BTE, w_BTD, a_BTD)), weights_4D[None], heads
+        *(u.reshape(1, rows * length, -1) for u in (rkv_BTE, w_BTD, a_BTD)), weights_4D[None], heads, key_eps
     )
     r, log_w, k, v, a, kk = (u.view(rows, length, heads, channels // heads) for u in found)
     return r, log_w, k, v, a, kk
@@ -175,20 +176,20 @@ Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @torch.library.custom_op("holdall::rwkv_7_prepare", mutates_args=())
-def _prepare(rkv: Tensor, w: Tensor, a: Tensor, weights: Tensor, heads: int) -> Six:
+def _prepare(rkv: Tensor, w: Tensor, a: Tensor, weights: Tensor, heads: int, eps: float) -> Six:
     rkv, found = _by_tokens(rkv), _prepared(rkv, w)
     members, tokens, width = w.shape
     if w.numel():
         config = _config(width // heads)
         _prepare_kernel[cdiv(tokens, config["BLOCK"]), heads, members](
             rkv, w.contiguous(), a.contiguous(), weights.contiguous(), *found,
-            tokens, rkv.stride(1), D=width, K=width // heads, **config,
+            tokens, rkv.stride(1), eps, D=width, K=width // heads, **config,
         )  # fmt: skip
     return found
 
 
 @_prepare.register_fake
-def _(rkv: Tensor, w: Tensor, a: Tensor, weights: Tensor, heads: int) -> Six:
+def _(rkv: Tensor, w: Tensor, a: Tensor, weights: Tensor, heads: int, eps: float) -> Six:
     return _prepared(rkv, w)
 
 
@@ -206,6 +207,7 @@ def _prepare_backward(
     da: Tensor,
     dkk: Tensor,
     heads: int,
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the first four arguments, the last (M, 4, D) in fp32."""
     rkv = _by_tokens(rkv)
@@ -219,7 +221,7 @@ def _prepare_backward(
     _prepare_backward_kernel[programs, heads, members](
         rkv, *(u.contiguous() for u in (w, a, weights, dr, dlog_w, dk, dv, da, dkk)),
         drkv, dw, da_logit, sums_MQ4D,
-        tokens, rkv.stride(1), tiles_each, D=width, K=width // heads, **config,
+        tokens, rkv.stride(1), tiles_each, eps, D=width, K=width // heads, **config,
     )  # fmt: skip
     return drkv, dw, da_logit, sums_MQ4D.sum(1)
 
@@ -237,6 +239,7 @@ def _(
     da: Tensor,
     dkk: Tensor,
     heads: int,
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sums = weights.new_empty(weights.shape, dtype=torch.float32)
     return rkv.new_empty(rkv.shape), w.new_empty(w.shape), a.new_empty(a.shape), sums
@@ -248,14 +251,14 @@ def _prepared(rkv: Tensor, w: Tensor) -> Six:
 
 
 def _keep_prepare(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, ctx.heads = inputs
+    *tensors, ctx.heads, ctx.eps = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _pull_prepare(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     rkv, w, a, weights = ctx.saved_tensors
-    drkv, dw, da, dweights = _prepare_backward(rkv, w, a, weights, *grads, ctx.heads)
-    return drkv, dw, da, dweights.to(weights.dtype), None
+    drkv, dw, da, dweights = _prepare_backward(rkv, w, a, weights, *grads, ctx.heads, ctx.eps)
+    return drkv, dw, da, dweights.to(weights.dtype), None, None
 
 
 _prepare.register_autograd(_pull_prepare, setup_context=_keep_prepare)
@@ -280,17 +283,20 @@ def _parameter(weights_ptr, number: tl.constexpr, member, c, real, NUMBERS: tl.c
 
 
 @triton.jit
-def _removal(k, k_k):
-    """u / |u| and 1 / |u|, with |u| clamped to at least 1e-12."""
+def _removal(k, k_k, eps):
+    """u / |u| and 1 / |u|, with |u| as sqrt(u^2 + eps), clamped to at least 1e-12.
+
+    Whatever eps is, the gradient is that of u over a length whose derivative is u / |u|.
+    """
     u = k * k_k
-    length = tl.sqrt(tl.sum(u * u, 1))[:, None]
+    length = tl.sqrt(tl.sum(u * u, 1) + eps)[:, None]
     inverse = 1 / tl.maximum(length, 1e-12)
     return u * inverse, inverse, length > 1e-12
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def _prepare_kernel(
-    rkv_ptr, w_ptr, a_ptr, weights_ptr, r_out, log_w_out, k_out, v_out, a_out, kk_out, tokens, stride,
+    rkv_ptr, w_ptr, a_ptr, weights_ptr, r_out, log_w_out, k_out, v_out, a_out, kk_out, tokens, stride, eps,
     D: tl.constexpr, K: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     member, k_K = tl.program_id(2).to(tl.int64), tl.arange(0, PADDED)
@@ -306,7 +312,7 @@ def _prepare_kernel(
     _write(v_out, at, _read(rkv_ptr, at_rkv + 2 * D, here), here)
     k = _read(rkv_ptr, at_rkv + D, here)
     a = tl.sigmoid(_read(a_ptr, at, here) + a0)
-    kk, _, _ = _removal(k, k_k)
+    kk, _, _ = _removal(k, k_k, eps)
     _write(log_w_out, at, tl.sigmoid(_read(w_ptr, at, here) + w0) * -DECAY, here)
     _write(k_out, at, k * (1 + (a - 1) * k_a), here)
     _write(a_out, at, -a * kk, here)
@@ -316,7 +322,7 @@ def _prepare_kernel(
 @triton.jit(do_not_specialize=["tokens", "tiles_each"])
 def _prepare_backward_kernel(
     rkv_ptr, w_ptr, a_ptr, weights_ptr, dr_ptr, dlog_w_ptr, dk_ptr, dv_ptr, da_ptr, dkk_ptr,
-    drkv_ptr, dw_ptr, da_logit_ptr, sums_ptr, tokens, stride, tiles_each,
+    drkv_ptr, dw_ptr, da_logit_ptr, sums_ptr, tokens, stride, tiles_each, eps,
     D: tl.constexpr, K: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     member, k_K = tl.program_id(2).to(tl.int64), tl.arange(0, PADDED)
@@ -342,7 +348,7 @@ def _prepare_backward_kernel(
         dw0 += dw
         k, dk = _read(rkv_ptr, at_k, here), _read(dk_ptr, at, here)
         a, da = tl.sigmoid(_read(a_ptr, at, here) + a0), _read(da_ptr, at, here)
-        kk, inverse, long = _removal(k, k_k)
+        kk, inverse, long = _removal(k, k_k, eps)
         da_logit = a * (1 - a) * (k * k_a * dk - kk * da)
         _write(da_logit_ptr, at, da_logit, here)
         da0 += da_logit

@@ -1,15 +1,18 @@
 """What RWKV-7 does before and after its delta rule.
 
     beside      z_t = [x_t | x_{t-1}]
-    prepare     kk = u / |u|, u = k_k k'    a = sigmoid(a0 + l_a)    log w = -e^(-1/2) sigmoid(w0 + l_w)
-                k = k' (1 + (a - 1) k_a)        and what the rule reads: r, log w, k, v, -a kk, kk
+    prepare     kk = u / sqrt(|u|^2 + e_k), u = k_k k'    a = sigmoid(a0 + l_a)
+                log w = -e^(-1/2) sigmoid(w0 + l_w)       k = k' (1 + (a - 1) k_a)
+                and what the rule reads: r, log w, k, v, -a kk, kk
+    toward      v = v' + (v_first - v') sigmoid(v0 + l_v)
     finish      y = g (w n + b + (r . (r_k k)) v)        n = (o - mean o) / sqrt(var o + eps) per head
 
 Letters: x_t the input of token t, z_t what maps read, r, k, v receptance (query), key and value, k' the key
-before it is scaled, kk the removal key, u what it is made of, a the strength of removal, w the decay, g the
-gate, a0 and w0 biases, l_a and l_w what is added to them, k_k, k_a, r_k learned vectors, e Euler's number, o
-what the rule reads out, n its norm, w and b in the last line the norm's weight and bias, eps a small number,
-y the output. Of shapes: B row, T time, D channels, H heads, K dims of a head.
+before it is scaled, v' the value before it is mixed with v_first, the first layer's, kk the removal key, u
+what it is made of, a the strength of removal, w the decay, g the gate, a0, w0 and v0 biases, l_a, l_w and l_v
+what is added to them, k_k, k_a, r_k learned vectors, e Euler's number, o what the rule reads out, n its norm,
+w and b in the last line the norm's weight and bias, eps and e_k small numbers, e_k mostly 0, y the output. Of
+shapes: B row, T time, D channels, H heads, K dims of a head.
 """
 
 from __future__ import annotations
@@ -51,6 +54,7 @@ def prepare(
     k_k_D: Float[Tensor, "d"],
     k_a_D: Float[Tensor, "d"],
     heads: int,
+    key_eps: float = 0.0,
     *,
     form: str = "parallel",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -62,9 +66,10 @@ def prepare(
     Args:
         rkv_BTE: r, k' and v side by side.
         w_BTD, a_BTD: what w0 and a0 are added to.
+        key_eps: added to the squared length of u; with 0 a length below 1e-12 counts as that.
     """
     if form == "kernel":
-        return kernel_of(prepare)(rkv_BTE, w_BTD, a_BTD, w0_D, a0_D, k_k_D, k_a_D, heads)
+        return kernel_of(prepare)(rkv_BTE, w_BTD, a_BTD, w0_D, a0_D, k_k_D, k_a_D, heads, key_eps)
     dtype = torch.promote_types(rkv_BTE.dtype, torch.float32)
     r, k, v = rkv_BTE.chunk(3, dim=-1)
     w = w_BTD.to(dtype) + w0_D.to(dtype)
@@ -72,8 +77,29 @@ def prepare(
     kk = k.to(dtype) * k_k_D.to(dtype)
     k = k * (1 + (a - 1) * k_a_D.to(dtype))
     r, w, k, v, a, kk = (u.unflatten(-1, (heads, -1)) for u in (r, w, k, v.to(dtype), a, kk))
-    kk = F.normalize(kk, dim=-1)
+    if key_eps:
+        kk = kk * (kk.square().sum(-1, keepdim=True) + key_eps).rsqrt()
+    else:
+        kk = F.normalize(kk, dim=-1)
     return r, LEAST_LOG_DECAY * w.sigmoid(), k, v, -a * kk, kk
+
+
+def toward(
+    v_BTHK: Float[Tensor, "b t h k"],
+    first_BTD: Float[Tensor, "b t h*k"],
+    mix_BTD: Float[Tensor, "b t h*k"],
+    v0_D: Float[Tensor, "h*k"],
+) -> Float[Tensor, "b t h k"]:
+    """Values mixed with the first layer's, channel by channel: the value residual.
+
+    In at least fp32 within, in the dtype of v without.
+
+    Args:
+        mix_BTD: what v0 is added to.
+    """
+    dtype, split = torch.promote_types(v_BTHK.dtype, torch.float32), v_BTHK.shape[2:]
+    mix_BTHK = (mix_BTD.to(dtype) + v0_D.to(dtype)).sigmoid().unflatten(-1, split)
+    return torch.lerp(v_BTHK.to(dtype), first_BTD.to(dtype).unflatten(-1, split), mix_BTHK).to(v_BTHK.dtype)
 
 
 def finish(

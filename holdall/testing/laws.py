@@ -107,9 +107,12 @@ def build(config: MixerConfig) -> Mixer:
 
 
 def of_x_alone(mixer: Mixer) -> Mixer:
-    """The mixer itself; one that reads tokens' ids takes the signs of x's first six channels for them."""
+    """The mixer itself; one that reads tokens' ids takes the signs of x's first six channels for them, and
+    one that reads what an earlier layer shares takes x, channels in reverse."""
     if mixer.reads_tokens:
         mixer.__class__ = _tokens_from_signs(type(mixer))  # type: ignore[arg-type]
+    if mixer.reads_shared:
+        mixer.__class__ = _shared_from_x(type(mixer))  # type: ignore[arg-type]
     return mixer
 
 
@@ -121,6 +124,15 @@ def _tokens_from_signs(kind: type[Mixer]) -> type[Mixer]:
             return kind.forward(self, x_BTD, state, tokens_BT=tokens_BT, **how)  # type: ignore[call-arg]
 
     return FromSigns
+
+
+@functools.cache
+def _shared_from_x(kind: type[Mixer]) -> type[Mixer]:
+    class FromX(kind):  # type: ignore[misc, valid-type]
+        def forward(self, x_BTD: Tensor, state: Any = None, **how: Any) -> tuple[Tensor, Any]:
+            return kind.forward(self, x_BTD, state, shared_BTD=x_BTD.flip(-1), **how)  # type: ignore[call-arg]
+
+    return FromX
 
 
 def twin(mixer: Mixer, *, form: str | None = None, dtype: torch.dtype | None = None) -> Mixer:

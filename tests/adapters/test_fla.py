@@ -276,9 +276,3 @@ def test_what_cannot_be_represented_is_refused_by_name(
 ) -> None:
     name = next(iter(value.keys() - SPEC.keys())) if isinstance(value, dict) else field
     assert f"{name} = " in refusal(folders[kind], **{field: value})
-
-
-def test_rwkv7_is_refused_with_the_reason(tmp_path: Path) -> None:
-    write_json(tmp_path / "config.json", {"model_type": "rwkv7"})
-    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
-    assert "the first layer's" in refusal(tmp_path)

@@ -24,6 +24,7 @@ from holdall.contract import StateError
 from holdall.engine import Request, Sampling, slow
 from holdall.files import RunError
 from holdall.language_model import LanguageModel
+from holdall.mixers.rwkv_7 import RWKV7Config
 from holdall.model import ModelConfig, seeded
 from holdall.text.tokenizers import Bytes
 
@@ -275,10 +276,20 @@ def test_embeddings_are_resized(tmp_path: Path) -> None:
         assert torch.equal(again(tokens_BT).logits, after)
 
 
+def sharing() -> LanguageModel:
+    """Whose later layers read the values of the first."""
+    layers = tuple(RWKV7Config(width=WIDTH, value_rank=3) for _ in range(3))
+    with seeded(0):
+        model = ModelConfig(vocab=VOCAB, width=WIDTH, layers=layers).build().double()
+        for parameter in model.parameters():
+            parameter.data.add_(0.3 * torch.randn(parameter.shape))
+    return LanguageModel(model.eval(), Bytes())
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointed_gradients_are_the_same(reentrant: bool, tmp_path: Path) -> None:
-    made = language_model(*HYBRID, dtype=torch.float64)
-    model = opened(made, tmp_path / "a").train()
+@pytest.mark.parametrize("make", [lambda: language_model(*HYBRID), sharing], ids=["hybrid", "sharing"])
+def test_checkpointed_gradients_are_the_same(make: Any, reentrant: bool, tmp_path: Path) -> None:
+    model = opened(make(), tmp_path / "a").train()
     tokens_BT = torch.tensor(ids(12, 12))
     calls = []
     model.model.blocks[1].register_forward_pre_hook(lambda *_: calls.append(1))

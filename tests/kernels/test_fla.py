@@ -407,10 +407,14 @@ MIXERS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", MIXERS)
-def test_a_mixer_in_its_kernel_form(name: str, device: torch.device) -> None:
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [*MIXERS.items(), ("rwkv-7", {"heads": 1, "value_rank": 3, "key_eps": 0.01})],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_a_mixer_in_its_kernel_form(name: str, options: dict[str, Any], device: torch.device) -> None:
     """From a state, in two pieces: outputs, final state and all gradients are the loop's in fp64."""
-    mixer = laws.build(holdall.describe(name).configure(width=16, form="kernel", **MIXERS[name])).to(device)
+    mixer = laws.build(holdall.describe(name).configure(width=16, form="kernel", **options)).to(device)
     assert mixer.form == "kernel"
     plain, loop = (laws.loop_of(mixer, dtype).to(device) for dtype in (SINGLE, DOUBLE))
     x_BTD = laws.tokens(mixer, 5).to(device)

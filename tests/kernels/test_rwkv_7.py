@@ -20,6 +20,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # rows, tokens, heads, dims of a head
 SIZES = ((16, 1, 1, 8), (2, 63, 2, 24), (1, 65, 1, 64))
 EPS = 1e-3
+KEY_EPS = 0.3
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -49,6 +50,11 @@ def cases(size: tuple[int, ...]) -> dict[str, tuple[Callable, Callable, list[tup
         "prepare": (
             lambda *u: list(rwkv_7.prepare(*u, heads)),
             lambda *u: prepare(*u, heads),
+            [(*tokens, 3 * width), *[(*tokens, width)] * 2, *[(width,)] * 4],
+        ),
+        "prepare with an epsilon": (
+            lambda *u: list(rwkv_7.prepare(*u, heads, KEY_EPS)),
+            lambda *u: prepare(*u, heads, KEY_EPS),
             [(*tokens, 3 * width), *[(*tokens, width)] * 2, *[(width,)] * 4],
         ),
         "finish": (
@@ -85,7 +91,7 @@ def check(name: str, size: tuple[int, ...], dtype: torch.dtype, device: torch.de
         laws.assert_as_good_as_plain(name, one, other, right, 2, torch.linalg.vector_norm)
 
 
-@pytest.mark.parametrize("name", ["beside", "prepare", "finish"])
+@pytest.mark.parametrize("name", ["beside", "prepare", "prepare with an epsilon", "finish"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("dtype", [*DTYPES[:2], pytest.param(DTYPES[2], marks=pytest.mark.full)], ids=str)
 def test_it_is_as_exact_as_plain_pytorch(
@@ -153,13 +159,28 @@ def test_fp64_is_refused(name: str, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_folded_into_the_maps_the_lerps_are_as_exact(dtype: torch.dtype, device: torch.device) -> None:
+@pytest.mark.parametrize("rank", [0, 5])
+def test_folded_into_the_maps_the_lerps_are_as_exact(
+    rank: int, dtype: torch.dtype, device: torch.device
+) -> None:
     """Outputs and gradients, also of the mix, at most twice as far off as by lerps that are rounded."""
-    mixer = laws.build(holdall.describe("rwkv-7").configure(width=32, form="kernel")).to(device)
+    config = holdall.describe("rwkv-7").configure(width=32, form="kernel", value_rank=rank)
+    mixer = laws.build(config).to(device)
     x, last = torch.randn(2, 60, 32, device=device), torch.randn(2, 32, device=device)
     x, last = x.to(dtype), last.to(dtype)
-    ups = [torch.randn(2, 60, size, device=device).to(dtype) for size in (96, *mixer.config.ranks)]
-    names = ["mix_ZD", "receptance.weight", "key.weight", "value.weight", "w1", "a1", "g1"]
+    ups = [
+        torch.randn(2, 60, size, device=device).to(dtype) for size in (96, *mixer.config.ranks, rank) if size
+    ]
+    names = [
+        "mix_ZD",
+        "receptance.weight",
+        "key.weight",
+        "value.weight",
+        "w1",
+        "a1",
+        "g1",
+        *["v1"] * bool(rank),
+    ]
 
     def pull(way: str, dtype: torch.dtype) -> list[Tensor]:
         own = mixer.to(dtype)

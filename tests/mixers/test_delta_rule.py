@@ -170,6 +170,15 @@ def test_rwkv_7_starts_from_the_published_numbers() -> None:
     wide_RD = RWKV7Config(width=16).build().w2  # of 32 rows, more than channels
     laws.assert_close("orthogonal", wide_RD.T @ wide_RD, 0.02 * torch.eye(16), 1e-6)
     assert RWKV7Config(width=768, heads=12).ranks == (64, 64, 128)
+    torch.manual_seed(0)
+    mixing = RWKV7Config(width=128, heads=2, layer=1, layers=4, value_rank=32).build()
+    laws.assert_close("v0", mixing.v0.detach(), 0.73 - 0.4 * (torch.arange(128) / 127 - 0.5), 1e-5)
+    assert not mixing.v1.any()
+    laws.assert_close("orthogonal", mixing.v2 @ mixing.v2.T, 0.01 * torch.eye(32), 1e-6)
+    torch.manual_seed(0)
+    without = RWKV7Config(width=128, heads=2, layer=1, layers=4).build()
+    for name, weight in without.named_parameters():  # drawn first, so that a seed gives the same as before
+        assert torch.equal(weight, mixing.get_parameter(name)), name
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -194,6 +203,9 @@ def test_configs_that_do_not_fit_are_refused(name: str, options: dict[str, int])
         ("rwkv-7", {"chunk": 17}, "chunk = 17"),
         ("rwkv-7", {"heads": 16}, "heads 16"),
         ("rwkv-7", {"decay_rank": -1}, "decay_rank = -1"),
+        ("rwkv-7", {"value_rank": -1}, "value_rank = -1"),
+        ("rwkv-7", {"eps": 0.0}, "eps = 0.0"),
+        ("rwkv-7", {"key_eps": -1e-6}, "key_eps = -1e-06"),
         ("rwkv-7", {"layer": 2, "layers": 2}, "layer 2"),
     ],
 )

@@ -330,30 +330,36 @@ def rwkv(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     cudnn.allow_tf32, cudnn.benchmark, matmul.allow_tf32 = before
 
 
-@pytest.mark.claim("mixers/rwkv_7.py", "Weights", "the value residual")
+@pytest.mark.claim("mixers/rwkv_7.py", "Weights", "by default there is no value residual")
+@pytest.mark.parametrize("layer", [0, 1])
 @forms
 @torch.no_grad()
-def test_rwkv_7_is_the_packages_first_layer(rwkv: ModuleType, form: str) -> None:
+def test_rwkv_7_is_the_packages_layer(rwkv: ModuleType, form: str, layer: int) -> None:
     """Its epsilon is fixed, so its heads have their 64 dimensions here; e^(-1/2) is rounded to six digits."""
     width, heads = 128, 2
-    mixer = unlike(RWKV7Config(width=width, heads=heads, form=form, decay_rank=5, a_rank=6).build(), 0.3)
+    options = {"decay_rank": 5, "a_rank": 6, "value_rank": 4 * layer}
+    mixer = unlike(RWKV7Config(width=width, heads=heads, form=form, **options).build(), 0.3)
     mixer.value.weight *= 0.01  # outputs so small that the norm's epsilon shows
     own = dict(mixer.named_parameters())
     mix = list(own["mix_ZD"])
-    names = ("w0", "w1", "w2", "a0", "a1", "a2", "v", "v", "v", "g1", "g2", "k_k", "k_a", "r_k")
+    names = ("w0", "w1", "w2", "a0", "a1", "a2", "v0", "v1", "v2", "g1", "g2", "k_k", "k_a", "r_k")
     rest = [own[name].flatten() if name == "r_k" else own.get(name, torch.empty(0)) for name in names]
     matrices = [own[f"{name}.weight"].T for name in ("receptance", "key", "value", "out_proj")]
     norm = [own["norm_weight_D"], own["norm_bias_D"]]
 
     x_BTD = laws.tokens(mixer, LENGTH + MORE)
-    y_BTD, state = mixer(x_BTD)
+    first_BTD = laws.draw(2, LENGTH + MORE, width, dtype=x_BTD.dtype, seed=1) if layer else None
+    y_BTD, state = mixer(x_BTD, shared_BTD=first_BTD)
     for row in range(2):
+        first_TD = torch.empty(LENGTH + MORE, 0) if first_BTD is None else first_BTD[row]
         last_D, s_HVK, want = torch.zeros(width), torch.zeros(heads, 64, 64), []
-        for piece in x_BTD[row].split([LENGTH, MORE]):
+        for piece, first in zip(
+            x_BTD[row].split([LENGTH, MORE]), first_TD.split([LENGTH, MORE]), strict=True
+        ):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 y_TD, last_D, s_HVK, _ = rwkv.RWKV_x070_TMix_seq(
-                    0, heads, 64, piece, last_D, torch.empty(0), s_HVK, *mix, *rest, *matrices, *norm
+                    layer, heads, 64, piece, last_D, first, s_HVK, *mix, *rest, *matrices, *norm
                 )
             want.append(y_TD)
         assert_same("output", y_BTD[row], torch.cat(want))
