@@ -32,6 +32,9 @@ def test_the_floor_of_any_code_has_no_teeth() -> None:
     lengths = (10**4, 10**5, 10**6, 10**9)
     assert [layers_floor_any(n, math.ceil(math.log2(n))) for n in lengths] == [0, 1, 2, 3]
     assert layers_floor_any(10**9, 1000) < 3  # a wider code takes fewer
+    # counted in pairs, of which a row has half as many as tokens
+    pairs = (10**3, 10**4, 10**6, 10**9)
+    assert [layers_floor_any(2 * n + 1, math.ceil(math.log2(n))) for n in pairs] == [0, 1, 2, 3]
 
 
 def test_the_floor_of_any_code_is_of_the_pairs_of_a_row() -> None:
