@@ -82,6 +82,9 @@ def test_a_folder_holds_one_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert json.loads((tmp_path / "config.json").read_text())["suite"]["tried_rates"] == [0.002, 0.004, 0.001]
     with pytest.raises(RunError, match=r"holds another suite \(steps: 1600 there, 2 here.*--out"):
         suite.run_suite(dataclasses.replace(SUITE, steps=2), tmp_path, data=tmp_path)
+    (tmp_path / "config.json").write_text('{"steps": 2}')  # of a run by the name of a suite
+    with pytest.raises(RunError, match=r"holds no suite but something else.*--out"):
+        suite.run_suite(SUITE, tmp_path, data=tmp_path)
     with pytest.raises(ValueError, match="Did you mean 'attention'"):
         suite.run_suite(SUITE, tmp_path, data=tmp_path, families=["atention"])
 
