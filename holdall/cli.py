@@ -701,8 +701,8 @@ def suite(
     resumes.
 
     Args:
-        recipe: lm-suite (17 families of 15 million parameters: hours on a GPU), or jrt-15m or jrt-40m (six of
-            15 or 40 million for reading once and twice: minutes).
+        recipe: lm-suite (17 families of 15 million parameters: hours on a GPU), or read-twice-15m or
+            read-twice-40m (six of 15 or 40 million for reading once and twice: minutes on a GPU).
         data: the corpus, a folder that `holdall data` made.
         out: the folder that it leaves; runs/RECIPE by default.
         family: train only the models of this family now.

@@ -18,7 +18,7 @@ from holdall.commands import TELL_SECONDS, Words, busy, console, resolve_device
 from holdall.commands.loading import Loading
 from holdall.evals import documents, harness, suites
 from holdall.evals.folder import EvalConfig, Result, ResultsFolder
-from holdall.evals.models import open_model
+from holdall.evals.models import check_there, open_model
 from holdall.evals.run import Plan, Subject
 from holdall.evals.run import evaluate as ask
 from holdall.evals.windows import Remembered
@@ -67,7 +67,9 @@ def evaluate(
         _say_missing(lacking, data, "Files are missing:")
         others = " ".join(task.name for task in chosen if task not in lacking)
         also = f", or name the tasks whose files are there: --suite {others}" if others else ""
-        raise RunError(f"give the {len(_by_file(lacking))} files that are listed above{also}")
+        raise RunError(f"give what is listed above as missing{also}")
+    for name in models:  # before the first is asked, which may take hours
+        check_there(name)
     loading.load_mixers()
     device: Any = resolve_device(loading.device)
     loading = dataclasses.replace(loading, device=device)
@@ -95,9 +97,11 @@ def evaluate(
                 )  # fmt: skip
     except KeyboardInterrupt:
         console.print(f"Stopped. All answers so far are in {out}; the same command resumes.", soft_wrap=True)
-        if folder.results():  # what is finished can be looked at
-            _write_pages(out)
+        _write_pages(out)
         return 130
+    except Exception:
+        _write_pages(out)
+        raise
     console.print(_table(lines, folder, config.window))
     _write_pages(out)
     if names and data is None:
@@ -107,7 +111,8 @@ def evaluate(
 
 
 def _write_pages(out: Path) -> None:
-    for path in pages.write(out):
+    """The page, picture and table of what is finished, if anything is."""
+    for path in pages.write(out) if (out / "results.jsonl").exists() else []:
         console.print(f"  {path}", soft_wrap=True)
 
 

@@ -135,12 +135,14 @@ class ResultsFolder:
         """
         path = self.path / "config.json"
         with files.locked(self.path):
-            held = self._config()
-            before = held or {}
+            held, wanted = self._config(), config.to_dict()
             if held is not None:
-                wanted = config.to_dict()
-                if different := settings.differ({name: held.get(name) for name in wanted}, wanted):
+                different = settings.differ({name: held.get(name) for name in wanted}, wanted)
+                if different and self._has_answers():
                     raise RunError(f"{self.path} holds scores with other settings ({different}). {OTHER}")
+                if different:  # an earlier command ended before the first answer
+                    held = None
+            before = held or {}
             merged = {
                 "suite": [*dict.fromkeys([*before.get("suite", []), *suites])],
                 "tasks": [*dict.fromkeys([*before.get("tasks", []), *tasks])],
@@ -154,6 +156,9 @@ class ResultsFolder:
                 files.write_json(self.path / "environment.json", about)
             if held != merged:
                 files.write_json(path, merged)
+
+    def _has_answers(self) -> bool:
+        return bool(self.results()) or any((self.path / "answers").glob("*/*.jsonl"))
 
     def _config(self) -> dict[str, Any] | None:
         path = self.path / "config.json"

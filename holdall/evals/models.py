@@ -86,6 +86,16 @@ def open_model(
     return subject(loaded, name, source=source, kind="foreign")
 
 
+def check_there(source: str) -> None:
+    """Raise RunError if there is no such folder or file; takes no time, and asks no server."""
+    path = Path(source)
+    if source.startswith(URLS) or (path.suffix == foreign.GGUF and path.is_file()):
+        return
+    if path.suffix == foreign.GGUF:
+        raise RunError(f"there is no file {path}")
+    language_model.find_folder(source)
+
+
 def _by_transformers(
     path: Path, name: str, device: torch.device, dtype: torch.dtype, reason: RunError
 ) -> Subject:

@@ -19,9 +19,9 @@ from holdall.recipes import (
     bits,
     jrt_figure2,
     jrt_figure2_small,
-    jrt_suite,
     lm_suite,
     quick,
+    read_twice,
     synthetics,
     zoo,
     zoology_figure2,
@@ -117,8 +117,8 @@ def summary(name: str) -> str:
 
 SUITES: dict[str, tuple[Callable[[], SuiteConfig], dict[str, tuple[float, float, float]]]] = {
     "lm-suite": (lm_suite.suite, lm_suite.PUBLISHED),
-    "jrt-15m": (functools.partial(jrt_suite.suite, "15m"), {}),
-    "jrt-40m": (functools.partial(jrt_suite.suite, "40m"), {}),
+    "read-twice-15m": (functools.partial(read_twice.suite, "15m"), {}),
+    "read-twice-40m": (functools.partial(read_twice.suite, "40m"), {}),
 }
 """Suites, and published figures to show beside theirs: by family, the perplexity of all tokens, of recall
 hits and of the others."""

@@ -34,8 +34,19 @@ def result(model: str = "mine", task: str = "fda", **other: Any) -> Result:
 ABOUT = {"name": "mine", "source": "runs/mine", "fingerprint": "a", "precision": "float32"}
 
 
+def test_settings_are_those_of_the_first_answer(tmp_path: Path) -> None:
+    """A command that ends before it, over a damaged file say, leaves nothing that binds the next."""
+    claim(tmp_path)
+    folder = claim(tmp_path, EvalConfig(window=1024), suites=("kv",))
+    held = json.loads((tmp_path / "config.json").read_text())
+    assert (held["window"], held["suite"], held["tasks"]) == (1024, ["kv"], ["kv_task"])
+    folder.answers("mine", "kv").add_partial("generate_until", ("prompt", {}), "answer")
+    with pytest.raises(RunError, match="other settings"):
+        claim(tmp_path)
+
+
 def test_suites_are_added_and_other_settings_refused(tmp_path: Path) -> None:
-    claim(tmp_path / "out")
+    claim(tmp_path / "out").finish(result(), [])
     claim(tmp_path / "out", suites=("recall", "kv"))
     held = json.loads((tmp_path / "out" / "config.json").read_text())
     assert held["suite"] == ["kv", "recall"]

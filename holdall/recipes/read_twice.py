@@ -17,7 +17,7 @@ FAMILIES = ("mamba", "jrt", "gated-delta-net", "mamba-2", "based", "attention")
 def suite(size: str) -> SuiteConfig:
     """The six families at one of the sizes of holdall/recipes/presets.py."""
     return SuiteConfig(
-        recipe=f"jrt-{size}",
+        recipe=f"read-twice-{size}",
         families=FAMILIES,
         size=size,
         reference="attention",
