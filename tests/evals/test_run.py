@@ -238,8 +238,14 @@ def test_a_model_that_is_not_there_is_refused_before_the_first_is_asked(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("ended", [KeyboardInterrupt(), RunError("a file is damaged")])
 def test_a_stopped_command_writes_the_page_of_what_is_finished(
-    data: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    ended: BaseException,
+    data: Path,
+    tmp_path: Path,
+    small: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     language_model("taylor", dtype=torch.float32).save(tmp_path / "m1")
     words: list[str | Path] = ["--data", data, "--limit", "2", "--window", "200", "--device", "cpu"]
@@ -247,14 +253,20 @@ def test_a_stopped_command_writes_the_page_of_what_is_finished(
 
     def stopped(self: ResultsFolder, result: Result, samples: Any) -> None:
         if len(self.results()) == stop_at:
-            raise KeyboardInterrupt
+            raise ended
         finish(self, result, samples)
 
     monkeypatch.setattr(ResultsFolder, "finish", stopped)
     for stop_at in (0, 1):
         out = tmp_path / f"out{stop_at}"
-        assert command(monkeypatch, tmp_path / "m1", *words, "--suite", "squad", "fda", "--out", out) == 130
-        assert "the same command resumes" in capsys.readouterr().out
+        status = command(monkeypatch, tmp_path / "m1", *words, "--suite", "squad", "fda", "--out", out)
+        said = capsys.readouterr()
+        if isinstance(ended, KeyboardInterrupt):
+            assert status == 130
+            assert "the same command resumes" in said.out
+        else:
+            assert status == 2
+            assert "a file is damaged" in said.err
         assert (out / "index.html").exists() == (stop_at == 1)  # there is nothing to show before that
     assert "Not begun yet: fda" in (out / "index.html").read_text()
 
