@@ -1,7 +1,8 @@
 """RWKV-7's operations before and after its delta rule: three kernels each way.
 
     beside      z_t = [x_t | x_{t-1}]
-    prepare     kk = u / |u|, u = k_k k'    a = sigmoid(a0 + l_a)    log w = -e^(-1/2) sigmoid(w0 + l_w)
+    prepare     kk = u / |u|, u = k_k k', |u| = sqrt(u . u + e_k), where e_k, a small number, is mostly 0
+                a = sigmoid(a0 + l_a)           log w = -e^(-1/2) sigmoid(w0 + l_w)
                 k = k' (1 + (a - 1) k_a)        and the inputs of the rule: r, log w, k, v, -a kk, kk
     finish      y = g (w n + b + (r . (r_k k)) v)        n = (o - mean o) / sqrt(var o + eps) per head
 

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
-from holdall.contract import State
 from holdall.files import RunError
 from holdall.model import Model, head_loss
 from holdall.precision import run_block
@@ -129,7 +128,7 @@ class LanguageModelLoss(nn.Module):
     def _mean_loss(self, h_ND: Tensor, target_N: Tensor) -> Tensor:
         return head_loss(h_ND, self.model.head_weight, target_N, self.model.config.soft_cap)[0]
 
-    def _run(self, block: nn.Module, r: Tensor, state: None, **options: Any) -> tuple[Tensor, State | None]:
+    def _run(self, block: nn.Module, r: Tensor, state: None, **options: Any) -> tuple[Any, ...]:
         if self.sharded:
             return block(r, state, **options)
         if self.recompute and torch.is_grad_enabled():
