@@ -50,6 +50,7 @@ class GatedShortConvConfig(MixerConfig):
     replay: Annotated[int, Range(least=1, zero="none")] = 0
     """Tokens that can be rolled back, L: so many more values are carried. Outputs are the same."""
 
+    export_sizes = ("rows", "tokens")
     forms = ("loop", "parallel", "kernel")
     variants = ({}, {"kernel": 7, "bias": True}, {"kernel": 4, "replay": 3})
 
