@@ -12,12 +12,23 @@ import pytest
 
 from holdall import mixers
 from holdall.contract import Config, MixerConfig, field_types
+from holdall.evals.folder import Result
 from holdall.model import ModelConfig
 from holdall.recipes import lm_suite
 from holdall.settings import PositiveFloat, PositiveInt, Range, check, differ
 from holdall.sweeps import Point, SweepConfig
-from holdall.tasks.data import DataConfig, MQARData, MQARSegment, Segment, SingleQueryData
+from holdall.tasks.data import (
+    DataConfig,
+    MQARData,
+    MQARSegment,
+    Segment,
+    SetDisjointnessData,
+    SetSegment,
+    SingleQueryData,
+)
+from holdall.tasks.set_disjointness import SetDisjointness
 from holdall.tasks.single_query import SingleQuery
+from holdall.theory import by_hand_conv, disjointness
 from holdall.training import chassis, language_models, populations
 from holdall.training.language_models import PretrainConfig
 from holdall.training.populations import TrainConfig
@@ -26,6 +37,7 @@ SEGMENT = MQARSegment(length=32, pairs=2, rows=16)
 DATA = MQARData(vocab=64, train=(SEGMENT,), test=(SEGMENT,))
 MODEL = ModelConfig(vocab=64, width=8, layers=(mixers.entry("base-conv").configure(width=8),))
 TRAIN = TrainConfig(model=MODEL, data=DATA, learning_rates=(1e-3,))
+SETS = SetSegment.of(4, 8, 16)
 ONE_QUESTION = Segment(length=30, rows=16)
 MEMBER = populations.MemberState(stopped="", steps=1, accuracy=0.5, accuracy_by_difficulty={"4": 0.5})
 POINT = Point(label="a", family="b", train=TRAIN)
@@ -43,6 +55,14 @@ EXAMPLES = [
     populations.MemberResult(
         learning_rate=1e-3, seed=0, accuracy=0.5, accuracy_by_difficulty={"4": 0.5}, steps=1, rows=1,
         stopped="end", seconds=1.0, forms=("loop",), weights=None,
+    ),
+    SETS, SetDisjointnessData(vocab=64, train=(SETS,), test=(SETS,)),
+    disjointness.ByHandConfig(task=SetDisjointness(vocab=64, first=4, second=8)),
+    by_hand_conv.BaseConvByHand(shifts=7), by_hand_conv.TwoLayersByHand(shifts=7),
+    Result(
+        model="a", task="fda", asked="fda", suite="recall", of="fda", reads=1, metric="contains", value=0.5,
+        low=0.25, high=0.75, others={"acc": 0.5}, count=2, truncated=1, version="1", prompt_hash="0",
+        window=512, seconds=1.0,
     ),
 ]  # fmt: skip
 """Configs with fields that have no default."""

@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
@@ -32,8 +32,9 @@ from holdall import environment, files, settings
 from holdall.contract import Config
 from holdall.evals.windows import ANSWER_TOKENS, WINDOW
 from holdall.files import RunError
-from holdall.settings import NonNegativeInt, PositiveInt, Seed
+from holdall.settings import NonNegativeFloat, NonNegativeInt, PositiveInt, Range, Seed
 
+Finite = Annotated[float, Range()]
 OTHER = "Choose another folder with --out."
 
 
@@ -73,29 +74,29 @@ class Result(Config):
     """The suite that has the task; empty for a task of lm-eval."""
     of: str
     """The task that shows the same documents once."""
-    reads: int | None
+    reads: PositiveInt | None
     """How often a prompt shows its document, 1 or 2; None where that is no question."""
     metric: str
     """Name of the metric."""
-    value: float
+    value: Finite
     """The score."""
-    low: float | None
+    low: Finite | None
     """Lower bound of the 95% bootstrap interval; None if the score is no mean over documents."""
-    high: float | None
+    high: Finite | None
     """Upper bound of it."""
-    others: dict[str, float]
+    others: dict[str, Finite]
     """The task's other metrics."""
-    count: int
+    count: NonNegativeInt
     """Documents."""
-    truncated: int
+    truncated: NonNegativeInt
     """Documents of which the window shows a part only."""
     version: str
     """Of the task."""
     prompt_hash: str
     """SHA-256 of all prompts and targets in their order; models with one tokenizer have one."""
-    window: int | None
+    window: PositiveInt | None
     """Tokens of the window; None where documents are not cut."""
-    seconds: float
+    seconds: NonNegativeFloat
     """Wall time of the call that finished it."""
 
 

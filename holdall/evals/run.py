@@ -394,7 +394,8 @@ def _metrics(scores: Mapping[str, Any], task: Task | None) -> tuple[str | None, 
     }
     wanted = next((name for name in values if task and name.partition(",")[0] == task.metric), None)
     main = wanted or next(iter(values), None)
-    return main, {name.removesuffix(",none"): value for name, value in values.items() if name != main}
+    others = {name: value for name, value in values.items() if name != main and math.isfinite(value)}
+    return main, {name.removesuffix(",none"): value for name, value in others.items()}
 
 
 def _interval(right: Sequence[Any], value: float, seed: int) -> tuple[float | None, float | None]:
