@@ -452,7 +452,7 @@ def test_a_prompt_is_padded_as_published(length: int, tmp_path: Path) -> None:
 
 
 def test_only_a_model_with_one_prefix_is_padded() -> None:
-    with pytest.raises(ValueError, match="a prompt is padded to the one prefix of all layers of prefix linear attention"):
+    with pytest.raises(ValueError, match="padded to the one prefix of all layers"):
         hazy.read_padded(read(PUBLISHED["attn-360m"][0]), [1], pad=0)
 
 
