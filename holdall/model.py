@@ -445,7 +445,7 @@ class Model(nn.Module):
         return self.norm.read(r, inplace=True)[1], after if want_states else None
 
     def _sharing(self, depth: int, shared: dict[int, Tensor]) -> dict[str, Any]:
-        """What a block is told of what layers share: nothing, in most models."""
+        """The arguments of a block that are about shared values: none in most models."""
         if not self.shared_from:
             return {}
         how: dict[str, Any] = {"want_shared": True} if depth in self.shared_from.values() else {}

@@ -132,7 +132,9 @@ def message(
                 refused[sender.label] = str(error)
                 continue
             found[sender.label] = [
-                converse(sender.model, exchange, format, seed=seed, watch=_told(say, sender.label, format))
+                converse(
+                    sender.model, exchange, format, seed=seed, watch=_progress(say, sender.label, format)
+                )
                 for format in wanted
             ]
             _print_line(sender.label, found[sender.label][0])
@@ -168,7 +170,7 @@ def index(
             config = IndexConfig(bits=bits, features=count, one_hot=one_hot, seed=seed)
             model, label = config.build(), f"{count:,} {'one-hot' if one_hot else 'random'} features"
             for format in wanted:
-                each = converse(model, exchange, format, seed=seed, watch=_told(say, label, format))
+                each = converse(model, exchange, format, seed=seed, watch=_progress(say, label, format))
                 found.setdefault(label, []).append(each)
                 predicted = config.predicted(str(format))
                 table.add_row(
@@ -239,7 +241,7 @@ def _turns(
     sender: Sender, task: SetDisjointness, format: Format, rows: int, seed: int, say: Callable[[str], None]
 ) -> list[str]:
     """A line of the table: the protocol of one task in one format."""
-    watch = _told(say, f"{task.first} then {task.second} elements, {task.reads} reads", format)
+    watch = _progress(say, f"{task.first} then {task.second} elements, {task.reads} reads", format)
     turns = hand_over(sender.model, task, format, rows=rows, seed=seed, device=sender.device, watch=watch)
     conveyed = ["", "", ""]
     if task.reads == 1 and task.distribution == "blocked":
@@ -300,7 +302,7 @@ def _folded(format: str) -> str:
     return format.replace("+", "\n+")
 
 
-def _told(say: Callable[[str], None], label: str, format: Format) -> Callable[[int, int], None]:
+def _progress(say: Callable[[str], None], label: str, format: Format) -> Callable[[int, int], None]:
     return lambda done, total: say(f"{label} in {format}: {done} of {total} rows")
 
 

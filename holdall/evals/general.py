@@ -1,7 +1,7 @@
 """General tasks: rows of the files that llm-foundry published, asked exactly as lm-eval 0.4.13 asks them.
 
     lambada                   the last word of a passage, which only the whole passage gives away
-    hellaswag, copa           how a description goes on
+    hellaswag, copa           how a description continues
     piqa, arc_*, openbookqa   the answer to a question among two to four
     boolq                     yes or no, of a passage
     winogrande                which of two names is meant: two contexts, one continuation

@@ -103,88 +103,52 @@ RECALL = (
 FOUNDRY = "the rows that llm-foundry published, asked as lm-eval 0.4.13 asks its own"
 """How the general tasks differ from lm-eval's, where nothing else is said."""
 QUERY = '{"query", "choices": [CHOICE, ...], "gold": NUMBER}'
+
+
+def _general(
+    name: str, stands_for: str, *, metric: str = "acc", form: str = QUERY, differs: str = FOUNDRY
+) -> Task:
+    """A task whose file has its name, and whose rows are asked whole."""
+    return Task(
+        name=name, file=name, form=form, stands_for=stands_for, differs=differs, metric=metric, windowed=False
+    )
+
+
 GENERAL = (
-    Task(
-        name="lambada",
-        file="lambada",
+    _general(
+        "lambada",
+        "LAMBADA, lm-eval's lambada_openai",
         form='{"context", "continuation": WORD}',
-        stands_for="LAMBADA, lm-eval's lambada_openai",
         differs="nothing: the last word, after the last space",
-        metric="acc",
-        windowed=False,
     ),
-    Task(
-        name="hellaswag",
-        file="hellaswag",
-        form=QUERY,
-        stands_for="HellaSwag, 10,042 rows of validation",
+    _general(
+        "hellaswag",
+        "HellaSwag, 10,042 rows of validation",
+        metric="acc_norm",
         differs=f"{FOUNDRY}; captions are divided at their last full stop",
+    ),
+    _general("piqa", "PIQA, 1,838 rows of validation"),
+    _general(
+        "arc_easy", "ARC-Easy, 2,376 rows of test", differs=f"{FOUNDRY}; of a question with five choices four"
+    ),
+    _general(
+        "arc_challenge",
+        "ARC-Challenge, 1,172 rows of test",
         metric="acc_norm",
-        windowed=False,
-    ),
-    Task(
-        name="piqa",
-        file="piqa",
-        form=QUERY,
-        stands_for="PIQA, 1,838 rows of validation",
-        differs=FOUNDRY,
-        metric="acc",
-        windowed=False,
-    ),
-    Task(
-        name="arc_easy",
-        file="arc_easy",
-        form=QUERY,
-        stands_for="ARC-Easy, 2,376 rows of test",
         differs=f"{FOUNDRY}; of a question with five choices four",
-        metric="acc",
-        windowed=False,
     ),
-    Task(
-        name="arc_challenge",
-        file="arc_challenge",
-        form=QUERY,
-        stands_for="ARC-Challenge, 1,172 rows of test",
-        differs=f"{FOUNDRY}; of a question with five choices four",
-        metric="acc_norm",
-        windowed=False,
-    ),
-    Task(
-        name="winogrande",
-        file="winogrande",
+    _general(
+        "winogrande",
+        "WinoGrande XL, 1,267 rows of validation",
         form='{"context_options": [CONTEXT, CONTEXT], "continuation", "gold": NUMBER}',
-        stands_for="WinoGrande XL, 1,267 rows of validation",
-        differs=FOUNDRY,
-        metric="acc",
-        windowed=False,
     ),
-    Task(
-        name="openbookqa",
-        file="openbookqa",
-        form=QUERY,
-        stands_for="OpenBookQA, 500 rows of test",
-        differs=FOUNDRY,
-        metric="acc_norm",
-        windowed=False,
-    ),
-    Task(
-        name="boolq",
-        file="boolq",
-        form=QUERY,
-        stands_for="BoolQ of SuperGLUE, 3,270 rows of validation",
+    _general("openbookqa", "OpenBookQA, 500 rows of test", metric="acc_norm"),
+    _general(
+        "boolq",
+        "BoolQ of SuperGLUE, 3,270 rows of validation",
         differs=f"{FOUNDRY}; passages do not begin with their title, as SuperGLUE's do",
-        metric="acc",
-        windowed=False,
     ),
-    Task(
-        name="copa",
-        file="copa",
-        form=QUERY,
-        stands_for="COPA of SuperGLUE, 100 rows of validation",
-        differs=FOUNDRY,
-        metric="acc",
-        windowed=False,
-    ),
+    _general("copa", "COPA of SuperGLUE, 100 rows of validation"),
 )
 """Questions about what a model learned: log-likelihoods of continuations, zero-shot."""
 

@@ -287,7 +287,6 @@ def layout(sweeps: Sequence[Sweep]) -> dict[str, Any]:
     """Plotly's layout: the same axes as the figure's."""
     low, high = style.state_range(sweeps, _all_answers(sweeps))
     ticks = style.state_ticks(low, high)
-    axis = {"linecolor": "--muted", "tickcolor": "--muted", "ticks": "outside", "zeroline": False}
     whom = "Impossible:" if style.all_causal(sweeps) else "Impossible<br>for causal<br>models:"
     impossible = {
         "text": f"<i>{whom}<br>fewer bits<br>than the<br>answers need</i>",
@@ -302,7 +301,38 @@ def layout(sweeps: Sequence[Sweep]) -> dict[str, Any]:
         "showarrow": False,
     }
     return {
-        "uirevision": "the reader's own view",
+        **plain_layout(
+            (low, high), ticks, [style.state_text(sweeps[0].axis, tick) for tick in ticks],
+            title=style.axis_text(sweeps[0]), view="the reader's own view",
+            y={"range": [0, CEILING], "tickvals": [0, 0.2, 0.4, 0.6, 0.8, 1], "tickformat": ".0%"},
+            y_title="Recall accuracy",
+        ),
+        "annotations": [impossible],
+    }  # fmt: skip
+
+
+def plain_layout(
+    states: tuple[float, float],
+    ticks: Sequence[float],
+    labels: Sequence[str],
+    *,
+    title: str,
+    view: str,
+    y: dict[str, Any],
+    y_title: str,
+) -> dict[str, Any]:
+    """Plotly's layout of a picture over states on a log scale, in a page's own colours.
+
+    Args:
+        states: the ends of the x-axis.
+        ticks, labels: where it is marked, and the words there.
+        title: of the x-axis.
+        view: what stays the reader's own view as long as it is the same: zoom, and what is hidden.
+        y, y_title: of the y-axis, its range and ticks, and its title.
+    """
+    axis = {"linecolor": "--muted", "tickcolor": "--muted", "ticks": "outside", "zeroline": False}
+    return {
+        "uirevision": view,
         "hovermode": "closest",
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
@@ -310,25 +340,17 @@ def layout(sweeps: Sequence[Sweep]) -> dict[str, Any]:
         "hoverlabel": {"bgcolor": "--paper", "bordercolor": "--muted", "font": {"color": "--ink"}},
         "margin": {"l": 58, "r": 16, "t": 10, "b": 48},
         "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "bgcolor": "rgba(0,0,0,0)"},
-        "annotations": [impossible],
         "xaxis": {
             **axis,
             "type": "log",
-            "range": [math.log10(low), math.log10(high)],
+            "range": [math.log10(end) for end in states],
             "tickvals": ticks,
-            "ticktext": [style.state_text(sweeps[0].axis, tick) for tick in ticks],
+            "ticktext": labels,
             "tickangle": 0,
             "showgrid": False,
-            "title": {"text": f"{style.axis_text(sweeps[0])} (log scale)"},
+            "title": {"text": f"{title} (log scale)"},
         },
-        "yaxis": {
-            **axis,
-            "range": [0, CEILING],
-            "tickvals": [0, 0.2, 0.4, 0.6, 0.8, 1],
-            "tickformat": ".0%",
-            "gridcolor": "--line",
-            "title": {"text": "Recall accuracy"},
-        },
+        "yaxis": {**axis, **y, "gridcolor": "--line", "title": {"text": y_title}},
     }
 
 

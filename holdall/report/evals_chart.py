@@ -206,34 +206,12 @@ def layout(evaluation: Evaluation, suite: str, models: Sequence[Drawn]) -> dict[
     low, high = _range(models)
     share = evaluation.is_share(suite)
     ticks = style.state_ticks(low, high, 8)
-    axis = {"linecolor": "--muted", "tickcolor": "--muted", "ticks": "outside", "zeroline": False}
-    return {
-        "uirevision": suite,  # the reader's own view of it
-        "hovermode": "closest",
-        "paper_bgcolor": "rgba(0,0,0,0)",
-        "plot_bgcolor": "rgba(0,0,0,0)",
-        "font": {"color": "--ink", "size": 12},
-        "hoverlabel": {"bgcolor": "--paper", "bordercolor": "--muted", "font": {"color": "--ink"}},
-        "margin": {"l": 58, "r": 16, "t": 10, "b": 48},
-        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "bgcolor": "rgba(0,0,0,0)"},
-        "xaxis": {
-            **axis,
-            "type": "log",
-            "range": [math.log10(low), math.log10(high)],
-            "tickvals": ticks,
-            "ticktext": [style.bytes_text(tick) for tick in ticks],
-            "tickangle": 0,
-            "showgrid": False,
-            "title": {"text": f"{axis_text(evaluation, models)} (log scale)"},
-        },
-        "yaxis": {
-            **axis,
-            "range": _ends(models, share),
-            "tickformat": ".0%" if share else ".4~g",
-            "gridcolor": "--line",
-            "title": {"text": _title(evaluation, suite)},
-        },
-    }
+    return chart.plain_layout(
+        (low, high), ticks, [style.bytes_text(tick) for tick in ticks],
+        title=axis_text(evaluation, models), view=suite,
+        y={"range": _ends(models, share), "tickformat": ".0%" if share else ".4~g"},
+        y_title=_title(evaluation, suite),
+    )  # fmt: skip
 
 
 def _hover(model: Drawn, point: Point, share: bool) -> str:

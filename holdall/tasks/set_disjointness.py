@@ -47,7 +47,6 @@ whose draws `generate_published` makes. The yes-no form and the blocked distribu
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
 
@@ -59,6 +58,7 @@ from holdall.contract import Config
 from holdall.settings import PositiveInt, Range
 from holdall.tasks.draws import check_whole, distinct
 from holdall.tasks.information import Asked, index_bits
+from holdall.tasks.single_query import Batch
 
 BEGIN, DIVIDE, ASK = 1, 2, 3
 NO, YES = 4, 5
@@ -87,22 +87,6 @@ class Tags(NamedTuple):
     distance: Tensor
     """Tokens from the common element in A, where it was last read, to the question; -1 where there is none.
     """
-
-
-class Batch(NamedTuple):
-    """Rows and their one question each, int64: tokens (B, N), positions and answers (B, 1)."""
-
-    tokens: Tensor
-    positions: Tensor
-    answers: Tensor
-
-    def content_hash(self) -> str:
-        """The sha256 of all three, in hex; the same on every machine."""
-        digest = hashlib.sha256()
-        for column in self:
-            digest.update(f"int64 {tuple(column.shape)}\n".encode())
-            digest.update(column.contiguous().cpu().numpy().astype("<i8", copy=False).data)
-        return digest.hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
