@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -93,30 +94,35 @@ def gradients(module: nn.Module, x_BTD: Tensor) -> None:
     module(x_BTD).square().mean().backward()
 
 
-def trained(folder: Path, rank: int, kind: str, names: list[str]) -> None:
-    """In one of two processes: of each mixer the gradients of two rows, averaged by DDP or FSDP."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    found: dict[str, Any] = {}
-    for name in names:
-        module, x_BTD = made(name)
-        wrapped: nn.Module
-        if kind == "ddp":
-            wrapped = nn.parallel.DistributedDataParallel(module)
-        else:
-            from torch.distributed.device_mesh import init_device_mesh
-            from torch.distributed.fsdp import fully_shard
+def averaged(name: str, rank: int, kind: str) -> dict[str, Tensor]:
+    """In one of two processes: the gradients of two rows each, averaged by DDP or FSDP."""
+    module, x_BTD = made(name)
+    wrapped: nn.Module
+    if kind == "ddp":
+        wrapped = nn.parallel.DistributedDataParallel(module)
+    else:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
 
-            how = {"mesh": init_device_mesh("cpu", (2,))}
-            fully_shard(module.mixer, **how)
-            wrapped = fully_shard(module, **how)
-        gradients(wrapped, x_BTD[2 * rank : 2 * rank + 2])
-        found[name] = {
-            own: p.grad if kind == "ddp" else p.grad.full_tensor()  # type: ignore[union-attr,operator]
-            for own, p in module.named_parameters()
-            if p.grad is not None
-        }
+        how = {"mesh": init_device_mesh("cpu", (2,))}
+        fully_shard(module.mixer, **how)
+        wrapped = fully_shard(module, **how)
+    gradients(wrapped, x_BTD[2 * rank : 2 * rank + 2])
+    return {
+        own: p.grad if kind == "ddp" else p.grad.full_tensor()  # type: ignore[attr-defined]
+        for own, p in module.named_parameters()
+        if p.grad is not None
+    }
+
+
+def trained(folder: Path, rank: int, kind: str, names: list[str]) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    found = {name: averaged(name, rank, kind) for name in names}
     if rank == 0:
         torch.save(found, folder / "gradients.pt")
+    # the wrappers go before their group: the one that outlives it ends the group's thread while it holds
+    # Python's lock, for which that thread may wait
+    gc.collect()
     dist.destroy_process_group()
 
 
