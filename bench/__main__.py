@@ -55,7 +55,6 @@ GATES = {
     "generator": ["tests/tasks"],
     "training": ["tests/ops", "tests/tasks", "tests/training/test_populations.py"],
     "zoo": ["tests/ops", "tests/mixers", "tests/training/test_populations.py"],
-    "kernels": ["tests/kernels"],
     "sweep": ["tests/training/test_stacked.py", "tests/training/test_populations.py"],
     "lm": ["tests/training/test_language_models.py"],
     "drafts": ["tests/engine/test_drafts.py", "tests/engine/test_engine_drafts.py"],
@@ -64,6 +63,12 @@ GATES = {
     "decode": ["tests/engine/test_fast.py"],
 }
 ON_GPU = ("kernels", "sweep", "lm", "decode")
+
+
+def gates_of(name: str) -> list[str]:
+    """Paths of the tests of what a benchmark measures; of a part of the kernels, of that part."""
+    bench, _, part = name.partition(":")
+    return kernels.gates(*filter(None, [part])) if bench == "kernels" else GATES[bench]
 
 
 def last(results: Path) -> dict[str, str]:
@@ -90,7 +95,7 @@ def main() -> int:
             parser.error(f"unknown benchmark {name}; known: {', '.join(BENCHES)}")
         if bench in ON_GPU and not gpu:
             parser.error(f"{name} needs a GPU")
-    gates = sorted({gate for name in names for gate in GATES[name.partition(":")[0]]})
+    gates = sorted({gate for name in names for gate in gates_of(name)})
     # pytest-benchmark, where somebody has it installed, and pytest-xdist do not get on
     spread = (
         ["-n", str(environment.cores()), "-p", "no:benchmark"] if importlib.util.find_spec("xdist") else []

@@ -15,18 +15,26 @@ from rich.table import Table
 
 from bench import gpu
 
-MODULES = (
-    "taylor",
-    "taylor_step",
-    "read_twice",
-    "gated_conv",
-    "window_attention",
-    "attention_step",
-    "selective_scan",
-    "linear_attention",
-    "by_products",
-    "cross_entropy",
-)
+MODULES = {
+    "taylor": ["taylor"],
+    "taylor_step": ["taylor_step"],
+    "read_twice": ["taylor"],
+    "gated_conv": ["gated_conv"],
+    "window_attention": ["window_attention"],
+    "attention_step": ["attention"],
+    "selective_scan": ["selective_scan", "diagonal_scan"],
+    "linear_attention": ["fla", "strong_decay"],
+    "by_products": ["by_products"],
+    "cross_entropy": ["cross_entropy"],
+}
+"""Modules of cases, and the tests in tests/kernels of what each measures."""
+
+
+def gates(*names: str) -> list[str]:
+    """Paths of the tests of some modules, of all of tests/kernels by default."""
+    if not names:
+        return ["tests/kernels"]
+    return sorted({f"tests/kernels/test_{tests}.py" for name in names for tests in MODULES[name]})
 
 
 def run(*names: str) -> Iterator[dict[str, Any]]:

@@ -74,6 +74,16 @@ def test_what_is_measured_before_a_stop_is_kept(measured: Callable[..., Iterator
     assert not whole
 
 
+def test_the_tests_that_run_before_a_benchmark_are_there() -> None:
+    parts = [f"kernels:{name}" for name in kernels.MODULES]
+    for name in [*bench.__main__.BENCHES, *parts]:
+        found = bench.__main__.gates_of(name)
+        assert found
+        assert all((RESULTS.parent / path).exists() for path in found), name
+    assert bench.__main__.gates_of("kernels") == ["tests/kernels"]
+    assert bench.__main__.gates_of("kernels:read_twice") == ["tests/kernels/test_taylor.py"]
+
+
 @pytest.mark.parametrize("kept", [0, 1])
 def test_a_stop_ends_all_benchmarks(
     kept: int,
