@@ -170,7 +170,8 @@ def bits(
     """Store the states of a sweep's trained models in fewer bits, and plot recall against bits of state.
 
     Nothing is trained. Each model, at its best learning rate, reads the sweep's test with its state rounded
-    to a format after every token; scales and counters are counted too.
+    to a format after every token; scales and counters are counted too. Stop it at any time; the same command
+    resumes.
 
     Args:
         folder: a folder written by `holdall frontier`, with the trained weights.

@@ -374,7 +374,7 @@ def load(
         RunError: something is missing, damaged, or of another model; the message names it, and the way out.
         ValueError: there is no such dtype or device here.
     """
-    asked, device = None if dtype is None else float_dtype(dtype), here(device)
+    asked, device = None if dtype is None else float_dtype(dtype), available_device(device)
     folder = find_folder(path)
     config_json = _read_config(folder)
     with checkpoints.opened(find_checkpoint(folder, checkpoint), COPY) as file:
@@ -555,7 +555,7 @@ def _fields(config: Any) -> set[str]:
     return {field.name for field in dataclasses.fields(config)}
 
 
-def here(asked: str | torch.device | None) -> torch.device:
+def available_device(asked: str | torch.device | None) -> torch.device:
     """A device of this machine, the CPU by default; ValueError for a GPU that is not there."""
     device = torch.device("cpu" if asked is None else asked)
     if device.type == "cuda" and not torch.cuda.is_available():

@@ -46,7 +46,7 @@ from holdall.kernels import fold, unfold
 from holdall.ops.cross_entropy import capped, linear_cross_entropy
 from holdall.ops.kept import Kept
 from holdall.ops.layer_norm import add_norm, kernel_refusal, layer_norm, rms_norm
-from holdall.ops.linear import Linear, gated, is_plain, wide
+from holdall.ops.linear import Linear, is_plain, swiglu_linear, wide
 from holdall.settings import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range
 
 
@@ -148,7 +148,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kind == "swiglu":
-            return self.fc2(gated(self.fc1, x))
+            return self.fc2(swiglu_linear(self.fc1, x))
         if self.kind == "geglu":
             a, gate = self.fc1(x).chunk(2, dim=-1)
             return self.fc2(a * F.gelu(gate, approximate="tanh"))

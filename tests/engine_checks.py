@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from holdall.engine import slow
-from holdall.engine.fast import Engine
+from holdall.engine.fast import Engine, EngineConfig
 from holdall.engine.request import Piece, Request, Sampling
 from holdall.model import Model, ModelConfig, seeded
+from holdall.testing import laws
 from holdall.text.tokenizers import Bytes, Tokenizer
 
 WIDTH, TOKENIZER = 16, Bytes()
@@ -109,3 +110,30 @@ def assert_goes_on_after_cancelling(engine: Engine, request: Request, when: int)
     (more,) = texts(engine.run([Request(prompt=(), sampling=rest, session=session)])).values()
     want = [token.id for piece in whole for token in piece.tokens]
     assert done + [token.id for piece in more for token in piece.tokens] == want
+
+
+def assert_neighbours_change_no_bit(model: Model, config: EngineConfig, asked: Sequence[Request]) -> None:
+    """Hold each text, its log-probabilities and its last state to be those that it has alone in an engine.
+
+    `asked` are requests of one text each that keep their sessions; their neighbours come and are cancelled.
+    """
+    alone = [texts(Engine(model, TOKENIZER, config).run([each])) for each in asked]
+    engine, draw, given, places = Engine(model, TOKENIZER, config), random.Random(1), list[Piece](), {}
+    for i, each in enumerate(asked):
+        others = [engine.submit(other) for other in requests(2, seed=i)]
+        places[engine.submit(each)] = i
+        for _ in range(draw.randrange(8)):
+            given += engine.step()
+        engine.cancel(draw.choice(others))
+    while engine.busy:
+        given += engine.step()
+    beside = texts(given)
+    for ticket, i in places.items():
+        (mine,) = alone[i].values()
+        assert [piece.tokens for piece in mine] == [piece.tokens for piece in beside[ticket, 0]]
+        ends = [each[-1].session for each in (mine, beside[ticket, 0])]
+        assert ends[0].past == ends[1].past
+        laws.assert_bitwise("logits", ends[1].logits_V, ends[0].logits_V)
+        for one, other in zip(*(end.states for end in ends), strict=True):
+            for name, x, y in zip(type(one)._fields, one, other, strict=True):
+                laws.assert_bitwise(name, y, x)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from holdall.adapters.llama import attention_weights
-from holdall.adapters.parts import block, ends, gated_mlp
+from holdall.adapters.parts import block, gated_mlp, outer_weights
 from holdall.adapters.reading import Fields, Weights
 from holdall.contract import MixerConfig
 from holdall.mixers.attention import AttentionConfig
@@ -160,10 +160,8 @@ def _model(fields: Fields, weights: Weights, config: MixerConfig, layer: Layer) 
         "use_l2warp", "max_position_embeddings", "hidden_ratio", "intermediate_size",
     )  # fmt: skip
     layers, attention = fields.number("num_hidden_layers"), _attention_layers(fields)
-    tied, tensors = ends(
-        weights, "model.embeddings.weight", "model.norm.weight",
-        tied=fields.only("tie_word_embeddings", False, True),
-    )  # fmt: skip
+    tied = fields.only("tie_word_embeddings", False, True)
+    tensors = outer_weights(weights, "model.embeddings.weight", "model.norm.weight", tied=tied)
     mixers: list[MixerConfig] = []
     for depth in range(layers):
         there = f"model.layers.{depth}"

@@ -186,7 +186,7 @@ def _load(
 ) -> tuple[LanguageModel, set[torch.dtype]]:
     """The model, and the dtypes of its tensors in the file."""
     asked = None if dtype is None else language_model.float_dtype(dtype)
-    target = language_model.here(device)
+    target = language_model.available_device(device)
     with opened(path) as source:
         family_of(source.config_json, source.where)  # refused before anything is read
         count = len(source.weights.names)

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from holdall.adapters.reading import Fields, ForeignError, Weights
+from holdall.adapters.reading import Fields, ForeignError, Weights, head_of
 from holdall.contract import MixerConfig
 from holdall.engine.session import Session, read
 from holdall.mixers.attention import AttentionConfig
@@ -113,7 +113,9 @@ def gpt(fields: Fields, weights: Weights) -> tuple[ModelConfig, dict[str, Tensor
             part.finish()
     tensors["norm.weight"] = weights.take("transformer.ln_f.weight")
     tied = fields.only("tie_word_embeddings", True, False)
-    tensors |= _embedding(fields, weights, "transformer.embeddings.word_embeddings.weight", tied)
+    tensors |= _embedding_and_head(
+        fields, weights, "transformer.embeddings.word_embeddings.weight", tied=tied
+    )
     config = ModelConfig(
         vocab=len(tensors["embed.weight"]), width=width, layers=tuple(layers),
         mlp=tensors["blocks.0.mlp.fc2.weight"].shape[1], mlp_kind="swiglu", norm="rms",
@@ -159,7 +161,7 @@ def mamba(fields: Fields, weights: Weights) -> tuple[ModelConfig, dict[str, Tens
             tensors[f"{ours}.mixer.{name}"] = weights.take(f"{theirs}.mixer.{name}")
     tensors["norm.weight"] = weights.take("backbone.norm_f.weight")
     tied = fields.only("tie_embeddings", True, False)
-    tensors |= _embedding(fields, weights, "backbone.embedding.weight", tied)
+    tensors |= _embedding_and_head(fields, weights, "backbone.embedding.weight", tied=tied)
     # the eps of the norms is in no field: all of these programs leave it at its default
     config = ModelConfig(
         vocab=len(tensors["embed.weight"]), width=width, layers=(layer,) * depth, norm="rms", eps=1e-5,
@@ -223,22 +225,15 @@ def _rename(weights: Weights, depth: int) -> None:
     weights.rename({f"{mixer}conv1.": f"{mixer}conv." for mixer in mixers})
 
 
-def _embedding(fields: Fields, weights: Weights, name: str, tied: bool) -> dict[str, Tensor]:
+def _embedding_and_head(fields: Fields, weights: Weights, name: str, *, tied: bool) -> dict[str, Tensor]:
     """The embedding, and the head if it is another one. The vocabulary is the embedding's, as padded."""
     embed_VD = weights.take(name)
     vocab = fields.number("vocab_size")
     fields.ignore("pad_vocab_size_multiple")
     if vocab > len(embed_VD):
         raise fields.refused("vocab_size", vocab, f"at most the embedding's {len(embed_VD)} rows")
-    if not tied:
-        return {"embed.weight": embed_VD, "head.weight": weights.take("lm_head.weight")}
-    if "lm_head.weight" in weights:
-        head_VD = weights.take("lm_head.weight")
-        if head_VD is not embed_VD and not torch.equal(head_VD, embed_VD):
-            raise ForeignError(
-                f"{weights.where}: lm_head.weight is not {name}, and the config says that they are tied"
-            )
-    return {"embed.weight": embed_VD}
+    head_VD = head_of(weights, "lm_head.weight", embed_VD, tied=tied)
+    return {"embed.weight": embed_VD} | ({} if head_VD is None else {"head.weight": head_VD})
 
 
 def _rotary(fields: Fields, width: int, heads: int) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from holdall.adapters.llama import attention_weights, rotary
-from holdall.adapters.parts import block, ends, gated_mlp, layer_kinds
+from holdall.adapters.parts import block, gated_mlp, layer_kinds, outer_weights
 from holdall.adapters.reading import Fields, Weights
 from holdall.contract import MixerConfig
 from holdall.mixers.attention import AttentionConfig
@@ -35,10 +35,8 @@ def lfm2(fields: Fields, weights: Weights) -> tuple[ModelConfig, dict[str, Tenso
         **rotary(fields, 1_000_000.0),
     )  # fmt: skip
     said = fields.only("tie_word_embeddings", True, False)
-    tied, tensors = ends(
-        weights, "model.embed_tokens.weight", "model.embedding_norm.weight",
-        tied=fields.only("tie_embedding", said, not said),
-    )  # fmt: skip
+    tied = fields.only("tie_embedding", said, not said)
+    tensors = outer_weights(weights, "model.embed_tokens.weight", "model.embedding_norm.weight", tied=tied)
     mixers: list[MixerConfig] = []
     for depth, kind in enumerate(kinds):
         there = f"model.layers.{depth}"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from holdall.adapters.llama import attention_weights, rotary
-from holdall.adapters.parts import block, ends, gated_mlp, layer_kinds
+from holdall.adapters.parts import block, gated_mlp, layer_kinds, outer_weights
 from holdall.adapters.qwen import FULL, LINEAR, delta_net_config
 from holdall.adapters.reading import Fields, Weights
 from holdall.contract import MixerConfig
@@ -52,10 +52,8 @@ def olmo_hybrid(fields: Fields, weights: Weights) -> tuple[ModelConfig, dict[str
         head_dim=fields.number("head_dim", 0), bias=bias, qk_norm="all", qk_norm_eps=eps, **_rotary(fields),
     )  # fmt: skip
     _rename(weights, layers)
-    tied, tensors = ends(
-        weights, "model.embed_tokens.weight", "model.norm.weight",
-        tied=fields.only("tie_word_embeddings", False, True),
-    )  # fmt: skip
+    tied = fields.only("tie_word_embeddings", False, True)
+    tensors = outer_weights(weights, "model.embed_tokens.weight", "model.norm.weight", tied=tied)
     mixers: list[MixerConfig] = []
     for depth, kind in enumerate(kinds):
         there = f"model.layers.{depth}"

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from holdall.adapters.reading import Fields, Weights
+from holdall.adapters.reading import Fields, Weights, head_of
 
 
 def gated_mlp(weights: Weights, gate: str, up: str, down: str) -> dict[str, Tensor]:
@@ -24,25 +24,21 @@ def gated_mlp(weights: Weights, gate: str, up: str, down: str) -> dict[str, Tens
     return {"fc1.weight": torch.cat((up_ID, gate_ID)), "fc2.weight": weights.take(down)}
 
 
-def ends(
+def outer_weights(
     weights: Weights, embedding: str, norm: str, *, tied: bool, offset: float = 0.0
-) -> tuple[bool, dict[str, Tensor]]:
-    """Whether the head is the embedding, and the weights before the first layer and after the last.
+) -> dict[str, Tensor]:
+    """The weights before the first layer and after the last: the embedding, the last norm, an untied head.
 
     Args:
         embedding, norm: names of the embedding and of the weight of the last norm.
-        tied: whether the fields say so. A head that is stored and differs is a head of its own all the same.
+        tied: whether the config says that the head is the embedding.
         offset: what the norm adds to its weight.
     """
     embed_VD = weights.take(embedding)
     tensors = {"embed.weight": embed_VD, "norm.weight": shifted(weights.take(norm), offset)}
-    if tied and "lm_head.weight" in weights:
-        tied = torch.equal(weights.look("lm_head.weight"), embed_VD)
-    if tied:
-        weights.drop("lm_head.weight")
-    else:
-        tensors["head.weight"] = weights.take("lm_head.weight")
-    return tied, tensors
+    if (head_VD := head_of(weights, "lm_head.weight", embed_VD, tied=tied)) is not None:
+        tensors["head.weight"] = head_VD
+    return tensors
 
 
 def block(

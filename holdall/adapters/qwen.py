@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from holdall.adapters.llama import rotary
-from holdall.adapters.parts import block, ends, gated_mlp, layer_kinds, shifted
+from holdall.adapters.parts import block, gated_mlp, layer_kinds, outer_weights, shifted
 from holdall.adapters.reading import REQUIRED, Fields, Weights
 from holdall.contract import MixerConfig
 from holdall.mixers.attention import AttentionConfig
@@ -92,7 +92,7 @@ def _read(fields: Fields, weights: Weights, *, tied: bool = False) -> tuple[Mode
         qk_norm="head", qk_norm_eps=eps, gate=True, **turned,
     )  # fmt: skip
     tied |= fields.only("tie_word_embeddings", False, True)
-    tied, tensors = ends(weights, "model.embed_tokens.weight", "model.norm.weight", tied=tied, offset=1.0)
+    tensors = outer_weights(weights, "model.embed_tokens.weight", "model.norm.weight", tied=tied, offset=1.0)
     mixers: list[MixerConfig] = []
     for depth, kind in enumerate(kinds):
         there = f"model.layers.{depth}"

@@ -187,8 +187,8 @@ def head_of(weights: Weights, name: str, embed_VD: Tensor, *, tied: bool) -> Ten
         return weights.take(name)
     if name in weights and not torch.equal(weights.take(name), embed_VD):
         raise ForeignError(
-            f"{weights.where}: tie_word_embeddings is true, but {name} is another tensor than the embedding: "
-            "say false there if it is the head, or leave it out"
+            f"{weights.where}: the config ties the head to the embedding, but {name} is another tensor: "
+            "untie them in the config if it is the head, or leave it out of the file"
         )
     return None
 

@@ -27,6 +27,10 @@ KEPT = ("context_len", "task", "difficulty", "test")
 """What the folder says of the test, as the sweep's own does."""
 
 
+MEASURED = "measured.jsonl"
+"""Each line as soon as it is measured, with what it is of, so that nothing is measured twice."""
+
+
 def bits(
     folder: Path,
     out: Path,
@@ -53,15 +57,20 @@ def bits(
     ]
     lines = []
     with files.locked(out), busy() as say:
+        kept = files.read_lines(out / MEASURED)
+        done = {_key(entry["of"]): entry["line"] for entry in kept if {"of", "line"} <= entry.keys()}
         for place, (name, line) in enumerate(chosen):
-            found = []
             how: dict[str, Any] = {"name": name, "every": every, "seed": seed, "device": device}
-            for measured in lines_in_formats(folder, line, wanted, **how):
-                found.append(measured)
+            # a run that was trained again has another line
+            asked = {format: {**how, "format": str(format), "run": line} for format in wanted}
+            left = [format for format, of in asked.items() if _key(of) not in done]
+            for format, measured in zip(left, lines_in_formats(folder, line, left, **how), strict=True):
+                files.append_line(out / MEASURED, {"of": asked[format], "line": measured})
+                done[_key(asked[format])] = measured
                 say(f"{measured['label']} ({place + 1} of {len(chosen)} models)")
-            lines += found
+            lines += [done[_key(of)] for of in asked.values()]
             if not console.is_terminal:
-                last = state_text(data.AXES["bits"], 8 * found[-1]["state_bytes"])
+                last = state_text(data.AXES["bits"], 8 * lines[-1]["state_bytes"])
                 console.print(f"[{place + 1}/{len(chosen)}] {name}: down to {last}", soft_wrap=True)
         files.write_json(out / "environment.json", environment.describe(device, 1))
         files.write_json(out / "config.json", {**about, **{key: held[key] for key in KEPT if key in held}})
@@ -72,6 +81,10 @@ def bits(
     for path in reports.write([out], out):
         console.print(f"  {path}", soft_wrap=True)
     return 0
+
+
+def _key(of: Mapping[str, Any]) -> str:
+    return json.dumps(of, sort_keys=True)
 
 
 def _table(rounding: str, lines: Sequence[Mapping[str, Any]]) -> Table:

@@ -188,7 +188,8 @@ def gate_and_output(config: HeadsConfig) -> tuple[Linear | None, Linear]:
     return gate, Linear(inner, config.width, bias=config.bias in (True, "out"))
 
 
-def gated(y_BTE: Tensor, x_BTD: Tensor, gate: nn.Module | None) -> Tensor:
+def gated_output(y_BTE: Tensor, x_BTD: Tensor, gate: nn.Module | None) -> Tensor:
+    """y times the sigmoid of the gate that is computed from x; y itself where there is no gate."""
     return y_BTE if gate is None else y_BTE * gate(x_BTD).sigmoid()
 
 
@@ -231,7 +232,7 @@ class Attention(Mixer):
             after = type(state)(*slots, *(count.add_(new) if inplace else count + new for count in counts))
         else:
             y_BTHV, after = self.attend(q, k, v, state, scale=scale)
-        y_BTE = gated(y_BTHV.flatten(2), x_BTD, self.gate)
+        y_BTE = gated_output(y_BTHV.flatten(2), x_BTD, self.gate)
         return self.out_proj(y_BTE), after if want_state else None
 
     def init_state(

@@ -94,14 +94,9 @@ class Direction(nn.Module):
         a_1N = torch.complex(self.A_re.to(dtype).clamp(max=-1e-4), self.A_im.to(dtype))[None]
         log_a_1N, b_1N = ssm.zoh(self.log_step.to(dtype).exp()[None], a_1N)
         c_1N = torch.view_as_complex(self.C.to(dtype))[None]
-        if self.form == "loop":
-            if h_BDN2 is None:
-                h_BDN2 = a_1N.real.new_zeros(x_BTD.shape[0], x_BTD.shape[2], a_1N.shape[1], 2)
-            s_BTD, h_BDN2 = ssm.diagonal_ssm_loop(u_BTD, log_a_1N, b_1N, c_1N, h_BDN2)
-        else:
-            s_BTD, h_BDN2 = ssm.diagonal_ssm(
-                u_BTD, log_a_1N, b_1N, c_1N, h_BDN2, chunk=self.chunk, want_state=want_state
-            )
+        s_BTD, h_BDN2 = ssm.diagonal_ssm(
+            u_BTD, log_a_1N, b_1N, c_1N, h_BDN2, chunk=self.chunk, want_state=want_state, form=self.form
+        )
         return self.c(torch.addcmul(s_BTD, u_BTD, self.D.to(u_BTD.dtype))), h_BDN2
 
 
@@ -138,7 +133,7 @@ class BiGS(Mixer):
             back_BTD, _ = self.backwards(x_BTD.flip(1), None)
             c_BTD = c_BTD * back_BTD.flip(1)
         y_BTD = self.out_proj(F.gelu(self.mix(c_BTD)) * F.gelu(self.v(x_BTD)))
-        return y_BTD, BiGSState(h_BDN2) if h_BDN2 is not None and want_state else None
+        return y_BTD, None if h_BDN2 is None else BiGSState(h_BDN2)
 
     def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None) -> BiGSState:
         shape = (batch, self.config.width, self.config.modes, 2)

@@ -107,17 +107,12 @@ class DSS(Mixer):
         log_a_DN = torch.complex(pace_D2[:, :1] * re_N, pace_D2[:, 1:] * im_N)
         b_DN = torch.expm1(log_a_DN) / torch.complex(re_N, im_N)
         c_DN = ssm.as_complex(self.W.to(dtype))
-        h_BDN2: Tensor | None = None if state is None else state.h_BDN2
-        if self.form == "loop":
-            if h_BDN2 is None:
-                h_BDN2 = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device).h_BDN2
-            y_BTD, h_BDN2 = ssm.diagonal_ssm_loop(x_BTD, log_a_DN, b_DN, c_DN, h_BDN2)
-        else:
-            y_BTD, h_BDN2 = ssm.diagonal_ssm(
-                x_BTD, log_a_DN, b_DN, c_DN, h_BDN2, chunk=self.config.chunk, want_state=want_state
-            )
+        y_BTD, h_BDN2 = ssm.diagonal_ssm(
+            x_BTD, log_a_DN, b_DN, c_DN, None if state is None else state.h_BDN2,
+            chunk=self.config.chunk, want_state=want_state, form=self.form,
+        )  # fmt: skip
         y_BTD = torch.addcmul(y_BTD, x_BTD, self.D.to(x_BTD.dtype))
-        return self.out_proj(F.gelu(y_BTD)), DSSState(h_BDN2) if h_BDN2 is not None and want_state else None
+        return self.out_proj(F.gelu(y_BTD)), None if h_BDN2 is None else DSSState(h_BDN2)
 
     def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None) -> DSSState:
         shape = (batch, self.config.width, self.config.modes, 2)

@@ -104,18 +104,12 @@ class GSS(Mixer):
         frequency_N = a_imag_N.exp() if self.config.imag_exp else a_imag_N
         a_1N = torch.complex(-self.A_real.to(dtype).exp(), frequency_N)[None]
         b_1N, c_RN = torch.expm1(a_1N) / a_1N, torch.view_as_complex(self.C.to(dtype))
-        h_BRN2: Tensor | None = None if state is None else state.h_BRN2
-        if self.form == "loop":
-            if h_BRN2 is None:
-                h_BRN2 = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device).h_BRN2
-            s_BTR, h_BRN2 = ssm.diagonal_ssm_loop(v_BTR, a_1N, b_1N, c_RN, h_BRN2)
-        else:
-            s_BTR, h_BRN2 = ssm.diagonal_ssm(
-                v_BTR, a_1N, b_1N, c_RN, h_BRN2, chunk=self.config.chunk, want_state=want_state
-            )
+        s_BTR, h_BRN2 = ssm.diagonal_ssm(
+            v_BTR, a_1N, b_1N, c_RN, None if state is None else state.h_BRN2,
+            chunk=self.config.chunk, want_state=want_state, form=self.form,
+        )  # fmt: skip
         s_BTR = torch.addcmul(s_BTR, v_BTR, self.D.to(v_BTR.dtype))
-        after = GSSState(h_BRN2) if h_BRN2 is not None and want_state else None
-        return self.out_proj(self.gate(s_BTR) * u_BTE), after
+        return self.out_proj(self.gate(s_BTR) * u_BTE), None if h_BRN2 is None else GSSState(h_BRN2)
 
     def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None) -> GSSState:
         shape = (batch, self.config.width // self.config.reduce, self.config.modes, 2)

@@ -117,20 +117,17 @@ class LiquidS4(Mixer):
             powers.append(powers[-1] * b_DN)
         x_BTID, b_IDN = torch.stack(products, dim=2), torch.stack(powers)
         inputs = degree if self.config.kernel == "kb" else 1
-        args = (x_BTID[:, :, :inputs], transition, b_IDN[:inputs], c_DN)
-        h_BDN2: Tensor | None
-        if self.form == "loop":
-            y_BTD, h_BDN2 = dplr.dplr_ssm_loop(*args, state.h_BDN2)
-        else:
-            h_BDN2 = None if fresh else state.h_BDN2
-            y_BTD, h_BDN2 = dplr.dplr_ssm(*args, h_BDN2, chunk=self.config.chunk, want_state=want_state)
+        y_BTD, h_BDN2 = dplr.dplr_ssm(
+            x_BTID[:, :, :inputs], transition, b_IDN[:inputs], c_DN, None if fresh else state.h_BDN2,
+            chunk=self.config.chunk, want_state=want_state, form=self.form,
+        )  # fmt: skip
         weight_ID = (c_DN * b_IDN[inputs:]).real.sum(-1)
         y_BTD = (y_BTD + (x_BTID[:, :, inputs:] * weight_ID).sum(2) + self.D.to(dtype) * x_BTD).to(
             x_BTD.dtype
         )
         after = None
         # a copy: a view of the last few tokens would keep all of them in memory as long as the state lives
-        if want_state and h_BDN2 is not None:
+        if h_BDN2 is not None:
             after = LiquidS4State(h_BDN2, seen_BSD[:, new:].clone())
         return F.glu(self.out_proj(F.gelu(y_BTD)), dim=-1), after
 

@@ -120,20 +120,14 @@ class S4(Mixer):
         inplace: bool = False,
         want_state: bool = True,
     ) -> tuple[Tensor, S4State | None]:
-        fresh = state is None
-        if state is None:
-            state = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
         transition, b_DN, c_DN = self.kernel(recurrent_dtype(x_BTD.dtype))
-        args = (x_BTD[:, :, None], transition, b_DN[None], c_DN)
-        h_BDN2: Tensor | None
-        if self.form == "loop":
-            y_BTD, h_BDN2 = dplr.dplr_ssm_loop(*args, state.h_BDN2)
-        else:
-            h_BDN2 = None if fresh else state.h_BDN2
-            y_BTD, h_BDN2 = dplr.dplr_ssm(*args, h_BDN2, chunk=self.config.chunk, want_state=want_state)
+        y_BTD, h_BDN2 = dplr.dplr_ssm(
+            x_BTD[:, :, None], transition, b_DN[None], c_DN, None if state is None else state.h_BDN2,
+            chunk=self.config.chunk, want_state=want_state, form=self.form,
+        )  # fmt: skip
         y_BTD = torch.addcmul(y_BTD, x_BTD, self.D.to(x_BTD.dtype))
         y_BTD = F.glu(self.out_proj(F.gelu(y_BTD)), dim=-1)
-        return y_BTD, None if h_BDN2 is None or not want_state else S4State(h_BDN2)
+        return y_BTD, None if h_BDN2 is None else S4State(h_BDN2)
 
     def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None) -> S4State:
         shape = (batch, self.config.width, self.config.state // 2, 2)

@@ -112,18 +112,13 @@ class S4D(Mixer):
         log_a_DN, scale_DN = self.discretise(self.log_dt.to(dtype).exp()[:, None], a_DN)
         b_DN = scale_DN * ssm.as_complex(self.B.to(dtype))
         c_DN = 2 * ssm.as_complex(self.C.to(dtype))
-        h_BDN2: Tensor | None = None if state is None else state.h_BDN2
-        if self.form == "loop":
-            if h_BDN2 is None:
-                h_BDN2 = self.init_state(x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device).h_BDN2
-            y_BTD, h_BDN2 = ssm.diagonal_ssm_loop(x_BTD, log_a_DN, b_DN, c_DN, h_BDN2)
-        else:
-            y_BTD, h_BDN2 = ssm.diagonal_ssm(
-                x_BTD, log_a_DN, b_DN, c_DN, h_BDN2, chunk=self.config.chunk, want_state=want_state
-            )
+        y_BTD, h_BDN2 = ssm.diagonal_ssm(
+            x_BTD, log_a_DN, b_DN, c_DN, None if state is None else state.h_BDN2,
+            chunk=self.config.chunk, want_state=want_state, form=self.form,
+        )  # fmt: skip
         y_BTD = torch.addcmul(y_BTD, x_BTD, self.D.to(x_BTD.dtype))
-        after = S4DState(h_BDN2) if h_BDN2 is not None and want_state else None
-        return F.glu(self.out_proj(F.gelu(y_BTD)), dim=-1), after
+        y_BTD = F.glu(self.out_proj(F.gelu(y_BTD)), dim=-1)
+        return y_BTD, None if h_BDN2 is None else S4DState(h_BDN2)
 
     def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device | None = None) -> S4DState:
         shape = (batch, self.config.width, self.config.state // 2, 2)

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from holdall.contract import Mixer, Paper, State, register
 from holdall.contract.rollback import lowered, read_on
-from holdall.mixers.attention import QKV, HeadsConfig, gate_and_output, gated
+from holdall.mixers.attention import QKV, HeadsConfig, gate_and_output, gated_output
 from holdall.ops import attention
 from holdall.ops.attention import KeyValueCache
 from holdall.ops.window_attention import kernel_refusal, window_attention
@@ -112,7 +112,7 @@ class SlidingWindow(Mixer):
             q, k, v, None if state is None else KeyValueCache(*state[:3]), window=window, scale=scale,
             inplace=inplace, want_state=want_state, form=self.form,
         )  # fmt: skip
-        y_BTD = self.out_proj(gated(y_BTHV.flatten(2), x_BTD, self.gate))
+        y_BTD = self.out_proj(gated_output(y_BTHV.flatten(2), x_BTD, self.gate))
         if ring is None or not want_state:
             return y_BTD, None
         if not replay:

@@ -96,17 +96,20 @@ def dplr_ssm(
     *,
     chunk: int = CHUNK,
     want_state: bool = True,
+    form: str = "parallel",
 ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b d n 2"] | None]:
     """The same in chunks, O(T (C + N)) for each channel; a single token is one step of the loop, O(N).
 
     None is a state of zeros. Where no state comes in or is wanted, up to two chunks of tokens are one, for
-    which nothing but the kernel is computed. Tables are made in fp64.
+    which nothing but the kernel is computed. Tables are made in fp64. `form` is "parallel" or "loop", which
+    is the definition.
     """
     rows, total, _, channels = x_BTID.shape
-    dtype, alone = c_DN.real.dtype, h_BDN2 is None and not want_state and total <= 2 * chunk
+    dtype, loop = c_DN.real.dtype, form == "loop"
+    alone = not loop and h_BDN2 is None and not want_state and total <= 2 * chunk
     if h_BDN2 is None and not alone:
         h_BDN2 = c_DN.real.new_zeros(rows, channels, c_DN.shape[1], 2)
-    if total == 1 and h_BDN2 is not None:
+    if (loop or total == 1) and h_BDN2 is not None:
         y_BTD, h_BDN2 = dplr_ssm_loop(x_BTID, transition, b_IDN, c_DN, h_BDN2)
         return y_BTD, h_BDN2 if want_state else None
     x_DBTI = x_BTID.to(dtype).permute(3, 0, 1, 2)

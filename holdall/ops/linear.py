@@ -76,7 +76,7 @@ def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
     )
 
 
-def gated(layer: nn.Module, x: Tensor) -> Tensor:
+def swiglu_linear(layer: nn.Module, x: Tensor) -> Tensor:
     """SwiGLU of what a layer makes of x, half as wide."""
     if is_plain(layer):
         return linear(x, layer.weight, layer.bias, gated=True)

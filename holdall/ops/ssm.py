@@ -88,14 +88,15 @@ def diagonal_ssm(
     *,
     chunk: int = CHUNK,
     want_state: bool = True,
+    form: str = "parallel",
 ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b d n 2"] | None]:
     """The same by Fourier transforms, O(T (log C + N)); a single token is one step of the recurrence, O(N).
 
     None is a state of zeros. If one chunk holds all tokens and no state comes in or is wanted, nothing but
-    the kernel is computed.
+    the kernel is computed. `form` is "parallel" or "loop", which is the definition.
     """
     total = x_BTD.shape[1]
-    if total == 1:
+    if form == "loop" or total == 1:
         if h_BDN2 is None:
             h_BDN2 = log_a_DN.real.new_zeros(x_BTD.shape[0], x_BTD.shape[2], log_a_DN.shape[1], 2)
         y_BTD, h_BDN2 = diagonal_ssm_loop(x_BTD, log_a_DN, b_DN, c_DN, h_BDN2)

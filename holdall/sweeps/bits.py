@@ -46,6 +46,8 @@ def lines_in_formats(
         RunError: the folder has no weights of the run, or damaged ones.
         ValueError: the model cannot read a row in pieces.
     """
+    if not formats:
+        return
     model, config = trained_model(folder, line, device)
     data, rows = config.data, _test_rows(config.data, torch.device(device))
     for format in formats:

@@ -133,8 +133,8 @@ def test_law_compiled_over_chunks(case: Case) -> None:
 )
 def test_law_compiled_by_inductor(name: str) -> None:
     """One of each family: what is traced in one graph, inductor has so far always been able to compile."""
-    # with the vector instructions of this processor, like all other tests: a process decides on them once, and
-    # programs that it keeps on disk for the others would not compile where another had decided differently
+    # with the vector instructions of this processor, like all other tests: a process decides on them once,
+    # and programs that it keeps on disk for others would not compile where another had decided differently
     hold(cases([name])[0].mixer(DOUBLE), law_compiled, "inductor", 6)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +22,15 @@ REPLACED = (
     "causal_conv1d_fn", "causal_conv1d_update",
     "torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule",
 )  # fmt: skip
+
+
+def fla_models() -> ModuleType:
+    """The models of flash-linear-attention; where it is not installed, the test or the module is skipped."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pytest.importorskip("transformers", reason="transformers is not installed")
+        reason = "flash-linear-attention is not installed"
+        return pytest.importorskip("fla.models", reason=reason, exc_type=ImportError)
 
 
 def in_plain_torch(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> None:

@@ -8,14 +8,13 @@ Letters: B row, T time, D width, H heads, K key dim, V value dim.
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from adapters.originals import randomised, refusal
+from adapters.originals import fla_models, randomised, refusal
 from adapters.parity import check
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -25,13 +24,7 @@ from holdall.adapters.reading import weights_in
 from holdall.files import read_json, write_json
 from holdall.model import Model
 
-pytest.importorskip("transformers", reason="transformers is not installed")
-try:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import fla.models
-except ImportError:
-    pytest.skip("flash-linear-attention is not installed", allow_module_level=True)
+models = fla_models()
 
 # the package advises against what is tested here, too
 pytestmark = pytest.mark.filterwarnings("ignore:ShortConvolution is crucial")
@@ -71,6 +64,7 @@ def rotary(self: Any, q: Tensor, k: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
 
 
 def unit(x: Tensor) -> Tensor:
+    """By its kernel's default: 1e-6 is added to the square."""
     return x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt()
 
 
@@ -125,27 +119,24 @@ def by_definitions(monkeypatch: pytest.MonkeyPatch) -> None:
     from fla.layers import attn, delta_net, gated_deltanet, gla, multiscale_retention
     from fla.modules import FusedRMSNormGated, RMSNorm, RotaryEmbedding, ShortConvolution, mlp
 
-    def put(where: Any, name: str, what: Any) -> None:
-        assert hasattr(where, name)
-        monkeypatch.setattr(where, name, what)
-
-    put(RMSNorm, "forward", rms_norm)
-    put(FusedRMSNormGated, "forward", rms_norm_gated)
-    put(ShortConvolution, "forward", convolution)
-    put(RotaryEmbedding, "forward", rotary)
-    put(mlp, "swiglu", lambda gate, y: F.silu(gate) * y)
-    put(gated_deltanet, "fused_recurrent_gated_delta_rule", gated_delta_rule)
-    put(gated_deltanet.GatedDeltaNet, "_use_fused_qkv_conv", lambda *_, **__: False)
-    put(delta_net, "fused_recurrent_delta_rule", delta_rule)
-    put(multiscale_retention, "fused_recurrent_retention", retention)
-    put(gla, "fused_recurrent_gla", gla_rule)
-    put(gla, "ACT2FN", {"swish": F.silu})
-    put(attn, "flash_attn_func", flash_attention)
+    replace = monkeypatch.setattr  # which refuses a name that the package does not have
+    replace(RMSNorm, "forward", rms_norm)
+    replace(FusedRMSNormGated, "forward", rms_norm_gated)
+    replace(ShortConvolution, "forward", convolution)
+    replace(RotaryEmbedding, "forward", rotary)
+    replace(mlp, "swiglu", lambda gate, y: F.silu(gate) * y)
+    replace(gated_deltanet, "fused_recurrent_gated_delta_rule", gated_delta_rule)
+    replace(gated_deltanet.GatedDeltaNet, "_use_fused_qkv_conv", lambda *_, **__: False)
+    replace(delta_net, "fused_recurrent_delta_rule", delta_rule)
+    replace(multiscale_retention, "fused_recurrent_retention", retention)
+    replace(gla, "fused_recurrent_gla", gla_rule)
+    replace(gla, "ACT2FN", {"swish": F.silu})
+    replace(attn, "flash_attn_func", flash_attention)
 
 
 def original(kind: str, **changes: Any) -> Any:
-    config = getattr(fla.models, f"{kind}Config")(**(SIZES | changes))
-    return randomised(getattr(fla.models, f"{kind}ForCausalLM"), config)
+    config = getattr(models, f"{kind}Config")(**(SIZES | changes))
+    return randomised(getattr(models, f"{kind}ForCausalLM"), config)
 
 
 @pytest.mark.parametrize(

@@ -86,5 +86,5 @@ def test_what_cannot_be_represented_is_refused_by_name(
 def test_a_head_that_should_be_the_embedding_and_is_not_is_refused(transformers: ModuleType) -> None:
     original = made(transformers)
     weights = {**original.state_dict(), "lm_head.weight": torch.ones(61, 16)}
-    with pytest.raises(ForeignError, match="tie_word_embeddings is true, but lm_head"):
+    with pytest.raises(ForeignError, match="ties the head to the embedding, but lm_head"):
         foreign.read(original.config.to_diff_dict(), Weights(weights, "w"), "config.json")

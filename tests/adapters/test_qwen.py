@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from adapters.originals import in_plain_torch, randomised, refusal
 from adapters.parity import check
 
 from holdall.adapters import foreign
-from holdall.adapters.reading import Weights, weights_in
+from holdall.adapters.reading import ForeignError, Weights, weights_in
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -138,16 +139,17 @@ def test_fields_of_released_folders(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("same", [True, False])
 def test_a_head_that_is_stored_beside_the_embedding(tmp_path: Path, same: bool) -> None:
-    """The library ties the two only where they are equal, whatever the field says."""
+    """It is a copy of the tied embedding, or refused: the library's versions disagree on any other tensor."""
     config = qwen3_5.Qwen3_5TextConfig(**SIZES, tie_word_embeddings=True)
     randomised(qwen3_5.Qwen3_5ForCausalLM, config).save_pretrained(tmp_path)
     with weights_in(tmp_path) as weights:
         sources = {name: weights.take(name) for name in weights.names}
     sources["lm_head.weight"] = sources["model.embed_tokens.weight"] + (0 if same else 1)
     config_json = foreign.files.read_json(tmp_path / "config.json")
-    config, tensors = foreign.read(config_json, Weights(sources, "here"), "config.json")
-    assert config.tied is same
-    assert ("head.weight" in tensors) is not same
+    with contextlib.nullcontext() if same else pytest.raises(ForeignError, match="ties the head to"):
+        config, tensors = foreign.read(config_json, Weights(sources, "here"), "config.json")
+        assert config.tied
+        assert "head.weight" not in tensors
 
 
 def test_the_drafting_head_is_left_unread(folder: Path) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from adapters.originals import randomised, refusal
+from adapters import test_fla
+from adapters.originals import fla_models, randomised, refusal
 from adapters.parity import check, converted, show_errors
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -25,14 +26,7 @@ from holdall.adapters.reading import weights_in
 from holdall.files import read_json, write_json
 from holdall.mixers.rwkv_7 import RWKV7Config
 
-pytest.importorskip("transformers", reason="transformers is not installed")
-try:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import fla.models
-    from adapters import test_fla
-except ImportError:
-    pytest.skip("flash-linear-attention is not installed", allow_module_level=True)
+models = fla_models()
 
 # the package advises against what is tested here
 pytestmark = pytest.mark.filterwarnings("ignore:According to Bo")
@@ -53,11 +47,6 @@ def layer_norm(self: Any, x: Tensor, residual: Tensor | None = None, prenorm: bo
 def group_norm(self: Any, x: Tensor) -> Tensor:
     y = F.group_norm(x.flatten(0, 1), self.num_groups, self.weight, self.bias, self.eps)
     return y.view(x.shape)
-
-
-def unit(x: Tensor) -> Tensor:
-    """Its kernel's default: 1e-6 is added to the square."""
-    return x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt()
 
 
 def token_shift(
@@ -96,27 +85,24 @@ def by_definitions(monkeypatch: pytest.MonkeyPatch) -> None:
     from fla.modules import GroupNorm, LayerNorm
     from fla.ops.rwkv7 import fused_addcmul, fused_k_update, gate_output_correction
 
-    def put(where: Any, name: str, what: Any) -> None:
-        assert hasattr(where, name)
-        monkeypatch.setattr(where, name, what)
-
+    replace = monkeypatch.setattr  # which refuses a name that the package does not have
     for module in (layer, modeling):
-        put(module, "token_shift", token_shift)
-    put(layer, "fused_addcmul_rwkv7", fused_addcmul.torch_addcmul_rwkv7)
-    put(layer, "fused_k_rwkv7", fused_k_update.k_update_ref)
-    put(layer, "gate_output_correction", gate_output_correction.gate_output_correction_ref)
-    put(layer, "l2_norm", unit)
-    put(layer, "chunk_rwkv7", rule)
-    put(layer, "fused_mul_recurrent_rwkv7", removing)
-    put(modeling, "ACT2FN", {"sqrelu": lambda x: F.relu(x).square()})
-    put(LayerNorm, "forward", layer_norm)
-    put(GroupNorm, "forward", group_norm)
+        replace(module, "token_shift", token_shift)
+    replace(layer, "fused_addcmul_rwkv7", fused_addcmul.torch_addcmul_rwkv7)
+    replace(layer, "fused_k_rwkv7", fused_k_update.k_update_ref)
+    replace(layer, "gate_output_correction", gate_output_correction.gate_output_correction_ref)
+    replace(layer, "l2_norm", test_fla.unit)
+    replace(layer, "chunk_rwkv7", rule)
+    replace(layer, "fused_mul_recurrent_rwkv7", removing)
+    replace(modeling, "ACT2FN", {"sqrelu": lambda x: F.relu(x).square()})
+    replace(LayerNorm, "forward", layer_norm)
+    replace(GroupNorm, "forward", group_norm)
 
 
 def original(**changes: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return randomised(fla.models.RWKV7ForCausalLM, fla.models.RWKV7Config(**(SIZES | changes)))
+        return randomised(models.RWKV7ForCausalLM, models.RWKV7Config(**(SIZES | changes)))
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from engine_checks import (
     TOKENIZER,
     WIDTH,
     assert_goes_on_after_cancelling,
+    assert_neighbours_change_no_bit,
     assert_same,
     build,
     definition,
@@ -27,7 +28,7 @@ from torch import Tensor
 from holdall.engine import lookup
 from holdall.engine.drafts import NGrams
 from holdall.engine.fast import Engine, EngineConfig
-from holdall.engine.request import Piece, Request, Sampling
+from holdall.engine.request import Request, Sampling
 from holdall.engine.session import Session, read
 from holdall.engine.store import StateStore
 from holdall.mixers.attention import AttentionConfig
@@ -181,26 +182,7 @@ def test_with_all_rows_in_every_step_neighbours_change_no_bit(kind: str) -> None
         )
         for i, each in enumerate(repetitive(6))
     ]
-    config = dataclasses.replace(CONFIG, fixed=True)
-    alone = [texts(Engine(model, TOKENIZER, config).run([each])) for each in asked]
-    engine, draw, given, places = Engine(model, TOKENIZER, config), random.Random(1), list[Piece](), {}
-    for i, each in enumerate(asked):
-        others = [engine.submit(other) for other in requests(2, seed=i)]
-        places[engine.submit(each)] = i
-        for _ in range(draw.randrange(8)):
-            given += engine.step()
-        engine.cancel(draw.choice(others))
-    while engine.busy:
-        given += engine.step()
-    beside = texts(given)
-    for ticket, i in places.items():
-        (mine,) = alone[i].values()
-        assert [p.tokens for p in mine] == [p.tokens for p in beside[ticket, 0]]
-        ends = [each[-1].session for each in (mine, beside[ticket, 0])]
-        laws.assert_bitwise("logits", ends[1].logits_V, ends[0].logits_V)
-        for one, other in zip(*(end.states for end in ends), strict=True):
-            for name, x, y in zip(type(one)._fields, one, other, strict=True):
-                laws.assert_bitwise(name, y, x)
+    assert_neighbours_change_no_bit(model, dataclasses.replace(CONFIG, fixed=True), asked)
 
 
 # ------------------------------------------------------------------------------------------------- sessions

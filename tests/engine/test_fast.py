@@ -15,6 +15,7 @@ from engine_checks import (
     TOKENIZER,
     WIDTH,
     assert_goes_on_after_cancelling,
+    assert_neighbours_change_no_bit,
     assert_same,
     definition,
     requests,
@@ -86,28 +87,7 @@ def test_with_all_rows_in_every_step_neighbours_change_no_bit(
         for i, each in enumerate(requests(12))
     ]
     config = EngineConfig(rows=6, max_context=LIMIT, fixed=True)
-    alone = [texts(Engine(model, TOKENIZER, config).run([each])) for each in asked]
-    engine, draw, given = Engine(model, TOKENIZER, config), random.Random(1), list[Piece]()
-    places = {}
-    for i, each in enumerate(asked):
-        others = [engine.submit(other) for other in requests(2, seed=i)]
-        places[engine.submit(each)] = i
-        for _ in range(draw.randrange(8)):
-            given += engine.step()
-        engine.cancel(draw.choice(others))
-    while engine.busy:
-        given += engine.step()
-    beside = texts(given)
-    for ticket, i in places.items():
-        (mine,) = alone[i].values()
-        for one, other in zip(mine, beside[ticket, 0], strict=True):
-            assert one.tokens == other.tokens
-        ends = [each[-1].session for each in (mine, beside[ticket, 0])]
-        assert ends[0].past == ends[1].past
-        laws.assert_bitwise("logits", ends[1].logits_V, ends[0].logits_V)
-        for one, other in zip(*(end.states for end in ends), strict=True):
-            for name, x, y in zip(type(one)._fields, one, other, strict=True):
-                laws.assert_bitwise(name, y, x)
+    assert_neighbours_change_no_bit(model, config, asked)
 
 
 @pytest.mark.parametrize("kind", MODELS)

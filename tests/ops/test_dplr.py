@@ -48,6 +48,18 @@ def test_bilinear_is_the_trapezoidal_rule_of_the_dense_matrix() -> None:
     laws.assert_close("slope", both_halves(next_DN - h_DN) / dt_D1, want_DM)
 
 
+def test_the_loop_is_a_form_of_it() -> None:
+    *args, h_BDN2 = problem(40, dtype=torch.float32)
+    for start, zeros in ((h_BDN2, h_BDN2), (None, torch.zeros_like(h_BDN2))):
+        want_BTD, want_BDN2 = dplr_ssm_loop(*args, zeros)
+        for want_state in (True, False):
+            y_BTD, end_BDN2 = dplr_ssm(*args, start, chunk=64, want_state=want_state, form="loop")
+            laws.assert_bitwise("y", y_BTD, want_BTD)
+            assert (end_BDN2 is not None) == want_state
+            if end_BDN2 is not None:
+                laws.assert_bitwise("state", end_BDN2, want_BDN2)
+
+
 @pytest.mark.parametrize("inputs", [1, 3])
 @pytest.mark.parametrize(
     ("length", "chunk"), [(1, 8), (2, 8), (8, 8), (13, 8), (40, 8), (9, 1), (50, 64), (63, 32)]

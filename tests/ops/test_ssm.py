@@ -43,6 +43,16 @@ def test_is_the_direct_sum(ssm, length: int) -> None:
     laws.assert_close("state", end_BDN2, torch.view_as_real(end_BDN))
 
 
+def test_the_loop_is_a_form_of_it() -> None:
+    x_BTD, *maps, h_BDN2 = problem(40, dtype=torch.float32)
+    for start, zeros in ((h_BDN2, h_BDN2), (None, torch.zeros_like(h_BDN2))):
+        want_BTD, want_BDN2 = diagonal_ssm_loop(x_BTD, *maps, zeros)
+        y_BTD, end_BDN2 = diagonal_ssm(x_BTD, *maps, start, chunk=16, form="loop")
+        laws.assert_bitwise("y", y_BTD, want_BTD)
+        laws.assert_bitwise("state", end_BDN2, want_BDN2)
+        assert diagonal_ssm(x_BTD, *maps, start, want_state=False, form="loop")[1] is None
+
+
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("chunk", [1, 2, 7, 16, 1024])
 @pytest.mark.parametrize("length", [1, 2, 16, 17, 48, 50])

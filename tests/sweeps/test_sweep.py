@@ -509,13 +509,14 @@ def test_a_mixer_file_of_the_user_s_own_joins_in_every_process(tmp_path: Path) -
 
 # -------------------------------------------------------------------------------------- states in fewer bits
 
+BITS: dict[str, Any] = {"every": 3, "seed": 0, "device": "cpu", "load": [], "command": "holdall bits"}
+
 
 def test_bits_are_measured_of_the_weights_that_the_sweep_kept(
     whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, formats = tmp_path / "bits", ["fp32", "int8", "int4+feedback"]
-    say: Any = {"every": 3, "seed": 0, "device": "cpu", "load": [], "command": "holdall bits"}
-    assert bits_command.bits(whole, out, formats, **say) == 0
+    assert bits_command.bits(whole, out, formats, **BITS) == 0
     lines, best = files.read_lines(out / "results.jsonl"), {}
     for line in results(whole):
         if line["label"] not in best or line["accuracy"] > best[line["label"]]["accuracy"]:
@@ -545,14 +546,69 @@ def test_bits_are_measured_of_the_weights_that_the_sweep_kept(
     assert {"frontier.png", "frontier.html", "table.md"} < {path.name for path in out.iterdir()}
 
 
+def three_formats_then_wait(sweep: Path, out: Path) -> None:
+    """`holdall bits`, which is still measuring the fourth of four when it is killed."""
+
+    def slow(*args: Any, **how: Any) -> Iterator[dict[str, Any]]:
+        for line in lines_in_formats(*args, **how):
+            if line["label"] == "window 4, int4":
+                time.sleep(600)
+            yield line
+
+    bits_command.lines_in_formats = slow
+    bits_command.bits(sweep, out, ["fp32", "int4"], **BITS)
+
+
+def test_bits_resume_after_kill_9_and_measure_nothing_twice(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone, out, measured = tmp_path / "alone", tmp_path / "cut", []
+    process = children.start(three_formats_then_wait, whole, out)
+    until = time.monotonic() + 60
+    while len(files.read_lines(out / "measured.jsonl")) < 3 and time.monotonic() < until:
+        time.sleep(0.02)
+    process.kill()
+    process.join()
+    assert not (out / "results.jsonl").exists()
+    with (out / "measured.jsonl").open("a") as file:
+        file.write('{"of": {"na')  # as a killed process may leave it
+
+    def watched(*args: Any, **how: Any) -> Iterator[dict[str, Any]]:
+        for line in lines_in_formats(*args, **how):
+            measured.append(line["label"])
+            yield line
+
+    monkeypatch.setattr(bits_command, "lines_in_formats", watched)
+
+    def measured_by(folder: Path, sweep: Path, formats: list[str], **changes: Any) -> list[str]:
+        measured.clear()
+        assert bits_command.bits(sweep, folder, formats, **(BITS | changes)) == 0
+        return list(measured)
+
+    names, formats = ("attention", "window 4"), ["fp32", "int4"]
+    all_four = [f"{name}, {format}" for name in names for format in formats]
+    assert measured_by(out, whole, formats) == ["window 4, int4"]
+    assert measured_by(alone, whole, formats) == all_four
+    assert results(out) == results(alone)
+    assert measured_by(out, whole, ["int8", *formats]) == ["attention, int8", "window 4, int8"]
+    assert len(results(out)) == 6
+    assert measured_by(out, whole, formats) == []
+    assert results(out) == results(alone), "the formats that were asked for, in that order"
+    assert measured_by(out, whole, formats, every=2) == all_four
+    again = tmp_path / "again"  # the sweep, one of whose runs was trained once more
+    shutil.copytree(whole, again)
+    lines = [{**line, "seconds": line["seconds"] + (line["label"] == "attention")} for line in results(again)]
+    (again / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert measured_by(out, again, formats) == all_four[:2]
+
+
 def test_bits_of_a_sweep_without_weights_are_refused(whole: Path, tmp_path: Path) -> None:
     (tmp_path / "bare").mkdir()
     shutil.copy(whole / "config.json", tmp_path / "bare")
     lines = [{**line, "weights": None} for line in results(whole)]
     (tmp_path / "bare" / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    say: Any = {"every": 1, "seed": 0, "device": "cpu", "load": [], "command": "holdall bits"}
     with pytest.raises(RunError, match="has no trained weights; `holdall frontier` keeps them"):
-        bits_command.bits(tmp_path / "bare", tmp_path / "out", [], **say)
+        bits_command.bits(tmp_path / "bare", tmp_path / "out", [], **BITS)
     damaged = {**results(whole)[0], "weights": "model-9.safetensors"}
     with pytest.raises(RunError, match=r"model-9.safetensors is missing. Train the run again"):
         list(lines_in_formats(whole, damaged, [Format("int8")], name="attention"))
