@@ -24,7 +24,6 @@ from holdall.evals.run import evaluate as ask
 from holdall.evals.windows import Remembered
 from holdall.files import RunError
 from holdall.report import evals as pages
-from holdall.report.evals_data import is_share
 from holdall.report.style import bytes_text
 from holdall.text.sources import needed
 
@@ -183,8 +182,7 @@ def _table(lines: Sequence[Result], folder: ResultsFolder, window: int) -> Table
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     table.add_column("task", no_wrap=True)
     table.add_column("model", overflow="fold", min_width=10)
-    in_nats = {line.metric == "nats" for line in lines}
-    unit = "nats" if in_nats == {True} else "% or nats" if True in in_nats else "%"
+    unit = " or ".join(dict.fromkeys(map(_unit, lines)))
     heads = [f"{name}, {unit}" for name in (("once", "twice") if twice else ("score",))]
     for head in ("state", *heads, "docs"):
         table.add_column(head, justify="right", no_wrap=True)
@@ -203,6 +201,10 @@ def _table(lines: Sequence[Result], folder: ResultsFolder, window: int) -> Table
     return table
 
 
+def _unit(line: Result) -> str:
+    return "%" if line.unit == "share" else line.unit or line.metric
+
+
 def _score(line: Result | None) -> str:
     """A score in percent with its interval, empty if there is none; one that is no share, or no mean over
     documents, as it is."""
@@ -210,7 +212,7 @@ def _score(line: Result | None) -> str:
         return ""
     if line.low is None or line.high is None:
         return f"{line.value:.4g}"
-    if not is_share(line.metric):
+    if line.unit != "share":
         digits = 2 if line.high < 10 else 1
         return f"{line.value:.{digits}f} [{line.low:.{digits}f},{line.high:.{digits}f}]"
     return f"{100 * line.value:.1f} [{100 * line.low:.1f},{100 * line.high:.1f}]"
@@ -251,6 +253,7 @@ class _View:
     def result(self, line: Result) -> None:
         """A line for each task that is finished, so that a long run can be followed."""
         console.print(
-            f"{line.model}, {line.task}: {_score(line)} of {line.count:,} documents, {line.seconds:.0f} s",
+            f"{line.model}, {line.task}: {_score(line)} {_unit(line)}, {line.count:,} documents, "
+            f"{line.seconds:.0f} s",
             soft_wrap=True,
         )

@@ -20,7 +20,7 @@ from holdall.evals.folder import OTHER, Answers, EvalConfig, Result, ResultsFold
 from holdall.evals.harness import TASKS, codec_of
 from holdall.evals.scoring import first_gold
 from holdall.evals.statistics import bootstrap
-from holdall.evals.suites import Task
+from holdall.evals.suites import Task, Unit
 from holdall.evals.windows import ANSWER_TOKENS, Codec, Remembered
 from holdall.files import RunError
 from holdall.language_model import LanguageModel
@@ -346,7 +346,10 @@ def _one(
         metric, _, filtered = main.partition(",")
         samples = [one for one in given["samples"].get(task, ()) if one["filter"] == filtered]
         written = [_sample(one, metric, manager.codec) for one in samples]
-        low, high = _interval([one["right"] for one in written], scores[main], config.seed)
+        right = [one["right"] for one in written]
+        low, high = _interval(right, scores[main], config.seed)
+        lower = given["higher_is_better"].get(task, {}).get(metric) is False
+        unit = known.unit if known else _unit(right, lower=lower, is_mean=low is not None)
         line = Result(
             model=name,
             task=task,
@@ -355,6 +358,8 @@ def _one(
             of=known.of if known else task,
             reads=known.reads if known else None,
             metric=metric if filtered == "none" else main,
+            unit=unit,
+            lower_is_better=lower,
             value=scores[main],
             low=low,
             high=high,
@@ -404,6 +409,12 @@ def _interval(right: Sequence[Any], value: float, seed: int) -> tuple[float | No
     if not numbers or len(numbers) < len(right) or not math.isclose(math.fsum(numbers) / len(numbers), value):
         return None, None
     return bootstrap(numbers, seed=seed)
+
+
+def _unit(right: Sequence[Any], *, lower: bool, is_mean: bool) -> Unit:
+    """What a metric of lm-eval's own counts, which lm-eval does not say: a share if it is the mean of scores
+    from 0 to 1, of which more is better."""
+    return "share" if is_mean and not lower and all(0 <= one <= 1 for one in right) else ""
 
 
 def _sample(given: Mapping[str, Any], metric: str, codec: Codec) -> dict[str, Any]:

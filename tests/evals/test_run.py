@@ -50,6 +50,16 @@ doc_to_target: gold
 metric_list: [{metric: acc}, {metric: acc_norm}]
 metadata: {version: 3}
 """
+TEXT = """task: local_text
+dataset_path: json
+custom_dataset: !function local.choices
+output_type: loglikelihood_rolling
+test_split: test
+doc_to_text: ""
+doc_to_target: query
+metric_list: [{metric: bits_per_byte}]
+metadata: {version: 1}
+"""
 FUNCTIONS = """from holdall.evals.harness import Documents
 
 def choices(**_):
@@ -93,6 +103,7 @@ def data(tmp_path: Path) -> Path:
     written(folder, "squad", rows, ".jsonl.xz")
     written(folder, "fda", ROWS["fda"], ".jsonl.gz")
     (folder / "local_choice.yaml").write_text(CHOICES)
+    (folder / "local_text.yaml").write_text(TEXT)
     (folder / "local.py").write_text(FUNCTIONS)
     return folder
 
@@ -174,6 +185,30 @@ def test_the_samples_say_what_was_asked_and_answered(data: Path, tmp_path: Path,
     for sample in chosen:
         likeliest = max(range(3), key=lambda place: sample["logprobs"][place])
         assert sample["right"] == (likeliest == sample["gold"])
+
+
+def test_results_say_what_a_score_counts_and_which_way_is_better(
+    data: Path, tmp_path: Path, small: None
+) -> None:
+    wanted = plan(data, "squad", "squad_answer", others=("local_choice", "local_text"), limit=3)
+    _, lines = scored(language_model("taylor"), wanted, tmp_path / "out")
+    assert [(line.metric, line.unit, line.lower_is_better) for line in lines] == [
+        ("contains", "share", False), ("nats", "nats", True), ("acc", "share", False),
+        ("bits_per_byte", "", True),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("right", "lower", "is_mean", "unit"),
+    [
+        ([0, 1, 0.5], False, True, "share"),
+        ([0, 1, 0.5], True, True, ""),  # as of Brier scores
+        ([0, 1, 0.5], False, False, ""),  # as of Matthews correlations
+        ([0, 61.5], False, True, ""),  # as of ROUGE from 0 to 100
+    ],
+)
+def test_the_unit_of_a_metric_of_lm_eval(right: list[float], lower: bool, is_mean: bool, unit: str) -> None:
+    assert run._unit(right, lower=lower, is_mean=is_mean) == unit
 
 
 def test_answers_are_scored_by_their_own_log_likelihood(data: Path, tmp_path: Path, small: None) -> None:
