@@ -16,7 +16,7 @@ from rich.table import Table
 
 from holdall.commands import TELL_SECONDS, Words, busy, console, resolve_device
 from holdall.commands.loading import Loading
-from holdall.evals import documents, harness, suites
+from holdall.evals import documents, general, harness, suites
 from holdall.evals.folder import EvalConfig, Result, ResultsFolder
 from holdall.evals.models import check_there, open_model
 from holdall.evals.run import Plan, Subject
@@ -63,10 +63,11 @@ def evaluate(
         there = [task for task in chosen if task not in lacking]
         plan = Plan(config=config, tasks=tuple(there), others=tuple(tasks), data=data, include=include)
     elif lacking and not dry_run:
-        _say_missing(lacking, data, "Files are missing:")
-        others = " ".join(task.name for task in chosen if task not in lacking)
-        also = f", or name the tasks whose files are there: --suite {others}" if others else ""
-        raise RunError(f"give what is listed above as missing{also}")
+        others = [task.name for task in chosen if task not in lacking]
+        runs = (
+            f"--suite {' '.join(others or ['needles'])} {'has all it needs' if others else 'needs no files'}"
+        )
+        raise RunError(f"{_missing(lacking, data)}. {runs}")
     for name in models:  # before the first is asked, which may take hours
         check_there(name)
     loading.load_mixers()
@@ -77,7 +78,8 @@ def evaluate(
             with busy(f"{name}: reading documents"):
                 planned = _planned(_opened(name, loading), plan)
             console.print(planned)
-        _say_missing(lacking, data, "Files are missing:")
+        if lacking:
+            console.print(f"{_missing(lacking, data)}.", soft_wrap=True)
         return 0
     needed("lm_eval")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -105,7 +107,8 @@ def evaluate(
     _write_pages(out)
     if names and data is None:
         console.print("Further suites read files: `holdall eval --dry-run` lists them.", soft_wrap=True)
-    _say_missing([] if names else lacking, data, "Not asked, since their files are missing:")
+    elif lacking and not names:
+        console.print(f"Not all suites were asked: {_missing(lacking, data)}.", soft_wrap=True)
     return 0
 
 
@@ -130,30 +133,23 @@ def _suites(names: Sequence[str], plan: Plan) -> list[str]:
     return list(dict.fromkeys(suites.suite_of(task.name) for task in plan.tasks))
 
 
-def _by_file(tasks: Sequence[suites.Task]) -> list[suites.Task]:
-    """One task for each file."""
-    return list({task.file: task for task in reversed(tasks)}.values())[::-1]
-
-
-def _say_missing(lacking: Sequence[suites.Task], data: Path | None, title: str) -> None:
-    """Which files tasks lack, where they go and in what form."""
-    if not lacking:
-        return
-    console.print(title, soft_wrap=True)
-    for task in _by_file(lacking):
-        also = [one.name for one in lacking if one.file == task.file and one is not task]
-        beside = f" ({', '.join(also)} too)" if also else ""
-        console.print(f"  {documents.missing(data, task)}{beside}", soft_wrap=True)
-        console.print(f"      stands for {task.stands_for}", soft_wrap=True)
-    if any(task.of == "squad" for task in lacking):
-        console.print(f"  {suites.TRIVIAQA}.", soft_wrap=True)
+def _missing(lacking: Sequence[suites.Task], data: Path | None) -> str:
+    """Which files tasks lack, in which folder, and where it is written what they hold."""
+    names = list(dict.fromkeys(f"{task.file}{documents.ENDINGS[0]}" for task in lacking))
+    pages = {"docs/general-tasks.md" if task.name in general.FORMS else "docs/evals.md" for task in lacking}
+    are = "files are" if len(names) > 1 else "a file is"
+    return (
+        f"{are} missing {documents.place(data)}: {', '.join(names)} (or {', '.join(documents.ENDINGS[1:])}); "
+        f"for where to get them and what a line holds see {' and '.join(sorted(pages))}"
+    )
 
 
 # ------------------------------------------------------------------------------------------------- shown
 
 
 def _planned(one: Subject, plan: Plan) -> Table:
-    """What a model would be asked."""
+    """What a model would be asked. Raises ValueError if the window is too small."""
+    plan.check_window(one.codec)
     table = Table(box=box.SIMPLE_HEAD, title=f"{one.name}: {one.tokenizer} tokens", title_justify="left")
     table.add_column("task")
     for head in ("documents", "cut to the window", "tokens each", "tokens"):

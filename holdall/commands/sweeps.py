@@ -22,6 +22,7 @@ from holdall import mixers, recipes
 from holdall import report as reports
 from holdall.commands import OUT_OF_TIME, Words, busy, console, resolve_device, theory_by_hand
 from holdall.commands.laws import short_verdicts
+from holdall.files import RunError
 from holdall.report import data
 from holdall.report import evals as evaluations
 from holdall.report import matrix as matrices
@@ -384,6 +385,15 @@ def report(
             )
         written = evaluations.write(folders[0], out, **({} if samples is None else {"samples": samples}))
     else:
+        for folder in folders:
+            # a sweep has results.jsonl itself, or in a folder for each of its parts
+            if not any(any(folder.glob(pattern)) for pattern in ("results.jsonl", "*/results.jsonl")):
+                there = (
+                    f"{folder} holds nothing to report" if folder.is_dir() else f"there is no folder {folder}"
+                )
+                raise RunError(
+                    f"{there}; name one that `holdall frontier`, `holdall matrix` or `holdall eval` wrote"
+                )
         written = reports.write(folders, out or folders[0], axis)
     for path in written:
         console.print(f"  {path}", soft_wrap=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from holdall.evals import documents, suites
+from holdall.evals import documents, needles, suites
 from holdall.evals.folder import OTHER, Answers, EvalConfig, Result, ResultsFolder, prompt_hash
 from holdall.evals.harness import TASKS, codec_of
 from holdall.evals.scoring import first_gold
@@ -130,6 +130,22 @@ class Plan:
             for task in self.tasks
             if task.file is not None and (self.data is None or documents.find(self.data, task) is None)
         ]
+
+    def check_window(self, codec: Codec) -> None:
+        """Raise ValueError if the window has no room for the questions of tasks that draw their documents; it
+        names the least window for all of them.
+        """
+        config, count = self.config, min(self.config.limit or needles.DOCUMENTS, needles.DOCUMENTS)
+        least = {
+            task.name: needles.least_window(task.name, codec, seed=config.seed, count=count)
+            for task in self.tasks
+            if task.file is None
+        }
+        if small := [name for name, tokens in least.items() if tokens > config.window]:
+            raise ValueError(
+                f"a window of {config.window} tokens has no room for the question of {', '.join(small)}; "
+                f"give --window {max(least.values())} or more"
+            )
 
     def names(self) -> list[str]:
         """The names of all tasks."""
@@ -295,8 +311,9 @@ def evaluate(
 
     Raises:
         RunError: a file is missing or damaged, or the folder holds scores of other weights.
-        ValueError: a prompt does not fit into the model, or lm-eval has no such task.
+        ValueError: a prompt does not fit into the model or the window, or lm-eval has no such task.
     """
+    plan.check_window(asked.codec)
     with folder.model(asked.about(plan.config.window)) as name:
         manager = Manager(plan, asked)
         model = functools.cache(lambda: asked.make(batch))

@@ -15,8 +15,6 @@ from holdall.contract.config import did_you_mean
 
 Unit = Literal["share", "nats", ""]
 """What a metric counts: a "share" of right answers, shown in percent; "nats"; or "" for any other number."""
-TRIVIAQA = "TriviaQA, the sixth set of the published suite, is left out: there is no file of it"
-"""What the recall suites lack."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ import functools
 import itertools
 import json
 import random
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -261,6 +262,27 @@ def test_the_table_has_recall_and_answers_of_one_file(
     assert f"{nats.value:.1f} [{nats.low:.1f},{nats.high:.1f}]" in answers
 
 
+def test_missing_files_are_named_once_with_what_can_run_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    words = ("based-mini", "--suite", "recall", "recall-twice", "answers")
+    assert command(monkeypatch, *words) == 2
+    printed = capsys.readouterr()
+    said = " ".join((printed.out + printed.err).split())
+    for file in ("fda510k", "swde_books", "squad", "nq", "drop_contrast"):
+        assert said.count(f"{file}.jsonl") == 1
+    assert "in the folder that --data names" in said
+    assert "docs/evals.md" in said
+    assert said.endswith("--suite needles needs no files")
+    assert len(said) < 400
+    written(tmp_path, "squad", [{"id": "0", "context": "aa", "question": "?", "answers": ["aa"]}], ".jsonl")
+    assert command(monkeypatch, *words, "lambada", "--data", tmp_path) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"missing in {tmp_path}: fda510k.jsonl" in said
+    assert "docs/evals.md and docs/general-tasks.md" in said
+    assert said.endswith("--suite squad squad_twice squad_answer has all it needs")
+
+
 @pytest.mark.parametrize("name", ["nosuch", "nosuch.gguf"])
 def test_a_model_that_is_not_there_is_refused_before_the_first_is_asked(
     name: str, data: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch, capsys: Any
@@ -392,6 +414,25 @@ def test_a_limit_takes_the_first_documents(data: Path, tmp_path: Path, small: No
     few, lines = scored(made, plan(data, "squad", others=("local_choice",), limit=3), tmp_path / "few")
     assert few.samples("mine", "squad") == whole.samples("mine", "squad")[:3]
     assert [line.count for line in lines] == [3, 3]
+
+
+def test_a_window_too_small_names_what_all_chosen_tasks_need(tmp_path: Path, small: None) -> None:
+    made = language_model("taylor")
+    codec = harness.codec_of(made.tokenizer)
+    tasks = (
+        "niah_single_2",
+        "niah_single_1",
+    )  # the second needs more, since its lines are longer than a word
+    with pytest.raises(
+        ValueError, match=r"no room for the question of niah_single_2, niah_single_1"
+    ) as error:
+        scored(made, plan(tmp_path, *tasks, window=200), tmp_path / "out")
+    least = int(re.findall(r"--window (\d+) or more", str(error.value))[0])
+    plan(tmp_path, *tasks, window=least).check_window(codec)
+    for task in tasks:
+        assert len(list(harness.rows(suites.named(task), codec, window=least))) == 200
+    with pytest.raises(ValueError, match=r"of niah_single_1; give"):
+        plan(tmp_path, *tasks, window=least - 1).check_window(codec)
 
 
 def test_prompts_that_the_model_cannot_read_are_refused(data: Path, tmp_path: Path, small: None) -> None:

@@ -455,6 +455,21 @@ def test_report_command_writes_the_page_again(folder, tmp_path, capsys):
         commands.report([folder, folder], None)
 
 
+def test_report_names_the_commands_that_write_what_it_reads(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "run").mkdir()  # of `holdall train`
+    (tmp_path / "run/config.json").write_text('{"steps": 1}')
+    for name, said in (
+        ("empty", "holds nothing"),
+        ("run", "holds nothing"),
+        ("absent", "there is no folder"),
+    ):
+        with pytest.raises(
+            RunError, match=rf"{said}.*`holdall frontier`, `holdall matrix` or `holdall eval`"
+        ):
+            commands.report([tmp_path / name], None)
+
+
 def test_figure_has_a_point_for_each_reading(folder):
     evaluation = load(folder)
     models = evals_chart.drawn(evaluation, "recall")
