@@ -72,6 +72,8 @@ def frontier(
     if precision is not None:
         sweeps = tuple(_in_precision(sweep, precision) for sweep in sweeps)
     sweeps = tuple(with_added(sweep, added) for sweep in sweeps)
+    if "steps" in settings:
+        _say_rounded(sweeps, settings["steps"])
     if by_hand:
         for sweep in sweeps:
             check_task(sweep.data)
@@ -343,6 +345,17 @@ class _FrontierView:
                 "-" if seconds is None else f"{seconds:.0f}",
             )
         return table
+
+
+def _say_rounded(sweeps: Sequence[SweepConfig], asked: int) -> None:
+    """Say how many steps are trained where a recipe cannot train as many as asked for."""
+    for sweep in sweeps:
+        if steps := sorted({job.steps for job in sweep.jobs(together=True)} - {asked}):
+            console.print(
+                f"{sweep.recipe}: --steps {asked} is rounded to {' and '.join(map(str, steps))}, so that each "
+                "part of the training data has as many rows, in whole epochs.",
+                soft_wrap=True,
+            )
 
 
 def _header(sweep: SweepConfig, runs: int, device: str, out: Path) -> Text:

@@ -262,6 +262,15 @@ def test_the_table_has_recall_and_answers_of_one_file(
     assert f"{nats.value:.1f} [{nats.low:.1f},{nats.high:.1f}]" in answers
 
 
+def test_a_file_without_rows_is_named(data: Path, tmp_path: Path, small: None) -> None:
+    (data / "nq.jsonl").write_text("\n")
+    with pytest.raises(RunError, match=r"nq: \S+nq.jsonl has no rows"):
+        scored(language_model("taylor"), plan(data, "nq"), tmp_path / "out")
+    written(data, "nq", [{"id": "0", "context": "aa", "question": "?", "answers": ["bb"]}], ".jsonl")
+    with pytest.raises(RunError, match=r"no document of \S+nq.jsonl has an answer"):
+        scored(language_model("taylor"), plan(data, "nq"), tmp_path / "out")
+
+
 def test_missing_files_are_named_once_with_what_can_run_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
