@@ -352,8 +352,8 @@ def _say_rounded(sweeps: Sequence[SweepConfig], asked: int) -> None:
     for sweep in sweeps:
         if steps := sorted({job.steps for job in sweep.jobs(together=True)} - {asked}):
             console.print(
-                f"{sweep.recipe}: --steps {asked} is rounded to {' and '.join(map(str, steps))}, so that each "
-                "part of the training data has as many rows, in whole epochs.",
+                f"{sweep.recipe}: --steps {asked} is rounded to {' and '.join(map(str, steps))}, so that "
+                "each part of the training data has as many rows, in whole epochs.",
                 soft_wrap=True,
             )
 
