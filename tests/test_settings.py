@@ -60,9 +60,9 @@ EXAMPLES = [
     disjointness.ByHandConfig(task=SetDisjointness(vocab=64, first=4, second=8)),
     by_hand_conv.BaseConvByHand(shifts=7), by_hand_conv.TwoLayersByHand(shifts=7),
     Result(
-        model="a", task="fda", asked="fda", suite="recall", of="fda", reads=1, metric="contains", value=0.5,
-        low=0.25, high=0.75, others={"acc": 0.5}, count=2, truncated=1, version="1", prompt_hash="0",
-        window=512, seconds=1.0,
+        model="a", task="fda", asked="fda", suite="recall", of="fda", reads=1, metric="contains",
+        unit="share", lower_is_better=False, value=0.5, low=0.25, high=0.75, others={"acc": 0.5}, count=2,
+        truncated=1, version="1", prompt_hash="0", window=512, seconds=1.0,
     ),
 ]  # fmt: skip
 """Configs with fields that have no default."""

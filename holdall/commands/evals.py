@@ -16,7 +16,7 @@ from rich.table import Table
 
 from holdall.commands import TELL_SECONDS, Words, busy, console, resolve_device
 from holdall.commands.loading import Loading
-from holdall.evals import documents, harness, suites
+from holdall.evals import documents, general, harness, suites
 from holdall.evals.folder import EvalConfig, Result, ResultsFolder
 from holdall.evals.models import check_there, open_model
 from holdall.evals.run import Plan, Subject
@@ -24,7 +24,6 @@ from holdall.evals.run import evaluate as ask
 from holdall.evals.windows import Remembered
 from holdall.files import RunError
 from holdall.report import evals as pages
-from holdall.report.evals_data import is_share
 from holdall.report.style import bytes_text
 from holdall.text.sources import needed
 
@@ -64,10 +63,11 @@ def evaluate(
         there = [task for task in chosen if task not in lacking]
         plan = Plan(config=config, tasks=tuple(there), others=tuple(tasks), data=data, include=include)
     elif lacking and not dry_run:
-        _say_missing(lacking, data, "Files are missing:")
-        others = " ".join(task.name for task in chosen if task not in lacking)
-        also = f", or name the tasks whose files are there: --suite {others}" if others else ""
-        raise RunError(f"give what is listed above as missing{also}")
+        others = [task.name for task in chosen if task not in lacking]
+        runs = (
+            f"--suite {' '.join(others or ['needles'])} {'has all it needs' if others else 'needs no files'}"
+        )
+        raise RunError(f"{_missing(lacking, data)}. {runs}")
     for name in models:  # before the first is asked, which may take hours
         check_there(name)
     loading.load_mixers()
@@ -78,7 +78,8 @@ def evaluate(
             with busy(f"{name}: reading documents"):
                 planned = _planned(_opened(name, loading), plan)
             console.print(planned)
-        _say_missing(lacking, data, "Files are missing:")
+        if lacking:
+            console.print(f"{_missing(lacking, data)}.", soft_wrap=True)
         return 0
     needed("lm_eval")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -106,7 +107,8 @@ def evaluate(
     _write_pages(out)
     if names and data is None:
         console.print("Further suites read files: `holdall eval --dry-run` lists them.", soft_wrap=True)
-    _say_missing([] if names else lacking, data, "Not asked, since their files are missing:")
+    elif lacking and not names:
+        console.print(f"Not all suites were asked: {_missing(lacking, data)}.", soft_wrap=True)
     return 0
 
 
@@ -131,30 +133,23 @@ def _suites(names: Sequence[str], plan: Plan) -> list[str]:
     return list(dict.fromkeys(suites.suite_of(task.name) for task in plan.tasks))
 
 
-def _by_file(tasks: Sequence[suites.Task]) -> list[suites.Task]:
-    """One task for each file."""
-    return list({task.file: task for task in reversed(tasks)}.values())[::-1]
-
-
-def _say_missing(lacking: Sequence[suites.Task], data: Path | None, title: str) -> None:
-    """Which files tasks lack, where they go and in what form."""
-    if not lacking:
-        return
-    console.print(title, soft_wrap=True)
-    for task in _by_file(lacking):
-        also = [one.name for one in lacking if one.file == task.file and one is not task]
-        beside = f" ({', '.join(also)} too)" if also else ""
-        console.print(f"  {documents.missing(data, task)}{beside}", soft_wrap=True)
-        console.print(f"      stands for {task.stands_for}", soft_wrap=True)
-    if any(task.of == "squad" for task in lacking):
-        console.print(f"  {suites.TRIVIAQA}.", soft_wrap=True)
+def _missing(lacking: Sequence[suites.Task], data: Path | None) -> str:
+    """Which files tasks lack, in which folder, and where it is written what they hold."""
+    names = list(dict.fromkeys(f"{task.file}{documents.ENDINGS[0]}" for task in lacking))
+    pages = {"docs/general-tasks.md" if task.name in general.FORMS else "docs/evals.md" for task in lacking}
+    are = "files are" if len(names) > 1 else "a file is"
+    return (
+        f"{are} missing {documents.place(data)}: {', '.join(names)} (or {', '.join(documents.ENDINGS[1:])}); "
+        f"for where to get them and what a line holds see {' and '.join(sorted(pages))}"
+    )
 
 
 # ------------------------------------------------------------------------------------------------- shown
 
 
 def _planned(one: Subject, plan: Plan) -> Table:
-    """What a model would be asked."""
+    """What a model would be asked. Raises ValueError if the window is too small."""
+    plan.check_window(one.codec)
     table = Table(box=box.SIMPLE_HEAD, title=f"{one.name}: {one.tokenizer} tokens", title_justify="left")
     table.add_column("task")
     for head in ("documents", "cut to the window", "tokens each", "tokens"):
@@ -183,8 +178,7 @@ def _table(lines: Sequence[Result], folder: ResultsFolder, window: int) -> Table
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     table.add_column("task", no_wrap=True)
     table.add_column("model", overflow="fold", min_width=10)
-    in_nats = {line.metric == "nats" for line in lines}
-    unit = "nats" if in_nats == {True} else "% or nats" if True in in_nats else "%"
+    unit = " or ".join(dict.fromkeys(map(_unit, lines)))
     heads = [f"{name}, {unit}" for name in (("once", "twice") if twice else ("score",))]
     for head in ("state", *heads, "docs"):
         table.add_column(head, justify="right", no_wrap=True)
@@ -203,6 +197,10 @@ def _table(lines: Sequence[Result], folder: ResultsFolder, window: int) -> Table
     return table
 
 
+def _unit(line: Result) -> str:
+    return "%" if line.unit == "share" else line.unit or line.metric
+
+
 def _score(line: Result | None) -> str:
     """A score in percent with its interval, empty if there is none; one that is no share, or no mean over
     documents, as it is."""
@@ -210,7 +208,7 @@ def _score(line: Result | None) -> str:
         return ""
     if line.low is None or line.high is None:
         return f"{line.value:.4g}"
-    if not is_share(line.metric):
+    if line.unit != "share":
         digits = 2 if line.high < 10 else 1
         return f"{line.value:.{digits}f} [{line.low:.{digits}f},{line.high:.{digits}f}]"
     return f"{100 * line.value:.1f} [{100 * line.low:.1f},{100 * line.high:.1f}]"
@@ -251,6 +249,7 @@ class _View:
     def result(self, line: Result) -> None:
         """A line for each task that is finished, so that a long run can be followed."""
         console.print(
-            f"{line.model}, {line.task}: {_score(line)} of {line.count:,} documents, {line.seconds:.0f} s",
+            f"{line.model}, {line.task}: {_score(line)} {_unit(line)}, {line.count:,} documents, "
+            f"{line.seconds:.0f} s",
             soft_wrap=True,
         )

@@ -22,6 +22,7 @@ from holdall import mixers, recipes
 from holdall import report as reports
 from holdall.commands import OUT_OF_TIME, Words, busy, console, resolve_device, theory_by_hand
 from holdall.commands.laws import short_verdicts
+from holdall.files import RunError
 from holdall.report import data
 from holdall.report import evals as evaluations
 from holdall.report import matrix as matrices
@@ -71,6 +72,8 @@ def frontier(
     if precision is not None:
         sweeps = tuple(_in_precision(sweep, precision) for sweep in sweeps)
     sweeps = tuple(with_added(sweep, added) for sweep in sweeps)
+    if "steps" in settings:
+        _say_rounded(sweeps, settings["steps"])
     if by_hand:
         for sweep in sweeps:
             check_task(sweep.data)
@@ -344,6 +347,17 @@ class _FrontierView:
         return table
 
 
+def _say_rounded(sweeps: Sequence[SweepConfig], asked: int) -> None:
+    """Say how many steps are trained where a recipe cannot train as many as asked for."""
+    for sweep in sweeps:
+        if steps := sorted({job.steps for job in sweep.jobs(together=True)} - {asked}):
+            console.print(
+                f"{sweep.recipe}: --steps {asked} is rounded to {' and '.join(map(str, steps))}, so that "
+                "each part of the training data has as many rows, in whole epochs.",
+                soft_wrap=True,
+            )
+
+
 def _header(sweep: SweepConfig, runs: int, device: str, out: Path) -> Text:
     """What a sweep trains, where, in which form and precision."""
     name, gpus, models = device, torch.cuda.device_count(), len(sweep.points)
@@ -384,6 +398,15 @@ def report(
             )
         written = evaluations.write(folders[0], out, **({} if samples is None else {"samples": samples}))
     else:
+        for folder in folders:
+            # a sweep has results.jsonl itself, or in a folder for each of its parts
+            if not any(any(folder.glob(pattern)) for pattern in ("results.jsonl", "*/results.jsonl")):
+                there = (
+                    f"{folder} holds nothing to report" if folder.is_dir() else f"there is no folder {folder}"
+                )
+                raise RunError(
+                    f"{there}; name one that `holdall frontier`, `holdall matrix` or `holdall eval` wrote"
+                )
         written = reports.write(folders, out or folders[0], axis)
     for path in written:
         console.print(f"  {path}", soft_wrap=True)

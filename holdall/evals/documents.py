@@ -47,11 +47,15 @@ def find(folder: Path, task: Task) -> Path | None:
     return next((path for path in there if path.is_file()), None)
 
 
+def place(folder: Path | None) -> str:
+    """The data folder in words."""
+    return "in the folder that --data names" if folder is None else f"in {folder}"
+
+
 def missing(folder: Path | None, task: Task) -> str:
     """Which file a task needs, where it goes and in what form, as a sentence."""
-    where = "in the folder that --data names" if folder is None else f"in {folder}"
     return (
-        f"{task.name} needs {task.file}{ENDINGS[0]} (or {ENDINGS[1]}, {ENDINGS[2]}) {where}: "
+        f"{task.name} needs {task.file}{ENDINGS[0]} (or {ENDINGS[1]}, {ENDINGS[2]}) {place(folder)}: "
         f"a line for each document, {task.form}"
     )
 

@@ -30,6 +30,7 @@ import torch
 
 from holdall import environment, files, settings
 from holdall.contract import Config
+from holdall.evals.suites import Unit
 from holdall.evals.windows import ANSWER_TOKENS, WINDOW
 from holdall.files import RunError
 from holdall.settings import NonNegativeFloat, NonNegativeInt, PositiveInt, Range, Seed
@@ -78,6 +79,10 @@ class Result(Config):
     """How often a prompt shows its document, 1 or 2; None where that is no question."""
     metric: str
     """Name of the metric."""
+    unit: Unit
+    """What the score counts; see `Unit`."""
+    lower_is_better: bool
+    """Whether of two scores the lower is better."""
     value: Finite
     """The score."""
     low: Finite | None

@@ -129,7 +129,11 @@ def dataset(
         for row in itertools.islice(made, limit)
     ]
     if not docs:
-        raise RunError(f"{task}: no document has an answer within a window of {window} tokens")
+        path = documents.find(folder, about) if folder else None
+        if path and next(documents.read_rows(path), None) is None:
+            raise RunError(f"{task}: {path} has no rows. {task} reads {about.form}")
+        where = f" of {path}" if path else ""
+        raise RunError(f"{task}: no document{where} has an answer within a window of {window} tokens")
     return {"test": Documents(docs)}
 
 

@@ -84,14 +84,27 @@ def needles(
 
     Raises ValueError if a window has no room for the question.
     """
+    for value, depth, made in _drawn(task, seed, count):
+        yield Needle(_largest(made, task, window, codec), value, depth)
+
+
+def least_window(task: str, codec: Codec, *, seed: int = 0, count: int = DOCUMENTS) -> int:
+    """The fewest tokens of a window that has room for the question and answer of every document of a task."""
+    return (
+        max(len(codec.encode(made(1))) for made in (each for *_, each in _drawn(task, seed, count)))
+        + ANSWER_TOKENS
+    )
+
+
+def _drawn(task: str, seed: int, count: int) -> Iterator[tuple[str, int, Callable[[int], str]]]:
+    """Of each document its value, its depth, and what writes its prompt with so many units of haystack."""
     kind = KINDS[task]
     for number in range(count):
         draw = random.Random(f"{seed} {task} {number}")
         value = _value(kind.values, draw)
         key = f"{draw.choice(ADJECTIVES)}-{draw.choice(NOUNS)}"
         depth, begin = draw.choice(DEPTHS), draw.random()
-        made = functools.partial(_written, kind, key, value, depth, begin)
-        yield Needle(_largest(made, task, window, codec), value, depth)
+        yield value, depth, functools.partial(_written, kind, key, value, depth, begin)
 
 
 def _value(kind: str, draw: random.Random) -> str:

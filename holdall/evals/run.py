@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from holdall.evals import documents, suites
+from holdall.evals import documents, needles, suites
 from holdall.evals.folder import OTHER, Answers, EvalConfig, Result, ResultsFolder, prompt_hash
 from holdall.evals.harness import TASKS, codec_of
 from holdall.evals.scoring import first_gold
 from holdall.evals.statistics import bootstrap
-from holdall.evals.suites import Task
+from holdall.evals.suites import Task, Unit
 from holdall.evals.windows import ANSWER_TOKENS, Codec, Remembered
 from holdall.files import RunError
 from holdall.language_model import LanguageModel
@@ -130,6 +130,22 @@ class Plan:
             for task in self.tasks
             if task.file is not None and (self.data is None or documents.find(self.data, task) is None)
         ]
+
+    def check_window(self, codec: Codec) -> None:
+        """Raise ValueError if the window has no room for the questions of tasks that draw their documents; it
+        names the least window for all of them.
+        """
+        config, count = self.config, min(self.config.limit or needles.DOCUMENTS, needles.DOCUMENTS)
+        least = {
+            task.name: needles.least_window(task.name, codec, seed=config.seed, count=count)
+            for task in self.tasks
+            if task.file is None
+        }
+        if small := [name for name, tokens in least.items() if tokens > config.window]:
+            raise ValueError(
+                f"a window of {config.window} tokens has no room for the question of {', '.join(small)}; "
+                f"give --window {max(least.values())} or more"
+            )
 
     def names(self) -> list[str]:
         """The names of all tasks."""
@@ -295,8 +311,9 @@ def evaluate(
 
     Raises:
         RunError: a file is missing or damaged, or the folder holds scores of other weights.
-        ValueError: a prompt does not fit into the model, or lm-eval has no such task.
+        ValueError: a prompt does not fit into the model or the window, or lm-eval has no such task.
     """
+    plan.check_window(asked.codec)
     with folder.model(asked.about(plan.config.window)) as name:
         manager = Manager(plan, asked)
         model = functools.cache(lambda: asked.make(batch))
@@ -346,7 +363,10 @@ def _one(
         metric, _, filtered = main.partition(",")
         samples = [one for one in given["samples"].get(task, ()) if one["filter"] == filtered]
         written = [_sample(one, metric, manager.codec) for one in samples]
-        low, high = _interval([one["right"] for one in written], scores[main], config.seed)
+        right = [one["right"] for one in written]
+        low, high = _interval(right, scores[main], config.seed)
+        lower = given["higher_is_better"].get(task, {}).get(metric) is False
+        unit = known.unit if known else _unit(right, lower=lower, is_mean=low is not None)
         line = Result(
             model=name,
             task=task,
@@ -355,6 +375,8 @@ def _one(
             of=known.of if known else task,
             reads=known.reads if known else None,
             metric=metric if filtered == "none" else main,
+            unit=unit,
+            lower_is_better=lower,
             value=scores[main],
             low=low,
             high=high,
@@ -404,6 +426,12 @@ def _interval(right: Sequence[Any], value: float, seed: int) -> tuple[float | No
     if not numbers or len(numbers) < len(right) or not math.isclose(math.fsum(numbers) / len(numbers), value):
         return None, None
     return bootstrap(numbers, seed=seed)
+
+
+def _unit(right: Sequence[Any], *, lower: bool, is_mean: bool) -> Unit:
+    """What a metric of lm-eval's own counts, which lm-eval does not say: a share if it is the mean of scores
+    from 0 to 1, of which more is better."""
+    return "share" if is_mean and not lower and all(0 <= one <= 1 for one in right) else ""
 
 
 def _sample(given: Mapping[str, Any], metric: str, codec: Codec) -> dict[str, Any]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from holdall.contract.config import did_you_mean
 
-TRIVIAQA = "TriviaQA, the sixth set of the published suite, is left out: there is no file of it"
-"""What the recall suites lack."""
+Unit = Literal["share", "nats", ""]
+"""What a metric counts: a "share" of right answers, shown in percent; "nats"; or "" for any other number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,8 @@ class Task:
     """How its documents and prompts differ from that set."""
     metric: str = "contains"
     """The metric that stands in tables, by the harness's name; others of the YAML file stand beside it."""
+    unit: Unit = "share"
+    """What that metric counts."""
     reads: int | None = None
     """How often a prompt shows the document; None where that is no question."""
     of: str = ""
@@ -49,7 +52,9 @@ class Task:
 
     def likelihood(self) -> Task:
         """The task that asks how likely the answer is to a model, in place of having it write one."""
-        return dataclasses.replace(self, name=f"{self.name}_answer", metric="nats", differs=LIKELIHOOD)
+        return dataclasses.replace(
+            self, name=f"{self.name}_answer", metric="nats", unit="nats", differs=LIKELIHOOD
+        )
 
 
 LIKELIHOOD = "the same prompts; how likely the first right answer is, not whether a text holds it"

@@ -10,7 +10,8 @@ state is; the others beat them with the long set first at every size, and hardly
     holdall frontier jrt-figure2 --width 64 --steps 30000 --rates 0.0005 0.001 0.002      a piece of it
 
 Twelve sizes of 20,000 rows in 48 epochs are 90,000 steps of 128 rows; `--steps` takes fewer, whose learning
-rate moves at every step. `--passes 2` reads each row's whole input twice: then causal models have seen both
+rate moves at every step. They are rounded down, by less than 12 in each epoch, to as many for each size; the
+command says to what. `--passes 2` reads each row's whole input twice: then causal models have seen both
 sets before they choose what to keep.
 
 Deviations:

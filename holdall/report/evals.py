@@ -81,6 +81,7 @@ def render(evaluation: Evaluation, *, samples: int = evals_samples.SAMPLES) -> s
                 for suite, models in charts
             ],
         },
+        heading=_heading(evaluation),
         title=_title(evaluation),
         models=len(evaluation.models),
         lede=_lede(evaluation),
@@ -90,6 +91,8 @@ def render(evaluation: Evaluation, *, samples: int = evals_samples.SAMPLES) -> s
         rows=_rows(evaluation),
         window=evaluation.window,
         units=_units(evaluation),
+        gain=_gain_text(evaluation) if (1, 2) in _means(evaluation).values() else "",
+        kinds=sorted({task.unit for task in evaluation.tasks}),
         shown=_shown(tasks),
         has_samples=bool(tasks),
         task_rows=_task_rows(evaluation),
@@ -121,6 +124,14 @@ def _title(evaluation: Evaluation) -> str:
     return ", ".join(suites) or evaluation.folder.resolve().name
 
 
+def _heading(evaluation: Evaluation) -> str:
+    """What the page is about, in the words of the suite that comes first."""
+    if not evaluation.suites:
+        return "Scores of language models"
+    recall = evaluation.is_share(evaluation.suites[0])
+    return f"{'What is recalled' if recall else 'How likely right answers are'}, and from how much state"
+
+
 def _lede(evaluation: Evaluation) -> dict[str, str] | None:
     """The best model, and what reading twice does to the mean of all."""
     best, suite = evaluation.models[0], next(iter(evaluation.suites), "")
@@ -149,7 +160,7 @@ def _lede(evaluation: Evaluation) -> dict[str, str] | None:
 def _picture(evaluation: Evaluation, suite: str, models: Sequence[evals_chart.Drawn]) -> str:
     """What the picture shows."""
     window = evaluation.window
-    better = "" if evaluation.is_share(suite) else ", lower is better,"
+    better = ", lower is better," if evaluation.lower_is_better(suite) else ""
     text = (
         f"{evals_chart.what(evaluation, suite)} ({evals_chart.mean_text(evaluation, suite)}){better} against "
         "the bytes of state that a model carries. "
@@ -216,8 +227,13 @@ def _head(evaluation: Evaluation) -> dict[str, Any]:
     """Both rows of the table's head: what spans columns, and the columns."""
     means = _means(evaluation)
     names = {1: "once", 2: "twice", 0: "score"}
-    spans = [("Mean", suite, len(readings) + (readings == (1, 2))) for suite, readings in means.items()]
-    spans += [(task.name, task.suite, len(evaluation.readings(task))) for task in evaluation.tasks]
+    spans = [
+        ("Mean", _under(suite, evaluation.compared(suite)[0]), len(readings) + (readings == (1, 2)))
+        for suite, readings in means.items()
+    ]
+    spans += [
+        (task.name, _under(task.suite, task), len(evaluation.readings(task))) for task in evaluation.tasks
+    ]
     below = []
     for readings in means.values():
         below += [*(names[reads] for reads in readings), *(["gain"] if readings == (1, 2) else [])]
@@ -226,6 +242,11 @@ def _head(evaluation: Evaluation) -> dict[str, Any]:
         "firsts": [0, *itertools.accumulate(width for *_, width in spans[:-1])],
         "below": [*below, *(names[reads] for _, reads in _columns(evaluation))],
     }
+
+
+def _under(suite: str, task: Task) -> str:
+    """A suite, and the unit of a task's scores."""
+    return ", ".join(filter(None, [suite, "%" if task.is_share else task.unit or task.metric]))
 
 
 def _rows(evaluation: Evaluation) -> list[dict[str, Any]]:
@@ -258,7 +279,8 @@ def _mean_cells(evaluation: Evaluation, suite: str, readings: Sequence[int]) -> 
     compared, rows = evaluation.compared(suite), []
     means = {n: [evaluation.mean(model, n, suite) for model in evaluation.models] for n in readings}
     share = evaluation.is_share(suite)
-    best = {n: _best([mean for mean in means[n] if mean is not None], lower=not share) for n in readings}
+    lower = evaluation.lower_is_better(suite)
+    best = {n: _best([mean for mean in means[n] if mean is not None], lower=lower) for n in readings}
     for index, model in enumerate(evaluation.models):
         cells = []
         for reads in readings:
@@ -336,12 +358,12 @@ def _signed(value: float, share: bool) -> str:
 def _units(evaluation: Evaluation) -> str:
     """What the table's numbers are, as sentences."""
     shares = sorted({task.metric for task in evaluation.tasks if task.is_share})
-    nats = list(dict.fromkeys(task.suite for task in evaluation.tasks if task.metric == "nats"))
+    nats = list(dict.fromkeys(task.suite for task in evaluation.tasks if task.unit == "nats"))
     texts = [f"Per cent of right answers ({', '.join(shares)})."] if shares else []
     if nats:
+        of = f"Of {' and '.join(nats)}: nats" if shares else "Nats"
         texts.append(
-            f"Of {' and '.join(nats)}: nats, minus the log-likelihood of the first right answer per "
-            "document, lower is better."
+            f"{of}, minus the log-likelihood of the first right answer per document; lower is better."
         )
     return " ".join(texts)
 

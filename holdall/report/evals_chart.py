@@ -129,7 +129,8 @@ def _title(evaluation: Evaluation, suite: str) -> str:
     """What stands beside the axis of recall."""
     compared = evaluation.compared(suite)
     over = f"mean over {len(compared)} tasks" if len(compared) > 1 else compared[0].name
-    return f"{what(evaluation, suite)}, {over}" + ("" if evaluation.is_share(suite) else " (lower is better)")
+    better = " (lower is better)" if evaluation.lower_is_better(suite) else ""
+    return f"{what(evaluation, suite)}, {over}{better}"
 
 
 def axis_text(evaluation: Evaluation, models: Sequence[Drawn]) -> str:

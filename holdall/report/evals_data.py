@@ -38,11 +38,6 @@ def is_evaluation(folder: Path) -> bool:
     )
 
 
-def is_share(metric: str) -> bool:
-    """Whether a metric's values are shares, to be written in per cent; of all others lower is better."""
-    return not any(word in metric for word in ("perplexity", "ppl", "bits", "nats"))
-
-
 class Task(NamedTuple):
     """A column of the table."""
 
@@ -51,15 +46,14 @@ class Task(NamedTuple):
     metric: str
     suite: str
     """The suite that it was asked in, read once."""
-
-    @property
-    def lower_is_better(self) -> bool:
-        return not is_share(self.metric)
+    unit: str = "share"
+    """As results.jsonl has it: "share", which is written in per cent, "nats", or "" for another number."""
+    lower_is_better: bool = False
 
     @property
     def is_share(self) -> bool:
         """Whether its values are shares, to be written in per cent."""
-        return is_share(self.metric)
+        return self.unit == "share"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,8 +195,12 @@ class Evaluation:
         return math.fsum(score.value for score in scores if score) / len(scores)
 
     def is_share(self, suite: str) -> bool:
-        """Whether a suite's means are of shares, to be written in per cent; of all others lower is better."""
+        """Whether a suite's means are of shares, to be written in per cent."""
         return all(task.is_share for task in self.compared(suite))
+
+    def lower_is_better(self, suite: str) -> bool:
+        """Whether of a suite's means the lower is better."""
+        return any(task.lower_is_better for task in self.compared(suite))
 
     def text(self, task: Task, reads: int) -> str:
         """A task and how often it is read, in words; with its suite where another has a task of its name."""
@@ -335,17 +333,23 @@ def _results(
 
     keys: what models' files are called, by the name of the model.
     """
-    scores: dict[str, dict[tuple[Task, int], Score]] = {}
-    asked: dict[str, tuple[Task, int]] = {}
+    read: list[tuple[str, str, tuple[Task, int], Score]] = []
     for number, line in enumerate(files.read_lines(path, WAY_OUT), 1):
         try:
-            place = _place_of(line)
             key = keys.get(line["model"], str(line["model"]))
-            scores.setdefault(key, {})[place] = _score_of(line)  # the last one counts
-            asked.setdefault(str(line["task"]), place)
+            read.append((key, str(line["task"]), _place_of(line), _score_of(line)))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             where = f"line {number} of {path}"
             raise files.damaged(where, f"it is no result ({error!r})", "Remove that line.") from None
+    # of a metric of lm-eval's own the unit is seen in a model's scores, and a column has one unit: it is a
+    # share only if it is one for all models
+    others = {task._replace(unit="share") for _, _, (task, _), _ in read if task.unit == ""}
+    scores: dict[str, dict[tuple[Task, int], Score]] = {}
+    asked: dict[str, tuple[Task, int]] = {}
+    for key, name, (task, reads), score in read:
+        place = task._replace(unit="") if task in others else task, reads
+        scores.setdefault(key, {})[place] = score  # the last one counts
+        asked.setdefault(name, place)
     return scores, asked
 
 
@@ -368,7 +372,7 @@ def _in_order(evaluation: Evaluation) -> Evaluation:
 
     def rank(model: Model) -> tuple[bool, float, str]:
         mean = evaluation.mean(model, last, first)
-        return mean is None, (-1 if evaluation.is_share(first) else 1) * (mean or 0.0), model.name
+        return mean is None, (1 if evaluation.lower_is_better(first) else -1) * (mean or 0.0), model.name
 
     planned = {str(name) for name in evaluation.config.get("tasks") or ()}
     begun = {str(score.line["task"]) for model in evaluation.models for score in model.scores.values()}
@@ -402,7 +406,8 @@ def _place_of(line: Mapping[str, Any]) -> tuple[Task, int]:
     """The task and the number of readings of a result."""
     name = str(line.get("of") or TWICE.sub("", str(line["task"])))
     suite = TWICE.sub("", str(line.get("suite") or ""))
-    return Task(name, str(line["metric"]), suite), int(line.get("reads") or 0)
+    task = Task(name, str(line["metric"]), suite, str(line["unit"]), bool(line["lower_is_better"]))
+    return task, int(line.get("reads") or 0)
 
 
 def _guess(stem: str, config: Mapping[str, Any]) -> tuple[Task, int]:

@@ -51,6 +51,7 @@ def pack(evaluation: Evaluation, task: Task, samples: int = SAMPLES) -> dict[str
     data = json.dumps(block, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
     return {
         "name": evaluation.text(task, 0),
+        "unit": task.unit,
         "metric": task.metric,
         "lower": task.lower_is_better,
         "documents": len(documents),

@@ -178,6 +178,12 @@ def holdall_error(holdall: Callable[..., str], words: str) -> str:
     return str(caught.value)
 
 
+def test_steps_that_a_recipe_rounds_are_said(holdall: Callable[..., str]) -> None:
+    said = holdall("frontier jrt-figure2-small --steps 301 --dry-run")
+    assert "jrt-figure2-small: --steps 301 is rounded to 300, so that" in " ".join(said.split())
+    assert "rounded" not in holdall("frontier quick --width 16 --steps 7 --dry-run")
+
+
 def test_recipes_are_listed_with_their_flags(holdall: Callable[..., str]) -> None:
     out = " ".join(holdall("recipe").split())
     for word in ("quick", "--pairs", "based-figure2", "zoology-small"):

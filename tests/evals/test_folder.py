@@ -25,8 +25,9 @@ def claim(path: Path, config: EvalConfig = CONFIG, suites: tuple[str, ...] = ("k
 def result(model: str = "mine", task: str = "fda", **other: Any) -> Result:
     fields = {
         "model": model, "task": task, "asked": task, "suite": "recall", "of": task, "reads": 1,
-        "metric": "contains", "value": 0.5, "low": 0.25, "high": 0.75, "others": {}, "count": 2,
-        "truncated": 1, "version": "1", "prompt_hash": "0" * 64, "window": 512, "seconds": 1.0,
+        "metric": "contains", "unit": "share", "lower_is_better": False, "value": 0.5, "low": 0.25,
+        "high": 0.75, "others": {}, "count": 2, "truncated": 1, "version": "1", "prompt_hash": "0" * 64,
+        "window": 512, "seconds": 1.0,
     }  # fmt: skip
     return Result(**(fields | other))
 

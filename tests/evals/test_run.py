@@ -10,6 +10,7 @@ import functools
 import itertools
 import json
 import random
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -49,6 +50,16 @@ doc_to_choice: choices
 doc_to_target: gold
 metric_list: [{metric: acc}, {metric: acc_norm}]
 metadata: {version: 3}
+"""
+TEXT = """task: local_text
+dataset_path: json
+custom_dataset: !function local.choices
+output_type: loglikelihood_rolling
+test_split: test
+doc_to_text: ""
+doc_to_target: query
+metric_list: [{metric: bits_per_byte}]
+metadata: {version: 1}
 """
 FUNCTIONS = """from holdall.evals.harness import Documents
 
@@ -93,6 +104,7 @@ def data(tmp_path: Path) -> Path:
     written(folder, "squad", rows, ".jsonl.xz")
     written(folder, "fda", ROWS["fda"], ".jsonl.gz")
     (folder / "local_choice.yaml").write_text(CHOICES)
+    (folder / "local_text.yaml").write_text(TEXT)
     (folder / "local.py").write_text(FUNCTIONS)
     return folder
 
@@ -176,6 +188,30 @@ def test_the_samples_say_what_was_asked_and_answered(data: Path, tmp_path: Path,
         assert sample["right"] == (likeliest == sample["gold"])
 
 
+def test_results_say_what_a_score_counts_and_which_way_is_better(
+    data: Path, tmp_path: Path, small: None
+) -> None:
+    wanted = plan(data, "squad", "squad_answer", others=("local_choice", "local_text"), limit=3)
+    _, lines = scored(language_model("taylor"), wanted, tmp_path / "out")
+    assert [(line.metric, line.unit, line.lower_is_better) for line in lines] == [
+        ("contains", "share", False), ("nats", "nats", True), ("acc", "share", False),
+        ("bits_per_byte", "", True),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("right", "lower", "is_mean", "unit"),
+    [
+        ([0, 1, 0.5], False, True, "share"),
+        ([0, 1, 0.5], True, True, ""),  # as of Brier scores
+        ([0, 1, 0.5], False, False, ""),  # as of Matthews correlations
+        ([0, 61.5], False, True, ""),  # as of ROUGE from 0 to 100
+    ],
+)
+def test_the_unit_of_a_metric_of_lm_eval(right: list[float], lower: bool, is_mean: bool, unit: str) -> None:
+    assert run._unit(right, lower=lower, is_mean=is_mean) == unit
+
+
 def test_answers_are_scored_by_their_own_log_likelihood(data: Path, tmp_path: Path, small: None) -> None:
     made = language_model("taylor", "attention")
     names = ("squad_answer", "squad_answer_twice", "fda_answer")
@@ -224,6 +260,36 @@ def test_the_table_has_recall_and_answers_of_one_file(
     assert nats.high is not None
     assert nats.high >= 10
     assert f"{nats.value:.1f} [{nats.low:.1f},{nats.high:.1f}]" in answers
+
+
+def test_a_file_without_rows_is_named(data: Path, tmp_path: Path, small: None) -> None:
+    (data / "nq.jsonl").write_text("\n")
+    with pytest.raises(RunError, match=r"nq: \S+nq.jsonl has no rows"):
+        scored(language_model("taylor"), plan(data, "nq"), tmp_path / "out")
+    written(data, "nq", [{"id": "0", "context": "aa", "question": "?", "answers": ["bb"]}], ".jsonl")
+    with pytest.raises(RunError, match=r"no document of \S+nq.jsonl has an answer"):
+        scored(language_model("taylor"), plan(data, "nq"), tmp_path / "out")
+
+
+def test_missing_files_are_named_once_with_what_can_run_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    words = ("based-mini", "--suite", "recall", "recall-twice", "answers")
+    assert command(monkeypatch, *words) == 2
+    printed = capsys.readouterr()
+    said = " ".join((printed.out + printed.err).split())
+    for file in ("fda510k", "swde_books", "squad", "nq", "drop_contrast"):
+        assert said.count(f"{file}.jsonl") == 1
+    assert "in the folder that --data names" in said
+    assert "docs/evals.md" in said
+    assert said.endswith("--suite needles needs no files")
+    assert len(said) < 400
+    written(tmp_path, "squad", [{"id": "0", "context": "aa", "question": "?", "answers": ["aa"]}], ".jsonl")
+    assert command(monkeypatch, *words, "lambada", "--data", tmp_path) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"missing in {tmp_path}: fda510k.jsonl" in said
+    assert "docs/evals.md and docs/general-tasks.md" in said
+    assert said.endswith("--suite squad squad_twice squad_answer has all it needs")
 
 
 @pytest.mark.parametrize("name", ["nosuch", "nosuch.gguf"])
@@ -357,6 +423,25 @@ def test_a_limit_takes_the_first_documents(data: Path, tmp_path: Path, small: No
     few, lines = scored(made, plan(data, "squad", others=("local_choice",), limit=3), tmp_path / "few")
     assert few.samples("mine", "squad") == whole.samples("mine", "squad")[:3]
     assert [line.count for line in lines] == [3, 3]
+
+
+def test_a_window_too_small_names_what_all_chosen_tasks_need(tmp_path: Path, small: None) -> None:
+    made = language_model("taylor")
+    codec = harness.codec_of(made.tokenizer)
+    tasks = (
+        "niah_single_2",
+        "niah_single_1",
+    )  # the second needs more, since its lines are longer than a word
+    with pytest.raises(
+        ValueError, match=r"no room for the question of niah_single_2, niah_single_1"
+    ) as error:
+        scored(made, plan(tmp_path, *tasks, window=200), tmp_path / "out")
+    least = int(re.findall(r"--window (\d+) or more", str(error.value))[0])
+    plan(tmp_path, *tasks, window=least).check_window(codec)
+    for task in tasks:
+        assert len(list(harness.rows(suites.named(task), codec, window=least))) == 200
+    with pytest.raises(ValueError, match=r"of niah_single_1; give"):
+        plan(tmp_path, *tasks, window=least - 1).check_window(codec)
 
 
 def test_prompts_that_the_model_cannot_read_are_refused(data: Path, tmp_path: Path, small: None) -> None:

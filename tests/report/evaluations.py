@@ -57,7 +57,8 @@ class Writer:
         twice = task.endswith("_twice")
         line = {
             "model": model, "task": task, "of": task.removesuffix("_twice"), "reads": 2 if twice else 1,
-            "suite": "recall-twice" if twice else "recall", "metric": "contains", "value": value,
+            "suite": "recall-twice" if twice else "recall", "metric": "contains", "unit": "share",
+            "lower_is_better": False, "value": value,
             "low": max(0.0, value - half), "high": min(1.0, value + half), "others": {}, "count": len(right),
             "truncated": len(right) // 3, "version": "1", "prompt_hash": task.encode().hex() * 4,
             "window": self.window, "seconds": 1.5, **more,

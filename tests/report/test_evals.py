@@ -16,6 +16,8 @@ from holdall.files import RunError
 from holdall.report import evals, evals_chart, evals_samples
 from holdall.report.evals_data import bootstrap, differences, load, mean_interval
 
+NATS = {"metric": "nats", "unit": "nats", "lower_is_better": True}
+
 
 def data_of(page: str) -> dict:
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page)[1])
@@ -215,8 +217,9 @@ def test_other_tasks_stand_beside_recall_and_not_in_its_mean(tmp_path):
         for i in range(3)
     ]  # fmt: skip
     writer.task("based", "piqa", choices, suite="general", reads=None, metric="acc_norm")
-    writer.result("based", "lambada", [0.0], suite="general", reads=None, metric="perplexity", value=12.345)
-    writer.result("mamba-2", "lambada", [0.0], suite="general", reads=None, metric="perplexity", value=9.0)
+    other = {"suite": "general", "reads": None, "metric": "perplexity", "unit": "", "lower_is_better": True}
+    writer.result("based", "lambada", [0.0], **other, value=12.345)
+    writer.result("mamba-2", "lambada", [0.0], **other, value=9.0)
     evaluation = load(tmp_path / "eval")
     assert [task.name for task in evaluation.recall_tasks("recall")] == ["fda", "swde"]
     page = evals.render(evaluation)
@@ -230,13 +233,29 @@ def test_other_tasks_stand_beside_recall_and_not_in_its_mean(tmp_path):
     assert cell["gold"] == 0
 
 
+def test_a_column_is_in_percent_only_if_all_its_scores_are_shares(tmp_path):
+    writer = Writer(tmp_path / "eval")
+    other = {
+        "suite": "",
+        "reads": None,
+        "metric": "rouge1",
+    }  # of lm-eval's own, whose units are seen in scores
+    writer.result("a", "summaries", [0.0, 1.0], **other)
+    writer.result("b", "summaries", [1.0], **other, unit="", value=42.5)
+    evaluation = load(tmp_path / "eval")
+    assert len(evaluation.tasks) == 1
+    cells = cells_of(evals.render(evaluation))
+    assert {name: row[0][0] for name, row in cells.items()} == {"a": "0.50", "b": "42.50"}
+
+
 def test_answers_without_a_number_of_their_own_have_a_score_and_no_samples(tmp_path):
     writer = Writer(tmp_path / "eval")
     lines = [
         {"doc": i, "prompt": "x", "target": "x", "logprobs": [-3.5], "right": [-3.5, 2]} for i in range(3)
     ]
     writer.samples("a", "wikitext", lines)
-    writer.result("a", "wikitext", [1], metric="word_perplexity", reads=None, value=31.5, low=None, high=None)
+    other = {"metric": "word_perplexity", "unit": "", "lower_is_better": True, "low": None, "high": None}
+    writer.result("a", "wikitext", [1], **other, reads=None, value=31.5)
     page = evals.render(load(tmp_path / "eval"))
     assert cells_of(page)["a"] == [("31.50", "")]
     assert data_of(page)["tasks"] == []
@@ -326,17 +345,26 @@ def test_each_suite_has_its_mean_and_its_picture(tmp_path):
     assert "fda (answers)" in head
 
 
-def test_of_nats_lower_is_better(tmp_path):
+@pytest.fixture
+def in_nats(tmp_path):
+    """Two models on the suites of answers, of three documents."""
     writer = Writer(tmp_path / "eval", suite=["answers", "answers-twice"])
     nats = {"a": ([2.0, 4.0, 6.0], [2.5, 4.5, 6.5]), "b": ([3.0, 5.0, 9.0], [2.0, 3.0, 8.0])}
     for name, readings in nats.items():
         writer.model(name, (4096,) * 3)
         for twice, values in zip(("", "_twice"), readings, strict=True):
-            lines = [{**line, "right": v} for line, v in zip(answers(0, documents=3), values, strict=True)]
+            lines = [
+                {**line, "right": value, "choices": [" Answer"], "logprobs": [-value], "gold": 0}
+                for line, value in zip(answers(0, documents=3), values, strict=True)
+            ]
             writer.samples(name, f"fda_answer{twice}", lines)
-            more = {"of": "fda", "metric": "nats", "suite": f"answers{twice.replace('_', '-')}", "low": 1.5}
-            writer.result(name, f"fda_answer{twice}", values, **more, high=9.25, others={"acc": 0.0})
-    evaluation = load(tmp_path / "eval")
+            more = {"of": "fda", "suite": f"answers{twice.replace('_', '-')}", "low": 1.5, "high": 9.25}
+            writer.result(name, f"fda_answer{twice}", values, **NATS, **more, others={"acc": 0.0})
+    return tmp_path / "eval"
+
+
+def test_of_nats_lower_is_better(in_nats):
+    evaluation = load(in_nats)
     assert [model.name for model in evaluation.models] == ["b", "a"]  # by the mean read twice: 4.33 and 4.5
     gains = [differences(model, evaluation.compared("answers")) for model in evaluation.models]
     assert [gain.value for gain in gains] == pytest.approx([4 / 3, -0.5])  # more is better, here too
@@ -357,6 +385,15 @@ def test_of_nats_lower_is_better(tmp_path):
     assert "5.67 nats" in str(chart["traces"])
     assert [task["lower"] for task in data_of(page)["tasks"]] == [True]
     text = evals.markdown(evaluation)
+    assert re.findall(r'<th class="span first".*?>(.*?)<small>(.*?)</small>', page) == [
+        ("Mean", "answers, nats"), ("fda", "answers, nats")
+    ]  # fmt: skip
+    words = page.partition('<script type="application/json"')[0]
+    assert "<h1>How likely right answers are, and from how much state</h1>" in words
+    assert '<h2 id="samples">Every answer</h2>' in words
+    assert "<strong>Nats</strong> are" in words
+    for word in ("recall", "Right and wrong", "<strong>Right", "Per cent"):
+        assert word not in words
     assert "5.67 / **4.33**" in text
     assert "**4.00** / 4.50" in text
     assert "Per cent" not in text
@@ -416,6 +453,21 @@ def test_report_command_writes_the_page_again(folder, tmp_path, capsys):
     assert data_of(page)["tasks"][0]["shown"] == 3
     with pytest.raises(ValueError, match="one folder at a time"):
         commands.report([folder, folder], None)
+
+
+def test_report_names_the_commands_that_write_what_it_reads(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "run").mkdir()  # of `holdall train`
+    (tmp_path / "run/config.json").write_text('{"steps": 1}')
+    for name, said in (
+        ("empty", "holds nothing"),
+        ("run", "holds nothing"),
+        ("absent", "there is no folder"),
+    ):
+        with pytest.raises(
+            RunError, match=rf"{said}.*`holdall frontier`, `holdall matrix` or `holdall eval`"
+        ):
+            commands.report([tmp_path / name], None)
 
 
 def test_figure_has_a_point_for_each_reading(folder):
@@ -514,6 +566,27 @@ def test_filters_let_through_whom_they_name(visit, folder):
     assert listed(page) == ["7"]
     page.locator("#search").fill("no such text")
     assert "No document passes" in page.locator("#document").inner_text()
+
+
+@pytest.mark.browser
+def test_answers_in_nats_are_compared_and_neither_right_nor_wrong(visit, in_nats):
+    page = visit(in_nats)
+    assert page.locator("#chart").get_attribute("aria-label").startswith("Nats per right answer, fda")
+    pick(page, "#a", "a, read once")
+    pick(page, "#b", "b, read twice")
+    labels = page.locator("#who label:visible").all_inner_texts()
+    assert labels == ["alike", "A likelier", "B likelier"]
+    assert "A less B −0.33 nats (lower is better; 95% interval" in page.locator("#said").inner_text()
+    for name, documents in {"alike": ["0"], "A likelier": ["2"], "B likelier": ["1"]}.items():
+        for other in labels:
+            page.locator("#who").get_by_label(other).set_checked(other == name)
+        assert listed(page) == documents
+    heads = page.locator(".side h4").all_inner_texts()  # of the document that is left
+    assert heads == ["A a, read once 4.00 nats", "B b, read twice 3.00 nats"]
+    assert page.locator(".choices").count() == 0  # which would say the same in other words
+    pick(page, "#b", "nobody")
+    assert listed(page) == ["0", "1", "2"]
+    assert page.locator("#who label:visible").count() == 0
 
 
 @pytest.mark.browser
