@@ -789,8 +789,9 @@ def eval(
     Args:
         models: Run folders of `holdall train`, folders of saved models or of the transformers library, GGUF
             files, or addresses of servers such as http://localhost:8000; based-mini is included.
-        suite: recall (answers in documents that are shown once), recall-twice (shown twice), general (what a
-            model learned), kv, needles, or single tasks of them; by default all whose files are there.
+        suite: recall (answers in documents that are shown once), recall-twice (shown twice), answers and
+            answers-twice (how likely the right ones are, for small models), general (what a model learned),
+            kv, needles, or single tasks of them; by default all whose files are there.
         data: The folder of the suites' documents; --dry-run says which files it lacks, and their form.
         tasks: Names of tasks of lm-eval; `lm_eval ls tasks` lists them.
         window: Tokens of a document that are shown, around the answer, with 50 for the answer.
