@@ -1,6 +1,7 @@
 """`holdall theory message`, `index`, `disjointness` and `floors`: what a user types, sees and is refused."""
 
 import dataclasses
+import itertools
 import json
 import re
 import sys
@@ -168,20 +169,36 @@ def point(sent: int, conveyed: float) -> Conveyed:
     )  # fmt: skip
 
 
-def test_the_picture_has_each_model_below_the_diagonal() -> None:
-    figure = picture.draw(
-        {"a model of a very long name indeed": [point(64, 10), point(32, 5)], "b": [point(9, 0)]}
-    )
+@pytest.mark.parametrize(("models", "sent"), [(2, 9), (2, 1), (1, 1 << 22), (40, 300)])
+def test_the_picture_has_each_model_below_the_diagonal_and_no_words_on_it(models: int, sent: int) -> None:
+    labels = [f"Taylor by hand, f = 16, dv = {number}" for number in range(models)]
+    points = [[point(sent * 32, 10 / (number + 1)), point(sent, 0)] for number in range(models)]
+    figure = picture.draw(dict(zip(labels, points, strict=True)))
     (axes,) = figure.axes
     lines = {line.get_gid(): line for line in axes.lines}
-    assert list(lines["model:a model of a very long name indeed"].get_xdata()) == [32, 64]
-    assert list(lines["model:b"].get_ydata()) == [picture.LEAST]
+    assert list(lines[f"model:{labels[0]}"].get_xdata()) == [sent, sent * 32]
+    assert list(lines[f"model:{labels[-1]}"].get_ydata()) == [picture.LEAST, 10 / models]
     (impossible,) = [patch for patch in axes.collections if patch.get_gid() == "impossible"]
     low = axes.get_xlim()[0]
-    assert low <= 9
+    assert low <= sent
     assert axes.get_ylim()[0] <= low  # so that the diagonal is there
     assert impossible.get_paths()
+    assert not axes.texts
     renderer = figure.canvas.get_renderer()
-    assert axes.get_legend().get_window_extent(renderer).x1 <= figure.bbox.x1
+    legend = axes.get_legend()
+    box = legend.get_window_extent(renderer)
+    assert figure.bbox.y0 <= box.y0 < box.y1 <= figure.bbox.y1
+    assert box.x1 <= figure.bbox.x1
+    assert {"all there is to say", "impossible: more\nconveyed than sent"} < {
+        text.get_text() for text in legend.get_texts()
+    }
+    for axis in (axes.xaxis, axes.yaxis):
+        boxes = [label.get_window_extent(renderer) for label in axis.get_ticklabels()]
+        assert len(boxes) >= 3
+        assert not any(one.overlaps(other) for one, other in itertools.pairwise(boxes))
+        assert all(figure.bbox.x0 <= one.x0 and one.x1 <= figure.bbox.x1 for one in boxes)
+
+
+def test_nothing_is_no_picture() -> None:
     with pytest.raises(ValueError, match="no message to draw"):
         picture.draw({})
