@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,7 @@ from holdall import files, mixers
 from holdall.commands import busy, console, resolve_device
 from holdall.commands.loading import Loading
 from holdall.contract import Format
+from holdall.language_model import pretrained
 from holdall.model import ModelConfig, seeded
 from holdall.report import data
 from holdall.report import messages as picture
@@ -37,6 +39,8 @@ CONVEYED = ("bits\nconveyed", "at least\n(95%)", "per\nbit")
 """Heads of the columns of what was conveyed."""
 BY_HAND = "by-hand:"
 """What the names of models by hand begin with, as there are mixers of the same names."""
+ON_SETS = "jrt-figure2-small"
+"""The recipe that trains models on sets in minutes."""
 
 # ------------------------------------------------------------------------------------------------- models
 
@@ -75,19 +79,29 @@ def senders(
 def _named(
     name: str, loading: Loading, device: str, shape: tuple[int, int, int] | None, length: int
 ) -> Iterator[Sender]:
-    """The models of one name."""
+    """The models of one name. ValueError, with what would do, for one that is known and cannot be taken."""
+    by_hand, mixer = name.startswith(BY_HAND), name.partition(":")[0] in holdall.names()
     if (Path(name) / "results.jsonl").exists():
         yield from _of_sweep(Path(name), device)
-    elif shape is not None and name.startswith(BY_HAND):
+    elif shape is None and (by_hand or mixer):
+        what = "is built for pairs, not for sets" if by_hand else "is a mixer, which has not been trained"
+        raise ValueError(
+            f"{name} {what}. Leave it out for this task's own model by hand, whose size is --features; or "
+            f"name a folder of trained models: `holdall frontier {ON_SETS}` writes runs/{ON_SETS}"
+        )
+    elif by_hand and shape is not None:
         config = configured(name.removeprefix(BY_HAND), vocab=shape[0], length=length)
         yield Sender(config.label, config.build().to(device), shape[0], device)
-    elif shape is not None and name.partition(":")[0] in holdall.names():
+    elif mixer and shape is not None:
         vocab, width, depth = shape
         label, layer = mixers.configured(name, width)
         with seeded(0):
             model = ModelConfig(vocab=vocab, width=width, layers=(layer,) * depth).build()
         yield Sender(f"{label}, random weights", model.eval().to(device), vocab, device)
     else:
+        close = difflib.get_close_matches(name.partition(":")[0], holdall.names(), n=1)
+        if shape is not None and close and not Path(name).exists() and name not in pretrained():
+            raise ValueError(f"there is neither a mixer nor a folder '{name}'. Did you mean '{close[0]}'?")
         language_model = loading.model(name)
         yield Sender(Path(name).name, language_model, language_model.config.vocab, device)
 
@@ -121,7 +135,7 @@ def message(
     found: dict[str, list[Conveyed]] = {}
     refused = {}
     with busy() as say:
-        for sender in senders(names, loading, (vocab or VOCAB, width, depth), 4 * pairs):
+        for sender in list(senders(names, loading, (vocab or VOCAB, width, depth), 4 * pairs)):
             tokens = min(vocab or sender.vocab, sender.vocab)
             if vocab is not None and vocab > sender.vocab:
                 raise ValueError(f"{sender.label} has {sender.vocab} tokens, fewer than --vocab {vocab}")

@@ -10,13 +10,13 @@ from pathlib import Path
 import children
 import pytest
 
-from holdall import cli, processes
+from holdall import cli, processes, recipes
 from holdall.commands import theory_messages
 from holdall.mixers.attention import AttentionConfig
 from holdall.recipes import quick
 from holdall.report import messages as picture
 from holdall.sweeps.sweep import SweepConfig, run_sweep
-from holdall.tasks.data import MQARData, MQARSegment
+from holdall.tasks.data import MQARData, MQARSegment, SetDisjointnessData
 from holdall.theory.messages import Conveyed
 
 
@@ -147,9 +147,25 @@ def test_no_number_is_cut_off_in_80_columns(typed) -> None:
             assert numbers_in(said) == numbers_in(wide), line
 
 
+def test_the_recipe_that_refusals_name_trains_on_sets() -> None:
+    points = recipes.sweeps(theory_messages.ON_SETS)[0].points
+    assert all(isinstance(point.train.data, SetDisjointnessData) for point in points)
+
+
 def test_what_was_mistyped_is_refused_by_name(typed) -> None:
     for line, why in (
-        ("message attentoin", "attentoin"),
+        ("message attentoin", "neither a mixer nor a folder 'attentoin'. Did you mean 'attention'?"),
+        ("message qqqq", "there is no folder qqqq. Name a run folder"),
+        ("message attention by-hand:taylr", "Did you mean 'taylor'"),
+        (
+            "disjointness by-hand:attention",
+            "by-hand:attention is built for pairs, not for sets. Leave it out",
+        ),
+        ("disjointness mamba-2:state=4", "mamba-2:state=4 is a mixer, which has not been trained. Leave it"),
+        (
+            "disjointness mamba-2",
+            "name a folder of trained models: `holdall frontier jrt-figure2-small` writes",
+        ),
         ("message by-hand:taylr", "Did you mean 'taylor'"),
         ("message attention --format int3", "unknown format 'int3'"),
         ("message attention --pairs 40", "raise vocab to 82"),
