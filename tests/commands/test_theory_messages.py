@@ -9,8 +9,9 @@ from pathlib import Path
 
 import children
 import pytest
+import torch
 
-from holdall import cli, processes, recipes
+from holdall import cli, environment, processes, recipes
 from holdall.commands import theory_messages
 from holdall.mixers.attention import AttentionConfig
 from holdall.recipes import quick
@@ -45,6 +46,7 @@ def test_bits_in_linear_attention_are_beside_their_prediction(typed, tmp_path: P
     assert (tmp_path / "index.png").stat().st_size > 10_000
     found = json.loads((tmp_path / "index.json").read_text())
     assert found["command"].startswith("holdall theory index --bits 65")
+    assert found["environment"] == environment.describe("cpu", torch.get_num_threads())
     assert {len(points) for points in found["messages"].values()} == {2}
     status, said = typed("index --bits 40 --one-hot")
     assert "40 int1 100.00% 100.00% 48 40 40.0 38.7 0.8333" in said
@@ -104,13 +106,23 @@ def test_the_trained_models_of_a_sweep_are_sent_in_their_own_tokens(typed, sweep
     assert "has 32 tokens, fewer than --vocab 64" in said
 
 
-def test_sets_are_compared_in_turns(typed) -> None:
-    status, said = typed("disjointness --first 2 --second 8 --features 0 --rows 8 --format int2")
+def test_sets_are_compared_in_turns(typed, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "sets.json"
+    status, said = typed(f"disjointness --first 2 --second 8 --features 0 --rows 8 --format int2 --out {out}")
     assert status == 0
     assert "by hand, one-hot features: common element of two sets, blocked" in said
     for turns in ("1 2 8 int2 1 ×", "1 8 2 int2 1 ×", "2 2 8 int2 3 ×", "2 8 2 int2 3 ×"):
         assert turns in said
     assert said.count("100.0%") == 4
+    written = json.loads(out.read_text())
+    assert written["command"].startswith("holdall theory disjointness --first 2")
+    assert written["environment"]["device"] == "cpu"
+    (lines,) = written["turns"].values()
+    assert [(line["reads"], line["first"], line["second"]) for line in lines] == [
+        (reads, *sizes) for reads in (1, 2) for sizes in ((2, 8), (8, 2))
+    ]
+    assert all(line["accuracy"] == 1 and len(line["message_bits"]) == 2 * line["reads"] - 1 for line in lines)
+    assert [line["conveyed"] and line["conveyed"]["conveyed_bits"] for line in lines] == [6, 8, None, None]
     status, said = typed(
         "disjointness --distribution random --rows 2 --first 3 --second 3 --reads 1 --format fp32"
     )
@@ -145,6 +157,15 @@ def test_no_number_is_cut_off_in_80_columns(typed) -> None:
         assert "…" not in said, line
         if "floors" not in line:  # whose words are folded
             assert numbers_in(said) == numbers_in(wide), line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to run on")
+def test_models_by_hand_run_where_they_are_told_to(typed) -> None:
+    small = "--bits 5 --features 5", "--first 2 --second 2", "attention --length 16 --pairs 2 --rows 1"
+    for command, sizes in zip(("index", "disjointness", "mqar"), small, strict=True):
+        status, said = typed(f"{command} {sizes} --device cuda")
+        assert status == 2
+        assert "no CUDA device is available here; use --device cpu" in said
 
 
 def test_the_recipe_that_refusals_name_trains_on_sets() -> None:
