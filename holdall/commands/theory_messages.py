@@ -220,7 +220,7 @@ def disjointness(
     """The command `holdall theory disjointness`; returns the exit status."""
     wanted = [Format.parse(text) for text in formats or ("fp32", "int4")]
     loaded = list(senders(names, loading))
-    fewest = sizes[0] * sizes[1] + 4
+    fewest = max(6, sizes[0] * sizes[1] + 4)
     own = fewest if distribution == "blocked" else max(1024, fewest)
     vocab = vocab or min((sender.vocab for sender in loaded), default=own)
     for sender in loaded:

@@ -27,14 +27,14 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from holdall import mixers
 from holdall.contract import Config, Mixer, MixerConfig, did_you_mean
-from holdall.settings import PositiveInt
+from holdall.settings import PositiveInt, Range
 from holdall.tasks.data import Questions, Rows
 from holdall.tasks.mqar import Batch
 
@@ -48,7 +48,7 @@ VALUES_AT_ONCE = 1 << 24
 class ByHandConfig(Config):
     """Base of the constructions: what all need to know of the rows that they answer."""
 
-    vocab: PositiveInt = 256
+    vocab: Annotated[int, Range(least=4, most=2**20)] = 256
     """V, the tokens of the vocabulary: the lower half are keys, the upper half values."""
     length: PositiveInt = 64
     """N, the tokens of the longest row."""

@@ -229,6 +229,17 @@ def test_one_hot_features_waste_no_bit() -> None:
     assert found.message_bits == 128 + 8  # and one scale
 
 
+def test_what_would_take_all_memory_is_refused() -> None:
+    assert IndexConfig(bits=2, features=12).build().embedding_VD.shape == (4, 2)
+    assert IndexConfig(bits=5, features=12).build().embedding_VD.shape == (10, 6)
+    for bits, features in ((2, 10**9), (2, 99_991), (100_000, 50_000)):
+        with pytest.raises(ValueError, match="matrices of more than 268,435,456 elements"):
+            IndexConfig(bits=bits, features=features)
+    for vocab in (1, 10**8):
+        with pytest.raises(ValueError, match="from 4 to 1,048,576"):
+            by_hand.configured("attention", vocab=vocab, length=8)
+
+
 def test_one_hot_codes_of_another_number_are_refused() -> None:
     with pytest.raises(ValueError, match="one-hot codes of 8 bits have 8 features, not 9"):
         IndexConfig(bits=8, features=9, one_hot=True)
