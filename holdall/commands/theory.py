@@ -131,6 +131,7 @@ def mqar(
     rows: PositiveInt = 64,
     seed: Seed = 0,
     precision: Literal["fp64", "fp32"] = "fp64",
+    device: Literal["auto", "cpu", "cuda"] = "cpu",
 ) -> int:
     """Have models built by hand answer rows of MQAR: accuracy, width and state, without any training.
 
@@ -143,10 +144,11 @@ def mqar(
         rows: how many rows.
         seed: of the rows.
         precision: of weights and activations.
+        device: where to run; auto takes a GPU if there is one, and there its kernels.
     """
     from holdall.commands import theory_by_hand as shown
 
-    return shown.mqar(names, vocab, length, pairs, rows, seed, precision)
+    return shown.mqar(names, vocab, length, pairs, rows, seed, precision, device)
 
 
 @command
@@ -232,6 +234,7 @@ def index(
     rows: PositiveInt = 4,
     format: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
     seed: Seed = 0,
+    device: Literal["auto", "cpu", "cuda"] = "cpu",
     out: Path | None = None,
 ) -> int:
     """Hold fair bits in a linear attention whose weights are set by hand, and compare with the prediction.
@@ -244,11 +247,12 @@ def index(
         format: what the state is sent in, as in `holdall theory message` (repeatable); by default fp32, and
             int1 for --one-hot. With int1, odd numbers of bits and features leave no ties.
         seed: of rows and features.
+        device: where to run; auto takes a GPU if there is one, and there its kernels.
         out: a picture of bits conveyed against bits sent; the numbers are written beside it, as JSON.
     """
     from holdall.commands import theory_messages as shown
 
-    return shown.index(bits, features, one_hot, rows, format, seed, out)
+    return shown.index(bits, features, one_hot, rows, format, seed, device, out)
 
 
 @command
@@ -264,6 +268,7 @@ def disjointness(
     rows: PositiveInt = 64,
     format: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
     seed: Seed = 0,
+    out: Path | None = None,
     loading: Annotated[Loading, tyro.conf.arg(name="")] = AS_IT_IS,
 ) -> int:
     """Find the common element of two sets in turns: both orders, up to so many reads, a message at each turn.
@@ -280,13 +285,14 @@ def disjointness(
         rows: fresh rows.
         format: what states are sent in (repeatable); by default fp32 and int4.
         seed: of the rows and of stochastic rounding.
+        out: the numbers, as JSON.
         loading: The fields of Loading.
     """
     from holdall.commands import theory_messages as shown
 
     sizes = (first, second)
     return shown.disjointness(
-        models, sizes, reads, distribution, vocab, features, rows, format, seed, loading
+        models, sizes, reads, distribution, vocab, features, rows, format, seed, out, loading
     )
 
 

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from holdall import files
 from holdall import report as reports
-from holdall.commands import Words, console
+from holdall.commands import Words, console, resolve_device
 from holdall.report import theory as pages
 from holdall.report.style import bytes_text
 from holdall.settings import field_docs
@@ -54,11 +54,19 @@ def show(vocab: int, length: int) -> int:
 
 
 def mqar(
-    names: Sequence[str], vocab: int, length: int, pairs: int, rows: int, seed: int, precision: str
+    names: Sequence[str],
+    vocab: int,
+    length: int,
+    pairs: int,
+    rows: int,
+    seed: int,
+    precision: str,
+    device: str,
 ) -> int:
     """The command `holdall theory mqar`."""
     task = MQAR(vocab=vocab, length=length, pairs=pairs, filler="key-free")
     wanted = {name: by_hand.configured(name, vocab=vocab, length=length) for name in names}
+    device = resolve_device(device)
     refused = {}
     for name in () if names else by_hand.constructions():
         try:
@@ -81,7 +89,7 @@ def mqar(
             def done(count: int, _: int, at: TaskID = at) -> None:
                 bars.update(at, completed=count)
 
-            model = config.build(getattr(torch, precision.replace("fp", "float")))
+            model = config.build(getattr(torch, precision.replace("fp", "float"))).to(device)
             right_BK = by_hand.right(model, batch, done)
             bars.remove_task(at)
             report, accuracy = model.report(), float(right_BK.double().mean())

@@ -20,6 +20,7 @@ from holdall.commands import console, resolve_device
 from holdall.contract import did_you_mean
 from holdall.files import RunError
 from holdall.report import complexity as report
+from holdall.settings import differ
 from holdall.theory.complexity import ATTENTIONS, LENGTHS, Cost, measure
 
 LINES = "results.jsonl"
@@ -69,11 +70,11 @@ def complexity(
 
 def _claim(path: Path, settings: dict[str, Any]) -> None:
     """Write what the folder's costs are of. Raises RunError if they are of something else."""
-    if path.exists() and (before := files.read_json(path)) != settings:
-        different = ", ".join(
-            f"{name} {before.get(name)}" for name in settings if before.get(name) != settings[name]
+    if path.exists() and (different := differ(files.read_json(path), settings)):
+        raise RunError(
+            f"{path.parent} holds measurements with other settings ({different}); choose another folder with "
+            "--out"
         )
-        raise RunError(f"{path.parent} holds measurements with {different}; choose another folder with --out")
     files.write_json(path, settings)
 
 

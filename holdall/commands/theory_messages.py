@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import torch
 from rich import box
 from rich.table import Table
 
 import holdall
-from holdall import files, mixers
+from holdall import environment, files, mixers
 from holdall.commands import busy, console, resolve_device
 from holdall.commands.loading import Loading
 from holdall.contract import Format
+from holdall.language_model import pretrained
 from holdall.model import ModelConfig, seeded
 from holdall.report import data
 from holdall.report import messages as picture
@@ -24,7 +27,7 @@ from holdall.sweeps.bits import trained_model
 from holdall.tasks.set_disjointness import SetDisjointness
 from holdall.theory import exchanges
 from holdall.theory.by_hand import configured
-from holdall.theory.disjointness import ByHandConfig, hand_over
+from holdall.theory.disjointness import ByHandConfig, HandOvers, hand_over
 from holdall.theory.floors import Setting
 from holdall.theory.floors import floors as floors_of
 from holdall.theory.index_by_hand import IndexConfig
@@ -37,6 +40,8 @@ CONVEYED = ("bits\nconveyed", "at least\n(95%)", "per\nbit")
 """Heads of the columns of what was conveyed."""
 BY_HAND = "by-hand:"
 """What the names of models by hand begin with, as there are mixers of the same names."""
+ON_SETS = "jrt-figure2-small"
+"""The recipe that trains models on sets in minutes."""
 
 # ------------------------------------------------------------------------------------------------- models
 
@@ -75,19 +80,29 @@ def senders(
 def _named(
     name: str, loading: Loading, device: str, shape: tuple[int, int, int] | None, length: int
 ) -> Iterator[Sender]:
-    """The models of one name."""
+    """The models of one name. ValueError, with what would do, for one that is known and cannot be taken."""
+    by_hand, mixer = name.startswith(BY_HAND), name.partition(":")[0] in holdall.names()
     if (Path(name) / "results.jsonl").exists():
         yield from _of_sweep(Path(name), device)
-    elif shape is not None and name.startswith(BY_HAND):
+    elif shape is None and (by_hand or mixer):
+        what = "is built for pairs, not for sets" if by_hand else "is a mixer, which has not been trained"
+        raise ValueError(
+            f"{name} {what}. Leave it out for this task's own model by hand, whose size is --features; or "
+            f"name a folder of trained models: `holdall frontier {ON_SETS}` writes runs/{ON_SETS}"
+        )
+    elif by_hand and shape is not None:
         config = configured(name.removeprefix(BY_HAND), vocab=shape[0], length=length)
         yield Sender(config.label, config.build().to(device), shape[0], device)
-    elif shape is not None and name.partition(":")[0] in holdall.names():
+    elif mixer and shape is not None:
         vocab, width, depth = shape
         label, layer = mixers.configured(name, width)
         with seeded(0):
             model = ModelConfig(vocab=vocab, width=width, layers=(layer,) * depth).build()
         yield Sender(f"{label}, random weights", model.eval().to(device), vocab, device)
     else:
+        close = difflib.get_close_matches(name.partition(":")[0], holdall.names(), n=1)
+        if shape is not None and close and not Path(name).exists() and name not in pretrained():
+            raise ValueError(f"there is neither a mixer nor a folder '{name}'. Did you mean '{close[0]}'?")
         language_model = loading.model(name)
         yield Sender(Path(name).name, language_model, language_model.config.vocab, device)
 
@@ -121,7 +136,7 @@ def message(
     found: dict[str, list[Conveyed]] = {}
     refused = {}
     with busy() as say:
-        for sender in senders(names, loading, (vocab or VOCAB, width, depth), 4 * pairs):
+        for sender in list(senders(names, loading, (vocab or VOCAB, width, depth), 4 * pairs)):
             tokens = min(vocab or sender.vocab, sender.vocab)
             if vocab is not None and vocab > sender.vocab:
                 raise ValueError(f"{sender.label} has {sender.vocab} tokens, fewer than --vocab {vocab}")
@@ -146,7 +161,7 @@ def message(
         _warn_above(label, conveyed)
     for label, why in refused.items():
         console.print(f"{label} is left out: {why}", soft_wrap=True)
-    _write(found, out)
+    _write(found, out, resolve_device(loading.device))
     return 0 if found else 1
 
 
@@ -157,18 +172,23 @@ def index(
     rows: int,
     formats: Sequence[str],
     seed: int,
+    device: str,
     out: Path | None,
 ) -> int:
     """The command `holdall theory index`; returns the exit status."""
     _check_picture(out)
     wanted = [Format.parse(text) for text in formats or (("int1",) if one_hot else ("fp32",))]
     table = _table("bits in linear attention", bits, "features", "format", "pre-\ndicted")
-    exchange = exchanges.index(bits, rows, seed)
+    device = resolve_device(device)
+    exchange = exchanges.index(bits, rows, seed, device)
     found: dict[str, list[Conveyed]] = {}
     with busy() as say:
         for count in (bits,) if one_hot else features:
             config = IndexConfig(bits=bits, features=count, one_hot=one_hot, seed=seed)
-            model, label = config.build(), f"{count:,} {'one-hot' if one_hot else 'random'} features"
+            model, label = (
+                config.build().to(device),
+                f"{count:,} {'one-hot' if one_hot else 'random'} features",
+            )
             for format in wanted:
                 each = converse(model, exchange, format, seed=seed, watch=_progress(say, label, format))
                 found.setdefault(label, []).append(each)
@@ -180,7 +200,7 @@ def index(
                     *_cells(each),
                 )
     console.print(table)
-    _write(found, out)
+    _write(found, out, device)
     return 0
 
 
@@ -194,12 +214,13 @@ def disjointness(
     rows: int,
     formats: Sequence[str],
     seed: int,
+    out: Path | None,
     loading: Loading,
 ) -> int:
     """The command `holdall theory disjointness`; returns the exit status."""
     wanted = [Format.parse(text) for text in formats or ("fp32", "int4")]
     loaded = list(senders(names, loading))
-    fewest = sizes[0] * sizes[1] + 4
+    fewest = max(6, sizes[0] * sizes[1] + 4)
     own = fewest if distribution == "blocked" else max(1024, fewest)
     vocab = vocab or min((sender.vocab for sender in loaded), default=own)
     for sender in loaded:
@@ -211,16 +232,18 @@ def disjointness(
         for a, b in dict.fromkeys((sizes, sizes[::-1]))
     ]
     by_hand = f"by hand, {f'{features} random' if features else 'one-hot'} features"
-    tables = {}
+    device = resolve_device(loading.device)
+    found: dict[str, list[_Turns]] = {}
     with busy() as say:
-        for label in [sender.label for sender in loaded] or [by_hand]:
-            title = f"{label}: common element of two sets, {distribution}"
-            heads = ("reads", "first", "second", "format", "messages", "right", "bits\nproven", *CONVEYED)
-            tables[label] = _of_columns(title, heads)
         for task, format in itertools.product(tasks, wanted):
-            for sender in loaded or [_by_hand(by_hand, task, features, seed)]:
-                tables[sender.label].add_row(*_turns(sender, task, format, rows, seed, say))
-    for table in tables.values():
+            for sender in loaded or [_by_hand(by_hand, task, features, seed, device)]:
+                turns = _in_turns(sender, task, format, rows, seed, say)
+                found.setdefault(sender.label, []).append(turns)
+    heads = ("reads", "first", "second", "format", "messages", "right", "bits\nproven", *CONVEYED)
+    for label, lines in found.items():
+        table = _of_columns(f"{label}: common element of two sets, {distribution}", heads)
+        for turns in lines:
+            table.add_row(*_turns_cells(turns))
         console.print(table)
     console.print(
         "Proven: what this accuracy takes by Fano's inequality, of the one answer from two reads on. "
@@ -229,29 +252,54 @@ def disjointness(
     )
     if distribution == "random":
         console.print("Of random sets, proven bits are of as many elements as can be drawn independently.")
+    if out is not None:
+        plain = {label: [turns.to_dict() for turns in lines] for label, lines in found.items()}
+        _write_numbers(out, "turns", plain, device)
     return 0
 
 
-def _by_hand(label: str, task: SetDisjointness, features: int, seed: int) -> Sender:
+def _by_hand(label: str, task: SetDisjointness, features: int, seed: int, device: str) -> Sender:
     model = ByHandConfig(task=task, features=features, seed=seed).build()
-    return Sender(label, model, task.vocab, "cpu")
+    return Sender(label, model.to(device), task.vocab, device)
 
 
-def _turns(
+class _Turns(NamedTuple):
+    """What came of the protocol of one task in one format."""
+
+    task: SetDisjointness
+    turns: HandOvers
+    one: Conveyed | None
+    """Of the one message of a single read of blocked sets, from which all blocks are asked."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            **self.task.to_dict(),
+            **dataclasses.asdict(self.turns),
+            "conveyed": self.one and dataclasses.asdict(self.one),
+        }
+
+
+def _in_turns(
     sender: Sender, task: SetDisjointness, format: Format, rows: int, seed: int, say: Callable[[str], None]
-) -> list[str]:
-    """A line of the table: the protocol of one task in one format."""
+) -> _Turns:
     watch = _progress(say, f"{task.first} then {task.second} elements, {task.reads} reads", format)
     turns = hand_over(sender.model, task, format, rows=rows, seed=seed, device=sender.device, watch=watch)
-    conveyed = ["", "", ""]
+    one = None
     if task.reads == 1 and task.distribution == "blocked":
         exchange = exchanges.disjointness(task, max(8, rows // task.first), seed, sender.device)
         one = converse(sender.model, exchange, format, seed=seed)
+    return _Turns(task, turns, one)
+
+
+def _turns_cells(found: _Turns) -> list[str]:
+    task, turns, one = found
+    conveyed = ["", "", ""]
+    if one is not None:
         conveyed = [f"{one.conveyed_bits:,.1f}", f"{one.at_least_bits:,.1f}", f"{one.efficiency:.4f}"]
     sent = "–".join(f"{bits:,}" for bits in dict.fromkeys((min(turns.message_bits), turns.largest)))
     messages = f"{len(turns.message_bits)} × {sent}"
     return [
-        *map(str, (task.reads, task.first, task.second)), _folded(str(format)),
+        *map(str, (task.reads, task.first, task.second)), _folded(turns.format),
         messages, f"{turns.accuracy:.1%}", f"{turns.proven_bits:,.1f}", *conveyed,
     ]  # fmt: skip
 
@@ -329,12 +377,21 @@ def _check_picture(out: Path | None) -> None:
         raise ValueError(f"{out} is where the numbers go: name the picture another way, such as .png")
 
 
-def _write(found: dict[str, list[Conveyed]], out: Path | None) -> None:
+def _write(found: dict[str, list[Conveyed]], out: Path | None, device: str) -> None:
     if out is None or not found:
         return
-    command = " ".join(["holdall", *sys.argv[1:]])
-    console.print(f"  {picture.write(found, out, command=command)}", soft_wrap=True)
+    console.print(f"  {picture.write(found, out, command=_typed())}", soft_wrap=True)
     numbers = {label: [dataclasses.asdict(each) for each in points] for label, points in found.items()}
-    beside = out.with_suffix(".json")
-    files.write_json(beside, {"command": command, "messages": numbers})
-    console.print(f"  {beside}", soft_wrap=True)
+    _write_numbers(out.with_suffix(".json"), "messages", numbers, device)
+
+
+def _write_numbers(path: Path, name: str, numbers: dict[str, Any], device: str) -> None:
+    """Write what was measured, with the command and what it ran on."""
+    about = environment.describe(device, torch.get_num_threads())
+    files.make_folder(path.parent)
+    files.write_json(path, {"command": _typed(), "environment": about, name: numbers})
+    console.print(f"  {path}", soft_wrap=True)
+
+
+def _typed() -> str:
+    return " ".join(["holdall", *sys.argv[1:]])

@@ -27,14 +27,14 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from holdall import mixers
 from holdall.contract import Config, Mixer, MixerConfig, did_you_mean
-from holdall.settings import PositiveInt
+from holdall.settings import PositiveInt, Range
 from holdall.tasks.data import Questions, Rows
 from holdall.tasks.mqar import Batch
 
@@ -48,7 +48,7 @@ VALUES_AT_ONCE = 1 << 24
 class ByHandConfig(Config):
     """Base of the constructions: what all need to know of the rows that they answer."""
 
-    vocab: PositiveInt = 256
+    vocab: Annotated[int, Range(least=4, most=2**20)] = 256
     """V, the tokens of the vocabulary: the lower half are keys, the upper half values."""
     length: PositiveInt = 64
     """N, the tokens of the longest row."""
@@ -225,20 +225,20 @@ def right(
     rows: Rows | Questions,
     watch: Callable[[int, int], None] = lambda done, total: None,
 ) -> Tensor:
-    """Which questions a model answers with the value asked for, (B, K) of bool.
+    """Which questions a model answers with the value asked for, (B, K) of bool, on the device of the rows.
 
     watch: called with the rows that are done and with all of them, after each part.
     """
     if not isinstance(rows, Questions):
         rows = Questions(rows.tokens, rows.positions, rows.answers)
     tokens_BN, at_BK, answer_BK = rows
-    answers, (count, length) = [], tokens_BN.shape
+    answers, (count, length), device = [], tokens_BN.shape, model.embedding_VD.device
     step = max(1, VALUES_AT_ONCE // (length * max(length, model.embedding_VD.shape[1])))
     for start in range(0, count, step):
         part = slice(start, start + step)
-        y_BTD, _ = model(tokens_BN[part], want_state=False)
-        y_BKD = y_BTD.gather(1, at_BK[part, :, None].expand(-1, -1, y_BTD.shape[2]))
-        answers.append(model.logits(y_BKD).argmax(-1))
+        y_BTD, _ = model(tokens_BN[part].to(device), want_state=False)
+        y_BKD = y_BTD.gather(1, at_BK[part, :, None].to(device).expand(-1, -1, y_BTD.shape[2]))
+        answers.append(model.logits(y_BKD).argmax(-1).to(answer_BK.device))
         watch(min(start + step, count), count)
     return torch.cat(answers) == answer_BK
 

@@ -174,8 +174,6 @@ class LinearAttentionByHand(ByHandConfig):
         return features * -(-(2 * self.resolved_lines + features) // features)
 
     def validate(self) -> None:
-        if self.vocab < 4:
-            raise ValueError(f"vocab {self.vocab} has no key: take at least 4")
         if self.width > WIDEST:
             raise ValueError(
                 f"one-hot keys of vocab {self.vocab} need width {self.width}, more than {WIDEST}: lower "

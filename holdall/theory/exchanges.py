@@ -14,16 +14,16 @@ from holdall.tasks.set_disjointness import DIVIDE, SetDisjointness
 from holdall.theory.messages import Exchange
 
 
-def index(bits: int, rows: int, seed: int = 0) -> Exchange:
+def index(bits: int, rows: int, seed: int = 0, device: torch.device | str | None = None) -> Exchange:
     """Fair bits, all of which may be asked for; tokens 2 i and 2 i + 1 are a 0 and a 1 of bit i.
 
     A question is the token of a 1, and logits 0 and 1 are of its answers (holdall/theory/index_by_hand.py).
     """
     generator = torch.Generator().manual_seed(seed)
-    answer_BQ = torch.randint(2, (rows, bits), generator=generator)
-    place_Q = torch.arange(bits)
+    answer_BQ = torch.randint(2, (rows, bits), generator=generator).to(device)
+    place_Q = torch.arange(bits, device=device)
     question_BQT = (2 * place_Q + 1)[None, :, None].expand(rows, -1, -1)
-    values_BQV = torch.arange(2)[None, None]
+    values_BQV = torch.arange(2, device=device)[None, None]
     return Exchange(2 * place_Q + answer_BQ, question_BQT, values_BQV, answer_BQ, Asked(bits, 2, False))
 
 

@@ -37,6 +37,8 @@ from holdall.theory.messages import Bare
 
 CERTAIN = 50.0
 """The logit of an answer that has no crosstalk."""
+LARGEST = 1 << 28
+"""Elements of the largest matrix that is built, 1 GiB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,11 @@ class IndexConfig(Config):
         if self.one_hot and self.features != self.bits:
             raise ValueError(
                 f"one-hot codes of {self.bits} bits have {self.bits} features, not {self.features}"
+            )
+        if any(side * self.features > LARGEST for side in (self.bits, self._width)):
+            raise ValueError(
+                f"{self.bits:,} bits in {self.features:,} features take matrices of more than {LARGEST:,} "
+                "elements: lower one of them, or take a number of features with more divisors"
             )
 
     def predicted(self, format: str = "fp32") -> float | None:
@@ -80,7 +87,7 @@ class IndexConfig(Config):
         code_NF = self.codes()
         # where there are more features than indices, a place for each index, and heads with several features
         spread = self.features >= self.bits
-        width = self._least_width() if spread else self.features
+        width = self._width
         token_ND = torch.eye(self.bits, width) if spread else code_NF
         config = LinearAttentionConfig(
             width=width, heads=width, feature_dim=self.features // width, feature_map="identity",
@@ -103,9 +110,13 @@ class IndexConfig(Config):
         head_VD[:, 0] = torch.tensor([-sure, sure])
         return Bare(torch.stack((-token_ND, token_ND), dim=1).flatten(0, 1), [mixer], head_VD)
 
-    def _least_width(self) -> int:
-        """The smallest divisor of the features that has a place for each index: as many heads."""
-        return next(width for width in range(self.bits, self.features + 1) if self.features % width == 0)
+    @property
+    def _width(self) -> int:
+        """F, or where that is more than the bits, the smallest divisor that has a place for each of them."""
+        if self.features < self.bits:
+            return self.features
+        heads = range(self.features // self.bits, 0, -1)
+        return self.features // next(each for each in heads if self.features % each == 0)
 
 
 def normal_below(x: float) -> float:

@@ -8,6 +8,7 @@ nothing else of the sender's, and answers every question from a copy of that sta
     H - sum_i H(X_i | message)  >=  H - K (h(a) + (1 - a) log2(V - 1))               Fano
 
 so the larger of the right sides, both of which can be measured, is conveyed, and is never more than was sent.
+What is measured are means over a few rows; `sent_at_least` is what they prove about b with 95% confidence.
 
     message = send(states, Format("int4"))      bytes, and their bits
     states = receive(message.data, model)       all that the receiver has
@@ -56,7 +57,7 @@ from holdall.model import seeded
 from holdall.tasks.information import Asked, answer_bits, recall_bits
 
 CONFIDENCE = 0.95
-"""Of the one-sided lower bounds."""
+"""Of the lower bound on what was sent."""
 ELEMENTS_AT_ONCE = 1 << 23
 """Elements of copied states, or of logits, that are held at a time."""
 
@@ -301,7 +302,7 @@ class Conveyed:
     conveyed_bits: float
     """The larger of both, and at least 0."""
     at_least_bits: float
-    """Its lower bound of 95% confidence, by Student's t over rows: 0 for a single row."""
+    """What the message must have had at least, with 95% confidence (`sent_at_least`)."""
 
     @property
     def efficiency(self) -> float:
@@ -354,7 +355,7 @@ def _tokens(exchange: Exchange) -> int:
 
 
 def _answered(party: Reader, exchange: Exchange, row: int, states: list[State]) -> tuple[float, float]:
-    """The share of a row's questions answered right, and the sum of their cross-entropies in bits."""
+    """How many of a row's questions are answered right, and the sum of their cross-entropies in bits."""
     question_QT, answer_Q = exchange.question_BQT[row], exchange.answer_BQ[row]
     values_QV = exchange.values_BQV[min(row, len(exchange.values_BQV) - 1)].expand(len(answer_Q), -1)
     right = surprise = 0.0
@@ -367,7 +368,7 @@ def _answered(party: Reader, exchange: Exchange, row: int, states: list[State]) 
         logits_RV = logits_RV.where(logits_RV.isfinite().all(1, keepdim=True), 0)
         right += float((logits_RV.argmax(1) == answer_R).sum())
         surprise -= float(logits_RV.log_softmax(1).gather(1, answer_R[:, None]).sum()) / math.log(2)
-    return right / len(answer_Q), surprise
+    return right, surprise
 
 
 def _parts(questions: int, states: Sequence[State]) -> Iterator[slice]:
@@ -383,15 +384,11 @@ def _parts(questions: int, states: Sequence[State]) -> Iterator[slice]:
 def _conveyed(
     exchange: Exchange, message: Message, format: Format, right_B: Tensor, surprise_B: Tensor
 ) -> Conveyed:
-    entropy, accuracy = exchange.entropy_bits, right_B.double().mean().item()
-    fano, probability = _fano(exchange.asked, accuracy), entropy - surprise_B.double().mean().item()
-    # the larger of two bounds is one too if both hold: each is given half of the error
-    level = 1 - (1 - CONFIDENCE) / 2
-    at_least = max(
-        _fano(exchange.asked, max(0.0, mean_at_least(right_B, level))),
-        entropy + mean_at_least(-surprise_B, level),
-        0.0,
-    )
+    asked, entropy = exchange.asked, exchange.entropy_bits
+    accuracy = right_B.double().mean().item() / asked.questions
+    fano = recall_bits(asked.questions, asked.values, accuracy, asked.distinct)
+    probability = entropy - surprise_B.double().mean().item()
+    conveyed = max(0.0, fano, probability)
     return Conveyed(
         format=str(format),
         rows=len(right_B),
@@ -401,49 +398,33 @@ def _conveyed(
         accuracy=accuracy,
         fano_bits=fano,
         probability_bits=probability,
-        conveyed_bits=max(0.0, fano, probability),
-        at_least_bits=at_least,
+        conveyed_bits=conveyed,
+        # below chance, where Fano's bound is 0, a list of errors may be short
+        at_least_bits=min(conveyed, sent_at_least(asked, right_B, surprise_B)),
     )
 
 
-def _fano(asked: Asked, accuracy: float) -> float:
-    return recall_bits(asked.questions, asked.values, accuracy, asked.distinct)
+def sent_at_least(asked: Asked, right_B: Tensor, surprise_B: Tensor, confidence: float = CONFIDENCE) -> float:
+    """Bits that a row's message must have had for these answers, with this confidence; at least 0.
 
+    All answers follow from the messages and a list of corrections. The list is the shorter of two, and one
+    more bit says which: the answers in an arithmetic code with the receiver's probabilities; or the number of
+    guesses that are right, which ones these are, and the values of the others. Whatever the code, uniform
+    answers have a description that is s bits shorter than their entropy with a probability of at most 2^-s
+    (Kraft's and Markov's inequalities). So in a share `confidence` of all exchanges of n rows
 
-def mean_at_least(sample_B: Tensor, confidence: float = CONFIDENCE) -> float:
-    """The one-sided lower bound of a mean by Student's t; minus infinity for a sample of one.
+        n b + 1 + corrections  >  n H - log2(1 / (1 - confidence))
 
-    It takes means of such samples for normal, and where all are alike it is their value.
+    This needs no assumption about the model and holds for any number of rows, also if all of them agree. It
+    bounds the size of the message, and not the mean information I(X; message), of which a few rows say
+    little: that one row in twenty conveys nothing does not show in ten.
+
+    Args:
+        right_B: answers of a row that are right, of `asked.questions`.
+        surprise_B: the sum of the cross-entropies of a row's answers, in bits.
     """
-    count = len(sample_B)
-    if count < 2:
-        return -math.inf
-    error = sample_B.double().std().item() / math.sqrt(count)
-    return sample_B.double().mean().item() - t_quantile(confidence, count - 1) * error
-
-
-def t_quantile(share: float, freedom: int) -> float:
-    """Below which a share >= 1/2 of Student's t with so many degrees of freedom lies, by bisection."""
-    low, high = 0.0, 1.0
-    while _t_below(high, freedom) < share:
-        low, high = high, 2 * high
-    while low < (middle := (low + high) / 2) < high:
-        low, high = (middle, high) if _t_below(middle, freedom) < share else (low, middle)
-    return low
-
-
-def _t_below(t: float, freedom: int) -> float:
-    """The distribution function of Student's t at t >= 0, by the finite series for whole degrees of freedom.
-
-    Abramowitz and Stegun, Handbook of Mathematical Functions, 1964, equations 26.7.3 and 26.7.4.
-    """
-    angle = math.atan(t / math.sqrt(freedom))
-    odd, cosine = freedom % 2, math.cos(angle)
-    term = total = cosine if odd else 1.0
-    for k in range(2 + odd, freedom - 1, 2):
-        term *= cosine * cosine * (k - 1) / k
-        total += term
-    if freedom == 1:
-        total = 0.0
-    inside = (2 / math.pi) * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
-    return (1 + inside) / 2
+    rows, count = len(right_B), len(right_B) * asked.questions
+    wrong = count - round(right_B.double().sum().item())
+    named = math.log2((count + 1) * math.comb(count, wrong)) + wrong * math.log2(max(1, asked.values - 1))
+    corrections = 1 + min(surprise_B.double().sum().item(), named)
+    return max(0.0, answer_bits(*asked) - (corrections - math.log2(1 - confidence)) / rows)

@@ -1,6 +1,7 @@
 """`holdall theory message`, `index`, `disjointness` and `floors`: what a user types, sees and is refused."""
 
 import dataclasses
+import itertools
 import json
 import re
 import sys
@@ -8,14 +9,15 @@ from pathlib import Path
 
 import children
 import pytest
+import torch
 
-from holdall import cli, processes
+from holdall import cli, environment, processes, recipes
 from holdall.commands import theory_messages
 from holdall.mixers.attention import AttentionConfig
 from holdall.recipes import quick
 from holdall.report import messages as picture
 from holdall.sweeps.sweep import SweepConfig, run_sweep
-from holdall.tasks.data import MQARData, MQARSegment
+from holdall.tasks.data import MQARData, MQARSegment, SetDisjointnessData
 from holdall.theory.messages import Conveyed
 
 
@@ -44,9 +46,10 @@ def test_bits_in_linear_attention_are_beside_their_prediction(typed, tmp_path: P
     assert (tmp_path / "index.png").stat().st_size > 10_000
     found = json.loads((tmp_path / "index.json").read_text())
     assert found["command"].startswith("holdall theory index --bits 65")
+    assert found["environment"] == environment.describe("cpu", torch.get_num_threads())
     assert {len(points) for points in found["messages"].values()} == {2}
     status, said = typed("index --bits 40 --one-hot")
-    assert "40 int1 100.00% 100.00% 48 40 40.0 40.0 0.8333" in said
+    assert "40 int1 100.00% 100.00% 48 40 40.0 38.7 0.8333" in said
 
 
 def test_every_kind_of_model_can_be_sent(typed, tmp_path: Path) -> None:
@@ -103,13 +106,23 @@ def test_the_trained_models_of_a_sweep_are_sent_in_their_own_tokens(typed, sweep
     assert "has 32 tokens, fewer than --vocab 64" in said
 
 
-def test_sets_are_compared_in_turns(typed) -> None:
-    status, said = typed("disjointness --first 2 --second 8 --features 0 --rows 8 --format int2")
+def test_sets_are_compared_in_turns(typed, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "sets.json"
+    status, said = typed(f"disjointness --first 2 --second 8 --features 0 --rows 8 --format int2 --out {out}")
     assert status == 0
     assert "by hand, one-hot features: common element of two sets, blocked" in said
     for turns in ("1 2 8 int2 1 ×", "1 8 2 int2 1 ×", "2 2 8 int2 3 ×", "2 8 2 int2 3 ×"):
         assert turns in said
     assert said.count("100.0%") == 4
+    written = json.loads(out.read_text())
+    assert written["command"].startswith("holdall theory disjointness --first 2")
+    assert written["environment"]["device"] == "cpu"
+    (lines,) = written["turns"].values()
+    assert [(line["reads"], line["first"], line["second"]) for line in lines] == [
+        (reads, *sizes) for reads in (1, 2) for sizes in ((2, 8), (8, 2))
+    ]
+    assert all(line["accuracy"] == 1 and len(line["message_bits"]) == 2 * line["reads"] - 1 for line in lines)
+    assert [line["conveyed"] and line["conveyed"]["conveyed_bits"] for line in lines] == [6, 8, None, None]
     status, said = typed(
         "disjointness --distribution random --rows 2 --first 3 --second 3 --reads 1 --format fp32"
     )
@@ -146,9 +159,35 @@ def test_no_number_is_cut_off_in_80_columns(typed) -> None:
             assert numbers_in(said) == numbers_in(wide), line
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to run on")
+def test_models_by_hand_run_where_they_are_told_to(typed) -> None:
+    assert typed("disjointness --first 1 --second 1 --rows 1 --format fp32")[0] == 0
+    small = "--bits 5 --features 5", "--first 2 --second 2", "attention --length 16 --pairs 2 --rows 1"
+    for command, sizes in zip(("index", "disjointness", "mqar"), small, strict=True):
+        status, said = typed(f"{command} {sizes} --device cuda")
+        assert status == 2
+        assert "no CUDA device is available here; use --device cpu" in said
+
+
+def test_the_recipe_that_refusals_name_trains_on_sets() -> None:
+    points = recipes.sweeps(theory_messages.ON_SETS)[0].points
+    assert all(isinstance(point.train.data, SetDisjointnessData) for point in points)
+
+
 def test_what_was_mistyped_is_refused_by_name(typed) -> None:
     for line, why in (
-        ("message attentoin", "attentoin"),
+        ("message attentoin", "neither a mixer nor a folder 'attentoin'. Did you mean 'attention'?"),
+        ("message qqqq", "there is no folder qqqq. Name a run folder"),
+        ("message attention by-hand:taylr", "Did you mean 'taylor'"),
+        (
+            "disjointness by-hand:attention",
+            "by-hand:attention is built for pairs, not for sets. Leave it out",
+        ),
+        ("disjointness mamba-2:state=4", "mamba-2:state=4 is a mixer, which has not been trained. Leave it"),
+        (
+            "disjointness mamba-2",
+            "name a folder of trained models: `holdall frontier jrt-figure2-small` writes",
+        ),
         ("message by-hand:taylr", "Did you mean 'taylor'"),
         ("message attention --format int3", "unknown format 'int3'"),
         ("message attention --pairs 40", "raise vocab to 82"),
@@ -168,20 +207,36 @@ def point(sent: int, conveyed: float) -> Conveyed:
     )  # fmt: skip
 
 
-def test_the_picture_has_each_model_below_the_diagonal() -> None:
-    figure = picture.draw(
-        {"a model of a very long name indeed": [point(64, 10), point(32, 5)], "b": [point(9, 0)]}
-    )
+@pytest.mark.parametrize(("models", "sent"), [(2, 9), (2, 1), (1, 1 << 22), (40, 300)])
+def test_the_picture_has_each_model_below_the_diagonal_and_no_words_on_it(models: int, sent: int) -> None:
+    labels = [f"Taylor by hand, f = 16, dv = {number}" for number in range(models)]
+    points = [[point(sent * 32, 10 / (number + 1)), point(sent, 0)] for number in range(models)]
+    figure = picture.draw(dict(zip(labels, points, strict=True)))
     (axes,) = figure.axes
     lines = {line.get_gid(): line for line in axes.lines}
-    assert list(lines["model:a model of a very long name indeed"].get_xdata()) == [32, 64]
-    assert list(lines["model:b"].get_ydata()) == [picture.LEAST]
+    assert list(lines[f"model:{labels[0]}"].get_xdata()) == [sent, sent * 32]
+    assert list(lines[f"model:{labels[-1]}"].get_ydata()) == [picture.LEAST, 10 / models]
     (impossible,) = [patch for patch in axes.collections if patch.get_gid() == "impossible"]
     low = axes.get_xlim()[0]
-    assert low <= 9
+    assert low <= sent
     assert axes.get_ylim()[0] <= low  # so that the diagonal is there
     assert impossible.get_paths()
+    assert not axes.texts
     renderer = figure.canvas.get_renderer()
-    assert axes.get_legend().get_window_extent(renderer).x1 <= figure.bbox.x1
+    legend = axes.get_legend()
+    box = legend.get_window_extent(renderer)
+    assert figure.bbox.y0 <= box.y0 < box.y1 <= figure.bbox.y1
+    assert box.x1 <= figure.bbox.x1
+    assert {"all there is to say", "impossible: more\nconveyed than sent"} < {
+        text.get_text() for text in legend.get_texts()
+    }
+    for axis in (axes.xaxis, axes.yaxis):
+        boxes = [label.get_window_extent(renderer) for label in axis.get_ticklabels()]
+        assert len(boxes) >= 3
+        assert not any(one.overlaps(other) for one, other in itertools.pairwise(boxes))
+        assert all(figure.bbox.x0 <= one.x0 and one.x1 <= figure.bbox.x1 for one in boxes)
+
+
+def test_nothing_is_no_picture() -> None:
     with pytest.raises(ValueError, match="no message to draw"):
         picture.draw({})

@@ -175,7 +175,8 @@ def test_the_command_writes_resumes_and_refuses(
     assert (tmp_path / "results.jsonl").read_bytes() == before
     capsys.readouterr()
     assert holdall(monkeypatch, *asked, "--width", "16") != 0
-    assert "measurements with width 32" in capsys.readouterr().err
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{tmp_path} holds measurements with other settings (width: 32 there, 16 here); choose" in said
     assert holdall(monkeypatch, "theory", "complexity", "atention", "--out", str(tmp_path)) != 0
     assert "Did you mean 'attention'" in capsys.readouterr().err
     assert holdall(monkeypatch, *asked[:2], "--lengths", "16", "32", "50", "--out", str(tmp_path)) != 0
