@@ -28,6 +28,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 
+SUMMED = 1 << 16
+"""Up to so many questions the entropy of their answers is a sum over all of them."""
+
+
 class Asked(NamedTuple):
     """What a state must answer for."""
 
@@ -59,8 +63,15 @@ def answer_bits(questions: int, values: int, distinct: bool = True) -> float:
             f"{questions} questions cannot draw distinct values from {values}: needs 1 <= questions <= "
             f"values, so lower questions or raise the vocabulary"
         )
-    # a sum of logarithms rounds once; the difference of two log-gammas would cancel most digits
-    return math.fsum(math.log2(values - used) for used in range(questions))
+    if questions <= SUMMED:
+        # a sum of logarithms rounds once; the difference of two log-gammas would cancel most digits
+        return math.fsum(math.log2(values - used) for used in range(questions))
+    left = values - questions
+    if left < questions:  # little cancels
+        return (math.lgamma(values + 1) - math.lgamma(left + 1)) / math.log(2)
+    # Stirling's series for both, whose large terms are taken together; the next one is 1 / (360 left^3)
+    nats = questions * math.log(values) + (left + 0.5) * math.log1p(questions / left) - questions
+    return (nats + (1 / values - 1 / left) / 12) / math.log(2)
 
 
 def recall_bits(questions: int, values: int, accuracy: int | float, distinct: bool = True) -> float:

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from holdall.tasks.information import (
+    SUMMED,
     Asked,
     answer_bits,
     best_accuracy,
@@ -16,6 +17,13 @@ from holdall.tasks.information import (
     mean_best_accuracy,
     recall_bits,
 )
+
+
+@pytest.mark.parametrize("values", [SUMMED + 1, SUMMED + 2, 2 * SUMMED, 2 * SUMMED + 3, 10**7, 10**15])
+def test_of_many_questions_the_same_is_a_closed_form(values: int) -> None:
+    many = SUMMED + 1
+    want = math.fsum(math.log2(values - used) for used in range(many))
+    assert answer_bits(many, values) == pytest.approx(want, rel=2e-15)
 
 
 def test_answer_bits_count_the_ordered_choices():
