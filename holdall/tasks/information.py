@@ -27,7 +27,6 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-
 SUMMED = 1 << 16
 """Up to so many questions the entropy of their answers is a sum over all of them."""
 
