@@ -185,7 +185,10 @@ def head_of(weights: Weights, name: str, embed_VD: Tensor, *, tied: bool) -> Ten
     """
     if not tied:
         return weights.take(name)
-    if name in weights and not torch.equal(weights.take(name), embed_VD):
+    if name not in weights:
+        return None
+    # often one tensor under two names, which is not compared: one without memory cannot be
+    if (head_VD := weights.take(name)) is not embed_VD and not torch.equal(head_VD, embed_VD):
         raise ForeignError(
             f"{weights.where}: the config ties the head to the embedding, but {name} is another tensor: "
             "untie them in the config if it is the head, or leave it out of the file"
