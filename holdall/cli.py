@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from holdall import flags
-from holdall.commands import theory
+from holdall.commands import theory, typed_command
 from holdall.commands.loading import Loading
 from holdall.settings import (
     NonNegativeFloat,
@@ -129,7 +129,7 @@ def frontier(
         device,
         precision,
         dry_run,
-        command=_command(),
+        command=typed_command(),
         workers=workers,
         families=family,
         minutes=minutes,
@@ -185,7 +185,9 @@ def bits(
     """
     from holdall.commands import bits as shown
 
-    return shown.bits(folder, out or folder / "bits", format, every, seed, device, load, command=_command())
+    return shown.bits(
+        folder, out or folder / "bits", format, every, seed, device, load, command=typed_command()
+    )
 
 
 @command
@@ -336,7 +338,7 @@ def matrix(
         load,
         out,
         dark,
-        command=_command(),
+        command=typed_command(),
         model=model,
         layers=layer,
         text=text,
@@ -377,7 +379,7 @@ def data(
     from holdall.commands import data as shown
 
     return shown.data(
-        sources, out, tokenizer, valid, text_field, separator, strict, workers, check, command=_command()
+        sources, out, tokenizer, valid, text_field, separator, strict, workers, check, command=typed_command()
     )
 
 
@@ -678,7 +680,7 @@ def recall(
         device,
         load,
         dark,
-        command=_command(),
+        command=typed_command(),
         data=data,
     )
 
@@ -726,7 +728,7 @@ def suite(
         device,
         weights,
         licence,
-        command=_command(),
+        command=typed_command(),
     )
 
 
@@ -809,15 +811,11 @@ def eval(
 
     config = EvalConfig(window=window, limit=limit, seed=seed, fewshot=fewshot)
     return shown.evaluate(
-        models, suite, tasks, config, data, include, out, batch, dry_run, loading, command=_command()
+        models, suite, tasks, config, data, include, out, batch, dry_run, loading, command=typed_command()
     )
 
 
 app.command(theory.app, name="theory", help=theory.ABOUT)
-
-
-def _command() -> str:
-    return " ".join(["holdall", *sys.argv[1:]])
 
 
 def main() -> None:

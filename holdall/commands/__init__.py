@@ -37,6 +37,11 @@ UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]|[\ud800-\udfff]")
 """Control characters except tab and newline, and surrogates, as in file names that are not UTF-8."""
 
 
+def typed_command() -> str:
+    """The command as it was typed, which results and pictures hold beside the commit."""
+    return " ".join(["holdall", *sys.argv[1:]])
+
+
 def printable(text: str) -> str:
     """A string with control characters and surrogates escaped, line breaks excepted.
 
@@ -107,7 +112,7 @@ def failed(error: Exception) -> int:
         Text.assemble(
             ("This is a bug in Holdall", "bold red"),
             ", not in your command. Please report it with the lines above, the command "
-            f"({' '.join(['holdall', *sys.argv[1:]])}) and: {', '.join(versions)}.",
+            f"({typed_command()}) and: {', '.join(versions)}.",
         )
     )
     return 1

@@ -25,8 +25,6 @@ FORMATS = (
 """What is measured where the user names nothing."""
 KEPT = ("context_len", "task", "difficulty", "test")
 """What the folder says of the test, as the sweep's own does."""
-
-
 MEASURED = "measured.jsonl"
 """Each line as soon as it is measured, with what it is of, so that nothing is measured twice."""
 

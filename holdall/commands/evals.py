@@ -178,7 +178,7 @@ def _table(lines: Sequence[Result], folder: ResultsFolder, window: int) -> Table
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     table.add_column("task", no_wrap=True)
     table.add_column("model", overflow="fold", min_width=10)
-    unit = " or ".join(dict.fromkeys(map(_unit, lines)))
+    unit = " or ".join(dict.fromkeys(suites.unit_text(line.unit, line.metric) for line in lines))
     heads = [f"{name}, {unit}" for name in (("once", "twice") if twice else ("score",))]
     for head in ("state", *heads, "docs"):
         table.add_column(head, justify="right", no_wrap=True)
@@ -195,10 +195,6 @@ def _table(lines: Sequence[Result], folder: ResultsFolder, window: int) -> Table
         size = "" if state is None else bytes_text(state)
         table.add_row(name, model, size, *scores, f"{some.count:,}")
     return table
-
-
-def _unit(line: Result) -> str:
-    return "%" if line.unit == "share" else line.unit or line.metric
 
 
 def _score(line: Result | None) -> str:
@@ -248,8 +244,9 @@ class _View:
 
     def result(self, line: Result) -> None:
         """A line for each task that is finished, so that a long run can be followed."""
+        unit = suites.unit_text(line.unit, line.metric)
         console.print(
-            f"{line.model}, {line.task}: {_score(line)} {_unit(line)}, {line.count:,} documents, "
+            f"{line.model}, {line.task}: {_score(line)} {unit}, {line.count:,} documents, "
             f"{line.seconds:.0f} s",
             soft_wrap=True,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from rich import box
 from rich.table import Table
 
 from holdall import mixers
-from holdall.commands import busy, console
+from holdall.commands import busy, console, typed_command
 from holdall.contract import did_you_mean
 from holdall.files import RunError
 from holdall.report import circuits
@@ -29,7 +28,7 @@ def primitives(out: Path, dark: bool) -> int:
         layer = example.layer
         table.add_row(example.name, example.says, str(layer.nonzeros), str(layer.kernel))
     console.print(table)
-    console.print(f"  {picture.write(out, dark=dark, command=_command())}", soft_wrap=True)
+    console.print(f"  {picture.write(out, dark=dark, command=typed_command())}", soft_wrap=True)
     return 0
 
 
@@ -77,7 +76,7 @@ def circuit(
     console.print(table)
     if out is not None:
         what = f"{function}, a {'formula' if formula else 'circuit'} as layers of BaseConv"
-        console.print(f"  {circuits.write(out, compiled, what, command=_command())}", soft_wrap=True)
+        console.print(f"  {circuits.write(out, compiled, what, command=typed_command())}", soft_wrap=True)
     return 1 if error else 0
 
 
@@ -131,10 +130,6 @@ def sort(pairs: Sequence[int], rows: int, run: bool, seed: int) -> int:
                 )
     console.print(table)
     return 1 if failures else 0
-
-
-def _command() -> str:
-    return " ".join(["holdall", *sys.argv[1:]])
 
 
 def _layers(say: Callable[[str], None], compiled: Compiled, what: str = "") -> Callable[[int], Any]:

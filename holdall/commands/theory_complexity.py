@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from holdall import environment, files, mixers
-from holdall.commands import console, resolve_device
+from holdall.commands import console, resolve_device, typed_command
 from holdall.contract import did_you_mean
 from holdall.files import RunError
 from holdall.report import complexity as report
@@ -60,8 +59,7 @@ def complexity(
         files.write_atomically(out / "table.md", report.markdown(shown).encode())
         written = [out / "table.md"]
         if any(name in shown for name in ATTENTIONS):
-            command = " ".join(["holdall", *sys.argv[1:]])
-            written.append(report.write(shown, out / "attention.png", command=command))
+            written.append(report.write(shown, out / "attention.png", command=typed_command()))
     _print(shown, lengths)
     for path in written:
         console.print(f"  {path}", soft_wrap=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -16,7 +15,7 @@ from rich.table import Table
 
 import holdall
 from holdall import environment, files, mixers
-from holdall.commands import busy, console, resolve_device
+from holdall.commands import busy, console, resolve_device, typed_command
 from holdall.commands.loading import Loading
 from holdall.contract import Format
 from holdall.language_model import pretrained
@@ -185,10 +184,8 @@ def index(
     with busy() as say:
         for count in (bits,) if one_hot else features:
             config = IndexConfig(bits=bits, features=count, one_hot=one_hot, seed=seed)
-            model, label = (
-                config.build().to(device),
-                f"{count:,} {'one-hot' if one_hot else 'random'} features",
-            )
+            model = config.build().to(device)
+            label = f"{count:,} {'one-hot' if one_hot else 'random'} features"
             for format in wanted:
                 each = converse(model, exchange, format, seed=seed, watch=_progress(say, label, format))
                 found.setdefault(label, []).append(each)
@@ -380,7 +377,7 @@ def _check_picture(out: Path | None) -> None:
 def _write(found: dict[str, list[Conveyed]], out: Path | None, device: str) -> None:
     if out is None or not found:
         return
-    console.print(f"  {picture.write(found, out, command=_typed())}", soft_wrap=True)
+    console.print(f"  {picture.write(found, out, command=typed_command())}", soft_wrap=True)
     numbers = {label: [dataclasses.asdict(each) for each in points] for label, points in found.items()}
     _write_numbers(out.with_suffix(".json"), "messages", numbers, device)
 
@@ -389,9 +386,5 @@ def _write_numbers(path: Path, name: str, numbers: dict[str, Any], device: str) 
     """Write what was measured, with the command and what it ran on."""
     about = environment.describe(device, torch.get_num_threads())
     files.make_folder(path.parent)
-    files.write_json(path, {"command": _typed(), "environment": about, name: numbers})
+    files.write_json(path, {"command": typed_command(), "environment": about, name: numbers})
     console.print(f"  {path}", soft_wrap=True)
-
-
-def _typed() -> str:
-    return " ".join(["holdall", *sys.argv[1:]])

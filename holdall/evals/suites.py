@@ -17,6 +17,11 @@ Unit = Literal["share", "nats", ""]
 """What a metric counts: a "share" of right answers, shown in percent; "nats"; or "" for any other number."""
 
 
+def unit_text(unit: str, metric: str) -> str:
+    """A `Unit` in words: "%" for shares, and the metric's own name where it has none."""
+    return "%" if unit == "share" else unit or metric
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """A task of a suite; `tasks/` has a YAML file of the same name for the harness."""

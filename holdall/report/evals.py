@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from holdall import files
+from holdall.evals.suites import unit_text
 from holdall.report import evals_chart, evals_samples, shell, style, table
 from holdall.report.evals_data import (
     Evaluation,
@@ -246,7 +247,7 @@ def _head(evaluation: Evaluation) -> dict[str, Any]:
 
 def _under(suite: str, task: Task) -> str:
     """A suite, and the unit of a task's scores."""
-    return ", ".join(filter(None, [suite, "%" if task.is_share else task.unit or task.metric]))
+    return ", ".join(filter(None, [suite, unit_text(task.unit, task.metric)]))
 
 
 def _rows(evaluation: Evaluation) -> list[dict[str, Any]]:

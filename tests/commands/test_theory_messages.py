@@ -160,7 +160,7 @@ def test_no_number_is_cut_off_in_80_columns(typed) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to run on")
-def test_models_by_hand_run_where_they_are_told_to(typed) -> None:
+def test_models_by_hand_run_on_the_device_asked_for(typed) -> None:
     assert typed("disjointness --first 1 --second 1 --rows 1 --format fp32")[0] == 0
     small = "--bits 5 --features 5", "--first 2 --second 2", "attention --length 16 --pairs 2 --rows 1"
     for command, sizes in zip(("index", "disjointness", "mqar"), small, strict=True):

@@ -318,8 +318,8 @@ def test_in_at_most_one_exchange_of_twenty_more_is_proven_than_was_sent(
     In many of these exchanges all rows agree, so that no bound made of their variance would hold.
     """
     exchanges_made, generator = 2000, torch.Generator().manual_seed(0)
-    told = min(sent / questions, math.log2(values))  # bits of each answer that the message has room for
-    known = 2 ** math.floor(told)
+    bits_each = min(sent / questions, math.log2(values))  # of an answer, for which the message has room
+    known = 2 ** math.floor(bits_each)
     answer_EBQ = torch.randint(values, (exchanges_made, rows, questions), generator=generator)
     guess_EBQ = answer_EBQ % known  # of the values that agree with the message the first
     right_EBQ = guess_EBQ == answer_EBQ
