@@ -13,11 +13,13 @@ Letters: B contexts, N continuations, T tokens, C some of them, D width, V vocab
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -28,7 +30,7 @@ from tqdm import tqdm
 
 from holdall import language_model, mixers
 from holdall.adapters.foreign import load_any
-from holdall.contract import State, join_rows, recurrent_dtype, select_rows
+from holdall.contract import State, join_rows, map_state, recurrent_dtype, select_rows
 from holdall.engine import EngineConfig, Request, Sampling
 from holdall.engine.request import NOT_FINITE
 from holdall.language_model import LanguageModel
@@ -80,6 +82,7 @@ class HoldallLM(TemplateLM):
         given = str(batch_size)
         self.batch_size = int(given) if given.isdecimal() else 64
         self.max_gen_toks, self.seed = max_gen_toks, seed
+        self._ahead: dict[str, np.ndarray] = {}
         # such a mixer sees a prompt as a whole, and what follows token by token
         self._whole = not all(mixers.entry(layer.name).causal for layer in self.model.config.layers)
 
@@ -102,13 +105,32 @@ class HoldallLM(TemplateLM):
         begins = add_special_tokens is not False
         if add_special_tokens is None:
             string = string.removeprefix(END)
-        ids: list[int] = self.model.tokenizer.encode_batch([string])[0].tolist()
+        known = self._ahead.get(string)
+        ids = (self.model.tokenizer.encode_batch([string])[0] if known is None else known).tolist()
         return [self.prefix_token_id, *ids] if begins else ids
+
+    @contextmanager
+    def _encoded_ahead(self, texts: Iterable[str]) -> Iterator[None]:
+        """Texts are encoded at once, on all cores; lm-eval asks for them one by one."""
+        several = list(dict.fromkeys(text.removeprefix(END) for text in texts))
+        self._ahead = dict(zip(several, self.model.tokenizer.encode_batch(several), strict=True))
+        try:
+            yield
+        finally:
+            self._ahead = {}
 
     def tok_decode(self, tokens: Sequence[int]) -> str:
         return self.model.tokenizer.decode(tokens)
 
     # -------------------------------------------------------------------------------------------- score
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[Scored]:
+        """The log-probability of continuations of contexts, in nats, and whether each is the likeliest."""
+        pairs = [request.args for request in requests]  # encoded as lm-eval does: space at the end moves over
+        texts = [text for context, after in pairs for text in (context.rstrip(), context + after)]
+        with self._encoded_ahead(texts):
+            scored: list[Scored] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        return scored
 
     @torch.no_grad()
     def _loglikelihood_tokens(
@@ -177,12 +199,10 @@ class HoldallLM(TemplateLM):
             h_BTD, states = self._pieces(tokens_BT, states)
             ended = sum(len(contexts[row]) == length for row in rows)
             kept = len(rows) - ended
-            done.append(([select_rows(state, range(kept, len(rows))) for state in states], h_BTD[kept:, -1]))
+            # slices: a list of row numbers would have to reach the GPU, and wait for it
+            done.append((_rows(states, slice(kept, None)), h_BTD[kept:, -1]))
             going -= ended
-            if self._whole:
-                states = None
-            else:
-                states, read = [select_rows(state, range(kept)) for state in states], length
+            states, read = (None, 0) if self._whole else (_rows(states, slice(kept)), length)
         done.reverse()
         joined = [join_rows(of_layer) for of_layer in zip(*(states for states, _ in done), strict=True)]
         return joined, torch.cat([h_BD for _, h_BD in done])
@@ -257,7 +277,8 @@ class HoldallLM(TemplateLM):
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Texts by the engine, up to the end of the document, a task's stops or its number of tokens."""
-        asked = [self._request(number, *request.args) for number, request in enumerate(requests)]
+        with self._encoded_ahead(request.args[0] for request in requests):
+            asked = [self._request(number, *request.args) for number, request in enumerate(requests)]
         if not asked:
             return []
         longest = max(len(one.prompt) + one.sampling.max_tokens for one in asked)
@@ -297,6 +318,11 @@ class HoldallLM(TemplateLM):
             max_tokens=max_tokens, stop=tuple(filter(None, until)), seed=self.seed + number, **drawn
         )
         return Request(prompt=tuple(prompt), sampling=sampling)
+
+
+def _rows(states: Sequence[State], rows: slice) -> list[State]:
+    """The states of some rows, copied."""
+    return [map_state(state, lambda tensor: tensor[rows].clone()) for state in states]
 
 
 def _score(logits_CV: Tensor, next_C: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,19 +8,23 @@ of lm-eval's TaskManager: the data folder, the window, and the model's tokenizer
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from holdall.evals import documents, general, needles, prompts, windows
+from holdall.evals.documents import Question
 from holdall.evals.suites import Task, named
-from holdall.evals.windows import WINDOW, Codec
+from holdall.evals.windows import WINDOW, Codec, Remembered
 from holdall.files import RunError
 
 TASKS = Path(__file__).with_name("tasks")
 """The folder of the YAML files."""
+AT_ONCE = 64
+"""Questions whose documents are encoded together."""
 
 
 @dataclass(frozen=True)
@@ -66,16 +70,28 @@ def rows(
     path = None if data is None else documents.find(data, task)
     if path is None:
         raise RunError(documents.missing(data, task))
-    form = prompts.FORMS[task.of]
-    for question in documents.questions(task, path):
+    remembered = codec if isinstance(codec, Remembered) else Remembered(codec)
+    questions = documents.questions(task, path)
+    while some := list(itertools.islice(questions, AT_ONCE)):
+        yield from _rows(task, some, window, remembered)
+
+
+def _rows(task: Task, asked: Sequence[Question], window: int, codec: Remembered) -> Iterator[Row]:
+    """The documents of some questions, whose texts are encoded at once."""
+    if task.windowed:
+        windows.remember(asked, codec)
+    made: list[Row] = []
+    for question in asked:
         if not task.windowed:
             text, place, truncated = question.context, None, False
         elif (shown := windows.around(question, window, codec)) is not None:
             text, place, truncated = shown.text, (shown.first, shown.end), shown.truncated
         else:
             continue  # the answer is longer than what the window shows behind its middle
-        prompt = prompts.prompt(form, text, question.asked, task.reads)
-        yield Row(question.id, prompt, question.golds, place, truncated, len(codec.encode(prompt)))
+        prompt = prompts.prompt(prompts.FORMS[task.of], text, question.asked, task.reads)
+        made.append(Row(question.id, prompt, question.golds, place, truncated, 0))
+    for row, ids in zip(made, codec.encode_batch([row.prompt for row in made]), strict=True):
+        yield dataclasses.replace(row, tokens=len(ids))
 
 
 class Documents(list[dict[str, Any]]):
@@ -154,8 +170,10 @@ class TokenizerCodec:
     tokenizer: Any
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer.encode_batch([text])[0].tolist()
-        return ids
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [ids.tolist() for ids in self.tokenizer.encode_batch(texts)]
 
     def decode(self, ids: Any) -> str:
         text: str = self.tokenizer.decode(ids)

@@ -22,6 +22,7 @@ import torch
 from holdall import checkpoints, language_model
 from holdall.adapters import foreign
 from holdall.evals.run import Subject, subject
+from holdall.evals.windows import Codec
 from holdall.files import RunError
 from holdall.language_model import CONFIG, Checkpoint
 from holdall.text.sources import needed
@@ -30,7 +31,7 @@ from holdall.text.tokenizers import TextError
 URLS = ("http://", "https://")
 
 
-class LmCodec:
+class LmCodec(Codec):
     """A tokenizer of a model of lm-eval's, as windows of documents need it."""
 
     def __init__(self, lm: Any) -> None:

@@ -14,7 +14,7 @@ Letters: N and K numbers of tokens.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -35,6 +35,10 @@ class Codec(Protocol):
 
     def encode(self, text: str, /) -> Sequence[int]:
         """The ids of a text, without what a document begins or ends with."""
+
+    def encode_batch(self, texts: Sequence[str], /) -> Sequence[Sequence[int]]:
+        """The ids of each of several texts: one by one, where a tokenizer cannot encode them on all cores."""
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int], /) -> str:
         """The text of ids; bytes that are not UTF-8 become the replacement character."""
@@ -71,22 +75,37 @@ class Remembered:
         """The ids of a text, which are not kept."""
         return self._codec.encode(text)
 
+    def encode_batch(self, texts: Sequence[str], /) -> Sequence[Sequence[int]]:
+        """The ids of each of several texts, which are not kept."""
+        return self._codec.encode_batch(texts)
+
     def decode(self, ids: Sequence[int], /) -> str:
         """The text of ids."""
         return self._codec.decode(ids)
 
-    def document(self, context: str) -> np.ndarray:
-        """The ids of a document."""
-        if (key := _key(context)) not in self._ids:
-            ids = self._codec.encode(context)
-            self._ids[key] = np.array(ids, dtype=np.uint16 if max(ids, default=0) < 1 << 16 else np.uint32)
-        return self._ids[key]
+    def remember(self, places: Iterable[tuple[str, int]]) -> None:
+        """Encode documents, and each as far as a character's place, at once; what is known is left out."""
+        whole: dict[bytes, str] = {}
+        before: dict[tuple[bytes, int], str] = {}
+        for context, place in places:
+            key = _key(context)
+            if key not in self._ids:
+                whole[key] = context
+            if (key, place) not in self._before:
+                before[key, place] = context[:place]
+        if whole or before:
+            encoded = iter(self._codec.encode_batch([*whole.values(), *before.values()]))
+            for key, ids in zip(whole, encoded, strict=False):
+                small = max(ids, default=0) < 1 << 16
+                self._ids[key] = np.array(ids, dtype=np.uint16 if small else np.uint32)
+            for at, ids in zip(before, encoded, strict=True):
+                self._before[at] = len(ids)
 
-    def tokens_before(self, context: str, place: int) -> int:
-        """How many ids a document has before a character's place, by those of the text before it."""
-        if (key := (_key(context), place)) not in self._before:
-            self._before[key] = len(self._codec.encode(context[:place]))
-        return self._before[key]
+    def cut(self, context: str, place: int) -> tuple[np.ndarray, int]:
+        """The ids of a document, and how many it has before a character's place: those of the text before."""
+        self.remember([(context, place)])
+        key = _key(context)
+        return self._ids[key], self._before[key, place]
 
 
 def _key(context: str) -> bytes:
@@ -99,8 +118,7 @@ def cut(context: str, place: int, keep: int, codec: Codec) -> Cut:
     A character whose bytes are divided between tokens at an edge is left out.
     """
     remembered = codec if isinstance(codec, Remembered) else Remembered(codec)
-    ids = remembered.document(context)
-    at = remembered.tokens_before(context, place)
+    ids, at = remembered.cut(context, place)
     first = max(0, at - keep // 2)
     end = min(len(ids), first + keep)
     text = codec.decode(ids[first:end].tolist()) if end - first < len(ids) else context
@@ -117,15 +135,25 @@ def around(question: Question, window: int, codec: Codec) -> Cut | None:
     Returns None if it would hold no answer, which then is longer than half of the window.
     """
     context, keep = question.context.strip(), window - ANSWER_TOKENS
-    answer = _earliest(context, question.golds)
-    places = [answer]
-    if question.is_key:
-        places.insert(0, _earliest(context, (*question.golds, question.asked)))
-    for place in places:
+    for place in _places(question):
         shown = cut(context, place, keep, codec)
         if any(occurs(gold, shown.text) for gold in question.golds):
             return shown
     return None
+
+
+def remember(questions: Sequence[Question], codec: Remembered) -> None:
+    """Encode at once what `around` needs of these questions; of most of them the first place will do."""
+    codec.remember([(question.context.strip(), _places(question)[0]) for question in questions])
+
+
+def _places(question: Question) -> list[int]:
+    """Where a window may be taken, in order: around the name that is asked for, then around the answer."""
+    context = question.context.strip()
+    places = [_earliest(context, question.golds)]
+    if question.is_key:
+        places.insert(0, _earliest(context, (*question.golds, question.asked)))
+    return places
 
 
 def _earliest(context: str, words: Sequence[str]) -> int:

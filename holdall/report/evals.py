@@ -25,7 +25,6 @@ from holdall.report.evals_data import (
     file_name,
     is_evaluation,
     load,
-    mean_interval,
 )
 
 __all__ = ["is_evaluation", "render", "write"]
@@ -286,7 +285,7 @@ def _mean_cells(evaluation: Evaluation, suite: str, readings: Sequence[int]) -> 
         cells = []
         for reads in readings:
             mean = means[reads][index]
-            interval = None if mean is None else mean_interval(model, compared, reads, mean)
+            interval = evaluation.interval(model, reads, suite)
             cells.append(_cell(mean, interval, share=share, best=mean is not None and mean == best[reads]))
         if readings == (1, 2):
             gain = differences(model, compared)

@@ -14,7 +14,7 @@ from io import BytesIO
 from typing import Any
 
 from holdall.report import chart, recall_curves, recall_state, style
-from holdall.report.evals_data import Evaluation, Interval, mean_interval
+from holdall.report.evals_data import Evaluation, Interval
 from holdall.report.paper import DPI
 
 APART = 0.012
@@ -63,7 +63,7 @@ def drawn(evaluation: Evaluation, suite: str) -> list[Drawn]:
             tokens = evaluation.window * reads
             state, mean = model.state_bytes(tokens), evaluation.mean(model, reads, suite)
             if state and mean is not None:
-                interval = mean_interval(model, evaluation.compared(suite), reads, mean)
+                interval = evaluation.interval(model, reads, suite)
                 points.append(
                     Point(
                         reads=reads, state=state, tokens=tokens,

@@ -7,7 +7,7 @@
 A folder may be incomplete, while a run is under way or after it was stopped. What is not there is absent
 here, too, and never a zero.
 
-Letters: N documents, K scores of a document, U different rows of scores, D bootstrap draws.
+Letters: N documents, T tasks, R resamples.
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from holdall import files
+from holdall.evals.statistics import resampled_means
 from holdall.files import RunError
 
-DRAWS = 10_000
-"""Bootstrap draws: 250 lie beyond either end of a 95% interval."""
 TWICE = re.compile(r"[-_]twice$")
 WAY_OUT = "Give the `holdall eval` command again: it resumes."
 
@@ -123,6 +122,14 @@ class Samples:
                     yield document, _parsed(file.readline(), number, self.path)
 
 
+class Interval(NamedTuple):
+    """A mean, and its 95% bootstrap interval over documents."""
+
+    value: float
+    low: float
+    high: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """All that the folder holds."""
@@ -194,6 +201,20 @@ class Evaluation:
             return None
         return math.fsum(score.value for score in scores if score) / len(scores)
 
+    def interval(self, model: Model, reads: int, suite: str) -> Interval | None:
+        """That mean with its interval; None where either is not known."""
+        place = model.key, reads, suite
+        if place not in self._intervals:  # thousands of documents are drawn thousands of times: seconds
+            mean = self.mean(model, reads, suite)
+            self._intervals[place] = (
+                None if mean is None else _mean_interval(model, self.compared(suite), reads, mean)
+            )
+        return self._intervals[place]
+
+    @cached_property
+    def _intervals(self) -> dict[tuple[str, int, str], Interval | None]:
+        return {}
+
     def is_share(self, suite: str) -> bool:
         """Whether a suite's means are of shares, to be written in per cent."""
         return all(task.is_share for task in self.compared(suite))
@@ -221,58 +242,34 @@ class Evaluation:
 # ---------------------------------------------------------------------------------------------- statistics
 
 
-class Interval(NamedTuple):
-    """A mean, and its 95% bootstrap interval over documents."""
-
-    value: float
-    low: float
-    high: float
-
-
 def differences(model: Model, tasks: Sequence[Task]) -> Interval | None:
     """What reading twice gains, mean over `tasks`: read twice less read once; once less twice of a metric of
     which lower is better. A paired bootstrap over the documents within each task.
 
     Documents that only one reading has are left out. None unless all tasks have documents in both.
     """
-    values, draws = [], []
-    for index, task in enumerate(tasks):
+    gains = []
+    for task in tasks:
         once, twice = (model.samples.get((task, n)) for n in (1, 2))
         if not once or not twice or not (both := [d for d in once.right if d in twice.right]):
             return None
         sign = -1 if task.lower_is_better else 1
-        gain_N = sign * np.array([twice.right[d] - once.right[d] for d in both])
-        values.append(float(gain_N.mean()))
-        draws.append(bootstrap(gain_N[:, None], seed=index)[:, 0])
-    return _interval(math.fsum(values) / len(values), np.mean(draws, axis=0)) if values else None
+        gains.append(sign * np.array([twice.right[d] - once.right[d] for d in both]))
+    return _interval(math.fsum(gain_N.mean() for gain_N in gains) / len(gains), gains) if gains else None
 
 
-def mean_interval(model: Model, tasks: Sequence[Task], reads: int, value: float) -> Interval | None:
+def _mean_interval(model: Model, tasks: Sequence[Task], reads: int, value: float) -> Interval | None:
     """The interval of a model's mean over `tasks`: a bootstrap over the documents within each task."""
-    draws = []
-    for index, task in enumerate(tasks):
-        samples = model.samples.get((task, reads))
-        if samples is None or not samples.right:
-            return None
-        draws.append(bootstrap(np.array(list(samples.right.values()))[:, None], seed=index)[:, 0])
-    return _interval(value, np.mean(draws, axis=0)) if draws else None
+    samples = [model.samples.get((task, reads)) for task in tasks]
+    if not samples or not all(one and one.right for one in samples):
+        return None
+    return _interval(value, [np.array(list(one.right.values())) for one in samples if one])
 
 
-def bootstrap(scores_NK: np.ndarray, *, seed: int, draws: int = DRAWS) -> np.ndarray:
-    """The means of `draws` samples of N documents with replacement, D by K.
-
-    Documents with the same scores are drawn as one kind: of N rows of zeros and ones this is exact, and takes
-    the time of two.
-    """
-    rows_UK, count_U = np.unique(scores_NK, axis=0, return_counts=True)
-    total = int(count_U.sum())
-    drawn_DU = np.random.default_rng(seed).multinomial(total, count_U / total, draws)
-    means: np.ndarray = drawn_DU @ rows_UK / total
-    return means
-
-
-def _interval(value: float, draws_D: np.ndarray) -> Interval:
-    low, high = np.quantile(draws_D, [0.025, 0.975])
+def _interval(value: float, scores: Sequence[np.ndarray]) -> Interval:
+    """A mean over tasks with the interval that the documents of each, drawn again, give it."""
+    mean_TR = [resampled_means(score_N, seed=index) for index, score_N in enumerate(scores)]
+    low, high = np.quantile(np.mean(mean_TR, axis=0), [0.025, 0.975])
     return Interval(value, float(low), float(high))
 
 

@@ -10,6 +10,7 @@ import json
 import random
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -127,6 +128,29 @@ def test_a_context_is_read_once() -> None:
     asked = [(context, " " + ending) for ending in ("aa", "bb", "cc", "dd")]
     HoldallLM(made).loglikelihood(instances(*asked), disable_tqdm=True)
     assert read[0] == 1 + len(context) + 4 * 2  # of each continuation all but the last token
+
+
+@pytest.mark.parametrize("kind", ["loglikelihood", "generate_until"])
+def test_all_texts_of_a_task_are_encoded_at_once(kind: str) -> None:
+    """On all cores: one by one takes longer than a small model reads them."""
+    calls: list[int] = []
+
+    class Counted(Bytes):
+        def encode_batch(self, texts: Sequence[str]) -> list[Any]:
+            calls.append(len(texts))
+            return super().encode_batch(texts)
+
+    made, asked = language_model("taylor"), [(f"a context {number}", " and its end") for number in range(5)]
+    lm = HoldallLM(LanguageModel(made.model, Counted()))
+    if kind == "loglikelihood":
+        scored = lm.loglikelihood(instances(*asked), disable_tqdm=True)
+        for (total, greedy), pair in zip(scored, asked, strict=True):
+            want, is_likeliest = by_definition(made, *pair)
+            assert abs(total - want) < 1e-10
+            assert greedy == is_likeliest
+    else:
+        lm.generate_until(instances(*((context, {"max_gen_toks": 1}) for context, _ in asked)), True)
+    assert calls == [10 if kind == "loglikelihood" else 5]
 
 
 @pytest.mark.parametrize("positions", [0, 16])

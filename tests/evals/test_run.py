@@ -462,8 +462,11 @@ def test_tasks_of_the_same_documents_encode_them_once(data: Path, small: None) -
 
     class Counted:
         def encode(self, text: str) -> list[int]:
-            encoded.append(text)
-            return list(text.encode())
+            return self.encode_batch([text])[0]
+
+        def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+            encoded.extend(texts)
+            return [list(text.encode()) for text in texts]
 
         def decode(self, ids: Sequence[int]) -> str:
             return bytes(ids).decode(errors="replace")

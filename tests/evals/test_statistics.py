@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from holdall.evals.statistics import RESAMPLES, bootstrap
+from holdall.evals.statistics import FEW, RESAMPLES, bootstrap
 
 
 def by_definition(values: list[float], seed: int) -> tuple[float, float]:
@@ -16,17 +16,18 @@ def by_definition(values: list[float], seed: int) -> tuple[float, float]:
 
 
 SHARES = [0.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0]
-ANY = np.random.default_rng(0).normal(size=30).tolist()
+KINDS = np.random.default_rng(0).integers(4, size=60).tolist()
+ANY = np.random.default_rng(0).normal(size=3 * FEW).tolist()
 
 
-@pytest.mark.parametrize("values", [SHARES, ANY])
+@pytest.mark.parametrize("values", [SHARES, KINDS, ANY])
 def test_it_is_its_definition(values: list[float]) -> None:
     low, high = bootstrap(values, seed=1)
     wanted_low, wanted_high = by_definition(values, 2)
     # of a normal distribution's 2.5% quantile over R draws, the standard error is 0.027 of the deviation at
-    # R = 10,000: five times that of the difference of two; a share of N documents moves by whole 1/N
+    # R = 10,000: five times that of the difference of two; a mean of whole numbers moves by 1/N
     spread = 5 * 0.027 * 2**0.5 * np.std(values) / len(values) ** 0.5
-    if values is SHARES:
+    if values is not ANY:
         spread += 1 / len(values)
     assert low == pytest.approx(wanted_low, abs=spread)
     assert high == pytest.approx(wanted_high, abs=spread)

@@ -15,7 +15,7 @@ from holdall.text.tokenizers import Bytes
 BYTES = codec_of(Bytes())
 
 
-class Words:
+class Words(windows.Codec):
     """A tokenizer of words and the spaces before them, with one id for each place."""
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ def test_a_document_is_encoded_once_and_its_windows_are_the_same() -> None:
 def test_ids_beyond_two_bytes_are_kept() -> None:
     text = "".join(map(chr, range(0x10000, 0x10100))) + "answer"
 
-    class Characters:
+    class Characters(windows.Codec):
         def encode(self, text: str) -> list[int]:
             return [ord(one) for one in text]
 

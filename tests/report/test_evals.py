@@ -14,7 +14,7 @@ from report.evaluations import ATTACK, Writer, answers, small
 from holdall.commands import sweeps as commands
 from holdall.files import RunError
 from holdall.report import evals, evals_chart, evals_samples
-from holdall.report.evals_data import bootstrap, differences, load, mean_interval
+from holdall.report.evals_data import differences, load
 
 NATS = {"metric": "nats", "unit": "nats", "lower_is_better": True}
 
@@ -43,18 +43,6 @@ def folder(tmp_path):
 # -------------------------------------------------------------------------------------------- statistics
 
 
-def test_bootstrap_draws_documents_with_replacement():
-    scores_NK = np.random.default_rng(1).random((40, 2)).round(1)
-    rows = np.random.default_rng(2).integers(40, size=(4000, 40))
-    plain_DK = scores_NK[rows].mean(1)
-    means_DK = bootstrap(scores_NK, seed=3, draws=4000)
-    error = scores_NK.std(0) / 40**0.5
-    # both are 4,000 draws of one distribution: their standard deviations differ by about 1.6% of it
-    assert means_DK.mean(0) == pytest.approx(scores_NK.mean(0), abs=4 * error.max() / 4000**0.5)
-    assert means_DK.std(0) == pytest.approx(plain_DK.std(0), rel=0.08)
-    assert np.corrcoef(means_DK.T)[0, 1] == pytest.approx(np.corrcoef(plain_DK.T)[0, 1], abs=0.08)
-
-
 def test_difference_is_paired_over_the_documents_of_both(tmp_path):
     writer = Writer(tmp_path / "eval")
     writer.model("a", (1, 1, 1))
@@ -70,7 +58,7 @@ def test_difference_is_paired_over_the_documents_of_both(tmp_path):
     error = gain_N.std() / 150**0.5
     assert error < 0.02  # of unpaired answers it were 0.06
     assert gain.high - gain.low == pytest.approx(2 * 1.96 * error, rel=0.15)
-    once_interval = mean_interval(evaluation.models[0], evaluation.compared("recall"), 1, 0.5)
+    once_interval = evaluation.interval(evaluation.models[0], 1, "recall")
     assert once_interval.high - once_interval.low > 0.12
 
 
