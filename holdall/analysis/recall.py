@@ -39,7 +39,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -278,6 +278,13 @@ class Scores:
     def right(self) -> np.ndarray:
         """Whether the true token is the most likely one, (W, N) bool."""
         return self.predictions.rank == 0
+
+
+def on_the_same_tokens(scored: Iterable[Scores]) -> list[Scores]:
+    """Scores of several runs on those tokens that all of them predict: behind the longest prefix of any."""
+    scored = list(scored)
+    longest = max((run.first for run in scored), default=0)
+    return [run.behind(longest) for run in scored]
 
 
 def score(

@@ -76,8 +76,8 @@ def recall(
             for model, label in zip(asked, labels, strict=True):
                 view.start(label)
                 found = _scores(model, checkpoint, context, rows, device, view.progress)
-                # all on the same tokens, which are those that every model predicts
-                scored.append(dataclasses.replace(found, label=label).behind(prefix))
+                scored.append(dataclasses.replace(found, label=label))
+        scored = slices.on_the_same_tokens(scored)
         console.print(_table(scored, threshold))
         how: dict[str, Any] = {"threshold": threshold, "command": command}
         for path in recalls.write(scored, out, dark=dark, **how):

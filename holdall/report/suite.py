@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from holdall import files
-from holdall.analysis.recall import THRESHOLD, Scores, find
+from holdall.analysis.recall import THRESHOLD, Scores, find, on_the_same_tokens
 from holdall.files import RunError
 from holdall.report import recall, table
 from holdall.sweeps import SuiteConfig
@@ -22,9 +22,9 @@ from holdall.sweeps.suite import models, valid_loss
 from holdall.text import open_corpus
 
 DRAWN = ("attention", "based", "mamba-2", "griffin", "rwkv", "conv-attention", "hyena")
-"""Lines of the figure of curves, as many as it has colours."""
-BESIDE = "based"
-"""The family whose passages are shown beside the reference's."""
+"""Lines of the figure of curves where a suite has more families than it has colours."""
+BESIDE = ("jrt", "based")
+"""Families whose passages are shown beside the reference's: the first of them that a suite has."""
 PUBLISHED_TOKENS = 10e9
 """Tokens of training text for which the published threshold was chosen."""
 
@@ -63,13 +63,16 @@ def write(
         raise RunError(
             f"{out} has no {config.reference} that was trained and scored, to which all others are compared"
         )
+    scores = dict(zip(scores, on_the_same_tokens(scores.values()), strict=True))
     by_loss = sorted(scores.values(), key=lambda run: (run.label != config.reference, run.nll.mean()))
     reference, rare = by_loss[0], rare_threshold(by_loss[0])
+    drawn = config.families if len(config.families) <= len(DRAWN) else DRAWN
     for threshold, folder in ((THRESHOLD, out), (rare, out / f"threshold-{rare}")):
-        recall.write(by_loss, folder, threshold=threshold, drawn=DRAWN, command=command)
-    if licence and data and BESIDE in scores:
+        recall.write(by_loss, folder, threshold=threshold, drawn=drawn, command=command)
+    beside = next((scores[family] for family in BESIDE if family in scores), None)
+    if licence and data and beside:
         page = recall.render(
-            reference, scores[BESIDE], open_corpus(data), threshold=THRESHOLD, passages=8, length=128,
+            reference, beside, open_corpus(data), threshold=THRESHOLD, passages=8, length=128,
             licence=licence, command=command,
         )  # fmt: skip
         files.write_atomically(out / "passages.html", page.encode())

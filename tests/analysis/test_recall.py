@@ -28,6 +28,7 @@ from holdall.analysis.recall import (
     gap,
     gap_share,
     look_up,
+    on_the_same_tokens,
     predict,
     slice_of,
     table,
@@ -38,7 +39,9 @@ from holdall.files import RunError
 from holdall.mixers.attention import AttentionConfig
 from holdall.mixers.prefix_linear_attention import PrefixLinearAttentionConfig
 from holdall.model import ModelConfig, seeded
+from holdall.recipes import lm_suite
 from holdall.recipes.lm_suite import PUBLISHED as AT_360
+from holdall.report import suite
 
 END, VOCAB = 0, 11
 
@@ -313,6 +316,29 @@ def test_models_are_compared_on_the_tokens_that_all_predict(corpus, tmp_path):
     assert table(cut, 1250)["all"]["tokens"] == 280
     assert same(causal.behind(0), causal)
     assert same(cut.behind(PREFIX), cut)
+    for one, other in zip(on_the_same_tokens([causal, twice]), (cut, twice), strict=True):
+        assert same(one, other)
+    assert on_the_same_tokens([]) == []
+
+
+def test_a_suite_compares_all_models_behind_the_prefix_of_one(corpus, tmp_path):
+    config = dataclasses.replace(lm_suite.suite(), families=("attention", "jrt"), tried=())
+    for family, layer, prefix in (("attention", CAUSAL, 0), ("jrt", TWICE, PREFIX)):
+        model = small_model(layer=layer)
+        folder = tmp_path / "suite" / "runs" / "whole" / f"{family}-lr0.002"
+        folder.mkdir(parents=True)
+        settings = dict.fromkeys(("learning_rate", "steps", "batch", "context_len", "seed", "data_hash"), 1)
+        (folder / "config.json").write_text(json.dumps(settings))
+        (folder / "environment.json").write_text("{}")
+        (folder / "result.json").write_text('{"valid_loss": 2.0}')
+        about = {**ABOUT, "config": {"model": model.config.to_dict()}}
+        scored(corpus, folder, lambda made=model: made, about, prefix=prefix)
+    rows = suite.write(config, tmp_path / "suite", published={}, report=pytest.fail).splitlines()
+    assert [row.partition("` |")[0] for row in rows[2:]] == ["| `attention", "| `jrt"]
+    slices = json.loads((tmp_path / "suite" / "slices.json").read_text())
+    assert slices["first"] == PREFIX
+    assert [run["slices"]["all"]["tokens"] for run in slices["runs"]] == [280, 280]
+    assert slices["runs"][1]["gap"] is not None
 
 
 def test_what_is_no_result_is_none(tmp_path):
