@@ -9,7 +9,6 @@ import torch
 
 from holdall import recipes
 from holdall.commands import OUT_OF_TIME, console
-from holdall.files import RunError
 from holdall.report import suite as reports
 from holdall.sweeps import OutOfTime, run_suite
 
@@ -51,7 +50,7 @@ def suite(
         table = reports.write(
             config, out, published=published, data=data, licence=licence, command=command, report=_say
         )
-    except RunError as error:
+    except reports.NotTrainedError as error:
         if minutes == 0:
             raise
         _say(f"nothing to compare yet: {error}")

@@ -32,6 +32,10 @@ Published = Mapping[str, tuple[float, float, float]]
 """Perplexity of all tokens, of recall hits and of the others, by family."""
 
 
+class NotTrainedError(RunError):
+    """The model that all are compared with is not trained and scored yet."""
+
+
 def write(
     config: SuiteConfig,
     out: Path,
@@ -49,7 +53,9 @@ def write(
         data: the corpus, and licence: of its text; with both, passages.html shows some of it.
         report: called with a line about each run that has to be left out.
 
-    Raises RunError, before anything is written, if the reference is not trained and scored yet.
+    Raises:
+        NotTrainedError: before anything is written.
+        RunError: a file is damaged, or the models were not scored on the same text.
     """
     scores: dict[str, Scores] = {}
     folders: dict[str, Path] = {}
@@ -60,7 +66,7 @@ def write(
                 break
             report(f"{folder} has no recall.npz that can be read: left out")
     if config.reference not in scores:
-        raise RunError(
+        raise NotTrainedError(
             f"{out} has no {config.reference} that was trained and scored, to which all others are compared"
         )
     scores = dict(zip(scores, on_the_same_tokens(scores.values()), strict=True))
