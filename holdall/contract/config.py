@@ -17,8 +17,13 @@ from holdall import files, settings
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The tail of an error about an unknown name: the closest known one, then all of them."""
     known = sorted(known)
-    close = difflib.get_close_matches(word, known, n=1)
-    return (f"Did you mean '{close[0]}'? " if close else "") + f"Known: {', '.join(known)}"
+    return f"{closest(word, known)}Known: {', '.join(known)}"
+
+
+def closest(word: str, known: Iterable[str]) -> str:
+    """A question whether the closest known name was meant, with a space behind it; empty if none is close."""
+    close = difflib.get_close_matches(word, sorted(known), n=1)
+    return f"Did you mean '{close[0]}'? " if close else ""
 
 
 def fits(value: Any, kind: Any) -> bool:

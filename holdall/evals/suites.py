@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from holdall.contract.config import did_you_mean
+from holdall.contract.config import closest, did_you_mean
 
 Unit = Literal["share", "nats", ""]
 """What a metric counts: a "share" of right answers, shown in percent; "nats"; or "" for any other number."""
@@ -215,7 +215,10 @@ def tasks_of(names: Sequence[str]) -> list[Task]:
     chosen: dict[str, Task] = {}
     for name in names:
         if name not in SUITES and name not in single:
-            raise ValueError(f"there is no suite or task '{name}'. {did_you_mean(name, [*SUITES, *single])}")
+            raise ValueError(
+                f"there is no suite or task '{name}'. {closest(name, [*SUITES, *single])}"
+                f"Suites: {', '.join(SUITES)}; docs/evals.md lists their tasks"
+            )
         chosen |= {task.name: task for task in SUITES.get(name, (single.get(name),)) if task is not None}
     return list(chosen.values())
 

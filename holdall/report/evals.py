@@ -21,7 +21,6 @@ from holdall.report.evals_data import (
     Model,
     Score,
     Task,
-    differences,
     file_name,
     is_evaluation,
     load,
@@ -139,12 +138,8 @@ def _lede(evaluation: Evaluation) -> dict[str, str] | None:
     share = evaluation.is_share(suite)
     if not once and not twice:
         return None
-    gains = [
-        (model.name, gain)
-        for model in evaluation.models
-        if (gain := differences(model, evaluation.compared(suite)))
-    ]
-    most = max((each for each in gains if each[1].value > 0), key=lambda each: each[1].value, default=None)
+    gains = [(model.name, gain) for model in evaluation.models if (gain := evaluation.gain(model, suite))]
+    most = max((each for each in gains if each[1].low > 0), key=lambda each: each[1].value, default=None)
     return {
         "name": best.name,
         "mean": evals_chart.mean_text(evaluation, suite),
@@ -276,7 +271,7 @@ def _rows(evaluation: Evaluation) -> list[dict[str, Any]]:
 
 def _mean_cells(evaluation: Evaluation, suite: str, readings: Sequence[int]) -> list[list[dict[str, Any]]]:
     """Of each model its means over a suite and, where there are both readings, the gain."""
-    compared, rows = evaluation.compared(suite), []
+    rows = []
     means = {n: [evaluation.mean(model, n, suite) for model in evaluation.models] for n in readings}
     share = evaluation.is_share(suite)
     lower = evaluation.lower_is_better(suite)
@@ -288,7 +283,7 @@ def _mean_cells(evaluation: Evaluation, suite: str, readings: Sequence[int]) -> 
             interval = evaluation.interval(model, reads, suite)
             cells.append(_cell(mean, interval, share=share, best=mean is not None and mean == best[reads]))
         if readings == (1, 2):
-            gain = differences(model, compared)
+            gain = evaluation.gain(model, suite)
             cells.append(_cell(gain and gain.value, gain, share=share, signed=True))
         rows.append(cells)
     return rows

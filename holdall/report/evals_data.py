@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -203,16 +203,25 @@ class Evaluation:
 
     def interval(self, model: Model, reads: int, suite: str) -> Interval | None:
         """That mean with its interval; None where either is not known."""
-        place = model.key, reads, suite
-        if place not in self._intervals:  # thousands of documents are drawn thousands of times: seconds
-            mean = self.mean(model, reads, suite)
-            self._intervals[place] = (
-                None if mean is None else _mean_interval(model, self.compared(suite), reads, mean)
-            )
+        mean = self.mean(model, reads, suite)
+        if mean is None:
+            return None
+        return self._once(
+            (model.key, suite, reads), lambda: _mean_interval(model, self.compared(suite), reads, mean)
+        )
+
+    def gain(self, model: Model, suite: str) -> Interval | None:
+        """What reading twice gains, as `differences` has it."""
+        return self._once((model.key, suite), lambda: differences(model, self.compared(suite)))
+
+    def _once(self, place: tuple[Any, ...], drawn: Callable[[], Interval | None]) -> Interval | None:
+        """An interval that is drawn once: thousands of documents, thousands of times, which takes seconds."""
+        if place not in self._intervals:
+            self._intervals[place] = drawn()
         return self._intervals[place]
 
     @cached_property
-    def _intervals(self) -> dict[tuple[str, int, str], Interval | None]:
+    def _intervals(self) -> dict[tuple[Any, ...], Interval | None]:
         return {}
 
     def is_share(self, suite: str) -> bool:

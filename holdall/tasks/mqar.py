@@ -190,8 +190,9 @@ class MQAR(Config):
             takes = "2 tokens" if self.passes == 1 else f"2 tokens in each of {self.passes} passes"
             raise ValueError(
                 f"{self.pairs} pairs do not fit into length {self.length}: a pair takes {takes} and its "
-                f"question a slot of 2, so {each} * pairs = {each * self.pairs} <= length must hold. Lower "
-                f"pairs to {self.length // each} or raise length to {each * self.pairs}"
+                f"question a slot of 2, so {each} * pairs = {each * self.pairs} <= length must hold. "
+                + (f"Lower pairs to {most} or raise" if (most := self.length // each) else "Raise")
+                + f" length to {each * self.pairs}"
             )
         if self.keys < self.pairs:
             raise ValueError(

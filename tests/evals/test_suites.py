@@ -55,6 +55,10 @@ def test_suites_and_single_tasks_are_named_in_any_mixture() -> None:
     assert suites.suite_of("nq_twice") == "recall-twice"
     with pytest.raises(ValueError, match=r"no suite or task 'recal'\. Did you mean 'recall'"):
         suites.tasks_of(["recal"])
+    with pytest.raises(
+        ValueError, match=r"'x'\. Suites: recall, recall-twice, .*docs/evals.md lists their tasks$"
+    ):
+        suites.tasks_of(["x"])
     with pytest.raises(ValueError, match="no task 'recall'"):
         suites.named("recall")
 

@@ -98,6 +98,18 @@ def test_nothing_is_best_where_all_are_equal(tmp_path):
     assert "gives" not in page.partition("</header>")[0]
 
 
+@pytest.mark.parametrize(("right", "said"), [(1, False), (10, True)])
+def test_a_gain_is_named_where_its_interval_is_above_zero(tmp_path, right, said):
+    writer = Writer(tmp_path / "eval")
+    writer.model("a", (5, 5, 5))
+    once, twice = answers(0.5, documents=40), answers(0.5, twice=True, documents=40)
+    for index, (line, again) in enumerate(zip(once, twice, strict=True)):
+        line["right"], again["right"] = int(index == 39), int(index == 39 or index < right)
+    writer.task("a", "fda", once)
+    writer.task("a", "fda_twice", twice)
+    assert ("gives" in evals.render(load(tmp_path / "eval")).partition("</header>")[0]) == said
+
+
 def test_table_for_readmes(folder):
     evals.write(folder)
     text = (folder / "table.md").read_text()

@@ -338,6 +338,8 @@ def test_pairs_that_do_not_fit_so_often_are_refused():
     ):
         MQAR(length=16, pairs=4, passes=3)
     assert MQAR(length=32, pairs=4, passes=3).space == 4
+    with pytest.raises(ValueError, match=r"must hold\. Raise length to 16$"):  # not even one fits
+        MQAR(length=3, pairs=4)
 
 
 def test_published_rows_of_two_passes_are_what_the_published_generator_means():
