@@ -95,8 +95,7 @@ class Server:
                 f"{where} answers something else than JSON: is it a server of OpenAI's completions?"
             )
         if response is None:
-            reason = str(error).partition("\n")[0]
-            return RunError(f"{where} does not answer: is the server up? ({reason})")
+            return RunError(f"{where} does not answer: is the server up? ({_cause(error)})")
         if response.status_code in (401, 403):
             return RunError(f"{where} wants a key: set OPENAI_API_KEY")
         if response.status_code == 404 and path.startswith("/token"):
@@ -104,7 +103,11 @@ class Server:
                 f"{self.url} has no {path}, which tokenizes texts; `holdall serve` and vLLM have it"
                 + (" (vLLM with --enable-tokenizer-info-endpoint)" if path == "/tokenizer_info" else "")
             )
-        return RunError(f"{where} answers {response.status_code}: {response.text[:300]}")
+        if response.status_code == 404 and path == "/v1/models":
+            return RunError(f"{self.url} has no {path}: is it a server of OpenAI's completions?")
+        is_page = "html" in response.headers.get("Content-Type", "")
+        text = response.reason if is_page else response.text[:300]
+        return RunError(f"{where} answers {response.status_code}: {text}")
 
     @functools.cached_property
     def _tokenizer(self) -> dict[str, Any]:
@@ -264,3 +267,12 @@ class ServedLM(LocalCompletionsAPI):
             totals.append(total)
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
+
+
+def _cause(error: BaseException) -> str:
+    """Why a request got no answer: what the system said of the connection, if it did."""
+    causes = [error]
+    while (before := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(before)
+    said = [cause.strerror for cause in causes if isinstance(cause, OSError) and cause.strerror]
+    return said[-1] if said else str(error).partition("\n")[0]
