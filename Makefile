@@ -15,6 +15,7 @@ BIN     = $(VENV)/bin
 JOBS   ?= 2
 COMPILED = $(shell grep -rl "mark[.]compile" tests holdall/testing --include=*.py --exclude-dir=kernels)
 SHAPES  = --jaxtyping-packages=holdall,shapes.check
+SHAPED  = holdall/testing tests/ops tests/mixers tests/contract tests/analysis tests/training
 PYTEST  = $(BIN)/pytest -q -n $(JOBS) --dist worksteal
 # processes that tests start would compile all of Holdall again and again
 unexport PYTHONDONTWRITEBYTECODE
@@ -38,8 +39,11 @@ zoo: $(VENV)/installed
 quick: $(VENV)/installed-dev
 	$(PYTEST) -m quick --ignore=tests/kernels --ignore=tests/parity
 
+# Shapes and types are checked around every call where tensors are made: the other rooms' tests, the engine's
+# above all, would take about twice as long, and reach the same functions. test-full checks all.
 test: $(VENV)/installed-dev
-	$(PYTEST) -m "not compile and not full" $(SHAPES) --ignore=tests/kernels
+	$(PYTEST) -m "not compile and not full" $(SHAPES) $(SHAPED)
+	$(PYTEST) -m "not compile and not full" tests --ignore=tests/kernels $(SHAPED:%=--ignore=%)
 	$(PYTEST) -m "not full" tests/kernels
 	$(PYTEST) -m "compile and not full" $(COMPILED)
 
