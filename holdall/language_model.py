@@ -22,7 +22,6 @@ Letters: B rows, T tokens, V vocabulary, C some of the tokens.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -35,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from holdall import checkpoints, files, mixers
-from holdall.contract import recurrent_dtype
+from holdall.contract import closest, recurrent_dtype
 from holdall.engine import (
     Engine,
     EngineConfig,
@@ -406,11 +405,9 @@ def find_folder(path: str | Path | None) -> Path:
         raise RunError(f"{folder} is a file: name its folder, {folder.parent}, and choose the checkpoint")
     if not folder.is_dir():
         names = pretrained()
-        close = difflib.get_close_matches(str(folder), names, n=1)
-        hint = f"Did you mean '{close[0]}'? " if close else ""
         raise RunError(
-            f"there is no folder {folder}. {hint}Name a run folder of `holdall train`, the folder of a saved "
-            f"model, or one that comes with Holdall: {', '.join(names)}"
+            f"there is no folder {folder}. {closest(str(folder), names)}Name a run folder of `holdall "
+            f"train`, the folder of a saved model, or one that comes with Holdall: {', '.join(names)}"
         )
     return folder
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import logging
 import time
 from collections.abc import Sequence
@@ -159,8 +158,12 @@ def _planned(one: Subject, plan: Plan) -> Table:
         if task in plan.missing():
             table.add_row(task.name, "file missing", "", "", "")
             continue
-        made = harness.rows(task, codec, data=plan.data, window=plan.config.window, seed=plan.config.seed)
-        rows = list(itertools.islice(made, plan.config.limit))
+        config = plan.config
+        rows = list(
+            harness.rows(
+                task, codec, data=plan.data, window=config.window, seed=config.seed, limit=config.limit
+            )
+        )
         tokens = sum(row.tokens for row in rows)
         cut = sum(row.truncated for row in rows)
         each = tokens // max(len(rows), 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ import holdall
 from holdall import environment, files, mixers
 from holdall.commands import busy, console, resolve_device, typed_command
 from holdall.commands.loading import Loading
-from holdall.contract import Format
+from holdall.contract import Format, closest
 from holdall.language_model import pretrained
 from holdall.model import ModelConfig, seeded
 from holdall.report import data
@@ -99,9 +98,9 @@ def _named(
             model = ModelConfig(vocab=vocab, width=width, layers=(layer,) * depth).build()
         yield Sender(f"{label}, random weights", model.eval().to(device), vocab, device)
     else:
-        close = difflib.get_close_matches(name.partition(":")[0], holdall.names(), n=1)
+        close = closest(name.partition(":")[0], holdall.names()).rstrip()
         if shape is not None and close and not Path(name).exists() and name not in pretrained():
-            raise ValueError(f"there is neither a mixer nor a folder '{name}'. Did you mean '{close[0]}'?")
+            raise ValueError(f"there is neither a mixer nor a folder '{name}'. {close}")
         language_model = loading.model(name)
         yield Sender(Path(name).name, language_model, language_model.config.vocab, device)
 

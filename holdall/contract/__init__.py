@@ -10,7 +10,7 @@ Shape letters, here and in all of Holdall: B batch row, T time, D model width, H
 V value dim, F features, N state size per channel, S slots of a cache.
 """
 
-from holdall.contract.config import Config, check_fields, did_you_mean, field_types
+from holdall.contract.config import Config, check_fields, closest, did_you_mean, field_types
 from holdall.contract.mixer import Mixer, MixerConfig, readout_dtype, recurrent_dtype
 from holdall.contract.packed import Format, PackedState, pack
 from holdall.contract.registry import Entry, Paper, lookup, register, registered
@@ -46,7 +46,7 @@ from holdall.contract.state_file import (
 __all__ = [
     "POSITION_FIELDS", "POSITION_SLOTS", "Config", "Entry", "Field", "Format", "Mixer", "MixerConfig",
     "PackedState", "Paper", "Position", "State", "StateError", "StateFile", "StateFileWarning",
-    "bytes_per_row", "capacity_of", "check_fields", "count_on", "describe_states", "did_you_mean",
+    "bytes_per_row", "capacity_of", "check_fields", "closest", "count_on", "describe_states", "did_you_mean",
     "elements_per_row", "field_types", "fields_of", "is_reserved", "join_rows", "load_states", "lookup",
     "map_state", "misfit", "none_read", "pack", "read_states", "readout_dtype", "recurrent_dtype",
     "register", "registered", "reserve", "room_left", "save_states", "select_rows", "trim",

@@ -18,7 +18,7 @@ from typing import Any
 from holdall.evals import documents, general, needles, prompts, windows
 from holdall.evals.documents import Question
 from holdall.evals.suites import Task, named
-from holdall.evals.windows import WINDOW, Codec, Remembered
+from holdall.evals.windows import WINDOW, Codec
 from holdall.files import RunError
 
 TASKS = Path(__file__).with_name("tasks")
@@ -44,7 +44,13 @@ class Row:
 
 
 def rows(
-    task: Task, codec: Codec, *, data: Path | None = None, window: int = WINDOW, seed: int = 0
+    task: Task,
+    codec: Codec,
+    *,
+    data: Path | None = None,
+    window: int = WINDOW,
+    seed: int = 0,
+    limit: int | None = None,
 ) -> Iterator[Row]:
     """The documents of a task in their order, made one by one.
 
@@ -53,9 +59,16 @@ def rows(
         data: the folder of files; tasks that draw their documents need none.
         window: tokens that are shown of a document, and for its answer.
         seed: of documents that are drawn.
+        limit: the most documents.
 
     Raises RunError, which says what is missing, if a task's file is not there or damaged.
     """
+    at_once = AT_ONCE if limit is None else min(AT_ONCE, limit)
+    return itertools.islice(_rows(task, codec, data, window, seed, at_once), limit)
+
+
+def _rows(task: Task, codec: Codec, data: Path | None, window: int, seed: int, at_once: int) -> Iterator[Row]:
+    """All documents of a task; those of a file are encoded so many at once."""
     if task.name in general.FORMS:
         for doc in general.rows(task, data):
             asked = general.pairs(doc)
@@ -70,26 +83,25 @@ def rows(
     path = None if data is None else documents.find(data, task)
     if path is None:
         raise RunError(documents.missing(data, task))
-    remembered = codec if isinstance(codec, Remembered) else Remembered(codec)
     questions = documents.questions(task, path)
-    while some := list(itertools.islice(questions, AT_ONCE)):
-        yield from _rows(task, some, window, remembered)
+    while some := list(itertools.islice(questions, at_once)):
+        yield from _asked(task, some, window, codec)
 
 
-def _rows(task: Task, asked: Sequence[Question], window: int, codec: Remembered) -> Iterator[Row]:
+def _asked(task: Task, asked: Sequence[Question], window: int, codec: Codec) -> Iterator[Row]:
     """The documents of some questions, whose texts are encoded at once."""
+    parts: Sequence[windows.Cut | None]
     if task.windowed:
-        windows.remember(asked, codec)
+        parts = windows.around_each(asked, window, codec)
+    else:
+        parts = [windows.Cut(question.context, 0, 0, truncated=False) for question in asked]
     made: list[Row] = []
-    for question in asked:
-        if not task.windowed:
-            text, place, truncated = question.context, None, False
-        elif (shown := windows.around(question, window, codec)) is not None:
-            text, place, truncated = shown.text, (shown.first, shown.end), shown.truncated
-        else:
+    for question, shown in zip(asked, parts, strict=True):
+        if shown is None:
             continue  # the answer is longer than what the window shows behind its middle
-        prompt = prompts.prompt(prompts.FORMS[task.of], text, question.asked, task.reads)
-        made.append(Row(question.id, prompt, question.golds, place, truncated, 0))
+        prompt = prompts.prompt(prompts.FORMS[task.of], shown.text, question.asked, task.reads)
+        place = (shown.first, shown.end) if task.windowed else None
+        made.append(Row(question.id, prompt, question.golds, place, shown.truncated, 0))
     for row, ids in zip(made, codec.encode_batch([row.prompt for row in made]), strict=True):
         yield dataclasses.replace(row, tokens=len(ids))
 
@@ -132,6 +144,7 @@ def dataset(
         data=folder,
         window=window,
         seed=seed,
+        limit=limit,
     )
     docs = [
         {
@@ -142,7 +155,7 @@ def dataset(
             "truncated": row.truncated,
             "tokens": row.tokens,
         }
-        for row in itertools.islice(made, limit)
+        for row in made
     ]
     if not docs:
         path = documents.find(folder, about) if folder else None

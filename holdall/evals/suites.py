@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from holdall.contract.config import closest, did_you_mean
+from holdall.contract import closest, did_you_mean
 
 Unit = Literal["share", "nats", ""]
 """What a metric counts: a "share" of right answers, shown in percent; "nats"; or "" for any other number."""

@@ -112,13 +112,12 @@ def _key(context: str) -> bytes:
     return hashlib.sha256(context.encode(errors="surrogatepass")).digest()
 
 
-def cut(context: str, place: int, keep: int, codec: Codec) -> Cut:
+def cut(context: str, place: int, keep: int, codec: Remembered) -> Cut:
     """At most `keep` tokens of a document: half of them before a character's place, the rest from there on.
 
     A character whose bytes are divided between tokens at an edge is left out.
     """
-    remembered = codec if isinstance(codec, Remembered) else Remembered(codec)
-    ids, at = remembered.cut(context, place)
+    ids, at = codec.cut(context, place)
     first = max(0, at - keep // 2)
     end = min(len(ids), first + keep)
     text = codec.decode(ids[first:end].tolist()) if end - first < len(ids) else context
@@ -134,17 +133,27 @@ def around(question: Question, window: int, codec: Codec) -> Cut | None:
 
     Returns None if it would hold no answer, which then is longer than half of the window.
     """
-    context, keep = question.context.strip(), window - ANSWER_TOKENS
-    for place in _places(question):
-        shown = cut(context, place, keep, codec)
+    return around_each([question], window, codec)[0]
+
+
+def around_each(questions: Sequence[Question], window: int, codec: Codec) -> list[Cut | None]:
+    """The same of several questions, whose documents are encoded at once."""
+    remembered = codec if isinstance(codec, Remembered) else Remembered(codec)
+    places = [_places(question) for question in questions]
+    # of most of them the first place will do
+    remembered.remember(
+        [(each.context.strip(), first) for each, (first, *_) in zip(questions, places, strict=True)]
+    )
+    return [_around(*each, window, remembered) for each in zip(questions, places, strict=True)]
+
+
+def _around(question: Question, places: Sequence[int], window: int, codec: Remembered) -> Cut | None:
+    """The part around the first place by which an answer is shown."""
+    for place in places:
+        shown = cut(question.context.strip(), place, window - ANSWER_TOKENS, codec)
         if any(occurs(gold, shown.text) for gold in question.golds):
             return shown
     return None
-
-
-def remember(questions: Sequence[Question], codec: Remembered) -> None:
-    """Encode at once what `around` needs of these questions; of most of them the first place will do."""
-    codec.remember([(question.context.strip(), _places(question)[0]) for question in questions])
 
 
 def _places(question: Question) -> list[int]:

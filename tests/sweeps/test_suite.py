@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from holdall import cli, recipes
+from holdall.commands import suite as commands
 from holdall.files import RunError
 from holdall.recipes import lm_suite
 from holdall.report.suite import result_of
@@ -155,3 +156,20 @@ def test_a_tiny_suite_from_corpus_to_table(
     code, printed = run("--minutes", "0", "--out", str(tmp_path / "empty"))
     assert code == 2
     assert "has no based that was trained and scored" in printed
+
+
+def test_a_suite_that_cannot_be_compared_is_an_error_and_not_one_of_too_little_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def differ(*args: Any, **options: Any) -> str:
+        raise RunError("only runs that read the same text can be compared")
+
+    how: dict[str, Any] = {
+        "families": (), "minutes": None, "workers": None, "device": "cpu", "weights": False, "licence": "",
+        "command": "",
+    }  # fmt: skip
+    monkeypatch.setattr(commands, "run_suite", lambda *args, **options: [])
+    assert commands.suite("lm-suite", tmp_path, tmp_path / "none", **how) == 0
+    monkeypatch.setattr(commands.reports, "write", differ)
+    with pytest.raises(RunError, match="read the same text"):
+        commands.suite("lm-suite", tmp_path, tmp_path / "none", **how)
