@@ -52,7 +52,7 @@ def rows(
     seed: int = 0,
     limit: int | None = None,
 ) -> Iterator[Row]:
-    """The documents of a task in their order, made one by one.
+    """The documents of a task in their order, made as they are asked for.
 
     Args:
         codec: the model's tokenizer, by which documents are cut.
