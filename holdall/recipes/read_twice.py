@@ -14,11 +14,11 @@ FAMILIES = ("mamba", "jrt", "gated-delta-net", "mamba-2", "based", "attention")
 """The slowest first, so that devices end together."""
 TRAINED = {"15m": (4e-3, 2000), "40m": (2e-3, 1200)}
 """Learning rate and steps by size. At 0.002 the Taylor layers of 40 million parameters recalled nothing yet
-after these steps (results/read-twice); those of 15 million do after 100 million tokens at 0.004
+after these steps (results/read-twice); those of 15 million did after 100 million tokens at 0.004
 (results/lm-suite)."""
-TRIED = {"15m": (2e-3, 4e-3), "40m": ()}
-"""Learning rates that are tried for attention, which of the six is worse at 0.004 than at 0.002 with 15 million
-parameters."""
+TRIED: dict[str, tuple[float, ...]] = {"15m": (2e-3, 4e-3), "40m": (2e-3,)}
+"""Learning rates of attention, of which it takes the better after 300 steps if there are several: with 15
+million parameters it ended at a perplexity of 54 at 0.002 and of 73 at 0.004."""
 
 
 def suite(size: str) -> SuiteConfig:
@@ -29,8 +29,8 @@ def suite(size: str) -> SuiteConfig:
         families=FAMILIES,
         size=size,
         reference="attention",
-        tried=("attention",) if TRIED[size] else (),
-        tried_rates=TRIED[size] or (learning_rate,),
+        tried=("attention",) if len(TRIED[size]) > 1 else (),
+        tried_rates=TRIED[size],
         tried_steps=300,
         learning_rate=learning_rate,
         steps=steps,
