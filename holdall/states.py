@@ -51,10 +51,10 @@ S = TypeVar("S")  # a state, or a list of them
 # ------------------------------------------------------------------------------------------- rows
 
 
-def select(states: S, rows: Sequence[int] | Sequence[bool] | Tensor) -> S:
-    """Copies of some rows, which may repeat: numbers, negative ones from the end, or a mask.
+def select(states: S, rows: slice | Sequence[int] | Sequence[bool] | Tensor) -> S:
+    """Copies of some rows, which may repeat: numbers, negative ones from the end, a slice, or a mask.
 
-    Raises ValueError for rows that there are not.
+    Raises ValueError for numbers of rows that there are not.
     """
     return _each(states, lambda state: contract.select_rows(state, rows))
 

@@ -371,11 +371,14 @@ def test_rows_are_joined_with_zeros_in_front_of_the_shorter() -> None:
     assert joined.seen_B.tolist() == [1, 3, 3]
 
 
-def test_rows_are_selected_by_a_mask_or_from_the_end_as_those_of_a_tensor() -> None:
+def test_rows_are_selected_by_a_mask_a_slice_or_from_the_end_as_those_of_a_tensor() -> None:
     state = Grows(torch.arange(6.0).view(3, 1, 2), torch.tensor([5, 6, 7]))
-    for rows in ([True, False, True], torch.tensor([True, False, True]), [0, 2], [-3, -1]):
+    kept = select_rows(state, slice(1, None))
+    state.past_BPD.zero_()
+    assert (kept.past_BPD.tolist(), kept.seen_B.tolist()) == ([[[2, 3]], [[4, 5]]], [6, 7])  # a copy
+    for rows in ([True, False, True], torch.tensor([True, False, True]), [0, 2], [-3, -1], slice(0, 9, 2)):
         assert select_rows(state, rows).seen_B.tolist() == [5, 7], rows
-    for rows in ([], [False] * 3, torch.tensor([], dtype=torch.long)):
+    for rows in ([], [False] * 3, torch.tensor([], dtype=torch.long), slice(0)):
         assert select_rows(state, rows).past_BPD.shape == (0, 1, 2), rows
     wrong = ([[0, 1]], [0.0, 1.0], 1)
     for rows in ([3], [-4], [True, False], *map(torch.tensor, wrong)):

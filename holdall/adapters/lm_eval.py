@@ -30,10 +30,11 @@ from tqdm import tqdm
 
 from holdall import language_model, mixers
 from holdall.adapters.foreign import load_any
-from holdall.contract import State, join_rows, map_state, recurrent_dtype, select_rows
+from holdall.contract import State, recurrent_dtype
 from holdall.engine import EngineConfig, Request, Sampling
 from holdall.engine.request import NOT_FINITE
 from holdall.language_model import LanguageModel
+from holdall.states import join, select
 from holdall.text.tokenizers import END
 
 MAX_TOKENS = 256
@@ -153,7 +154,7 @@ class HoldallLM(TemplateLM):
                 for few in self._alike(asked, [len(continuation) for _, _, continuation in requests]):
                     rows = [row for row, _ in few]
                     continuations = [requests[number][2] for _, number in few]
-                    own = [select_rows(state, rows) for state in states]
+                    own = select(states, rows)
                     answers = self._continue(continuations, own, h_BD[rows])
                     for (_, number), answer in zip(few, answers, strict=True):
                         scored[number] = answer
@@ -199,13 +200,11 @@ class HoldallLM(TemplateLM):
             h_BTD, states = self._pieces(tokens_BT, states)
             ended = sum(len(contexts[row]) == length for row in rows)
             kept = len(rows) - ended
-            # slices: a list of row numbers would have to reach the GPU, and wait for it
-            done.append((_rows(states, slice(kept, None)), h_BTD[kept:, -1]))
+            done.append((select(states, slice(kept, None)), h_BTD[kept:, -1]))
             going -= ended
-            states, read = (None, 0) if self._whole else (_rows(states, slice(kept)), length)
+            states, read = (None, 0) if self._whole else (select(states, slice(kept)), length)
         done.reverse()
-        joined = [join_rows(of_layer) for of_layer in zip(*(states for states, _ in done), strict=True)]
-        return joined, torch.cat([h_BD for _, h_BD in done])
+        return join([states for states, _ in done]), torch.cat([h_BD for _, h_BD in done])
 
     def _pieces(self, tokens_BT: Tensor, states: list[State] | None) -> tuple[Tensor, list[State]]:
         """The last of what the head reads, and the states; a long text is read in pieces."""
@@ -318,11 +317,6 @@ class HoldallLM(TemplateLM):
             max_tokens=max_tokens, stop=tuple(filter(None, until)), seed=self.seed + number, **drawn
         )
         return Request(prompt=tuple(prompt), sampling=sampling)
-
-
-def _rows(states: Sequence[State], rows: slice) -> list[State]:
-    """The states of some rows, copied."""
-    return [map_state(state, lambda tensor: tensor[rows].clone()) for state in states]
 
 
 def _score(logits_CV: Tensor, next_C: Tensor) -> tuple[Tensor, Tensor]:

@@ -36,6 +36,7 @@ from holdall.contract.state import (
     fields_of,
     map_state,
     misfit,
+    select_rows,
     with_room_too,
     write_state,
 )
@@ -457,7 +458,7 @@ def _no_rows(
     how = {key: one_row(value) if isinstance(value, Tensor) else value for key, value in how.items()}
     start = None if state is None else map_state(state, one_row)
     y_BTD, after = forward(mixer, one_row(x_BTD), start, **how)
-    return y_BTD[:0].clone(), None if after is None else map_state(after, lambda tensor: tensor[:0].clone())
+    return y_BTD[:0].clone(), None if after is None else select_rows(after, slice(0))
 
 
 def _beside_autocast(

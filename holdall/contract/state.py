@@ -158,17 +158,19 @@ def map_state(state: S, function: Callable[[Tensor], Tensor]) -> S:
     return type(state)(*map(function, state))
 
 
-def select_rows(state: S, rows: Sequence[int] | Sequence[bool] | Tensor) -> S:
+def select_rows(state: S, rows: slice | Sequence[int] | Sequence[bool] | Tensor) -> S:
     """The state of some batch rows, copied; rows may repeat (one prompt read once, continued often).
 
-    Rows are chosen as a tensor's are: by number, from the end if negative, or by a mask that says of each
-    whether it stays. Rows that are on a GPU are waited for.
+    Rows are chosen as a tensor's are: by a slice, by number, from the end if negative, or by a mask that says
+    of each whether it stays. Numbers that are on a GPU are waited for; a slice never has to get there.
     """
+    if isinstance(rows, slice):
+        return map_state(state, lambda tensor: tensor[rows].clone())
     index, count = _row_numbers(rows, state[0].shape[0]), state[0].shape[0]
     if index.numel() and not -count <= int(index.min()) <= int(index.max()) < count:
         raise ValueError(f"rows {index.tolist()} of a state that has {count} rows, numbered from 0")
-    index = torch.where(index < 0, index + count, index)
-    return map_state(state, lambda tensor: tensor.index_select(0, index.to(tensor.device)))
+    index = torch.where(index < 0, index + count, index).to(state[0].device, non_blocking=True)
+    return map_state(state, lambda tensor: tensor.index_select(0, index))
 
 
 def _row_numbers(rows: Sequence[int] | Sequence[bool] | Tensor, count: int) -> Tensor:
