@@ -205,7 +205,7 @@ def report(
             written by `holdall matrix` or `holdall eval`.
         out: the folder for figure and page; by default the first folder.
         axis: what the picture counts state in; by default what the first folder's picture does.
-        samples: of an evaluation, documents per task whose prompts and answers are on the page; by default
+        samples: of an evaluation, questions per task whose prompts and answers are on the page; by default
             the first 200.
     """
     from holdall.commands import sweeps as shown
@@ -797,12 +797,12 @@ def eval(
         data: The folder of the suites' documents; --dry-run says which files it lacks, and their form.
         tasks: Names of tasks of lm-eval; `lm_eval ls tasks` lists them.
         window: Tokens of a document that are shown, around the answer, with 50 for the answer.
-        limit: The most documents of each task, for a first look.
+        limit: The most questions of each task, for a first look.
         fewshot: Examples with answers before each question; by default as each task of lm-eval has it.
         seed: Of documents that are drawn, and of the bootstrap.
         batch: Rows that are read at once. Scores do not depend on it.
         include: A folder of tasks of your own, as YAML files of lm-eval.
-        dry_run: Ask nothing; print tasks, documents and tokens, and which files are missing.
+        dry_run: Ask nothing; print tasks, questions and tokens, and which files are missing.
         out: The folder for scores and samples.
         loading: The fields of Loading.
     """

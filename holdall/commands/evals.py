@@ -151,7 +151,7 @@ def _planned(one: Subject, plan: Plan) -> Table:
     plan.check_window(one.codec)
     table = Table(box=box.SIMPLE_HEAD, title=f"{one.name}: {one.tokenizer} tokens", title_justify="left")
     table.add_column("task")
-    for head in ("documents", "cut to the window", "tokens each", "tokens"):
+    for head in ("questions", "cut to the window", "tokens each", "tokens"):
         table.add_column(head, justify="right")
     codec = Remembered(one.codec)
     for task in plan.tasks:
@@ -183,7 +183,7 @@ def _table(lines: Sequence[Result], folder: ResultsFolder, window: int) -> Table
     table.add_column("model", overflow="fold", min_width=10)
     unit = " or ".join(dict.fromkeys(suites.unit_text(line.unit, line.metric) for line in lines))
     heads = [f"{name}, {unit}" for name in (("once", "twice") if twice else ("score",))]
-    for head in ("state", *heads, "docs"):
+    for head in ("state", *heads, "asked"):
         table.add_column(head, justify="right", no_wrap=True)
     # one file is asked in two ways, as recall and as answers, whose metrics differ
     pairs: dict[tuple[str, str, str], dict[int, Result]] = {}
@@ -201,16 +201,15 @@ def _table(lines: Sequence[Result], folder: ResultsFolder, window: int) -> Table
 
 
 def _score(line: Result | None) -> str:
-    """A score in percent with its interval, empty if there is none; one that is no share, or no mean over
-    documents, as it is."""
+    """A score with its interval where it has one, a share in percent; empty if there is none."""
     if line is None:
         return ""
+    share = line.unit == "share"
     if line.low is None or line.high is None:
-        return f"{line.value:.4g}"
-    if line.unit != "share":
-        digits = 2 if line.high < 10 else 1
-        return f"{line.value:.{digits}f} [{line.low:.{digits}f},{line.high:.{digits}f}]"
-    return f"{100 * line.value:.1f} [{100 * line.low:.1f},{100 * line.high:.1f}]"
+        return f"{100 * line.value:.1f}" if share else f"{line.value:.4g}"
+    times, digits = (100, 1) if share else (1, 2 if line.high < 10 else 1)
+    value, low, high = (f"{times * number:.{digits}f}" for number in (line.value, line.low, line.high))
+    return f"{value} [{low},{high}]"
 
 
 class _View:
@@ -249,7 +248,7 @@ class _View:
         """A line for each task that is finished, so that a long run can be followed."""
         unit = suites.unit_text(line.unit, line.metric)
         console.print(
-            f"{line.model}, {line.task}: {_score(line)} {unit}, {line.count:,} documents, "
+            f"{line.model}, {line.task}: {_score(line)} {unit}, {line.count:,} questions, "
             f"{line.seconds:.0f} s",
             soft_wrap=True,
         )

@@ -5,9 +5,10 @@
     models/NAME.json        "name", "source", "kind", "parameters", "state_bytes" by tokens, "tokenizer",
                             "precision", "fingerprint" (of the weights)
     results.jsonl           a line for each model and task that is finished, see `Result`
-    samples/NAME/TASK.jsonl a line for each document of a finished task:
+    samples/NAME/TASK.jsonl a line for each question of a finished task:
                             "doc", "prompt", "target", "right" (a score), "window" ([first token, end] of the
-                            document, or null), "truncated", "tokens" (of the prompt), and "output"; or
+                            document, or null), "truncated", "tokens" (of the prompt), "text_key" (of the
+                            document, or null where it has no other questions), and "output"; or
                             "choices", "logprobs" (in nats) and "gold"
     answers/NAME/TASK.jsonl answers of an unfinished task, from which it resumes; removed when it is finished
 
@@ -86,15 +87,16 @@ class Result(Config):
     value: Finite
     """The score."""
     low: Finite | None
-    """Lower bound of the 95% bootstrap interval; None if the score is no mean over documents."""
+    """Lower bound of the 95% bootstrap interval; None if the score is no mean over questions,
+    or all are about one text."""
     high: Finite | None
     """Upper bound of it."""
     others: dict[str, Finite]
     """The task's other metrics."""
     count: NonNegativeInt
-    """Documents."""
+    """Questions."""
     truncated: NonNegativeInt
-    """Documents of which the window shows a part only."""
+    """Questions of whose document the window shows a part only."""
     version: str
     """Of the task."""
     prompt_hash: str

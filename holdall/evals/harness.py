@@ -29,7 +29,7 @@ AT_ONCE = 64
 
 @dataclass(frozen=True)
 class Row:
-    """A document with its prompt, as the harness and the results folder have it."""
+    """A question with its prompt, as the harness and the results folder have it."""
 
     id: str
     prompt: str
@@ -41,6 +41,8 @@ class Row:
     """Whether the document has more tokens than the window shows."""
     tokens: int
     """Tokens of the prompt."""
+    text_key: str | None = None
+    """What its document is known by, of which there may be other questions; None where it has its own."""
 
 
 def rows(
@@ -101,7 +103,8 @@ def _asked(task: Task, asked: Sequence[Question], window: int, codec: Codec) -> 
             continue  # the answer is longer than what the window shows behind its middle
         prompt = prompts.prompt(prompts.FORMS[task.of], shown.text, question.asked, task.reads)
         place = (shown.first, shown.end) if task.windowed else None
-        made.append(Row(question.id, prompt, question.golds, place, shown.truncated, 0))
+        key = windows.key_of(question.context)
+        made.append(Row(question.id, prompt, question.golds, place, shown.truncated, 0, key))
     for row, ids in zip(made, codec.encode_batch([row.prompt for row in made]), strict=True):
         yield dataclasses.replace(row, tokens=len(ids))
 
@@ -154,6 +157,7 @@ def dataset(
             "window": None if row.window is None else list(row.window),
             "truncated": row.truncated,
             "tokens": row.tokens,
+            "text_key": row.text_key,
         }
         for row in made
     ]

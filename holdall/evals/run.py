@@ -364,9 +364,10 @@ def _one(
         samples = [one for one in given["samples"].get(task, ()) if one["filter"] == filtered]
         written = [_sample(one, metric, manager.codec) for one in samples]
         right = [one["right"] for one in written]
-        low, high = _interval(right, scores[main], config.seed)
+        is_mean = _is_mean(right, scores[main])
+        low, high = _interval(written, config.seed) if is_mean else (None, None)
         lower = given["higher_is_better"].get(task, {}).get(metric) is False
-        unit = known.unit if known else _unit(right, lower=lower, is_mean=low is not None)
+        unit = known.unit if known else _unit(right, lower=lower, is_mean=is_mean)
         line = Result(
             model=name,
             task=task,
@@ -420,12 +421,19 @@ def _metrics(scores: Mapping[str, Any], task: Task | None) -> tuple[str | None, 
     return main, {name.removesuffix(",none"): value for name, value in others.items()}
 
 
-def _interval(right: Sequence[Any], value: float, seed: int) -> tuple[float | None, float | None]:
-    """The bootstrap interval of a score that is the mean over documents; no bounds for another."""
+def _is_mean(right: Sequence[Any], value: float) -> bool:
+    """Whether a score is the mean over questions of what each scored."""
     numbers = [one for one in right if isinstance(one, int | float)]
-    if not numbers or len(numbers) < len(right) or not math.isclose(math.fsum(numbers) / len(numbers), value):
+    return len(numbers) == len(right) > 0 and math.isclose(math.fsum(numbers) / len(numbers), value)
+
+
+def _interval(samples: Sequence[Mapping[str, Any]], seed: int) -> tuple[float | None, float | None]:
+    """The bootstrap interval of a mean over questions; none if all are about one text, which says nothing of
+    others."""
+    texts = [one["text_key"] or place for place, one in enumerate(samples)]
+    if len(set(texts)) == 1:
         return None, None
-    return bootstrap(numbers, seed=seed)
+    return bootstrap([one["right"] for one in samples], texts, seed=seed)
 
 
 def _unit(right: Sequence[Any], *, lower: bool, is_mean: bool) -> Unit:
@@ -466,4 +474,5 @@ def _sample(given: Mapping[str, Any], metric: str, codec: Codec) -> dict[str, An
         "window": doc.get("window"),
         "truncated": bool(doc.get("truncated", False)),
         "tokens": doc.get("tokens") or len(codec.encode(prompt)),
+        "text_key": doc.get("text_key"),
     }

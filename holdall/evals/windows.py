@@ -68,8 +68,8 @@ class Remembered:
 
     def __init__(self, codec: Codec) -> None:
         self._codec = codec
-        self._ids: dict[bytes, np.ndarray] = {}
-        self._before: dict[tuple[bytes, int], int] = {}
+        self._ids: dict[str, np.ndarray] = {}
+        self._before: dict[tuple[str, int], int] = {}
 
     def encode(self, text: str, /) -> Sequence[int]:
         """The ids of a text, which are not kept."""
@@ -85,10 +85,10 @@ class Remembered:
 
     def remember(self, places: Iterable[tuple[str, int]]) -> None:
         """Encode documents, and each as far as a character's place, at once; what is known is left out."""
-        whole: dict[bytes, str] = {}
-        before: dict[tuple[bytes, int], str] = {}
+        whole: dict[str, str] = {}
+        before: dict[tuple[str, int], str] = {}
         for context, place in places:
-            key = _key(context)
+            key = key_of(context)
             if key not in self._ids:
                 whole[key] = context
             if (key, place) not in self._before:
@@ -104,12 +104,13 @@ class Remembered:
     def cut(self, context: str, place: int) -> tuple[np.ndarray, int]:
         """The ids of a document, and how many it has before a character's place: those of the text before."""
         self.remember([(context, place)])
-        key = _key(context)
+        key = key_of(context)
         return self._ids[key], self._before[key, place]
 
 
-def _key(context: str) -> bytes:
-    return hashlib.sha256(context.encode(errors="surrogatepass")).digest()
+def key_of(context: str) -> str:
+    """What a document is known by: half of its SHA-256, in hexadecimal digits."""
+    return hashlib.sha256(context.encode(errors="surrogatepass")).hexdigest()[:32]
 
 
 def cut(context: str, place: int, keep: int, codec: Remembered) -> Cut:

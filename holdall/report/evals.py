@@ -39,7 +39,7 @@ def write(folder: Path, out: Path | None = None, *, samples: int = evals_samples
     Args:
         folder: what `holdall eval` wrote, whether it is complete or not.
         out: the folder for all of them; by default the same.
-        samples: documents of each task whose prompts and answers are on the page.
+        samples: questions of each task whose prompts and answers are on the page.
 
     Raises RunError, naming the file, if there is nothing to show yet or a file is damaged.
     """
@@ -172,7 +172,7 @@ def _picture(evaluation: Evaluation, suite: str, models: Sequence[evals_chart.Dr
 
 
 def _shown(tasks: Sequence[Mapping[str, Any]]) -> str:
-    """Which documents are on the page, if not all."""
+    """Which questions are on the page, if not all."""
     cut = [task for task in tasks if task["shown"] < task["documents"]]
     if not cut:
         return ""
@@ -182,8 +182,8 @@ def _shown(tasks: Sequence[Mapping[str, Any]]) -> str:
     else:
         what = ", ".join(f"{task['shown']:,} of {task['documents']:,} of {task['name']}" for task in cut)
     return (
-        f"On this page are the prompts and answers of the first documents: {what}. "
-        "All scores, and differences of two models, are over all documents. "
+        f"On this page are the prompts and answers of the first questions: {what}. "
+        "All scores, and differences of two models, are over all questions. "
         f"`holdall report FOLDER --samples {most}` puts all of them here."
     )
 
@@ -319,13 +319,13 @@ def _score_cell(
         title, text = "not evaluated", NONE
         task, reads = place
         if so_far := model.samples.get(place):
-            title, text = f"{len(so_far.right):,} documents so far", "…"
+            title, text = f"{len(so_far.right):,} questions so far", "…"
         elif answers := model.begun.get(file_name(task.name + ("_twice" if reads == 2 else ""))):
             title, text = f"{answers:,} answers so far", "…"
         return {"text": text, "interval": "", "value": "", "best": False, "title": title}
     task = place[0]
     line = score.line
-    about = [f"{score.count:,} documents"]
+    about = [f"{score.count:,} questions"]
     about += [] if score.truncated is None else [f"{score.truncated:,} cut to the window"]
     about += [f"version {line['version']}"] if line.get("version") is not None else []
     about += [f"prompts {line['prompt_hash']}"] if line.get("prompt_hash") else []
@@ -486,7 +486,8 @@ def markdown(evaluation: Evaluation) -> str:
     legend += [f"Mean of {suite}: {evals_chart.mean_text(evaluation, suite)}." for suite in means]
     if (1, 2) in means.values():
         legend.append(
-            f"{_gain_text(evaluation)}, with the 95% interval of a paired bootstrap over documents."
+            f"{_gain_text(evaluation)}, with the 95% interval of a paired bootstrap over documents, each "
+            "with all its questions."
         )
     notes = "".join(f"\n{note}\n" for note in evaluation.notes)
     return table.markdown(heads, rows) + "\n\n" + "\n".join(legend) + "\n" + notes

@@ -2,12 +2,12 @@
 
     score     one line of results.jsonl: one model on one task
     task      what the page has a column for: "fda" and "fda_twice" are two readings of one task
-    samples   a file per model and task, a line per document; read first for scores, then for what is shown
+    samples   a file per model and task, a line per question; read first for scores, then for what is shown
 
 A folder may be incomplete, while a run is under way or after it was stopped. What is not there is absent
 here, too, and never a zero.
 
-Letters: N documents, T tasks, R resamples.
+Letters: N questions, T tasks, R resamples.
 """
 
 from __future__ import annotations
@@ -111,6 +111,8 @@ class Samples:
     perplexity is not."""
     places: Mapping[str, tuple[int, int]]
     """The number of each document's line, and the byte at which it begins."""
+    texts: Mapping[str, str]
+    """The key of the text that each question is about, where the file has one."""
 
     def read(self, documents: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
         """The lines of those documents that are there."""
@@ -123,7 +125,7 @@ class Samples:
 
 
 class Interval(NamedTuple):
-    """A mean, and its 95% bootstrap interval over documents."""
+    """A mean, and its 95% bootstrap interval over texts."""
 
     value: float
     low: float
@@ -253,31 +255,40 @@ class Evaluation:
 
 def differences(model: Model, tasks: Sequence[Task]) -> Interval | None:
     """What reading twice gains, mean over `tasks`: read twice less read once; once less twice of a metric of
-    which lower is better. A paired bootstrap over the documents within each task.
+    which lower is better. A paired bootstrap over the texts within each task.
 
-    Documents that only one reading has are left out. None unless all tasks have documents in both.
+    Questions that only one reading has are left out. None unless all tasks have questions in both.
     """
-    gains = []
+    gains: list[tuple[np.ndarray, Sequence[str]]] = []
     for task in tasks:
         once, twice = (model.samples.get((task, n)) for n in (1, 2))
         if not once or not twice or not (both := [d for d in once.right if d in twice.right]):
             return None
         sign = -1 if task.lower_is_better else 1
-        gains.append(sign * np.array([twice.right[d] - once.right[d] for d in both]))
-    return _interval(math.fsum(gain_N.mean() for gain_N in gains) / len(gains), gains) if gains else None
+        gain_N = sign * np.array([twice.right[d] - once.right[d] for d in both])
+        gains.append((gain_N, [once.texts.get(d, d) for d in both]))
+    return _interval(math.fsum(gain_N.mean() for gain_N, _ in gains) / len(gains), gains) if gains else None
 
 
 def _mean_interval(model: Model, tasks: Sequence[Task], reads: int, value: float) -> Interval | None:
-    """The interval of a model's mean over `tasks`: a bootstrap over the documents within each task."""
+    """The interval of a model's mean over `tasks`: a bootstrap over the texts within each task."""
     samples = [model.samples.get((task, reads)) for task in tasks]
     if not samples or not all(one and one.right for one in samples):
         return None
-    return _interval(value, [np.array(list(one.right.values())) for one in samples if one])
+    scores = [
+        (np.array(list(one.right.values())), [one.texts.get(d, d) for d in one.right])
+        for one in samples
+        if one
+    ]
+    return _interval(value, scores)
 
 
-def _interval(value: float, scores: Sequence[np.ndarray]) -> Interval:
-    """A mean over tasks with the interval that the documents of each, drawn again, give it."""
-    mean_TR = [resampled_means(score_N, seed=index) for index, score_N in enumerate(scores)]
+def _interval(value: float, scores: Sequence[tuple[np.ndarray, Sequence[str]]]) -> Interval:
+    """A mean over tasks with the interval that the texts of each, drawn again, give it.
+
+    scores: of each task the scores, and the text of each.
+    """
+    mean_TR = [resampled_means(score_N, text_N, seed=index) for index, (score_N, text_N) in enumerate(scores)]
     low, high = np.quantile(np.mean(mean_TR, axis=0), [0.025, 0.975])
     return Interval(value, float(low), float(high))
 
@@ -312,7 +323,7 @@ def load(folder: Path) -> Evaluation:
     for path in sorted((folder / "answers").glob("*/*.jsonl")):
         begun.setdefault(path.parent.name, {})[path.stem] = len(files.read_lines(path, WAY_OUT))
     if not any(scores.values()) and not samples:
-        raise RunError(f"{folder} holds no results yet; wait until the first documents are answered")
+        raise RunError(f"{folder} holds no results yet; wait until the first questions are answered")
     models = [
         Model(
             name=names.get(key, key),
@@ -445,6 +456,7 @@ def _scan(path: Path) -> Samples:
     """The score of each document and where its line is; without a last line that is not finished."""
     right: dict[str, float] = {}
     places: dict[str, tuple[int, int]] = {}
+    texts: dict[str, str] = {}
     with files.open_file(path, WAY_OUT) as file:
         end = 0
         for number, line in enumerate(file, 1):
@@ -458,7 +470,9 @@ def _scan(path: Path) -> Samples:
             if document in right:  # several questions about one document, under its name alone
                 document = f"{document} ({number})"
             right[document], places[document] = float(score), (number, start)
-    return Samples(path=path, right=right, places=places)
+            if key := content.get("text_key"):
+                texts[document] = str(key)
+    return Samples(path=path, right=right, places=places, texts=texts)
 
 
 def _parsed(line: bytes, number: int, path: Path) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def pack(evaluation: Evaluation, task: Task, samples: int = SAMPLES) -> dict[str
     """A task as the page has it: who answered, and a block of base64 over deflate over JSON.
 
     The block's columns are those of "columns": the score of each document, null where the model has not
-    answered it, and the cells of the first `samples` documents.
+    answered it, and the cells of the first `samples` documents. Its "about" has a number for each text.
     """
     columns = [
         (index, reads, model.samples[task, reads])
@@ -45,6 +45,7 @@ def pack(evaluation: Evaluation, task: Task, samples: int = SAMPLES) -> dict[str
     block = {
         "documents": [[document, targets.get(document, [])] for document in shown],
         "texts": list(texts.places),
+        "about": _numbered(columns, documents),
         "scores": [[column.right.get(document) for document in documents] for *_, column in columns],
         "cells": cells,
     }
@@ -59,6 +60,13 @@ def pack(evaluation: Evaluation, task: Task, samples: int = SAMPLES) -> dict[str
         "columns": [[index, reads, len(column.right)] for index, reads, column in columns],
         "block": base64.b64encode(zlib.compress(data)).decode(),
     }
+
+
+def _numbered(columns: Sequence[tuple[int, int, Samples]], documents: Sequence[str]) -> list[int]:
+    """The text that each question is about, as a number from 0."""
+    known = {document: key for *_, column in columns for document, key in column.texts.items()}
+    texts = _Once()
+    return [texts.place(known.get(document, document)) for document in documents]
 
 
 class _Once:

@@ -101,8 +101,10 @@ def data(tmp_path: Path) -> Path:
         }
         for n in range(8)
     ]
+    rows[5]["context"] = rows[2]["context"]  # two questions about one text
     written(folder, "squad", rows, ".jsonl.xz")
-    written(folder, "fda", ROWS["fda"], ".jsonl.gz")
+    forms = [{**row, "text": f"Form {n}. {row['text']}"} for n, row in enumerate(ROWS["fda"])]
+    written(folder, "fda", forms, ".jsonl.gz")
     (folder / "local_choice.yaml").write_text(CHOICES)
     (folder / "local_text.yaml").write_text(TEXT)
     (folder / "local.py").write_text(FUNCTIONS)
@@ -149,6 +151,7 @@ def test_scores_are_those_of_simple_evaluate(data: Path, tmp_path: Path, small: 
         bootstrap_iters=0,
     )
     assert [line.task for line in lines] == wanted.names()
+    texts_of = {"squad": 7, "squad_twice": 7, "fda": len(ROWS["fda"])}
     for line in lines:
         assert line.value == theirs["results"][line.task][f"{line.metric},none"], line.task
         assert line.version == str(theirs["versions"][line.task])
@@ -156,7 +159,10 @@ def test_scores_are_those_of_simple_evaluate(data: Path, tmp_path: Path, small: 
         logged = theirs["samples"][line.task]
         assert line.count == len(samples) == len(logged)
         assert [one["right"] for one in samples] == [one[line.metric] for one in logged]
-        assert (line.low, line.high) == bootstrap([one["right"] for one in samples])
+        texts = [one["text_key"] or one["doc"] for one in samples]
+        assert (line.low, line.high) == bootstrap([one["right"] for one in samples], texts)
+        assert len(set(texts)) == texts_of.get(line.task, line.count)
+        assert all((one["text_key"] is not None) == (line.task in texts_of) for one in samples)
         assert line.low is not None
         assert line.high is not None
         assert line.low <= line.value <= line.high
@@ -186,6 +192,21 @@ def test_the_samples_say_what_was_asked_and_answered(data: Path, tmp_path: Path,
     for sample in chosen:
         likeliest = max(range(3), key=lambda place: sample["logprobs"][place])
         assert sample["right"] == (likeliest == sample["gold"])
+
+
+def test_questions_that_are_all_about_one_text_have_no_interval(
+    data: Path, tmp_path: Path, small: None
+) -> None:
+    rows = [row for _, row in documents.read_rows(data / "squad.jsonl.xz")]
+    (data / "squad.jsonl.xz").unlink()
+    written(data, "squad", [{**row, "context": rows[0]["context"]} for row in rows], ".jsonl")
+    _, lines = scored(language_model("taylor"), plan(data, "squad_answer"), tmp_path / "all")
+    _, one = scored(language_model("taylor"), plan(data, "squad_answer", limit=1), tmp_path / "one")
+    assert [(line.count, line.low, line.high) for line in lines + one] == [(8, None, None), (1, None, None)]
+    _, others = scored(
+        language_model("taylor"), plan(data, others=("local_choice",), limit=1), tmp_path / "others"
+    )
+    assert [(line.unit, line.low) for line in others] == [("share", None)]
 
 
 def test_results_say_what_a_score_counts_and_which_way_is_better(

@@ -43,6 +43,23 @@ def folder(tmp_path):
 # -------------------------------------------------------------------------------------------- statistics
 
 
+def test_texts_are_drawn_with_all_their_questions(tmp_path):
+    writer, widths = Writer(tmp_path / "eval"), {}
+    for name, keys in {
+        "alone": {},
+        "three": {index: {"text_key": f"{index % 40}"} for index in range(120)},
+    }.items():
+        for suffix, twice in (("", False), ("_twice", True)):
+            lines = answers(0.5, twice=twice, documents=40, seed=twice) * 3  # of each text alike
+            lines = [{**line, "doc": index, **keys.get(index, {})} for index, line in enumerate(lines)]
+            writer.task(name, f"fda{suffix}", lines)
+    evaluation = load(tmp_path / "eval")
+    for model in evaluation.models:
+        found = evaluation.gain(model, "recall"), evaluation.interval(model, 1, "recall")
+        widths[model.name] = [interval.high - interval.low for interval in found]
+    assert widths["three"] == pytest.approx([3**0.5 * width for width in widths["alone"]], rel=0.1)
+
+
 def test_difference_is_paired_over_the_documents_of_both(tmp_path):
     writer = Writer(tmp_path / "eval")
     writer.model("a", (1, 1, 1))
@@ -81,7 +98,7 @@ def test_table_has_every_score_with_its_interval_and_marks_the_best(folder):
     best = max(line["value"] for line in lines if line["task"] == "fda")
     fda = [line["model"] for line in lines if line["task"] == "fda" and line["value"] == best]
     assert len(re.findall(r'class="best[^"]*" title="fda once', page)) == len(fda)
-    assert "12 documents, 4 cut to the window, version 1, prompts " in page
+    assert "12 questions, 4 cut to the window, version 1, prompts " in page
     assert not re.search(r"\{\{\w+\}\}", page.replace(re.search(r"<script>.*?</script>", page, re.S)[0], ""))
 
 
@@ -183,7 +200,7 @@ def test_what_is_missing_is_no_zero(tmp_path):
     evaluation = load(tmp_path / "eval")
     page = evals.render(evaluation)
     assert cells_of(page)["b"][-2:] == [("…", ""), ("…", "")]
-    assert 'title="4 documents so far"' in page
+    assert 'title="4 questions so far"' in page
     assert 'title="1 answers so far"' in page
     assert "6 of 8 scores are there" in page
     assert "Missing: b (swde once, swde twice)" in page
@@ -565,7 +582,7 @@ def test_filters_let_through_whom_they_name(visit, folder):
     page.locator("#search").fill("answer7")
     assert listed(page) == ["7"]
     page.locator("#search").fill("no such text")
-    assert "No document passes" in page.locator("#document").inner_text()
+    assert "No question passes" in page.locator("#document").inner_text()
 
 
 @pytest.mark.browser
@@ -609,6 +626,8 @@ def test_two_models_stand_side_by_side_with_their_difference(visit, folder):
         float(end.replace("−", "-")) for end in re.search(r"interval (\S+) to (\S+)\)", said).groups()
     )
     assert low <= difference <= high
+    about = [index // 6 for index in range(12)]  # as if there were two texts
+    assert page.evaluate("about => paired(about.map(text => 3 * text), about)", about) == [1.5, 0, 3]
     pick(page, "#b", "attention, read twice")
     assert page.locator(".sides h4:text('Prompt of')").all_inner_texts() == ["Prompt of A", "Prompt of B"]
     assert page.locator(".prompt").nth(1).inner_text().startswith("Information about Key.")
@@ -622,7 +641,7 @@ def test_keys_step_through_the_documents_and_spare_the_search(visit, folder):
     page.keyboard.press("j")
     page.keyboard.press("k")
     assert page.evaluate(at) == "1"
-    assert page.locator("#document h3").inner_text() == "fda, document 1: Answer1"
+    assert page.locator("#document h3").inner_text() == "fda, question 1: Answer1"
     page.locator("#search").click()
     page.keyboard.type("j")
     assert page.locator("#search").input_value() == "j"
