@@ -358,7 +358,7 @@ def _units(evaluation: Evaluation) -> str:
     if nats:
         of = f"Of {' and '.join(nats)}: nats" if shares else "Nats"
         texts.append(
-            f"{of}, minus the log-likelihood of the first right answer per document; lower is better."
+            f"{of}, minus the log-likelihood of the first right answer per question; lower is better."
         )
     return " ".join(texts)
 
