@@ -84,8 +84,9 @@ def evaluate(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     folder = ResultsFolder(out)
     lines: list[Result] = []
+    view = _View()
     try:
-        with _View() as view:
+        with view:
             for name in models:
                 one = _opened(name, loading)
                 device = str(loading.device)
@@ -100,11 +101,12 @@ def evaluate(
         _write_pages(out)
         return 130
     except Exception:
-        _write_pages(out)
+        if view.finished:  # else the folder is as it was
+            _write_pages(out)
         raise
     console.print(_table(lines, folder, config.window))
     _write_pages(out)
-    if names and data is None:
+    if data is None and (names or lacking):
         console.print("Further suites read files: `holdall eval --dry-run` lists them.", soft_wrap=True)
     elif lacking and not names:
         console.print(f"Not all suites were asked: {_missing(lacking, data)}.", soft_wrap=True)
@@ -181,8 +183,9 @@ def _table(lines: Sequence[Result], folder: ResultsFolder, window: int) -> Table
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     table.add_column("task", no_wrap=True)
     table.add_column("model", overflow="fold", min_width=10)
-    unit = " or ".join(dict.fromkeys(suites.unit_text(line.unit, line.metric) for line in lines))
-    heads = [f"{name}, {unit}" for name in (("once", "twice") if twice else ("score",))]
+    units = {suites.unit_text(line.unit, line.metric) for line in lines}
+    shared = f", {min(units)}" if len(units) == 1 else ""
+    heads = [name + shared for name in (("once", "twice") if twice else ("score",))]
     for head in ("state", *heads, "asked"):
         table.add_column(head, justify="right", no_wrap=True)
     # one file is asked in two ways, as recall and as answers, whose metrics differ
@@ -193,7 +196,8 @@ def _table(lines: Sequence[Result], folder: ResultsFolder, window: int) -> Table
     for (task, _, model), by_reads in pairs.items():
         state = about.get(model, {}).get("state_bytes", {}).get(str(window))
         some = next(iter(by_reads.values()))
-        name = task if some.metric == "contains" else f"{task} ({some.metric})"
+        kind = some.metric if some.metric != "contains" else "" if shared else "%"
+        name = f"{task} ({kind})" if kind else task
         scores = [_score(by_reads.get(reads)) for reads in ((1, 2) if twice else (1,))]
         size = "" if state is None else bytes_text(state)
         table.add_row(name, model, size, *scores, f"{some.count:,}")
@@ -222,6 +226,7 @@ class _View:
             disable=not console.is_terminal,
         )  # fmt: skip
         self.name, self.title, self.reported = "", "", time.monotonic()
+        self.finished = 0  # tasks
 
     def __enter__(self) -> _View:
         self.bars.start()
@@ -246,6 +251,7 @@ class _View:
 
     def result(self, line: Result) -> None:
         """A line for each task that is finished, so that a long run can be followed."""
+        self.finished += 1
         unit = suites.unit_text(line.unit, line.metric)
         console.print(
             f"{line.model}, {line.task}: {_score(line)} {unit}, {line.count:,} questions, "

@@ -49,7 +49,7 @@ def find(folder: Path, task: Task) -> Path | None:
 
 def place(folder: Path | None) -> str:
     """The data folder in words."""
-    return "in the folder that --data names" if folder is None else f"in {folder}"
+    return "in a folder that you name by --data" if folder is None else f"in {folder}"
 
 
 def missing(folder: Path | None, task: Task) -> str:

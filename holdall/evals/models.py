@@ -88,13 +88,17 @@ def open_model(
 
 
 def check_there(source: str) -> None:
-    """Raise RunError if there is no such folder or file; takes no time, and asks no server."""
+    """Raise RunError if there is no such folder or file, or TextError if the package that reads it is not
+    installed; takes no time, and asks no server."""
     path = Path(source)
-    if source.startswith(URLS) or (path.suffix == foreign.GGUF and path.is_file()):
+    if source.startswith(URLS):
         return
-    if path.suffix == foreign.GGUF:
+    if path.suffix != foreign.GGUF:
+        language_model.find_folder(source)
+    elif not path.is_file():
         raise RunError(f"there is no file {path}")
-    language_model.find_folder(source)
+    else:
+        needed("gguf")
 
 
 def _by_transformers(

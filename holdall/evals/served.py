@@ -105,9 +105,7 @@ class Server:
             )
         if response.status_code == 404 and path == "/v1/models":
             return RunError(f"{self.url} has no {path}: is it a server of OpenAI's completions?")
-        is_page = "html" in response.headers.get("Content-Type", "")
-        text = response.reason if is_page else response.text[:300]
-        return RunError(f"{where} answers {response.status_code}: {text}")
+        return RunError(f"{where} answers {response.status_code}: {_said(response)}")
 
     @functools.cached_property
     def _tokenizer(self) -> dict[str, Any]:
@@ -267,6 +265,13 @@ class ServedLM(LocalCompletionsAPI):
             totals.append(total)
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
+
+
+def _said(response: requests.Response) -> str:
+    """The message of an answer that is an error, as OpenAI's form has it, or the beginning of what came."""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        return str(response.json()["error"]["message"])
+    return response.reason if "html" in response.headers.get("Content-Type", "") else response.text[:300]
 
 
 def _cause(error: BaseException) -> str:

@@ -347,7 +347,8 @@ def _number(value: float, share: bool) -> str:
 
 
 def _signed(value: float, share: bool) -> str:
-    return (f"{100 * value:+.1f}" if share else f"{value:+,.2f}").replace("-", "−")
+    text = f"{100 * value:+.1f}" if share else f"{value:+,.2f}"
+    return text.replace("-", "−") if text.strip("+-0.,") else text[1:]
 
 
 def _units(evaluation: Evaluation) -> str:

@@ -19,6 +19,8 @@ from holdall.report.paper import DPI
 
 APART = 0.012
 """Share of the axis between models with the same state, which would cover one another."""
+NEAR = 0.02
+"""Share of the picture's side below which two points are one, and between zero and the picture's edge."""
 MOST_NAMES = 6
 """Tasks that a sentence names one by one."""
 MOST_LABELS = 9
@@ -153,7 +155,7 @@ def traces(models: Sequence[Drawn], *, share: bool = True) -> list[dict[str, Any
         look = style.look(model.index)
         x, y = map(list, zip(*model.places, strict=True))
         shared = {"type": "scatter", "legendgroup": f"model {model.index}"}
-        if len(model.points) == 2:
+        if _moves(model, models, share):
             found.append(
                 {
                     **shared,
@@ -232,11 +234,22 @@ def _range(models: Sequence[Drawn]) -> tuple[float, float]:
     return min(states) / 2, max(states) * 2
 
 
+def _moves(model: Drawn, models: Sequence[Drawn], share: bool) -> bool:
+    """Whether a model's two points are far enough apart for an arrow between them."""
+    if len(model.points) < 2:
+        return False
+    (x, y), (to_x, to_y) = model.places
+    (left, right), (low, high) = _range(models), _ends(models, share)
+    return math.hypot(math.log(to_x / x) / math.log(right / left), (to_y - y) / (high - low)) > NEAR
+
+
 def _ends(models: Sequence[Drawn], share: bool) -> tuple[float, float]:
-    """The ends of the axis of means: shares begin at zero, and others near the least."""
+    """The ends of the axis of means: shares begin at zero, below which a mark has room, and others near the
+    least."""
     ends = [v for m in models for p in m.points for v in p.mean if not math.isnan(v)]
     if share:
-        return 0.0, min(1.06, max(ends) * 1.08 or 1.06)
+        high = min(1.06, max(ends) * 1.08 or 1.06)
+        return -NEAR * high, high
     room = 0.08 * (max(ends) - min(ends)) or 1.0
     return max(0.0, min(ends) - room), max(ends) + room
 
@@ -267,7 +280,7 @@ def draw(evaluation: Evaluation, suite: str, models: Sequence[Drawn], *, dark: b
         axes.set_xlim(low, high * (high / low) ** (0.12 * labelled))  # room for the last label
         axes.set_ylim(*_ends(models, share))
         for model in models:
-            _draw_model(axes, model, ground)
+            _draw_model(axes, model, ground, moves=_moves(model, models, share))
         ticks = style.state_ticks(low, high, 8)
         axes.xaxis.set_major_locator(FixedLocator(ticks))
         axes.xaxis.set_minor_locator(NullLocator())
@@ -287,11 +300,11 @@ def draw(evaluation: Evaluation, suite: str, models: Sequence[Drawn], *, dark: b
         return figure
 
 
-def _draw_model(axes: Any, model: Drawn, ground: str) -> None:
+def _draw_model(axes: Any, model: Drawn, ground: str, *, moves: bool) -> None:
     look = style.look(model.index)
     face = ground if model.grows else look.colour
     ends = model.places
-    if len(ends) == 2:
+    if moves:
         axes.annotate(
             "", ends[1], ends[0],
             arrowprops={"arrowstyle": "-|>", "color": look.colour, "linewidth": 1.1, "shrinkB": 4.5},

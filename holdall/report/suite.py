@@ -67,7 +67,8 @@ def write(
             report(f"{folder} has no recall.npz that can be read: left out")
     if config.reference not in scores:
         raise NotTrainedError(
-            f"{out} has no {config.reference} that was trained and scored, to which all others are compared"
+            f"{out} has nothing to compare yet: {config.reference}, to which all others are compared, is not "
+            "trained and scored"
         )
     scores = dict(zip(scores, on_the_same_tokens(scores.values()), strict=True))
     by_loss = sorted(scores.values(), key=lambda run: (run.label != config.reference, run.nll.mean()))

@@ -72,8 +72,8 @@ class PretrainConfig(PretrainOptions, Config):
             )
         if self.prefix >= self.context_len:
             raise ValueError(
-                f"the model's prefix of {self.prefix} tokens takes all of a row, context_len is "
-                f"{self.context_len}: nothing would be predicted"
+                f"the model's prefix of {self.prefix} tokens takes all of a row of {self.context_len}, of "
+                "which nothing would be predicted: take a longer context, twice the prefix say"
             )
 
     @property

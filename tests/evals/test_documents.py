@@ -85,4 +85,4 @@ def test_what_is_missing_says_where_it_goes_and_its_form(tmp_path: Path) -> None
         f'nq_twice needs nq.jsonl (or .jsonl.gz, .jsonl.xz) in {tmp_path}: a line for each document, {{"id", '
         '"context", "question", "answers": [ANSWER, ...]}'
     )
-    assert "that --data names" in documents.missing(None, task)
+    assert "that you name by --data" in documents.missing(None, task)

@@ -195,7 +195,7 @@ def test_rows_are_read_from_the_data_folder(tmp_path: Path) -> None:
         ("1", 1),
         ("2", 0),
     ]
-    with pytest.raises(RunError, match=r"piqa needs piqa\.jsonl .* in the folder that --data names"):
+    with pytest.raises(RunError, match=r"piqa needs piqa\.jsonl .* in a folder that you name by --data"):
         next(general.rows(suites.named("piqa"), None))
     with pytest.raises(RunError, match=r"copa needs copa\.jsonl"):
         next(general.rows(suites.named("copa"), tmp_path))

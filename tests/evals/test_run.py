@@ -273,9 +273,9 @@ def test_the_table_has_recall_and_answers_of_one_file(
     words: list[str | Path] = ["--data", data, "--suite", "squad", "squad_twice", "squad_answer"]
     words += ["--limit", "2", "--window", "200", "--device", "cpu", "--out", tmp_path / "out"]
     assert command(monkeypatch, tmp_path / "m1", *words) == 0
-    table = capsys.readouterr().out.partition("once, % or nats")[2]
+    table = capsys.readouterr().out.partition("once")[2]
     nats = next(line for line in ResultsFolder(tmp_path / "out").results() if line.metric == "nats")
-    (recall,) = (line for line in table.splitlines() if line.split()[:2] == ["squad", "m1"])
+    (recall,) = (line for line in table.splitlines() if line.startswith("squad (%)"))
     (answers,) = (line for line in table.splitlines() if line.startswith("squad (nats)"))
     assert recall.count("[") == 2  # once and twice
     assert nats.high is not None
@@ -301,7 +301,7 @@ def test_missing_files_are_named_once_with_what_can_run_without(
     said = " ".join((printed.out + printed.err).split())
     for file in ("fda510k", "swde_books", "squad", "nq", "drop_contrast"):
         assert said.count(f"{file}.jsonl") == 1
-    assert "in the folder that --data names" in said
+    assert "in a folder that you name by --data" in said
     assert "docs/evals.md" in said
     assert said.endswith("--suite needles needs no files")
     assert len(said) < 400
@@ -323,6 +323,41 @@ def test_a_model_that_is_not_there_is_refused_before_the_first_is_asked(
     assert command(monkeypatch, tmp_path / "m1", tmp_path / name, *words) == 2
     assert f"{name}" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_whose_reader_is_not_installed_is_refused_before_the_first_is_asked(
+    data: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    language_model("taylor", dtype=torch.float32).save(tmp_path / "m1")
+    (tmp_path / "m2.gguf").write_bytes(b"GGUF")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    words: list[str | Path] = [
+        "--data",
+        data,
+        "--suite",
+        "squad",
+        "--window",
+        "200",
+        "--out",
+        tmp_path / "out",
+    ]
+    assert command(monkeypatch, tmp_path / "m1", tmp_path / "m2.gguf", *words) == 2
+    assert "needs the package gguf" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_refused_command_leaves_the_page_as_it_was(
+    data: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    language_model("taylor", dtype=torch.float32).save(tmp_path / "m1")
+    words: list[str | Path] = [tmp_path / "m1", "--suite", "squad_answer", "--limit", "2", "--data", data]
+    words += ["--device", "cpu", "--out", tmp_path / "out"]
+    assert command(monkeypatch, *words, "--window", "200") == 0
+    made = (tmp_path / "out" / "index.html").stat().st_mtime_ns
+    capsys.readouterr()
+    assert command(monkeypatch, *words, "--window", "300") == 2
+    assert capsys.readouterr().out == ""
+    assert (tmp_path / "out" / "index.html").stat().st_mtime_ns == made
 
 
 @pytest.mark.parametrize("ended", [KeyboardInterrupt(), RunError("a file is damaged")])

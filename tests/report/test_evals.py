@@ -109,7 +109,7 @@ def test_nothing_is_best_where_all_are_equal(tmp_path):
         for task in ("fda", "fda_twice"):
             writer.task(name, task, answers(0, twice=task != "fda"))
     page = evals.render(load(tmp_path / "eval"))
-    assert cells_of(page)["a"][:3] == [("0.0", "0.0 to 0.0"), ("0.0", "0.0 to 0.0"), ("+0.0", "+0.0 to +0.0")]
+    assert cells_of(page)["a"][:3] == [("0.0", "0.0 to 0.0"), ("0.0", "0.0 to 0.0"), ("0.0", "0.0 to 0.0")]
     assert 'class="best' not in page
     assert "recalls most" not in page
     assert "gives" not in page.partition("</header>")[0]
@@ -342,7 +342,7 @@ def test_each_suite_has_its_mean_and_its_picture(tmp_path):
     assert evaluation.models[0].name == "b"
     page = evals.render(evaluation)
     row = [text for text, _ in cells_of(page)["a"]]
-    assert row[3:6] == ["0.0", "0.0", "+0.0"]
+    assert row[3:6] == ["0.0", "0.0", "0.0"]
     assert row[0] != "0.0"
     assert len(row) == 6 + 8
     charts = data_of(page)["charts"]
@@ -501,6 +501,23 @@ def test_figure_has_a_point_for_each_reading(folder):
     drawn = [trace for trace in evals_chart.traces(models) if trace.get("name") == "attention"]
     assert drawn[0]["x"] == [12 << 20, 24 << 20]
     assert drawn[0]["marker"]["symbol"].endswith("-open")
+
+
+def test_an_arrow_leads_from_once_to_twice_where_the_two_are_apart(tmp_path):
+    writer = Writer(tmp_path / "eval")
+    for name, state, right in (("up", 5, (0, 8)), ("alike", 50, (4, 4)), ("grows", 500, (4, 4))):
+        writer.model(name, (state, state, state * (2 if name == "grows" else 1)))
+        for suffix, of_ten in zip(("", "_twice"), right, strict=True):
+            lines = [{**line, "right": int(k < of_ten)} for k, line in enumerate(answers(0, documents=10))]
+            writer.task(name, f"fda{suffix}", lines)
+    evaluation = load(tmp_path / "eval")
+    models = evals_chart.drawn(evaluation, "recall")
+    index = {model.name: model.index for model in models}
+    led = {trace["legendgroup"] for trace in evals_chart.traces(models) if trace["mode"] == "lines+markers"}
+    assert led == {f"model {index[name]}" for name in ("up", "grows")}
+    texts = evals_chart.draw(evaluation, "recall", models).axes[0].texts
+    assert sum(bool(text.arrow_patch) for text in texts if not text.get_text()) == 2
+    assert evals_chart.layout(evaluation, "recall", models)["yaxis"]["range"][0] < 0  # half a mark at 0
 
 
 def test_models_of_equal_state_are_drawn_side_by_side(tmp_path):

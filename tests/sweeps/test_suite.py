@@ -155,7 +155,7 @@ def test_a_tiny_suite_from_corpus_to_table(
     # only others than the one that all are compared with
     code, printed = run("--minutes", "0", "--out", str(tmp_path / "empty"))
     assert code == 2
-    assert "has no based that was trained and scored" in printed
+    assert "has nothing to compare yet: based, to which" in printed
 
 
 def test_a_suite_that_cannot_be_compared_is_an_error_and_not_one_of_too_little_time(
