@@ -307,7 +307,11 @@ def _cell(
             "title": "not all of its tasks are scored",
         }
     write = _signed if signed else _number
-    ends = f"{write(interval.low, share)} to {write(interval.high, share)}" if interval else ""
+    ends = (
+        f"{write(interval.low, share)} to {write(interval.high, share)}"
+        if interval and not math.isnan(interval.low)
+        else ""
+    )
     return {"text": write(value, share), "interval": ends, "value": value, "best": best, "title": ""}
 
 

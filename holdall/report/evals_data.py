@@ -125,7 +125,7 @@ class Samples:
 
 
 class Interval(NamedTuple):
-    """A mean, and its 95% bootstrap interval over texts."""
+    """A mean, and its 95% bootstrap interval over texts; NaN where a task's questions are all about one."""
 
     value: float
     low: float
@@ -288,6 +288,8 @@ def _interval(value: float, scores: Sequence[tuple[np.ndarray, Sequence[str]]]) 
 
     scores: of each task the scores, and the text of each.
     """
+    if any(len(set(text_N)) == 1 for _, text_N in scores):
+        return Interval(value, math.nan, math.nan)
     mean_TR = [resampled_means(score_N, text_N, seed=index) for index, (score_N, text_N) in enumerate(scores)]
     low, high = np.quantile(np.mean(mean_TR, axis=0), [0.025, 0.975])
     return Interval(value, float(low), float(high))

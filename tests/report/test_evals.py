@@ -60,6 +60,18 @@ def test_texts_are_drawn_with_all_their_questions(tmp_path):
     assert widths["three"] == pytest.approx([3**0.5 * width for width in widths["alone"]], rel=0.1)
 
 
+def test_questions_that_are_all_about_one_text_have_no_interval(tmp_path):
+    writer = Writer(tmp_path / "eval")
+    for task in ("fda", "fda_twice"):
+        writer.task("a", task, [{**line, "text_key": "one"} for line in answers(0.5, twice=task != "fda")])
+    evaluation = load(tmp_path / "eval")
+    (model,) = evaluation.models
+    for interval in (evaluation.gain(model, "recall"), evaluation.interval(model, 2, "recall")):
+        assert np.isnan([interval.low, interval.high]).all()
+    assert [interval for _, interval in cells_of(evals.render(evaluation))["a"][:3]] == ["", "", ""]
+    assert "nan" not in evals.markdown(evaluation)
+
+
 def test_difference_is_paired_over_the_documents_of_both(tmp_path):
     writer = Writer(tmp_path / "eval")
     writer.model("a", (1, 1, 1))
