@@ -106,7 +106,7 @@ def evaluate(
         raise
     console.print(_table(lines, folder, config.window))
     _write_pages(out)
-    if data is None and (names or lacking):
+    if names and data is None:
         console.print("Further suites read files: `holdall eval --dry-run` lists them.", soft_wrap=True)
     elif lacking and not names:
         console.print(f"Not all suites were asked: {_missing(lacking, data)}.", soft_wrap=True)
