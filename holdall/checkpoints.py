@@ -155,10 +155,19 @@ def opened(path: Path, way_out: str = "") -> Iterator[TensorFile]:
     """Open a file of tensors. Raises RunError, with file and remedy, if it is damaged or no such file."""
     files.open_file(path, way_out).close()  # refuses a pipe or a folder
     try:
-        with safe_open(path, framework="pt") as file:
+        with _safe_open(path) as file:
             yield TensorFile(path, file, way_out)
     except (SafetensorError, OSError, UnicodeDecodeError) as error:
+        files.open_file(path, way_out).close()  # is missing, if another process removed it in between
         raise files.damaged(path, error, way_out) from error
+
+
+def _safe_open(path: Path) -> Any:
+    """`safe_open`, whose error is an OSError also where PyTorch, which maps the file, has its own."""
+    try:
+        return safe_open(path, framework="pt")
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
 
 
 def _sum(tensor: Tensor) -> int:

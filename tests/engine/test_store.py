@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 
 from holdall import checkpoints
 from holdall.contract import StateError, map_state
@@ -764,6 +765,27 @@ def test_a_killed_process_leaves_whole_files_only(tmp_path: Path) -> None:
         assert_same(store.longest([number, number + 1]), made([number, number + 1]))
     assert store.stats().damaged == 0
     assert list(next(tmp_path.iterdir()).glob(".holdall-*.tmp")) == []
+
+
+@pytest.mark.parametrize("when", ["before it is opened", "before PyTorch maps it"])
+def test_a_file_that_another_process_removes_is_no_session_and_not_damaged(
+    when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = store_of(tmp_path)
+    store.put(made([1, 2]))
+    store.flush()
+    store = store_of(tmp_path)
+    (path,) = the_files(tmp_path)
+
+    def removed(given: Path, **options: Any) -> Any:
+        path.unlink()
+        if when == "before PyTorch maps it":  # the header was read
+            raise RuntimeError(f"unable to open file <{given}> in read-only mode")
+        return safe_open(given, **options)
+
+    monkeypatch.setattr(checkpoints, "safe_open", removed)
+    assert store.longest([1, 2]) is None
+    assert (len(store), store.stats().damaged) == (0, 0)
 
 
 def test_two_processes_share_a_folder_and_its_limit(tmp_path: Path) -> None:
