@@ -331,16 +331,8 @@ def test_a_file_whose_reader_is_not_installed_is_refused_before_the_first_is_ask
     language_model("taylor", dtype=torch.float32).save(tmp_path / "m1")
     (tmp_path / "m2.gguf").write_bytes(b"GGUF")
     monkeypatch.setitem(sys.modules, "gguf", None)
-    words: list[str | Path] = [
-        "--data",
-        data,
-        "--suite",
-        "squad",
-        "--window",
-        "200",
-        "--out",
-        tmp_path / "out",
-    ]
+    words: list[str | Path] = ["--data", data, "--suite", "squad", "--window", "200"]
+    words += ["--out", tmp_path / "out"]
     assert command(monkeypatch, tmp_path / "m1", tmp_path / "m2.gguf", *words) == 2
     assert "needs the package gguf" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
